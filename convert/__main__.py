@@ -1,0 +1,67 @@
+"""Convert between a run of this project and a folder that PyTorch people know.
+
+python -m convert to-torch RUN OUT [--dtype bfloat16]
+python -m convert to-flax DIR RUN
+python -m convert to-flax state_dict.safetensors RUN --preset customllm-1b
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only moves bytes: no accelerator's memory is needed
+
+from convert.to_flax import import_run
+from convert.to_torch import export_run
+from jaxllm.config import preset
+from jaxllm.errors import exit_on_user_error
+
+
+@dataclass(frozen=True)
+class ToTorch:
+    """Export the newest weights of a run as a transformers folder."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional]
+    """A new folder."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the written weights."""
+
+
+@dataclass(frozen=True)
+class ToFlax:
+    """Make a run from a transformers folder or a state_dict file (.safetensors, .bin, .pt)."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional]
+    """A new folder."""
+    preset: str | None = None
+    """The model's shape, where no config.json lies beside the weights."""
+
+
+Command = Annotated[ToTorch, tyro.conf.subcommand("to-torch")] | Annotated[ToFlax, tyro.conf.subcommand("to-flax")]
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    command = tyro.cli(Command, args=argv, prog="python -m convert", description=__doc__)
+    if isinstance(command, ToTorch):
+        export_run(command.run, command.out, dtype=command.dtype)
+        print(
+            f"Wrote {command.out}: AutoModelForCausalLM.from_pretrained({str(command.out)!r}, trust_remote_code=True)"
+        )
+    else:
+        config = None if command.preset is None else preset(command.preset)
+        import_run(command.source, command.run, config)
+        print(f"Wrote {command.run}: python -m jaxllm.generate {command.run}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Flax to PyTorch: write the folder that `AutoModelForCausalLM.from_pretrained` reads. Needs no PyTorch."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.mapping import PARAMS, ROUTING_BIAS, entries, leaf, torch_shape
+from convert.tensor_files import DTYPES, Tensor, write_safetensors
+from jaxllm.checkpoint import Weights, load_weights
+from jaxllm.config import ModelConfig, write_json
+from jaxllm.errors import UserError
+from jaxllm.model.decoder import CustomLLM
+from jaxllm.step import split_model
+
+MODELING_FILE = "modeling_customllm.py"
+
+
+def export_run(run: Path, out: Path, *, dtype: str = "float32") -> None:
+    """Export the newest weights of a run, with its tokenizer.
+
+    Raises:
+        UserError: `run` is no run, or `out` holds something already.
+    """
+    check_new(out)
+    config, weights = load_weights(run)
+    _write(config, weights, out, dtype)
+    if (run / "tokenizer").is_dir():
+        shutil.copytree(run / "tokenizer", out, dirs_exist_ok=True)
+
+
+def export_model(model: CustomLLM, out: Path, *, dtype: str = "float32") -> None:
+    """Export a model in memory.
+
+    Raises:
+        UserError: `out` holds something already.
+    """
+    check_new(out)
+    _, params, routing_bias = split_model(model)
+    _write(model.config, Weights(params, routing_bias), out, dtype)
+
+
+def check_new(out: Path) -> None:
+    """Nothing that a user has is overwritten.
+
+    Raises:
+        UserError: `out` is a file, or a folder that is not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty: pass a new folder")
+
+
+def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The exported `config.json`: the model's shape in transformers' words, and where its code lies."""
+    module = Path(MODELING_FILE).stem
+    return {
+        "architectures": ["CustomLLM"],
+        "model_type": "customllm",
+        "auto_map": {"AutoConfig": f"{module}.CustomLLMConfig", "AutoModelForCausalLM": f"{module}.CustomLLM"},
+        "dtype": dtype,
+        **config.to_dict(),
+    }
+
+
+def torch_tensors(config: ModelConfig, weights: Weights) -> Iterator[Tensor]:
+    """The PyTorch state_dict of given weights, each tensor made when it is read."""
+    trees = {PARAMS: weights.params, ROUTING_BIAS: weights.routing_bias}
+    for entry in entries(config):
+        array = np.asarray(leaf(trees[entry.tree], entry.path))  # a view of a CPU array
+        shape = torch_shape(entry, array.shape)
+        yield Tensor(entry.torch_name, shape, lambda entry=entry, array=array: entry.to_torch(array))
+
+
+def modeling_source() -> Path:
+    """The PyTorch model's file, found without importing it (its import needs PyTorch)."""
+    package = importlib.util.find_spec("torch_ref")
+    if package is None or package.origin is None:
+        raise UserError("the package torch_ref is not installed: install this project with pip install -e .")
+    return Path(package.origin).parent / "model.py"
+
+
+def _write(config: ModelConfig, weights: Weights, out: Path, dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
+    out.mkdir(parents=True, exist_ok=True)
+    write_safetensors(out, torch_tensors(config, weights), dtype)
+    shutil.copyfile(modeling_source(), out / MODELING_FILE)
+    generation = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    write_json(out / "generation_config.json", generation)
+    write_json(out / "config.json", hf_config(config, dtype))  # last: it makes the folder a model

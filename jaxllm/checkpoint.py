@@ -1,0 +1,170 @@
+"""Checkpoints of a run, by orbax: weights, optimizer and data position in one atomic save.
+
+    RUN/config.json            the model's shape             RUN/tokenizer/             the tokenizer
+    RUN/train_config.json      how it was trained            RUN/checkpoints/STEP/      weights | training | position
+
+A checkpoint whose `training` and `position` are absent (the converter writes such) is a starting point: weights only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from jaxllm.config import ModelConfig, TrainConfig, read_json, write_json
+from jaxllm.data.corpus import one_line
+from jaxllm.data.stream import Position
+from jaxllm.errors import UserError
+from jaxllm.step import TrainState, abstract_model, init_state, start_state
+
+Pytree = Any
+
+
+class Weights(NamedTuple):
+    """What a trained model is; plain nested dicts, stacked over layers and experts."""
+
+    params: Pytree
+    routing_bias: Pytree
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """The model's shape from a run or an exported folder.
+
+    Raises:
+        UserError: there is none, or it is not valid.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{str(folder)!r} is no run and no exported model: it holds no config.json")
+    try:
+        return ModelConfig.from_dict(read_json(folder / "config.json"))
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
+
+
+class Checkpoints:
+    """The checkpoints of one run folder. Saving is asynchronous; `close` waits for it."""
+
+    def __init__(self, folder: Path, keep: int | None = None):
+        self._folder = folder / "checkpoints"
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(epath.Path(self._folder.resolve()), options=options)
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, position: Position) -> None:
+        training = {"opt_state": state.opt_state, "step": state.step, "dropout_key": state.dropout_key}
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                weights=ocp.args.StandardSave(Weights(state.params, state.routing_bias)._asdict()),
+                training=ocp.args.StandardSave(training),
+                position=ocp.args.JsonSave({"source": position.source, "drawn": position.drawn}),
+                rows=ocp.args.StandardSave({"pool": position.pool, "tokens": _with_length(position.tokens)}),
+            ),
+        )
+
+    def save_weights(self, weights: Weights) -> None:
+        """Save weights alone, as step 0."""
+        self._manager.save(0, args=ocp.args.Composite(weights=ocp.args.StandardSave(weights._asdict())))
+
+    def restore_weights(self, config: ModelConfig) -> Weights:
+        """The newest weights.
+
+        Raises:
+            UserError: there is no checkpoint, or it cannot be read.
+        """
+        _, params, routing_bias = abstract_model(config)
+        restored = self._restore(weights=_on_host(Weights(params, routing_bias)._asdict()))
+        return Weights(**restored["weights"])
+
+    def restore(self, config: TrainConfig) -> tuple[TrainState, Position | None]:
+        """The newest state and the data position behind it; None for a checkpoint that holds weights alone.
+
+        Raises:
+            UserError: there is no checkpoint, or it cannot be read.
+        """
+        if not (self._folder / str(self.latest()) / "training").is_dir():
+            return start_state(config, *self.restore_weights(config.model)), None
+        state = jax.eval_shape(lambda: init_state(config))
+        training = {"opt_state": state.opt_state, "step": state.step, "dropout_key": state.dropout_key}
+        weights = Weights(state.params, state.routing_bias)._asdict()
+        restored = self._restore(weights=_on_host(weights), training=_on_host(training), position=None, rows=None)
+        rows = jax.tree.map(np.asarray, restored["rows"])
+        position = Position(
+            source=restored["position"]["source"],
+            drawn=restored["position"]["drawn"],
+            tokens=rows["tokens"][1:],
+            pool=rows["pool"],
+        )
+        return TrainState(**restored["weights"], **restored["training"]), position
+
+    def close(self) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def _restore(self, **targets: Pytree) -> dict[str, Any]:
+        step = self.latest()
+        if step is None:
+            raise UserError(f"{self._folder} holds no complete checkpoint")
+        args = {
+            name: ocp.args.JsonRestore() if name == "position" else ocp.args.StandardRestore(target)
+            for name, target in targets.items()
+        }
+        try:
+            return dict(self._manager.restore(step, args=ocp.args.Composite(**args)))
+        except Exception as error:  # orbax, tensorstore and the file system raise kinds of their own
+            raise UserError(
+                f"the checkpoint {self._folder / str(step)} cannot be read ({one_line(error)}): "
+                "delete that folder to use the one before it"
+            ) from None
+
+
+def _with_length(tokens: np.ndarray) -> np.ndarray:
+    """Orbax cannot save an array without elements: put the length in front."""
+    return np.concatenate([np.asarray([len(tokens)], np.int32), tokens])
+
+
+def _on_host(tree: Pytree) -> Pytree:
+    """Restore onto the default device, whatever layout was saved."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+def write_run(folder: Path, model: ModelConfig, weights: Weights, tokenizer_files: list[Path]) -> None:
+    """Make a run folder that starts from given weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", model.to_dict())
+    if tokenizer_files:
+        (folder / "tokenizer").mkdir(exist_ok=True)
+    for file in tokenizer_files:
+        (folder / "tokenizer" / file.name).write_bytes(file.read_bytes())
+    checkpoints = Checkpoints(folder)
+    checkpoints.save_weights(weights)
+    checkpoints.close()
+
+
+def load_weights(run: Path) -> tuple[ModelConfig, Weights]:
+    """Model config and newest weights of a run folder.
+
+    Raises:
+        UserError: it is no run, or the checkpoint cannot be read.
+    """
+    config = read_model_config(run)
+    if not is_run(run):
+        raise UserError(f"{str(run)!r} is no run: it holds no folder checkpoints")
+    checkpoints = Checkpoints(run)
+    try:
+        return config, checkpoints.restore_weights(config)
+    finally:
+        checkpoints.close()

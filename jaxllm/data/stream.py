@@ -1,0 +1,153 @@
+"""From pieces of text to batches of token rows: tokenize, pack, shuffle; with a position that a checkpoint can keep."""
+
+from __future__ import annotations
+
+import copy
+import queue
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from jaxllm.config import TrainConfig
+from jaxllm.data.corpus import Source, open_source
+from jaxllm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+POOL_ROWS = 1024
+"""Rows among which the next one is drawn: neighbours in a file do not meet in a batch."""
+
+
+class Position(NamedTuple):
+    """Everything that decides the batches to come."""
+
+    source: dict[str, Any]  # JSON values
+    drawn: int  # rows drawn so far: the number of the next random draw
+    tokens: np.ndarray  # (n,) packed tokens that do not fill a row yet
+    pool: np.ndarray  # (P,T) rows that wait to be drawn
+
+
+class TokenStream:
+    """An endless stream of rows of `seq_len` tokens from the training part of a source.
+
+    Documents follow one another with the end-of-sequence token behind each; rows ignore their borders, so that no
+    token is padding. The next row is drawn from a pool that is filled up again, with a random number that depends on
+    nothing but the seed and the number of the draw.
+    """
+
+    def __init__(self, source: Source, tokenizer: PreTrainedTokenizerBase, seq_len: int, seed: int):
+        self._source, self._tokenizer, self._seq_len, self._seed = source, tokenizer, seq_len, seed
+        self._tokens = np.zeros((0,), np.int32)
+        self._pool = np.zeros((0, seq_len), np.int32)
+        self._drawn = 0
+        self._rows = self._pack()
+
+    def position(self) -> Position:
+        return Position(copy.deepcopy(self._source.position), self._drawn, self._tokens.copy(), self._pool.copy())
+
+    def seek(self, position: Position) -> None:
+        """Go on from where `position` was taken, without reading what came before."""
+        self._source.position = copy.deepcopy(position.source)
+        self._drawn, self._tokens, self._pool = position.drawn, position.tokens.copy(), position.pool.copy()
+        self._rows = self._pack()
+
+    def progress(self) -> float | None:
+        """Passes over the data; None where its size is not known."""
+        return self._source.progress()
+
+    def next_rows(self, count: int) -> np.ndarray:  # (count, T) int32
+        if len(self._pool) < POOL_ROWS:
+            self._pool = np.concatenate(
+                [self._pool, *(next(self._rows)[None] for _ in range(POOL_ROWS - len(self._pool)))]
+            )
+        rows = np.empty((count, self._seq_len), np.int32)
+        for i in range(count):
+            choice = np.random.Generator(np.random.Philox(key=self._seed, counter=self._drawn)).integers(POOL_ROWS)
+            rows[i] = self._pool[choice]
+            self._pool[choice] = next(self._rows)
+            self._drawn += 1
+        return rows
+
+    def _pack(self) -> Iterator[np.ndarray]:
+        while True:
+            empty = True
+            for piece in self._source.pieces():
+                if piece.held_out:
+                    continue
+                empty = False
+                self._tokens = np.concatenate([self._tokens, encode(self._tokenizer, piece.text, piece.ends_document)])
+                while len(self._tokens) >= self._seq_len:
+                    row, self._tokens = self._tokens[: self._seq_len], self._tokens[self._seq_len :]
+                    yield row
+            if empty and self._source.position["pass"] > 0:
+                raise UserError("data: nothing is left to train on beside the held-out part: pass more text")
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, ends_document: bool) -> np.ndarray:  # (n,) int32
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return np.asarray([*ids, tokenizer.eos_token_id] if ends_document else ids, np.int32)
+
+
+def held_out_rows(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Up to `eval_samples` rows of the held-out part, packed in order: (n, T) int32, n >= 1.
+
+    Raises:
+        UserError: the held-out part does not fill one row.
+    """
+    wanted = config.eval_samples * config.seq_len
+    parts, have = [], 0
+    for piece in open_source(config).pieces():
+        if piece.held_out:
+            parts.append(encode(tokenizer, piece.text, piece.ends_document))
+            have += len(parts[-1])
+            if have >= wanted:
+                break
+    rows = min(config.eval_samples, have // config.seq_len)
+    if rows == 0:
+        raise UserError(
+            f"data is {config.data!r}: its held-out part has {have} tokens, which do not fill one row of "
+            f"seq_len = {config.seq_len}: pass more text or a smaller --seq-len"
+        )
+    return np.concatenate(parts)[: rows * config.seq_len].reshape(rows, config.seq_len)
+
+
+class Batch(NamedTuple):
+    rows: np.ndarray  # (n,T) int32
+    position: Position  # of the stream behind this batch
+    progress: float | None
+
+
+class Prefetcher:
+    """Reads and tokenizes the next batches in a thread, so that the step does not wait for them."""
+
+    def __init__(self, stream: TokenStream, rows: int, depth: int = 4):
+        self._queue: queue.Queue[Batch | Exception] = queue.Queue(depth)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(stream, rows), daemon=True, name="prefetch")
+        self._thread.start()
+
+    def __next__(self) -> Batch:
+        batch = self._queue.get()
+        if isinstance(batch, Exception):
+            raise batch
+        return batch
+
+    def close(self) -> None:
+        self._stopped.set()
+        while self._thread.is_alive():
+            try:
+                self._queue.get(timeout=0.05)
+            except queue.Empty:
+                continue
+
+    def _run(self, stream: TokenStream, rows: int) -> None:
+        while not self._stopped.is_set():
+            try:
+                batch = Batch(stream.next_rows(rows), stream.position(), stream.progress())
+            except Exception as error:  # raised again where the batch is asked for
+                self._queue.put(error)
+                return
+            self._queue.put(batch)

@@ -1,0 +1,110 @@
+"""The tokenizer of a run: loaded by name, or a byte-level BPE trained on the data; aligned with the model's config."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxllm.config import PRESETS, TOKENIZER_SIZED_PRESETS, TrainConfig
+from jaxllm.data.corpus import Source, one_line
+from jaxllm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+END_OF_TEXT = "<|endoftext|>"
+
+TRAINING_CHARS = 20_000_000
+"""As much text as a tokenizer is trained on: beyond it merges change little, and memory grows."""
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder or the Hub.
+
+    Raises:
+        UserError: there is none, or the Hub cannot be reached.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # it would advise installing PyTorch
+    path = Path(name).expanduser()
+    if path.exists():
+        if not (path / "tokenizer.json").is_file() and not (path / "tokenizer_config.json").is_file():
+            raise UserError(f"tokenizer is {name!r}: the folder holds neither tokenizer.json nor tokenizer_config.json")
+    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"tokenizer is {name!r}: there is no such folder, and it is no Hub name (OWNER/NAME)")
+    try:
+        return AutoTokenizer.from_pretrained(str(path) if path.exists() else name)
+    except Exception as error:  # transformers, tokenizers and the Hub's client raise kinds of their own
+        mend = "check its files" if path.exists() else "check the name and the network, or pass --tokenizer FOLDER"
+        raise UserError(f"tokenizer is {name!r}: it could not be loaded ({one_line(error)}): {mend}") from None
+
+
+def train_tokenizer(source: Source, vocab_size: int) -> PreTrainedTokenizerBase:
+    """Train a byte-level BPE on the training part of a source; every byte has a token, so any text round-trips."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < 257:
+        raise UserError(f"vocab_size is {vocab_size}: a byte-level tokenizer needs at least 257, or pass --tokenizer")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_training_texts(source), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+    )
+
+
+def _training_texts(source: Source) -> Iterator[str]:
+    chars = 0
+    for piece in source.pieces():
+        if not piece.held_out:
+            yield piece.text
+            chars += len(piece.text)
+            if chars > TRAINING_CHARS:
+                return
+
+
+def align(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainConfig:
+    """Give the model's config the tokenizer's special tokens, and a tokenizer-sized preset its vocabulary.
+
+    Raises:
+        UserError: the tokenizer has tokens for which the model has no row.
+    """
+    size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+    model = config.model
+    if config.preset in TOKENIZER_SIZED_PRESETS and model.vocab_size == PRESETS[config.preset].vocab_size:
+        vocab_size = size
+    else:
+        vocab_size = model.vocab_size
+    if size > vocab_size:
+        raise UserError(
+            f"vocab_size is {vocab_size}, but the tokenizer has {size} tokens: "
+            f"pass --model.vocab-size {size} or another --tokenizer"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end-of-sequence token, which separates documents: pass another")
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    special = {
+        "bos_token_id": eos if bos is None else bos,
+        "eos_token_id": eos,
+        "pad_token_id": eos if pad is None else pad,
+    }
+    return dataclasses.replace(config, model=dataclasses.replace(model, vocab_size=vocab_size, **special))
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of a prompt; an empty one is the token that separates documents."""
+    return tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]

@@ -1,0 +1,230 @@
+"""Text generation: one prefill of all prompts, then a compiled loop of single tokens on the latent cache.
+
+python -m jaxllm.generate RUN --prompt "def " --max-new-tokens 100 --temperature 0.8 --top-p 0.95
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+
+from jaxllm.checkpoint import is_run, load_weights
+from jaxllm.config import Precision
+from jaxllm.data.tokenizer import encode_prompt, load_tokenizer
+from jaxllm.errors import UserError, exit_on_user_error
+from jaxllm.model.attention import Latents
+from jaxllm.model.decoder import CustomLLM
+from jaxllm.step import split_model
+
+Array = jax.Array
+Pytree = Any
+
+PROMPT_MULTIPLE = 32
+"""Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together reach this probability (nucleus sampling, arXiv:1904.09751)."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"temperature is {self.temperature}: it must be at least 0 (0 is greedy)")
+        if self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}: it must be at least 0 (0 is all tokens)")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}: it must lie in (0, 1]")
+
+
+class _Decoding(NamedTuple):
+    count: Array  # () tokens chosen so far
+    tokens: Array  # (B,X) the chosen tokens, X at most
+    token: Array  # (B,) the newest
+    positions: Array  # (B,) its position, which is its cache slot
+    done: Array  # (B,) whether an end-of-sequence token was chosen
+    cache: Latents  # (L,B,S,...)
+
+
+def generate(
+    model: CustomLLM,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(temperature=0.0),
+    *,
+    seed: int = 0,
+    eos_token_id: int | None = None,
+) -> list[list[int]]:
+    """Continue prompts of any lengths, all at once.
+
+    Args:
+        model: a CustomLLM.
+        prompts: token ids, at least one in each prompt.
+        max_new_tokens: most tokens to add.
+        sampling: how a token is chosen; greedy by default.
+        seed: of the random choices.
+        eos_token_id: stops a row when chosen (it is not returned); None: nothing stops it.
+
+    Returns:
+        The new tokens of each prompt.
+
+    Raises:
+        UserError: a prompt is empty, or with its new tokens outgrows the position table.
+    """
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
+    lengths = [len(prompt) for prompt in prompts]
+    if not lengths or min(lengths) < 1:
+        raise UserError("prompt is empty: it must have at least one token")
+    limit = model.config.max_position_embeddings
+    if max(lengths) + max_new_tokens > limit:
+        raise UserError(
+            f"max_new_tokens is {max_new_tokens}: with a prompt of {max(lengths)} tokens it must be at most "
+            f"{limit - max(lengths)}, as the position table has {limit} rows"
+        )
+    width = min(limit, -(-max(lengths) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE)
+    padded = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    graph, params, bias = split_model(model)
+    eos = -1 if eos_token_id is None else eos_token_id
+    tokens, count = _generate(
+        graph, sampling, max_new_tokens, params, bias, padded, np.asarray(lengths), eos, jax.random.key(seed)
+    )
+    rows = np.asarray(tokens)[:, : int(count)].tolist()
+    return [row[: row.index(eos)] if eos in row else row for row in rows]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(
+    graph: nnx.GraphDef,
+    sampling: Sampling,
+    max_new: int,
+    params,
+    bias,
+    prompts: Array,
+    lengths: Array,
+    eos: Array,
+    key: Array,
+) -> tuple[Array, Array]:
+    """Prompts (B,P), padded on the right, and their lengths (B,) -> (B, max_new) tokens and how many count."""
+    model = nnx.merge(graph, params, bias)
+    batch, width = prompts.shape
+    # Padding on the right needs no mask: no token sees what comes after it, and decoding overwrites those cache slots.
+    hidden, record = model.run_layers(prompts, keep_latents=True)
+    room = [(0, 0), (0, 0), (0, max(0, min(width + max_new, model.config.max_position_embeddings) - width))]
+    cache = jax.tree.map(lambda x: jnp.pad(x, room + [(0, 0)] * (x.ndim - 3)), record.latents)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)  # (B,1,D)
+    first = choose(sampling, model.logits(last)[:, 0], jax.random.fold_in(key, 0))
+    tokens = jnp.zeros((batch, max_new), jnp.int32).at[:, 0].set(first)
+
+    def unfinished(now: _Decoding) -> Array:
+        return (now.count < max_new) & ~now.done.all()
+
+    def next_token(now: _Decoding) -> _Decoding:
+        logits, cache = model.decode(now.token[:, None], now.positions[:, None], now.cache)
+        token = choose(sampling, logits[:, 0], jax.random.fold_in(key, now.count))
+        return _Decoding(
+            count=now.count + 1,
+            tokens=now.tokens.at[:, now.count].set(token),
+            token=token,
+            positions=now.positions + 1,
+            done=now.done | (token == eos),
+            cache=cache,
+        )
+
+    start = _Decoding(jnp.ones((), jnp.int32), tokens, first, lengths, first == eos, cache)
+    end = jax.lax.while_loop(unfinished, next_token, start)
+    return end.tokens, end.count
+
+
+def choose(sampling: Sampling, logits: Array, key: Array) -> Array:
+    """Choose a token for each row: (B,V) float32 -> (B,) int32."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        smallest = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    if sampling.top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities  # the likeliest token always stays
+        smallest = jnp.where(before < sampling.top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+def load_model(folder: Path, precision: Precision = "float32") -> CustomLLM:
+    """The model of a run or of an exported folder.
+
+    Raises:
+        UserError: it is neither.
+    """
+    dtype = jnp.dtype(precision)
+    if not is_run(folder):
+        return CustomLLM.from_pretrained(folder, dtype=dtype)
+    config, weights = load_weights(folder)
+    graph, _, _ = split_model(nnx.eval_shape(lambda: CustomLLM(config, dtype=dtype, rngs=nnx.Rngs(0))))
+    return nnx.merge(graph, weights.params, weights.routing_bias)
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """Where the tokenizer of a run or of an exported folder lies."""
+    return folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
+
+
+@dataclass(frozen=True)
+class GenerateArgs:
+    """Continue prompts with a trained model."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run, or an exported folder."""
+    prompt: tuple[str, ...] = ("",)
+    """One or more prompts."""
+    max_new_tokens: int = 100
+    temperature: float = 0.8
+    """0 is greedy."""
+    top_k: int = 0
+    """0: all tokens."""
+    top_p: float = 0.95
+    greedy: bool = False
+    """Always the likeliest token."""
+    seed: int = 0
+    ignore_eos: bool = False
+    """Go on behind an end-of-sequence token."""
+    precision: Precision = "float32"
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    args = tyro.cli(GenerateArgs, args=argv, prog="python -m jaxllm.generate")
+    sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
+    model = load_model(args.run, args.precision)
+    tokenizer = load_tokenizer(str(tokenizer_folder(args.run)))
+    eos = None if args.ignore_eos else tokenizer.eos_token_id
+    ids = [encode_prompt(tokenizer, prompt) for prompt in args.prompt]
+    for prompt, new in zip(
+        args.prompt, generate(model, ids, args.max_new_tokens, sampling, seed=args.seed, eos_token_id=eos), strict=True
+    ):
+        print(prompt + tokenizer.decode(new))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

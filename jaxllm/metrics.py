@@ -1,0 +1,102 @@
+"""What a run reports: console lines in the source's form, metrics.jsonl, TensorBoard events, the loss picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class RunLog:
+    """Writes each record to the console (around the progress bar), to `metrics.jsonl` and to TensorBoard."""
+
+    def __init__(self, folder: Path, first_step: int, last_step: int):
+        """`first_step`: steps done before; what an earlier process logged beyond it is dropped, not logged twice."""
+        self._path = folder / "metrics.jsonl"
+        kept = [record for record in read_metrics(folder) if record["step"] <= first_step]
+        self._path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        self._file = self._path.open("a", encoding="utf-8", buffering=1)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self.bar = tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Log one record; it has a `step`."""
+        tqdm.write(str(record))
+        self._file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if name not in ("step", "epoch"):
+                self._board.add_scalar(_board_name(name), value, record["step"])
+
+    def close(self) -> None:
+        self.bar.close()
+        self._file.close()
+        self._board.close()
+
+
+def _board_name(name: str) -> str:
+    for prefix in ("eval_", "train_"):
+        if name.startswith(prefix):
+            return f"{prefix[:-1]}/{name.removeprefix(prefix)}"
+    return f"train/{name}"
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All complete records of a run; a last line that a killed process left half written is passed over."""
+    path = folder / "metrics.jsonl"
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
+    return records
+
+
+def unigram_loss(rows: np.ndarray) -> float:
+    """Cross-entropy, in nats, of the best possible unigram model of these rows: the entropy of their targets' counts.
+
+    No model that ignores the context can do better on them, whatever it was trained on.
+    """
+    counts = np.bincount(rows[:, 1:].reshape(-1))
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def draw_losses(folder: Path, unigram: float | None = None) -> None:
+    """Draw `loss.png`: training and evaluation loss, and the learning rate, over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = read_metrics(folder)
+    train = [record for record in records if "loss" in record]
+    evaluated = [record for record in records if "eval_loss" in record]
+    figure, (loss_axis, rate_axis) = plt.subplots(
+        2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), layout="constrained"
+    )
+    loss_axis.plot([r["step"] for r in train], [r["loss"] for r in train], label="training")
+    if evaluated:
+        loss_axis.plot([r["step"] for r in evaluated], [r["eval_loss"] for r in evaluated], "o-", label="evaluation")
+    if unigram is not None:
+        loss_axis.axhline(unigram, color="gray", linestyle=":", label="best unigram model")
+    loss_axis.set(ylabel="cross-entropy (nats per token)")
+    loss_axis.grid(alpha=0.3)
+    loss_axis.legend()
+    rate_axis.plot([r["step"] for r in train], [r["learning_rate"] for r in train], color="tab:green")
+    rate_axis.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    rate_axis.grid(alpha=0.3)
+    figure.savefig(folder / "loss.png", dpi=100)
+    plt.close(figure)
+
+
+def rounded(value: float, digits: int = 4) -> float:
+    """A number for a log line; not-a-number and infinities pass through."""
+    return round(value, digits) if math.isfinite(value) else value

@@ -1,0 +1,13 @@
+"""The decoder: Multi-head Latent Attention and DeepSeekMoE, as Flax NNX modules.
+
+Read in this order: layers, attention, moe, decoder. One legend of axis letters holds for all shape comments:
+
+    B batch        T time (queries)   S time (keys, cache slots)   N = B*T tokens
+    D hidden       H heads            h head size                  n = r = h/2 (no position | rotary)
+    R latent       F expert hidden    E routed experts             k experts of a token   M = N*k rows
+    L layers       V vocabulary
+"""
+
+from jaxllm.model.decoder import CustomLLM
+
+__all__ = ["CustomLLM"]

@@ -1,0 +1,106 @@
+"""Multi-head Latent Attention (DeepSeek-V2, arXiv:2405.04434, section 2.1), in two forms of one function.
+
+Training expands keys and values from the latent. Decoding keeps only the latent and the rotary key in its cache and
+absorbs the expansion into the query and the output instead (the same product, associated the other way round).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxllm.config import ModelConfig
+from jaxllm.model.layers import Linear, RotaryEmbedding, at_least_float32
+
+Array = jax.Array
+
+
+class Latents(NamedTuple):
+    """What attention must remember of a token: R + H*h/2 numbers instead of the 2*D of full keys and values."""
+
+    kv: Array  # (..., B,S,R)
+    k_rope: Array  # (..., B,S,H,r), already rotated
+
+
+def causal_mask(length: int, attention_mask: Array | None = None) -> Array:
+    """(1|B, 1, T, S) booleans: a token sees itself and what came before, but no padding.
+
+    A padded row still sees itself, so that no softmax runs over nothing.
+    """
+    causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
+    if attention_mask is None:
+        return causal
+    real = attention_mask.astype(bool)[:, None, None, :]  # (B,1,1,S)
+    return (causal & real) | jnp.eye(length, dtype=bool)
+
+
+def masked_softmax(scores: Array, mask: Array) -> Array:
+    """Softmax over the last axis in float32 (or wider), zero where the mask is."""
+    wide = scores.astype(at_least_float32(scores.dtype))
+    return jax.nn.softmax(jnp.where(mask, wide, jnp.finfo(wide.dtype).min), axis=-1)
+
+
+class MultiHeadLatentAttention(nnx.Module):
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config, self.dtype = config, dtype
+        D, R, H = config.hidden_size, config.latent_size, config.num_attention_heads
+
+        def linear(in_features: int, out_features: int) -> Linear:
+            return Linear(in_features, out_features, std=config.initializer_range, dtype=dtype, rngs=rngs)
+
+        self.kv_proj_d = linear(D, R)
+        self.q_proj_d = linear(D, R)
+        self.k_proj_u = linear(R, H * config.nope_head_dim)
+        self.v_proj_u = linear(R, D)
+        self.q_proj_u = linear(R, H * config.nope_head_dim)
+        self.rope_k = linear(D, H * config.rope_head_dim)
+        self.rope_q = linear(R, H * config.rope_head_dim)
+        self.o_proj = linear(D, D)
+        self.rotary_emb = RotaryEmbedding(config.rope_head_dim, theta=config.rope_theta)
+
+    def latents(self, x: Array, positions: Array) -> Latents:  # (B,T,D), (B|1,T)
+        return Latents(self.kv_proj_d(x), self.rotary_emb(self._heads(self.rope_k(x)), positions))
+
+    def queries(self, x: Array, positions: Array) -> tuple[Array, Array]:  # -> (B,T,H,n), (B,T,H,r)
+        latent = self.q_proj_d(x)  # (B,T,R)
+        return self._heads(self.q_proj_u(latent)), self.rotary_emb(self._heads(self.rope_q(latent)), positions)
+
+    def __call__(self, x: Array, positions: Array, mask: Array) -> tuple[Array, Latents]:
+        """Attend within x: (B,T,D), positions (B|1,T), mask (B|1,1,T,T) -> (B,T,D) and the latents to cache."""
+        latents = self.latents(x, positions)
+        q = jnp.concatenate(self.queries(x, positions), axis=-1) * self._scale  # (B,T,H,h)
+        k = jnp.concatenate([self._heads(self.k_proj_u(latents.kv)), latents.k_rope], axis=-1)
+        v = self._heads(self.v_proj_u(latents.kv))
+
+        q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))  # heads before time: the products below are batched over B,H
+        scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=at_least_float32(self.dtype))
+        weights = masked_softmax(scores, mask).astype(self.dtype)
+        context = jnp.einsum("bhts,bhsd->bhtd", weights, v).swapaxes(1, 2)
+        return self.o_proj(context.reshape(x.shape)), latents
+
+    def attend_latents(self, x: Array, positions: Array, cache: Latents, mask: Array) -> Array:
+        """Attend to cached latents without expanding them: (B,T,D), cache of (B,S,...), mask (B,1,T,S) -> (B,T,D)."""
+        wide = at_least_float32(self.dtype)
+        q_nope, q_rope = self.queries(x, positions)
+        expand_k = self._per_head(self.k_proj_u)  # (R,H,n)
+        expand_v = self._per_head(self.v_proj_u)  # (R,H,h)
+        q_latent = jnp.einsum("bthn,Rhn->bthR", q_nope, expand_k)
+        scores = jnp.einsum("bthR,bsR->bhts", q_latent, cache.kv, preferred_element_type=wide)
+        scores += jnp.einsum("bthr,bshr->bhts", q_rope, cache.k_rope, preferred_element_type=wide)
+        weights = masked_softmax(scores * self._scale, mask).astype(self.dtype)
+        context = jnp.einsum("bhts,bsR->bthR", weights, cache.kv)
+        return self.o_proj(jnp.einsum("bthR,Rhd->bthd", context, expand_v).reshape(x.shape))
+
+    @property
+    def _scale(self) -> float:
+        return self.config.head_dim**-0.5
+
+    def _heads(self, x: Array) -> Array:  # (B,T,H*d) -> (B,T,H,d)
+        return x.reshape(*x.shape[:2], self.config.num_attention_heads, -1)
+
+    def _per_head(self, linear: Linear) -> Array:  # (R,H*d) -> (R,H,d)
+        weight = linear.weight[...].astype(self.dtype)
+        return weight.reshape(weight.shape[0], self.config.num_attention_heads, -1)

@@ -1,0 +1,179 @@
+"""DecoderLayer and CustomLLM: the whole model, its layers stacked along a leading axis and run under one scan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxllm.config import ModelConfig
+from jaxllm.model.attention import Latents, MultiHeadLatentAttention, causal_mask
+from jaxllm.model.layers import CustomRMSNorm, Embedding, Linear, at_least_float32
+from jaxllm.model.moe import DeepSeekMoE, Routing, balance_loss, tokens_per_expert, z_loss
+
+Array = jax.Array
+
+
+class LayerRecord(NamedTuple):
+    """What each layer did, stacked over the layers. Fields are None unless asked for."""
+
+    counts: Array  # (L,E) int32, tokens of each expert
+    balance_loss: Array  # (L,)
+    z_loss: Array  # (L,)
+    latents: Latents | None  # (L,B,T,...), to fill a cache
+    hidden: Array | None  # (L,B,T,D), the residual stream behind the layer
+    experts: Array | None  # (L,B,T,k)
+    scores: Array | None  # (L,B,T,E)
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.self_attn = MultiHeadLatentAttention(config, dtype=dtype, rngs=rngs)
+        self.mlp = DeepSeekMoE(config, dtype=dtype, rngs=rngs)
+        self.input_norm = CustomRMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.post_attn_norm = CustomRMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+
+    def __call__(
+        self, x: Array, positions: Array, mask: Array, experts: Array | None = None
+    ) -> tuple[Array, Latents, Routing]:  # (B,T,D) -> (B,T,D)
+        attended, latents = self.self_attn(self.input_norm(x), positions, mask)
+        x = x + attended
+        mixed, routing = self.mlp(self.post_attn_norm(x), experts)
+        return x + mixed, latents, routing
+
+    def decode(self, x: Array, positions: Array, cache: Latents, layer: Array) -> tuple[Array, Latents]:
+        """One token of each row on the cache of all layers (L,B,S,...): (B,1,D), positions (B,1) -> (B,1,D), cache.
+
+        A token's cache slot is its position, so a row attends to the slots up to its own position.
+        """
+        normed = self.input_norm(x)
+        row = jnp.arange(x.shape[0])
+        new = self.self_attn.latents(normed, positions)
+        cache = jax.tree.map(lambda slots, token: slots.at[layer, row, positions[:, 0]].set(token[:, 0]), cache, new)
+        mask = jnp.arange(cache.kv.shape[2]) <= positions[:, :, None]  # (B,1,S)
+        own = jax.tree.map(lambda slots: slots[layer], cache)
+        x = x + self.self_attn.attend_latents(normed, positions, own, mask[:, None])
+        mixed, _ = self.mlp(self.post_attn_norm(x))
+        return x + mixed, cache
+
+
+class CustomLLM(nnx.Module):
+    """Decoder-only language model with Multi-head Latent Attention and DeepSeekMoE.
+
+    Args:
+        config: the model's shape.
+        dtype: compute dtype, float32 or bfloat16 (float64 with jax_enable_x64). Weights are float32 masters.
+        remat: recompute each layer in the backward pass.
+        rngs: for the initialization.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs):
+        self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
+        D, V, std = config.hidden_size, config.vocab_size, config.initializer_range
+        self.token_embeddings = Embedding(V, D, std=std, dtype=dtype, rngs=rngs)
+        self.position_embeddings = Embedding(config.max_position_embeddings, D, std=std, dtype=dtype, rngs=rngs)
+        self.dropout = nnx.Dropout(config.dropout)
+        self.decoder_layers = nnx.vmap(lambda keys: DecoderLayer(config, dtype=dtype, rngs=keys))(
+            rngs.split(config.num_hidden_layers)
+        )
+        self.final_norm = CustomRMSNorm(D, eps=config.rms_norm_eps, dtype=dtype) if config.final_norm else None
+        self.lm_head = Linear(D, V, bias=True, std=std, dtype=dtype, rngs=rngs)
+
+    def __call__(self, input_ids: Array, attention_mask: Array | None = None, rngs: nnx.Rngs | None = None) -> Array:
+        """Logits of the next token.
+
+        Args:
+            input_ids: (B, T) int.
+            attention_mask: (B, T), zero at padding; None: no padding.
+            rngs: the `dropout` stream in training; None: no dropout.
+
+        Returns:
+            (B, T, V) float32 (float64 in a float64 model).
+        """
+        return self.logits(self.run_layers(input_ids, attention_mask, rngs=rngs)[0])
+
+    def run_layers(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
+        experts: Array | None = None,
+        keep_latents: bool = False,
+        keep_hidden: bool = False,
+    ) -> tuple[Array, LayerRecord]:
+        """Everything before `lm_head`: (B,T) -> (B,T,D) and the record of the layers.
+
+        Args:
+            input_ids, attention_mask, rngs: as in `__call__`.
+            experts: (L,B,T,k) experts to use instead of the router's choice.
+            keep_latents: record the latents, which fill a decoding cache.
+            keep_hidden: record each layer's hidden states, chosen experts and scores.
+        """
+        batch, length = input_ids.shape
+        if attention_mask is None:
+            positions = jnp.arange(length)[None]
+        else:
+            positions = jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=-1) - 1, 0)
+        mask = causal_mask(length, attention_mask)
+        graph, stacked = nnx.split(self.decoder_layers)
+
+        def body(x: Array, layer_inputs) -> tuple[Array, LayerRecord]:
+            state, forced = layer_inputs
+            x, latents, routing = nnx.merge(graph, state)(x, positions, mask, forced)
+            in_time = (batch, length, -1)
+            return x, LayerRecord(
+                counts=tokens_per_expert(routing.experts, self.config.n_routed_experts),
+                balance_loss=balance_loss(routing, batch),
+                z_loss=z_loss(routing),
+                latents=latents if keep_latents else None,
+                hidden=x if keep_hidden else None,
+                experts=routing.experts.reshape(in_time) if keep_hidden else None,
+                scores=routing.scores.reshape(in_time) if keep_hidden else None,
+            )
+
+        x = self.embed(input_ids, positions)
+        x = self.dropout(x, deterministic=rngs is None, rngs=rngs)
+        return jax.lax.scan(jax.checkpoint(body) if self.remat else body, x, (stacked, experts))
+
+    def decode(self, token: Array, positions: Array, cache: Latents) -> tuple[Array, Latents]:
+        """Logits after one more token of each row: (B,1), (B,1), cache (L,B,S,...) -> (B,1,V) and the cache."""
+        graph, stacked = nnx.split(self.decoder_layers)
+
+        def body(carry: tuple[Array, Latents], layer_inputs) -> tuple[tuple[Array, Latents], None]:
+            state, layer = layer_inputs
+            return nnx.merge(graph, state).decode(carry[0], positions, carry[1], layer), None
+
+        layers = jnp.arange(self.config.num_hidden_layers)
+        (x, cache), _ = jax.lax.scan(body, (self.embed(token, positions), cache), (stacked, layers))
+        return self.logits(x), cache
+
+    def embed(self, input_ids: Array, positions: Array) -> Array:  # (B,T), (B|1,T) -> (B,T,D)
+        return self.token_embeddings(input_ids) + self.position_embeddings(positions)
+
+    def normed(self, x: Array) -> Array:
+        """What lm_head multiplies: the final norm where the config has one."""
+        return x if self.final_norm is None else self.final_norm(x)
+
+    def logits(self, x: Array) -> Array:  # (B,T,D) -> (B,T,V)
+        return self.lm_head(self.normed(x), out_dtype=at_least_float32(self.dtype))
+
+    def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
+        """Write `config.json`, safetensors and the PyTorch modelling code, as `python -m convert to-torch` does."""
+        from convert.to_torch import export_model  # the converter depends on the model, not the model on it
+
+        export_model(self, Path(folder), dtype=dtype)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, dtype: jnp.dtype = jnp.float32, remat: bool = False) -> CustomLLM:
+        """Read a folder that `save_pretrained` of either framework wrote.
+
+        Raises:
+            UserError: the folder or its weights are not those of a CustomLLM.
+        """
+        from convert.to_flax import import_model
+
+        return import_model(Path(folder), dtype=dtype, remat=remat)

@@ -1,0 +1,183 @@
+"""DeepSeekMoE (arXiv:2401.06066) with DeepSeek-V3's sigmoid scores and bias-steered choice (arXiv:2412.19437, 2.1.2).
+
+route -> dispatch -> experts -> combine: each is a function that takes what it needs, so that a test can call it alone
+or inject a routing. No token is ever dropped.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxllm.config import ModelConfig
+from jaxllm.model.expert_ffn import expert_ffn
+from jaxllm.model.layers import Linear, at_least_float32
+
+Array = jax.Array
+
+
+class RoutingBias(nnx.Variable):
+    """State that steers the choice of experts. It is no parameter: it takes no gradient and no weight decay."""
+
+
+class Routing(NamedTuple):
+    experts: Array  # (N,k) int32, the chosen experts
+    gates: Array  # (N,k), their weights, which sum to 1
+    scores: Array  # (N,E), sigmoid scores without the bias
+    logits: Array  # (N,E)
+
+
+class Dispatch(NamedTuple):
+    order: Array  # (M,): row i of the sorted rows is slot order[i] of the (N,k) slots, flattened
+    inverse: Array  # (M,): the slot j stands in row inverse[j]
+    group_sizes: Array  # (E,): rows of each expert
+
+
+def route(
+    x: Array, router_weight: Array, routing_bias: Array, experts_per_token: int, experts: Array | None = None
+) -> Routing:
+    """Choose experts by biased score, weigh them by unbiased score, all in float32.
+
+    Args:
+        x: (N, D) tokens.
+        router_weight: (D, E).
+        routing_bias: (E,).
+        experts_per_token: k.
+        experts: (N, k) experts to use instead of the k largest `scores + routing_bias` (ties: lowest index).
+    """
+    wide = at_least_float32(x.dtype)
+    logits = x.astype(wide) @ router_weight.astype(wide)
+    scores = jax.nn.sigmoid(logits)
+    if experts is None:
+        _, experts = jax.lax.top_k(jax.lax.stop_gradient(scores) + routing_bias.astype(wide), experts_per_token)
+    chosen = jnp.take_along_axis(scores, experts, axis=-1)
+    gates = chosen / (chosen.sum(axis=-1, keepdims=True) + 1e-20)
+    return Routing(experts, gates, scores, logits)
+
+
+def tokens_per_expert(experts: Array, n_experts: int) -> Array:  # (N,k) -> (E,) int32
+    return (experts.reshape(-1, 1) == jnp.arange(n_experts)).sum(axis=0, dtype=jnp.int32)
+
+
+def plan_dispatch(experts: Array, n_experts: int) -> Dispatch:
+    """Sort the (N,k) slots by expert, keeping the order of tokens within an expert."""
+    order = jnp.argsort(experts.reshape(-1), stable=True)
+    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
+    return Dispatch(order, inverse, tokens_per_expert(experts, n_experts))
+
+
+# Both directions of the permutation are gathers, in the backward pass too: JAX would scatter there.
+@jax.custom_vjp
+def dispatch(x: Array, plan: Dispatch) -> Array:  # (N,D) -> (M,D), rows sorted by expert
+    return x[plan.order // (plan.order.size // x.shape[0])]
+
+
+def _dispatch_fwd(x: Array, plan: Dispatch):
+    return dispatch(x, plan), (plan, x.shape)
+
+
+def _dispatch_bwd(saved, d_rows: Array):
+    plan, (N, D) = saved
+    return d_rows[plan.inverse].reshape(N, -1, D).sum(axis=1), None
+
+
+dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+
+
+@jax.custom_vjp
+def _to_slots(rows: Array, plan: Dispatch) -> Array:  # (M,D) sorted by expert -> (M,D) in slot order
+    return rows[plan.inverse]
+
+
+_to_slots.defvjp(lambda rows, plan: (_to_slots(rows, plan), plan), lambda plan, d_slots: (d_slots[plan.order], None))
+
+
+def combine(rows: Array, gates: Array, plan: Dispatch) -> Array:  # (M,D), (N,k) -> (N,D)
+    slots = _to_slots(rows, plan).reshape(*gates.shape, rows.shape[-1])  # (N,k,D)
+    return (slots * gates.astype(rows.dtype)[..., None]).sum(axis=1)
+
+
+class DeepSeekExpertLayer(nnx.Module):
+    """A SwiGLU feed-forward layer. The shared and the routed experts are stacks of it along a leading axis."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.dtype = dtype
+        D, F, std = config.hidden_size, config.moe_intermediate_size, config.initializer_range
+        self.gate_proj = Linear(D, F, std=std, dtype=dtype, rngs=rngs)
+        self.up_proj = Linear(D, F, std=std, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(F, D, std=std, dtype=dtype, rngs=rngs)
+
+    def grouped(self, rows: Array, group_sizes: Array) -> Array:
+        """As a stack of E experts, each on its own group of consecutive rows: (M,D), (E,) -> (M,D)."""
+        return expert_ffn(rows, *self._weights(), group_sizes)
+
+    def summed(self, x: Array) -> Array:
+        """As a stack of experts that all see every token, summed: (N,D) -> (N,D)."""
+        gate, up, down = self._weights()
+        out = jnp.zeros_like(x)
+        for j in range(gate.shape[0]):
+            out += (jax.nn.silu(x @ gate[j]) * (x @ up[j])) @ down[j]
+        return out
+
+    def _weights(self) -> list[Array]:
+        return [linear.weight[...].astype(self.dtype) for linear in (self.gate_proj, self.up_proj, self.down_proj)]
+
+
+def stack_experts(count: int, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> DeepSeekExpertLayer:
+    return nnx.vmap(lambda keys: DeepSeekExpertLayer(config, dtype=dtype, rngs=keys))(rngs.split(count))
+
+
+class DeepSeekMoE(nnx.Module):
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config = config
+        self.shared_experts = stack_experts(config.n_shared_experts, config, dtype=dtype, rngs=rngs)
+        self.routed_experts = stack_experts(config.n_routed_experts, config, dtype=dtype, rngs=rngs)
+        self.router = Linear(
+            config.hidden_size, config.n_routed_experts, std=config.initializer_range, dtype=dtype, rngs=rngs
+        )
+        self.routing_bias = RoutingBias(jnp.zeros((config.n_routed_experts,), at_least_float32(dtype)))
+
+    def __call__(self, x: Array, experts: Array | None = None) -> tuple[Array, Routing]:
+        """(B,T,D) -> (B,T,D) and the routing of its N tokens; `experts` (B,T,k) replaces the choice."""
+        tokens = x.reshape(-1, x.shape[-1])  # (N,D)
+        if experts is not None:
+            experts = experts.reshape(tokens.shape[0], -1)
+        k = self.config.num_experts_per_tok
+        routing = route(tokens, self.router.weight[...], self.routing_bias[...], k, experts)
+        plan = plan_dispatch(routing.experts, self.config.n_routed_experts)
+        rows = self.routed_experts.grouped(dispatch(tokens, plan), plan.group_sizes)
+        out = self.shared_experts.summed(tokens) + combine(rows, routing.gates, plan)
+        return out.reshape(x.shape), routing
+
+
+def balance_loss(routing: Routing, batch: int) -> Array:
+    """DeepSeek-V3's complementary sequence-wise balance loss (arXiv:2412.19437, eq. 17-20), without its weight.
+
+    1 where every sequence spreads its tokens evenly, larger otherwise; the mean over the batch's sequences.
+    """
+    E = routing.scores.shape[-1]
+    k = routing.experts.shape[-1]
+    chosen = (routing.experts[..., None] == jnp.arange(E)).sum(axis=1)  # (N,E)
+    fraction = chosen.reshape(batch, -1, E).mean(axis=1) * (E / k)
+    normalized = routing.scores / (routing.scores.sum(axis=-1, keepdims=True) + 1e-20)
+    return (fraction * normalized.reshape(batch, -1, E).mean(axis=1)).sum(axis=-1).mean()
+
+
+def z_loss(routing: Routing) -> Array:
+    """Router z-loss (ST-MoE, arXiv:2202.08906, eq. 5), without its weight: keeps router logits small."""
+    return jnp.square(jax.nn.logsumexp(routing.logits, axis=-1)).mean()
+
+
+def updated_routing_bias(bias: Array, counts: Array, rate: float) -> Array:
+    """Auxiliary-loss-free load balancing (arXiv:2408.15664): push the choice away from crowded experts.
+
+    Args:
+        bias: (..., E).
+        counts: (..., E) tokens of each expert over the whole global batch.
+        rate: the step, gamma.
+    """
+    counts = counts.astype(bias.dtype)
+    return bias + rate * jnp.sign(counts.mean(axis=-1, keepdims=True) - counts)

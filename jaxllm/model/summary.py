@@ -1,0 +1,56 @@
+"""The module tree as PyTorch prints it, so that the two frameworks' trees can be compared line for line."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxllm.config import ModelConfig
+from jaxllm.model.decoder import CustomLLM, DecoderLayer
+from jaxllm.model.layers import Embedding, Linear
+from jaxllm.model.moe import DeepSeekExpertLayer
+
+
+def module_tree(config: ModelConfig) -> str:
+    """The tree of a CustomLLM in the style of `print(torch_module)`; takes no memory."""
+    lines: list[str] = []
+    jax.eval_shape(lambda: lines.extend(_render(_build(CustomLLM, config), config)))
+    return "\n".join(lines)
+
+
+def _build(kind: type[nnx.Module], config: ModelConfig) -> nnx.Module:
+    return kind(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+
+def _render(module: nnx.Module, config: ModelConfig) -> list[str]:
+    if isinstance(module, Embedding):
+        return [f"Embedding({module.rows}, {module.features})"]
+    if isinstance(module, Linear):
+        bias = module.bias is not None
+        return [f"Linear(in_features={module.in_features}, out_features={module.out_features}, bias={bias})"]
+    if isinstance(module, nnx.Dropout):
+        return [f"Dropout(p={module.rate}, inplace=False)"]
+    # A stack has lost the order of its attributes, so one fresh element of it is rendered.
+    stacks = {
+        "decoder_layers": (config.num_hidden_layers, DecoderLayer),
+        "shared_experts": (config.n_shared_experts, DeepSeekExpertLayer),
+        "routed_experts": (config.n_routed_experts, DeepSeekExpertLayer),
+    }
+    lines: list[str] = []
+    for name, child in vars(module).items():
+        if name in stacks:
+            count, kind = stacks[name]
+            element = _render(_build(kind, config), config)
+            label = "(0): " if count == 1 else f"(0-{count - 1}): {count} x "
+            lines += _indented(f"({name}): ", ["ModuleList(", *_indented(label, element), ")"])
+        elif isinstance(child, nnx.Module):
+            lines += _indented(f"({name}): ", _render(child, config))
+    if isinstance(module, DeepSeekExpertLayer):
+        lines += ["  (act_fn): SiLU()"]  # here it is part of the experts' one function
+    name = type(module).__name__
+    return [f"{name}(", *lines, ")"] if lines else [f"{name}()"]
+
+
+def _indented(label: str, rendered: list[str]) -> list[str]:
+    return ["  " + line for line in [label + rendered[0], *rendered[1:]]]

@@ -1,0 +1,46 @@
+"""AdamW with global-norm clipping, and the source's schedule: linear warm-up, then a half cosine to zero."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxllm.config import TrainConfig
+
+
+def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
+    """Learning rate of the update number `count` (from 0): linear from 0 over `warmup_steps`, cosine to 0 at `steps`.
+
+    It is written here because optax's cosine joins a warm-up with a peak of its own rounding; the formula is that of
+    transformers' `get_cosine_schedule_with_warmup`, whose values the source's log shows.
+    """
+
+    def schedule(count):
+        count = jnp.asarray(count, jnp.promote_types(jnp.float32, jnp.result_type(float)))
+        warmup = count / max(1, config.warmup_steps)
+        progress = (count - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+        cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
+        return config.learning_rate * jnp.where(count < config.warmup_steps, warmup, cosine)
+
+    return schedule
+
+
+def decays(params) -> dict:
+    """Which parameters weight decay applies to: matrices and embeddings, not norms and biases (as in the Trainer)."""
+
+    def is_matrix(path, _leaf) -> bool:
+        names = [str(getattr(key, "key", key)) for key in path]
+        return names[-1] == "weight" and not any(name.endswith("norm") for name in names)
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Clipping, AdamW moments in float32, decoupled decay, schedule: in the order of PyTorch's AdamW."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.adam_eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decays),
+        optax.scale_by_learning_rate(learning_rate_schedule(config)),
+    )

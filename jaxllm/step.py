@@ -1,0 +1,147 @@
+"""The one pure training step. Everything that runs it (jit, pmap, accumulation) wraps this function."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from jaxllm.config import ModelConfig, TrainConfig
+from jaxllm.loss import count_targets, next_token_targets, summed_cross_entropy
+from jaxllm.model.decoder import CustomLLM
+from jaxllm.model.moe import RoutingBias, updated_routing_bias
+from jaxllm.optim import learning_rate_schedule, optimizer
+
+Array = jax.Array
+Pytree = Any
+
+
+class TrainState(NamedTuple):
+    """All that a step changes; a plain pytree of arrays."""
+
+    params: Pytree  # nested dict of float32 masters, stacked over layers and experts
+    routing_bias: Pytree  # nested dict with one (L,E) leaf
+    opt_state: optax.OptState
+    step: Array  # () int32, updates done
+    dropout_key: Array  # raw key data, uint32; each step and micro-batch folds its number in
+
+
+class StepMetrics(NamedTuple):
+    loss: Array  # () mean cross-entropy over the targets of the global batch, nats
+    grad_norm: Array  # () global norm before clipping
+    learning_rate: Array  # ()
+    expert_load: Array  # () tokens of the fullest expert over the mean, the worst layer; 1 is even
+
+
+def split_model(model: CustomLLM) -> tuple[nnx.GraphDef, Pytree, Pytree]:
+    """A model as its static part, its parameters and its routing bias: plain nested dicts of arrays."""
+    graph, params, bias = nnx.split(model, nnx.Param, RoutingBias)
+    return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(bias)
+
+
+def abstract_model(config: ModelConfig, **options) -> tuple[nnx.GraphDef, Pytree, Pytree]:
+    """`split_model` with shapes in place of arrays: takes no memory."""
+    return split_model(nnx.eval_shape(lambda: CustomLLM(config, rngs=nnx.Rngs(0), **options)))
+
+
+def model_graph(config: TrainConfig) -> nnx.GraphDef:
+    """The static part of the model that this run trains."""
+    return abstract_model(config.model, dtype=jnp.dtype(config.precision), remat=config.remat)[0]
+
+
+def count_parameters(params: Pytree) -> int:
+    """Trained parameters, arrays or shapes; the routing bias is state and does not count."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def init_state(config: TrainConfig) -> TrainState:
+    """A new run: fresh weights, zero moments, step 0."""
+    model_key, dropout_key = jax.random.split(jax.random.key(config.seed))
+    model = CustomLLM(config.model, rngs=nnx.Rngs(params=model_key))
+    _, params, bias = split_model(model)
+    return start_state(config, params, bias)._replace(dropout_key=jax.random.key_data(dropout_key))
+
+
+def start_state(config: TrainConfig, params: Pytree, routing_bias: Pytree) -> TrainState:
+    """Step 0 on given weights."""
+    _, dropout_key = jax.random.split(jax.random.key(config.seed))
+    return TrainState(
+        params=params,
+        routing_bias=routing_bias,
+        opt_state=optimizer(config).init(params),
+        step=jnp.zeros((), jnp.int32),
+        dropout_key=jax.random.key_data(dropout_key),
+    )
+
+
+def train_step(
+    config: TrainConfig, graph: nnx.GraphDef, state: TrainState, labels: Array
+) -> tuple[TrainState, StepMetrics]:
+    """One optimizer step.
+
+    Args:
+        config, graph: static.
+        state: the state before; donate it.
+        labels: (A, B, T) int32: A micro-batches of token rows, which are inputs and labels at once (-100: ignored).
+
+    Returns:
+        The state after, and measurements that stay on the device.
+    """
+    targets = jnp.maximum(count_targets(labels), 1)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.dropout_key), state.step)
+
+    def micro_loss(params: Pytree, micro: Array, index: Array):
+        model = nnx.merge(graph, params, state.routing_bias)
+        rngs = nnx.Rngs(dropout=jax.random.fold_in(key, index)) if config.model.dropout else None
+        x, record = model.run_layers(jnp.maximum(micro, 0), rngs=rngs)
+        # Each micro-batch adds its share of the global mean, so that accumulation is no mean of means.
+        loss = summed_loss(model, x, micro) / targets
+        auxiliary = config.balance_loss * record.balance_loss.sum() + config.router_z_loss * record.z_loss.sum()
+        return loss + auxiliary / labels.shape[0], (loss, record.counts)
+
+    gradient = jax.grad(micro_loss, has_aux=True)
+    if labels.shape[0] == 1:  # no accumulator beside the gradient
+        grads, (loss, counts) = gradient(state.params, labels[0], jnp.zeros((), jnp.int32))
+    else:
+
+        def accumulate(total, micro):
+            return jax.tree.map(jnp.add, total, gradient(state.params, *micro)), None
+
+        first = jax.eval_shape(gradient, state.params, labels[0], jnp.zeros((), jnp.int32))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
+        (grads, (loss, counts)), _ = jax.lax.scan(accumulate, zeros, (labels, jnp.arange(labels.shape[0])))
+
+    updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
+    metrics = StepMetrics(
+        loss=loss,
+        grad_norm=optax.tree.norm(grads),
+        learning_rate=learning_rate_schedule(config)(state.step),
+        expert_load=(counts.max(axis=-1) / counts.mean(axis=-1)).max(),
+    )
+    new_state = TrainState(
+        params=optax.apply_updates(state.params, updates),
+        routing_bias=jax.tree.map(
+            lambda bias: updated_routing_bias(bias, counts, config.bias_update_rate), state.routing_bias
+        ),
+        opt_state=opt_state,
+        step=state.step + 1,
+        dropout_key=state.dropout_key,
+    )
+    return new_state, metrics
+
+
+def eval_step(graph: nnx.GraphDef, params: Pytree, routing_bias: Pytree, labels: Array) -> tuple[Array, Array]:
+    """Summed cross-entropy and number of targets of a batch (B, T), without dropout."""
+    model = nnx.merge(graph, params, routing_bias)
+    x, _ = model.run_layers(jnp.maximum(labels, 0))
+    return summed_loss(model, x, labels), count_targets(labels)
+
+
+def summed_loss(model: CustomLLM, x: Array, labels: Array) -> Array:
+    """Summed next-token cross-entropy of labels (B,T), given what the layers made of them: x (B,T,D)."""
+    hidden = model.normed(x).reshape(-1, x.shape[-1])
+    head = model.lm_head
+    return summed_cross_entropy(hidden, head.weight[...], head.bias[...], next_token_targets(labels).reshape(-1))

@@ -1,0 +1,46 @@
+"""Cross-entropy in chunks against the plain formula, and the one shift of the labels."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm import loss
+
+
+def plain(hidden, weight, bias, targets):
+    log_p = jax.nn.log_softmax(hidden @ weight + bias)
+    scored = targets != loss.IGNORED
+    return -jnp.where(scored, jnp.take_along_axis(log_p, jnp.where(scored, targets, 0)[:, None], 1)[:, 0], 0).sum()
+
+
+@pytest.mark.parametrize("rows", [64, 7], ids=["one chunk", "chunks with a remainder"])
+def test_equals_the_plain_formula_with_gradients(rows, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_ROWS", rows)
+    with jax.enable_x64(True):
+        keys = jax.random.split(jax.random.key(0), 4)
+        args = (
+            jax.random.normal(keys[0], (50, 8)),
+            jax.random.normal(keys[1], (8, 30)),
+            jax.random.normal(keys[2], (30,)),
+        )
+        targets = jax.random.randint(keys[3], (50,), 0, 30).at[::5].set(loss.IGNORED)
+        ours, our_grads = jax.value_and_grad(lambda *a: 3 * loss.summed_cross_entropy(*a, targets), (0, 1, 2))(*args)
+        theirs, their_grads = jax.value_and_grad(lambda *a: 3 * plain(*a, targets), (0, 1, 2))(*args)
+        assert float(3 * loss.summed_cross_entropy(*args, targets)) == pytest.approx(float(theirs), rel=1e-13)
+        assert float(ours) == pytest.approx(float(theirs), rel=1e-13)
+        for a, b in zip(our_grads, their_grads, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13)
+
+
+def test_labels_are_shifted_once():
+    labels = jnp.asarray([[5, 6, 7], [8, loss.IGNORED, 9]])
+    assert loss.next_token_targets(labels).tolist() == [[6, 7, -100], [-100, 9, -100]]
+    assert loss.count_targets(labels) == 3
+
+
+def test_nothing_to_score_is_zero():
+    zero = loss.summed_cross_entropy(jnp.ones((3, 2)), jnp.ones((2, 5)), jnp.ones((5,)), jnp.full((3,), loss.IGNORED))
+    assert float(zero) == 0.0

@@ -1,0 +1,137 @@
+"""The Flax model: sizes, causality, padding, precision, remat."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxllm import PRESETS, CustomLLM, ModelConfig
+from jaxllm.loss import count_targets
+from jaxllm.step import abstract_model, count_parameters, split_model, summed_loss
+
+SMALL = ModelConfig(
+    vocab_size=97,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    moe_intermediate_size=24,
+    max_position_embeddings=64,
+)
+
+
+def small_model(dtype=jnp.float32, **changes) -> CustomLLM:
+    model = CustomLLM(dataclasses.replace(SMALL, **changes), dtype=dtype, rngs=nnx.Rngs(0))
+    bias = model.decoder_layers.mlp.routing_bias
+    bias[...] = 0.1 * jax.random.normal(jax.random.key(5), bias[...].shape, bias[...].dtype)
+    # weights large enough that attention is far from uniform
+    _, params, routing_bias = split_model(model)
+    params = jax.tree.map(lambda w: 5 * w, params)
+    return nnx.merge(nnx.split(model, ...)[0], params, routing_bias)
+
+
+def tokens(length: int, batch: int = 2) -> jax.Array:
+    return jax.random.randint(jax.random.key(3), (batch, length), 0, SMALL.vocab_size)
+
+
+@pytest.mark.parametrize(("name", "count"), [("customllm-1b", 1_075_060_736), ("customllm-768", 793_921_536)])
+def test_presets_have_exactly_their_parameters(name, count):
+    assert count_parameters(abstract_model(PRESETS[name])[1]) == count
+
+
+def test_tiny_is_tiny():
+    assert 5e6 < count_parameters(abstract_model(PRESETS["tiny"])[1]) < 15e6
+
+
+def test_logits_are_float32_in_every_precision():
+    for dtype in (jnp.float32, jnp.bfloat16):
+        logits = CustomLLM(SMALL, dtype=dtype, rngs=nnx.Rngs(0))(tokens(9))
+        assert logits.shape == (2, 9, SMALL.vocab_size)
+        assert logits.dtype == jnp.float32
+
+
+def test_masters_stay_float32_in_bfloat16():
+    _, params, bias = abstract_model(SMALL, dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves((params, bias))} == {jnp.dtype(jnp.float32)}
+
+
+def test_changing_a_token_changes_no_logit_before_it():
+    """With the routing held fixed not one bit moves; with it free, rounding may (float64: 1e-12)."""
+    with jax.enable_x64(True):
+        model = small_model(jnp.float64)
+        run = jax.jit(lambda ids, experts: (lambda x, r: (model.logits(x), r.experts))(
+            *model.run_layers(ids, experts=experts, keep_hidden=True)
+        ))  # fmt: skip
+        ids = tokens(40)
+        before, experts = run(ids, None)
+        for t in (1, 17, 39):
+            changed = ids.at[:, t].set((ids[:, t] + 1) % SMALL.vocab_size)
+            free, _ = run(changed, None)
+            held, _ = run(changed, experts)
+            scale = jnp.abs(before).max()
+            assert jnp.abs(free[:, :t] - before[:, :t]).max() <= 1e-12 * scale
+            np.testing.assert_array_equal(held[:, :t], run(ids, experts)[0][:, :t])
+            assert jnp.abs(free[:, t:] - before[:, t:]).max() > 1e-3 * scale  # the token itself matters
+
+
+def test_uniform_random_tokens_cannot_be_predicted():
+    """An answer that leaks would push the loss below log V; fresh weights leave it there."""
+    model = CustomLLM(SMALL, rngs=nnx.Rngs(0))
+    ids = jax.random.randint(jax.random.key(9), (32, 64), 0, SMALL.vocab_size)
+    loss = summed_loss(model, model.run_layers(ids)[0], ids) / count_targets(ids)
+    assert float(loss) == pytest.approx(np.log(SMALL.vocab_size), abs=0.02)
+
+
+def test_padding_changes_nothing_for_real_tokens():
+    model = small_model()
+    ids = tokens(20)
+    real = model(ids)
+    for pads in (np.zeros((2, 0)), np.ones((2, 7))):
+        wide = jnp.concatenate([jnp.zeros((2, pads.shape[1]), ids.dtype), ids], axis=1)
+        mask = jnp.concatenate([jnp.zeros(pads.shape), jnp.ones((2, 20))], axis=1)
+        np.testing.assert_allclose(model(wide, mask)[:, pads.shape[1] :], real, rtol=2e-4, atol=2e-4)
+    assert np.isfinite(model(wide, mask)).all()  # padded rows too
+
+
+def test_remat_changes_no_gradient():
+    model = small_model()
+    graph, params, bias = split_model(model)
+    rematted = CustomLLM(SMALL, remat=True, rngs=nnx.Rngs(0))
+    ids = tokens(30)
+
+    def grads(graph):
+        def loss(params):
+            model = nnx.merge(graph, params, bias)
+            return summed_loss(model, model.run_layers(ids)[0], ids)
+
+        return jax.jit(jax.grad(loss))(params)
+
+    plain, other = grads(graph), grads(split_model(rematted)[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, other)
+
+
+def test_compile_time_does_not_grow_with_depth():
+    """The layers are one loop: the program of 12 layers has as many operations as that of 3."""
+
+    def operations(layers: int) -> int:
+        graph, params, bias = abstract_model(dataclasses.replace(SMALL, num_hidden_layers=layers))
+        lowered = jax.jit(lambda p, b, ids: nnx.merge(graph, p, b)(ids)).lower(
+            params, bias, jax.ShapeDtypeStruct((2, 16), jnp.int32)
+        )
+        return len(lowered.as_text().splitlines())
+
+    assert operations(12) == operations(3)
+
+
+def test_dropout_needs_a_key_and_uses_it():
+    model = CustomLLM(dataclasses.replace(SMALL, dropout=0.5), rngs=nnx.Rngs(0))
+    ids = tokens(10)
+    still = model(ids)
+    np.testing.assert_array_equal(still, model(ids))
+    one, two = (model(ids, rngs=nnx.Rngs(dropout=seed)) for seed in (1, 2))
+    assert not np.allclose(one, still)
+    assert not np.allclose(one, two)

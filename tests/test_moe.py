@@ -1,0 +1,144 @@
+"""Routing and the experts: no token is dropped, whatever the imbalance, and the gradients are those of a plain loop."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxllm.config import ModelConfig
+from jaxllm.model import moe
+from jaxllm.model.expert_ffn import BLOCK_ROWS, expert_ffn
+
+SMALL = ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, moe_intermediate_size=24)
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def oracle(rows, gate, up, down, group_sizes):
+    """Every row through its expert, one expert after another; plain autodiff."""
+    outs, start = [], 0
+    for e, size in enumerate(group_sizes):
+        x = rows[start : start + size]
+        outs.append((jax.nn.silu(x @ gate[e]) * (x @ up[e])) @ down[e])
+        start += size
+    return jnp.concatenate(outs)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.lists(st.sampled_from([0, 1, 31, 32, 33, 255, 256, 257, 300, 600]), min_size=4, max_size=4).filter(any),
+    st.integers(0, 2**31),
+)
+def test_expert_ffn_equals_a_loop_over_experts(sizes, seed):
+    keys = jax.random.split(jax.random.key(seed), 5)
+    rows, cotangent = (jax.random.normal(key, (sum(sizes), 8), jnp.float64) for key in keys[:2])
+    weights = [jax.random.normal(keys[2], (4, 8, 6)), jax.random.normal(keys[3], (4, 8, 6))]
+    weights.append(jax.random.normal(keys[4], (4, 6, 8)))
+
+    out, pullback = jax.vjp(lambda *a: expert_ffn(*a, jnp.asarray(sizes)), rows, *weights)
+    wanted, wanted_pullback = jax.vjp(lambda *a: oracle(*a, sizes), rows, *weights)
+    np.testing.assert_allclose(out, wanted, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(pullback(cotangent), wanted_pullback(cotangent), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_group_sizes_reach_every_kind_of_block():
+    """The sizes that hypothesis draws from cover large blocks, small blocks and remainders."""
+    assert BLOCK_ROWS == (256, 32)
+
+
+def loop_over_tokens(layer: moe.DeepSeekMoE, x: np.ndarray) -> np.ndarray:
+    """The definition, token by token, in numpy."""
+    flat = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
+    bias, router = np.asarray(layer.routing_bias[...]), np.asarray(layer.router.weight[...])
+
+    def expert(stack, e, token):
+        gate, up, down = (np.asarray(p.weight[...])[e] for p in (stack.gate_proj, stack.up_proj, stack.down_proj))
+        pre = token @ gate
+        return (pre / (1 + np.exp(-pre)) * (token @ up)) @ down
+
+    out = np.zeros_like(flat)
+    for i, token in enumerate(flat):
+        scores = 1 / (1 + np.exp(-(token @ router)))
+        chosen = sorted(range(len(bias)), key=lambda e: (-(scores[e] + bias[e]), e))[: layer.config.num_experts_per_tok]
+        total = scores[chosen].sum() + 1e-20
+        out[i] = sum(scores[e] / total * expert(layer.routed_experts, e, token) for e in chosen)
+        out[i] += sum(expert(layer.shared_experts, j, token) for j in range(layer.config.n_shared_experts))
+    return out.reshape(x.shape)
+
+
+@pytest.mark.parametrize("crowded", [False, True], ids=["random routing", "all tokens on one pair"])
+def test_no_token_is_dropped(crowded):
+    layer = moe.DeepSeekMoE(SMALL, dtype=jnp.float64, rngs=nnx.Rngs(0))
+    bias = np.random.default_rng(0).normal(size=7) * 0.05
+    if crowded:
+        bias[[2, 5]] += 10
+    layer.routing_bias[...] = jnp.asarray(bias)
+    x = jax.random.normal(jax.random.key(1), (3, 100, 32), jnp.float64)
+    out, routing = layer(x)
+    if crowded:
+        assert set(np.unique(routing.experts)) == {2, 5}
+    np.testing.assert_allclose(out, loop_over_tokens(layer, np.asarray(x)), rtol=1e-10, atol=1e-14)
+
+
+def test_ties_choose_the_lowest_index():
+    routing = moe.route(jnp.zeros((5, 4)), jnp.zeros((4, 6)), jnp.zeros((6,)), 2)
+    assert (np.asarray(routing.experts) == [0, 1]).all()
+
+
+def test_the_bias_steers_the_choice_but_not_the_gates():
+    x = jax.random.normal(jax.random.key(0), (50, 8))
+    weight = jax.random.normal(jax.random.key(1), (8, 5))
+    bias = jnp.asarray([0.0, 5.0, 0.0, 0.0, 0.0])
+    steered = moe.route(x, weight, bias, 2)
+    assert (np.asarray(steered.experts)[:, 0] == 1).all()
+    same_choice = moe.route(x, weight, jnp.zeros(5), 2, experts=steered.experts)
+    np.testing.assert_array_equal(steered.gates, same_choice.gates)
+    np.testing.assert_allclose(steered.gates.sum(axis=-1), 1, rtol=1e-12)
+
+
+def test_dispatch_and_combine_are_inverse_and_their_gradients_are_gathers():
+    x = jax.random.normal(jax.random.key(0), (40, 6))
+    experts = jax.random.randint(jax.random.key(1), (40, 3), 0, 5)
+    plan = moe.plan_dispatch(experts, 5)
+    gates = jax.random.uniform(jax.random.key(2), (40, 3))
+    assert (np.diff(np.asarray(experts).reshape(-1)[plan.order]) >= 0).all()
+    assert plan.group_sizes.sum() == 120
+
+    def through(x, gates):
+        return moe.combine(moe.dispatch(x, plan) ** 2, gates, plan)
+
+    def plain(x, gates):
+        return x**2 * gates.sum(axis=-1, keepdims=True)
+
+    np.testing.assert_allclose(through(x, gates), plain(x, gates), rtol=1e-12)
+    for ours, theirs in zip(
+        jax.grad(lambda *a: through(*a).sum(), (0, 1))(x, gates),
+        jax.grad(lambda *a: plain(*a).sum(), (0, 1))(x, gates),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+
+
+def test_routing_bias_moves_against_the_crowd():
+    counts = jnp.asarray([[10, 0, 5, 5], [4, 4, 4, 4]])
+    moved = moe.updated_routing_bias(jnp.zeros((2, 4)), counts, 1e-3)
+    np.testing.assert_allclose(moved, [[-1e-3, 1e-3, 0, 0], [0, 0, 0, 0]])
+
+
+def test_balance_and_z_loss_of_known_routings():
+    even = moe.route(jnp.zeros((8, 4)), jnp.zeros((4, 4)), jnp.zeros(4), 2, experts=jnp.asarray([[0, 1], [2, 3]] * 4))
+    assert moe.balance_loss(even, batch=2) == pytest.approx(1.0)
+    assert moe.z_loss(even) == pytest.approx(np.log(4) ** 2)
+    logits = jnp.asarray([[9.0, 9.0, -9.0, -9.0]] * 8)
+    crowded = moe.route(logits, jnp.eye(4), jnp.zeros(4), 2)
+    assert moe.balance_loss(crowded, batch=2) == pytest.approx(2.0, rel=1e-3)
