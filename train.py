@@ -70,7 +70,10 @@ def check_resumable(config: TrainConfig) -> None:
     if (config.folder / "train_config.json").is_file():
         saved = read_json(config.folder / "train_config.json")
     else:  # made by the converter: weights without a training history
-        saved = config.to_dict() | {"model": read_json(config.folder / "config.json")}
+        model = read_json(config.folder / "config.json")
+        unset = {name for name in ("bos_token_id", "eos_token_id", "pad_token_id") if model.get(name) is None}
+        model |= {name: getattr(config.model, name) for name in unset}  # a raw state_dict names no special tokens
+        saved = config.to_dict() | {"model": model}
     if changed := changed_fields(saved, config):
         name, before, now = changed[0]
         raise UserError(
@@ -97,11 +100,18 @@ def prepare(config: TrainConfig):
     config = align(config, tokenizer)
     if resumes:
         check_resumable(config)
+    longest = max((len(encode_prompt(tokenizer, prompt)) for prompt in config.prompts), default=0)
+    if config.sample_tokens and longest >= config.model.max_position_embeddings:
+        raise UserError(
+            f"prompts has one of {longest} tokens: the position table of {config.model.max_position_embeddings} rows "
+            "leaves no room behind it; pass shorter --prompts or --sample-tokens 0"
+        )
     held_out = held_out_rows(config, tokenizer)
     if not resumes:
         if config.folder.exists():
             shutil.rmtree(config.folder)
         config.folder.mkdir(parents=True)
+    if not (config.folder / "tokenizer").is_dir():
         tokenizer.save_pretrained(str(config.folder / "tokenizer"))
     write_json(config.folder / "config.json", config.model.to_dict())
     write_json(config.folder / "train_config.json", config.to_dict())
@@ -212,11 +222,12 @@ def train(config: TrainConfig, tokenizer, held_out: np.ndarray, resumes: bool) -
                 all_losses += losses
                 unlogged, logged = [], now
             if step % config.eval_every == 0 or last:
-                log.write(evaluate(state) | {"epoch": rounded(epoch, 2), "step": step})
+                evaluation = evaluate(state)
+                log.write(evaluation | {"epoch": rounded(epoch, 2), "step": step})
                 logged = time.perf_counter()
             if step % config.save_every == 0 or last:
                 checkpoints.save(state, batch.position)
-        checkpoints.close()
+        checkpoints.wait()
         seconds, steps_done = time.perf_counter() - started, config.steps - first_step
         log.write(
             {
@@ -232,8 +243,9 @@ def train(config: TrainConfig, tokenizer, held_out: np.ndarray, resumes: bool) -
     finally:
         batches.close()
         log.close()
-    final = evaluate(state)["eval_loss"]
+        checkpoints.close()  # an interrupted run keeps the checkpoint that is being written
     unigram = unigram_loss(held_out)
+    final = evaluation["eval_loss"]
     print(f"Evaluation loss {final:.4f} nats per token; the best possible unigram model has {unigram:.4f}")
     draw_losses(config.folder, unigram)
     return state
@@ -243,7 +255,7 @@ def train(config: TrainConfig, tokenizer, held_out: np.ndarray, resumes: bool) -
 def main(argv: Sequence[str] | None = None) -> None:
     config, tokenizer, held_out, resumes = prepare(parse_args(argv))
     state = train(config, tokenizer, held_out, resumes)
-    if config.sample_tokens:
+    if config.sample_tokens and config.prompts:
         write_samples(config, tokenizer, nnx.merge(model_graph(config), state.params, state.routing_bias))
     print(f"\nEverything is in {Path(config.folder)}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -140,7 +141,7 @@ class TensorFiles:
                 f"{file} is a PyTorch file: reading it needs PyTorch: pip install 'jaxllm[torch]'"
             ) from None
         try:
-            state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            state = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
         except Exception as error:  # the unpickler raises whatever the bytes make it raise
             reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
             raise UserError(f"{file} is no file of PyTorch tensors that is safe to read ({reason})") from None

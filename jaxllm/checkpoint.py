@@ -109,6 +109,10 @@ class Checkpoints:
         )
         return TrainState(**restored["weights"], **restored["training"]), position
 
+    def wait(self) -> None:
+        """Wait until what was saved is on the disk."""
+        self._manager.wait_until_finished()
+
     def close(self) -> None:
         self._manager.wait_until_finished()
         self._manager.close()

@@ -7,8 +7,11 @@ import sys
 from collections.abc import Callable
 
 
-class UserError(ValueError):
-    """Bad input. The message is one line that names the field, the value and the mend."""
+class UserError(Exception):
+    """Bad input. The message is one line that names the field, the value and the mend.
+
+    No ValueError: tyro catches those of a config's checks, and would draw a box of many lines around the message.
+    """
 
 
 def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int]:
@@ -21,5 +24,8 @@ def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int]:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130  # the shells' code for Ctrl-C
 
     return wrapped

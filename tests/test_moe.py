@@ -33,7 +33,7 @@ def oracle(rows, gate, up, down, group_sizes):
     return jnp.concatenate(outs)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     st.lists(st.sampled_from([0, 1, 31, 32, 33, 255, 256, 257, 300, 600]), min_size=4, max_size=4).filter(any),
     st.integers(0, 2**31),

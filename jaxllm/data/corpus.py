@@ -109,7 +109,7 @@ class FileSource:
         sizes = [file.stat().st_size for file in files]
         self._total = sum(sizes)
         self._sizes = dict(zip(files, sizes, strict=True))
-        self.position: dict[str, Any] = {"pass": 0, "file": 0, "piece": 0, "bytes": 0}
+        self.position: dict[str, Any] = self._start_of_pass(0)
         self.skipped_rows = 0
 
     def pieces(self) -> Iterator[Piece]:
@@ -122,16 +122,22 @@ class FileSource:
             for piece, (text, ends) in enumerate(self._read(file)):
                 if piece < start:
                     continue
-                self.position["piece"] = piece + 1
-                # Held out by whole files where there are enough of them, by pieces of a file where not.
-                unit = index if len(order) >= HOLD_OUT else piece
+                within = min(self.position["within"] + len(text.encode()), self._sizes[file])
+                self.position |= {"piece": piece + 1, "within": within}
+                # Held out by whole files where there are enough of them, by pieces of the files where not.
+                unit = index if len(order) >= HOLD_OUT else index + piece
                 yield Piece(text, ends, held_out=unit % HOLD_OUT == 1)
             read = self.position["bytes"] + self._sizes[file]
-            self.position |= {"file": number + 1, "piece": 0, "bytes": read}
-        self.position = {"pass": self.position["pass"] + 1, "file": 0, "piece": 0, "bytes": 0}
+            self.position |= {"file": number + 1, "piece": 0, "bytes": read, "within": 0}
+        self.position = self._start_of_pass(self.position["pass"] + 1)
 
     def progress(self) -> float:
-        return self.position["pass"] + self.position["bytes"] / self._total
+        return self.position["pass"] + (self.position["bytes"] + self.position["within"]) / self._total
+
+    @staticmethod
+    def _start_of_pass(number: int) -> dict[str, Any]:
+        """`bytes`: of the files that are done; `within`: of the one that is being read, by the size of its text."""
+        return {"pass": number, "file": 0, "piece": 0, "bytes": 0, "within": 0}
 
     def _read(self, file: Path) -> Iterator[tuple[str, bool]]:
         kind = SUFFIXES[file.suffix]
@@ -143,7 +149,7 @@ class FileSource:
             else:
                 yield from self._rows(file, _parquet_rows(file, self._text_field))
         except OSError as error:
-            raise UserError(f"data: cannot read {file}: {error}") from None
+            raise UserError(f"data: cannot read {file}: {one_line(error)}") from None
 
     def _rows(self, file: Path, rows: Iterator[dict[str, Any]]) -> Iterator[tuple[str, bool]]:
         seen = False
@@ -151,7 +157,7 @@ class FileSource:
             text = row.get(self._text_field)
             if isinstance(text, str) and text:
                 seen = True
-                yield text, True
+                yield valid_unicode(text), True
             else:
                 self.skipped_rows += 1
         if not seen:
@@ -191,10 +197,10 @@ def _parquet_rows(file: Path, field: str) -> Iterator[dict[str, Any]]:
         names = parquet.schema_arrow.names
         if field not in names:
             raise UserError(f"data: {file} has no field {field!r}: pass --text-field, one of {', '.join(names)}")
-        for batch in parquet.iter_batches(columns=[field]):
+        for batch in parquet.iter_batches(1024, columns=[field]):
             yield from batch.to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"data: {file} is no parquet file: {str(error).splitlines()[0]}") from None
+    except pyarrow.ArrowException as error:
+        raise UserError(f"data: {file} is no parquet file: {one_line(error)}") from None
 
 
 class HubSource:
@@ -218,7 +224,7 @@ class HubSource:
             self.position = {"pass": self.position["pass"], "row": number + 1, "stream": stream.state_dict()}
             text = row.get(self._text_field)
             if isinstance(text, str) and text:
-                yield Piece(text, True, held_out=number % HOLD_OUT == 1)
+                yield Piece(valid_unicode(text), True, held_out=number % HOLD_OUT == 1)
             else:
                 self.skipped_rows += 1
         self.position = {"pass": self.position["pass"] + 1, "row": 0, "stream": None}
@@ -229,6 +235,11 @@ class HubSource:
     def _open(self):
         import datasets
 
+        if not hub_reachable():
+            raise UserError(
+                f"data: the Hugging Face Hub, for the dataset {self._name!r}, could not be reached: check the network, "
+                "or pass --data FILE and --tokenizer FOLDER"
+            )
         try:
             return datasets.load_dataset(self._name, self._config, split=self._split, streaming=True)
         except Exception as error:  # the client raises dozens of kinds, by cause and by version
@@ -236,6 +247,27 @@ class HubSource:
                 f"data: the dataset {self._name!r} (config {self._config!r}, split {self._split!r}) could not be "
                 f"opened on the Hub ({one_line(error)}): check the names and the network, or pass --data FILE"
             ) from None
+
+
+def hub_reachable() -> bool:
+    """Whether the Hub answers at all.
+
+    Asked once before its clients are used: they retry for half a minute per file where there is no network. In the
+    middle of a run their patience is right, and stays.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # the HTTP library's own kinds, or the client's where HF_HUB_OFFLINE is set
+        return False
+    return True
+
+
+def valid_unicode(text: str) -> str:
+    """JSON can hold halves of surrogate pairs, which no tokenizer takes: they become question marks."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def one_line(error: Exception) -> str:

@@ -72,18 +72,18 @@ class TokenStream:
         return rows
 
     def _pack(self) -> Iterator[np.ndarray]:
-        while True:
-            empty = True
+        empty_passes = 0
+        while empty_passes < 2:  # the first may be the end of a pass, where a seek led
+            empty_passes += 1
             for piece in self._source.pieces():
                 if piece.held_out:
                     continue
-                empty = False
+                empty_passes = 0
                 self._tokens = np.concatenate([self._tokens, encode(self._tokenizer, piece.text, piece.ends_document)])
                 while len(self._tokens) >= self._seq_len:
                     row, self._tokens = self._tokens[: self._seq_len], self._tokens[self._seq_len :]
                     yield row
-            if empty and self._source.position["pass"] > 0:
-                raise UserError("data: nothing is left to train on beside the held-out part: pass more text")
+        raise UserError("data: nothing is left to train on beside the held-out part: pass more text")
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, ends_document: bool) -> np.ndarray:  # (n,) int32
@@ -132,6 +132,7 @@ class Prefetcher:
     def __next__(self) -> Batch:
         batch = self._queue.get()
         if isinstance(batch, Exception):
+            self._queue.put(batch)  # the thread has ended: a second call must not wait for it
             raise batch
         return batch
 

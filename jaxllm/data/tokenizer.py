@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxllm.config import PRESETS, TOKENIZER_SIZED_PRESETS, TrainConfig
-from jaxllm.data.corpus import Source, one_line
+from jaxllm.data.corpus import Source, hub_reachable, one_line
 from jaxllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,11 +38,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             raise UserError(f"tokenizer is {name!r}: the folder holds neither tokenizer.json nor tokenizer_config.json")
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"tokenizer is {name!r}: there is no such folder, and it is no Hub name (OWNER/NAME)")
+    cached_only = not path.exists() and not hub_reachable()
     try:
-        return AutoTokenizer.from_pretrained(str(path) if path.exists() else name)
+        return AutoTokenizer.from_pretrained(str(path) if path.exists() else name, local_files_only=cached_only)
     except Exception as error:  # transformers, tokenizers and the Hub's client raise kinds of their own
         mend = "check its files" if path.exists() else "check the name and the network, or pass --tokenizer FOLDER"
-        raise UserError(f"tokenizer is {name!r}: it could not be loaded ({one_line(error)}): {mend}") from None
+        reason = "the Hugging Face Hub could not be reached" if cached_only else one_line(error)
+        raise UserError(f"tokenizer is {name!r}: it could not be loaded ({reason}): {mend}") from None
 
 
 def train_tokenizer(source: Source, vocab_size: int) -> PreTrainedTokenizerBase:

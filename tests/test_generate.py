@@ -1,0 +1,111 @@
+"""Decoding on the latent cache: the same tokens as the full forward pass, in batches of any lengths."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxllm import CustomLLM, ModelConfig, UserError
+from jaxllm import generate as generation
+from jaxllm.generate import Sampling, choose, generate
+from jaxllm.model.attention import Latents
+
+SMALL = ModelConfig(
+    vocab_size=311,
+    hidden_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    moe_intermediate_size=32,
+    max_position_embeddings=256,
+    final_norm=True,
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> CustomLLM:
+    model = CustomLLM(SMALL, rngs=nnx.Rngs(0))
+    bias = model.decoder_layers.mlp.routing_bias
+    bias[...] = 0.1 * jax.random.normal(jax.random.key(5), bias[...].shape)
+    return model
+
+
+def greedy_by_full_forward(model: CustomLLM, prompt: list[int], count: int) -> list[int]:
+    graph, state = nnx.split(model)
+    forward = jax.jit(lambda state, ids: nnx.merge(graph, state)(ids))
+    ids = np.zeros((1, 256), np.int32)  # padding on the right is invisible to what comes before it
+    ids[0, : len(prompt)] = prompt
+    for length in range(len(prompt), len(prompt) + count):
+        ids[0, length] = int(forward(state, ids)[0, length - 1].argmax())
+    return ids[0, len(prompt) : len(prompt) + count].tolist()
+
+
+def test_greedy_equals_the_full_forward_for_200_tokens(model):
+    prompt = [5, 17, 300]
+    assert generate(model, [prompt], 200) == [greedy_by_full_forward(model, prompt, 200)]
+
+
+def test_prompts_of_different_lengths_do_not_disturb_each_other(model):
+    prompts = [[1], list(range(40)), [9, 8, 7, 6, 5]]
+    together = generate(model, prompts, 20)
+    assert together == [generate(model, [prompt], 20)[0] for prompt in prompts]
+
+
+def test_stops_at_the_end_of_sequence(model):
+    plain = generate(model, [[5, 17, 300]], 30)[0]
+    end = plain[10]
+    assert generate(model, [[5, 17, 300]], 30, eos_token_id=end)[0] == plain[: plain.index(end)]
+
+
+def test_a_seed_repeats_and_another_differs(model):
+    sampling = Sampling(temperature=1.0)
+    first = generate(model, [[1, 2]], 30, sampling, seed=1)
+    assert generate(model, [[1, 2]], 30, sampling, seed=1) == first
+    assert generate(model, [[1, 2]], 30, sampling, seed=2) != first
+
+
+def test_a_cached_token_is_smaller_than_its_keys_and_values(model):
+    _, record = model.run_layers(jnp.zeros((1, 10), jnp.int32), keep_latents=True)
+    assert isinstance(record.latents, Latents)
+    numbers = sum(leaf.size for leaf in record.latents) / (10 * SMALL.num_hidden_layers)
+    assert numbers == SMALL.latent_size + SMALL.num_attention_heads * SMALL.rope_head_dim
+    assert numbers <= 0.4 * 2 * SMALL.hidden_size
+
+
+@pytest.mark.parametrize(
+    ("sampling", "possible"),
+    [
+        (Sampling(temperature=0.0), {3}),
+        (Sampling(temperature=1.0, top_k=1), {3}),
+        (Sampling(temperature=1.0, top_k=2), {2, 3}),
+        (Sampling(temperature=1.0, top_p=0.5), {3}),
+        (Sampling(temperature=1.0, top_p=0.8), {2, 3}),
+        (Sampling(temperature=1.0), {0, 1, 2, 3}),
+    ],
+)
+def test_choosing_keeps_to_the_likeliest_tokens(sampling, possible):
+    probabilities = jnp.asarray([0.05, 0.1, 0.25, 0.6])
+    logits = jnp.broadcast_to(jnp.log(probabilities), (2000, 4))
+    chosen = np.asarray(choose(sampling, logits, jax.random.key(0)))
+    assert set(chosen) == possible
+    if len(possible) == 4:
+        np.testing.assert_allclose(np.bincount(chosen) / 2000, probabilities, atol=0.04)
+
+
+def test_too_long_is_refused(model):
+    with pytest.raises(UserError, match=r"max_new_tokens is 250.*at most 246"):
+        generate(model, [[1] * 10], 250)
+    with pytest.raises(UserError, match="prompt is empty"):
+        generate(model, [[]], 5)
+
+
+def test_command_line_continues_prompts(run, capsys):
+    arguments = [str(run), "--prompt", "def ", "class ", "--max-new-tokens", "5", "--greedy"]
+    assert generation.main(arguments) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("def ")
+    assert "\nclass " in first
+    assert generation.main(arguments) == 0
+    assert capsys.readouterr().out == first
