@@ -28,19 +28,21 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         UserError: there is none, or the Hub cannot be reached.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # it would advise installing PyTorch
     path = Path(name).expanduser()
     if path.exists():
-        if not (path / "tokenizer.json").is_file() and not (path / "tokenizer_config.json").is_file():
-            raise UserError(f"tokenizer is {name!r}: the folder holds neither tokenizer.json nor tokenizer_config.json")
+        if not (path / "tokenizer.json").is_file():
+            raise UserError(f"tokenizer is {name!r}: the folder holds no tokenizer.json")
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"tokenizer is {name!r}: there is no such folder, and it is no Hub name (OWNER/NAME)")
     cached_only = not path.exists() and not hub_reachable()
     try:
-        return AutoTokenizer.from_pretrained(str(path) if path.exists() else name, local_files_only=cached_only)
+        if path.exists():  # not by AutoTokenizer: it would offer to run the code of an exported folder
+            return PreTrainedTokenizerFast.from_pretrained(str(path))
+        return AutoTokenizer.from_pretrained(name, local_files_only=cached_only, trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers and the Hub's client raise kinds of their own
         mend = "check its files" if path.exists() else "check the name and the network, or pass --tokenizer FOLDER"
         reason = "the Hugging Face Hub could not be reached" if cached_only else one_line(error)
