@@ -200,6 +200,8 @@ def train(config: TrainConfig, tokenizer, held_out: np.ndarray, resumes: bool) -
             labels = batch.rows.reshape(config.grad_accum, config.batch_size, config.seq_len)
             state, metrics = step_fn(state, labels)
             unlogged.append(metrics.loss)
+            if len(unlogged) > 1:
+                unlogged[-2].block_until_ready()  # one step ahead of the device, so that the bar tells the truth
             epoch = step / config.steps if batch.progress is None else batch.progress
             last = step == config.steps
             log.bar.update()
@@ -244,6 +246,8 @@ def train(config: TrainConfig, tokenizer, held_out: np.ndarray, resumes: bool) -
         batches.close()
         log.close()
         checkpoints.close()  # an interrupted run keeps the checkpoint that is being written
+    if stream.skipped_rows:
+        print(f"{stream.skipped_rows} rows of the data held no text and were skipped")
     unigram = unigram_loss(held_out)
     final = evaluation["eval_loss"]
     print(f"Evaluation loss {final:.4f} nats per token; the best possible unigram model has {unigram:.4f}")

@@ -200,12 +200,13 @@ PRESETS: dict[str, ModelConfig] = {
 # Presets without a vocabulary of their own: train.py gives them the tokenizer's size.
 TOKENIZER_SIZED_PRESETS = frozenset({"tiny"})
 
+# None ends in a space: the tokenizer joins a space to the word behind it.
 CODE_PROMPTS = (
-    "def __init__(self, ",
-    "import os\n",
-    "class Error(Exception):\n",
-    "    for key, value in ",
-    "    try:\n        ",
+    "def __init__(self, name, value):",
+    "import os",
+    "class Error(Exception):",
+    "    for key, value in",
+    "    def close(self):",
 )
 
 STORY_PROMPTS = (
@@ -250,7 +251,7 @@ class TrainConfig:
     """Rows in a micro-batch."""
     grad_accum: int = 1
     """Micro-batches in a step."""
-    steps: int = 700
+    steps: int = 600
     """Optimizer steps."""
     learning_rate: float = 4e-3
     """Peak of the schedule: linear warm-up, then cosine to 0 at `steps`."""
@@ -285,7 +286,7 @@ class TrainConfig:
     """Prompts that the trained model continues at the end."""
     sample_tokens: int = 96
     """New tokens for each of these prompts; 0 generates nothing."""
-    temperature: float = 0.6
+    temperature: float = 0.5
     top_p: float = 0.95
 
     def __post_init__(self) -> None:

@@ -37,6 +37,9 @@ class Source(Protocol):
     position: dict[str, Any]
     """Where the next piece starts; JSON values only."""
 
+    skipped_rows: int
+    """Rows passed over because they held no text."""
+
     def pieces(self) -> Iterator[Piece]:
         """Pieces from `position` to the end of the pass; afterwards `position` is the start of the next pass."""
         ...

@@ -58,6 +58,11 @@ class TokenStream:
         """Passes over the data; None where its size is not known."""
         return self._source.progress()
 
+    @property
+    def skipped_rows(self) -> int:
+        """Rows of the data that held no text."""
+        return self._source.skipped_rows
+
     def next_rows(self, count: int) -> np.ndarray:  # (count, T) int32
         if len(self._pool) < POOL_ROWS:
             self._pool = np.concatenate(

@@ -1,0 +1,159 @@
+"""The PyTorch twin: the source's tree, the folders of both frameworks, causality, generation."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from jaxllm import PRESETS, ModelConfig
+from jaxllm import CustomLLM as FlaxCustomLLM
+from jaxllm.generate import generate
+from jaxllm.model.summary import module_tree
+from jaxllm.step import abstract_model, split_model
+from parity_tests.compare import TOLERANCES, compare_arrays, compare_weights
+from parity_tests.forward import jax_forward, random_weights, state_dict_arrays, torch_forward, torch_model
+from torch_ref import CustomLLM
+
+SMALL = ModelConfig(
+    vocab_size=311,
+    hidden_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    moe_intermediate_size=32,
+    max_position_embeddings=256,
+    final_norm=True,
+    eos_token_id=0,
+    bos_token_id=0,
+    pad_token_id=0,
+)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return random_weights(SMALL, seed=4)
+
+
+@pytest.mark.parametrize(("name", "count"), [("customllm-1b", 1_075_060_736), ("customllm-768", 793_921_536)])
+def test_presets_have_exactly_their_parameters(name, count):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in CustomLLM(PRESETS[name]).parameters()) == count
+
+
+def test_both_trees_are_the_source_s():
+    with torch.device("meta"):
+        tree = str(CustomLLM(PRESETS["customllm-1b"]))
+    assert module_tree(PRESETS["customllm-1b"]) == tree
+    page = Path(__file__).parents[2] / "shared" / "seed" / "customllm.md"
+    if page.is_file():  # the source's own print, where it lies beside the checkout
+        text = page.read_text()
+        start = text.index("CustomLLM(\n")
+        assert tree == text[start : text.index("```", start)].strip().replace("LlamaMLP", "DeepSeekMoE")
+    lines = tree.splitlines()
+    assert lines[1] == "  (token_embeddings): Embedding(49152, 1024)"
+    assert "    (0-23): 24 x DecoderLayer(" in lines
+    assert lines[-2] == "  (lm_head): Linear(in_features=1024, out_features=49152, bias=True)"
+
+
+def test_changing_a_token_changes_no_logit_before_it(weights):
+    model = torch_model(SMALL, weights, "float64")
+    ids = np.random.default_rng(0).integers(311, size=(2, 60))
+    before = torch_forward(model, ids)
+    for t in (1, 30, 59):
+        changed = ids.copy()
+        changed[:, t] = (changed[:, t] + 1) % 311
+        free = torch_forward(model, changed).logits
+        held = torch_forward(model, changed, experts=before.experts).logits
+        scale = np.abs(before.logits).max()
+        assert np.abs(free[:, :t] - before.logits[:, :t]).max() <= 1e-12 * scale
+        np.testing.assert_array_equal(held[:, :t], before.logits[:, :t])
+        assert np.abs(free[:, t:] - before.logits[:, t:]).max() > 1e-4 * scale
+
+
+def test_greedy_generation_agrees_cached_and_uncached_and_across_frameworks(weights):
+    config = dataclasses.replace(SMALL, eos_token_id=None)
+    model = torch_model(config, weights)
+    prompt = torch.tensor([[5, 17, 300]])
+    options = {"do_sample": False, "max_new_tokens": 200, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
+    cached = model.generate(prompt, use_cache=True, **options)[0, 3:].tolist()
+    uncached = model.generate(prompt, use_cache=False, **options)[0, 3:].tolist()
+    flax = nnx.merge(abstract_model(config)[0], weights.params, weights.routing_bias)
+    assert len(cached) == 200
+    assert cached == uncached
+    assert generate(flax, [prompt[0].tolist()], 200)[0] == cached
+
+
+def test_padding_agrees(weights):
+    """Left and right padding, and rows that are nothing but padding at the start."""
+    ids = np.random.default_rng(1).integers(311, size=(2, 20), dtype=np.int32)
+    mask = np.ones((2, 20), np.int32)
+    mask[0, :6] = 0
+    mask[1, 15:] = 0
+    flax = nnx.merge(abstract_model(SMALL)[0], weights.params, weights.routing_bias)
+    ours = np.asarray(flax(ids, mask))
+    with torch.no_grad():
+        theirs = torch_model(SMALL, weights)(torch.tensor(ids).long(), attention_mask=torch.tensor(mask)).logits.numpy()
+    assert compare_arrays("logits", theirs, ours, TOLERANCES["float32"]).passed
+
+
+def test_what_one_framework_saves_the_other_loads(weights, tmp_path):
+    flax = nnx.merge(abstract_model(SMALL)[0], weights.params, weights.routing_bias)
+    flax.save_pretrained(tmp_path / "from_flax")
+    torch_side = CustomLLM.from_pretrained(tmp_path / "from_flax")
+    assert compare_weights(SMALL, weights, state_dict_arrays(torch_side)).passed
+    torch_side.save_pretrained(tmp_path / "from_torch")
+    back = FlaxCustomLLM.from_pretrained(tmp_path / "from_torch")
+    assert back.config == SMALL
+    params, routing_bias = split_model(back)[1:]
+    assert compare_weights(SMALL, type(weights)(params, routing_bias), state_dict_arrays(torch_side)).passed
+
+
+def test_labels_are_shifted_once(weights):
+    model = torch_model(SMALL, weights, "float64")
+    ids = np.random.default_rng(2).integers(311, size=(3, 30))
+    tokens = torch.tensor(ids)
+    log_p = model(tokens).logits.log_softmax(-1)
+    wanted = -log_p[:, :-1].gather(-1, tokens[:, 1:, None]).mean()
+    assert model(tokens, labels=tokens).loss.item() == pytest.approx(wanted.item(), rel=1e-12)
+    assert jax_forward(SMALL, weights, ids, "float64").loss == pytest.approx(wanted.item(), rel=1e-12)
+
+
+def test_an_exported_folder_works_where_this_project_is_not_installed(weights, tmp_path):
+    """Auto classes and the pipeline, in a process that cannot import this project."""
+    from jaxllm.data.corpus import FileSource
+    from jaxllm.data.tokenizer import train_tokenizer
+
+    (tmp_path / "text.txt").write_text("def f(x): return x\n" * 500)
+    flax = nnx.merge(abstract_model(SMALL)[0], weights.params, weights.routing_bias)
+    flax.save_pretrained(tmp_path / "model")
+    train_tokenizer(FileSource([tmp_path / "text.txt"], 0, "text"), 300).save_pretrained(tmp_path / "model")
+    script = f"""
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("jaxllm", "torch_ref", "convert", "parity_tests", "jax", "flax"):
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Blocked())
+import torch
+from transformers import AutoModelForCausalLM, pipeline
+folder = {str(tmp_path / "model")!r}
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+print(repr(model(torch.arange(20)[None]).logits.sum().item()))
+writer = pipeline("text-generation", model=folder, trust_remote_code=True)
+print(len(writer("def ", max_new_tokens=5, do_sample=False)[0]["generated_text"]) > 4)
+"""
+    environment = {"HF_HOME": str(tmp_path / "hf"), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    total, generated = done.stdout.split()[-2:]
+    ours = np.asarray(flax(np.arange(20)[None])).sum()
+    assert float(total) == pytest.approx(float(ours), rel=1e-3)
+    assert generated == "True"

@@ -1,0 +1,38 @@
+"""The source's full-size model really trains: steps in a process of its own, its peak memory as the system saw it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import dataclasses, functools, resource, time
+import jax, numpy as np
+from jaxllm.config import recipe
+from jaxllm.step import count_parameters, init_state, model_graph, train_step
+
+config = dataclasses.replace(recipe("seed", "customllm-1b"), grad_accum=1, remat=True)
+state = jax.jit(functools.partial(init_state, config))()
+assert count_parameters(state.params) == 1_075_060_736
+step = jax.jit(functools.partial(train_step, config, model_graph(config)), donate_argnums=0)
+rows = np.random.default_rng(0).integers(49152, size=(1, 4, 256), dtype=np.int32)
+for _ in range(2):
+    start = time.perf_counter()
+    state, metrics = step(state, rows)
+    loss = float(metrics.loss)
+    print(f"loss {loss:.4f}, grad_norm {float(metrics.grad_norm):.4f}, {time.perf_counter() - start:.1f} s")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@pytest.mark.slow
+def test_one_step_of_customllm_1b_fits_into_20_gib():
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    print(done.stdout)
+    assert float(done.stdout.split()[-1]) <= 20
