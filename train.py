@@ -21,7 +21,7 @@ import tyro
 from flax import nnx
 
 from jaxllm.checkpoint import Checkpoints, is_run
-from jaxllm.config import TrainConfig, changed_fields, read_json, recipe, write_json
+from jaxllm.config import SPECIAL_TOKENS, TrainConfig, changed_fields, read_json, recipe, write_json
 from jaxllm.data.corpus import open_source
 from jaxllm.data.stream import Prefetcher, TokenStream, held_out_rows
 from jaxllm.data.tokenizer import align, encode_prompt, load_tokenizer, train_tokenizer
@@ -71,7 +71,7 @@ def check_resumable(config: TrainConfig) -> None:
         saved = read_json(config.folder / "train_config.json")
     else:  # made by the converter: weights without a training history
         model = read_json(config.folder / "config.json")
-        unset = {name for name in ("bos_token_id", "eos_token_id", "pad_token_id") if model.get(name) is None}
+        unset = {name for name in SPECIAL_TOKENS if model.get(name) is None}
         model |= {name: getattr(config.model, name) for name in unset}  # a raw state_dict names no special tokens
         saved = config.to_dict() | {"model": model}
     if changed := changed_fields(saved, config):

@@ -13,7 +13,7 @@ import numpy as np
 from convert.mapping import PARAMS, ROUTING_BIAS, entries, leaf, torch_shape
 from convert.tensor_files import DTYPES, Tensor, write_safetensors
 from jaxllm.checkpoint import Weights, load_weights
-from jaxllm.config import ModelConfig, write_json
+from jaxllm.config import SPECIAL_TOKENS, ModelConfig, write_json
 from jaxllm.errors import UserError
 from jaxllm.model.decoder import CustomLLM
 from jaxllm.step import split_model
@@ -90,6 +90,6 @@ def _write(config: ModelConfig, weights: Weights, out: Path, dtype: str) -> None
     out.mkdir(parents=True, exist_ok=True)
     write_safetensors(out, torch_tensors(config, weights), dtype)
     shutil.copyfile(modeling_source(), out / MODELING_FILE)
-    generation = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    generation = {name: getattr(config, name) for name in SPECIAL_TOKENS}
     write_json(out / "generation_config.json", generation)
     write_json(out / "config.json", hf_config(config, dtype))  # last: it makes the folder a model

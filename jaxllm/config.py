@@ -16,6 +16,9 @@ from jaxllm.errors import UserError
 
 Precision = Literal["float32", "bfloat16"]
 
+# The fields of ModelConfig that name tokens; a model that came without its tokenizer has none of them.
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 
 def _matches(value: Any, annotation: Any) -> bool:
     """Whether a value (perhaps read from JSON) has the annotated type; ints pass for floats."""
@@ -108,7 +111,7 @@ class ModelConfig:
             raise UserError(f"dropout is {self.dropout}: it must lie in [0, 1)")
         if self.rope_theta <= 1:
             raise UserError(f"rope_theta is {self.rope_theta}: it must be larger than 1")
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for name in SPECIAL_TOKENS:
             value = getattr(self, name)
             if value is not None and not 0 <= value < self.vocab_size:
                 raise UserError(f"{name} is {value}: it must lie below vocab_size = {self.vocab_size}")
