@@ -37,14 +37,14 @@ def decays(params) -> dict:
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Scale all gradients by `min(1, max_norm / norm)`.
+    """Scale all gradients by `min(1, max_norm / (norm + 1e-6))`, as torch.nn.utils.clip_grad_norm_ does.
 
-    As optax's own transformation, but by one factor: optax divides every element, XLA will not repeat a division in
+    optax's own transformation lacks PyTorch's 1e-6. It also divides every element: XLA will not repeat a division in
     each place that reads it, and so keeps a second copy of all gradients (4 GiB for customllm-1b).
     """
 
     def update(grads, state, params=None):
-        factor = jnp.minimum(1.0, max_norm / optax.tree.norm(grads))
+        factor = jnp.minimum(1.0, max_norm / (optax.tree.norm(grads) + 1e-6))
         return jax.tree.map(lambda grad: grad * factor, grads), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

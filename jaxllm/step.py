@@ -32,7 +32,7 @@ class TrainState(NamedTuple):
 class StepMetrics(NamedTuple):
     loss: Array  # () mean cross-entropy over the targets of the global batch, nats
     grad_norm: Array  # () global norm before clipping
-    learning_rate: Array  # ()
+    learning_rate: Array  # () set for the next update, as the source's log shows it
     expert_load: Array  # () tokens of the fullest expert over the mean, the worst layer; 1 is even
 
 
@@ -77,48 +77,62 @@ def start_state(config: TrainConfig, params: Pytree, routing_bias: Pytree) -> Tr
     )
 
 
-def train_step(
-    config: TrainConfig, graph: nnx.GraphDef, state: TrainState, labels: Array
-) -> tuple[TrainState, StepMetrics]:
-    """One optimizer step.
+def gradients(
+    config: TrainConfig, graph: nnx.GraphDef, state: TrainState, labels: Array, experts: Array | None = None
+) -> tuple[Pytree, Array, Array]:
+    """Gradient of the mean loss over all micro-batches.
 
     Args:
         config, graph: static.
-        state: the state before; donate it.
+        state: its parameters, routing bias, step and dropout key are read.
         labels: (A, B, T) int32: A micro-batches of token rows, which are inputs and labels at once (-100: ignored).
+        experts: (A, L, B, T, k) experts to use instead of the routers' choice, to replay a step.
 
     Returns:
-        The state after, and measurements that stay on the device.
+        The gradient, the mean cross-entropy in nats, and the tokens of each expert (L, E).
     """
     targets = jnp.maximum(count_targets(labels), 1)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.dropout_key), state.step)
 
-    def micro_loss(params: Pytree, micro: Array, index: Array):
+    def micro_loss(params: Pytree, micro: Array, index: Array, forced: Array | None):
         model = nnx.merge(graph, params, state.routing_bias)
         rngs = nnx.Rngs(dropout=jax.random.fold_in(key, index)) if config.model.dropout else None
-        x, record = model.run_layers(jnp.maximum(micro, 0), rngs=rngs)
+        x, record = model.run_layers(jnp.maximum(micro, 0), rngs=rngs, experts=forced)
         # Each micro-batch adds its share of the global mean, so that accumulation is no mean of means.
         loss = summed_loss(model, x, micro) / targets
         auxiliary = config.balance_loss * record.balance_loss.sum() + config.router_z_loss * record.z_loss.sum()
         return loss + auxiliary / labels.shape[0], (loss, record.counts)
 
     gradient = jax.grad(micro_loss, has_aux=True)
+    micro_batches = (labels, jnp.arange(labels.shape[0]), experts)
+    first = jax.tree.map(lambda leaf: leaf[0], micro_batches)
     if labels.shape[0] == 1:  # no accumulator beside the gradient
-        grads, (loss, counts) = gradient(state.params, labels[0], jnp.zeros((), jnp.int32))
-    else:
+        grads, (loss, counts) = gradient(state.params, *first)
+        return grads, loss, counts
 
-        def accumulate(total, micro):
-            return jax.tree.map(jnp.add, total, gradient(state.params, *micro)), None
+    def accumulate(total, micro):
+        return jax.tree.map(jnp.add, total, gradient(state.params, *micro)), None
 
-        first = jax.eval_shape(gradient, state.params, labels[0], jnp.zeros((), jnp.int32))
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
-        (grads, (loss, counts)), _ = jax.lax.scan(accumulate, zeros, (labels, jnp.arange(labels.shape[0])))
+    shapes = jax.eval_shape(gradient, state.params, *first)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    (grads, (loss, counts)), _ = jax.lax.scan(accumulate, zeros, micro_batches)
+    return grads, loss, counts
 
+
+def train_step(
+    config: TrainConfig, graph: nnx.GraphDef, state: TrainState, labels: Array, experts: Array | None = None
+) -> tuple[TrainState, StepMetrics]:
+    """One optimizer step. Arguments as in `gradients`; donate the state.
+
+    Returns:
+        The state after, and measurements that stay on the device.
+    """
+    grads, loss, counts = gradients(config, graph, state, labels, experts)
     updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
     metrics = StepMetrics(
         loss=loss,
         grad_norm=optax.tree.norm(grads),
-        learning_rate=learning_rate_schedule(config)(state.step),
+        learning_rate=learning_rate_schedule(config)(state.step + 1),
         expert_load=(counts.max(axis=-1) / counts.mean(axis=-1)).max(),
     )
     new_state = TrainState(

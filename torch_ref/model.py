@@ -96,6 +96,7 @@ class CustomLLMOutput(CausalLMOutputWithPast):
 
     router_experts: tuple[Tensor, ...] | None = None  # L times (B,T,k) int64
     router_scores: tuple[Tensor, ...] | None = None  # L times (B,T,E), without the bias
+    router_logits: tuple[Tensor, ...] | None = None  # L times (B,T,E)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -400,7 +401,7 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
             num_items_in_batch: targets to divide the summed loss by; None: those of `labels`.
             output_hidden_states: return `hidden_states`, L+1 of (B,T,D): embeddings, then the residual stream behind
                 each layer, before any final norm.
-            output_router: return `router_experts` and `router_scores`.
+            output_router: return `router_experts`, `router_scores` and `router_logits`.
             expert_indices: (L, B, T, k) experts to use instead of the routers' choice.
 
         Returns:
@@ -421,15 +422,14 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
         mask = causal_mask(length, past, attention_mask, input_ids.device)
 
         x = self.dropout(self.token_embeddings(input_ids) + self.position_embeddings(position_ids))
-        hidden_states, experts, scores = [x], [], []
+        hidden_states, routings = [x], []
         for i, layer in enumerate(self.decoder_layers):
             forced = None if expert_indices is None else expert_indices[i]
             x, routing = layer(x, position_ids, mask, forced, past_key_values=past_key_values)
             if output_hidden_states:
                 hidden_states.append(x)
             if output_router:
-                experts.append(routing.experts.unflatten(0, input_ids.shape))
-                scores.append(routing.scores.unflatten(0, input_ids.shape))
+                routings.append(Routing(*(part.unflatten(0, input_ids.shape) for part in routing)))
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(self.normed(x[:, kept]))
@@ -439,8 +439,9 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=past_key_values,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            router_experts=tuple(experts) if output_router else None,
-            router_scores=tuple(scores) if output_router else None,
+            router_experts=tuple(routing.experts for routing in routings) if output_router else None,
+            router_scores=tuple(routing.scores for routing in routings) if output_router else None,
+            router_logits=tuple(routing.logits for routing in routings) if output_router else None,
         )
 
     def normed(self, x: Tensor) -> Tensor:

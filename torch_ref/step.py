@@ -1,0 +1,141 @@
+"""The training step in plain PyTorch: what `jaxllm.step` computes, made of torch.optim's and transformers' parts.
+
+The Trainer path (`torch_ref.train`) and the comparison with JAX (`parity_tests`) both use these functions. Axis letters
+are those of `torch_ref.model`, and A for the accumulated micro-batches of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_cosine_schedule_with_warmup
+
+from jaxllm.config import TrainConfig
+from torch_ref.model import IGNORED, CustomLLM, CustomLLMOutput
+
+
+class StepMetrics(NamedTuple):
+    loss: Tensor  # () mean cross-entropy over the targets of all micro-batches, nats
+    grad_norm: Tensor  # () global norm before clipping
+    learning_rate: float  # set for the next update, as the source's log shows it
+    experts: Tensor  # (A,L,B,T,k), what the routers chose
+
+
+def decays(name: str) -> bool:
+    """Whether weight decay applies to the parameter: to matrices and embeddings, not to norms and biases."""
+    *path, last = name.split(".")
+    return last == "weight" and not path[-1].endswith("norm")
+
+
+def make_optimizer(model: CustomLLM, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over two groups of parameters: those that decay, and those that do not."""
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [p for name, p in named if decays(name)], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in named if not decays(name)], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.adam_eps)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_done: int = 0) -> LambdaLR:
+    """The source's schedule: linear from 0 over `warmup_steps`, then half a cosine to 0 at `steps`."""
+    if steps_done:
+        for group in optimizer.param_groups:  # a schedule that goes on wants to know where it started
+            group.setdefault("initial_lr", config.learning_rate)
+    return get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps, last_epoch=steps_done - 1)
+
+
+def tokens_per_expert(router_experts: Sequence[Tensor], n_experts: int) -> Tensor:  # L times (B,T,k) -> (L,E) int64
+    experts = torch.stack([chosen.flatten() for chosen in router_experts])  # (L,M)
+    return (experts[..., None] == torch.arange(n_experts, device=experts.device)).sum(dim=1)
+
+
+@torch.no_grad()
+def update_routing_bias(model: CustomLLM, counts: Tensor, rate: float) -> None:
+    """Auxiliary-loss-free load balancing (arXiv:2408.15664): push the choice away from crowded experts.
+
+    Args:
+        counts: (L,E) tokens of each expert over the whole global batch.
+        rate: the step, gamma.
+    """
+    for layer, tokens in zip(model.decoder_layers, counts, strict=True):
+        bias = layer.mlp.routing_bias
+        tokens = tokens.to(bias.dtype)
+        bias += rate * torch.sign(tokens.mean() - tokens)
+
+
+def auxiliary_loss(output: CustomLLMOutput, config: TrainConfig) -> Tensor | float:
+    """The weighted sequence-wise balance loss and router z-loss of one micro-batch, summed over the layers."""
+    if not (config.balance_loss or config.router_z_loss):
+        return 0.0
+    balance = sum(map(balance_loss, output.router_experts, output.router_scores))
+    z = sum(logits.logsumexp(dim=-1).square().mean() for logits in output.router_logits)
+    return config.balance_loss * balance + config.router_z_loss * z
+
+
+def balance_loss(experts: Tensor, scores: Tensor) -> Tensor:  # (B,T,k), (B,T,E) -> ()
+    """DeepSeek-V3's sequence-wise balance loss (arXiv:2412.19437, eq. 17-20), without its weight."""
+    E, k = scores.shape[-1], experts.shape[-1]
+    chosen = (experts[..., None] == torch.arange(E, device=experts.device)).sum(dim=2)  # (B,T,E)
+    fraction = chosen.to(scores.dtype).mean(dim=1) * (E / k)  # (B,E)
+    normalized = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+    return (fraction * normalized.mean(dim=1)).sum(dim=-1).mean()
+
+
+def count_targets(labels: Tensor) -> Tensor:
+    """How many positions of (..., T) labels are scored."""
+    return (labels[..., 1:] != IGNORED).sum()
+
+
+def accumulate_gradients(
+    model: CustomLLM, config: TrainConfig, labels: Tensor, experts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Add the gradient of the mean loss over all micro-batches to the parameters' `.grad`.
+
+    Args:
+        model: in train mode, its parameters in float32 (or float64).
+        config: `precision` bfloat16 runs the forward pass under autocast.
+        labels: (A, B, T) int64: token rows, inputs and labels at once (-100: ignored).
+        experts: (A, L, B, T, k) experts to use instead of the routers' choice.
+
+    Returns:
+        The mean cross-entropy, and the experts that were used, (A, L, B, T, k).
+    """
+    targets = count_targets(labels).clamp(min=1)
+    total, chosen = 0.0, []
+    for i, micro in enumerate(labels):
+        with torch.autocast(micro.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            output = model(
+                micro.clamp(min=0),
+                labels=micro,
+                num_items_in_batch=targets,
+                output_router=True,
+                expert_indices=None if experts is None else experts[i],
+            )
+        (output.loss + auxiliary_loss(output, config) / len(labels)).backward()
+        total = total + output.loss.detach()
+        chosen.append(torch.stack(output.router_experts))
+    return total, torch.stack(chosen)
+
+
+def train_step(
+    model: CustomLLM,
+    optimizer: torch.optim.Optimizer,
+    schedule: LambdaLR,
+    config: TrainConfig,
+    labels: Tensor,
+    experts: Tensor | None = None,
+) -> StepMetrics:
+    """One optimizer step, in place. Arguments as in `accumulate_gradients`."""
+    loss, chosen = accumulate_gradients(model, config, labels, experts)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    schedule.step()
+    counts = tokens_per_expert(list(chosen.swapaxes(0, 1)), model.config.n_routed_experts)
+    update_routing_bias(model, counts, config.bias_update_rate)
+    return StepMetrics(loss, grad_norm, schedule.get_last_lr()[0], chosen)
