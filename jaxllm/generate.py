@@ -125,11 +125,8 @@ def _generate(
 ) -> tuple[Array, Array]:
     """Prompts (B,P), padded on the right, and their lengths (B,) -> (B, max_new) tokens and how many count."""
     model = nnx.merge(graph, params, bias)
-    batch, width = prompts.shape
-    # Padding on the right needs no mask: no token sees what comes after it, and decoding overwrites those cache slots.
-    hidden, record = model.run_layers(prompts, keep_latents=True)
-    room = [(0, 0), (0, 0), (0, max(0, min(width + max_new, model.config.max_position_embeddings) - width))]
-    cache = jax.tree.map(lambda x: jnp.pad(x, room + [(0, 0)] * (x.ndim - 3)), record.latents)
+    batch = prompts.shape[0]
+    hidden, cache = prefill(model, prompts, max_new)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)  # (B,1,D)
     first = choose(sampling, model.logits(last)[:, 0], jax.random.fold_in(key, 0))
     tokens = jnp.zeros((batch, max_new), jnp.int32).at[:, 0].set(first)
@@ -152,6 +149,18 @@ def _generate(
     start = _Decoding(jnp.ones((), jnp.int32), tokens, first, lengths, first == eos, cache)
     end = jax.lax.while_loop(unfinished, next_token, start)
     return end.tokens, end.count
+
+
+def prefill(model: CustomLLM, prompts: Array, max_new: int) -> tuple[Array, Latents]:
+    """One pass over prompts (B,P), padded on the right: what the layers made of them (B,P,D), and the cache.
+
+    The cache has slots for the prompts and `max_new` tokens behind the longest, as far as the position table goes.
+    Padding on the right needs no mask: no token sees what comes after it, and decoding overwrites those slots.
+    """
+    hidden, record = model.run_layers(prompts, keep_latents=True)
+    width = prompts.shape[1]
+    room = [(0, 0), (0, 0), (0, max(0, min(width + max_new, model.config.max_position_embeddings) - width))]
+    return hidden, jax.tree.map(lambda x: jnp.pad(x, room + [(0, 0)] * (x.ndim - 3)), record.latents)
 
 
 def choose(sampling: Sampling, logits: Array, key: Array) -> Array:

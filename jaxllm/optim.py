@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -58,3 +60,26 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
         optax.add_decayed_weights(config.weight_decay, mask=decays),
         optax.scale_by_learning_rate(learning_rate_schedule(config)),
     )
+
+
+class AdamMoments(NamedTuple):
+    """What AdamW remembers of the updates before."""
+
+    count: Any  # () int32, updates done
+    mu: Any  # first moments, a pytree like the parameters
+    nu: Any  # second moments, likewise
+
+
+def adam_moments(opt_state: optax.OptState) -> AdamMoments:
+    """Read the moments out of a state of `optimizer`."""
+    adam = next(state for state in opt_state if isinstance(state, optax.ScaleByAdamState))
+    return AdamMoments(*adam)
+
+
+def with_moments(opt_state: optax.OptState, moments: AdamMoments) -> optax.OptState:
+    """A state of `optimizer` that has come to these moments; the schedule has come as far as they have."""
+    replaced = {
+        optax.ScaleByAdamState: optax.ScaleByAdamState(*moments),
+        optax.ScaleByScheduleState: optax.ScaleByScheduleState(jnp.array(moments.count)),  # a copy: both are donated
+    }
+    return tuple(replaced.get(type(state), state) for state in opt_state)

@@ -1,94 +1,163 @@
-"""Compare the two frameworks on your weights, and say how far apart they are.
+"""Climb the ladder on your weights: is this the same model in both frameworks, and does it train the same?
 
-python -m parity_tests RUN                          # a training run
-python -m parity_tests DIR                          # an exported folder
-python -m parity_tests --preset customllm-768       # random weights
+python -m parity_tests                                      # random weights of `tiny`
+python -m parity_tests RUN                                  # a training run
+python -m parity_tests DIR                                  # an exported folder
+python -m parity_tests --preset customllm-1b --layers 2 --rungs weights layers logits
 python -m parity_tests --precision float64
+python -m parity_tests --mutate rope_halves_swapped         # plant a fault, see which rung catches it
 """
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
-from rich.table import Table
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # both frameworks on one device, else it is devices that are compared
 
 from convert.to_flax import read_weights
 from convert.to_torch import export_run
 from jaxllm.checkpoint import Weights, is_run, load_weights, read_model_config
 from jaxllm.config import ModelConfig, preset
 from jaxllm.errors import UserError, exit_on_user_error
+from jaxllm.generate import tokenizer_folder
 from parity_tests.compare import TOLERANCES, Row
 from parity_tests.forward import random_weights, torch_model
-from parity_tests.report import compare_models, random_tokens
+from parity_tests.ladder import RUNGS, Ladder
+from parity_tests.mutations import MUTATIONS
+from parity_tests.report import draw_report, first_divergence, print_table, write_report
+from parity_tests.text import read_tokens
 from torch_ref import CustomLLM as TorchCustomLLM
+
+Rung = Literal["weights", "layers", "logits", "loss", "gradients", "step", "trajectory", "generation"]
 
 
 @dataclass(frozen=True)
 class ParityArgs:
-    """Weights, expert choice, hidden states, logits and loss of the two frameworks, side by side."""
+    """Everything that makes a model in the two frameworks, side by side, from its weights to its training."""
 
     weights: Annotated[Path | None, tyro.conf.Positional] = None
     """A run or an exported folder; none: random weights of a preset."""
     preset: str = "tiny"
     """Whose random weights, where no folder is given."""
-    precision: Literal["float32", "float64"] = "float32"
+    layers: int | None = None
+    """Only so many layers of the preset."""
+    rungs: tuple[Rung, ...] = RUNGS
+    """Which comparisons to make."""
+    precision: Literal["float32", "float64", "bfloat16"] = "float32"
+    """float64 tells mistakes from rounding."""
     seq_len: int = 500
-    """Random tokens to compare on."""
+    """Tokens of the forward comparisons; short texts miss faults of positions."""
+    steps: int = 50
+    """Of the training trajectory."""
+    text: Path | None = None
+    """A text file to compare on; none: the standard library's source code."""
+    tokenizer: Path | None = None
+    """A tokenizer's folder; none: that of the weights, or one that is trained on the text."""
+    mutate: str | None = None
+    """Plant this fault in the PyTorch model; the ladder must catch it."""
+    out: Path = Path("runs/parity")
+    """Where parity.json and parity.png go."""
     seed: int = 0
+    """Of the random weights."""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}: it must be at least 1")
+        if self.seq_len < 2:
+            raise UserError(f"seq_len is {self.seq_len}: it must be at least 2")
+        if not self.rungs:
+            raise UserError(f"rungs is empty: choose of {', '.join(RUNGS)}")
+        if self.mutate is not None and self.mutate not in MUTATIONS:
+            raise UserError(f"mutate is {self.mutate!r}: choose one of {', '.join(MUTATIONS)}")
+        if self.weights is not None and self.layers is not None:
+            raise UserError(f"layers is {self.layers}: it cuts a preset, not given weights")
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"out is {str(self.out)!r}: it must be a folder")
 
 
 def load_pair(args: ParityArgs) -> tuple[ModelConfig, Weights, TorchCustomLLM]:
-    """The Flax weights, and the PyTorch model as its user gets it: from the exported folder."""
+    """The Flax weights, and the PyTorch model as its user gets it: from the exported folder. Dropout is off in both.
+
+    Raises:
+        UserError: there is no model, or it cannot be read.
+    """
     if args.weights is None:
-        config = preset(args.preset)
+        config = dataclasses.replace(preset(args.preset), dropout=0.0)
+        if args.layers is not None:
+            config = dataclasses.replace(config, num_hidden_layers=args.layers)
         weights = random_weights(config, args.seed)
-        return config, weights, torch_model(config, weights)
+        return config, weights, torch_model(config, weights, args.precision)
     if is_run(args.weights):
         config, weights = load_weights(args.weights)
         with tempfile.TemporaryDirectory() as scratch:
             export_run(args.weights, Path(scratch) / "exported")
-            return config, weights, TorchCustomLLM.from_pretrained(Path(scratch) / "exported").float().eval()
-    config = read_model_config(args.weights)
-    weights = read_weights(args.weights, config)
-    return config, weights, TorchCustomLLM.from_pretrained(args.weights).float().eval()
+            model = TorchCustomLLM.from_pretrained(Path(scratch) / "exported")
+    else:
+        config = read_model_config(args.weights)
+        weights = read_weights(args.weights, config)
+        model = TorchCustomLLM.from_pretrained(args.weights)
+    model.dropout.p = 0.0
+    config = dataclasses.replace(config, dropout=0.0)
+    return config, weights, (model.double() if args.precision == "float64" else model.float()).eval()
 
 
-def print_report(rows: list[Row], title: str) -> None:
-    table = Table(title=title, title_justify="left")
-    for column in ("", "max error / std", "relative L2", "tolerance", "verdict"):
-        table.add_column(column, justify="left" if column in ("", "tolerance", "verdict") else "right")
-    for row in rows:
-        verdict = "[green]ok[/]" if row.passed else "[bold red]BREACH[/]"
-        errors = ("", "") if row.tolerance == "bitwise" else (f"{row.max_error:.2e}", f"{row.relative_l2:.2e}")
-        table.add_row(row.what, *errors, row.tolerance, f"{verdict} {row.note}".strip())
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+def find_tokenizer(args: ParityArgs) -> Path | None:
+    if args.tokenizer is not None or args.weights is None:
+        return args.tokenizer
+    folder = tokenizer_folder(args.weights)
+    return folder if (folder / "tokenizer.json").is_file() else None
 
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> int:
     args = tyro.cli(ParityArgs, args=argv, prog="python -m parity_tests", description=__doc__)
-    if args.seq_len < 2:
-        raise UserError(f"seq_len is {args.seq_len}: it must be at least 2")
     config, weights, model = load_pair(args)
-    tolerance = TOLERANCES[args.precision]
-    ids = random_tokens(config, args.seq_len, args.seed)
-    rows = compare_models(config, weights, model, ids, args.precision)
-    name = args.weights or f"random weights of {args.preset}"
-    print_report(rows, f"Flax and PyTorch on {name}, {ids.shape[1]} random tokens, {args.precision}")
-    print(
-        f"Tolerance {tolerance.name}: relative L2 at most {tolerance.relative_l2:g}, largest error at most "
-        f"{tolerance.max_over_std:g} standard deviations ({tolerance.reason})."
+    tokens = read_tokens(
+        config, Ladder.tokens_needed(config, args.seq_len, args.steps), args.text, find_tokenizer(args)
     )
-    breaches = [row.what for row in rows if not row.passed]
-    print(f"BREACH: {', '.join(breaches)}" if breaches else "The two frameworks agree.")
-    return 1 if breaches else 0
+    ladder = Ladder(config, weights, tokens, args.precision, args.seq_len, args.steps)
+    rows: list[Row] = []
+    seconds: dict[str, float] = {}
+    plant = nullcontext() if args.mutate is None else MUTATIONS[args.mutate].plant(model)
+    with plant:
+        started = time.perf_counter()
+        for rung, found in ladder.climb(model, args.rungs):
+            rows += found
+            seconds[rung] = time.perf_counter() - started
+            started = time.perf_counter()
+            print(
+                f"{rung}: {'ok' if all(row.passed for row in found) else 'BREACH'}, {seconds[rung]:.1f} s", flush=True
+            )
+
+    name = str(args.weights or f"random weights of {args.preset}")
+    if args.layers:
+        name += f", {args.layers} layers"
+    title = f"JAX and PyTorch on {name}, {ladder.ids.size} tokens, {args.precision}"
+    print_table(rows, title)
+    args.out.mkdir(parents=True, exist_ok=True)
+    about = {"model": name, "precision": args.precision, "mutation": args.mutate, "config": config.to_dict()}
+    write_report(args.out / "parity.json", rows, ladder.curve, seconds, about)
+    draw_report(args.out / "parity.png", rows, ladder.curve, title)
+    for tolerance in TOLERANCES[args.precision]:
+        if hasattr(tolerance, "reason"):
+            print(f"{tolerance.name}: relative L2 at most {tolerance.relative_l2:g} ({tolerance.reason})")
+    divergence = first_divergence(rows)
+    print(f"\nThe report is in {args.out}: parity.json, parity.png")
+    print("The two frameworks agree." if divergence is None else f"BREACH, first in: {divergence}")
+    return 0 if divergence is None else 1
 
 
 if __name__ == "__main__":

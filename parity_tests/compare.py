@@ -2,48 +2,84 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from convert.mapping import PARAMS, ROUTING_BIAS, entries, leaf
-from jaxllm.checkpoint import Weights
-from jaxllm.config import ModelConfig
-from parity_tests.forward import Outputs
-
 
 class Tolerance(NamedTuple):
     name: str
     relative_l2: float
+    """Largest norm of the difference over the norm of the reference."""
     max_over_std: float
     """Largest absolute error, in standard deviations of the reference."""
-    near_tie: float
-    """Two experts whose biased scores differ by less than this may be swapped by rounding."""
     reason: str
 
 
+class Tolerances(NamedTuple):
+    """What the rungs allow in one precision."""
+
+    forward: Tolerance
+    gradient: Tolerance
+    update: Tolerance
+    trajectory: Tolerance
+    near_tie: float
+    """Two experts whose biased scores (which lie in 0..1) differ by less may be swapped by rounding."""
+    token_tie: float
+    """Two tokens whose logits differ by less, in standard deviations of the logits, may be swapped by rounding."""
+
+    def for_rung(self, rung: str) -> Tolerance:
+        return {"gradients": self.gradient, "step": self.update, "trajectory": self.trajectory}.get(rung, self.forward)
+
+
+# Leaves of a gradient differ in scale from element to element (unused vocabulary beside used): only the norm counts.
+_ANY = math.inf
+
 TOLERANCES = {
-    "float32": Tolerance(
-        "float32", 1e-5, 1e-4, 1e-5,
-        "unit roundoff 6e-8, products of up to 1,536 terms summed in another order, 24 layers",
+    "float64": Tolerances(
+        Tolerance("float64 forward", 1e-10, 1e-10, "unit roundoff 1e-16: beyond it is another formula"),
+        Tolerance("float64 gradient", 1e-9, _ANY, "as forward, with the cancellation of the softmax's backward pass"),
+        Tolerance("float64 update", 1e-9, _ANY, "Adam divides by the root of small second moments"),
+        Tolerance("float64 trajectory", 1e-8, _ANY, "rounding, amplified by 50 steps of training"),
+        near_tie=1e-12,
+        token_tie=1e-9,
     ),
-    "float64": Tolerance(
-        "float64", 1e-10, 1e-10, 1e-12,
-        "unit roundoff 1e-16: what remains at 1e-10 is another formula, not another rounding",
+    "float32": Tolerances(
+        Tolerance("float32 forward", 1e-5, 1e-4, "unit roundoff 6e-8, sums of 1,536 terms in another order, 24 layers"),
+        Tolerance("float32 gradient", 1e-4, _ANY, "as forward, with the cancellation of the softmax's backward pass"),
+        Tolerance("float32 update", 1e-4, _ANY, "Adam divides by the root of small second moments"),
+        Tolerance("float32 trajectory", 1e-3, _ANY, "rounding, amplified by 50 steps of training"),
+        near_tie=1e-5,
+        token_tie=1e-4,
+    ),
+    "bfloat16": Tolerances(
+        Tolerance("bfloat16 forward", 3e-2, 3e-1, "unit roundoff 4e-3; Flax rounds the residual, autocast does not"),
+        Tolerance("bfloat16 gradient", 2e-1, _ANY, "unit roundoff 4e-3 at each product of both passes"),
+        Tolerance("bfloat16 update", 1e-1, _ANY, "as the gradient, a tenth of which is in the first moment"),
+        Tolerance("bfloat16 trajectory", 5e-2, _ANY, "rounding, amplified by 50 steps of training"),
+        near_tie=3e-2,
+        token_tie=2e-1,
     ),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the report."""
+    """One comparison: a rung of the ladder, what was compared, and which leaf or layer of it.
 
+    Where numbers cannot say it (equal bits, equal choices), `note` does and the measures are None.
+    """
+
+    rung: str
     what: str
-    max_error: float
-    relative_l2: float
-    tolerance: str
+    leaf: str
     passed: bool
+    tolerance: str
+    max_error: float | None = None  # absolute
+    relative_l2: float | None = None
+    cosine: float | None = None
     note: str = ""
 
 
@@ -58,66 +94,97 @@ def max_over_std(reference: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(reference - other).max() / max(reference.std(), np.finfo(np.float64).tiny))
 
 
-def compare_arrays(what: str, reference: np.ndarray, other: np.ndarray, tolerance: Tolerance) -> Row:
-    """Compare two arrays of one shape; a value that is not finite never passes."""
-    wide, other = reference.astype(np.float64), other.astype(np.float64)
-    largest, norm = max_over_std(wide, other), relative_l2(wide, other)
-    passed = bool(norm <= tolerance.relative_l2 and largest <= tolerance.max_over_std)  # false for NaN
-    return Row(what, largest, norm, tolerance.name, passed)
+def cosine(reference: np.ndarray, other: np.ndarray) -> float:
+    """Of the angle between them; 1 for two zeros."""
+    norms = np.linalg.norm(reference.ravel()) * np.linalg.norm(other.ravel())
+    if norms == 0:
+        return float((reference == other).all())
+    return float(np.vdot(reference.ravel(), other.ravel()) / norms)
 
 
-def compare_weights(config: ModelConfig, weights: Weights, state_dict: dict[str, np.ndarray]) -> Row:
-    """Compare all weights bit for bit, by name, none left over."""
-    trees = {PARAMS: weights.params, ROUTING_BIAS: weights.routing_bias}
-    table = list(entries(config))
-    unequal = []
-    for entry in table:
-        ours = entry.to_torch(np.asarray(leaf(trees[entry.tree], entry.path)))
-        theirs = state_dict.get(entry.torch_name)
-        if theirs is None or theirs.dtype != ours.dtype or not _same_bits(ours, theirs):
-            unequal.append(entry.torch_name)
-    unequal += sorted(state_dict.keys() - {entry.torch_name for entry in table})
-    count = f"{len(table) - len(unequal)} of {len(table)} tensors equal"
-    note = f"{count}; first: {unequal[0]}" if unequal else count
-    worst = 0.0 if not unequal else float("nan")
-    return Row("weights", worst, worst, "bitwise", not unequal, note)
+def compare_arrays(
+    rung: str, what: str, leaf: str, reference: np.ndarray, other: np.ndarray, tolerance: Tolerance
+) -> Row:
+    """Compare two arrays of one shape, in float64; a value that is not finite never passes."""
+    if reference.shape != other.shape:
+        note = f"shapes {list(reference.shape)} and {list(other.shape)}"
+        return Row(rung, what, leaf, False, tolerance.name, math.inf, math.inf, 0.0, note)
+    reference, other = np.asarray(reference, np.float64), np.asarray(other, np.float64)
+    norm, largest = relative_l2(reference, other), float(np.abs(reference - other).max())
+    passed = norm <= tolerance.relative_l2  # false for NaN
+    if tolerance.max_over_std != _ANY:
+        passed = passed and max_over_std(reference, other) <= tolerance.max_over_std
+    return Row(rung, what, leaf, bool(passed), tolerance.name, largest, norm, cosine(reference, other))
 
 
-def _same_bits(ours: np.ndarray, theirs: np.ndarray) -> bool:
-    ours, theirs = np.ascontiguousarray(ours), np.ascontiguousarray(theirs)
-    return ours.shape == theirs.shape and np.array_equal(ours.view(np.uint8), theirs.view(np.uint8))
+def compare_leaves(
+    rung: str, what: str, reference: dict[str, np.ndarray], other: dict[str, np.ndarray], tolerance: Tolerance
+) -> list[Row]:
+    """Compare two dicts of arrays, name by name; both must have the same names."""
+    rows = [
+        Row(rung, what, name, False, tolerance.name, note="in one framework only")
+        for name in sorted(reference.keys() ^ other.keys())
+    ]
+    return rows + [
+        compare_arrays(rung, what, name, values, other[name], tolerance)
+        for name, values in reference.items()
+        if name in other
+    ]
 
 
-def compare_experts(ours: Outputs, theirs: Outputs, routing_bias: np.ndarray, tolerance: Tolerance) -> Row:
-    """Compare which experts each token chose. Where they differ, the choice must have been a near tie.
+def compare_numbers(rung: str, what: str, reference: float, other: float, tolerance: Tolerance) -> Row:
+    """Compare two scalars by their relative error."""
+    return compare_arrays(rung, what, "", np.asarray([reference]), np.asarray([other]), tolerance._replace(
+        max_over_std=_ANY
+    ))  # fmt: skip
+
+
+def same_bits(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
+        return False
+    return bool((np.ascontiguousarray(ours).view(np.uint8) == np.ascontiguousarray(theirs).view(np.uint8)).all())
+
+
+def compare_bits(rung: str, what: str, ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> list[Row]:
+    """Compare two dicts of arrays bit for bit, by name, none left over."""
+    names = list(ours) + sorted(theirs.keys() - ours.keys())
+    rows = []
+    for name in names:
+        note = ""
+        if name not in ours or name not in theirs:
+            note = "in one framework only"
+        elif not same_bits(ours[name], theirs[name]):
+            note = "the bits differ"
+        rows.append(Row(rung, what, name, not note, "bitwise", note=note))
+    return rows
+
+
+class Flips(NamedTuple):
+    """Tokens for which one framework's scores prefer other experts than the other framework chose."""
+
+    count: int
+    margin: float
+    """How much less, at most, the chosen expert scored than the preferred one; 0 without flips."""
+
+
+def expert_flips(scores: np.ndarray, routing_bias: np.ndarray, chosen: np.ndarray) -> Flips:
+    """Compare a choice with the preference of given scores.
 
     Args:
-        routing_bias: (L,E).
+        scores: (..., E), without the bias.
+        routing_bias: (E,).
+        chosen: (..., k), the other framework's choice.
     """
-    same = (np.sort(ours.experts, axis=-1) == np.sort(theirs.experts, axis=-1)).all(axis=-1)  # (L,B,T)
-    agreement = f"{same.sum()} of {same.size} tokens choose the same experts"
-    if same.all():
-        return Row("expert choice", 0.0, 0.0, tolerance.name, True, agreement)
-    biased = np.sort(ours.scores + routing_bias[:, None, None, :], axis=-1)[..., ::-1]
-    k = ours.experts.shape[-1]
-    margin = float((biased[..., k - 1] - biased[..., k])[~same].max())
-    note = f"{agreement}; the widest margin between the rivals is {margin:.1e}"
-    return Row("expert choice", margin, margin, tolerance.name, margin <= tolerance.near_tie, note)
+    biased = scores + routing_bias
+    k = chosen.shape[-1]
+    preferred = np.argsort(-biased, axis=-1, kind="stable")[..., :k]
+    differs = (np.sort(preferred, axis=-1) != np.sort(chosen, axis=-1)).any(axis=-1)
+    if not differs.any():
+        return Flips(0, 0.0)
+    worst_preferred = np.take_along_axis(biased, preferred, axis=-1)[differs].min(axis=-1)
+    worst_chosen = np.take_along_axis(biased, chosen, axis=-1)[differs].min(axis=-1)
+    return Flips(int(differs.sum()), float((worst_preferred - worst_chosen).max()))
 
 
-def compare_hidden(ours: Outputs, theirs: Outputs, tolerance: Tolerance) -> list[Row]:
-    """Compare the embeddings and the residual stream behind each layer."""
-    names = ["embeddings", *(f"layer {i}" for i in range(len(ours.hidden) - 1))]
-    return [
-        compare_arrays(name, mine, other, tolerance)
-        for name, mine, other in zip(names, ours.hidden, theirs.hidden, strict=True)
-    ]
-
-
-def compare_results(ours: Outputs, theirs: Outputs, tolerance: Tolerance) -> list[Row]:
-    """Compare the logits and the loss."""
-    error = abs(ours.loss - theirs.loss) / max(abs(ours.loss), np.finfo(np.float64).tiny)
-    return [
-        compare_arrays("logits", ours.logits, theirs.logits, tolerance),
-        Row("loss", error, error, tolerance.name, bool(error <= tolerance.relative_l2)),
-    ]
+def total_flips(parts: list[Flips]) -> Flips:
+    return Flips(sum(part.count for part in parts), max(part.margin for part in parts))

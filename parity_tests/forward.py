@@ -1,8 +1,9 @@
-"""Run either framework on the same weights and tokens, with everything that the comparison looks at."""
+"""Run either framework on the same weights and tokens, and keep what every part of every layer makes."""
 
 from __future__ import annotations
 
 import functools
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from flax import nnx
 
+from convert.mapping import PARAMS, ROUTING_BIAS, entries, leaf
 from convert.to_torch import torch_tensors
 from jaxllm.checkpoint import Weights
 from jaxllm.config import ModelConfig
@@ -18,15 +20,33 @@ from jaxllm.loss import count_targets
 from jaxllm.step import abstract_model, summed_loss
 from torch_ref import CustomLLM as TorchCustomLLM
 
-DTYPES = {"float32": (jnp.float32, torch.float32), "float64": (jnp.float64, torch.float64)}
+DTYPES = {"float64": jnp.float64, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
+"""Compute dtypes. Weights are float64 in the first and float32 in both others."""
+
+PARTS = ("input norm", "attention", "post-attention norm", "router scores", "experts", "residual")
+"""The parts of a layer, in the order of the computation; the expert choice stands behind the router scores."""
 
 
-class Outputs(NamedTuple):
-    hidden: list[np.ndarray]  # L+1 of (B,T,D): embeddings, then behind each layer
+class Trace(NamedTuple):
+    """A forward pass on tokens (B,T)."""
+
+    embeddings: np.ndarray  # (B,T,D)
+    parts: dict[str, np.ndarray]  # of PARTS, each (L,B,T,D|E)
+    experts: np.ndarray  # (L,B,T,k), the choice
     logits: np.ndarray  # (B,T,V)
     loss: float
-    experts: np.ndarray  # (L,B,T,k)
-    scores: np.ndarray  # (L,B,T,E)
+
+
+@contextmanager
+def jax_precision(precision: str):
+    """float64 where asked for; and no TF32 or bfloat16 products where float32 was asked for, on any device."""
+    with jax.enable_x64(precision == "float64"), jax.default_matmul_precision("highest"):
+        yield
+
+
+def torch_precision(precision: str):
+    """bfloat16 as the Trainer computes it: float32 weights under autocast."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
@@ -50,32 +70,6 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
     return Weights(*jax.tree_util.tree_map_with_path(drawn, (params, routing_bias)))
 
 
-def jax_forward(
-    config: ModelConfig,
-    weights: Weights,
-    ids: np.ndarray,
-    precision: str = "float32",
-    experts: np.ndarray | None = None,
-) -> Outputs:
-    """The Flax model, by the functions that train: ids (B,T); `experts` (L,B,T,k) replaces the routers' choice."""
-    dtype, _ = DTYPES[precision]
-    # On an accelerator float32 products would run in TF32 or bfloat16 without this.
-    with jax.enable_x64(precision == "float64"), jax.default_matmul_precision("highest"):
-        graph, _, _ = abstract_model(config, dtype=dtype)
-        params, routing_bias = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tuple(weights))
-        outputs = _jax_outputs(graph, params, routing_bias, jnp.asarray(ids), experts)
-        embedded, record, logits, loss = jax.device_get(outputs)
-    return Outputs([embedded, *record.hidden], logits, float(loss), record.experts, record.scores)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _jax_outputs(graph: nnx.GraphDef, params, routing_bias, ids: jax.Array, experts: jax.Array | None):
-    model = nnx.merge(graph, params, routing_bias)
-    x, record = model.run_layers(ids, experts=experts, keep_hidden=True)
-    embedded = model.embed(ids, jnp.arange(ids.shape[1])[None])
-    return embedded, record, model.logits(x), summed_loss(model, x, ids) / count_targets(ids)
-
-
 def torch_model(config: ModelConfig, weights: Weights, precision: str = "float32") -> TorchCustomLLM:
     """The PyTorch model with these weights, through the converter's table."""
     with torch.device("meta"):
@@ -83,23 +77,97 @@ def torch_model(config: ModelConfig, weights: Weights, precision: str = "float32
     # copies: a fault planted in one framework must not reach into the other's memory
     state = {t.name: torch.from_numpy(np.array(t.read(), order="C")) for t in torch_tensors(config, weights)}
     model.load_state_dict(state, strict=True, assign=True)
-    return model.to(DTYPES[precision][1]).eval()
-
-
-@torch.no_grad()
-def torch_forward(model: TorchCustomLLM, ids: np.ndarray, experts: np.ndarray | None = None) -> Outputs:
-    """The PyTorch model, as a user calls it."""
-    tokens = torch.from_numpy(np.asarray(ids, np.int64))
-    forced = None if experts is None else torch.from_numpy(np.asarray(experts, np.int64))
-    out = model(tokens, labels=tokens, output_hidden_states=True, output_router=True, expert_indices=forced)
-    return Outputs(
-        hidden=[hidden.numpy() for hidden in out.hidden_states],
-        logits=out.logits.numpy(),
-        loss=float(out.loss),
-        experts=torch.stack(out.router_experts).numpy(),
-        scores=torch.stack(out.router_scores).numpy(),
-    )
+    return model.to(torch.float64 if precision == "float64" else torch.float32).eval()
 
 
 def state_dict_arrays(model: TorchCustomLLM) -> dict[str, np.ndarray]:
     return {name: value.numpy() for name, value in model.state_dict().items()}
+
+
+def torch_named(config: ModelConfig, params, routing_bias=None) -> dict[str, np.ndarray]:
+    """Flax trees under PyTorch's names and in its layout: views, where the leaves are arrays of the host."""
+    trees = {PARAMS: params, ROUTING_BIAS: routing_bias}
+    host = jax.tree.map(np.asarray, {name: tree for name, tree in trees.items() if tree is not None})
+    return {e.torch_name: e.to_torch(leaf(host[e.tree], e.path)) for e in entries(config) if e.tree in host}
+
+
+def jax_weights(weights: Weights, precision: str) -> tuple:
+    """Parameters and routing bias as the model keeps them; call it within `jax_precision`."""
+    master = jnp.promote_types(DTYPES[precision], jnp.float32)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, master), tuple(weights))
+
+
+def jax_trace(
+    config: ModelConfig,
+    weights: Weights,
+    ids: np.ndarray,
+    precision: str = "float32",
+    experts: np.ndarray | None = None,
+) -> Trace:
+    """The Flax model, by the functions that train: ids (B,T); `experts` (L,B,T,k) replaces the routers' choice."""
+    with jax_precision(precision):
+        graph, _, _ = abstract_model(config, dtype=DTYPES[precision])
+        outputs = _jax_outputs(graph, *jax_weights(weights, precision), jnp.asarray(ids), experts)
+        embeddings, trace, logits, loss = jax.device_get(outputs)
+    in_time = (config.num_hidden_layers, *ids.shape, -1)
+    parts = (
+        trace.input_norm, trace.attention, trace.post_attn_norm, trace.routing.scores.reshape(in_time), trace.mixture,
+        trace.residual,
+    )  # fmt: skip
+    parts = dict(zip(PARTS, parts, strict=True))
+    return Trace(embeddings, parts, trace.routing.experts.reshape(in_time), logits, float(loss))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _jax_outputs(graph: nnx.GraphDef, params, routing_bias, ids: jax.Array, experts: jax.Array | None):
+    model = nnx.merge(graph, params, routing_bias)
+    x, record = model.run_layers(ids, experts=experts, keep_trace=True)
+    embeddings = model.embed(ids, jnp.arange(ids.shape[1])[None])
+    return embeddings, record.trace, model.logits(x), summed_loss(model, x, ids) / count_targets(ids)
+
+
+@torch.no_grad()
+def torch_trace(
+    model: TorchCustomLLM, ids: np.ndarray, precision: str = "float32", experts: np.ndarray | None = None
+) -> Trace:
+    """The PyTorch model, as a user calls it; hooks look at its parts. Arguments as in `jax_trace`."""
+    tokens = torch.from_numpy(np.asarray(ids, np.int64))
+    forced = None if experts is None else torch.from_numpy(np.asarray(experts, np.int64))
+    with _recorded_parts(model) as made, torch_precision(precision):
+        out = model(tokens, labels=tokens, output_hidden_states=True, output_router=True, expert_indices=forced)
+    made["router scores"] = list(out.router_scores)
+    made["residual"] = list(out.hidden_states[1:])
+    return Trace(
+        embeddings=out.hidden_states[0].float().numpy() if precision == "bfloat16" else out.hidden_states[0].numpy(),
+        parts={part: _stacked(made[part]) for part in PARTS},
+        experts=torch.stack(out.router_experts).numpy(),
+        logits=out.logits.numpy(),
+        loss=float(out.loss),
+    )
+
+
+def _stacked(tensors: list[torch.Tensor]) -> np.ndarray:
+    stacked = torch.stack(tensors)
+    return (stacked.float() if stacked.dtype == torch.bfloat16 else stacked).numpy()
+
+
+@contextmanager
+def _recorded_parts(model: TorchCustomLLM):
+    """What the modules of the layers return while the context lasts: a list, one for each layer, by part."""
+    made: dict[str, list[torch.Tensor]] = {part: [] for part in PARTS}
+    names = {
+        "input_norm": "input norm", "self_attn": "attention", "post_attn_norm": "post-attention norm", "mlp": "experts",
+    }  # fmt: skip
+    handles = []
+    for layer in model.decoder_layers:
+        for name, part in names.items():
+
+            def keep(module, args, output, part=part):
+                made[part].append(output[0] if isinstance(output, tuple) else output)
+
+            handles.append(getattr(layer, name).register_forward_hook(keep))
+    try:
+        yield made
+    finally:
+        for handle in handles:
+            handle.remove()

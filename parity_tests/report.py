@@ -1,39 +1,143 @@
-"""One comparison of the two frameworks, from weights to loss: used by the command line and by the tests alike."""
+"""What the ladder found, for a person (a table, a picture) and for a program (JSON)."""
 
 from __future__ import annotations
 
+import json
+import math
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
-from jaxllm.checkpoint import Weights
-from jaxllm.config import ModelConfig
-from parity_tests.compare import TOLERANCES, Row, compare_experts, compare_hidden, compare_results, compare_weights
-from parity_tests.forward import jax_forward, state_dict_arrays, torch_forward
-from torch_ref import CustomLLM as TorchCustomLLM
+from parity_tests.compare import TOLERANCES, Row
+from parity_tests.forward import PARTS
+from parity_tests.ladder import Curve
 
-
-def random_tokens(config: ModelConfig, length: int, seed: int = 0) -> np.ndarray:  # (1, length)
-    length = min(length, config.max_position_embeddings)
-    return np.random.default_rng(seed).integers(config.vocab_size, size=(1, length), dtype=np.int32)
+PACKAGES = ("jax", "flax", "optax", "torch", "transformers", "numpy")
 
 
-def compare_models(
-    config: ModelConfig, weights: Weights, model: TorchCustomLLM, ids: np.ndarray, precision: str = "float32"
-) -> list[Row]:
-    """All comparisons on given tokens (B,T).
+def group_rows(rows: list[Row]) -> list[list[Row]]:
+    """The rows of each comparison (one for each leaf or layer), in order."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.rung, row.what), []).append(row)
+    return list(groups.values())
 
-    Args:
-        weights: the Flax weights.
-        model: the PyTorch model, in float32; in float64 precision it is widened here.
-    """
-    tolerance = TOLERANCES[precision]
-    rows = [compare_weights(config, weights, state_dict_arrays(model))]
-    if precision == "float64":
-        model = model.double()
-    ours = jax_forward(config, weights, ids, precision)
-    theirs = torch_forward(model, ids)
-    routing_bias = np.asarray(weights.routing_bias["decoder_layers"]["mlp"]["routing_bias"])
-    choice = compare_experts(ours, theirs, routing_bias, tolerance)
-    if not (np.sort(ours.experts) == np.sort(theirs.experts)).all():
-        # Perhaps a near tie fell the other way: with the choice held fixed, nothing else may differ.
-        theirs = torch_forward(model, ids, experts=ours.experts)
-    return [*rows, *compare_hidden(ours, theirs, tolerance), choice, *compare_results(ours, theirs, tolerance)]
+
+def worst_row(rows: list[Row]) -> Row:
+    """The first that failed, else the one with the largest relative error."""
+    failed = [row for row in rows if not row.passed]
+    return failed[0] if failed else max(rows, key=lambda row: (row.relative_l2 or 0.0, row.max_error or 0.0))
+
+
+def print_table(rows: list[Row], title: str) -> None:
+    """A line for each comparison: the largest errors over its leaves, and the worst of them by name."""
+    table = Table(title=title, title_justify="left")
+    for column in ("rung", "compared", "max error", "relative L2", "1 - cosine", "tolerance", "verdict"):
+        right = column in ("max error", "relative L2", "1 - cosine")
+        table.add_column(column, justify="right" if right else "left", no_wrap=column != "verdict")
+    last = None
+    for group in group_rows(rows):
+        worst = worst_row(group)
+        verdict = "[green]ok[/]" if all(row.passed for row in group) else "[bold red]BREACH[/]"
+        note = worst.note
+        if worst.tolerance == "bitwise":
+            equal = f"{sum(row.passed for row in group)} of {len(group)} tensors equal"
+            note = equal if worst.passed else f"{equal}; first: {worst.leaf} ({worst.note})"
+        elif worst.leaf and (len(group) > 1):
+            note = f"{worst.leaf}  {note}".strip()
+        numbers = (
+            _largest([row.max_error for row in group]),
+            _largest([row.relative_l2 for row in group]),
+            _largest([None if row.cosine is None else max(0.0, 1 - row.cosine) for row in group]),
+        )
+        rung = worst.rung if worst.rung != last else ""
+        table.add_row(rung, worst.what, *numbers, _limit(worst), f"{verdict} {note}".strip())
+        last = worst.rung
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+def _largest(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    return f"{math.nan if any(map(math.isnan, known)) else max(known):.1e}"
+
+
+def _limit(row: Row) -> str:
+    tolerances = {t.name: f"{t.relative_l2:g}" for group in TOLERANCES.values() for t in group if hasattr(t, "name")}
+    return tolerances.get(row.tolerance, row.tolerance)
+
+
+def first_divergence(rows: list[Row]) -> str | None:
+    """The first comparison that failed, in the order of the computation: its layer and part, or its leaf."""
+    failed = next((row for row in rows if not row.passed), None)
+    if failed is None:
+        return None
+    where = f"{failed.what} of {failed.leaf}" if failed.leaf else failed.what
+    return f"{where} (rung {failed.rung})"
+
+
+def write_report(file: Path, rows: list[Row], curve: Curve, seconds: dict[str, float], about: dict[str, Any]) -> None:
+    """Write `parity.json`: every row, both loss curves, the tolerances with their reasons, and the versions."""
+    tolerances = [t._asdict() for t in TOLERANCES[about["precision"]] if hasattr(t, "name")]
+    report = {
+        **about,
+        "passed": all(row.passed for row in rows),
+        "first_divergence": first_divergence(rows),
+        "versions": {name: version(name) for name in PACKAGES},
+        "tolerances": [t | {"max_over_std": _number(t["max_over_std"])} for t in tolerances],
+        "seconds": {rung: round(value, 1) for rung, value in seconds.items()},
+        "rows": [{name: _number(value) for name, value in asdict(row).items()} for row in rows],
+        "trajectory": asdict(curve),
+    }
+    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def _number(value: Any) -> Any:
+    """JSON has neither infinities nor not-a-number: as text, they stay visible."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def draw_report(file: Path, rows: list[Row], curve: Curve, title: str) -> None:
+    """Draw `parity.png`: the error of each part by depth, both loss curves, and the distance between them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (depth, losses) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure.suptitle(title)
+    for part in PARTS:
+        errors = [row.relative_l2 for row in rows if row.rung == "layers" and row.what == part]
+        depth.plot(range(len(errors)), _drawable(errors), "o-", markersize=3, label=part)
+    limits = {row.tolerance for row in rows if row.rung == "layers" and row.what in PARTS}
+    for limit in (t for group in TOLERANCES.values() for t in group if hasattr(t, "name") and t.name in limits):
+        depth.axhline(limit.relative_l2, color="gray", linestyle=":", label=f"tolerance {limit.relative_l2:g}")
+    depth.set(xlabel="layer", ylabel="relative L2 error", yscale="log", title="Error by depth")
+    depth.xaxis.get_major_locator().set_params(integer=True)
+    depth.grid(alpha=0.3)
+    if limits:
+        depth.legend(fontsize=8)
+    steps = range(1, len(curve.jax) + 1)
+    losses.plot(steps, curve.jax, label="JAX", linewidth=3, alpha=0.5)
+    losses.plot(steps, curve.torch, "--", label="PyTorch" + (", its experts replayed in JAX" if curve.replayed else ""))
+    losses.set(xlabel="step", ylabel="cross-entropy (nats per token)", title="The same training, twice")
+    losses.grid(alpha=0.3)
+    if curve.jax:
+        losses.legend(loc="upper right", fontsize=8)
+        apart = losses.twinx()
+        apart.plot(steps, _drawable(np.abs(np.subtract(curve.jax, curve.torch))), ".", color="gray", markersize=3)
+        apart.set(ylabel="difference (dots)", yscale="log")
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+def _drawable(errors) -> np.ndarray:
+    """A logarithmic axis has no zero: no point stands for no error."""
+    return np.where(np.asarray(errors) > 0, errors, np.nan)

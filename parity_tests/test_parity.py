@@ -1,76 +1,172 @@
-"""The two frameworks agree within the named tolerances, and a planted fault breaks them."""
+"""The ladder holds in every precision, and each planted fault is caught by the lowest rung that can see it."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
-from jaxllm.config import PRESETS
-from parity_tests.compare import TOLERANCES, compare_arrays
+from jaxllm.config import PRESETS, ModelConfig
+from parity_tests.__main__ import main
+from parity_tests.compare import TOLERANCES, compare_arrays, expert_flips
 from parity_tests.forward import random_weights, torch_model
+from parity_tests.ladder import RUNGS, Ladder
 from parity_tests.mutations import MUTATIONS
-from parity_tests.report import compare_models, random_tokens
+from parity_tests.text import read_tokens
 
 TINY = PRESETS["tiny"]
 # several shared experts, more of each latent, no final norm: what tiny does not cover
 OTHER = dataclasses.replace(
     TINY, n_shared_experts=2, n_routed_experts=5, num_experts_per_tok=3, compression_ratio=2, final_norm=False
 )
+# where many models are compared: the same parts, narrow
+NARROW = dataclasses.replace(TINY, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, moe_intermediate_size=48)
+FORWARD = ("weights", "layers", "logits", "loss")
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    weights = random_weights(TINY)
-    return weights, torch_model(TINY, weights), random_tokens(TINY, 500)
+def tokens() -> np.ndarray:
+    return read_tokens(TINY, Ladder.tokens_needed(TINY, 500, 50), None, None)
 
 
-@pytest.mark.parametrize("precision", ["float32", "float64"])
-def test_tiny_agrees(tiny, precision):
-    weights, _, ids = tiny
-    rows = compare_models(TINY, weights, torch_model(TINY, weights), ids, precision)
-    assert len(rows) == 1 + 1 + 1 + TINY.num_hidden_layers + 2
-    assert [row.what for row in rows if not row.passed] == []
+def failures(ladder: Ladder, model, rungs=RUNGS) -> list[str]:
+    return [
+        f"{row.rung}: {row.what} of {row.leaf}, {row.relative_l2} ({row.note})"
+        for _, rows in ladder.climb(model, rungs)
+        for row in rows
+        if not row.passed
+    ]
 
 
-def test_other_shapes_agree():
-    weights = random_weights(OTHER, seed=1)
-    rows = compare_models(OTHER, weights, torch_model(OTHER, weights), random_tokens(OTHER, 200), "float64")
-    assert [row.what for row in rows if not row.passed] == []
+def ladder_of(config: ModelConfig, tokens: np.ndarray, precision: str, **options):
+    config = dataclasses.replace(config, dropout=0.0)
+    weights = random_weights(config)
+    return Ladder(config, weights, tokens, precision, **options), torch_model(config, weights, precision)
+
+
+@pytest.fixture(scope="module")
+def narrow(tokens):
+    return ladder_of(NARROW, tokens, "float32", seq_len=200, steps=15)
+
+
+def test_tiny_in_float32(tokens):
+    ladder, model = ladder_of(TINY, tokens, "float32")
+    assert failures(ladder, model) == []
+    assert len(ladder.curve.jax) == len(ladder.curve.torch) == 50
+    assert ladder.curve.jax[-1] < ladder.curve.jax[0] - 1  # it learned something on the way
+
+
+@pytest.mark.parametrize("precision", ["float64", "bfloat16"])
+def test_tiny_in_other_precisions(tokens, precision):
+    assert failures(*ladder_of(TINY, tokens, precision)) == []
+
+
+def test_other_shapes(tokens):
+    assert failures(*ladder_of(OTHER, tokens, "float64", seq_len=200, steps=5)) == []
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_planted_fault_is_caught(tiny, name):
-    weights, model, ids = tiny
-    plant, first_row = MUTATIONS[name]
-    with plant(model):
-        rows = compare_models(TINY, weights, model, ids)
-    breaches = [row.what for row in rows if not row.passed]
-    assert breaches[:1] == [first_row]
-    # not only on the way: what a user sees is wrong too
-    assert {"logits", "loss"} & set(breaches)
+def test_a_planted_fault_is_caught_by_the_lowest_rung_that_can_see_it(narrow, name):
+    ladder, model = narrow
+    mutation = MUTATIONS[name]
+    with mutation.plant(model):
+        breaches = (row for _, rows in ladder.climb(model) for row in rows if not row.passed)
+        caught = next(breaches, None)
+    assert caught is not None, "nothing was caught"
+    assert (caught.rung, caught.what) == (mutation.rung, mutation.what)
     # and the fault is gone again, so that the next one stands alone
-    assert all(row.passed for row in compare_models(TINY, weights, model, ids[:, :50]))
+    assert failures(ladder, model, FORWARD) == []
 
 
-def test_two_layers_at_full_width_agree():
-    config = dataclasses.replace(PRESETS["customllm-1b"], num_hidden_layers=2)
+def test_there_is_a_fault_for_every_rung():
+    assert {mutation.rung for mutation in MUTATIONS.values()} == set(RUNGS)
+
+
+def test_near_ties_are_told_from_wrong_choices():
+    scores = np.asarray([[0.9, 0.5, 0.5 - 1e-7, 0.1]])
+    none = np.zeros(4)
+    assert expert_flips(scores, none, np.asarray([[1, 0]])).count == 0
+    tie = expert_flips(scores, none, np.asarray([[0, 2]]))
+    assert tie.count == 1
+    assert tie.margin == pytest.approx(1e-7)
+    assert expert_flips(scores, none, np.asarray([[0, 3]])).margin == pytest.approx(0.4)
+    # the bias decides the choice
+    assert expert_flips(scores, np.asarray([0, 0, 0, 0.45]), np.asarray([[0, 3]])).count == 0
+
+
+def test_a_near_tie_is_replayed_and_said(tokens):
+    """Where rounding decides otherwise, the replay shows that nothing else differs."""
+    config = NARROW
     weights = random_weights(config)
-    rows = compare_models(config, weights, torch_model(config, weights), random_tokens(config, 500))
-    assert [row.what for row in rows if not row.passed] == []
+    router = weights.params["decoder_layers"]["mlp"]["router"]["weight"]  # (L,D,E)
+    bias = weights.routing_bias["decoder_layers"]["mlp"]["routing_bias"]
+    # everywhere, two experts compete for the second place and are a near tie
+    router[..., 1], bias[...] = router[..., 0], [1, 1 - 1e-6, 2, 0, 0, 0, 0]
+    model = torch_model(config, weights)
+    for layer in model.decoder_layers:
+        layer.mlp.routing_bias[1] += 2e-6  # PyTorch prefers the second of the two, Flax the first
+    ladder = Ladder(config, weights, tokens, "float32", seq_len=200)
+    found = dict(ladder.climb(model, ("layers", "logits", "loss", "gradients")))
+    assert [row for rows in found.values() for row in rows if not row.passed] == []
+    choice = next(row for row in found["layers"] if row.what == "expert choice")
+    assert "near ties" in choice.note
+    assert 0 < choice.max_error < TOLERANCES["float32"].near_tie
+    assert found["gradients"][0].what == "expert choice"
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_two_layers_at_full_width(tokens, precision):
+    config = dataclasses.replace(PRESETS["customllm-1b"], num_hidden_layers=2)
+    assert failures(*ladder_of(config, tokens, precision), rungs=FORWARD) == []
 
 
 @pytest.mark.slow
-def test_the_whole_customllm_1b_agrees():
-    config = PRESETS["customllm-1b"]
-    weights = random_weights(config)
-    rows = compare_models(config, weights, torch_model(config, weights), random_tokens(config, 500))
-    assert [row.what for row in rows if not row.passed] == []
+@pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16"])
+def test_two_layers_at_full_width_train(tokens, precision):
+    config = dataclasses.replace(PRESETS["customllm-1b"], num_hidden_layers=2)
+    assert failures(*ladder_of(config, tokens, precision)) == []
+
+
+@pytest.mark.slow
+def test_the_whole_customllm_1b(tokens):
+    assert failures(*ladder_of(PRESETS["customllm-1b"], tokens, "float32"), rungs=FORWARD) == []
 
 
 def test_not_a_number_never_passes():
-    values = np.ones((3,))
-    assert compare_arrays("x", values + np.arange(3), values + np.arange(3), TOLERANCES["float32"]).passed
-    assert not compare_arrays("x", values, np.full((3,), np.nan), TOLERANCES["float32"]).passed
-    assert not compare_arrays("x", np.full((3,), np.nan), np.full((3,), np.nan), TOLERANCES["float32"]).passed
+    values, tolerance = np.arange(3.0), TOLERANCES["float32"].forward
+    assert compare_arrays("", "", "", values, values, tolerance).passed
+    assert not compare_arrays("", "", "", values, np.full((3,), np.nan), tolerance).passed
+    assert not compare_arrays("", "", "", np.full((3,), np.nan), np.full((3,), np.nan), tolerance).passed
+
+
+def test_the_command_reports_a_planted_fault(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("a short text of one's own, repeated as often as it takes\n" * 40)
+    arguments = ["--rungs", "weights", "layers", "--text", str(text), "--out", str(tmp_path / "out"), "--seq-len", "60"]
+    assert main(arguments) == 0
+    assert "The two frameworks agree." in capsys.readouterr().out
+    assert main([*arguments, "--mutate", "rope_halves_swapped"]) == 1
+    assert "BREACH, first in: attention of layer 0 (rung layers)" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "parity.json").read_text())
+    assert report["passed"] is False
+    assert report["first_divergence"] == "attention of layer 0 (rung layers)"
+    assert {"max_error", "relative_l2", "cosine", "leaf", "tolerance", "passed"} <= report["rows"][0].keys()
+    assert (tmp_path / "out" / "parity.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--mutate", "everything"], "mutate is 'everything': choose one of weight_transposed"),
+        (["--text", "nowhere.txt"], "text is 'nowhere.txt'"),
+        (["--seq-len", "1"], "seq_len is 1"),
+        (["nowhere"], "'nowhere' is no run and no exported model"),
+    ],
+)
+def test_what_the_command_refuses(options, part, capsys, tmp_path):
+    assert main([*options, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert part in error
+    assert error.count("\n") == 1

@@ -17,8 +17,15 @@ from jaxllm import CustomLLM as FlaxCustomLLM
 from jaxllm.generate import generate
 from jaxllm.model.summary import module_tree
 from jaxllm.step import abstract_model, split_model
-from parity_tests.compare import TOLERANCES, compare_arrays, compare_weights
-from parity_tests.forward import jax_forward, random_weights, state_dict_arrays, torch_forward, torch_model
+from parity_tests.compare import TOLERANCES, compare_arrays, compare_bits
+from parity_tests.forward import (
+    jax_trace,
+    random_weights,
+    state_dict_arrays,
+    torch_model,
+    torch_named,
+    torch_trace,
+)
 from torch_ref import CustomLLM
 
 SMALL = ModelConfig(
@@ -64,12 +71,12 @@ def test_both_trees_are_the_source_s():
 def test_changing_a_token_changes_no_logit_before_it(weights):
     model = torch_model(SMALL, weights, "float64")
     ids = np.random.default_rng(0).integers(311, size=(2, 60))
-    before = torch_forward(model, ids)
+    before = torch_trace(model, ids)
     for t in (1, 30, 59):
         changed = ids.copy()
         changed[:, t] = (changed[:, t] + 1) % 311
-        free = torch_forward(model, changed).logits
-        held = torch_forward(model, changed, experts=before.experts).logits
+        free = torch_trace(model, changed).logits
+        held = torch_trace(model, changed, experts=before.experts).logits
         scale = np.abs(before.logits).max()
         assert np.abs(free[:, :t] - before.logits[:, :t]).max() <= 1e-12 * scale
         np.testing.assert_array_equal(held[:, :t], before.logits[:, :t])
@@ -99,19 +106,24 @@ def test_padding_agrees(weights):
     ours = np.asarray(flax(ids, mask))
     with torch.no_grad():
         theirs = torch_model(SMALL, weights)(torch.tensor(ids).long(), attention_mask=torch.tensor(mask)).logits.numpy()
-    assert compare_arrays("logits", theirs, ours, TOLERANCES["float32"]).passed
+    assert compare_arrays("", "logits", "", ours, theirs, TOLERANCES["float32"].forward).passed
+
+
+def assert_same_weights(weights, model) -> None:
+    rows = compare_bits("", "", torch_named(SMALL, *weights), state_dict_arrays(model))
+    assert [row for row in rows if not row.passed] == []
 
 
 def test_what_one_framework_saves_the_other_loads(weights, tmp_path):
     flax = nnx.merge(abstract_model(SMALL)[0], weights.params, weights.routing_bias)
     flax.save_pretrained(tmp_path / "from_flax")
     torch_side = CustomLLM.from_pretrained(tmp_path / "from_flax")
-    assert compare_weights(SMALL, weights, state_dict_arrays(torch_side)).passed
+    assert_same_weights(weights, torch_side)
     torch_side.save_pretrained(tmp_path / "from_torch")
     back = FlaxCustomLLM.from_pretrained(tmp_path / "from_torch")
     assert back.config == SMALL
     params, routing_bias = split_model(back)[1:]
-    assert compare_weights(SMALL, type(weights)(params, routing_bias), state_dict_arrays(torch_side)).passed
+    assert_same_weights((params, routing_bias), torch_side)
 
 
 def test_labels_are_shifted_once(weights):
@@ -121,7 +133,7 @@ def test_labels_are_shifted_once(weights):
     log_p = model(tokens).logits.log_softmax(-1)
     wanted = -log_p[:, :-1].gather(-1, tokens[:, 1:, None]).mean()
     assert model(tokens, labels=tokens).loss.item() == pytest.approx(wanted.item(), rel=1e-12)
-    assert jax_forward(SMALL, weights, ids, "float64").loss == pytest.approx(wanted.item(), rel=1e-12)
+    assert jax_trace(SMALL, weights, ids, "float64").loss == pytest.approx(wanted.item(), rel=1e-12)
 
 
 def test_an_exported_folder_works_where_this_project_is_not_installed(weights, tmp_path):

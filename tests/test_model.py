@@ -63,8 +63,8 @@ def test_changing_a_token_changes_no_logit_before_it():
     """With the routing held fixed not one bit moves; with it free, rounding may (float64: 1e-12)."""
     with jax.enable_x64(True):
         model = small_model(jnp.float64)
-        run = jax.jit(lambda ids, experts: (lambda x, r: (model.logits(x), r.experts))(
-            *model.run_layers(ids, experts=experts, keep_hidden=True)
+        run = jax.jit(lambda ids, experts: (lambda x, r: (model.logits(x), r.trace.routing.experts))(
+            *model.run_layers(ids, experts=experts, keep_trace=True)
         ))  # fmt: skip
         ids = tokens(40)
         before, experts = run(ids, None)

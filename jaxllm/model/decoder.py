@@ -17,16 +17,26 @@ from jaxllm.model.moe import DeepSeekMoE, Routing, balance_loss, tokens_per_expe
 Array = jax.Array
 
 
+class LayerTrace(NamedTuple):
+    """What the parts of a layer made, in the order of the computation."""
+
+    input_norm: Array  # (B,T,D)
+    latents: Latents
+    attention: Array  # (B,T,D)
+    post_attn_norm: Array  # (B,T,D)
+    routing: Routing
+    mixture: Array  # (B,T,D), shared and routed experts summed
+    residual: Array  # (B,T,D), the stream behind the layer
+
+
 class LayerRecord(NamedTuple):
-    """What each layer did, stacked over the layers. Fields are None unless asked for."""
+    """What each layer did, stacked over the layers. The last two are None unless asked for."""
 
     counts: Array  # (L,E) int32, tokens of each expert
     balance_loss: Array  # (L,)
     z_loss: Array  # (L,)
     latents: Latents | None  # (L,B,T,...), to fill a cache
-    hidden: Array | None  # (L,B,T,D), the residual stream behind the layer
-    experts: Array | None  # (L,B,T,k)
-    scores: Array | None  # (L,B,T,E)
+    trace: LayerTrace | None  # (L,...), to compare
 
 
 class DecoderLayer(nnx.Module):
@@ -38,11 +48,13 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self, x: Array, positions: Array, mask: Array, experts: Array | None = None
-    ) -> tuple[Array, Latents, Routing]:  # (B,T,D) -> (B,T,D)
-        attended, latents = self.self_attn(self.input_norm(x), positions, mask)
+    ) -> LayerTrace:  # (B,T,D) -> the residual (B,T,D), and how it came about
+        normed = self.input_norm(x)
+        attended, latents = self.self_attn(normed, positions, mask)
         x = x + attended
-        mixed, routing = self.mlp(self.post_attn_norm(x), experts)
-        return x + mixed, latents, routing
+        normed_again = self.post_attn_norm(x)
+        mixed, routing = self.mlp(normed_again, experts)
+        return LayerTrace(normed, latents, attended, normed_again, routing, mixed, residual=x + mixed)
 
     def decode(self, x: Array, positions: Array, cache: Latents, layer: Array) -> tuple[Array, Latents]:
         """One token of each row on the cache of all layers (L,B,S,...): (B,1,D), positions (B,1) -> (B,1,D), cache.
@@ -103,7 +115,7 @@ class CustomLLM(nnx.Module):
         rngs: nnx.Rngs | None = None,
         experts: Array | None = None,
         keep_latents: bool = False,
-        keep_hidden: bool = False,
+        keep_trace: bool = False,
     ) -> tuple[Array, LayerRecord]:
         """Everything before `lm_head`: (B,T) -> (B,T,D) and the record of the layers.
 
@@ -111,7 +123,7 @@ class CustomLLM(nnx.Module):
             input_ids, attention_mask, rngs: as in `__call__`.
             experts: (L,B,T,k) experts to use instead of the router's choice.
             keep_latents: record the latents, which fill a decoding cache.
-            keep_hidden: record each layer's hidden states, chosen experts and scores.
+            keep_trace: record what every part of every layer made.
         """
         batch, length = input_ids.shape
         if attention_mask is None:
@@ -123,16 +135,13 @@ class CustomLLM(nnx.Module):
 
         def body(x: Array, layer_inputs) -> tuple[Array, LayerRecord]:
             state, forced = layer_inputs
-            x, latents, routing = nnx.merge(graph, state)(x, positions, mask, forced)
-            in_time = (batch, length, -1)
-            return x, LayerRecord(
-                counts=tokens_per_expert(routing.experts, self.config.n_routed_experts),
-                balance_loss=balance_loss(routing, batch),
-                z_loss=z_loss(routing),
-                latents=latents if keep_latents else None,
-                hidden=x if keep_hidden else None,
-                experts=routing.experts.reshape(in_time) if keep_hidden else None,
-                scores=routing.scores.reshape(in_time) if keep_hidden else None,
+            trace = nnx.merge(graph, state)(x, positions, mask, forced)
+            return trace.residual, LayerRecord(
+                counts=tokens_per_expert(trace.routing.experts, self.config.n_routed_experts),
+                balance_loss=balance_loss(trace.routing, batch),
+                z_loss=z_loss(trace.routing),
+                latents=trace.latents if keep_latents else None,
+                trace=trace if keep_trace else None,
             )
 
         x = self.embed(input_ids, positions)

@@ -1,0 +1,123 @@
+"""Decoding on the cache in both frameworks: the logits of given tokens, then greedy generation."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+import torch
+from flax import nnx
+
+from jaxllm.checkpoint import Weights
+from jaxllm.config import ModelConfig
+from jaxllm.generate import generate, prefill
+from jaxllm.step import abstract_model
+from parity_tests.compare import TOLERANCES, Row, compare_arrays
+from parity_tests.forward import DTYPES, jax_precision, jax_weights, torch_precision
+from torch_ref import CustomLLM as TorchCustomLLM
+
+PROMPT_TOKENS = (24, 9)
+"""A batch of prompts of different lengths: Flax pads them on the right, PyTorch on the left."""
+
+NEW_TOKENS = 64
+
+
+class JaxGeneration:
+    """What the Flax model makes of prompts and continuations that are cut from `ids` (n,)."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, ids: np.ndarray, precision: str):
+        self.precision = precision
+        lengths = [min(length, len(ids) // 2) for length in PROMPT_TOKENS]
+        count = min(NEW_TOKENS, config.max_position_embeddings - max(lengths), len(ids) - max(lengths))
+        self.prompts = [ids[:length].tolist() for length in lengths]
+        self.given = np.stack([ids[length : length + count] for length in lengths])  # (B,n)
+        with jax_precision(precision):
+            graph, _, _ = abstract_model(config, dtype=DTYPES[precision])
+            arrays = jax_weights(weights, precision)
+            padded = np.stack([ids[: max(lengths)]] * len(lengths))  # what stands behind a prompt is never seen
+            self.logits = np.asarray(_decode(graph, *arrays, padded, np.asarray(lengths), self.given))  # (B,n,V)
+            self.greedy = generate(nnx.merge(graph, *arrays), self.prompts, count)
+
+    def compare(self, model: TorchCustomLLM) -> list[Row]:
+        """Hold a PyTorch model against it.
+
+        Where greedy tokens part, the PyTorch model's logits must show a near tie; nothing behind it can be compared.
+        """
+        tolerance = TOLERANCES[self.precision].forward
+        logits = _torch_decode(model, self.prompts, self.given, self.precision)
+        greedy = _torch_generate(model, self.prompts, self.given.shape[1], self.precision)
+        named = [f"prompt of {len(prompt)}" for prompt in self.prompts]
+        return [
+            *(
+                compare_arrays("generation", "cached logits", *row, tolerance)
+                for row in zip(named, self.logits, logits, strict=True)
+            ),
+            *(
+                _greedy_row(model, name, prompt, np.asarray(ours), np.asarray(theirs), self.precision)
+                for name, prompt, ours, theirs in zip(named, self.prompts, self.greedy, greedy, strict=True)
+            ),
+        ]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(graph: nnx.GraphDef, params, routing_bias, prompts: jax.Array, lengths: jax.Array, given: jax.Array):
+    """Logits of each of the given tokens, one after the other on the cache: (B,P), (B,), (B,n) -> (B,n,V)."""
+    model = nnx.merge(graph, params, routing_bias)
+    _, cache = prefill(model, prompts, given.shape[1])
+
+    def decode(carry, token):
+        positions, cache = carry
+        logits, cache = model.decode(token[:, None], positions[:, None], cache)
+        return (positions + 1, cache), logits[:, 0]
+
+    _, logits = jax.lax.scan(decode, (lengths, cache), given.T)
+    return logits.swapaxes(0, 1)
+
+
+@torch.no_grad()
+def _torch_decode(
+    model: TorchCustomLLM, prompts: list[list[int]], given: np.ndarray, precision: str
+) -> np.ndarray:  # (B,n,V)
+    ids, mask = _left_padded(prompts)
+    logits = []
+    with torch_precision(precision):
+        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        for token in torch.from_numpy(given).long().T:
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            out = model(token[:, None], attention_mask=mask, past_key_values=cache, use_cache=True)
+            logits.append(out.logits[:, 0])
+    return torch.stack(logits, dim=1).numpy()
+
+
+def _left_padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask
+
+
+@torch.no_grad()
+def _torch_generate(model: TorchCustomLLM, prompts: list[list[int]], count: int, precision: str) -> list[list[int]]:
+    ids, mask = _left_padded(prompts)
+    with torch_precision(precision):
+        out = model.generate(
+            ids, attention_mask=mask, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    return out[:, ids.shape[1] :].tolist()
+
+
+def _greedy_row(
+    model: TorchCustomLLM, leaf: str, prompt: list[int], ours: np.ndarray, theirs: np.ndarray, precision: str
+) -> Row:
+    tie = TOLERANCES[precision].token_tie
+    name = f"near tie {tie:g} std"
+    apart = np.flatnonzero(ours != theirs)
+    if not len(apart):
+        return Row("generation", "greedy tokens", leaf, True, name, note=f"{len(ours)} of {len(ours)} tokens equal")
+    first = int(apart[0])
+    with torch.no_grad(), torch_precision(precision):
+        logits = model(torch.tensor([prompt + theirs[:first].tolist()])).logits[0, -1].double().numpy()
+    margin = float(abs(logits[theirs[first]] - logits[ours[first]]) / logits.std())
+    note = f"the first {first} of {len(ours)} tokens equal; there the two tokens are {margin:.1e} std apart"
+    return Row("generation", "greedy tokens", leaf, margin <= tie, name, max_error=margin, note=note)

@@ -1,0 +1,348 @@
+"""The ladder: from equal weights to equal training, each rung standing on those below.
+
+    weights -> layers (every part of each) -> logits -> loss -> gradients -> one step -> a trajectory -> generation
+
+Both frameworks run freely. Where they differ, a router may have been at a near tie that rounding decides: then the Flax
+side runs again with the experts that PyTorch chose. That replay must agree in everything, and each choice that Flax
+itself would have made otherwise must have been a near tie.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxllm.checkpoint import Weights
+from jaxllm.config import ModelConfig, TrainConfig
+from jaxllm.loss import IGNORED
+from parity_tests.compare import (
+    TOLERANCES,
+    Flips,
+    Row,
+    Tolerance,
+    Tolerances,
+    compare_arrays,
+    compare_bits,
+    compare_leaves,
+    compare_numbers,
+    expert_flips,
+    total_flips,
+)
+from parity_tests.forward import PARTS, Trace, jax_trace, state_dict_arrays, torch_named, torch_trace
+from parity_tests.generation import JaxGeneration
+from parity_tests.training import (
+    JaxTraining,
+    Named,
+    Trained,
+    random_moments,
+    torch_gradients,
+    torch_train,
+)
+from torch_ref import CustomLLM as TorchCustomLLM
+
+RUNGS = ("weights", "layers", "logits", "loss", "gradients", "step", "trajectory", "generation")
+
+ACCUMULATED, ROWS, ROW_TOKENS = 2, 2, 64
+"""The training rungs' batches: micro-batches of a step, rows of a micro-batch, tokens of a row."""
+
+
+def training_config(model: ModelConfig, steps: int, precision: str) -> TrainConfig:
+    """Everything that training has, at work within a few steps: warm-up, cosine, clipping, decay, accumulation."""
+    return TrainConfig(
+        model=model,
+        seq_len=min(ROW_TOKENS, model.max_position_embeddings),
+        batch_size=ROWS,
+        grad_accum=ACCUMULATED,
+        steps=steps,
+        warmup_steps=max(1, steps // 5),
+        learning_rate=1e-3,
+        max_grad_norm=0.5,
+        precision="bfloat16" if precision == "bfloat16" else "float32",
+    )
+
+
+def training_batches(config: TrainConfig, tokens: np.ndarray) -> np.ndarray:
+    """(steps, A, B, T) labels; the micro-batches of a step have different numbers of targets."""
+    shape = (config.steps, config.grad_accum, config.batch_size, config.seq_len)
+    labels = tokens[: np.prod(shape)].reshape(shape).copy()
+    labels[:, 0, 0, config.seq_len // 2 :] = IGNORED
+    return labels
+
+
+@dataclass
+class Curve:
+    """The losses of a trajectory."""
+
+    jax: list[float] = field(default_factory=list)
+    torch: list[float] = field(default_factory=list)
+    first_difference: int | None = None
+    """The first step (from 1) whose losses differ by more than the tolerance."""
+    replayed: bool = False
+    """Whether the Flax side was told PyTorch's choice of experts."""
+
+
+class Ladder:
+    """One comparison of a Flax model with a PyTorch model.
+
+    The Flax side of each rung is computed once, so that many PyTorch models can be held against it.
+
+    Args:
+        config, weights: the Flax model, without dropout, as the frameworks draw different numbers.
+        tokens: ids of a text, at least `tokens_needed` of them.
+        precision: a key of TOLERANCES.
+        seq_len: tokens of the forward rungs.
+        steps: of the trajectory.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        tokens: np.ndarray,
+        precision: str = "float32",
+        seq_len: int = 500,
+        steps: int = 50,
+    ):
+        if config.dropout:
+            raise ValueError(f"dropout is {config.dropout}: the frameworks draw different numbers, it must be 0")
+        self.config, self.weights, self.precision = config, weights, precision
+        self.tolerances: Tolerances = TOLERANCES[precision]
+        self.ids = tokens[None, : min(seq_len, config.max_position_embeddings)]  # (1,T)
+        self.training = training_config(config, steps, precision)
+        self.batches = training_batches(self.training, tokens)
+        self.curve = Curve()
+
+    @staticmethod
+    def tokens_needed(config: ModelConfig, seq_len: int, steps: int) -> int:
+        training = training_config(config, steps, "float32")
+        return max(min(seq_len, config.max_position_embeddings), training.steps * training.tokens_per_step)
+
+    def climb(self, model: TorchCustomLLM, rungs: Iterable[str] = RUNGS) -> Iterator[tuple[str, list[Row]]]:
+        """Compare rung by rung, in the ladder's order; the model is left as it was.
+
+        Args:
+            model: the PyTorch model, in eval mode; its parameters in float64 if that is the precision, else float32.
+        """
+        climbers: dict[str, Callable[[TorchCustomLLM], list[Row]]] = {
+            "weights": self._weights, "layers": self._layers, "logits": self._logits, "loss": self._loss,
+            "gradients": self._gradients, "step": self._step, "trajectory": self._trajectory,
+            "generation": self._generation,
+        }  # fmt: skip
+        self._traces: tuple[Trace, Trace] | None = None
+        for rung in RUNGS:
+            if rung in rungs:
+                yield rung, climbers[rung](model)
+
+    def _weights(self, model: TorchCustomLLM) -> list[Row]:
+        ours = torch_named(self.config, *self.weights)
+        theirs = {name: values.astype(ours[name].dtype) if name in ours else values
+                  for name, values in state_dict_arrays(model).items()}  # fmt: skip
+        return compare_bits("weights", "weights", ours, theirs)
+
+    # forward
+
+    @functools.cached_property
+    def _jax_trace(self) -> Trace:
+        return jax_trace(self.config, self.weights, self.ids, self.precision)
+
+    @functools.cached_property
+    def _routing_bias(self) -> np.ndarray:  # (L,E)
+        return np.asarray(self.weights.routing_bias["decoder_layers"]["mlp"]["routing_bias"])
+
+    def _forward(self, model: TorchCustomLLM) -> tuple[Trace, Trace]:
+        """Both forward passes, with the same experts; made once for a climb."""
+        if self._traces is None:
+            ours, theirs = self._jax_trace, torch_trace(model, self.ids, self.precision)
+            if not _same_choice(ours.experts, theirs.experts):
+                ours = jax_trace(self.config, self.weights, self.ids, self.precision, theirs.experts)
+            self._traces = ours, theirs
+        return self._traces
+
+    def _layers(self, model: TorchCustomLLM) -> list[Row]:
+        ours, theirs = self._forward(model)
+        tolerance = self.tolerances.forward
+        rows = [compare_arrays("layers", "embeddings", "", ours.embeddings, theirs.embeddings, tolerance)]
+        for i in range(self.config.num_hidden_layers):
+            leaf = f"layer {i}"
+            for part in PARTS:
+                rows.append(compare_arrays("layers", part, leaf, ours.parts[part][i], theirs.parts[part][i], tolerance))
+                if part == "router scores":
+                    flips = expert_flips(ours.parts[part][i], self._routing_bias[i], theirs.experts[i])
+                    rows.append(self._choice_row("layers", leaf, flips, self.ids.size))
+        return rows
+
+    def _choice_row(self, rung: str, leaf: str, flips: Flips, tokens: int) -> Row:
+        note = f"{tokens - flips.count} of {tokens} tokens choose the same experts"
+        if flips.count:
+            note += f"; replayed: {flips.count} near ties, the widest margin is {flips.margin:.1e}"
+        passed = flips.margin <= self.tolerances.near_tie
+        name = f"near tie {self.tolerances.near_tie:g}"
+        return Row(rung, "expert choice", leaf, passed, name, max_error=flips.margin, note=note)
+
+    def _logits(self, model: TorchCustomLLM) -> list[Row]:
+        ours, theirs = self._forward(model)
+        return [compare_arrays("logits", "logits", "", ours.logits, theirs.logits, self.tolerances.forward)]
+
+    def _loss(self, model: TorchCustomLLM) -> list[Row]:
+        ours, theirs = self._forward(model)
+        return [compare_numbers("loss", "loss", ours.loss, theirs.loss, self.tolerances.forward)]
+
+    # training
+
+    @functools.cached_property
+    def _jax(self) -> JaxTraining:
+        return JaxTraining(self.training, self.weights, self.precision)
+
+    @functools.cached_property
+    def _jax_gradients(self):
+        return self._jax.gradients(self.batches[0])
+
+    def _gradients(self, model: TorchCustomLLM) -> list[Row]:
+        theirs = torch_gradients(model, self.training, self.batches[0])
+
+        def compare(ours) -> list[Row]:
+            return [
+                compare_numbers("gradients", "training loss", ours.loss, theirs.loss, self.tolerances.forward),
+                *compare_leaves("gradients", "gradients", ours.grads, theirs.grads, self.tolerances.gradient),
+            ]
+
+        return self._free_or_replayed(
+            "gradients",
+            lambda: compare(self._jax_gradients),
+            lambda: self._flips(self.weights, 0, theirs.experts),
+            lambda: compare(self._jax.gradients(self.batches[0], theirs.experts)),
+        )
+
+    @functools.cached_property
+    def _moments(self):
+        # behind the warm-up: the first update has the rate 0, and from zero moments hides the gradient's scale
+        return random_moments(self.weights, count=self.training.warmup_steps + 1)
+
+    @functools.cached_property
+    def _jax_step(self) -> Trained:
+        return self._jax.train(self.batches[:1], self._moments)
+
+    def _step(self, model: TorchCustomLLM) -> list[Row]:
+        theirs = torch_train(model, self.training, self.batches[:1], self._moments)
+        before = torch_named(self.config, self.weights.params)
+        tolerance = self.tolerances.update
+
+        def compare(ours: Trained) -> list[Row]:
+            return [
+                compare_numbers("step", "gradient norm", ours.grad_norms[0], theirs.grad_norms[0], tolerance),
+                *compare_leaves("step", "first moments", ours.mu, theirs.mu, tolerance),
+                *compare_leaves("step", "second moments", ours.nu, theirs.nu, tolerance),
+                *compare_leaves("step", "update", _change(before, ours), _change(before, theirs), tolerance),
+                *self._bias_rows("step", ours, theirs),
+            ]
+
+        return self._free_or_replayed(
+            "step",
+            lambda: compare(self._jax_step),
+            lambda: self._flips(self.weights, 0, theirs.experts[0]),
+            lambda: compare(self._jax.train(self.batches[:1], self._moments, theirs.experts)),
+        )
+
+    @functools.cached_property
+    def _jax_trajectory(self) -> Trained:
+        return self._jax.train(self.batches)
+
+    def _trajectory(self, model: TorchCustomLLM) -> list[Row]:
+        theirs = torch_train(model, self.training, self.batches)
+
+        def compare(ours: Trained, replayed: bool) -> list[Row]:
+            self.curve = self._curve(ours, theirs, replayed)
+            tolerance = self.tolerances.trajectory
+            note = "" if self.curve.first_difference is None else f"first at step {self.curve.first_difference}"
+            losses = compare_arrays(
+                "trajectory", "losses", "", np.asarray(ours.losses), np.asarray(theirs.losses), tolerance
+            )
+            losses = dataclasses.replace(losses, passed=losses.passed and not note, note=note)
+            return [
+                losses,
+                *compare_leaves("trajectory", "parameters", ours.params, theirs.params, tolerance),
+                *self._bias_rows("trajectory", ours, theirs),
+            ]
+
+        @functools.cache
+        def replay() -> tuple[Trained, Flips]:
+            found: list[Flips] = []
+
+            def look(step: int, weights: Weights) -> None:
+                found.append(self._flips(weights, step, theirs.experts[step]))
+
+            return self._jax.train(self.batches, None, theirs.experts, look), total_flips(found)
+
+        return self._free_or_replayed(
+            "trajectory",
+            lambda: compare(self._jax_trajectory, replayed=False),
+            lambda: replay()[1],
+            lambda: compare(replay()[0], replayed=True),
+        )
+
+    def _bias_rows(self, rung: str, ours: Trained, theirs: Trained) -> list[Row]:
+        """The routing bias is a sum of signs: the same choices leave nothing but its own rounding."""
+        return compare_leaves(rung, "routing bias", ours.routing_bias, theirs.routing_bias, self._bias_tolerance)
+
+    @property
+    def _bias_tolerance(self) -> Tolerance:
+        master = "float64" if self.precision == "float64" else "float32"
+        return TOLERANCES[master].forward._replace(max_over_std=math.inf)
+
+    def _curve(self, ours: Trained, theirs: Trained, replayed: bool) -> Curve:
+        limit = self.tolerances.trajectory.relative_l2
+        pairs = zip(ours.losses, theirs.losses, strict=True)
+        apart = (step for step, (a, b) in enumerate(pairs, 1) if not abs(a - b) <= limit * abs(a))
+        return Curve(ours.losses, theirs.losses, next(apart, None), replayed)
+
+    def _free_or_replayed(
+        self,
+        rung: str,
+        free: Callable[[], list[Row]],
+        flips: Callable[[], Flips],
+        replay: Callable[[], list[Row]],
+    ) -> list[Row]:
+        """The rows of the free run if they pass; else those of the replay, if near ties were decided otherwise.
+
+        In bfloat16 rounding flips a choice in nearly every batch: there only the replay tells anything.
+        """
+        if self.precision != "bfloat16":
+            rows = free()
+            if all(row.passed for row in rows):
+                return rows
+        total = flips()
+        labels = self.batches if rung == "trajectory" else self.batches[:1]
+        choice = self._choice_row(rung, "", total, labels.size * self.config.num_hidden_layers)
+        if self.precision == "bfloat16" or (total.count and choice.passed):
+            return [choice, *replay()]
+        return [*rows, choice]  # it was no near tie: what differs stands as it is
+
+    def _flips(self, weights: Weights, step: int, experts: np.ndarray) -> Flips:
+        """What Flax would choose otherwise, where the experts (A,L,B,T,k) of a step are given."""
+        found = []
+        for labels, forced in zip(self.batches[step], experts, strict=True):
+            trace = jax_trace(self.config, weights, np.maximum(labels, 0), self.precision, forced)
+            bias = np.asarray(weights.routing_bias["decoder_layers"]["mlp"]["routing_bias"])  # (L,E)
+            found.append(expert_flips(trace.parts["router scores"], bias[:, None, None], forced))
+        return total_flips(found)
+
+    @functools.cached_property
+    def _jax_generation(self) -> JaxGeneration:
+        return JaxGeneration(self.config, self.weights, self.ids[0], self.precision)
+
+    def _generation(self, model: TorchCustomLLM) -> list[Row]:
+        return self._jax_generation.compare(model)
+
+
+def _same_choice(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    return bool((np.sort(ours, axis=-1) == np.sort(theirs, axis=-1)).all())
+
+
+def _change(before: Named, after: Trained) -> Named:
+    """How far the parameters moved, in float64: in the parameters themselves a small update would not show."""
+    return {name: values.astype(np.float64) - before[name] for name, values in after.params.items()}

@@ -1,0 +1,57 @@
+"""Real text as token ids, for the comparison."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+from jaxllm.config import ModelConfig, TrainConfig
+from jaxllm.data.corpus import SUFFIXES, FileSource, open_source
+from jaxllm.data.stream import encode
+from jaxllm.data.tokenizer import load_tokenizer, train_tokenizer
+from jaxllm.errors import UserError
+
+MOST_WORDS = 4096
+"""A tokenizer that is trained for the comparison has at most so many tokens: more take long and show nothing more."""
+
+
+def read_tokens(config: ModelConfig, count: int, text: Path | None, tokenizer: Path | None) -> np.ndarray:
+    """Token ids of a text, repeated if it is shorter: (count,) int32.
+
+    Args:
+        text: a file; None: the standard library's source code.
+        tokenizer: its folder; None: a tokenizer is trained on the text.
+
+    Raises:
+        UserError: the text cannot be read, or its tokens do not fit the model.
+    """
+    open_text = _opener(text)
+    if tokenizer is None:
+        encoder = train_tokenizer(open_text(), min(config.vocab_size, MOST_WORDS))
+    else:
+        encoder = load_tokenizer(str(tokenizer))
+    parts: list[np.ndarray] = []
+    for piece in open_text().pieces():
+        parts.append(encode(encoder, piece.text, piece.ends_document and encoder.eos_token_id is not None))
+        if sum(map(len, parts)) >= count:
+            break
+    ids = np.concatenate(parts) if parts else np.zeros((0,), np.int32)
+    if not len(ids):
+        raise UserError(f"text is {str(text)!r}: it holds nothing to compare on")
+    if ids.max() >= config.vocab_size:
+        raise UserError(
+            f"tokenizer {str(tokenizer)!r} has the token {ids.max()}, but the model's vocab_size is {config.vocab_size}"
+        )
+    return np.fromiter(itertools.islice(itertools.cycle(ids), count), np.int32, count)
+
+
+def _opener(text: Path | None):
+    if text is None:
+        return lambda: open_source(TrainConfig())
+    if not text.is_file() or text.stat().st_size == 0:
+        raise UserError(f"text is {str(text)!r}: it must be a file that holds text")
+    if SUFFIXES.get(text.suffix, "text") != "text":
+        raise UserError(f"text is {str(text)!r}: a plain text file is expected, not {text.suffix}")
+    return lambda: FileSource([text], 0, "text")

@@ -1,0 +1,173 @@
+"""Train in either framework from the same weights and moments, and keep everything that a step changes.
+
+Both sides are the functions that train: `jaxllm.step` and `torch_ref.step`. Arrays come back under PyTorch's names.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+import torch_ref.step as torch_step
+from jaxllm import step as jax_step
+from jaxllm.checkpoint import Weights
+from jaxllm.config import TrainConfig
+from jaxllm.optim import AdamMoments, adam_moments, with_moments
+from jaxllm.step import StepMetrics, TrainState, abstract_model, start_state
+from parity_tests.forward import DTYPES, jax_precision, jax_weights, torch_named
+from torch_ref import CustomLLM as TorchCustomLLM
+
+Named = dict[str, np.ndarray]
+
+
+class Gradients(NamedTuple):
+    loss: float
+    grads: Named
+    experts: np.ndarray | None  # (A,L,B,T,k), what PyTorch's routers chose
+
+
+class Trained(NamedTuple):
+    """The state behind one or more steps, and what each of them reported."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    params: Named
+    mu: Named
+    nu: Named
+    routing_bias: Named
+    experts: list[np.ndarray]  # for each step (A,L,B,T,k), what PyTorch's routers chose; empty from JAX
+
+
+def random_moments(weights: Weights, count: int, seed: int = 0) -> AdamMoments:
+    """Moments as of a run under way: small first moments, second moments that are larger than their squares."""
+    rng = np.random.default_rng(seed)
+    mu = jax.tree.map(lambda leaf: 1e-3 * rng.standard_normal(leaf.shape, np.float32), weights.params)
+    nu = jax.tree.map(lambda m: np.square(m) + np.square(1e-3 * rng.standard_normal(m.shape, np.float32)), mu)
+    return AdamMoments(np.asarray(count, np.int32), mu, nu)
+
+
+class JaxTraining:
+    """Gradients and steps of the Flax model in one precision; each is compiled once."""
+
+    def __init__(self, config: TrainConfig, weights: Weights, precision: str):
+        self.config, self.weights, self.precision = config, weights, precision
+        with jax_precision(precision):
+            graph, _, _ = abstract_model(config.model, dtype=DTYPES[precision])
+        self._gradients = jax.jit(functools.partial(jax_step.gradients, config, graph))
+        self._step = jax.jit(functools.partial(jax_step.train_step, config, graph), donate_argnums=0)
+
+    def gradients(self, labels: np.ndarray, experts: np.ndarray | None = None) -> Gradients:
+        """Of the mean loss over micro-batches (A,B,T); `experts` (A,L,B,T,k) replaces the routers' choice."""
+        with jax_precision(self.precision):
+            grads, loss, _ = self._gradients(self._start(), jnp.asarray(labels), experts)
+        return Gradients(float(loss), torch_named(self.config.model, grads), None)
+
+    def train(
+        self,
+        batches: np.ndarray,
+        moments: AdamMoments | None = None,
+        experts: list[np.ndarray] | None = None,
+        before_step: Callable[[int, Weights], None] = lambda i, weights: None,
+    ) -> Trained:
+        """Steps on batches (steps,A,B,T) from the weights, and from moments where given.
+
+        Args:
+            experts: for each step (A,L,B,T,k), replaces the routers' choice.
+            before_step: called with the step's number and the weights before it.
+        """
+        reports: list[StepMetrics] = []
+        with jax_precision(self.precision):
+            state = self._start(moments)
+            for i, labels in enumerate(batches):
+                before_step(i, Weights(state.params, state.routing_bias))
+                state, metrics = self._step(state, jnp.asarray(labels), None if experts is None else experts[i])
+                reports.append(metrics)
+            reports = jax.device_get(reports)
+        after = adam_moments(state.opt_state)
+        named = functools.partial(torch_named, self.config.model)
+        return Trained(
+            losses=[float(report.loss) for report in reports],
+            grad_norms=[float(report.grad_norm) for report in reports],
+            params=named(state.params),
+            mu=named(after.mu),
+            nu=named(after.nu),
+            routing_bias=_routing_bias(named(state.params, state.routing_bias)),
+            experts=[],
+        )
+
+    def _start(self, moments: AdamMoments | None = None) -> TrainState:
+        params, routing_bias = jax_weights(self.weights, self.precision)
+        state = start_state(self.config, jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, routing_bias))
+        if moments is None:
+            return state
+        wide = AdamMoments(
+            jnp.asarray(moments.count),
+            *jax.tree.map(lambda leaf, param: jnp.array(leaf, param.dtype), moments[1:], (params, params)),
+        )
+        return state._replace(opt_state=with_moments(state.opt_state, wide), step=wide.count.copy())
+
+
+@contextmanager
+def _training(model: TorchCustomLLM) -> Iterator[None]:
+    """Train mode for a while; the weights are as before afterwards."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    try:
+        yield
+    finally:
+        model.load_state_dict(before)
+        model.zero_grad()
+        model.eval()
+
+
+def torch_gradients(model: TorchCustomLLM, config: TrainConfig, labels: np.ndarray) -> Gradients:
+    """The PyTorch model's gradients; arguments as in `JaxTraining.gradients`."""
+    with _training(model):
+        loss, experts = torch_step.accumulate_gradients(model, config, torch.from_numpy(labels).long())
+        # an unused parameter has no gradient: it must not pass for a zero one
+        grads = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    return Gradients(float(loss), grads, experts.numpy())
+
+
+def torch_train(
+    model: TorchCustomLLM, config: TrainConfig, batches: np.ndarray, moments: AdamMoments | None = None
+) -> Trained:
+    """Steps of the PyTorch model; arguments as in `JaxTraining.train`."""
+    with _training(model):
+        optimizer = torch_step.make_optimizer(model, config)
+        schedule = torch_step.make_schedule(optimizer, config, 0 if moments is None else int(moments.count))
+        if moments is not None:
+            mu, nu = (torch_named(config.model, tree) for tree in moments[1:])
+            for name, parameter in model.named_parameters():
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(float(moments.count)),
+                    "exp_avg": torch.from_numpy(mu[name].copy()).to(parameter.dtype),
+                    "exp_avg_sq": torch.from_numpy(nu[name].copy()).to(parameter.dtype),
+                }
+        reports = [
+            torch_step.train_step(model, optimizer, schedule, config, torch.from_numpy(labels).long())
+            for labels in batches
+        ]
+        moments_of = {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
+        state = {name: value.numpy().copy() for name, value in model.state_dict().items()}
+    biases = _routing_bias(state)
+    return Trained(
+        losses=[float(report.loss) for report in reports],
+        grad_norms=[float(report.grad_norm) for report in reports],
+        params={name: value for name, value in state.items() if name not in biases},
+        mu={name: moment["exp_avg"].numpy() for name, moment in moments_of.items()},
+        nu={name: moment["exp_avg_sq"].numpy() for name, moment in moments_of.items()},
+        routing_bias=biases,
+        experts=[report.experts.numpy() for report in reports],
+    )
+
+
+def _routing_bias(named: Named) -> Named:
+    return {name: value for name, value in named.items() if name.endswith("routing_bias")}
