@@ -2,8 +2,9 @@
 
 The installed torch carries `native_functions.yaml`, the table from which its dispatcher is generated for all platforms.
 `Recorder` looks each dispatched operator up there as an MPS build would: a kernel of its own, or the MPS kernel of the
-structured operator behind it, or a composite. A composite then runs as the composite that it is on MPS, with the
-recorder on, even where the CPU has a kernel of its own: so its parts are recorded and checked as well.
+structured operator behind it, or a composite. A composite then runs as the composite that it is on MPS (its parts on
+CPU tensors), with the recorder on, even where the CPU has a kernel of its own: its parts are recorded and checked too.
+The reverse, what MPS runs whole and a CPU in parts, is `linear` alone in this model: it is recorded in its parts.
 
 An `MpsTensor` says `mps:0` to Python and to the dispatcher and holds its values on the CPU, so every decision about the
 device (autocast's lists, the branches of transformers, torch.optim and clip_grad_norm_) is the one that a Mac makes.
@@ -59,8 +60,6 @@ def mps_kernel(name: str) -> str | None:
     function = functions.get(name)
     if function is None:
         return None
-    if name in LEAVES:
-        return "MPS"
     mps = parsed.backend_indices[DispatchKey.MPS]
     structured = function.structured_delegate and functions[str(function.structured_delegate)]
     if mps.has_kernel(function) or (structured and mps.has_kernel(structured)):
@@ -145,7 +144,7 @@ def _goes_to_mps(args: tuple, kwargs: dict) -> bool:
     """Whether an operator's results are on mps: by its `device`, else by its tensors."""
     if kwargs.get("device") is not None:
         return torch.device(kwargs["device"]).type == "mps"
-    return any(isinstance(leaf, MpsTensor) for leaf in tree_leaves(args))
+    return any(isinstance(leaf, MpsTensor) for leaf in tree_leaves((args, kwargs)))
 
 
 class Recorder(TorchDispatchMode):
@@ -169,7 +168,7 @@ class Recorder(TorchDispatchMode):
         name = func.name().removeprefix("aten::")
         kernel = mps_kernel(name)
         self.calls[name] += 1
-        call = functools.partial(self._parts, func, kernel) if kernel in COMPOSITES else func
+        call = functools.partial(self._parts, func, kernel) if kernel in COMPOSITES and name not in LEAVES else func
         out = _run_on_values(func, call, args, kwargs) if touches_mps else call(*args, **kwargs)
         self._check(name, kernel, tree_leaves((args, kwargs, out)))
         return out

@@ -69,9 +69,10 @@ def gradients(precision: str, checkpointing: bool = False) -> tuple[Recorder, Cu
     twin = model().train()
     if checkpointing:
         twin.gradient_checkpointing_enable()
+    ids = labels()
     torch.manual_seed(0)  # dropout
     with Recorder(everything=True) as recorder:
-        accumulate_gradients(twin, train_config(precision), labels())
+        accumulate_gradients(twin, train_config(precision), ids)
     return recorder, twin
 
 

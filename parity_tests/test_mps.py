@@ -88,7 +88,9 @@ def test_the_table_follows_structured_operators_and_composites():
     assert (
         mps_kernel("mm") == mps_kernel("mm.out") == mps_kernel("add_.Tensor") == "MPS"
     )  # by way of mm.out and add.out
-    assert mps_kernel("linear_backward") == "MPS"  # MPS runs nn.Linear whole, where the CPU has t, addmm and mm
+    assert (
+        mps_kernel("linear") == mps_kernel("linear_backward") == "MPS"
+    )  # it runs nn.Linear whole, where the CPU has t, addmm and mm
     assert mps_kernel("ones_like") == mps_kernel("ones_like.out") == "CompositeExplicitAutograd"  # the latter autogen'd
     assert mps_kernel("dropout") == "CompositeImplicitAutograd"
 
@@ -118,6 +120,13 @@ def test_both_halves_of_a_recorded_step_agree(precision):
 def test_the_imitated_device_writes_what_the_cpu_writes():
     for options in ({"do_sample": False}, {"do_sample": True, "temperature": 0.7, "top_p": 0.9}):
         assert torch.equal(mps_runs.generation(**options)[1], mps_runs.generation(torch.Tensor.clone, **options)[1])
+
+
+def test_no_dropout_is_recomputed():
+    """Checkpointing on MPS restores the CPU's random numbers only: a layer that it recomputes may not draw any."""
+    assert not hasattr(torch.mps, "_initialized")  # what torch.utils.checkpoint asks for before it saves the device's
+    layers = mps_runs.model().decoder_layers
+    assert not [module for module in layers.modules() if "Dropout" in type(module).__name__]
 
 
 def test_no_softmax_runs_over_nothing(monkeypatch):
