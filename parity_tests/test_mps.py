@@ -88,9 +88,8 @@ def test_the_table_follows_structured_operators_and_composites():
     assert (
         mps_kernel("mm") == mps_kernel("mm.out") == mps_kernel("add_.Tensor") == "MPS"
     )  # by way of mm.out and add.out
-    assert (
-        mps_kernel("linear") == mps_kernel("linear_backward") == "MPS"
-    )  # it runs nn.Linear whole, where the CPU has t, addmm and mm
+    # MPS runs nn.Linear whole, where the CPU has t, addmm and mm
+    assert mps_kernel("linear") == mps_kernel("linear_backward") == "MPS"
     assert mps_kernel("ones_like") == mps_kernel("ones_like.out") == "CompositeExplicitAutograd"  # the latter autogen'd
     assert mps_kernel("dropout") == "CompositeImplicitAutograd"
 
