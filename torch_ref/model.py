@@ -252,8 +252,9 @@ def run_experts(tokens: Tensor, layers: nn.ModuleList, plan: Dispatch, experts_p
     """Each expert on its own tokens: (N,D) -> (M,D), rows sorted by expert. No token is dropped."""
     groups = tokens.index_select(0, plan.order // experts_per_token).split(plan.group_sizes)
     # In training an expert without tokens runs on an empty batch: it costs nothing and leaves zero gradients instead
-    # of none, which optimizers and DistributedDataParallel treat as a different thing.
-    keep_all = torch.is_grad_enabled()
+    # of none, which optimizers and DistributedDataParallel treat as a different thing. A compiled or exported graph
+    # serves every routing, so it can't leave experts out either.
+    keep_all = torch.is_grad_enabled() or torch.compiler.is_compiling()
     return torch.cat([layer(rows) for layer, rows in zip(layers, groups, strict=True) if keep_all or len(rows)])
 
 

@@ -1,0 +1,24 @@
+"""The PyTorch twin on a real MPS device, where there is one; `test_mps` checks what can be checked without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from parity_tests import mps_runs
+from torch_ref.step import make_optimizer, make_schedule, train_step
+
+
+@pytest.mark.skipif(not torch.backends.mps.is_available(), reason="needs a Mac")
+def test_steps_on_mps_lose_what_they_lose_on_the_cpu():
+    config = mps_runs.train_config("float32")
+    losses = {}
+    for device in ("cpu", "mps"):
+        model = mps_runs.model().train().to(device)
+        model.dropout.p = 0.0  # the two devices draw other numbers
+        optimizer = make_optimizer(model, config)
+        schedule = make_schedule(optimizer, config)
+        losses[device] = [
+            train_step(model, optimizer, schedule, config, mps_runs.labels().to(device)).loss.item() for _ in range(3)
+        ]
+    assert losses["mps"] == pytest.approx(losses["cpu"], rel=1e-4)
