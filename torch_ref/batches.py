@@ -43,5 +43,5 @@ class MicroBatches:
 
 
 def as_inputs(rows: Tensor) -> dict[str, Tensor]:
-    """Rows of tokens are inputs and labels at once: the model shifts them."""
-    return {"input_ids": rows, "labels": rows}
+    """Rows of tokens are inputs and labels at once: the model shifts them. -100 is no target."""
+    return {"input_ids": rows.clamp(min=0), "labels": rows}

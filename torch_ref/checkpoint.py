@@ -4,16 +4,18 @@ model.safetensors, config.json, modeling_customllm.py   the model, as `from_pret
 optimizer.pt, scheduler.pt, rng_state.pth               read with `weights_only`: nothing in them is executed
 data_position.safetensors                               where the data goes on (jaxllm.data.position)
 trainer_state.json                                      written last: without it the checkpoint is incomplete
+
+Of `trainer_state.json` the Trainer needs `global_step` and `train_batch_size`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from jaxllm.config import read_json
 from jaxllm.data.corpus import one_line
 from jaxllm.data.position import POSITION_FILE
 from jaxllm.errors import UserError
@@ -33,25 +35,27 @@ def last_checkpoint(run: Path) -> Checkpoint | None:
     Raises:
         UserError: it lacks a file.
     """
-    found = [Checkpoint(folder, steps_done(folder)) for folder in run.glob("checkpoint-*/")]
-    complete = [checkpoint for checkpoint in found if checkpoint.step is not None]
+    states = [(folder, trainer_state(folder)) for folder in run.glob("checkpoint-*/")]
+    complete = [(state["global_step"], folder, state) for folder, state in states if state is not None]
     if not complete:
         return None
-    newest = max(complete, key=lambda checkpoint: checkpoint.step)
-    if missing := [name for name in NEEDED if not (newest.folder / name).is_file()]:
+    step, folder, state = max(complete, key=lambda found: found[0])
+    missing = [name for name in NEEDED if not (folder / name).is_file()]
+    missing += [] if isinstance(state.get("train_batch_size"), int) else ["train_batch_size in trainer_state.json"]
+    if missing:
         raise UserError(
-            f"the checkpoint {newest.folder} lacks {', '.join(missing)}: delete that folder to use the one before it"
+            f"the checkpoint {folder} lacks {', '.join(missing)}: delete that folder to use the one before it"
         )
-    return newest
+    return Checkpoint(folder, step)
 
 
-def steps_done(folder: Path) -> int | None:
-    """How many updates a checkpoint's `trainer_state.json` counts; None where it is not there or not whole."""
+def trainer_state(folder: Path) -> dict[str, Any] | None:
+    """A checkpoint's `trainer_state.json`; None where it is not there, not whole, or does not count the steps."""
     try:
-        step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        state = read_json(folder / "trainer_state.json")
+    except UserError:
         return None
-    return step if isinstance(step, int) else None
+    return state if isinstance(state.get("global_step"), int) else None
 
 
 @contextmanager

@@ -159,9 +159,13 @@ class CustomLLMTrainer(Trainer):
         if names := [*load_result.missing_keys, *load_result.unexpected_keys]:
             raise ValueError(f"its weights are not those of this model: {names[0]} and {len(names) - 1} more")
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
-            return
+            return  # a new run
         with reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
         # The rate that was saved belongs to the number of steps that was asked for then.
