@@ -212,13 +212,13 @@ def test_routing_counts_are_not_doubled_by_recomputed_layers(narrow, tmp_path, m
 
     monkeypatch.setattr(MultiHeadLatentAttention, "forward", counting)
     options = ["--grad-accum", "2", "--batch-size", "2", "--precision", "bfloat16", "--remat", "--steps", "2"]
-    args = [*narrow, *options, "--sample-tokens", "0", "--run-dir", str(tmp_path / "run")]
-    assert torch_ref.train.main(args) == 0
+    assert torch_ref.train.main([*narrow, *options, "--run-dir", str(tmp_path / "run")]) == 0
     assert sum(calls) == 2 * 2 * 2 * 2  # steps, micro-batches, layers: each forward and again in the backward pass
     assert len(counted) == 2
     for counts in counted:
         assert counts.sum(dim=-1).tolist() == [2 * 2 * 32 * 2] * 2  # A*B*T*k in each of two layers
     assert len(lines(tmp_path / "run", "loss")) == 2
+    assert (tmp_path / "run" / "samples.md").read_text().count("## ") == 5
     assert load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")["lm_head.weight"].dtype == np.float32
 
 
@@ -244,7 +244,7 @@ def test_evaluation_moves_neither_routing_bias_nor_random_state(narrow, tmp_path
 # ---- the folder, and going on with it
 
 
-def test_the_folder_and_the_log_are_those_of_train_py(torch_run, run, capsys):
+def test_the_folder_and_the_log_are_those_of_train_py(torch_run, run):
     ours, theirs = (sorted(p.name for p in f.iterdir() if "checkpoint" not in p.name) for f in (run, torch_run))
     assert ours == theirs
     assert sorted(path.name for path in torch_run.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-20"]

@@ -56,7 +56,7 @@ class RoutingBiasCallback(TrainerCallback):
 
     def load(self) -> float:
         """Tokens of the fullest expert over the mean, in the worst layer of the last step; 1 is even."""
-        counts = self._last.double().cpu()
+        counts = self._last.cpu().double()  # MPS has no float64
         return float((counts.amax(dim=-1) / counts.mean(dim=-1)).max())
 
     def on_optimizer_step(
