@@ -1,9 +1,46 @@
-"""For all tests: programs that several tests compile are compiled once."""
+"""For all tests: programs that several tests compile are compiled once; a small corpus and a narrow run, made once."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import pytest
+
+import train
+
+NARROW = (
+    "--model.hidden-size", "32", "--model.num-hidden-layers", "2", "--model.num-attention-heads", "2",
+    "--model.moe-intermediate-size", "24", "--model.n-routed-experts", "4", "--model.vocab-size", "300",
+    "--model.max-position-embeddings", "64", "--seq-len", "32", "--batch-size", "4", "--log-every", "1",
+    "--eval-samples", "7", "--sample-tokens", "8",
+)  # fmt: skip
+
+
+def write_corpus(folder: Path, files: int = 25) -> Path:
+    folder.mkdir()
+    for i in range(files):
+        lines = [f"def function_{i}_{j}(x):\n    return x + {j}\n\n" for j in range(30)]
+        (folder / f"module_{i:02d}.py").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("data") / "corpus")
+
+
+@pytest.fixture(scope="session")
+def narrow(corpus) -> tuple[str, ...]:
+    """Arguments of a run that takes seconds."""
+    return (*NARROW, "--data", str(corpus), "--steps", "20", "--save-every", "10", "--eval-every", "10")
+
+
+@pytest.fixture(scope="session")
+def run(narrow, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "narrow"
+    assert train.main([*narrow, "--run-dir", str(folder)]) == 0
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)

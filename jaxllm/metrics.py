@@ -11,6 +11,8 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from jaxllm.config import TrainConfig
+
 
 class RunLog:
     """Writes each record to the console (around the progress bar), to `metrics.jsonl` and to TensorBoard."""
@@ -57,6 +59,53 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict) and "step" in record:
             records.append(record)
     return records
+
+
+def step_record(
+    *,
+    loss: float,
+    grad_norm: float,
+    learning_rate: float,
+    epoch: float,
+    step: int,
+    tokens_per_second: float,
+    expert_load: float,
+) -> dict[str, Any]:
+    """The training line: the source's columns, and behind them speed and the fullest expert's load."""
+    return {
+        "loss": rounded(loss),
+        "grad_norm": grad_norm,
+        "learning_rate": learning_rate,
+        "epoch": rounded(epoch, 2),
+        "step": step,
+        "tokens_per_second": rounded(tokens_per_second, 1),
+        "expert_load": rounded(expert_load, 3),
+    }
+
+
+def eval_record(loss: float, seconds: float, samples: int, batches: int, epoch: float, step: int) -> dict[str, Any]:
+    """The evaluation line."""
+    return {
+        "eval_loss": loss,
+        "eval_runtime": rounded(seconds),
+        "eval_samples_per_second": rounded(samples / seconds, 3),
+        "eval_steps_per_second": rounded(batches / seconds, 3),
+        "epoch": rounded(epoch, 2),
+        "step": step,
+    }
+
+
+def end_record(config: TrainConfig, seconds: float, steps_done: int, loss: float, epoch: float) -> dict[str, Any]:
+    """The last line of a run, on the `steps_done` steps of this process; `loss` is their mean."""
+    return {
+        "train_runtime": rounded(seconds),
+        "train_samples_per_second": rounded(steps_done * config.grad_accum * config.batch_size / seconds, 3),
+        "train_steps_per_second": rounded(steps_done / seconds, 3),
+        "train_tokens_per_second": rounded(steps_done * config.tokens_per_step / seconds, 1),
+        "train_loss": loss,
+        "epoch": rounded(epoch, 2),
+        "step": config.steps,
+    }
 
 
 def unigram_loss(rows: np.ndarray) -> float:

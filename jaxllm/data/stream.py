@@ -77,6 +77,7 @@ class TokenStream:
         return rows
 
     def _pack(self) -> Iterator[np.ndarray]:
+        yield from self._full_rows()  # what a seek brought along, before another piece is read
         empty_passes = 0
         while empty_passes < 2:  # the first may be the end of a pass, where a seek led
             empty_passes += 1
@@ -85,10 +86,13 @@ class TokenStream:
                     continue
                 empty_passes = 0
                 self._tokens = np.concatenate([self._tokens, encode(self._tokenizer, piece.text, piece.ends_document)])
-                while len(self._tokens) >= self._seq_len:
-                    row, self._tokens = self._tokens[: self._seq_len], self._tokens[self._seq_len :]
-                    yield row
+                yield from self._full_rows()
         raise UserError("data: nothing is left to train on beside the held-out part: pass more text")
+
+    def _full_rows(self) -> Iterator[np.ndarray]:
+        while len(self._tokens) >= self._seq_len:
+            row, self._tokens = self._tokens[: self._seq_len], self._tokens[self._seq_len :]
+            yield row
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, ends_document: bool) -> np.ndarray:  # (n,) int32

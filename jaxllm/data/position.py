@@ -1,0 +1,53 @@
+"""A data position in a file of its own: how a PyTorch checkpoint keeps it, and how a run changes frameworks with it.
+
+It is a safetensors file: the tensors `tokens` (n,) and `pool` (P,T), int32; in its metadata `source`, as JSON, and
+`drawn`, as a decimal number.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxllm.data.corpus import one_line
+from jaxllm.data.stream import Position
+from jaxllm.errors import UserError
+
+POSITION_FILE = "data_position.safetensors"
+"""Its name in a checkpoint's folder."""
+
+
+def save_position(file: Path, position: Position) -> None:
+    """Write a position to a file."""
+    tensors = {
+        "tokens": np.ascontiguousarray(position.tokens, np.int32),
+        "pool": np.ascontiguousarray(position.pool, np.int32),
+    }
+    save_file(tensors, file, metadata={"source": json.dumps(position.source), "drawn": str(position.drawn)})
+
+
+def load_position(file: Path) -> Position:
+    """Read a position that `save_position` wrote.
+
+    Raises:
+        UserError: the file cannot be read or holds something else.
+    """
+    try:
+        with safe_open(str(file), framework="numpy") as opened:
+            metadata = opened.metadata() or {}
+            position = Position(
+                source=json.loads(metadata["source"]),
+                drawn=int(metadata["drawn"]),
+                tokens=opened.get_tensor("tokens"),
+                pool=opened.get_tensor("pool"),
+            )
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
+        raise UserError(f"the data position {file} cannot be read ({one_line(error)})") from None
+    fits = isinstance(position.source, dict) and position.drawn >= 0
+    if not fits or (position.tokens.ndim, position.pool.ndim) != (1, 2):
+        raise UserError(f"{file} is no data position: its source, drawn, tokens or pool is of another kind")
+    return position

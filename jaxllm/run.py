@@ -1,0 +1,189 @@
+"""What the two training commands share around their loops: `train.py` (JAX) and `python -m torch_ref.train` (PyTorch).
+
+The command line, the run's folder, and what a run says and writes at its end. Imports neither JAX nor PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+import tyro
+
+from jaxllm.config import SPECIAL_TOKENS, TrainConfig, changed_fields, read_json, recipe, write_json
+from jaxllm.data.corpus import open_source
+from jaxllm.data.stream import held_out_rows
+from jaxllm.data.tokenizer import align, encode_prompt, load_tokenizer, train_tokenizer
+from jaxllm.errors import UserError
+from jaxllm.metrics import draw_losses, unigram_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Framework = Literal["JAX", "PyTorch"]
+
+# How a run is handed over to each framework.
+HAND_OVER = {"JAX": "python -m convert to-flax {run} OUT", "PyTorch": "python -m convert to-torch {run} OUT --training"}
+
+
+class Prepared(NamedTuple):
+    config: TrainConfig  # aligned with the tokenizer
+    tokenizer: PreTrainedTokenizerBase
+    held_out: np.ndarray  # (n,T) int32, the rows that are evaluated
+    resumes: bool  # whether the folder holds a run to go on with
+
+
+def parse_args(argv: Sequence[str] | None, prog: str, description: str | None) -> TrainConfig:
+    """The recipe and the preset give the defaults; every other option overrides one value."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="tiny")
+    first.add_argument("--recipe", default="default")
+    chosen, _ = first.parse_known_args(argv)
+    default = recipe(chosen.recipe, chosen.preset)
+    return tyro.cli(TrainConfig, args=argv, default=default, prog=prog, description=description)
+
+
+def checkpoint_owner(folder: Path) -> Framework | None:
+    """Whose checkpoints a run's folder holds; None: it holds none yet."""
+    if any(folder.glob("checkpoint-*/")):
+        return "PyTorch"
+    if any(folder.glob("checkpoints/*/")):
+        return "JAX"
+    return None
+
+
+def check_folder(config: TrainConfig, framework: Framework) -> bool:
+    """Whether the run's folder holds a run to go on with; nothing is touched.
+
+    Raises:
+        UserError: the folder is something else, or a run of the other framework.
+    """
+    folder = config.folder
+    if not folder.exists():
+        return False
+    if not folder.is_dir():
+        raise UserError(f"run_dir is {str(folder)!r}: that is a file")
+    owner = checkpoint_owner(folder)
+    holds_checkpoints = owner is not None or (folder / "checkpoints").is_dir()
+    made_by_converter = (folder / "config.json").is_file() and holds_checkpoints
+    ours = (folder / "train_config.json").is_file() or made_by_converter
+    if not ours and any(folder.iterdir()):
+        raise UserError(f"run_dir is {str(folder)!r}: the folder holds something else; pass another --run-dir")
+    if not ours or config.overwrite:
+        return False
+    if owner not in (None, framework):
+        raise UserError(
+            f"run_dir is {str(folder)!r}: it holds a {owner} run; hand it over with "
+            f"`{HAND_OVER[framework].format(run=folder)}`, or pass another --run-dir"
+        )
+    return True
+
+
+def check_resumable(config: TrainConfig) -> None:
+    """Compare with the config that the run's folder holds.
+
+    Raises:
+        UserError: a field that decides the numbers has changed.
+    """
+    if (config.folder / "train_config.json").is_file():
+        saved = read_json(config.folder / "train_config.json")
+    else:  # made by the converter: weights without a training history
+        model = read_json(config.folder / "config.json")
+        unset = {name for name in SPECIAL_TOKENS if model.get(name) is None}
+        model |= {name: getattr(config.model, name) for name in unset}  # a raw state_dict names no special tokens
+        saved = config.to_dict() | {"model": model}
+    if changed := changed_fields(saved, config):
+        name, before, now = changed[0]
+        raise UserError(
+            f"{name} is {now!r}, but the run in {config.folder} has {before!r}: "
+            "pass the old value, --overwrite to start anew, or another --run-dir"
+        )
+
+
+def prepare(config: TrainConfig, framework: Framework) -> Prepared:
+    """Everything that can be refused is refused here, before anything is built or deleted.
+
+    Raises:
+        UserError: the folder, the data, the tokenizer or a prompt does not fit the config.
+    """
+    resumes = check_folder(config, framework)
+    source = open_source(config)
+    if resumes and (config.folder / "tokenizer").is_dir():
+        tokenizer = load_tokenizer(str(config.folder / "tokenizer"))
+    elif config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.tokenizer)
+    else:
+        print(f"Training a tokenizer of {config.model.vocab_size} tokens on {config.data} ...")
+        tokenizer = train_tokenizer(source, config.model.vocab_size)
+    config = align(config, tokenizer)
+    if resumes:
+        check_resumable(config)
+    longest = max((len(encode_prompt(tokenizer, prompt)) for prompt in config.prompts), default=0)
+    if config.sample_tokens and longest >= config.model.max_position_embeddings:
+        raise UserError(
+            f"prompts has one of {longest} tokens: the position table of {config.model.max_position_embeddings} rows "
+            "leaves no room behind it; pass shorter --prompts or --sample-tokens 0"
+        )
+    held_out = held_out_rows(config, tokenizer)
+    if not resumes:
+        if config.folder.exists():
+            shutil.rmtree(config.folder)
+        config.folder.mkdir(parents=True)
+    if not (config.folder / "tokenizer").is_dir():
+        tokenizer.save_pretrained(str(config.folder / "tokenizer"))
+    write_json(config.folder / "config.json", config.model.to_dict())
+    write_json(config.folder / "train_config.json", config.to_dict())
+    return Prepared(config, tokenizer, held_out, resumes)
+
+
+def announce(config: TrainConfig, parameters: int, tree: str, device: str) -> None:
+    """What a run says first: the model's size and tree, and what will be done where."""
+    print(f"Model parameters: {parameters / 1e6:.2f}M")
+    print(tree)
+    print(
+        f"Training for {config.steps} steps of {config.tokens_per_step} tokens in {config.precision} on {device}; "
+        f"everything goes to {config.folder}"
+    )
+
+
+def announce_finished(steps_done: int) -> None:
+    print(f"The run has its {steps_done} steps: pass --steps MORE to go on, or --overwrite to start anew.")
+
+
+def conclude(config: TrainConfig, held_out: np.ndarray, eval_loss: float, skipped_rows: int) -> None:
+    """What a run says of its result, and the picture of its losses."""
+    if skipped_rows:
+        print(f"{skipped_rows} rows of the data held no text and were skipped")
+    unigram = unigram_loss(held_out)
+    print(f"Evaluation loss {eval_loss:.4f} nats per token; the best possible unigram model has {unigram:.4f}")
+    draw_losses(config.folder, unigram)
+
+
+def write_samples(
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    generate: Callable[[list[list[int]], int], list[list[int]]],
+) -> None:
+    """Continue the config's prompts, print them, and keep them in `samples.md`; nothing where it asks for none.
+
+    Args:
+        config: its `prompts`, `sample_tokens` and folder are used.
+        tokenizer: of the run.
+        generate: given prompts as token ids and the most tokens to add, returns the new tokens of each.
+    """
+    if not (config.sample_tokens and config.prompts):
+        return
+    prompts = [encode_prompt(tokenizer, prompt) for prompt in config.prompts]
+    room = config.model.max_position_embeddings - max(len(prompt) for prompt in prompts)
+    new = generate(prompts, min(config.sample_tokens, room))
+    sections = []
+    for prompt, tokens in zip(config.prompts, new, strict=True):
+        text = prompt + tokenizer.decode(tokens)
+        print(f"\nPrompt: {prompt}\nGenerated Text: {text}")
+        fence = "`" * 4
+        sections.append(f"## {prompt.strip()!r}\n\n{fence}\n{text}\n{fence}\n")
+    (config.folder / "samples.md").write_text("\n".join(sections), encoding="utf-8")

@@ -1,0 +1,49 @@
+"""The data position in a file of its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jaxllm.data.position import load_position, save_position
+from jaxllm.data.stream import Position
+from jaxllm.errors import UserError
+
+
+@pytest.mark.parametrize("left_over", [0, 5])
+def test_a_position_survives_its_file(left_over, tmp_path):
+    source = {"pass": 1, "file": 3, "stream": None, "name": "grüße"}
+    pool = np.arange(12, dtype=np.int32).reshape(3, 4)
+    position = Position(source, 2**40, np.arange(left_over, dtype=np.int32), pool)
+    save_position(tmp_path / "position", position)
+    back = load_position(tmp_path / "position")
+    assert (back.source, back.drawn) == (position.source, position.drawn)
+    for one, other in ((back.tokens, position.tokens), (back.pool, position.pool)):
+        assert one.dtype == np.int32
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "tensors"),
+    [
+        (None, ("tokens", "pool")),
+        ({"source": "{", "drawn": "1"}, ("tokens", "pool")),
+        ({"source": "{}", "drawn": "many"}, ("tokens", "pool")),
+        ({"source": "[]", "drawn": "1"}, ("tokens", "pool")),
+        ({"source": "{}", "drawn": "1"}, ("tokens",)),
+    ],
+)
+def test_a_file_that_is_no_position_is_named(metadata, tensors, tmp_path):
+    arrays = {"tokens": np.zeros(2, np.int32), "pool": np.zeros((2, 2), np.int32)}
+    save_file({name: arrays[name] for name in tensors}, tmp_path / "position", metadata)
+    with pytest.raises(UserError, match="position"):
+        load_position(tmp_path / "position")
+
+
+def test_a_missing_or_cut_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        load_position(tmp_path / "position")
+    (tmp_path / "position").write_bytes(b"\x00" * 4)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_position(tmp_path / "position")

@@ -1,0 +1,47 @@
+"""The batches of train.py, in the pieces that transformers' Trainer asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from jaxllm.config import TrainConfig
+from jaxllm.data.stream import Position, Prefetcher, TokenStream
+
+
+class MicroBatches:
+    """An endless series of micro-batches, A of them for each step; they come in the order of train.py.
+
+    It stands in place of a DataLoader because accelerate's reads one batch ahead: here `position` and `progress` are
+    those behind the batch that is being trained on. The Trainer takes all micro-batches of a step before it trains on
+    the first, and none of the next step before it has saved.
+    """
+
+    def __init__(self, stream: TokenStream, config: TrainConfig):
+        self._stream = stream
+        self._batches = Prefetcher(stream, config.grad_accum * config.batch_size)
+        self._shape = (config.grad_accum, config.batch_size, config.seq_len)  # (A,B,T)
+        self.position: Position | None = None
+        self.progress: float | None = None
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        while True:
+            batch = next(self._batches)
+            self.position, self.progress = batch.position, batch.progress
+            for rows in torch.from_numpy(batch.rows).long().view(self._shape):
+                yield as_inputs(rows)
+
+    @property
+    def skipped_rows(self) -> int:
+        """Rows of the data that held no text."""
+        return self._stream.skipped_rows
+
+    def close(self) -> None:
+        self._batches.close()
+
+
+def as_inputs(rows: Tensor) -> dict[str, Tensor]:
+    """Rows of tokens are inputs and labels at once: the model shifts them. -100 is no target."""
+    return {"input_ids": rows.clamp(min=0), "labels": rows}

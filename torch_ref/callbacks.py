@@ -1,0 +1,177 @@
+"""What happens around the Trainer's steps: when to log, evaluate and save; routing bias, log, MPS memory, samples."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from jaxllm.config import TrainConfig
+from jaxllm.metrics import RunLog, end_record, eval_record, step_record
+from jaxllm.run import conclude, write_samples
+from torch_ref.batches import MicroBatches
+from torch_ref.generate import generate
+from torch_ref.model import CustomLLM
+from torch_ref.step import tokens_per_expert, update_routing_bias
+
+GIB = 2**30
+
+
+class ScheduleCallback(TrainerCallback):
+    """Logs, evaluates and saves at train.py's steps: every so many of them, and at the last."""
+
+    def __init__(self, config: TrainConfig):
+        self._config = config
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        # The Trainer wants to find this key when it saves; a state that the converter wrote does not have it.
+        state.stateful_callbacks.setdefault("TrainerControl", control.state())
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        config, step = self._config, state.global_step
+        last = step >= config.steps
+        control.should_log = last or step % config.log_every == 0
+        control.should_evaluate = last or step % config.eval_every == 0
+        control.should_save = last or step % config.save_every == 0
+
+
+class RoutingBiasCallback(TrainerCallback):
+    """Counts the tokens of each expert over the micro-batches of a step, and moves the routing bias behind it."""
+
+    def __init__(self, rate: float):
+        self._rate = rate
+        self._counts: Tensor | None = None  # (L,E), of the step so far
+        self._last: Tensor | None = None  # (L,E), of the step before
+
+    def add(self, router_experts: Sequence[Tensor], n_experts: int) -> None:
+        """Count what the routers chose for one micro-batch: L times (B,T,k)."""
+        counts = tokens_per_expert(router_experts, n_experts)
+        self._counts = counts if self._counts is None else self._counts + counts
+
+    def load(self) -> float:
+        """Tokens of the fullest expert over the mean, in the worst layer of the last step; 1 is even."""
+        counts = self._last.cpu().double()  # MPS has no float64
+        return float((counts.amax(dim=-1) / counts.mean(dim=-1)).max())
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: CustomLLM, **kwargs
+    ) -> None:
+        update_routing_bias(model, self._counts, self._rate)
+        self._last, self._counts = self._counts, None
+
+
+class MPSCallback(TrainerCallback):
+    """Frees the memory that Apple's MPS keeps for nothing, and adds to each training line how much is in use.
+
+    MPS keeps the buffers of every shape it has met, and training, evaluation and the machine share one memory. On
+    other devices it does nothing.
+    """
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **kwargs
+    ) -> None:
+        if args.device.type == "mps" and "loss" in logs:
+            torch.mps.empty_cache()
+            logs["mps_allocated_gib"] = round(torch.mps.current_allocated_memory() / GIB, 3)
+            logs["mps_driver_gib"] = round(torch.mps.driver_allocated_memory() / GIB, 3)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if args.device.type == "mps":
+            torch.mps.empty_cache()
+
+
+class LogCallback(TrainerCallback):
+    """Writes the Trainer's three kinds of lines as train.py does: same columns, same files; then the run's verdict."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        log: RunLog,
+        batches: MicroBatches,
+        routing: RoutingBiasCallback,
+        held_out: np.ndarray,
+    ):
+        self._config, self._log, self._batches, self._routing = config, log, batches, routing
+        self._held_out = held_out
+        self._eval_loss = math.nan
+        self._logged_at, self._logged_step, self._first_step = time.perf_counter(), 0, 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self._first_step = self._logged_step = state.global_step
+        self._logged_at = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self._log.bar.update()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **kwargs
+    ) -> None:
+        if "loss" in logs:
+            self._log.write(self._training_line(logs, state.global_step))
+        elif "eval_loss" in logs:
+            self._log.write(self._evaluation_line(logs, state.global_step))
+        elif "train_runtime" in logs:
+            steps_done = state.global_step - self._first_step
+            seconds, loss = logs["train_runtime"], logs["train_loss"]
+            self._log.write(end_record(self._config, seconds, steps_done, loss, self._epoch(state.global_step)))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self._log.close()  # the bar must not stand among what is printed next
+        conclude(self._config, self._held_out, self._eval_loss, self._batches.skipped_rows)
+
+    def _training_line(self, logs: dict, step: int) -> dict:
+        now = time.perf_counter()
+        tokens = (step - self._logged_step) * self._config.tokens_per_step
+        record = step_record(
+            loss=logs["loss"],
+            grad_norm=logs["grad_norm"],
+            learning_rate=logs["learning_rate"],
+            epoch=self._epoch(step),
+            step=step,
+            tokens_per_second=tokens / (now - self._logged_at),
+            expert_load=self._routing.load(),
+        )
+        self._logged_at, self._logged_step = now, step
+        return record | {name: value for name, value in logs.items() if name.startswith("mps_")}
+
+    def _evaluation_line(self, logs: dict, step: int) -> dict:
+        self._eval_loss = logs["eval_loss"]
+        self._logged_at = time.perf_counter()  # the next line's speed is that of training alone
+        samples = len(self._held_out)
+        batches = math.ceil(samples / self._config.batch_size)
+        return eval_record(self._eval_loss, logs["eval_runtime"], samples, batches, self._epoch(step), step)
+
+    def _epoch(self, step: int) -> float:
+        """Passes over the data; the Trainer counts from the start of the process instead."""
+        progress = self._batches.progress
+        return step / self._config.steps if progress is None else progress
+
+
+class TextGenerationCallback(TrainerCallback):
+    """At the end, continues the config's prompts on the cache and writes `samples.md`."""
+
+    def __init__(self, config: TrainConfig, tokenizer: PreTrainedTokenizerBase):
+        self._config, self._tokenizer = config, tokenizer
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: CustomLLM, **kwargs
+    ) -> None:
+        self.write(model)
+
+    def write(self, model: CustomLLM) -> None:
+        config = self._config
+        new_tokens = functools.partial(
+            generate,
+            model,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            seed=config.seed,
+            eos_token_id=config.model.eos_token_id,
+        )
+        write_samples(config, self._tokenizer, new_tokens)

@@ -1,0 +1,75 @@
+"""The checkpoints of a PyTorch run: the folders `checkpoint-STEP` that transformers' Trainer writes, found and checked.
+
+model.safetensors, config.json, modeling_customllm.py   the model, as `from_pretrained` reads it
+optimizer.pt, scheduler.pt, rng_state.pth               read with `weights_only`: nothing in them is executed
+data_position.safetensors                               where the data goes on (jaxllm.data.position)
+trainer_state.json                                      written last: without it the checkpoint is incomplete
+
+Of `trainer_state.json` the Trainer needs `global_step` and `train_batch_size`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxllm.config import read_json
+from jaxllm.data.corpus import one_line
+from jaxllm.data.position import POSITION_FILE
+from jaxllm.errors import UserError
+
+# Without one of these the numbers of a resumed run would be others; the random state is missing after a conversion.
+NEEDED = ("config.json", "optimizer.pt", "scheduler.pt", POSITION_FILE)
+
+
+class Checkpoint(NamedTuple):
+    folder: Path
+    step: int  # updates done
+
+
+def last_checkpoint(run: Path) -> Checkpoint | None:
+    """The newest complete checkpoint of a run; one that a killed process left half written is passed over.
+
+    Raises:
+        UserError: it lacks a file.
+    """
+    states = [(folder, trainer_state(folder)) for folder in run.glob("checkpoint-*/")]
+    complete = [(state["global_step"], folder, state) for folder, state in states if state is not None]
+    if not complete:
+        return None
+    step, folder, state = max(complete, key=lambda found: found[0])
+    missing = [name for name in NEEDED if not (folder / name).is_file()]
+    missing += [] if isinstance(state.get("train_batch_size"), int) else ["train_batch_size in trainer_state.json"]
+    if missing:
+        raise UserError(
+            f"the checkpoint {folder} lacks {', '.join(missing)}: delete that folder to use the one before it"
+        )
+    return Checkpoint(folder, step)
+
+
+def trainer_state(folder: Path) -> dict[str, Any] | None:
+    """A checkpoint's `trainer_state.json`; None where it is not there, not whole, or does not count the steps."""
+    try:
+        state = read_json(folder / "trainer_state.json")
+    except UserError:
+        return None
+    return state if isinstance(state.get("global_step"), int) else None
+
+
+@contextmanager
+def reading(folder: str | Path) -> Iterator[None]:
+    """Turns whatever goes wrong while a checkpoint is read into one line.
+
+    Raises:
+        UserError: something went wrong.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # torch, pickle, safetensors and the file system raise kinds of their own
+        raise UserError(
+            f"the checkpoint {folder} cannot be read ({one_line(error)}): delete that folder to use the one before it"
+        ) from None

@@ -1,0 +1,96 @@
+"""Train a CustomLLM in PyTorch, by transformers' Trainer and accelerate, on CUDA, MPS or CPU.
+
+python -m torch_ref.train                                         # train, or resume the last run
+python -m torch_ref.train --preset customllm-1b --recipe seed     # the source's run
+python -m torch_ref.train --help                                  # every option: those of train.py
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from jaxllm.config import TrainConfig
+from jaxllm.data.corpus import open_source
+from jaxllm.data.position import POSITION_FILE, load_position
+from jaxllm.data.stream import TokenStream
+from jaxllm.errors import exit_on_user_error
+from jaxllm.metrics import RunLog
+from jaxllm.run import announce, announce_finished, parse_args, prepare
+from torch_ref.batches import MicroBatches
+from torch_ref.callbacks import LogCallback, TextGenerationCallback
+from torch_ref.checkpoint import last_checkpoint, reading
+from torch_ref.model import CustomLLM
+from torch_ref.trainer import CustomLLMTrainer, choose_device
+
+
+def train(
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: np.ndarray,
+    resumes: bool,
+    model: CustomLLM | None = None,
+) -> CustomLLM:
+    """From the last checkpoint, or from scratch, to `config.steps`, and the samples behind it.
+
+    Args:
+        config, tokenizer, held_out, resumes: what `jaxllm.run.prepare` returned.
+        model: weights to start from; None: drawn with `config.seed`. A checkpoint goes before both.
+
+    Returns:
+        The trained model.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or the data comes to an end.
+    """
+    checkpoint = last_checkpoint(config.folder) if resumes else None
+    if model is None:
+        torch.manual_seed(config.seed % 2**32)
+        model = CustomLLM(config.model)
+    stream = TokenStream(open_source(config), tokenizer, config.seq_len, config.seed)
+    first_step = 0
+    if checkpoint is not None:
+        first_step = checkpoint.step
+        stream.seek(load_position(checkpoint.folder / POSITION_FILE))
+        print(f"Resuming from step {first_step} of {config.folder}")
+    device = choose_device(config)
+    announce(config, sum(p.numel() for p in model.parameters()), str(model), str(device))
+
+    samples = TextGenerationCallback(config, tokenizer)
+    if checkpoint is not None and first_step >= config.steps:
+        announce_finished(first_step)
+        with reading(checkpoint.folder):
+            model = CustomLLM.from_pretrained(checkpoint.folder).to(device)
+        samples.write(model)
+        return model
+    batches = MicroBatches(stream, config)
+    trainer = CustomLLMTrainer(config, model, tokenizer, batches, held_out)
+    run_log = RunLog(config.folder, first_step, config.steps)
+    trainer.add_callback(LogCallback(config, run_log, batches, trainer.routing, held_out))
+    trainer.add_callback(samples)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
+    finally:
+        batches.close()
+        run_log.close()
+    return trainer.model
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse_args(argv, "python -m torch_ref.train", __doc__)
+    disable_progress_bar()  # of each file that is written: the run has a bar of its own
+    choose_device(config)  # what the device cannot do is said before anything is made or deleted
+    config, tokenizer, held_out, resumes = prepare(config, "PyTorch")
+    train(config, tokenizer, held_out, resumes)
+    print(f"\nEverything is in {Path(config.folder)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""transformers' Trainer with the data, loss, schedule and checkpoints of this project."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+from jaxllm.config import TrainConfig
+from jaxllm.data.position import POSITION_FILE, save_position
+from jaxllm.errors import UserError
+from torch_ref.batches import MicroBatches, as_inputs
+from torch_ref.callbacks import MPSCallback, RoutingBiasCallback, ScheduleCallback
+from torch_ref.checkpoint import reading
+from torch_ref.model import CustomLLM
+from torch_ref.step import auxiliary_loss, make_optimizer, make_schedule
+
+
+def choose_device(config: TrainConfig) -> torch.device:
+    """The device that accelerate chooses: CUDA before MPS before CPU.
+
+    Raises:
+        UserError: it cannot compute in the config's precision, or several processes were started.
+    """
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise UserError(f"WORLD_SIZE is {processes}: the PyTorch path trains in one process; start it without torchrun")
+    device = PartialState().device
+    if config.precision == "bfloat16" and device.type != "cpu" and not is_torch_bf16_gpu_available():
+        raise UserError(f"precision is 'bfloat16': the device {device} does not support it; pass --precision float32")
+    return device
+
+
+def training_arguments(config: TrainConfig) -> TrainingArguments:
+    """The config in the Trainer's words. When to log, evaluate and save is `ScheduleCallback`'s business."""
+    args = TrainingArguments(
+        output_dir=str(config.folder),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.grad_accum,
+        activation_checkpointing=config.remat,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.precision == "bfloat16",
+        use_cpu=choose_device(config).type == "cpu",
+        seed=config.seed % 2**32,  # numpy takes no more
+        logging_strategy="no",
+        eval_strategy="no",
+        save_strategy="no",
+        save_total_limit=config.keep_checkpoints,
+        ignore_data_skip=True,  # the stream seeks
+        logging_nan_inf_filter=False,  # a loss that is no number is shown
+        use_cache=True,  # else the saved config.json would turn the cache off
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        log_level="error",
+        report_to="none",
+        push_to_hub=False,
+    )
+    args.mixed_precision = "bf16" if args.bf16 else "no"  # the config decides, not an environment variable
+    if args.device.type == "cuda":
+        args._n_gpu = 1  # with several GPUs the Trainer would wrap the model in DataParallel and enlarge the batch
+    return args
+
+
+class CustomLLMTrainer(Trainer):
+    """A Trainer that computes train.py's numbers: same batches, same loss, same update, same routing bias.
+
+    Args:
+        config: of the run.
+        model: its weights are trained in place.
+        tokenizer: saved with each checkpoint.
+        batches: what to train on.
+        held_out: (n,T), what to evaluate on.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: CustomLLM,
+        tokenizer: PreTrainedTokenizerBase,
+        batches: MicroBatches,
+        held_out: np.ndarray,
+    ):
+        self._config, self._tokenizer, self._batches = config, tokenizer, batches
+        self._cross_entropy: Tensor | None = None  # () share of the last micro-batch in the step's mean
+        self.routing = RoutingBiasCallback(config.bias_update_rate)
+        optimizer = make_optimizer(model, config)
+        super().__init__(
+            model,
+            training_arguments(config),
+            eval_dataset=[as_inputs(row) for row in torch.from_numpy(held_out).long()],
+            callbacks=[ScheduleCallback(config), self.routing, MPSCallback()],
+            optimizers=(optimizer, make_schedule(optimizer, config)),
+        )
+        self.remove_callback(PrinterCallback)  # the log is `LogCallback`'s
+
+    def get_train_dataloader(self) -> MicroBatches:
+        return self._batches
+
+    def compute_loss(
+        self,
+        model: CustomLLM,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ):
+        """This micro-batch's share of the step's loss: its summed cross-entropy over the targets of all of them.
+
+        The labels are shifted in the model and nowhere else. The experts are counted from what the forward pass
+        returns, so that a layer that is computed again in the backward pass is not counted again.
+        """
+        config, labels = self._config, inputs["labels"]
+        output = model(
+            inputs["input_ids"], labels=labels, num_items_in_batch=num_items_in_batch, output_router=model.training
+        )
+        loss = output.loss
+        if model.training:
+            self._cross_entropy = loss.detach()
+            self.routing.add(output.router_experts, config.model.n_routed_experts)
+            loss = loss + auxiliary_loss(output, config) / config.grad_accum
+        return (loss, output) if return_outputs else loss
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        super().training_step(*args, **kwargs)
+        return self._cross_entropy  # what is logged has no auxiliary losses in it
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # nothing shows them, and to count them takes a walk through all modules for each micro-batch
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed: dropout must not depend on evaluations
+            return super().evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "learning_rate" in logs:  # set for the next update, as in the source's log; the Trainer's is the last one's
+            logs["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what belongs to the model, and the data position; the Trainer adds its own files behind it.
+
+        Its `training_args.bin`, a pickle that nothing reads, is left out.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(folder)
+        self._tokenizer.save_pretrained(str(folder))
+        save_position(folder / POSITION_FILE, self._batches.position)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        with reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        if names := [*load_result.missing_keys, *load_result.unexpected_keys]:
+            raise ValueError(f"its weights are not those of this model: {names[0]} and {len(names) - 1} more")
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return  # a new run
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        # The rate that was saved belongs to the number of steps that was asked for then.
+        self.lr_scheduler = make_schedule(self.optimizer.optimizer, self._config, self.state.global_step)
