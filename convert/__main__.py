@@ -1,7 +1,9 @@
 """Convert between a run of this project and a folder that PyTorch people know.
 
 python -m convert to-torch RUN OUT [--dtype bfloat16]
+python -m convert to-torch RUN TORCH_RUN --training          # to go on with python -m torch_ref.train
 python -m convert to-flax DIR RUN
+python -m convert to-flax TORCH_RUN RUN                       # to go on with train.py
 python -m convert to-flax state_dict.safetensors RUN --preset customllm-1b
 """
 
@@ -20,24 +22,32 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only moves bytes: no accelerato
 
 from convert.to_flax import import_run
 from convert.to_torch import export_run
+from convert.training import export_training, import_training
 from jaxllm.config import preset
-from jaxllm.errors import exit_on_user_error
+from jaxllm.errors import UserError, exit_on_user_error
+from jaxllm.run import checkpoint_owner
 
 
 @dataclass(frozen=True)
 class ToTorch:
-    """Export the newest weights of a run as a transformers folder."""
+    """Export the newest weights of a run as a transformers folder, or the run itself to go on in PyTorch."""
 
     run: Annotated[Path, tyro.conf.Positional]
     out: Annotated[Path, tyro.conf.Positional]
     """A new folder."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the written weights."""
+    training: bool = False
+    """Hand over the run: moments, step count and data position too, for python -m torch_ref.train."""
+
+    def __post_init__(self) -> None:
+        if self.training and self.dtype != "float32":
+            raise UserError(f"dtype is {self.dtype!r}: a run to train on is handed over in float32")
 
 
 @dataclass(frozen=True)
 class ToFlax:
-    """Make a run from a transformers folder or a state_dict file (.safetensors, .bin, .pt)."""
+    """Make a run from a transformers folder, a state_dict file (.safetensors, .bin, .pt) or a PyTorch run."""
 
     source: Annotated[Path, tyro.conf.Positional]
     run: Annotated[Path, tyro.conf.Positional]
@@ -52,11 +62,19 @@ Command = Annotated[ToTorch, tyro.conf.subcommand("to-torch")] | Annotated[ToFla
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     command = tyro.cli(Command, args=argv, prog="python -m convert", description=__doc__)
-    if isinstance(command, ToTorch):
+    if isinstance(command, ToTorch) and command.training:
+        export_training(command.run, command.out)
+        print(f"Wrote {command.out}: python -m torch_ref.train --run-dir {command.out} goes on, with the run's options")
+    elif isinstance(command, ToTorch):
         export_run(command.run, command.out, dtype=command.dtype)
         print(
             f"Wrote {command.out}: AutoModelForCausalLM.from_pretrained({str(command.out)!r}, trust_remote_code=True)"
         )
+    elif checkpoint_owner(command.source) == "PyTorch":
+        if command.preset is not None:
+            raise UserError(f"preset is {command.preset!r}: a PyTorch run has a config of its own, leave it out")
+        import_training(command.source, command.run)
+        print(f"Wrote {command.run}: python train.py --run-dir {command.run} goes on, with the run's options")
     else:
         config = None if command.preset is None else preset(command.preset)
         import_run(command.source, command.run, config)

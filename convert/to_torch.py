@@ -29,7 +29,7 @@ def export_run(run: Path, out: Path, *, dtype: str = "float32") -> None:
     """
     check_new(out)
     config, weights = load_weights(run)
-    _write(config, weights, out, dtype)
+    write_model(config, weights, out, dtype)
     if (run / "tokenizer").is_dir():
         shutil.copytree(run / "tokenizer", out, dirs_exist_ok=True)
 
@@ -42,7 +42,7 @@ def export_model(model: CustomLLM, out: Path, *, dtype: str = "float32") -> None
     """
     check_new(out)
     _, params, routing_bias = split_model(model)
-    _write(model.config, Weights(params, routing_bias), out, dtype)
+    write_model(model.config, Weights(params, routing_bias), out, dtype)
 
 
 def check_new(out: Path) -> None:
@@ -84,7 +84,12 @@ def modeling_source() -> Path:
     return Path(package.origin).parent / "model.py"
 
 
-def _write(config: ModelConfig, weights: Weights, out: Path, dtype: str) -> None:
+def write_model(config: ModelConfig, weights: Weights, out: Path, dtype: str) -> None:
+    """Write config.json, safetensors and the modelling code into a folder.
+
+    Raises:
+        UserError: there is no such dtype.
+    """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
     out.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,15 @@ class Weights(NamedTuple):
     routing_bias: Pytree
 
 
+class Training(NamedTuple):
+    """What a run needs beside the weights to go on."""
+
+    opt_state: Pytree
+    step: Any  # () int32, updates done
+    dropout_key: Any  # raw key data
+    position: Position
+
+
 def is_run(folder: Path) -> bool:
     return (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
 
@@ -94,12 +103,27 @@ class Checkpoints:
         Raises:
             UserError: there is no checkpoint, or it cannot be read.
         """
-        if not (self._folder / str(self.latest()) / "training").is_dir():
-            return start_state(config, *self.restore_weights(config.model)), None
+        weights = self.restore_weights(config.model)
+        training = self.restore_training(config)
+        if training is None:
+            return start_state(config, *weights), None
+        return TrainState(*weights, training.opt_state, training.step, training.dropout_key), training.position
+
+    def has_training(self) -> bool:
+        """Whether the newest checkpoint holds more than weights."""
+        return (self._folder / str(self.latest()) / "training").is_dir()
+
+    def restore_training(self, config: TrainConfig) -> Training | None:
+        """What the newest checkpoint holds beside the weights; None for one that holds weights alone.
+
+        Raises:
+            UserError: there is no checkpoint, or it cannot be read.
+        """
+        if not self.has_training():
+            return None
         state = jax.eval_shape(lambda: init_state(config))
         training = {"opt_state": state.opt_state, "step": state.step, "dropout_key": state.dropout_key}
-        weights = Weights(state.params, state.routing_bias)._asdict()
-        restored = self._restore(weights=_on_host(weights), training=_on_host(training), position=None, rows=None)
+        restored = self._restore(training=_on_host(training), position=None, rows=None)
         rows = jax.tree.map(np.asarray, restored["rows"])
         position = Position(
             source=restored["position"]["source"],
@@ -107,7 +131,7 @@ class Checkpoints:
             tokens=rows["tokens"][1:],
             pool=rows["pool"],
         )
-        return TrainState(**restored["weights"], **restored["training"]), position
+        return Training(**restored["training"], position=position)
 
     def wait(self) -> None:
         """Wait until what was saved is on the disk."""
@@ -145,8 +169,14 @@ def _on_host(tree: Pytree) -> Pytree:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
-def write_run(folder: Path, model: ModelConfig, weights: Weights, tokenizer_files: list[Path]) -> None:
-    """Make a run folder that starts from given weights."""
+def write_run(
+    folder: Path,
+    model: ModelConfig,
+    weights: Weights,
+    tokenizer_files: list[Path],
+    training: tuple[TrainConfig, Training] | None = None,
+) -> None:
+    """Make a run folder that starts from given weights or, with `training`, goes on where they were reached."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", model.to_dict())
     if tokenizer_files:
@@ -154,7 +184,13 @@ def write_run(folder: Path, model: ModelConfig, weights: Weights, tokenizer_file
     for file in tokenizer_files:
         (folder / "tokenizer" / file.name).write_bytes(file.read_bytes())
     checkpoints = Checkpoints(folder)
-    checkpoints.save_weights(weights)
+    if training is None:
+        checkpoints.save_weights(weights)
+    else:
+        config, reached = training
+        write_json(folder / "train_config.json", config.to_dict())
+        state = TrainState(*weights, reached.opt_state, reached.step, reached.dropout_key)
+        checkpoints.save(state, reached.position)
     checkpoints.close()
 
 

@@ -330,6 +330,26 @@ class TrainConfig:
         values["prompts"] = list(self.prompts)
         return values
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Build from a mapping such as a run's train_config.json: the inverse of `to_dict`.
+
+        Raises:
+            UserError: a key is unknown or missing, or a value is out of its range.
+        """
+        names = {f.name for f in dataclasses.fields(cls)}
+        if wrong := sorted(values.keys() ^ names):
+            raise UserError(f"the training config has or lacks {', '.join(wrong)}: it was written by another version")
+        if not isinstance(values["model"], Mapping) or not isinstance(values["prompts"], list):
+            raise UserError("the training config's model must be an object and its prompts a list")
+        run_dir = values["run_dir"]
+        converted = {
+            "model": ModelConfig.from_dict(values["model"]),
+            "run_dir": Path(run_dir) if isinstance(run_dir, str) else run_dir,
+            "prompts": tuple(values["prompts"]),
+        }
+        return cls(**{**values, **converted})
+
 
 # What a resumed run may change: how long it goes on, how it reports, and how it is computed. Everything
 # else decides the numbers and must stay as it was.

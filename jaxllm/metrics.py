@@ -13,13 +13,15 @@ from tqdm import tqdm
 
 from jaxllm.config import TrainConfig
 
+METRICS_FILE = "metrics.jsonl"
+
 
 class RunLog:
     """Writes each record to the console (around the progress bar), to `metrics.jsonl` and to TensorBoard."""
 
     def __init__(self, folder: Path, first_step: int, last_step: int):
         """`first_step`: steps done before; what an earlier process logged beyond it is dropped, not logged twice."""
-        self._path = folder / "metrics.jsonl"
+        self._path = folder / METRICS_FILE
         kept = [record for record in read_metrics(folder) if record["step"] <= first_step]
         self._path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
@@ -49,7 +51,7 @@ def _board_name(name: str) -> str:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """All complete records of a run; a last line that a killed process left half written is passed over."""
-    path = folder / "metrics.jsonl"
+    path = folder / METRICS_FILE
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:

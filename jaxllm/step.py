@@ -59,22 +59,26 @@ def count_parameters(params: Pytree) -> int:
 
 def init_state(config: TrainConfig) -> TrainState:
     """A new run: fresh weights, zero moments, step 0."""
-    model_key, dropout_key = jax.random.split(jax.random.key(config.seed))
+    model_key, _ = jax.random.split(jax.random.key(config.seed))
     model = CustomLLM(config.model, rngs=nnx.Rngs(params=model_key))
     _, params, bias = split_model(model)
-    return start_state(config, params, bias)._replace(dropout_key=jax.random.key_data(dropout_key))
+    return start_state(config, params, bias)
 
 
 def start_state(config: TrainConfig, params: Pytree, routing_bias: Pytree) -> TrainState:
     """Step 0 on given weights."""
-    _, dropout_key = jax.random.split(jax.random.key(config.seed))
     return TrainState(
         params=params,
         routing_bias=routing_bias,
         opt_state=optimizer(config).init(params),
         step=jnp.zeros((), jnp.int32),
-        dropout_key=jax.random.key_data(dropout_key),
+        dropout_key=dropout_key(config),
     )
+
+
+def dropout_key(config: TrainConfig) -> Array:
+    """The raw key data from which all dropout of a run is drawn; it follows from the seed."""
+    return jax.random.key_data(jax.random.split(jax.random.key(config.seed))[1])
 
 
 def gradients(

@@ -1,0 +1,125 @@
+"""A whole training run from one framework to the other: weights, moments, step count, routing bias, data position.
+
+The PyTorch side is a run of `python -m torch_ref.train`, the JAX side one of `train.py`; either goes on where the other
+stopped. Only dropout's random numbers do not cross: the frameworks draw different ones. Reading and writing PyTorch's
+files needs PyTorch, which is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert.mapping import PARAMS, entries, leaf
+from convert.to_flax import TOKENIZER_FILES, read_weights
+from convert.to_torch import check_new, write_model
+from jaxllm.checkpoint import Checkpoints, Training, is_run, read_model_config, write_run
+from jaxllm.config import TrainConfig, read_json
+from jaxllm.data.position import POSITION_FILE, load_position, save_position
+from jaxllm.data.stream import Position
+from jaxllm.errors import UserError
+from jaxllm.metrics import METRICS_FILE
+from jaxllm.optim import AdamMoments, adam_moments, optimizer, with_moments
+from jaxllm.step import abstract_model, dropout_key
+
+
+def export_training(run: Path, out: Path) -> None:
+    """Make a PyTorch run that goes on where a JAX run's newest checkpoint stands.
+
+    Raises:
+        UserError: `run` has no training to go on with, or `out` holds something already.
+    """
+    hand_over = _pytorch()
+    check_new(out)
+    if not is_run(run):
+        raise UserError(f"{str(run)!r} is no run: it holds no folder checkpoints")
+    model = read_model_config(run)
+    config = read_config(run)
+    checkpoints = Checkpoints(run)
+    try:
+        if not checkpoints.has_training():
+            raise UserError(f"{str(run)!r} holds weights without a training history: leave out --training")
+        weights = checkpoints.restore_weights(model)
+        checkpoint = out / f"checkpoint-{checkpoints.latest()}"
+        write_model(model, weights, checkpoint, "float32")
+        del weights  # a model of this size and its moments need not be in memory together
+        training = checkpoints.restore_training(config)
+    finally:
+        checkpoints.close()
+    moments = adam_moments(training.opt_state)
+    table = {entry.torch_name: entry for entry in entries(model) if entry.tree == PARAMS}
+
+    def of_parameter(name: str):
+        entry = table[name]
+        return hand_over.Moments(*(entry.to_torch(np.asarray(leaf(tree, entry.path))) for tree in moments[1:]))
+
+    save_position(checkpoint / POSITION_FILE, training.position)
+    hand_over.write_training(checkpoint, config, int(training.step), of_parameter)
+    for name in ("config.json", "train_config.json", METRICS_FILE):
+        if (run / name).is_file():
+            shutil.copyfile(run / name, out / name)
+    if (run / "tokenizer").is_dir():
+        shutil.copytree(run / "tokenizer", out / "tokenizer")
+
+
+def import_training(source: Path, run: Path) -> None:
+    """Make a JAX run that goes on where a PyTorch run's newest checkpoint stands.
+
+    Raises:
+        UserError: `source` has no complete checkpoint, or `run` holds something already.
+    """
+    hand_over = _pytorch()
+    from torch_ref.checkpoint import last_checkpoint
+
+    check_new(run)
+    checkpoint = last_checkpoint(source)
+    if checkpoint is None:
+        raise UserError(f"{str(source)!r} holds no complete checkpoint of a PyTorch run")
+    config = read_config(source)
+    model = config.model
+    weights = read_weights(checkpoint.folder, model)
+    step, moments = hand_over.read_training(checkpoint.folder, config)
+    shapes = abstract_model(model)[1]
+    mu, nu = (jax.tree.map(lambda shape: np.zeros(shape.shape, np.float32), shapes) for _ in range(2))
+    for entry in entries(model):
+        if entry.tree == PARAMS:
+            entry.write(leaf(mu, entry.path), moments[entry.torch_name].mu)
+            entry.write(leaf(nu, entry.path), moments[entry.torch_name].nu)
+    reached = AdamMoments(jnp.asarray(step, jnp.int32), mu, nu)
+    training = _training(config, reached, load_position(checkpoint.folder / POSITION_FILE))
+    files = [source / "tokenizer" / name for name in TOKENIZER_FILES]
+    write_run(run, model, weights, [file for file in files if file.is_file()], (config, training))
+    if (source / METRICS_FILE).is_file():
+        shutil.copyfile(source / METRICS_FILE, run / METRICS_FILE)
+
+
+def _training(config: TrainConfig, moments: AdamMoments, position: Position) -> Training:
+    """What `train.py` would have at this point; the key of its dropout follows from the seed."""
+    empty = jax.eval_shape(optimizer(config).init, moments.mu)  # beside moments and counts it holds no arrays
+    return Training(with_moments(empty, moments), moments.count, dropout_key(config), position)
+
+
+def read_config(run: Path) -> TrainConfig:
+    """The training config of a run of either framework.
+
+    Raises:
+        UserError: there is none, or it is not valid.
+    """
+    file = run / "train_config.json"
+    try:
+        return TrainConfig.from_dict(read_json(file))
+    except UserError as error:
+        raise UserError(f"{str(run)!r} is no training run: {error}") from None
+
+
+def _pytorch() -> ModuleType:
+    try:
+        from torch_ref import hand_over
+    except ImportError:
+        raise UserError("a training run of PyTorch needs PyTorch: pip install 'jaxllm[torch]'") from None
+    return hand_over

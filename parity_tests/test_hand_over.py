@@ -1,0 +1,156 @@
+"""A run that changes frameworks goes on as if it had not."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+import train
+from convert.__main__ import main
+from jaxllm.checkpoint import Checkpoints
+from jaxllm.config import TrainConfig, read_json
+from jaxllm.metrics import read_metrics
+from jaxllm.optim import adam_moments
+from torch_ref import train as torch_training
+
+STEPS = ("--steps", "40", "--save-every", "20", "--eval-every", "20", "--sample-tokens", "0")
+
+
+@pytest.fixture(scope="module")
+def whole(narrow, tmp_path_factory) -> Path:
+    """40 steps in JAX, with a checkpoint at 20."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert train.main([*narrow, *STEPS, "--model.dropout", "0", "--run-dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def half(whole, tmp_path_factory) -> Path:
+    """The same run, as it was after 20 steps."""
+    folder = Path(shutil.copytree(whole, tmp_path_factory.mktemp("runs") / "half"))
+    shutil.rmtree(folder / "checkpoints" / "40")
+    return folder
+
+
+def restored(run: Path):
+    config = TrainConfig.from_dict(read_json(run / "train_config.json"))
+    checkpoints = Checkpoints(run)
+    try:
+        return checkpoints.restore(config)
+    finally:
+        checkpoints.close()
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in read_metrics(run) if "loss" in record}
+
+
+def evaluations(run: Path) -> dict[int, float]:
+    return {record["step"]: record["eval_loss"] for record in read_metrics(run) if "eval_loss" in record}
+
+
+def assert_same_bits(one, other) -> None:
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.dtype == b.dtype, path
+        np.testing.assert_array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8), err_msg=str(path))
+
+
+def test_there_and_back_is_bit_exact(half, tmp_path):
+    assert main(["to-torch", str(half), str(tmp_path / "torch"), "--training"]) == 0
+    assert main(["to-flax", str(tmp_path / "torch"), str(tmp_path / "back")]) == 0
+    (state, position), (other, other_position) = restored(half), restored(tmp_path / "back")
+    assert np.any(np.asarray(jax.tree.leaves(state.routing_bias)[0]))
+    assert_same_bits(state, other)
+    assert int(other.step) == int(adam_moments(other.opt_state).count) == 20
+    assert position.source == other_position.source
+    assert position.drawn == other_position.drawn
+    assert_same_bits(position[2:], other_position[2:])
+
+
+def test_twenty_steps_in_jax_and_twenty_in_pytorch_are_forty_in_jax(whole, half, narrow, tmp_path, capsys):
+    folder = tmp_path / "torch"
+    assert main(["to-torch", str(half), str(folder), "--training"]) == 0
+    assert torch_training.main([*narrow, *STEPS, "--model.dropout", "0", "--run-dir", str(folder)]) == 0
+    assert "Resuming from step 20" in capsys.readouterr().out
+    ours, theirs = losses(whole), losses(folder)
+    assert theirs.keys() == ours.keys() == set(range(1, 41))
+    assert [theirs[i] for i in range(1, 21)] == [ours[i] for i in range(1, 21)]  # the log came along
+    assert [theirs[i] for i in range(21, 41)] == pytest.approx([ours[i] for i in range(21, 41)], rel=2e-5)
+    assert evaluations(folder)[40] == pytest.approx(evaluations(whole)[40], rel=1e-5)
+    # and the whole state is the one that JAX comes to alone
+    assert main(["to-flax", str(folder), str(tmp_path / "back")]) == 0
+    (state, position), (other, other_position) = restored(whole), restored(tmp_path / "back")
+    for tree, of_other, limit in (
+        (state.params, other.params, 1e-4),
+        (adam_moments(state.opt_state).mu, adam_moments(other.opt_state).mu, 1e-3),
+        (adam_moments(state.opt_state).nu, adam_moments(other.opt_state).nu, 1e-3),
+    ):
+        for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(of_other), strict=True):
+            assert np.linalg.norm(a - b) <= limit * np.linalg.norm(a)
+    np.testing.assert_allclose(*(np.asarray(jax.tree.leaves(s.routing_bias)[0]) for s in (state, other)), atol=1e-7)
+    assert_same_bits(position[2:], other_position[2:])
+
+
+def test_a_run_without_its_moments_would_be_seen(whole, half, narrow, tmp_path):
+    """The control of the test above: moments that start anew change the losses far beyond its tolerance."""
+    folder = tmp_path / "torch"
+    assert main(["to-torch", str(half), str(folder), "--training"]) == 0
+    file = folder / "checkpoint-20" / "optimizer.pt"
+    saved = torch.load(file, weights_only=True)
+    for moments in saved["state"].values():
+        moments["exp_avg"].zero_()
+    torch.save(saved, file)
+    assert torch_training.main([*narrow, *STEPS, "--model.dropout", "0", "--run-dir", str(folder)]) == 0
+    ours, theirs = losses(whole), losses(folder)
+    assert max(abs(theirs[i] / ours[i] - 1) for i in range(21, 41)) > 10 * 2e-5
+
+
+def test_a_pytorch_run_goes_on_in_jax(whole, half, narrow, tmp_path, capsys):
+    assert main(["to-torch", str(half), str(tmp_path / "torch"), "--training"]) == 0
+    assert main(["to-flax", str(tmp_path / "torch"), str(tmp_path / "run")]) == 0
+    assert train.main([*narrow, *STEPS, "--model.dropout", "0", "--run-dir", str(tmp_path / "run")]) == 0
+    assert "Resuming from step 20" in capsys.readouterr().out
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape", "step", "other", "pickle"])
+def test_moments_that_do_not_fit_are_refused_in_one_line(half, tmp_path, damage, capsys):
+    folder = tmp_path / "torch"
+    assert main(["to-torch", str(half), str(folder), "--training"]) == 0
+    file = folder / "checkpoint-20" / "optimizer.pt"
+    saved = torch.load(file, weights_only=True)
+    if damage == "missing":
+        del saved["state"][3]
+    elif damage == "shape":
+        saved["state"][0]["exp_avg"] = saved["state"][0]["exp_avg"][1:]
+    elif damage == "step":
+        saved["state"][2]["step"] += 1
+    elif damage == "other":
+        saved = ["something else"]
+    torch.save(saved, file)
+    if damage == "pickle":
+        file.write_bytes(b"cos\nsystem\n(S'touch exploded'\ntR.")
+    capsys.readouterr()
+    assert main(["to-flax", str(folder), str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert "optimizer.pt" in error or "checkpoint-20" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_handed_over_is_said(half, tmp_path, capsys):
+    assert main(["to-torch", str(half), str(tmp_path / "out"), "--training", "--dtype", "bfloat16"]) == 2
+    assert "dtype is 'bfloat16'" in capsys.readouterr().err
+    assert main(["to-torch", str(half), str(tmp_path / "exported")]) == 0
+    assert main(["to-flax", str(tmp_path / "exported"), str(tmp_path / "weights")]) == 0
+    capsys.readouterr()
+    assert main(["to-torch", str(tmp_path / "weights"), str(tmp_path / "out"), "--training"]) == 2
+    assert "train_config.json" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

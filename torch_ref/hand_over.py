@@ -1,0 +1,93 @@
+"""The optimizer's part of a Trainer checkpoint, written and read by parameter name: for `python -m convert`.
+
+A Trainer checkpoint numbers the parameters in the order of the optimizer's groups; here they have names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import TrainerState
+
+from jaxllm.config import ModelConfig, TrainConfig
+from jaxllm.errors import UserError
+from torch_ref.checkpoint import reading, trainer_state
+from torch_ref.model import CustomLLM
+from torch_ref.step import make_optimizer, make_schedule
+
+OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE = "optimizer.pt", "scheduler.pt", "trainer_state.json"
+
+
+class Moments(NamedTuple):
+    """AdamW's memory of one parameter, in its shape."""
+
+    mu: np.ndarray
+    nu: np.ndarray
+
+
+def _optimizer(config: TrainConfig, model: ModelConfig) -> tuple[torch.optim.AdamW, list[str]]:
+    """The run's optimizer, over parameters without memory, and their names in the order of its groups."""
+    with torch.device("meta"):
+        twin = CustomLLM(model)
+    optimizer = make_optimizer(twin, config)
+    names = {id(parameter): name for name, parameter in twin.named_parameters()}
+    return optimizer, [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def write_training(folder: Path, config: TrainConfig, step: int, moments: Callable[[str], Moments]) -> None:
+    """Write `optimizer.pt`, `scheduler.pt` and, last, `trainer_state.json`.
+
+    Args:
+        folder: a checkpoint's, with its weights in it.
+        config: of the run.
+        step: updates done.
+        moments: those of a parameter by its name.
+    """
+    optimizer, names = _optimizer(config, config.model)
+    schedule = make_schedule(optimizer, config, step)
+    state = {}
+    for i, name in enumerate(names):
+        mu, nu = (torch.from_numpy(np.array(values, order="C")) for values in moments(name))
+        state[i] = {"step": torch.tensor(float(step)), "exp_avg": mu, "exp_avg_sq": nu}
+    torch.save(optimizer.state_dict() | {"state": state}, folder / OPTIMIZER_FILE)
+    torch.save(schedule.state_dict(), folder / SCHEDULER_FILE)
+    TrainerState(
+        global_step=step, max_steps=config.steps, epoch=step / config.steps, train_batch_size=config.batch_size
+    ).save_to_json(str(folder / STATE_FILE))
+
+
+def read_training(folder: Path, config: TrainConfig) -> tuple[int, dict[str, Moments]]:
+    """The updates done and each parameter's moments; nothing in the files is executed.
+
+    Raises:
+        UserError: the files cannot be read, or are those of another model.
+    """
+    file = folder / OPTIMIZER_FILE
+    state = trainer_state(folder)
+    if state is None:
+        raise UserError(f"{folder / STATE_FILE} is missing or does not say how many steps were done")
+    with reading(folder):
+        saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    optimizer, names = _optimizer(config, config.model)
+    shapes = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"]]
+    found = saved.get("state") if isinstance(saved, dict) else None
+    if not isinstance(found, dict) or found.keys() != set(range(len(names))):
+        raise UserError(f"{file} does not hold the moments of this model's {len(names)} parameters")
+    moments = {}
+    for i, (name, shape) in enumerate(zip(names, shapes, strict=True)):
+        tensors = [found[i].get(key) for key in ("step", "exp_avg", "exp_avg_sq")] if isinstance(found[i], dict) else []
+        if not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+            raise UserError(f"{file}: the parameter {name} has no moments of AdamW")
+        count, mu, nu = tensors
+        if mu.shape != shape or nu.shape != shape or mu.dtype != torch.float32 or nu.dtype != torch.float32:
+            raise UserError(
+                f"{file}: the moments of {name} must be float32 of shape {list(shape)}, not {list(mu.shape)}"
+            )
+        if count.numel() != 1 or int(count) != state["global_step"]:
+            raise UserError(f"{file}: {name} has another step count than {STATE_FILE}'s {state['global_step']}")
+        moments[name] = Moments(mu.numpy(), nu.numpy())
+    return state["global_step"], moments
