@@ -16,6 +16,7 @@ from jaxllm.step import abstract_model
 from parity_tests.compare import TOLERANCES, Row, compare_arrays
 from parity_tests.forward import DTYPES, jax_precision, jax_weights, torch_precision
 from torch_ref import CustomLLM as TorchCustomLLM
+from torch_ref.generate import generate as torch_generate
 
 PROMPT_TOKENS = (24, 9)
 """A batch of prompts of different lengths: Flax pads them on the right, PyTorch on the left."""
@@ -46,7 +47,8 @@ class JaxGeneration:
         """
         tolerance = TOLERANCES[self.precision].forward
         logits = _torch_decode(model, self.prompts, self.given, self.precision)
-        greedy = _torch_generate(model, self.prompts, self.given.shape[1], self.precision)
+        with torch_precision(self.precision):
+            greedy = torch_generate(model, self.prompts, self.given.shape[1])
         named = [f"prompt of {len(prompt)}" for prompt in self.prompts]
         return [
             *(
@@ -79,7 +81,9 @@ def _decode(graph: nnx.GraphDef, params, routing_bias, prompts: jax.Array, lengt
 def _torch_decode(
     model: TorchCustomLLM, prompts: list[list[int]], given: np.ndarray, precision: str
 ) -> np.ndarray:  # (B,n,V)
-    ids, mask = _left_padded(prompts)
+    width = max(map(len, prompts))  # padding stands in front, so that all rows end with their last token
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     logits = []
     with torch_precision(precision):
         cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
@@ -88,23 +92,6 @@ def _torch_decode(
             out = model(token[:, None], attention_mask=mask, past_key_values=cache, use_cache=True)
             logits.append(out.logits[:, 0])
     return torch.stack(logits, dim=1).numpy()
-
-
-def _left_padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return ids, mask
-
-
-@torch.no_grad()
-def _torch_generate(model: TorchCustomLLM, prompts: list[list[int]], count: int, precision: str) -> list[list[int]]:
-    ids, mask = _left_padded(prompts)
-    with torch_precision(precision):
-        out = model.generate(
-            ids, attention_mask=mask, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
-        )
-    return out[:, ids.shape[1] :].tolist()
 
 
 def _greedy_row(

@@ -90,6 +90,12 @@ def test_routing_bias_moves_by_its_rate_and_only_then():
     assert not np.asarray(frozen.routing_bias["decoder_layers"]["mlp"]["routing_bias"]).any()
 
 
+def test_the_log_shows_the_rate_of_the_next_update():
+    """As the source's does: its line of step 100 has the rate of step 101."""
+    _, _, metrics = run(CONFIG, labels(4)[None])
+    assert float(metrics.learning_rate) == pytest.approx(CONFIG.learning_rate / CONFIG.warmup_steps)
+
+
 def test_learns_and_is_deterministic():
     batches = [labels(4, seed=i % 2)[None] for i in range(30)]
     config = dataclasses.replace(CONFIG, learning_rate=1e-2, warmup_steps=0)
