@@ -45,7 +45,7 @@ class JaxGeneration:
 
         Where greedy tokens part, the PyTorch model's logits must show a near tie; nothing behind it can be compared.
         """
-        tolerance = TOLERANCES[self.precision].forward
+        tolerance = TOLERANCES[self.precision].decoding
         logits = _torch_decode(model, self.prompts, self.given, self.precision)
         with torch_precision(self.precision):
             greedy = torch_generate(model, self.prompts, self.given.shape[1])
