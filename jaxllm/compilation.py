@@ -50,6 +50,8 @@ class Programs(NamedTuple):
 def compile_programs(config: TrainConfig, graph: nnx.GraphDef, state: TrainState) -> Programs:
     """What a run executes, ready to run on a state like the one given."""
     start = time.perf_counter()
+    # By shapes alone: a restored state is bound to its device, a fresh one is not, and the cache would tell them apart.
+    state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
     rows = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)  # (B,T)
     labels = jax.ShapeDtypeStruct((config.grad_accum, *rows.shape), jnp.int32)  # (A,B,T)
     step = jax.jit(functools.partial(train_step, config, graph), donate_argnums=0).lower(state, labels)

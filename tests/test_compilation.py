@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,12 +34,17 @@ print(json.dumps(counts))
 """
 
 
-def test_a_second_process_compiles_and_trains_no_tokenizer_again(narrow, tmp_path):
+def test_another_process_compiles_and_trains_no_tokenizer_again(narrow, tmp_path):
+    """Neither one that starts anew, nor one that resumes."""
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     environment["JAXLLM_CACHE_DIR"] = str(tmp_path / "cache")
     counts, programs, outputs = [], [], []
-    for name in ("one", "two"):
-        arguments = [*narrow, "--steps", "1", "--sample-tokens", "0", "--run-dir", str(tmp_path / name)]
+    for name in ("one", "two", "resumed"):
+        if name == "resumed":
+            shutil.copytree(tmp_path / "one", tmp_path / name)
+            shutil.rmtree(tmp_path / name / "checkpoints" / "2")
+        arguments = [*narrow, "--steps", "2", "--save-every", "1", "--run-dir", str(tmp_path / name)]
+        arguments += ["--sample-tokens", "0"]
         done = subprocess.run(
             [sys.executable, "-c", PROCESS, *arguments],
             cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, check=False,
@@ -49,10 +55,13 @@ def test_a_second_process_compiles_and_trains_no_tokenizer_again(narrow, tmp_pat
         programs.append({p.name for p in (tmp_path / "cache" / "xla").glob("*-cache")})
     main = ("jit_init_state", "jit_train_step", "jit_eval_step")
     assert all(sum(p.startswith(name) for p in programs[0]) == 1 for name in main), programs[0]
-    assert {p for p in programs[1] if p.startswith(main)} == {p for p in programs[0] if p.startswith(main)}
+    for later in programs[1:]:
+        assert {p for p in later if p.startswith(main)} == {p for p in programs[0] if p.startswith(main)}
     assert counts[0].get("cache_hits", 0) == 0
-    assert counts[1]["cache_hits"] >= 3
-    assert ["Training a tokenizer" in output for output in outputs] == [True, False]
+    assert counts[1]["cache_hits"] >= 3  # first weights, step, evaluation
+    assert counts[2]["cache_hits"] >= 2
+    assert "Resuming from step 1" in outputs[2]
+    assert ["Training a tokenizer" in output for output in outputs] == [True, False, False]
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         UserError: there is none, or the Hub cannot be reached.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # it would advise installing PyTorch
@@ -51,6 +51,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         if path.exists():  # not by AutoTokenizer: it would offer to run the code of an exported folder
             return PreTrainedTokenizerFast.from_pretrained(str(path))
+        from transformers import AutoTokenizer  # here: where PyTorch is installed, its import takes seconds
+
         return AutoTokenizer.from_pretrained(name, local_files_only=cached_only, trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers and the Hub's client raise kinds of their own
         mend = "check its files" if path.exists() else "check the name and the network, or pass --tokenizer FOLDER"
