@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import jax
@@ -45,6 +46,7 @@ def run(narrow, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _compile_once(tmp_path_factory):
+    os.environ["JAXLLM_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))  # not the user's; processes inherit it
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -18,34 +18,38 @@ import numpy as np
 from flax import nnx
 
 from jaxllm.checkpoint import Checkpoints
+from jaxllm.compilation import Programs, compile_programs, use_compilation_cache
 from jaxllm.config import TrainConfig
 from jaxllm.data.corpus import open_source
 from jaxllm.data.stream import Prefetcher, TokenStream
+from jaxllm.device import device_name, measured_peak_tflops, peak_memory
 from jaxllm.errors import exit_on_user_error
 from jaxllm.generate import Sampling, generate
 from jaxllm.loss import IGNORED
+from jaxllm.meter import Meter
 from jaxllm.metrics import RunLog, end_record, eval_record, step_record
 from jaxllm.model.summary import module_tree
-from jaxllm.run import announce, announce_finished, conclude, parse_args, prepare, write_samples
-from jaxllm.step import TrainState, count_parameters, eval_step, init_state, model_graph, train_step
+from jaxllm.run import announce, announce_finished, announce_speed, conclude, parse_args, prepare, write_samples
+from jaxllm.step import TrainState, count_parameters, init_state, model_graph
 
 
 class Evaluator:
     """Mean cross-entropy over the held-out rows."""
 
-    def __init__(self, config: TrainConfig, graph: nnx.GraphDef, rows: np.ndarray):
+    def __init__(self, config: TrainConfig, programs: Programs, rows: np.ndarray):
         short = -len(rows) % config.batch_size
         padded = np.concatenate([rows, np.full((short, rows.shape[1]), IGNORED, np.int32)])
         self._batches = padded.reshape(-1, config.batch_size, rows.shape[1])
         self._samples = len(rows)
-        self._step = jax.jit(functools.partial(eval_step, graph))
+        self._step = programs.evaluate
 
     def __call__(self, state: TrainState, epoch: float) -> dict[str, float]:
+        step = int(state.step)  # waits for the training before the clock starts
         start = time.perf_counter()
         sums = [self._step(state.params, state.routing_bias, batch) for batch in self._batches]
         loss = sum(float(nll) for nll, _ in sums) / sum(int(count) for _, count in sums)
         seconds = time.perf_counter() - start
-        return eval_record(loss, seconds, self._samples, len(self._batches), epoch, int(state.step))
+        return eval_record(loss, seconds, self._samples, len(self._batches), epoch, step)
 
 
 def train(config: TrainConfig, tokenizer, held_out: np.ndarray, resumes: bool) -> TrainState:
@@ -60,27 +64,27 @@ def train(config: TrainConfig, tokenizer, held_out: np.ndarray, resumes: bool) -
         print(f"Resuming from step {int(state.step)} of {config.folder}")
     else:
         state = jax.jit(functools.partial(init_state, config))()
-    device = f"{jax.devices()[0].device_kind} ({jax.default_backend()})"
-    announce(config, count_parameters(state.params), module_tree(config.model), device)
+    announce(config, count_parameters(state.params), module_tree(config.model), device_name())
 
     first_step = int(state.step)
     if first_step >= config.steps:
         announce_finished(first_step)
         checkpoints.close()
         return state
-    step_fn = jax.jit(functools.partial(train_step, config, graph), donate_argnums=0)
-    evaluate = Evaluator(config, graph, held_out)
+    peak_tflops = config.peak_tflops or measured_peak_tflops(config.precision)  # before anything else is busy
+    batches = Prefetcher(stream, config.grad_accum * config.batch_size)  # fills up while the programs are compiled
+    programs = compile_programs(config, graph, state)
+    evaluate = Evaluator(config, programs, held_out)
+    announce_speed(config, peak_tflops, programs.seconds)
     log = RunLog(config.folder, first_step, config.steps)
-    rows_per_step = config.grad_accum * config.batch_size
-    batches = Prefetcher(stream, rows_per_step)
+    meter = Meter(config, peak_tflops, lambda: batches.waited)
     unlogged, all_losses = [], []
     epoch = 0.0
-    started = logged = time.perf_counter()
     try:
         for step in range(first_step + 1, config.steps + 1):
             batch = next(batches)
             labels = batch.rows.reshape(config.grad_accum, config.batch_size, config.seq_len)
-            state, metrics = step_fn(state, labels)
+            state, metrics = programs.step(state, labels)
             unlogged.append(metrics.loss)
             if len(unlogged) > 1:
                 unlogged[-2].block_until_ready()  # one step ahead of the device, so that the bar tells the truth
@@ -90,7 +94,6 @@ def train(config: TrainConfig, tokenizer, held_out: np.ndarray, resumes: bool) -
 
             if step % config.log_every == 0 or last:
                 losses = [float(loss) for loss in jax.device_get(unlogged)]  # waits for the device
-                now = time.perf_counter()
                 log.write(
                     step_record(
                         loss=float(np.mean(losses)),
@@ -98,21 +101,35 @@ def train(config: TrainConfig, tokenizer, held_out: np.ndarray, resumes: bool) -
                         learning_rate=float(metrics.learning_rate),
                         epoch=epoch,
                         step=step,
-                        tokens_per_second=len(losses) * config.tokens_per_step / (now - logged),
                         expert_load=float(metrics.expert_load),
+                        speed=meter.lap(len(losses)),
+                        memory=peak_memory(),
                     )
                 )
                 all_losses += losses
-                unlogged, logged = [], now
+                unlogged = []
             if step % config.eval_every == 0 or last:
                 evaluation = evaluate(state, epoch)
                 log.write(evaluation)
-                logged = time.perf_counter()
+                meter.exclude(evaluation["eval_runtime"])
             if step % config.save_every == 0 or last:
                 checkpoints.save(state, batch.position)
         checkpoints.wait()
-        seconds = time.perf_counter() - started
-        log.write(end_record(config, seconds, config.steps - first_step, float(np.mean(all_losses)), epoch))
+        steps_done = config.steps - first_step
+        seconds, speed = meter.whole(steps_done)
+        log.write(
+            end_record(
+                config,
+                seconds=seconds,
+                steps_done=steps_done,
+                loss=float(np.mean(all_losses)),
+                epoch=epoch,
+                speed=speed,
+                memory=peak_memory(),
+                peak_tflops=peak_tflops,
+                compile_seconds=programs.seconds,
+            )
+        )
     finally:
         batches.close()
         log.close()
@@ -123,6 +140,7 @@ def train(config: TrainConfig, tokenizer, held_out: np.ndarray, resumes: bool) -
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
+    use_compilation_cache()
     config, tokenizer, held_out, resumes = prepare(parse_args(argv, "train.py", __doc__), "JAX")
     state = train(config, tokenizer, held_out, resumes)
     model = nnx.merge(model_graph(config), state.params, state.routing_bias)

@@ -278,6 +278,9 @@ class TrainConfig:
     """Recompute each layer in the backward pass instead of keeping its activations."""
     seed: int = 0
 
+    peak_tflops: float | None = None
+    """What the device reaches in matrix products, in TFLOP/s, to hold the speed against (MFU); default:
+    measured at the start, in the run's precision."""
     log_every: int = 25
     eval_every: int = 100
     eval_samples: int = 100
@@ -308,8 +311,10 @@ class TrainConfig:
                 f"seq_len is {self.seq_len}: the position table has "
                 f"max_position_embeddings = {self.model.max_position_embeddings} rows"
             )
-        if self.max_grad_norm <= 0:
-            raise UserError(f"max_grad_norm is {self.max_grad_norm}: it must be larger than 0")
+        for name in ("max_grad_norm", "peak_tflops"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"{name} is {value}: it must be larger than 0")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must lie in [0, 1)")
@@ -356,7 +361,7 @@ class TrainConfig:
 RESUMABLE_FIELDS = frozenset(
     {
         "preset", "recipe", "run_dir", "overwrite", "steps", "log_every", "eval_every", "eval_samples", "save_every",
-        "keep_checkpoints", "prompts", "sample_tokens", "temperature", "top_p", "remat",
+        "keep_checkpoints", "prompts", "sample_tokens", "temperature", "top_p", "remat", "peak_tflops",
     }
 )  # fmt: skip
 

@@ -19,6 +19,7 @@ import tyro
 from flax import nnx
 
 from jaxllm.checkpoint import is_run, load_weights
+from jaxllm.compilation import use_compilation_cache
 from jaxllm.config import Precision
 from jaxllm.data.tokenizer import encode_prompt, load_tokenizer
 from jaxllm.errors import UserError, exit_on_user_error
@@ -224,6 +225,7 @@ class GenerateArgs:
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     args = tyro.cli(GenerateArgs, args=argv, prog="python -m jaxllm.generate")
+    use_compilation_cache()
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
     model = load_model(args.run, args.precision)
     tokenizer = load_tokenizer(str(tokenizer_folder(args.run)))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from jaxllm import flops
 from jaxllm.config import TrainConfig
+from jaxllm.meter import Speed
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -25,7 +27,7 @@ class RunLog:
         kept = [record for record in read_metrics(folder) if record["step"] <= first_step]
         self._path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self._board = _summary_writer()(str(folder / "tensorboard"), purge_step=first_step + 1)
         self.bar = tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -40,6 +42,19 @@ class RunLog:
         self.bar.close()
         self._file.close()
         self._board.close()
+
+
+def _summary_writer() -> type:
+    """tensorboardX's writer. Where PyTorch is installed it would import that too: two seconds, and no use here."""
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None  # an import of it fails, as where it is not installed
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hide:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def _board_name(name: str) -> str:
@@ -70,19 +85,35 @@ def step_record(
     learning_rate: float,
     epoch: float,
     step: int,
-    tokens_per_second: float,
     expert_load: float,
+    speed: Speed,
+    memory: dict[str, float],
 ) -> dict[str, Any]:
-    """The training line: the source's columns, and behind them speed and the fullest expert's load."""
+    """The training line: the source's columns, and behind them the fullest expert's load, speed and memory."""
     return {
         "loss": rounded(loss),
         "grad_norm": grad_norm,
         "learning_rate": learning_rate,
         "epoch": rounded(epoch, 2),
         "step": step,
-        "tokens_per_second": rounded(tokens_per_second, 1),
+        "tokens_per_second": rounded(speed.tokens_per_second, 1),
         "expert_load": rounded(expert_load, 3),
+        **_speed_columns(speed),
+        **_memory_columns(memory),
     }
+
+
+def _speed_columns(speed: Speed) -> dict[str, float]:
+    return {
+        "tflops_per_second": significant(speed.tflops_per_second),
+        "mfu_full": significant(speed.mfu_full),
+        "mfu_causal": significant(speed.mfu_causal),
+        "data_wait": rounded(speed.data_wait),
+    }
+
+
+def _memory_columns(memory: dict[str, float]) -> dict[str, float]:
+    return {name: rounded(value, 3) for name, value in memory.items()}
 
 
 def eval_record(loss: float, seconds: float, samples: int, batches: int, epoch: float, step: int) -> dict[str, Any]:
@@ -97,8 +128,30 @@ def eval_record(loss: float, seconds: float, samples: int, batches: int, epoch: 
     }
 
 
-def end_record(config: TrainConfig, seconds: float, steps_done: int, loss: float, epoch: float) -> dict[str, Any]:
-    """The last line of a run, on the `steps_done` steps of this process; `loss` is their mean."""
+def end_record(
+    config: TrainConfig,
+    *,
+    seconds: float,
+    steps_done: int,
+    loss: float,
+    epoch: float,
+    speed: Speed,
+    memory: dict[str, float],
+    peak_tflops: float,
+    compile_seconds: float | None,
+) -> dict[str, Any]:
+    """The last line of a run, on the `steps_done` steps of this process.
+
+    Args:
+        config: of the run.
+        seconds: from the first step on, evaluations and saving included; so is `speed`.
+        loss: mean of the steps.
+        epoch: passes over the data.
+        memory: the columns that name the peak of memory.
+        peak_tflops: what the MFU is a share of.
+        compile_seconds: before the first step; None where nothing is compiled.
+    """
+    compiled = {} if compile_seconds is None else {"compile_seconds": rounded(compile_seconds, 2)}
     return {
         "train_runtime": rounded(seconds),
         "train_samples_per_second": rounded(steps_done * config.grad_accum * config.batch_size / seconds, 3),
@@ -107,6 +160,12 @@ def end_record(config: TrainConfig, seconds: float, steps_done: int, loss: float
         "train_loss": loss,
         "epoch": rounded(epoch, 2),
         "step": config.steps,
+        **{f"train_{name}": value for name, value in _speed_columns(speed).items()},
+        **_memory_columns(memory),
+        "peak_tflops": significant(peak_tflops),
+        "parameters": sum(flops.parameters(config.model).values()),
+        "active_parameters": sum(flops.active_parameters(config.model).values()),
+        **compiled,
     }
 
 
@@ -151,3 +210,8 @@ def draw_losses(folder: Path, unigram: float | None = None) -> None:
 def rounded(value: float, digits: int = 4) -> float:
     """A number for a log line; not-a-number and infinities pass through."""
     return round(value, digits) if math.isfinite(value) else value
+
+
+def significant(value: float) -> float:
+    """A number of any size for a log line, to four significant digits."""
+    return float(f"{value:.4g}")

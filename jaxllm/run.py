@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import tyro
 
+from jaxllm import flops
 from jaxllm.config import SPECIAL_TOKENS, TrainConfig, changed_fields, read_json, recipe, write_json
 from jaxllm.data.corpus import open_source
 from jaxllm.data.stream import held_out_rows
-from jaxllm.data.tokenizer import align, encode_prompt, load_tokenizer, train_tokenizer
+from jaxllm.data.tokenizer import align, encode_prompt, load_tokenizer, train_or_recall_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.metrics import draw_losses, unigram_loss
 
@@ -117,8 +118,7 @@ def prepare(config: TrainConfig, framework: Framework) -> Prepared:
     elif config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer)
     else:
-        print(f"Training a tokenizer of {config.model.vocab_size} tokens on {config.data} ...")
-        tokenizer = train_tokenizer(source, config.model.vocab_size)
+        tokenizer = train_or_recall_tokenizer(source, config.model.vocab_size, config.data)
     config = align(config, tokenizer)
     if resumes:
         check_resumable(config)
@@ -142,11 +142,32 @@ def prepare(config: TrainConfig, framework: Framework) -> Prepared:
 
 def announce(config: TrainConfig, parameters: int, tree: str, device: str) -> None:
     """What a run says first: the model's size and tree, and what will be done where."""
+    model = config.model
+    active = sum(flops.active_parameters(model).values())
     print(f"Model parameters: {parameters / 1e6:.2f}M")
+    print(
+        f"Active parameters: {active / 1e6:.2f}M (of the {model.n_routed_experts} routed experts the "
+        f"{model.num_experts_per_tok} that a token uses; embeddings count whole)"
+    )
     print(tree)
     print(
         f"Training for {config.steps} steps of {config.tokens_per_step} tokens in {config.precision} on {device}; "
         f"everything goes to {config.folder}"
+    )
+
+
+def announce_speed(config: TrainConfig, peak_tflops: float, compile_seconds: float | None) -> None:
+    """What the log's speed columns are held against."""
+    full, causal = (
+        flops.training_flops_per_token(config.model, config.seq_len, attention) / 1e6
+        for attention in ("full", "causal")
+    )
+    if compile_seconds is not None:
+        print(f"Compiled in {compile_seconds:.1f} s")
+    print(
+        f"Model FLOPs of a training token: {full:.4g}M with attention counted full (T x T), {causal:.4g}M with its "
+        f"causal half; MFU is their share of {peak_tflops:.4g} TFLOP/s "
+        f"({'measured on' if config.peak_tflops is None else 'given for'} {config.precision} matrix products)"
     )
 
 

@@ -33,6 +33,7 @@ def refused(main, arguments: list[str], capsys, *parts: str) -> None:
         (["--seq-len", "4096"], ["seq_len is 4096", "max_position_embeddings"]),
         (["--model.num-experts-per-tok", "8"], ["num_experts_per_tok is 8", "n_routed_experts = 7"]),
         (["--steps", "0"], ["steps is 0"]),
+        (["--peak-tflops", "0"], ["peak_tflops is 0", "larger than 0"]),
         (["--data", "no/such/file.txt"], ["data is 'no/such/file.txt'"]),
         (["--data", "nothing.parquet"], ["data is 'nothing.parquet'"]),
         (["--tokenizer", "./nowhere"], ["tokenizer is './nowhere'"]),

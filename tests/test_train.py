@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 
 import pytest
 
 import train
+from jaxllm import flops
+from jaxllm.config import ModelConfig, read_json
+from jaxllm.data.stream import TokenStream
 from jaxllm.metrics import read_metrics
 
 
@@ -16,7 +20,8 @@ def lines(folder, key: str) -> list[dict]:
 
 
 def without_times(records: list[dict]) -> list[dict]:
-    return [{k: v for k, v in r.items() if "second" not in k and "runtime" not in k} for r in records]
+    measured = ("second", "runtime", "mfu", "data_wait", "peak")
+    return [{k: v for k, v in r.items() if not any(part in k for part in measured)} for r in records]
 
 
 def test_the_folder_holds_everything(run):
@@ -30,14 +35,60 @@ def test_the_folder_holds_everything(run):
 
 def test_the_log_has_the_source_s_lines(run):
     train_line, eval_line, end = lines(run, "loss")[0], lines(run, "eval_loss")[0], lines(run, "train_runtime")[0]
-    assert list(train_line)[:5] == ["loss", "grad_norm", "learning_rate", "epoch", "step"]
+    speed = ["tflops_per_second", "mfu_full", "mfu_causal", "data_wait"]
+    assert list(train_line) == [
+        "loss", "grad_norm", "learning_rate", "epoch", "step", "tokens_per_second", "expert_load",
+        *speed, "host_peak_gib",
+    ]  # fmt: skip
     assert list(eval_line) == [
         "eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch", "step",
     ]  # fmt: skip
-    assert list(end)[:3] == ["train_runtime", "train_samples_per_second", "train_steps_per_second"]
-    assert {"tokens_per_second"} <= train_line.keys()
+    assert list(end) == [
+        "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_tokens_per_second", "train_loss",
+        "epoch", "step", *(f"train_{name}" for name in speed), "host_peak_gib", "peak_tflops", "parameters",
+        "active_parameters", "compile_seconds",
+    ]  # fmt: skip
     assert [record["step"] for record in lines(run, "loss")] == list(range(1, 21))
     assert [record["step"] for record in lines(run, "eval_loss")] == [10, 20]
+
+
+def test_the_speed_columns_agree_with_each_other(run):
+    config = ModelConfig.from_dict(read_json(run / "config.json"))
+    end = lines(run, "train_runtime")[0]
+    assert end["parameters"] == sum(flops.parameters(config).values())
+    assert end["active_parameters"] == sum(flops.active_parameters(config).values()) < end["parameters"]
+    assert end["peak_tflops"] > 0
+    assert end["compile_seconds"] > 0
+    assert end["host_peak_gib"] > 0.05
+    for record in [*lines(run, "loss"), {key.removeprefix("train_"): value for key, value in end.items()}]:
+        assert 0 < record["mfu_causal"] < record["mfu_full"] <= 1.2
+        assert 0 <= record["data_wait"] <= 1
+        tflops = record["tokens_per_second"] * flops.training_flops_per_token(config, 32, "full") / 1e12
+        assert record["tflops_per_second"] == pytest.approx(tflops, rel=1e-3)
+        assert record["mfu_full"] == pytest.approx(tflops / end["peak_tflops"], rel=2e-3)
+
+
+def test_a_given_peak_is_what_the_mfu_is_a_share_of(narrow, tmp_path, capsys):
+    arguments = ["--peak-tflops", "0.25", "--steps", "1", "--sample-tokens", "0", "--run-dir", str(tmp_path / "run")]
+    assert train.main([*narrow, *arguments]) == 0
+    assert "0.25 TFLOP/s (given for float32 matrix products)" in capsys.readouterr().out
+    line = lines(tmp_path / "run", "loss")[0]
+    assert line["mfu_full"] == pytest.approx(line["tflops_per_second"] / 0.25, rel=2e-3)
+    assert lines(tmp_path / "run", "train_runtime")[0]["peak_tflops"] == 0.25
+
+
+def test_a_slow_source_shows_as_waiting(narrow, tmp_path, monkeypatch):
+    next_rows = TokenStream.next_rows
+
+    def slow(stream, count):
+        time.sleep(0.3)
+        return next_rows(stream, count)
+
+    monkeypatch.setattr(TokenStream, "next_rows", slow)
+    arguments = ["--steps", "10", "--eval-every", "10", "--sample-tokens", "0", "--run-dir", str(tmp_path / "run")]
+    assert train.main([*narrow, *arguments]) == 0
+    assert lines(tmp_path / "run", "loss")[-1]["data_wait"] > 0.5  # behind the batches that were there before
+    assert lines(tmp_path / "run", "train_runtime")[0]["train_data_wait"] > 0.1
 
 
 def test_it_learns_far_below_a_unigram_model_and_repeats_itself(narrow, tmp_path, capsys):

@@ -38,6 +38,11 @@ class MicroBatches:
         """Rows of the data that held no text."""
         return self._stream.skipped_rows
 
+    @property
+    def waited(self) -> float:
+        """Seconds that the training has waited for batches."""
+        return self._batches.waited
+
     def close(self) -> None:
         self._batches.close()
 

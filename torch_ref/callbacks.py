@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,9 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from jaxllm.config import TrainConfig
+from jaxllm.meter import Meter
 from jaxllm.metrics import RunLog, end_record, eval_record, step_record
 from jaxllm.run import conclude, write_samples
 from torch_ref.batches import MicroBatches
+from torch_ref.device import peak_memory
 from torch_ref.generate import generate
 from torch_ref.model import CustomLLM
 from torch_ref.step import tokens_per_expert, update_routing_bias
@@ -96,15 +97,17 @@ class LogCallback(TrainerCallback):
         batches: MicroBatches,
         routing: RoutingBiasCallback,
         held_out: np.ndarray,
+        peak_tflops: float,
     ):
         self._config, self._log, self._batches, self._routing = config, log, batches, routing
-        self._held_out = held_out
+        self._held_out, self._peak_tflops = held_out, peak_tflops
         self._eval_loss = math.nan
-        self._logged_at, self._logged_step, self._first_step = time.perf_counter(), 0, 0
+        self._logged_step = self._first_step = 0
+        self._meter: Meter | None = None  # from the first step on
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self._first_step = self._logged_step = state.global_step
-        self._logged_at = time.perf_counter()
+        self._meter = Meter(self._config, self._peak_tflops, lambda: self._batches.waited)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self._log.bar.update()
@@ -117,35 +120,47 @@ class LogCallback(TrainerCallback):
         elif "eval_loss" in logs:
             self._log.write(self._evaluation_line(logs, state.global_step))
         elif "train_runtime" in logs:
-            steps_done = state.global_step - self._first_step
-            seconds, loss = logs["train_runtime"], logs["train_loss"]
-            self._log.write(end_record(self._config, seconds, steps_done, loss, self._epoch(state.global_step)))
+            self._log.write(self._end_line(logs, state.global_step))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self._log.close()  # the bar must not stand among what is printed next
         conclude(self._config, self._held_out, self._eval_loss, self._batches.skipped_rows)
 
     def _training_line(self, logs: dict, step: int) -> dict:
-        now = time.perf_counter()
-        tokens = (step - self._logged_step) * self._config.tokens_per_step
         record = step_record(
             loss=logs["loss"],
             grad_norm=logs["grad_norm"],
             learning_rate=logs["learning_rate"],
             epoch=self._epoch(step),
             step=step,
-            tokens_per_second=tokens / (now - self._logged_at),
             expert_load=self._routing.load(),
+            speed=self._meter.lap(step - self._logged_step),
+            memory=peak_memory(),
         )
-        self._logged_at, self._logged_step = now, step
+        self._logged_step = step
         return record | {name: value for name, value in logs.items() if name.startswith("mps_")}
 
     def _evaluation_line(self, logs: dict, step: int) -> dict:
         self._eval_loss = logs["eval_loss"]
-        self._logged_at = time.perf_counter()  # the next line's speed is that of training alone
+        self._meter.exclude(logs["eval_runtime"])
         samples = len(self._held_out)
         batches = math.ceil(samples / self._config.batch_size)
         return eval_record(self._eval_loss, logs["eval_runtime"], samples, batches, self._epoch(step), step)
+
+    def _end_line(self, logs: dict, step: int) -> dict:
+        steps_done = step - self._first_step
+        seconds, speed = self._meter.whole(steps_done)
+        return end_record(
+            self._config,
+            seconds=seconds,
+            steps_done=steps_done,
+            loss=logs["train_loss"],
+            epoch=self._epoch(step),
+            speed=speed,
+            memory=peak_memory(),
+            peak_tflops=self._peak_tflops,
+            compile_seconds=None,
+        )
 
     def _epoch(self, step: int) -> float:
         """Passes over the data; the Trainer counts from the start of the process instead."""

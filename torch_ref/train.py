@@ -22,10 +22,11 @@ from jaxllm.data.position import POSITION_FILE, load_position
 from jaxllm.data.stream import TokenStream
 from jaxllm.errors import exit_on_user_error
 from jaxllm.metrics import RunLog
-from jaxllm.run import announce, announce_finished, parse_args, prepare
+from jaxllm.run import announce, announce_finished, announce_speed, parse_args, prepare
 from torch_ref.batches import MicroBatches
 from torch_ref.callbacks import LogCallback, TextGenerationCallback
 from torch_ref.checkpoint import last_checkpoint, reading
+from torch_ref.device import measured_peak_tflops
 from torch_ref.model import CustomLLM
 from torch_ref.trainer import CustomLLMTrainer, choose_device
 
@@ -69,10 +70,12 @@ def train(
             model = CustomLLM.from_pretrained(checkpoint.folder).to(device)
         samples.write(model)
         return model
+    peak_tflops = config.peak_tflops or measured_peak_tflops(config.precision, device)  # before anything else is busy
+    announce_speed(config, peak_tflops, compile_seconds=None)
     batches = MicroBatches(stream, config)
     trainer = CustomLLMTrainer(config, model, tokenizer, batches, held_out)
     run_log = RunLog(config.folder, first_step, config.steps)
-    trainer.add_callback(LogCallback(config, run_log, batches, trainer.routing, held_out))
+    trainer.add_callback(LogCallback(config, run_log, batches, trainer.routing, held_out, peak_tflops))
     trainer.add_callback(samples)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))

@@ -7,6 +7,7 @@ small JSON value; setting it on a fresh source goes on from there without readin
 from __future__ import annotations
 
 import json
+import os
 import random
 import sysconfig
 from collections.abc import Iterator
@@ -72,7 +73,10 @@ def stdlib_files(root: Path) -> list[Path]:
     Also without `encodings`: its 1.5 MB of generated character tables read like nothing else.
     """
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
-    files = [p for p in root.rglob("*.py") if skipped.isdisjoint(p.relative_to(root).parts[:-1])]
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in skipped]  # installed packages are a long walk
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
     if not files:
         raise UserError(f"data is 'stdlib', but {root} holds no Python sources: pass --data FILE or --data FOLDER")
     return sorted(files)

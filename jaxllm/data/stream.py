@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -133,13 +134,16 @@ class Prefetcher:
     """Reads and tokenizes the next batches in a thread, so that the step does not wait for them."""
 
     def __init__(self, stream: TokenStream, rows: int, depth: int = 4):
+        self.waited = 0.0  # seconds that the reader has waited for batches
         self._queue: queue.Queue[Batch | Exception] = queue.Queue(depth)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(stream, rows), daemon=True, name="prefetch")
         self._thread.start()
 
     def __next__(self) -> Batch:
+        asked = time.perf_counter()
         batch = self._queue.get()
+        self.waited += time.perf_counter() - asked
         if isinstance(batch, Exception):
             self._queue.put(batch)  # the thread has ended: a second call must not wait for it
             raise batch

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxllm.cache import cache_folder
 from jaxllm.config import PRESETS, TOKENIZER_SIZED_PRESETS, TrainConfig
 from jaxllm.data.corpus import Source, hub_reachable, one_line
 from jaxllm.errors import UserError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"
 
 TRAINING_CHARS = 20_000_000
 """As much text as a tokenizer is trained on: beyond it merges change little, and memory grows."""
+
+
+CACHE_FORMAT = 1
+"""To be raised when `train_tokenizer` makes something else of the same text."""
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -28,7 +37,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         UserError: there is none, or the Hub cannot be reached.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # it would advise installing PyTorch
@@ -42,6 +51,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         if path.exists():  # not by AutoTokenizer: it would offer to run the code of an exported folder
             return PreTrainedTokenizerFast.from_pretrained(str(path))
+        from transformers import AutoTokenizer  # here: where PyTorch is installed, its import takes seconds
+
         return AutoTokenizer.from_pretrained(name, local_files_only=cached_only, trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers and the Hub's client raise kinds of their own
         mend = "check its files" if path.exists() else "check the name and the network, or pass --tokenizer FOLDER"
@@ -50,9 +61,41 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def train_tokenizer(source: Source, vocab_size: int) -> PreTrainedTokenizerBase:
-    """Train a byte-level BPE on the training part of a source; every byte has a token, so any text round-trips."""
+    """Train a byte-level BPE on the training part of a source; every byte has a token, so any text round-trips.
+
+    Raises:
+        UserError: the vocabulary has no room for all bytes.
+    """
+    return _train(_training_texts(source), vocab_size)
+
+
+def train_or_recall_tokenizer(source: Source, vocab_size: int, data: str) -> PreTrainedTokenizerBase:
+    """`train_tokenizer`, or what it once made of the very same text; `data` is how the source is called."""
+    import tokenizers
+
+    texts = list(_training_texts(source))
+    key = hashlib.sha256(f"{CACHE_FORMAT} {tokenizers.__version__} {vocab_size}".encode())
+    for text in texts:
+        encoded = text.encode("utf-8")
+        key.update(len(encoded).to_bytes(8))
+        key.update(encoded)
+    try:
+        file = cache_folder("tokenizers") / f"{key.hexdigest()}.json"
+    except (OSError, RuntimeError):  # nowhere to write, no home: it is trained each time
+        file = None
+    if file is not None and file.is_file():
+        with contextlib.suppress(Exception):  # what a damaged file raises; it is made anew
+            return _wrap(tokenizers.Tokenizer.from_file(str(file)))
+    print(f"Training a tokenizer of {vocab_size} tokens on {data} ...")
+    tokenizer = _train(texts, vocab_size)
+    if file is not None:
+        with contextlib.suppress(OSError):  # a full disk: the run has its tokenizer all the same
+            _write_whole(file, tokenizer.backend_tokenizer.to_str())
+    return tokenizer
+
+
+def _train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     if vocab_size < 257:
         raise UserError(f"vocab_size is {vocab_size}: a byte-level tokenizer needs at least 257, or pass --tokenizer")
@@ -65,10 +108,23 @@ def train_tokenizer(source: Source, vocab_size: int) -> PreTrainedTokenizerBase:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(_training_texts(source), trainer)
+    bpe.train_from_iterator(texts, trainer)
+    return _wrap(bpe)
+
+
+def _wrap(bpe: Tokenizer) -> PreTrainedTokenizerBase:
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
     )
+
+
+def _write_whole(file: Path, text: str) -> None:
+    """Write a file that another process sees whole or not at all."""
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, encoding="utf-8", delete=False) as part:
+        part.write(text)
+    os.replace(part.name, file)
 
 
 def _training_texts(source: Source) -> Iterator[str]:
