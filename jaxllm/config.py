@@ -339,20 +339,22 @@ class TrainConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """Build from a mapping such as a run's train_config.json: the inverse of `to_dict`.
 
+        Options that did not exist when it was written have their defaults.
+
         Raises:
-            UserError: a key is unknown or missing, or a value is out of its range.
+            UserError: a key is unknown, the model is missing, or a value is out of its range.
         """
         names = {f.name for f in dataclasses.fields(cls)}
-        if wrong := sorted(values.keys() ^ names):
-            raise UserError(f"the training config has or lacks {', '.join(wrong)}: it was written by another version")
-        if not isinstance(values["model"], Mapping) or not isinstance(values["prompts"], list):
-            raise UserError("the training config's model must be an object and its prompts a list")
-        run_dir = values["run_dir"]
-        converted = {
-            "model": ModelConfig.from_dict(values["model"]),
-            "run_dir": Path(run_dir) if isinstance(run_dir, str) else run_dir,
-            "prompts": tuple(values["prompts"]),
-        }
+        if unknown := sorted(values.keys() - names):
+            raise UserError(f"the training config has {', '.join(unknown)}, which this version does not know")
+        model, prompts, run_dir = (values.get(name) for name in ("model", "prompts", "run_dir"))
+        if not isinstance(model, Mapping):
+            raise UserError(f"the training config's model is {model!r}: it must be an object")
+        converted: dict[str, Any] = {"model": ModelConfig.from_dict(model)}
+        if isinstance(prompts, list):
+            converted["prompts"] = tuple(prompts)
+        if isinstance(run_dir, str):
+            converted["run_dir"] = Path(run_dir)
         return cls(**{**values, **converted})
 
 

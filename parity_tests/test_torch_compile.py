@@ -58,14 +58,14 @@ def crowd(model: CustomLLM) -> None:
 def assert_same_step(compiled, model: CustomLLM, eager: CustomLLM, ids: Tensor) -> None:
     """Logits and every gradient of the compiled model are the eager one's, within the float32 tolerance."""
     ours, theirs = compiled(ids, labels=ids), eager(ids, labels=ids)
-    rows = [
-        compare_arrays("logits", theirs.logits.detach().numpy(), ours.logits.detach().numpy(), TOLERANCES["float32"])
-    ]
+    tolerance = TOLERANCES["float32"].forward
+    logits = (out.logits.detach().numpy() for out in (theirs, ours))
+    rows = [compare_arrays("logits", "logits", "", *logits, tolerance)]
     for out, twin in ((ours, model), (theirs, eager)):
         twin.zero_grad()
         out.loss.backward()
     for (name, ours), theirs in zip(model.named_parameters(), eager.parameters(), strict=True):
-        rows.append(compare_arrays(name, theirs.grad.numpy(), ours.grad.numpy(), TOLERANCES["float32"]))
+        rows.append(compare_arrays("gradients", "gradients", name, theirs.grad.numpy(), ours.grad.numpy(), tolerance))
     assert all(row.passed for row in rows), [row for row in rows if not row.passed]
 
 
