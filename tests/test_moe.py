@@ -68,6 +68,15 @@ def test_group_sizes_reach_every_kind_of_block():
     assert grouped_walk.BLOCK_ROWS[-1] == 1024
 
 
+def test_every_group_has_a_block_that_holds_it():
+    """For any number of rows: a block holds the group, and does not run over the padding."""
+    for rows in range(1, 1100):
+        padded = rows + grouped_walk.padding(rows)
+        for group in {1, rows // 2 + 1, rows}:
+            size = next(b for b in (*grouped_walk.BLOCK_ROWS, group) if b >= min(group, grouped_walk.BLOCK_ROWS[-1]))
+            assert rows - min(group, grouped_walk.BLOCK_ROWS[-1]) + size <= padded
+
+
 @pytest.mark.parametrize("sizes", [(0, 130, 1, 300), (431, 0, 0, 0), (0, 0, 128, 256)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_triton_kernels_equal_the_walk(sizes, dtype):
@@ -80,7 +89,7 @@ def test_the_triton_kernels_equal_the_walk(sizes, dtype):
 
     def products(grouped, **options) -> list[np.ndarray]:
         def pad(a):
-            return jnp.pad(a, ((0, grouped.PADDING), (0, 0)))
+            return jnp.pad(a, ((0, grouped.padding(sum(sizes))), (0, 0)))
 
         made = [
             grouped.multiply(pad(rows), weights, counts, **options)[: sum(sizes)],

@@ -61,4 +61,4 @@ expert_ffn.defvjp(_forward, _backward)
 
 
 def _pad(grouped: ModuleType, rows: Array) -> Array:
-    return jnp.pad(rows, ((0, grouped.PADDING), (0, 0)))
+    return jnp.pad(rows, ((0, grouped.padding(rows.shape[0])), (0, 0)))

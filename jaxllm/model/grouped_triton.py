@@ -18,9 +18,6 @@ from jax.experimental.pallas import triton
 
 Array = jax.Array
 
-PADDING = 0
-"""Rows that must stand behind the last group: loads and stores are masked."""
-
 TILE = 128
 """Rows and columns of an output tile: the largest square that eight warps keep in registers in float32."""
 
@@ -29,6 +26,11 @@ DEPTH = 32
 
 _OPTIONS = triton.CompilerParams(num_warps=8, num_stages=4)
 _ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
+
+
+def padding(most_rows: int) -> int:
+    """Rows that must stand behind the last group: none, loads and stores are masked."""
+    return 0
 
 
 def multiply(rows: Array, weights: tuple[Array, ...], group_sizes: Array, *, interpret: bool = False) -> Array:

@@ -4,7 +4,7 @@ A group goes through in one block of the smallest size that holds it, so that it
 gradient is written, once. Only a group above the largest size takes several blocks. The loops' trip counts are dynamic:
 an empty group costs nothing but the zeros of its gradient. On a GPU each of them would wait for the host.
 
-    M rows (PADDING behind them)    E groups    X in    Y out    b rows of a block
+    P rows, the last padding(M) of them padding    E groups    X in    Y out    b rows of a block
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-# A size more makes every program longer to compile (it is a loop in each product); a size
-# less pads more. Groups of 128 to 512 rows are what a thousand tokens on seven experts give.
-BLOCK_ROWS = (16, 32, 64, 96, 128, 192, 256, 288, 320, 384, 512, 768, 1024)
+# A size more makes every program longer to compile (it is a loop in each product); a size less pads more. Groups of 128
+# to 512 rows are what a thousand tokens on seven experts give.
+BLOCK_ROWS = (16, 32, 48, 64, 96, 128, 192, 256, 288, 320, 384, 512, 768, 1024)
+_SMALLER_AND_SIZE = tuple(zip((0, *BLOCK_ROWS), BLOCK_ROWS, strict=False))
 
-PADDING = max(b - a for a, b in zip((0, *BLOCK_ROWS), BLOCK_ROWS, strict=False))
-"""Rows that must stand behind the last group: its block may run over, and a slice must never be shifted back."""
+
+def padding(most_rows: int) -> int:
+    """Rows that must stand behind the last group: its block may run over, and a slice must never be shifted back."""
+    return max(size - smaller for smaller, size in _SMALLER_AND_SIZE if smaller < most_rows)
 
 
 def multiply(rows: Array, weights: tuple[Array, ...], group_sizes: Array) -> Array:
-    """`rows @ weight[e]`, for each row the e of its group: (M+PADDING,X), each (E,X,Y) -> (M+PADDING, sum of Y)."""
+    """`rows @ weight[e]`, for each row the e of its group: (P,X), each (E,X,Y) -> (P, sum of Y)."""
 
     def group(e: Array, start: Array, end: Array, out: Array) -> Array:
         own = _side_by_side(weights, e, rows.dtype)
@@ -42,7 +45,7 @@ def multiply(rows: Array, weights: tuple[Array, ...], group_sizes: Array) -> Arr
 
 
 def multiply_transposed(d_out: Array, weights: tuple[Array, ...], group_sizes: Array) -> Array:
-    """The gradient of `multiply` for its rows: (M+PADDING, sum of Y), each (E,X,Y) -> (M+PADDING,X)."""
+    """The gradient of `multiply` for its rows: (P, sum of Y), each (E,X,Y) -> (P,X)."""
 
     def group(e: Array, start: Array, end: Array, d_rows: Array) -> Array:
         own = _side_by_side(weights, e, d_out.dtype)
@@ -59,7 +62,7 @@ def multiply_transposed(d_out: Array, weights: tuple[Array, ...], group_sizes: A
 def weight_gradients(rows: Array, d_out: Array, group_sizes: Array, parts: int) -> list[Array]:
     """The gradients of `multiply` for its weights, of which there are `parts`, equally wide; in float32 or wider.
 
-    (M+PADDING,X), (M+PADDING, sum of Y) -> each (E,X,Y).
+    (P,X), (P, sum of Y) -> each (E,X,Y).
     """
     wide = jnp.promote_types(rows.dtype, jnp.float32)
     E, X, Y = group_sizes.shape[0], rows.shape[1], d_out.shape[1] // parts
@@ -99,8 +102,7 @@ def _walk_blocks(padded: Array, start: Array, end: Array, block: Callable[..., A
 
     The first block is the remainder, and runs over its end; the others are full, and of the largest size.
     """
-    most_rows = padded.shape[0] - PADDING
-    sizes = [b for a, b in zip((0, *BLOCK_ROWS), BLOCK_ROWS, strict=False) if a < most_rows]
+    sizes = [size for size in BLOCK_ROWS if size <= padded.shape[0]]  # the last holds any group, or is the very largest
     largest = sizes[-1]
     remainder = (end - start - 1) % largest + 1
     stop, smaller = start + remainder, 0
@@ -108,7 +110,7 @@ def _walk_blocks(padded: Array, start: Array, end: Array, block: Callable[..., A
         fits = (smaller < remainder) & (remainder <= size)
         carry = _once_if(fits, lambda zero, carry, size=size: block(size, start + zero, stop, True, carry), carry)
         smaller = size
-    if largest >= most_rows:
+    if largest < BLOCK_ROWS[-1]:
         return carry
 
     def full(i: Array, carry: Any) -> Any:

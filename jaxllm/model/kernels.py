@@ -33,7 +33,7 @@ class Kernels:
     """The kernels of one model; static and hashable."""
 
     grouped: ModuleType
-    """A module with `multiply`, `multiply_transposed`, `weight_gradients` and `PADDING`."""
+    """A module with `multiply`, `multiply_transposed`, `weight_gradients` and `padding`."""
     attention: Callable[[Array, Array, Array, Array | None], Array]
     """q, k, v (B,T,H,h) and the attention mask (B,T) or None -> (B,T,H,h)."""
 
