@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.config import ModelConfig
+from jaxllm.model.causal_attention import masked_softmax
+from jaxllm.model.kernels import choose_kernels
 from jaxllm.model.layers import Linear, RotaryEmbedding, at_least_float32
 
 Array = jax.Array
@@ -25,27 +27,10 @@ class Latents(NamedTuple):
     k_rope: Array  # (..., B,S,H,r), already rotated
 
 
-def causal_mask(length: int, attention_mask: Array | None = None) -> Array:
-    """(1|B, 1, T, S) booleans: a token sees itself and what came before, but no padding.
-
-    A padded row still sees itself, so that no softmax runs over nothing.
-    """
-    causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
-    if attention_mask is None:
-        return causal
-    real = attention_mask.astype(bool)[:, None, None, :]  # (B,1,1,S)
-    return (causal & real) | jnp.eye(length, dtype=bool)
-
-
-def masked_softmax(scores: Array, mask: Array) -> Array:
-    """Softmax over the last axis in float32 (or wider), zero where the mask is."""
-    wide = scores.astype(at_least_float32(scores.dtype))
-    return jax.nn.softmax(jnp.where(mask, wide, jnp.finfo(wide.dtype).min), axis=-1)
-
-
 class MultiHeadLatentAttention(nnx.Module):
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, platform: str | None = None):
         self.config, self.dtype = config, dtype
+        self.kernels = choose_kernels(config, dtype, platform)
         D, R, H = config.hidden_size, config.latent_size, config.num_attention_heads
 
         def linear(in_features: int, out_features: int) -> Linear:
@@ -68,17 +53,13 @@ class MultiHeadLatentAttention(nnx.Module):
         latent = self.q_proj_d(x)  # (B,T,R)
         return self._heads(self.q_proj_u(latent)), self.rotary_emb(self._heads(self.rope_q(latent)), positions)
 
-    def __call__(self, x: Array, positions: Array, mask: Array) -> tuple[Array, Latents]:
-        """Attend within x: (B,T,D), positions (B|1,T), mask (B|1,1,T,T) -> (B,T,D) and the latents to cache."""
+    def __call__(self, x: Array, positions: Array, attention_mask: Array | None) -> tuple[Array, Latents]:
+        """Attend within x: (B,T,D), positions (B|1,T), mask (B,T) or None -> (B,T,D) and the latents to cache."""
         latents = self.latents(x, positions)
-        q = jnp.concatenate(self.queries(x, positions), axis=-1) * self._scale  # (B,T,H,h)
+        q = jnp.concatenate(self.queries(x, positions), axis=-1)  # (B,T,H,h)
         k = jnp.concatenate([self._heads(self.k_proj_u(latents.kv)), latents.k_rope], axis=-1)
         v = self._heads(self.v_proj_u(latents.kv))
-
-        q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))  # heads before time: the products below are batched over B,H
-        scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=at_least_float32(self.dtype))
-        weights = masked_softmax(scores, mask).astype(self.dtype)
-        context = jnp.einsum("bhts,bhsd->bhtd", weights, v).swapaxes(1, 2)
+        context = self.kernels.attention(q, k, v, attention_mask)
         return self.o_proj(context.reshape(x.shape)), latents
 
     def attend_latents(self, x: Array, positions: Array, cache: Latents, mask: Array) -> Array:

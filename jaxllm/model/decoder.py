@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.config import ModelConfig
-from jaxllm.model.attention import Latents, MultiHeadLatentAttention, causal_mask
+from jaxllm.model.attention import Latents, MultiHeadLatentAttention
 from jaxllm.model.layers import CustomRMSNorm, Embedding, Linear, at_least_float32
 from jaxllm.model.moe import DeepSeekMoE, Routing, balance_loss, tokens_per_expert, z_loss
 
@@ -40,17 +40,17 @@ class LayerRecord(NamedTuple):
 
 
 class DecoderLayer(nnx.Module):
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.self_attn = MultiHeadLatentAttention(config, dtype=dtype, rngs=rngs)
-        self.mlp = DeepSeekMoE(config, dtype=dtype, rngs=rngs)
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, platform: str | None = None):
+        self.self_attn = MultiHeadLatentAttention(config, dtype=dtype, rngs=rngs, platform=platform)
+        self.mlp = DeepSeekMoE(config, dtype=dtype, rngs=rngs, platform=platform)
         self.input_norm = CustomRMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.post_attn_norm = CustomRMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
 
     def __call__(
-        self, x: Array, positions: Array, mask: Array, experts: Array | None = None
+        self, x: Array, positions: Array, attention_mask: Array | None, experts: Array | None = None
     ) -> LayerTrace:  # (B,T,D) -> the residual (B,T,D), and how it came about
         normed = self.input_norm(x)
-        attended, latents = self.self_attn(normed, positions, mask)
+        attended, latents = self.self_attn(normed, positions, attention_mask)
         x = x + attended
         normed_again = self.post_attn_norm(x)
         mixed, routing = self.mlp(normed_again, experts)
@@ -80,15 +80,24 @@ class CustomLLM(nnx.Module):
         dtype: compute dtype, float32 or bfloat16 (float64 with jax_enable_x64). Weights are float32 masters.
         remat: recompute each layer in the backward pass.
         rngs: for the initialization.
+        platform: whose kernels to use (`kernels.choose_kernels`); None: those of the device here.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+        platform: str | None = None,
+    ):
         self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
         D, V, std = config.hidden_size, config.vocab_size, config.initializer_range
         self.token_embeddings = Embedding(V, D, std=std, dtype=dtype, rngs=rngs)
         self.position_embeddings = Embedding(config.max_position_embeddings, D, std=std, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(config.dropout)
-        self.decoder_layers = nnx.vmap(lambda keys: DecoderLayer(config, dtype=dtype, rngs=keys))(
+        self.decoder_layers = nnx.vmap(lambda keys: DecoderLayer(config, dtype=dtype, rngs=keys, platform=platform))(
             rngs.split(config.num_hidden_layers)
         )
         self.final_norm = CustomRMSNorm(D, eps=config.rms_norm_eps, dtype=dtype) if config.final_norm else None
@@ -130,12 +139,11 @@ class CustomLLM(nnx.Module):
             positions = jnp.arange(length)[None]
         else:
             positions = jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=-1) - 1, 0)
-        mask = causal_mask(length, attention_mask)
         graph, stacked = nnx.split(self.decoder_layers)
 
         def body(x: Array, layer_inputs) -> tuple[Array, LayerRecord]:
             state, forced = layer_inputs
-            trace = nnx.merge(graph, state)(x, positions, mask, forced)
+            trace = nnx.merge(graph, state)(x, positions, attention_mask, forced)
             return trace.residual, LayerRecord(
                 counts=tokens_per_expert(trace.routing.experts, self.config.n_routed_experts),
                 balance_loss=balance_loss(trace.routing, batch),

@@ -14,6 +14,7 @@ from flax import nnx
 
 from jaxllm.config import ModelConfig
 from jaxllm.model.expert_ffn import expert_ffn
+from jaxllm.model.kernels import choose_kernels
 from jaxllm.model.layers import Linear, at_least_float32
 
 Array = jax.Array
@@ -103,8 +104,8 @@ def combine(rows: Array, gates: Array, plan: Dispatch) -> Array:  # (M,D), (N,k)
 class DeepSeekExpertLayer(nnx.Module):
     """A SwiGLU feed-forward layer. The shared and the routed experts are stacks of it along a leading axis."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.dtype = dtype
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, platform: str | None = None):
+        self.dtype, self.kernels = dtype, choose_kernels(config, dtype, platform)
         D, F, std = config.hidden_size, config.moe_intermediate_size, config.initializer_range
         self.gate_proj = Linear(D, F, std=std, dtype=dtype, rngs=rngs)
         self.up_proj = Linear(D, F, std=std, dtype=dtype, rngs=rngs)
@@ -112,29 +113,25 @@ class DeepSeekExpertLayer(nnx.Module):
 
     def grouped(self, rows: Array, group_sizes: Array) -> Array:
         """As a stack of E experts, each on its own group of consecutive rows: (M,D), (E,) -> (M,D)."""
-        return expert_ffn(rows, *self._weights(), group_sizes)
+        weights = (linear.weight[...] for linear in (self.gate_proj, self.up_proj, self.down_proj))
+        return expert_ffn(self.kernels.grouped, rows, *weights, group_sizes)
 
     def summed(self, x: Array) -> Array:
         """As a stack of experts that all see every token, summed: (N,D) -> (N,D)."""
-        gate, up, down = self._weights()
-        out = jnp.zeros_like(x)
-        for j in range(gate.shape[0]):
-            out += (jax.nn.silu(x @ gate[j]) * (x @ up[j])) @ down[j]
-        return out
-
-    def _weights(self) -> list[Array]:
-        return [linear.weight[...].astype(self.dtype) for linear in (self.gate_proj, self.up_proj, self.down_proj)]
+        weights = (linear.weight[...].astype(self.dtype) for linear in (self.gate_proj, self.up_proj, self.down_proj))
+        return sum((jax.nn.silu(x @ gate) * (x @ up)) @ down for gate, up, down in zip(*weights, strict=True))
 
 
-def stack_experts(count: int, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> DeepSeekExpertLayer:
-    return nnx.vmap(lambda keys: DeepSeekExpertLayer(config, dtype=dtype, rngs=keys))(rngs.split(count))
+def stack_experts(count: int, config: ModelConfig, *, rngs: nnx.Rngs, **options) -> DeepSeekExpertLayer:
+    return nnx.vmap(lambda keys: DeepSeekExpertLayer(config, rngs=keys, **options))(rngs.split(count))
 
 
 class DeepSeekMoE(nnx.Module):
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, platform: str | None = None):
         self.config = config
-        self.shared_experts = stack_experts(config.n_shared_experts, config, dtype=dtype, rngs=rngs)
-        self.routed_experts = stack_experts(config.n_routed_experts, config, dtype=dtype, rngs=rngs)
+        options = {"dtype": dtype, "rngs": rngs, "platform": platform}
+        self.shared_experts = stack_experts(config.n_shared_experts, config, **options)
+        self.routed_experts = stack_experts(config.n_routed_experts, config, **options)
         self.router = Linear(
             config.hidden_size, config.n_routed_experts, std=config.initializer_range, dtype=dtype, rngs=rngs
         )

@@ -1,0 +1,141 @@
+"""Grouped matrix products for any device: loops over the groups that are there, of rows sorted by group.
+
+A group goes through in one block of the smallest size that holds it, so that its weights are read, and its weight
+gradient is written, once. Only a group above the largest size takes several blocks. The loops' trip counts are dynamic:
+an empty group costs nothing but the zeros of its gradient. On a GPU each of them would wait for the host.
+
+    P rows, the last padding(M) of them padding    E groups    X in    Y out    b rows of a block
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+# A size more makes every program longer to compile (it is a loop in each product); a size less pads more. Groups of 128
+# to 512 rows are what a thousand tokens on seven experts give.
+BLOCK_ROWS = (16, 32, 48, 64, 96, 128, 192, 256, 288, 320, 384, 512, 768, 1024)
+_SMALLER_AND_SIZE = tuple(zip((0, *BLOCK_ROWS), BLOCK_ROWS, strict=False))
+
+
+def padding(most_rows: int) -> int:
+    """Rows that must stand behind the last group: its block may run over, and a slice must never be shifted back."""
+    return max(size - smaller for smaller, size in _SMALLER_AND_SIZE if smaller < most_rows)
+
+
+def multiply(rows: Array, weights: tuple[Array, ...], group_sizes: Array) -> Array:
+    """`rows @ weight[e]`, for each row the e of its group: (P,X), each (E,X,Y) -> (P, sum of Y)."""
+
+    def group(e: Array, start: Array, end: Array, out: Array) -> Array:
+        own = _side_by_side(weights, e, rows.dtype)
+
+        def block(size: int, at: Array, stop: Array, first: bool, out: Array) -> Array:
+            # A block may run into the next one: that one, walked later, overwrites the surplus.
+            return _write(out, _rows(rows, at, size) @ own, at)
+
+        return _walk_blocks(rows, start, end, block, out)
+
+    out = jnp.zeros((rows.shape[0], sum(weight.shape[2] for weight in weights)), rows.dtype)
+    return _walk_groups(group_sizes, group, out)
+
+
+def multiply_transposed(d_out: Array, weights: tuple[Array, ...], group_sizes: Array) -> Array:
+    """The gradient of `multiply` for its rows: (P, sum of Y), each (E,X,Y) -> (P,X)."""
+
+    def group(e: Array, start: Array, end: Array, d_rows: Array) -> Array:
+        own = _side_by_side(weights, e, d_out.dtype)
+
+        def block(size: int, at: Array, stop: Array, first: bool, d_rows: Array) -> Array:
+            product = jax.lax.dot_general(_rows(d_out, at, size), own, (((1,), (1,)), ((), ())))
+            return _write(d_rows, product, at)
+
+        return _walk_blocks(d_out, start, end, block, d_rows)
+
+    return _walk_groups(group_sizes, group, jnp.zeros((d_out.shape[0], weights[0].shape[1]), d_out.dtype))
+
+
+def weight_gradients(rows: Array, d_out: Array, group_sizes: Array, parts: int) -> list[Array]:
+    """The gradients of `multiply` for its weights, of which there are `parts`, equally wide; in float32 or wider.
+
+    (P,X), (P, sum of Y) -> each (E,X,Y).
+    """
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    E, X, Y = group_sizes.shape[0], rows.shape[1], d_out.shape[1] // parts
+
+    def group(e: Array, start: Array, end: Array, carry: tuple) -> tuple:
+        def block(size: int, at: Array, stop: Array, first: bool, total: Array) -> Array:
+            own = (at + jnp.arange(size) < stop)[:, None]  # not the next block's
+            x = jnp.where(own, _rows(rows, at, size), 0)
+            d = _rows(d_out, at, size)
+            product = jax.lax.dot_general(x, d, (((0,), (0,)), ((), ())), preferred_element_type=wide)
+            return product if first else total + product
+
+        gradients, scratch = carry
+        scratch = _walk_blocks(rows, start, end, block, scratch)
+        columns = jnp.split(scratch[None], parts, axis=-1)
+        return [_write(target, part, e) for target, part in zip(gradients, columns, strict=True)], scratch
+
+    gradients = [jnp.zeros((E, X, Y), wide) for _ in range(parts)]
+    # One buffer for all groups: a group's first block overwrites what the group before left in it.
+    scratch = jnp.zeros((X, d_out.shape[1]), wide)
+    return _walk_groups(group_sizes, group, (gradients, scratch))[0]
+
+
+def _walk_groups(group_sizes: Array, group: Callable[..., Any], carry: Any) -> Any:
+    """Fold `group(e, start, end, carry)` over the groups that have rows."""
+    ends = jnp.cumsum(group_sizes)
+
+    def one(e: Array, carry: Any) -> Any:
+        end, size = ends[e], group_sizes[e]
+        return _once_if(size > 0, lambda zero, carry: group(e + zero, end - size, end, carry), carry)
+
+    return jax.lax.fori_loop(0, group_sizes.shape[0], one, carry)
+
+
+def _walk_blocks(padded: Array, start: Array, end: Array, block: Callable[..., Any], carry: Any) -> Any:
+    """Fold `block(size, start, end, whether it is the first, carry)` over the blocks of a group that has rows.
+
+    The first block is the remainder, and runs over its end; the others are full, and of the largest size.
+    """
+    sizes = [size for size in BLOCK_ROWS if size <= padded.shape[0]]  # the last holds any group, or is the very largest
+    largest = sizes[-1]
+    remainder = (end - start - 1) % largest + 1
+    stop, smaller = start + remainder, 0
+    for size in sizes:
+        fits = (smaller < remainder) & (remainder <= size)
+        carry = _once_if(fits, lambda zero, carry, size=size: block(size, start + zero, stop, True, carry), carry)
+        smaller = size
+    if largest < BLOCK_ROWS[-1]:
+        return carry
+
+    def full(i: Array, carry: Any) -> Any:
+        at = stop + i * largest
+        return block(largest, at, at + largest, False, carry)
+
+    return jax.lax.fori_loop(0, (end - stop) // largest, full, carry)
+
+
+def _once_if(condition: Array, body: Callable[[Array, Any], Any], carry: Any) -> Any:
+    """`body(0, carry)` or nothing. A loop, where `cond` would copy the carry.
+
+    XLA moves what does not depend on a loop's counter out of the loop, taken or not: so add the zero to what matters.
+    """
+    return jax.lax.fori_loop(0, condition.astype(jnp.int32), body, carry)
+
+
+def _side_by_side(weights: tuple[Array, ...], e: Array, dtype: jnp.dtype) -> Array:
+    """Several weights of one group as one (X, sum of Y): the copy that a dynamic slice takes anyway."""
+    return jnp.concatenate([weight[e].astype(dtype) for weight in weights], axis=1)
+
+
+def _rows(source: Array, start: Array, size: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(source, start, size)
+
+
+def _write(target: Array, value: Array, start: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(target, value.astype(target.dtype), start, axis=0)

@@ -1,0 +1,69 @@
+"""Attention by blocks equals the plain formula, padding included, and keeps nothing that grows with the square of T."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.config import PRESETS, ModelConfig
+from jaxllm.model import grouped_triton, grouped_walk
+from jaxllm.model.causal_attention import blocked_attention, cudnn_attention
+from jaxllm.model.kernels import ANY, CUDA, choose_kernels, describe_kernels
+
+
+def plain_attention(q, k, v, attention_mask=None):
+    """The definition, in one piece: (B,T,H,h)."""
+    length = q.shape[1]
+    mask = jnp.tril(jnp.ones((length, length), bool))
+    if attention_mask is not None:
+        mask = (mask & attention_mask.astype(bool)[:, None, None]) | jnp.eye(length, dtype=bool)
+    scores = jnp.einsum("bthd,bshd->bhts", q, k) / np.sqrt(q.shape[-1])
+    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhts,bshd->bthd", weights, v)
+
+
+# shorter than a block, a whole block, a ragged end, several spans, spans of two blocks with a ragged end
+@pytest.mark.parametrize("length", [1, 40, 128, 300, 1300])
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_blocks_equal_the_plain_formula_to_rounding(length, padding):
+    with jax.enable_x64(True):
+        q, k, v, cotangent = jax.random.normal(jax.random.key(0), (4, 2, length, 2, 6), jnp.float64)
+        mask = None if padding == "none" else jnp.ones((2, length)).at[0, : length // 3].set(0)
+        if padding == "right":
+            mask = mask[:, ::-1]
+        results = []
+        for attention in (blocked_attention, plain_attention):
+            out, pullback = jax.vjp(lambda *a, attend=attention: attend(*a, mask), q, k, v)
+            results.append((out, *pullback(cotangent)))
+        for ours, theirs in zip(*results, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_memory_grows_with_the_length_and_not_its_square():
+    def temporaries(length: int) -> int:
+        def loss(q, k, v):
+            return blocked_attention(q, k, v).sum()
+
+        shape = jax.ShapeDtypeStruct((1, length, 4, 16), jnp.float32)
+        program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(4096) < 2.2 * temporaries(2048)
+
+
+def test_the_choice_of_kernels():
+    model = PRESETS["customllm-1b"]
+    assert choose_kernels(model, jnp.float32, ANY) == choose_kernels(model, jnp.bfloat16, ANY)
+    on_cpu = choose_kernels(model, jnp.float32)
+    assert (on_cpu.grouped, on_cpu.attention) == (grouped_walk, blocked_attention)
+    on_gpu = choose_kernels(model, jnp.bfloat16, CUDA)
+    assert (on_gpu.grouped, on_gpu.attention) == (grouped_triton, cudnn_attention)
+    assert choose_kernels(model, jnp.float32, CUDA).attention is blocked_attention
+    assert choose_kernels(model, jnp.float64, CUDA) == on_cpu
+    odd = ModelConfig(vocab_size=8, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, moe_intermediate_size=9)
+    assert choose_kernels(odd, jnp.bfloat16, CUDA).grouped is grouped_walk
+    assert "cuDNN" in describe_kernels(model, jnp.bfloat16, CUDA)
+    with pytest.raises(ValueError, match="platform is 'gpu'"):
+        choose_kernels(model, jnp.float32, "gpu")

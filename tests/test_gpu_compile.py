@@ -1,0 +1,141 @@
+"""What an H100 would run: the real `customllm-1b` training step, compiled for a GPU that need not be here.
+
+    JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python -m pytest -m gpu_compile tests/test_gpu_compile.py
+
+in a process of its own, with `pip install "jaxllm[cuda13]"`; about a minute.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+
+import jaxllm
+from jaxllm.config import PRESETS, TrainConfig
+from jaxllm.model import grouped_triton
+from jaxllm.model.kernels import CUDA
+from jaxllm.step import abstract_model, start_state, train_step
+
+pytestmark = [
+    pytest.mark.gpu_compile,
+    pytest.mark.skipif(
+        importlib.util.find_spec("jax_cuda13_plugin") is None or "JAX_SKIP_CUDA_CONSTRAINTS_CHECK" not in os.environ,
+        reason="needs jax[cuda13], JAX_PLATFORMS=cpu and JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1",
+    ),
+]
+
+H100 = Path(jaxllm.__file__).parent / "targets" / "h100_sxm.txtpb"
+MODEL = PRESETS["customllm-1b"]
+CONFIG = TrainConfig(model=MODEL, seq_len=2048, batch_size=8, precision="bfloat16", remat=True)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100.read_text()
+    )
+    one_gpu = jax.sharding.NamedSharding(jax.sharding.Mesh(topology.devices, ("one",)), jax.sharding.PartitionSpec())
+    graph, params, bias = abstract_model(MODEL, dtype=jnp.bfloat16, remat=CONFIG.remat, platform=CUDA)
+    state = jax.eval_shape(lambda *weights: start_state(CONFIG, *weights), params, bias)
+    labels = jax.ShapeDtypeStruct((1, CONFIG.batch_size, CONFIG.seq_len), jnp.int32)
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one_gpu), (state, labels))
+    return jax.jit(lambda *a: train_step(CONFIG, graph, *a), donate_argnums=0).lower(*arguments).compile()
+
+
+@pytest.fixture(scope="module")
+def text(compiled) -> str:
+    return compiled.as_text()
+
+
+def test_attention_is_cudnn_forward_and_backward(text):
+    assert text.count('custom_call_target="__cudnn$fmhaSoftmax"') == 2  # forward, and again in the backward pass
+    assert text.count('custom_call_target="__cudnn$fmhaSoftmaxBackward"') == 1
+    H, T = MODEL.num_attention_heads, CONFIG.seq_len
+    assert not re.search(rf"\[(\d+,)*{H},{T},{T}\]", text)
+
+
+def test_no_loop_waits_for_the_host(text):
+    """Every loop's trip count is known, so that none has to be read back."""
+    loops = [line for line in text.splitlines() if " while(" in line]
+    assert len(loops) == 3
+    assert all("known_trip_count" in line for line in loops)
+
+
+def test_the_program_multiplies_what_the_model_does_and_no_more(text):
+    E, D, F, R = MODEL.n_routed_experts, MODEL.hidden_size, MODEL.moe_intermediate_size, MODEL.latent_size
+    products = list(matrix_products(text))
+    dense = [shapes for _, (kind, *shapes) in products if kind == "dot"
+             and any({E, E * D, E * F} & {*shape} and math.prod(shape) >= E * D * F for shape in shapes)]  # fmt: skip
+    assert not dense  # ragged_dot would contract over (E*D)
+    tokens, H, k = CONFIG.batch_size * CONFIG.seq_len, MODEL.num_attention_heads, MODEL.num_experts_per_tok
+    n = MODEL.nope_head_dim
+    attention = D * R * 2 + R * H * n * 2 + R * D + D * H * n + R * H * n + D * D
+    layer = attention + D * E + 3 * D * F * (k + MODEL.n_shared_experts)
+    # Two forward passes (one is the recomputation) and two products for each in the backward pass; lm_head's forward
+    # pass makes its gradients on the way. The attention scores stand in cuDNN's kernel, on neither side.
+    wanted = 2 * tokens * (4 * MODEL.num_hidden_layers * layer + 3 * D * MODEL.vocab_size)
+    made = sum(flops for flops, _ in products)
+    print(f"compiled {made:.4g} FLOPs, model {wanted:.4g}: {made / wanted:.3f}")
+    assert 0.97 * wanted <= made <= 1.15 * wanted
+
+
+def test_it_fits_an_h100(compiled):
+    memory = compiled.memory_analysis()
+    state = memory.argument_size_in_bytes / 2**30
+    temporaries = memory.temp_size_in_bytes / 2**30
+    print(f"{state:.2f} GiB of state, {temporaries:.2f} GiB of temporaries")
+    assert state == pytest.approx(12.0, abs=0.1)  # float32 parameters and two moments
+    assert temporaries < 8
+
+
+_SHAPE = re.compile(r"[a-z]+\d*\[([\d,]*)\]")
+
+
+def matrix_products(text: str):
+    """(FLOPs, (kind, output, operands...)) of the program's products, each times its loops' trip counts.
+
+    A grouped product counts with all the rows that its tiles can hold at worst.
+    """
+    computations = {m[1]: m[2].splitlines() for m in re.finditer(r"(?m)^(?:ENTRY )?%(\S+) \(.*\{\n((?:  .*\n)*)", text)}
+    entry = re.search(r"(?m)^ENTRY %(\S+) ", text)[1]
+
+    def dims(declared: str) -> tuple[int, ...]:
+        found = _SHAPE.search(declared)[1]
+        return tuple(int(d) for d in found.split(",")) if found else ()
+
+    def visit(name: str, times: int):
+        shapes = {}
+        for line in computations[name]:
+            named, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
+            if rest.startswith("("):
+                out = ()
+            elif _SHAPE.match(rest):
+                out = shapes[named] = dims(rest)
+            else:
+                continue
+            if " dot(" in rest:
+                operands = [shapes[o] for o in re.search(r" dot\(([^)]*)\)", rest)[1].split(", ")]
+                contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", rest)[1].split(",")
+                depth = math.prod(operands[0][int(d)] for d in contracted)
+                yield times * 2 * math.prod(out) * depth, ("dot", out, *operands)
+            elif "__gpu$xla.gpu.triton" in rest:
+                layouts = re.search(r"operand_layout_constraints=\{(.*?)\}, api", rest)[1]
+                rows, other = (dims(f"x{shape}") for shape in re.findall(r"\[[\d,]*\]", layouts)[-2:])
+                E = out[0] if "grouped_weight_gradient" in rest else other[0]
+                tile = grouped_triton.TILE
+                most = (-(-rows[0] // tile) + E) * tile
+                width = other[1] if "grouped_weight_gradient" in rest else math.prod(other[1:]) // rows[1]
+                yield times * 2 * most * rows[1] * width, ("grouped", out, rows, other)
+            inner = re.search(r'known_trip_count":\{"n":"(\d+)"', rest) if " while(" in rest else None
+            for called in re.findall(r"(?:calls|body|to_apply)=%([^\s,)]+)", rest):
+                yield from visit(called, times * (int(inner[1]) if inner else 1))
+
+    yield from visit(entry, 1)
