@@ -24,7 +24,9 @@ FULL_SIZE_GIB = 19.0
 def compile_time(quick: bool, rounds: int) -> list[Finding]:
     with Worker("benchmarks.jax_side:compilations", quick=quick) as jax:
         shallow, deep = jax.contenders
-        runs = interleave({name: functools.partial(jax.go, name) for name in (shallow, deep)}, rounds)
+        runs = interleave(
+            {name: functools.partial(jax.go, name) for name in (shallow, deep)}, rounds, 0 if quick else 1
+        )
     return [
         Finding(
             what="lower and compile the step, no cache",

@@ -15,7 +15,7 @@ QUIET = 0.1
 """A round is quiet when other programs kept at most this many cores busy in each of its runs."""
 
 ATTEMPTS = 2
-"""A row may take this many times its rounds to find quiet ones."""
+"""A row may take this many times its rounds to find quiet ones; a single round is not repeated."""
 
 
 class Spread(NamedTuple):
@@ -44,7 +44,8 @@ def interleave(contenders: Mapping[str, Callable[[], Run]], rounds: int, warmups
         for go in contenders.values():
             go()
     made: list[dict[str, Run]] = []
-    while len(made) < ATTEMPTS * rounds and sum(disturbance(runs) <= QUIET for runs in made) < rounds:
+    most = ATTEMPTS * rounds if rounds > 1 else 1
+    while len(made) < most and sum(disturbance(runs) <= QUIET for runs in made) < rounds:
         made.append({name: go() for name, go in contenders.items()})
     kept = sorted(made, key=disturbance)[:rounds]
     return {name: [runs[name] for runs in kept] for name in contenders}
