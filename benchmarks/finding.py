@@ -29,7 +29,7 @@ class Finding:
     target: Target
     unit: str = "x"
     timed: bool = True
-    """Whether other programs can disturb it, and narrow sizes make it meaningless."""
+    """Whether other programs can disturb it."""
     other_load: float = 0.0
     """Cores that other programs kept busy meanwhile, at worst."""
     details: dict[str, Any] = field(default_factory=dict)

@@ -20,7 +20,7 @@ Findings = dict[str, list[Finding] | str]
 
 
 def verdict(finding: Finding, quick: bool) -> str:
-    if quick and finding.timed:
+    if quick:
         return "not judged"
     if finding.passed:
         return "reached"
@@ -50,7 +50,7 @@ def print_table(findings: Findings, quick: bool) -> None:
             table.add_row(name, row.what, "", row.yardstick, "", "", f"[bold red]not measured:[/] {found}")
             continue
         for i, finding in enumerate(found):
-            color = "dim" if quick and finding.timed else "green" if finding.passed else "yellow"
+            color = "dim" if quick else "green" if finding.passed else "yellow"
             load = f"{finding.other_load:.2f} cores" if finding.timed else ""
             cpu = f"{finding.details['cpu_ratio']:.2f}x" if "cpu_ratio" in finding.details else ""
             table.add_row(
@@ -123,7 +123,7 @@ def draw_report(file: Path, findings: Findings, machine: dict[str, Any], quick: 
     figure, axes = plt.subplots(figsize=(10, 1.2 + 0.4 * max(1, len(bars))), layout="constrained")
     for i, (_, finding) in enumerate(bars):
         middle, *ends = (finding.target.reached(value) for value in finding.value)
-        color = "lightgray" if quick and finding.timed else "tab:green" if finding.passed else "tab:orange"
+        color = "lightgray" if quick else "tab:green" if finding.passed else "tab:orange"
         axes.barh(i, middle, color=color, xerr=[[middle - min(ends)], [max(ends) - middle]], capsize=3)
         axes.text(max(*ends, middle), i, f"  {_value(finding)}, target {finding.target}", va="center", fontsize=8)
     axes.axvline(1, color="black", linewidth=1)
