@@ -1,0 +1,1 @@
+"""Speed, compilation and memory, each measured beside its yardstick in one run: `python -m benchmarks`."""

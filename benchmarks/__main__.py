@@ -1,0 +1,78 @@
+"""Measure the speed, the compilation and the memory of training and decoding, each beside its yardstick.
+
+python -m benchmarks                          # every row, about twenty minutes on two cores
+python -m benchmarks step-eager experts-dense
+python -m benchmarks --list
+python -m benchmarks --quick                  # narrow sizes: runs the code of every row, judges no time
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from benchmarks.machine import describe_machine
+from benchmarks.report import Findings, draw_report, print_table, write_report
+from benchmarks.rows import ROWS
+from benchmarks.worker import Failure
+from jaxllm.errors import UserError, exit_on_user_error
+
+
+@dataclass(frozen=True)
+class BenchmarkArgs:
+    """Which rows of the table to measure, and how."""
+
+    rows: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Names of rows; none: all of them."""
+    list: bool = False
+    """Print the names of the rows and measure nothing."""
+    quick: bool = False
+    """Narrow sizes and one round: shows that every row runs, judges no time."""
+    rounds: int = 5
+    """Times that the contenders of a row take turns; short ones take three times as many."""
+    out: Path = Path("runs/benchmarks")
+    """Where benchmarks.json and benchmarks.png go."""
+
+    def __post_init__(self) -> None:
+        for name in self.rows:
+            if name not in ROWS:
+                raise UserError(f"rows has {name!r}: choose of {', '.join(ROWS)}")
+        if self.rounds < 1:
+            raise UserError(f"rounds is {self.rounds}: it must be at least 1")
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"out is {str(self.out)!r}: it must be a folder")
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> int:
+    args = tyro.cli(BenchmarkArgs, args=argv, prog="python -m benchmarks", description=__doc__)
+    if args.list:
+        for name, row in ROWS.items():
+            print(f"{name:18} {row.what}, against: {row.yardstick}")
+        return 0
+    rounds = 1 if args.quick else args.rounds
+    findings: Findings = {}
+    for name in args.rows or ROWS:
+        started = time.perf_counter()
+        try:
+            findings[name] = ROWS[name].measure(args.quick, rounds)
+        except Failure as failure:
+            findings[name] = str(failure)
+        print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+    print_table(findings, args.quick)
+    machine = describe_machine()
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_report(args.out / "benchmarks.json", findings, machine, args.quick, rounds)
+    draw_report(args.out / "benchmarks.png", findings, machine, args.quick)
+    print(f"The report is in {args.out}: benchmarks.json, benchmarks.png")
+    return 1 if any(isinstance(found, str) for found in findings.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""What the JAX worker can be told to run. Each function prepares contenders, and facts about them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import resource
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.roofline import product_parameters
+from benchmarks.sizes import MixtureSizes, decode_model, train_config, train_labels
+from benchmarks.worker import Contender
+from jaxllm.config import ModelConfig, preset
+from jaxllm.generate import generate, prefill
+from jaxllm.model.decoder import CustomLLM
+from jaxllm.model.moe import combine, dispatch, plan_dispatch, route, stack_experts
+from jaxllm.step import abstract_model, count_parameters, init_state, model_graph, start_state, train_step
+
+Array = jax.Array
+Prepared = tuple[dict[str, Contender], dict[str, Any]]
+
+PEAK_SIZES = (1024, 2048)
+"""Rows and columns of the square products whose best rate is the peak."""
+
+
+def shared_weights(config: ModelConfig) -> tuple[Any, Any]:
+    """Parameters and routing bias as the PyTorch worker has them too; the bias is zero, as in a new run."""
+    from parity_tests.forward import random_weights  # imports PyTorch, which the memory row must not
+
+    params, routing_bias = jax.tree.map(jnp.array, tuple(random_weights(config)))
+    return params, jax.tree.map(jnp.zeros_like, routing_bias)
+
+
+def train_steps(quick: bool, peak: bool = False) -> Prepared:
+    """The training step in both precisions, on one state; with `peak` also products of matrices."""
+    config = train_config(quick)
+    held = [start_state(config, *shared_weights(config.model))]
+    labels = jnp.asarray(train_labels(config))
+
+    def contender(precision: str) -> Contender:
+        own = dataclasses.replace(config, precision=precision)
+        step = jax.jit(functools.partial(train_step, own, model_graph(own)), donate_argnums=0)
+
+        def go() -> dict[str, float]:
+            held[0], metrics = jax.block_until_ready(step(held[0], labels))
+            return {"loss": float(metrics.loss)}
+
+        return go
+
+    contenders = {precision: contender(precision) for precision in ("float32", "bfloat16")}
+    if peak:
+        sizes = (64,) if quick else PEAK_SIZES
+        contenders |= {f"product {n}": matrix_product(n) for n in sizes}
+    return contenders, sizes_of(config.model, count_parameters(held[0].params))
+
+
+def matrix_product(n: int) -> Contender:
+    """Float32 products of (n,n) matrices, for about a second; `seconds` is that of one."""
+    a, b = jax.random.normal(jax.random.key(0), (2, n, n))
+    product = jax.jit(jnp.matmul)
+    repetitions = max(1, round(64 * (1024 / n) ** 3)) if n >= 512 else 8
+
+    def go() -> dict[str, float]:
+        times = []
+        for _ in range(repetitions):
+            started = time.perf_counter()
+            product(a, b).block_until_ready()
+            times.append(time.perf_counter() - started)
+        return {"seconds": float(np.median(times))}
+
+    return go
+
+
+def sizes_of(config: ModelConfig, total: int) -> dict[str, Any]:
+    """Parameters, and those of them that multiply a token."""
+    return {"parameters": total, "active_parameters": product_parameters(config)}
+
+
+def mixtures(cases: list[tuple[list[int], str]]) -> Prepared:
+    """Contenders of several mixtures, each a `MixtureSizes` and a compute dtype; names begin with its number."""
+    made = [mixture(MixtureSizes(*sizes), jnp.dtype(dtype)) for sizes, dtype in cases]
+    return {f"{i} {name}": go for i, contenders in enumerate(made) for name, go in contenders.items()}, {}
+
+
+def mixture(s: MixtureSizes, dtype: jnp.dtype) -> dict[str, Contender]:
+    """Forward and backward of the routed experts, and of k experts that see every token: the same products.
+
+    `random` sends a token to k different experts, all equally likely; `skewed` sends all to the same k. Weights are
+    float32 masters, cast at each product as in training.
+    """
+    config = dataclasses.replace(
+        preset("customllm-1b"),
+        hidden_size=s.hidden,
+        num_attention_heads=1,
+        moe_intermediate_size=s.expert_hidden,
+        n_routed_experts=s.experts,
+        num_experts_per_tok=s.per_token,
+    )
+    graph, weights = nnx.split(stack_experts(s.experts, config, dtype=dtype, rngs=nnx.Rngs(0)))
+    keys = jax.random.split(jax.random.key(1), 3)
+    x = jax.random.normal(keys[0], (s.tokens, s.hidden), dtype)
+    d_out = jax.random.normal(keys[1], x.shape, dtype)
+    router = 0.02 * jax.random.normal(keys[2], (s.hidden, s.experts))
+    rng = np.random.default_rng(0)
+    random = np.stack([rng.permutation(s.experts)[: s.per_token] for _ in range(s.tokens)])
+    skewed = np.tile(np.arange(s.per_token), (s.tokens, 1))
+
+    def routed(weights, router: Array, x: Array, experts: Array) -> Array:  # (N,D), (N,k) -> (N,D)
+        routing = route(x, router, jnp.zeros(s.experts), s.per_token, experts)
+        plan = plan_dispatch(routing.experts, s.experts)
+        rows = nnx.merge(graph, weights).grouped(dispatch(x, plan), plan.group_sizes)
+        return combine(rows, routing.gates, plan)
+
+    def dense(weights, router: Array, x: Array, experts: None) -> Array:  # (N,D) -> (N,D)
+        layers = nnx.merge(graph, weights)
+        gate, up, down = (w.weight[...].astype(dtype) for w in (layers.gate_proj, layers.up_proj, layers.down_proj))
+        return sum((jax.nn.silu(x @ gate[j]) * (x @ up[j])) @ down[j] for j in range(s.per_token))
+
+    def contender(function, weights, experts: Array | None) -> Contender:
+        @jax.jit
+        def both_ways(weights, router: Array, x: Array, d_out: Array, experts: Array | None):
+            out, back = jax.vjp(lambda *inputs: function(*inputs, experts), weights, router, x)
+            return out, back(d_out)
+
+        def go() -> None:
+            jax.block_until_ready(both_ways(weights, router, x, d_out, experts))
+
+        return go
+
+    few = jax.tree.map(lambda leaf: leaf[: s.per_token], weights)  # gradients of the other experts are not its work
+    return {
+        "random": contender(routed, weights, jnp.asarray(random, jnp.int32)),
+        "skewed": contender(routed, weights, jnp.asarray(skewed, jnp.int32)),
+        "dense": contender(dense, few, None),
+    }
+
+
+def compilations(quick: bool) -> Prepared:
+    """Tracing, lowering and compiling the training step of a deep and of a shallow model; nothing is kept."""
+    jax.config.update("jax_enable_compilation_cache", False)
+
+    def contender(layers: int) -> Contender:
+        config = train_config(quick)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_hidden_layers=layers))
+        graph, state = model_graph(config), jax.eval_shape(functools.partial(init_state, config))
+        labels = jax.ShapeDtypeStruct(train_labels(config).shape, jnp.int32)
+
+        def go() -> None:
+            jax.clear_caches()
+            jax.jit(functools.partial(train_step, config, graph), donate_argnums=0).lower(state, labels).compile()
+
+        return go
+
+    return {f"{layers} layers": contender(layers) for layers in (2, 24)}, {}
+
+
+def full_size(quick: bool) -> Prepared:
+    """Whole steps of customllm-1b with recomputation, from its initialization; `peak` is in bytes."""
+    config = dataclasses.replace(train_config(quick, layers=24), remat=True)
+    state = jax.block_until_ready(jax.jit(functools.partial(init_state, config))())
+    step = jax.jit(functools.partial(train_step, config, model_graph(config)), donate_argnums=0)
+    held, labels = [state], jnp.asarray(train_labels(config))
+
+    def go() -> dict[str, float]:
+        held[0], metrics = jax.block_until_ready(step(held[0], labels))
+        return {"loss": float(metrics.loss), "peak": peak_memory()}
+
+    facts = sizes_of(config.model, count_parameters(state.params))
+    return {"step": go}, {**facts, "peak_after_init": peak_memory()}
+
+
+def peak_memory() -> int:
+    """The most memory that this process ever had resident, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def decoding(name: str, prompt: int, new: int, quick: bool) -> Prepared:
+    """Greedy tokens behind a prompt, its prefill included."""
+    config = decode_model(name, quick)
+    graph, _, _ = abstract_model(config)
+    model: CustomLLM = nnx.merge(graph, *shared_weights(config))
+    ids = [np.random.default_rng(2).integers(config.vocab_size, size=prompt).tolist()]
+
+    def go() -> None:
+        generate(model, ids, new)
+
+    return {"decode": go}, {"cache_bytes": cache_bytes(model)}
+
+
+def cache_bytes(model: CustomLLM) -> float:
+    """Of one token in all layers: what prefilling really keeps."""
+    tokens = jax.ShapeDtypeStruct((1, 32), jnp.int32)
+    _, cache = jax.eval_shape(lambda ids: prefill(model, ids, 0), tokens)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) / tokens.size

@@ -1,0 +1,55 @@
+"""What the rows measure: the sizes of a real run, and narrow ones on which the same code takes seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxllm.config import ModelConfig, TrainConfig, preset, recipe
+
+NARROW = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "moe_intermediate_size": 32,
+    "max_position_embeddings": 128,
+}
+
+
+class MixtureSizes(NamedTuple):
+    """Of one mixture of experts, without its shared experts."""
+
+    tokens: int  # N
+    hidden: int  # D
+    expert_hidden: int  # F
+    experts: int  # E
+    per_token: int  # k
+
+
+def train_config(quick: bool, layers: int = 6) -> TrainConfig:
+    """A step of 4 x 256 tokens on `layers` layers of customllm-1b, by the source's recipe.
+
+    No dropout, whose random numbers differ between the frameworks, so that both compute the same loss.
+    """
+    config = recipe("seed", "customllm-1b")
+    changes = {**NARROW, "dropout": 0.0} if quick else {"num_hidden_layers": layers, "dropout": 0.0}
+    batch = {"batch_size": 2, "seq_len": 32} if quick else {"batch_size": 4, "seq_len": 256}
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes), grad_accum=1, **batch)
+
+
+def train_labels(config: TrainConfig) -> np.ndarray:
+    """(A,B,T) int32 token rows, the same ones in every process."""
+    shape = (config.grad_accum, config.batch_size, config.seq_len)
+    return np.random.default_rng(1).integers(config.model.vocab_size, size=shape, dtype=np.int32)
+
+
+def mixture_sizes(quick: bool) -> MixtureSizes:
+    return MixtureSizes(64, 32, 24, 7, 2) if quick else MixtureSizes(1024, 1024, 1536, 7, 2)
+
+
+def decode_model(name: str, quick: bool) -> ModelConfig:
+    changes = {**NARROW, "dropout": 0.0} if quick else {"dropout": 0.0}
+    return dataclasses.replace(preset(name), **changes)

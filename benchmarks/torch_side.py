@@ -1,0 +1,119 @@
+"""What the PyTorch worker can be told to run: the yardsticks. Each function prepares contenders, and facts."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+from benchmarks.sizes import decode_model, train_config, train_labels
+from benchmarks.worker import Contender
+from jaxllm.config import ModelConfig
+from parity_tests.forward import random_weights, torch_model
+from torch_ref import CustomLLM
+from torch_ref.generate import generate
+from torch_ref.step import make_optimizer, make_schedule, train_step
+
+Prepared = tuple[dict[str, Contender], dict[str, Any]]
+
+
+def shared_model(config: ModelConfig) -> CustomLLM:
+    """The model with the weights that the JAX worker has too; the routing bias is zero, as in a new run."""
+    model = torch_model(config, random_weights(config))
+    for layer in model.decoder_layers:
+        layer.mlp.routing_bias.zero_()
+    return model
+
+
+def train_steps(quick: bool, compiled: bool = False) -> Prepared:
+    """The training step of `torch_ref` in float32 and under bfloat16 autocast, on one model."""
+    config = train_config(quick)
+    model = shared_model(config.model).train()
+    if compiled:
+        model.compile(fullgraph=True)
+    optimizer = make_optimizer(model, config)
+    schedule = make_schedule(optimizer, config)
+    labels = torch.from_numpy(train_labels(config)).long()
+
+    def contender(precision: str) -> Contender:
+        own = dataclasses.replace(config, precision=precision)
+        return lambda: {"loss": float(train_step(model, optimizer, schedule, own, labels).loss)}
+
+    facts = {"parameters": sum(p.numel() for p in model.parameters())}
+    return {precision: contender(precision) for precision in ("float32", "bfloat16")}, facts
+
+
+def deepseek_steps(quick: bool, experts: str) -> Prepared:
+    """The training step of transformers' DeepSeek-V3 with the sizes of `train_steps`, as its Trainer would do it.
+
+    Args:
+        experts: transformers' implementation of the experts, `eager` or `grouped_mm`.
+    """
+    config = train_config(quick)
+    m = config.model
+    torch.manual_seed(0)
+    model = DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            vocab_size=m.vocab_size,
+            hidden_size=m.hidden_size,
+            num_hidden_layers=m.num_hidden_layers,
+            num_attention_heads=m.num_attention_heads,
+            num_key_value_heads=m.num_attention_heads,
+            q_lora_rank=m.latent_size,
+            kv_lora_rank=m.latent_size,
+            qk_nope_head_dim=m.nope_head_dim,
+            qk_rope_head_dim=m.rope_head_dim,
+            v_head_dim=m.head_dim,
+            moe_intermediate_size=m.moe_intermediate_size,
+            n_routed_experts=m.n_routed_experts,
+            n_shared_experts=m.n_shared_experts,
+            num_experts_per_tok=m.num_experts_per_tok,
+            n_group=1,
+            topk_group=1,
+            routed_scaling_factor=1.0,
+            first_k_dense_replace=0,  # every layer has experts
+            num_nextn_predict_layers=0,
+            max_position_embeddings=m.max_position_embeddings,
+            use_cache=False,
+            experts_implementation=experts,
+        )
+    ).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=True)  # the Trainer's default
+    schedule = make_schedule(optimizer, config)
+    labels = torch.from_numpy(train_labels(config)).long()[0]
+
+    def contender(precision: str) -> Contender:
+        def go() -> dict[str, float]:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+                loss = model(labels, labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            return {"loss": float(loss)}
+
+        return go
+
+    idle = m.n_routed_experts - m.num_experts_per_tok
+    total = sum(p.numel() for p in model.parameters())
+    unused = m.num_hidden_layers * idle * 3 * m.hidden_size * m.moe_intermediate_size
+    looked_up = model.get_input_embeddings().weight.numel()
+    norms = sum(p.numel() for p in model.parameters() if p.dim() == 1)
+    facts = {"parameters": total, "active_parameters": total - unused - looked_up - norms}
+    return {precision: contender(precision) for precision in ("float32", "bfloat16")}, facts
+
+
+def decoding(name: str, prompt: int, new: int, quick: bool) -> Prepared:
+    """Greedy tokens behind a prompt on the cache of full keys and values, its prefill included."""
+    config = decode_model(name, quick)
+    model = shared_model(config)
+    ids = [np.random.default_rng(2).integers(config.vocab_size, size=prompt).tolist()]
+
+    def go() -> None:
+        generate(model, ids, new)
+
+    return {"decode": go}, {}

@@ -1,0 +1,123 @@
+"""Rows of the whole training step: against both forms of `torch_ref`, against transformers, against the hardware."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from benchmarks.finding import Finding, Target, at_least
+from benchmarks.roofline import train_flops
+from benchmarks.sizes import train_config
+from benchmarks.timing import Runs, Spread, cpu_ratio, fastest, interleave, other_load, ratio, seconds
+from benchmarks.worker import Failure, Run, Worker
+
+SAME_LOSS = {"float32": 1e-4, "bfloat16": 2e-2}
+"""Relative difference of the losses above which the two sides did not compute the same thing."""
+
+BOTH = ("float32", "bfloat16")
+
+
+def against_eager(quick: bool, rounds: int) -> list[Finding]:
+    with _sides(quick, "train_steps") as (jax, torch):
+        runs = _interleave(jax, torch, ["float32"], ["float32"], rounds)
+    _check_same_loss(runs, "float32")
+    return [_compare("step", runs, ["float32"], ["float32"], at_least(2.0), quick)]
+
+
+def against_compiled(quick: bool, rounds: int) -> list[Finding]:
+    with _sides(quick, "train_steps", compiled=True) as (jax, torch):
+        runs = _interleave(jax, torch, ["float32"], ["float32"], rounds)
+    _check_same_loss(runs, "float32")
+    return [_compare("step", runs, ["float32"], ["float32"], at_least(1.5), quick)]
+
+
+def against_autocast(quick: bool, rounds: int) -> list[Finding]:
+    with _sides(quick, "train_steps") as (jax, torch):
+        runs = _interleave(jax, torch, BOTH, ["bfloat16"], rounds)
+    _check_same_loss(runs, "bfloat16")
+    return [_compare("step", runs, BOTH, ["bfloat16"], at_least(1.0), quick)]
+
+
+def against_transformers(quick: bool, rounds: int) -> list[Finding]:
+    with _sides(quick, "deepseek_steps", experts="eager") as (jax, torch):
+        runs = _interleave(jax, torch, BOTH, BOTH, rounds)
+        sizes = {"ours": jax.facts, "yardstick": torch.facts}
+    finding = _compare("step", runs, BOTH, BOTH, at_least(1.2), quick)
+    finding.details["sizes"] = sizes
+    return [finding]
+
+
+def against_peak(quick: bool, rounds: int) -> list[Finding]:
+    """Model FLOPs a second over those of the best of a few square products, in turn with the steps."""
+    config = train_config(quick)
+    flops = train_flops(config.model, config.seq_len, config.tokens_per_step)
+    with Worker("benchmarks.jax_side:train_steps", quick=quick, peak=True) as jax:
+        products = [name for name in jax.contenders if name.startswith("product")]
+        runs = interleave({name: functools.partial(jax.go, name) for name in ["float32", *products]}, rounds)
+
+    def rate(name: str, run: Run) -> float:
+        work = flops if name == "float32" else 2 * int(name.split()[1]) ** 3
+        return work / run.seconds
+
+    medians = {name: Spread.of([rate(name, run) for run in runs[name]]) for name in runs}
+    best = max(products, key=lambda name: medians[name].median)
+    pairs = zip(runs["float32"], runs[best], strict=True)
+    return [
+        Finding(
+            what="float32",
+            ours=f"{medians['float32'].median / 1e9:,.0f} GFLOP/s",
+            yardstick=f"{medians[best].median / 1e9:,.0f} GFLOP/s ({best})",
+            value=Spread.of([rate("float32", step) / rate(best, product) for step, product in pairs]),
+            target=at_least(0.65),
+            other_load=other_load(runs),
+            details={
+                "flops_per_step": flops,
+                "gflops": {name: spread.median / 1e9 for name, spread in medians.items()},
+            },
+        )
+    ]
+
+
+@contextmanager
+def _sides(quick: bool, yardstick: str, **arguments) -> Iterator[tuple[Worker, Worker]]:
+    """Both workers, which prepare at the same time and then wait for each other."""
+    ours = Worker("benchmarks.jax_side:train_steps", quick=quick)
+    theirs = Worker(f"benchmarks.torch_side:{yardstick}", quick=quick, **arguments)
+    with ours, theirs:
+        yield ours, theirs
+
+
+def _interleave(jax: Worker, torch: Worker, ours: Sequence[str], theirs: Sequence[str], rounds: int) -> Runs:
+    contenders = {f"ours {p}": functools.partial(jax.go, p) for p in ours}
+    contenders |= {f"yardstick {p}": functools.partial(torch.go, p) for p in theirs}
+    return interleave(contenders, rounds)
+
+
+def _compare(what: str, runs: Runs, ours: Sequence[str], theirs: Sequence[str], target: Target, quick: bool) -> Finding:
+    """Tokens a second of the fastest precision of each side."""
+    tokens = train_config(quick).tokens_per_step
+    best, yardstick = fastest(runs, [f"ours {p}" for p in ours]), fastest(runs, [f"yardstick {p}" for p in theirs])
+    return Finding(
+        what=what,
+        ours=_speed(best, runs, tokens),
+        yardstick=_speed(yardstick, runs, tokens),
+        value=ratio(runs[yardstick], runs[best]),
+        target=target,
+        other_load=other_load(runs),
+        details={
+            "cpu_ratio": cpu_ratio(runs[yardstick], runs[best]),
+            "seconds": {name: seconds(side)._asdict() for name, side in runs.items()},
+            "losses": {name: side[-1].figures["loss"] for name, side in runs.items()},
+        },
+    )
+
+
+def _speed(name: str, runs: Runs, tokens: int) -> str:
+    return f"{tokens / seconds(runs[name]).median:,.0f} tokens/s {name.split()[1]}"
+
+
+def _check_same_loss(runs: Runs, precision: str) -> None:
+    ours, theirs = (runs[f"{side} {precision}"][-1].figures["loss"] for side in ("ours", "yardstick"))
+    if abs(ours - theirs) > SAME_LOSS[precision] * abs(theirs):
+        raise Failure(f"the sides did not do the same: losses {ours:.6f} and {theirs:.6f} in {precision}")

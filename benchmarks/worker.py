@@ -1,0 +1,123 @@
+"""A side of a comparison as a process of its own: it lives through the whole row and runs only when told to.
+
+JAX's and PyTorch's thread pools spin for a while after their work; in one process each would slow the other down, and
+the peak memory of one would hide in that of the other.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.machine import busy_seconds
+
+ROOT = Path(__file__).parents[1]
+
+Contender = Callable[[], dict[str, float] | None]
+"""One measured piece of work. It returns figures of its own; `seconds` among them replaces the clock around it."""
+
+
+class Failure(Exception):
+    """A side could not be measured; the message says why. The other rows go on."""
+
+
+class Run(NamedTuple):
+    seconds: float
+    cpu_seconds: float  # of all threads; tells more than the clock where other programs take the cores
+    other_load: float  # mean number of cores that other programs kept busy meanwhile
+    figures: dict[str, float]
+
+
+class Worker:
+    """The parent's end. It starts preparing when it is made, is ready when it is entered, and ends when it is left."""
+
+    def __init__(self, prepare: str, **arguments: Any):
+        """Run `prepare` (`module:function`) in a new process; its contenders and facts are there once it is entered."""
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the worker is left
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.worker", prepare, json.dumps(arguments)],
+            cwd=ROOT,
+            env={"JAX_PLATFORMS": "cpu", **os.environ},  # both frameworks on one device
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+        self.facts: dict[str, Any] = {}
+        self.contenders: list[str] = []
+
+    def go(self, contender: str) -> Run:
+        """Run one contender once.
+
+        Raises:
+            Failure: the process ended instead.
+        """
+        busy = busy_seconds()
+        self._process.stdin.write(contender + "\n")
+        self._process.stdin.flush()
+        reply = self._reply()
+        busy = busy_seconds() - busy
+        elapsed, cpu = reply.pop("elapsed"), reply.pop("cpu")
+        seconds = reply.pop("seconds", elapsed)
+        return Run(seconds, cpu, max(0.0, busy - cpu) / max(elapsed, 1e-3), reply)
+
+    def _reply(self) -> dict[str, Any]:
+        line = self._process.stdout.readline()
+        if line:
+            return json.loads(line)
+        self._process.wait()
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").strip().splitlines() or ["no message"]
+        raise Failure(f"process ended with code {self._process.returncode}: {lines[-1]}")
+
+    def __enter__(self) -> Worker:
+        """Wait until it is ready.
+
+        Raises:
+            Failure: it ended instead.
+        """
+        self.facts = self._reply()
+        self.contenders = self.facts.pop("contenders")
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._log.close()
+
+
+def serve(prepare: str, arguments: dict[str, Any]) -> None:
+    """The child's end: one line of JSON when ready, then one for each contender that a line of stdin names."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever the frameworks print goes to the log
+
+    def reply(values: dict[str, Any]) -> None:
+        replies.write(json.dumps(values) + "\n")
+        replies.flush()
+
+    module, function = prepare.split(":")
+    contenders, facts = getattr(importlib.import_module(module), function)(**arguments)
+    reply({**facts, "contenders": list(contenders)})
+    for line in sys.stdin:
+        contender: Contender = contenders[line.strip()]
+        cpu, started = time.process_time(), time.perf_counter()
+        figures = contender() or {}
+        elapsed = time.perf_counter() - started
+        reply({"elapsed": elapsed, "cpu": time.process_time() - cpu, **figures})
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], json.loads(sys.argv[2]))

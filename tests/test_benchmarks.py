@@ -1,0 +1,83 @@
+"""`python -m benchmarks`: every row runs on narrow sizes and reports; what is refused; how verdicts are computed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import main
+from benchmarks.finding import at_least, at_most
+from benchmarks.roofline import product_parameters, train_flops
+from benchmarks.rows import ROWS
+from benchmarks.timing import interleave, ratio
+from benchmarks.worker import Failure, Run, Worker
+from jaxllm.config import PRESETS
+
+
+def test_every_row_runs(tmp_path):
+    """In a process of its own, as a user starts it."""
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "benchmarks.json").read_text())
+    assert [row["row"] for row in report["rows"]] == list(ROWS)
+    findings = [finding for row in report["rows"] for finding in row["findings"]]
+    assert all(finding["verdict"] == "not judged" for finding in findings)
+    assert all(finding["value"]["median"] > 0 for finding in findings)
+    assert (tmp_path / "benchmarks.png").stat().st_size < 300_000
+    assert not {"hostname", "node", "path"} & set(report["machine"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["step"], "rows has 'step'"), (["--rounds", "0"], "rounds is 0"), (["--out", __file__], "it must be a folder")],
+)
+def test_bad_input_is_refused_in_one_line(arguments, message, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_list_names_every_row(capsys):
+    assert main(["--list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(ROWS)
+
+
+def test_a_side_that_cannot_prepare_says_why():
+    with pytest.raises(Failure, match="no_such_function"), Worker("benchmarks.jax_side:no_such_function"):
+        pass
+
+
+def test_disturbed_rounds_are_repeated_and_the_quiet_ones_kept():
+    loads = iter([1.0, 0.0, 0.5, 0.0])
+    runs = interleave({"a": lambda: Run(1.0, 1.0, next(loads), {})}, rounds=2, warmups=0)
+    assert [run.other_load for run in runs["a"]] == [0.0, 0.0]
+
+
+def test_ratios_are_of_neighbours():
+    def runs(*seconds):
+        return [Run(s, s, 0.0, {}) for s in seconds]
+
+    assert ratio(runs(2, 30, 4), runs(1, 10, 1)).median == 3  # the machine was ten times slower in the second round
+
+
+def test_reached_is_a_part_of_the_target_in_either_direction():
+    assert at_least(2.0).reached(1.0) == at_most(1.0).reached(2.0) == 0.5
+
+
+def test_product_parameters_leave_out_what_is_looked_up_and_idle():
+    config = PRESETS["customllm-1b"]
+    idle = (config.n_routed_experts - config.num_experts_per_tok) * 3 * 1024 * 1536 * 24
+    norms_biases_and_tables = 2 * 24 * 1024 + 49152 + (49152 + 2048) * 1024
+    assert product_parameters(config) == 1_075_060_736 - idle - norms_biases_and_tables
+
+
+def test_flops_count_the_causal_half_of_attention():
+    config = PRESETS["tiny"]
+    longer = train_flops(config, 3, 1) - train_flops(config, 1, 1)  # a token sees one more token in the mean
+    assert longer == 3 * 2 * 2 * config.num_hidden_layers * config.hidden_size
