@@ -28,6 +28,7 @@ from jaxllm.generate import Sampling, generate
 from jaxllm.loss import IGNORED
 from jaxllm.meter import Meter
 from jaxllm.metrics import RunLog, end_record, eval_record, step_record
+from jaxllm.model.kernels import describe_kernels
 from jaxllm.model.summary import module_tree
 from jaxllm.run import announce, announce_finished, announce_speed, conclude, parse_args, prepare, write_samples
 from jaxllm.step import TrainState, count_parameters, init_state, model_graph
@@ -65,6 +66,7 @@ def train(config: TrainConfig, tokenizer, held_out: np.ndarray, resumes: bool) -
     else:
         state = jax.jit(functools.partial(init_state, config))()
     announce(config, count_parameters(state.params), module_tree(config.model), device_name())
+    print(f"Kernels: {describe_kernels(config.model, config.precision)}")
 
     first_step = int(state.step)
     if first_step >= config.steps:

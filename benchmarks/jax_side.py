@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.roofline import product_parameters
 from benchmarks.sizes import MixtureSizes, decode_model, train_config, train_labels
 from benchmarks.worker import Contender
+from jaxllm import flops
 from jaxllm.config import ModelConfig, preset
 from jaxllm.generate import generate, prefill
 from jaxllm.model.decoder import CustomLLM
@@ -78,8 +78,8 @@ def matrix_product(n: int) -> Contender:
 
 
 def sizes_of(config: ModelConfig, total: int) -> dict[str, Any]:
-    """Parameters, and those of them that multiply a token."""
-    return {"parameters": total, "active_parameters": product_parameters(config)}
+    """Parameters, and those of them that a token uses; the embedding tables count whole."""
+    return {"parameters": total, "active_parameters": sum(flops.active_parameters(config).values())}
 
 
 def mixtures(cases: list[tuple[list[int], str]]) -> Prepared:

@@ -101,9 +101,7 @@ def deepseek_steps(quick: bool, experts: str) -> Prepared:
     idle = m.n_routed_experts - m.num_experts_per_tok
     total = sum(p.numel() for p in model.parameters())
     unused = m.num_hidden_layers * idle * 3 * m.hidden_size * m.moe_intermediate_size
-    looked_up = model.get_input_embeddings().weight.numel()
-    norms = sum(p.numel() for p in model.parameters() if p.dim() == 1)
-    facts = {"parameters": total, "active_parameters": total - unused - looked_up - norms}
+    facts = {"parameters": total, "active_parameters": total - unused}
     return {precision: contender(precision) for precision in ("float32", "bfloat16")}, facts
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from benchmarks.finding import Finding, Target, at_least
-from benchmarks.roofline import train_flops
 from benchmarks.sizes import train_config
 from benchmarks.timing import Runs, Spread, cpu_ratio, fastest, interleave, other_load, ratio, seconds
 from benchmarks.worker import Failure, Run, Worker
+from jaxllm.flops import training_flops_per_token
 
 SAME_LOSS = {"float32": 1e-4, "bfloat16": 2e-2}
 """Relative difference of the losses above which the two sides did not compute the same thing."""
@@ -51,13 +51,13 @@ def against_transformers(quick: bool, rounds: int) -> list[Finding]:
 def against_peak(quick: bool, rounds: int) -> list[Finding]:
     """Model FLOPs a second over those of the best of a few square products, in turn with the steps."""
     config = train_config(quick)
-    flops = train_flops(config.model, config.seq_len, config.tokens_per_step)
+    step = config.tokens_per_step * training_flops_per_token(config.model, config.seq_len, "causal")
     with Worker("benchmarks.jax_side:train_steps", quick=quick, peak=True) as jax:
         products = [name for name in jax.contenders if name.startswith("product")]
         runs = interleave({name: functools.partial(jax.go, name) for name in ["float32", *products]}, rounds)
 
     def rate(name: str, run: Run) -> float:
-        work = flops if name == "float32" else 2 * int(name.split()[1]) ** 3
+        work = step if name == "float32" else 2 * int(name.split()[1]) ** 3
         return work / run.seconds
 
     medians = {name: Spread.of([rate(name, run) for run in runs[name]]) for name in runs}
@@ -72,7 +72,7 @@ def against_peak(quick: bool, rounds: int) -> list[Finding]:
             target=at_least(0.65),
             other_load=other_load(runs),
             details={
-                "flops_per_step": flops,
+                "flops_per_step": step,
                 "gflops": {name: spread.median / 1e9 for name, spread in medians.items()},
             },
         )

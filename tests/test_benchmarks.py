@@ -11,11 +11,9 @@ import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.finding import at_least, at_most
-from benchmarks.roofline import product_parameters, train_flops
 from benchmarks.rows import ROWS
 from benchmarks.timing import interleave, ratio
 from benchmarks.worker import Failure, Run, Worker
-from jaxllm.config import PRESETS
 
 
 def test_every_row_runs(tmp_path):
@@ -68,16 +66,3 @@ def test_ratios_are_of_neighbours():
 
 def test_reached_is_a_part_of_the_target_in_either_direction():
     assert at_least(2.0).reached(1.0) == at_most(1.0).reached(2.0) == 0.5
-
-
-def test_product_parameters_leave_out_what_is_looked_up_and_idle():
-    config = PRESETS["customllm-1b"]
-    idle = (config.n_routed_experts - config.num_experts_per_tok) * 3 * 1024 * 1536 * 24
-    norms_biases_and_tables = 2 * 24 * 1024 + 49152 + (49152 + 2048) * 1024
-    assert product_parameters(config) == 1_075_060_736 - idle - norms_biases_and_tables
-
-
-def test_flops_count_the_causal_half_of_attention():
-    config = PRESETS["tiny"]
-    longer = train_flops(config, 3, 1) - train_flops(config, 1, 1)  # a token sees one more token in the mean
-    assert longer == 3 * 2 * 2 * config.num_hidden_layers * config.hidden_size
