@@ -22,10 +22,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only moves bytes: no accelerato
 
 from convert.to_flax import import_run
 from convert.to_torch import export_run
-from convert.training import export_training, import_training
+from convert.training import export_training, import_training, is_pytorch_run
 from jaxllm.config import preset
 from jaxllm.errors import UserError, exit_on_user_error
-from jaxllm.run import checkpoint_owner
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(
             f"Wrote {command.out}: AutoModelForCausalLM.from_pretrained({str(command.out)!r}, trust_remote_code=True)"
         )
-    elif checkpoint_owner(command.source) == "PyTorch":
+    elif is_pytorch_run(command.source):
         if command.preset is not None:
             raise UserError(f"preset is {command.preset!r}: a PyTorch run has a config of its own, leave it out")
         import_training(command.source, command.run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,10 +50,13 @@ def check_new(out: Path) -> None:
     """Nothing that a user has is overwritten.
 
     Raises:
-        UserError: `out` is a file, or a folder that is not empty.
+        UserError: `out` is a file, a folder that is not empty, or no place for a folder.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty: pass a new folder")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{out} cannot be made: {parent} is no folder that can be written to")
 
 
 def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ files needs PyTorch, which is imported when it is needed.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -19,12 +20,13 @@ from convert.mapping import PARAMS, entries, leaf
 from convert.to_flax import TOKENIZER_FILES, read_weights
 from convert.to_torch import check_new, write_model
 from jaxllm.checkpoint import Checkpoints, Training, is_run, read_model_config, write_run
-from jaxllm.config import TrainConfig, read_json
+from jaxllm.config import TrainConfig, read_json, write_json
 from jaxllm.data.position import POSITION_FILE, load_position, save_position
 from jaxllm.data.stream import Position
 from jaxllm.errors import UserError
 from jaxllm.metrics import METRICS_FILE
 from jaxllm.optim import AdamMoments, adam_moments, optimizer, with_moments
+from jaxllm.run import checkpoint_owner
 from jaxllm.step import abstract_model, dropout_key
 
 
@@ -38,10 +40,13 @@ def export_training(run: Path, out: Path) -> None:
     check_new(out)
     if not is_run(run):
         raise UserError(f"{str(run)!r} is no run: it holds no folder checkpoints")
+    _check_tokenizer(run)
     model = read_model_config(run)
     config = read_config(run)
     checkpoints = Checkpoints(run)
     try:
+        if checkpoints.latest() is None:
+            raise UserError(f"{str(run)!r} holds no complete checkpoint yet: there is nothing to hand over")
         if not checkpoints.has_training():
             raise UserError(f"{str(run)!r} holds weights without a training history: leave out --training")
         weights = checkpoints.restore_weights(model)
@@ -60,11 +65,11 @@ def export_training(run: Path, out: Path) -> None:
 
     save_position(checkpoint / POSITION_FILE, training.position)
     hand_over.write_training(checkpoint, config, int(training.step), of_parameter)
-    for name in ("config.json", "train_config.json", METRICS_FILE):
-        if (run / name).is_file():
-            shutil.copyfile(run / name, out / name)
-    if (run / "tokenizer").is_dir():
-        shutil.copytree(run / "tokenizer", out / "tokenizer")
+    write_json(out / "config.json", model.to_dict())
+    write_json(out / "train_config.json", dataclasses.replace(config, run_dir=out).to_dict())
+    if (run / METRICS_FILE).is_file():
+        shutil.copyfile(run / METRICS_FILE, out / METRICS_FILE)
+    shutil.copytree(run / "tokenizer", out / "tokenizer")
 
 
 def import_training(source: Path, run: Path) -> None:
@@ -80,7 +85,8 @@ def import_training(source: Path, run: Path) -> None:
     checkpoint = last_checkpoint(source)
     if checkpoint is None:
         raise UserError(f"{str(source)!r} holds no complete checkpoint of a PyTorch run")
-    config = read_config(source)
+    _check_tokenizer(source)
+    config = dataclasses.replace(read_config(source), run_dir=run)
     model = config.model
     weights = read_weights(checkpoint.folder, model)
     step, moments = hand_over.read_training(checkpoint.folder, config)
@@ -102,6 +108,17 @@ def _training(config: TrainConfig, moments: AdamMoments, position: Position) -> 
     """What `train.py` would have at this point; the key of its dropout follows from the seed."""
     empty = jax.eval_shape(optimizer(config).init, moments.mu)  # beside moments and counts it holds no arrays
     return Training(with_moments(empty, moments), moments.count, dropout_key(config), position)
+
+
+def is_pytorch_run(folder: Path) -> bool:
+    """Whether it is a run of `python -m torch_ref.train`, not just any folder with a Trainer's checkpoints."""
+    return checkpoint_owner(folder) == "PyTorch" and (folder / "train_config.json").is_file()
+
+
+def _check_tokenizer(run: Path) -> None:
+    """Without its own tokenizer a run would go on with another one, under the old weights."""
+    if not (run / "tokenizer" / "tokenizer.json").is_file():
+        raise UserError(f"{str(run)!r} lacks its tokenizer: put the run's tokenizer.json into {run / 'tokenizer'}")
 
 
 def read_config(run: Path) -> TrainConfig:

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from jaxllm.config import Precision
-from jaxllm.meter import GIB, host_peak_gib
-
-# One product of this many seconds outweighs what it costs to start it. A fast device gets larger matrices until it has
-# one: sides of 1024 on a few cores, of 8192 on a large GPU.
-LONG_ENOUGH = 2e-3
-SIDES = (1024, 2048, 4096, 8192)
-BUDGET_SECONDS = 0.3
+from jaxllm.meter import GIB, host_peak_gib, peak_tflops
 
 
 def device_name() -> str:
@@ -22,27 +17,21 @@ def device_name() -> str:
 
 
 def measured_peak_tflops(precision: Precision) -> float:
-    """TFLOP/s of the fastest of some large square matrix products in the given precision, warm, on the first device.
-
-    A fraction of a second. Nothing else should run meanwhile: too low a peak makes a run look better than it is.
-    """
+    """TFLOP/s in matrix products of the given precision, on the first device."""
     multiply = jax.jit(jnp.matmul)
-    for side in SIDES:
+
+    def prepare(side: int) -> Callable[[], float]:
         matrix = jnp.ones((side, side), precision)
         multiply(matrix, matrix).block_until_ready()  # compiles
-        best = _seconds(multiply, matrix)
-        if best >= LONG_ENOUGH:
-            break
-    end = time.perf_counter() + BUDGET_SECONDS
-    while time.perf_counter() < end:
-        best = min(best, _seconds(multiply, matrix))
-    return 2 * side**3 / best / 1e12
 
+        def seconds() -> float:
+            start = time.perf_counter()
+            multiply(matrix, matrix).block_until_ready()
+            return time.perf_counter() - start
 
-def _seconds(multiply, matrix: jax.Array) -> float:
-    start = time.perf_counter()
-    multiply(matrix, matrix).block_until_ready()
-    return time.perf_counter() - start
+        return seconds
+
+    return peak_tflops(prepare)
 
 
 def peak_memory() -> dict[str, float]:

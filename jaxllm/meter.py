@@ -65,6 +65,32 @@ class Meter:
         )
 
 
+# One product of this many seconds outweighs what it costs to start it. A fast device gets larger matrices until it has
+# one: sides of 1024 on a few cores, of 8192 on a large GPU.
+LONG_ENOUGH = 2e-3
+SIDES = (1024, 2048, 4096, 8192)
+BUDGET_SECONDS = 0.3
+
+
+def peak_tflops(prepare: Callable[[int], Callable[[], float]]) -> float:
+    """TFLOP/s of the fastest of some large square matrix products.
+
+    A fraction of a second. Nothing else should run meanwhile: too low a peak makes a run look better than it is.
+
+    Args:
+        prepare: given a side, makes the matrices and returns what runs their product, warm, and says its seconds.
+    """
+    for side in SIDES:
+        product = prepare(side)
+        best = product()
+        if best >= LONG_ENOUGH:
+            break
+    end = time.perf_counter() + BUDGET_SECONDS
+    while time.perf_counter() < end:
+        best = min(best, product())
+    return 2 * side**3 / best / 1e12
+
+
 def host_peak_gib() -> float:
     """The most memory that this process has held at once (resident set), in GiB."""
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB

@@ -69,8 +69,8 @@ def check_folder(config: TrainConfig, framework: Framework) -> bool:
     if not folder.is_dir():
         raise UserError(f"run_dir is {str(folder)!r}: that is a file")
     owner = checkpoint_owner(folder)
-    holds_checkpoints = owner is not None or (folder / "checkpoints").is_dir()
-    made_by_converter = (folder / "config.json").is_file() and holds_checkpoints
+    # Not `checkpoint-*`: any project's Trainer writes such folders, beside any project's config.json.
+    made_by_converter = (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
     ours = (folder / "train_config.json").is_file() or made_by_converter
     if not ours and any(folder.iterdir()):
         raise UserError(f"run_dir is {str(folder)!r}: the folder holds something else; pass another --run-dir")

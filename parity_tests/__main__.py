@@ -33,13 +33,11 @@ from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.generate import tokenizer_folder
 from parity_tests.compare import TOLERANCES, Row
 from parity_tests.forward import random_weights, torch_model
-from parity_tests.ladder import RUNGS, Ladder
+from parity_tests.ladder import FEWEST_STEPS, RUNGS, Ladder, Rung
 from parity_tests.mutations import MUTATIONS
 from parity_tests.report import draw_report, first_divergence, print_table, write_report
 from parity_tests.text import read_tokens
 from torch_ref import CustomLLM as TorchCustomLLM
-
-Rung = Literal["weights", "layers", "logits", "loss", "gradients", "step", "trajectory", "generation"]
 
 
 @dataclass(frozen=True)
@@ -72,20 +70,16 @@ class ParityArgs:
     """Of the random weights."""
 
     def __post_init__(self) -> None:
-        for name in ("layers", "steps"):
+        for name, least in (("layers", 1), ("steps", FEWEST_STEPS), ("seq_len", 2), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
-        if self.seq_len < 2:
-            raise UserError(f"seq_len is {self.seq_len}: it must be at least 2")
+            if value is not None and value < least:
+                raise UserError(f"{name} is {value}: it must be at least {least}")
         if not self.rungs:
             raise UserError(f"rungs is empty: choose of {', '.join(RUNGS)}")
         if self.mutate is not None and self.mutate not in MUTATIONS:
             raise UserError(f"mutate is {self.mutate!r}: choose one of {', '.join(MUTATIONS)}")
         if self.weights is not None and self.layers is not None:
             raise UserError(f"layers is {self.layers}: it cuts a preset, not given weights")
-        if self.out.exists() and not self.out.is_dir():
-            raise UserError(f"out is {str(self.out)!r}: it must be a folder")
 
 
 def load_pair(args: ParityArgs) -> tuple[ModelConfig, Weights, TorchCustomLLM]:
@@ -124,6 +118,10 @@ def find_tokenizer(args: ParityArgs) -> Path | None:
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> int:
     args = tyro.cli(ParityArgs, args=argv, prog="python -m parity_tests", description=__doc__)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out is {str(args.out)!r}: it must be a folder that can be made ({error.strerror})") from None
     config, weights, model = load_pair(args)
     tokens = read_tokens(
         config, Ladder.tokens_needed(config, args.seq_len, args.steps), args.text, find_tokenizer(args)
@@ -147,7 +145,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         name += f", {args.layers} layers"
     title = f"JAX and PyTorch on {name}, {ladder.ids.size} tokens, {args.precision}"
     print_table(rows, title)
-    args.out.mkdir(parents=True, exist_ok=True)
     about = {"model": name, "precision": args.precision, "mutation": args.mutate, "config": config.to_dict()}
     write_report(args.out / "parity.json", rows, ladder.curve, seconds, about)
     draw_report(args.out / "parity.png", rows, ladder.curve, title)

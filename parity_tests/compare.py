@@ -165,7 +165,7 @@ class Flips(NamedTuple):
 
     count: int
     margin: float
-    """How much less, at most, the chosen expert scored than the preferred one; 0 without flips."""
+    """How much less, at most, an expert that was chosen scored than one that was passed over; 0 without flips."""
 
 
 def expert_flips(scores: np.ndarray, routing_bias: np.ndarray, chosen: np.ndarray) -> Flips:
@@ -179,12 +179,15 @@ def expert_flips(scores: np.ndarray, routing_bias: np.ndarray, chosen: np.ndarra
     biased = scores + routing_bias
     k = chosen.shape[-1]
     preferred = np.argsort(-biased, axis=-1, kind="stable")[..., :k]
-    differs = (np.sort(preferred, axis=-1) != np.sort(chosen, axis=-1)).any(axis=-1)
+    experts = np.arange(biased.shape[-1])
+    is_preferred = (preferred[..., None] == experts).any(axis=-2)  # (...,E)
+    is_chosen = (chosen[..., None] == experts).any(axis=-2)
+    differs = (is_preferred != is_chosen).any(axis=-1)
     if not differs.any():
         return Flips(0, 0.0)
-    worst_preferred = np.take_along_axis(biased, preferred, axis=-1)[differs].min(axis=-1)
-    worst_chosen = np.take_along_axis(biased, chosen, axis=-1)[differs].min(axis=-1)
-    return Flips(int(differs.sum()), float((worst_preferred - worst_chosen).max()))
+    passed_over = np.where(is_preferred & ~is_chosen, biased, -np.inf).max(axis=-1)
+    taken = np.where(is_chosen & ~is_preferred, biased, np.inf).min(axis=-1)
+    return Flips(int(differs.sum()), float((passed_over - taken)[differs].max()))
 
 
 def total_flips(parts: list[Flips]) -> Flips:

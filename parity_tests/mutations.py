@@ -121,6 +121,14 @@ def norm_weight_dropped(model: CustomLLM) -> Iterator[None]:
         yield
 
 
+@_mutation("layers", "post-attention norm")
+def second_norm_unweighted(model: CustomLLM) -> Iterator[None]:
+    """The norm before the experts forgets its weight, the one before attention does not."""
+    norm = model.decoder_layers[0].post_attn_norm
+    with _hooked(norm, lambda normed: normed / norm.weight):
+        yield
+
+
 @_mutation("layers", "input norm")
 def norm_eps_outside_the_root(model: CustomLLM) -> Iterator[None]:
     """x / (sqrt(mean(x²)) + eps) instead of x / sqrt(mean(x²) + eps)."""
@@ -516,4 +524,16 @@ def cached_position_off_by_one(model: CustomLLM) -> Iterator[None]:
         return positions(past, *args) + (past > 0)
 
     with mock.patch.object(CustomLLM, "_positions", staticmethod(late)):
+        yield
+
+
+@_mutation("generation", "greedy tokens")
+def padding_attended(model: CustomLLM) -> Iterator[None]:
+    """Generation from prompts of different lengths lets the shorter ones see their padding."""
+    generate = CustomLLM.generate
+
+    def unmasked(self, ids, attention_mask, **options):
+        return generate(self, ids, attention_mask=torch.ones_like(attention_mask), **options)
+
+    with mock.patch.object(CustomLLM, "generate", unmasked):
         yield

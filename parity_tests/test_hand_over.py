@@ -111,7 +111,21 @@ def test_a_run_without_its_moments_would_be_seen(whole, half, narrow, tmp_path):
     assert max(abs(theirs[i] / ours[i] - 1) for i in range(21, 41)) > 10 * 2e-5
 
 
-def test_a_pytorch_run_goes_on_in_jax(whole, half, narrow, tmp_path, capsys):
+def test_a_run_that_began_in_pytorch_goes_on_in_jax(narrow, tmp_path, capsys):
+    options = [*narrow, *STEPS, "--model.dropout", "0"]
+    folder = tmp_path / "torch"
+    assert torch_training.main([*options, "--run-dir", str(folder)]) == 0
+    theirs = losses(folder)
+    shutil.rmtree(folder / "checkpoint-40")
+    assert main(["to-flax", str(folder), str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert train.main([*options, "--run-dir", str(tmp_path / "run")]) == 0
+    assert "Resuming from step 20" in capsys.readouterr().out
+    ours = losses(tmp_path / "run")
+    assert [ours[i] for i in range(1, 41)] == pytest.approx([theirs[i] for i in range(1, 41)], rel=2e-5)
+
+
+def test_a_run_that_went_to_pytorch_and_came_back_goes_on_bit_for_bit(whole, half, narrow, tmp_path, capsys):
     assert main(["to-torch", str(half), str(tmp_path / "torch"), "--training"]) == 0
     assert main(["to-flax", str(tmp_path / "torch"), str(tmp_path / "run")]) == 0
     assert train.main([*narrow, *STEPS, "--model.dropout", "0", "--run-dir", str(tmp_path / "run")]) == 0
@@ -152,5 +166,16 @@ def test_what_cannot_be_handed_over_is_said(half, tmp_path, capsys):
     assert main(["to-flax", str(tmp_path / "exported"), str(tmp_path / "weights")]) == 0
     capsys.readouterr()
     assert main(["to-torch", str(tmp_path / "weights"), str(tmp_path / "out"), "--training"]) == 2
-    assert "train_config.json" in capsys.readouterr().err
+    assert "is no training run" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    assert main(["to-torch", str(half), str(half / "config.json" / "out"), "--training"]) == 2
+    assert "cannot be made" in capsys.readouterr().err
+    torch_run = shutil.copytree(half, tmp_path / "without")
+    shutil.rmtree(torch_run / "tokenizer")
+    assert main(["to-torch", str(torch_run), str(tmp_path / "out"), "--training"]) == 2
+    assert "lacks its tokenizer" in capsys.readouterr().err
+    for checkpoint in (torch_run / "checkpoints").iterdir():
+        shutil.rmtree(checkpoint)
+    shutil.copytree(half / "tokenizer", torch_run / "tokenizer")
+    assert main(["to-torch", str(torch_run), str(tmp_path / "out"), "--training"]) == 2
+    assert "no complete checkpoint" in capsys.readouterr().err

@@ -7,13 +7,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from jaxllm.config import PRESETS, ModelConfig
 from parity_tests.__main__ import main
 from parity_tests.compare import TOLERANCES, compare_arrays, expert_flips
 from parity_tests.forward import random_weights, torch_model
 from parity_tests.ladder import RUNGS, Ladder
-from parity_tests.mutations import MUTATIONS
+from parity_tests.mutations import MUTATIONS, FaultyAdamW
 from parity_tests.text import read_tokens
 
 TINY = PRESETS["tiny"]
@@ -62,6 +63,7 @@ def test_float64_leaves_no_room_for_another_formula(tokens):
     assert failures(*ladder_of(NARROW, tokens, "float64")) == []
 
 
+@pytest.mark.slow
 def test_bfloat16(tokens):
     assert failures(*ladder_of(NARROW, tokens, "bfloat16", seq_len=200, steps=8)) == []
 
@@ -89,6 +91,12 @@ def test_a_planted_fault_is_caught_by_the_lowest_rung_that_can_see_it(narrow, na
     assert failures(ladder, model, FORWARD) == []
 
 
+def test_the_written_out_adamw_is_right_without_its_mistakes(narrow, monkeypatch):
+    """So that its mutations are caught for their mistake and not for being another optimizer."""
+    monkeypatch.setattr(torch.optim, "AdamW", FaultyAdamW)
+    assert failures(*narrow, rungs=("step",)) == []
+
+
 def test_there_is_a_fault_for_every_rung():
     assert {mutation.rung for mutation in MUTATIONS.values()} == set(RUNGS)
 
@@ -101,6 +109,8 @@ def test_near_ties_are_told_from_wrong_choices():
     assert tie.count == 1
     assert tie.margin == pytest.approx(1e-7)
     assert expert_flips(scores, none, np.asarray([[0, 3]])).margin == pytest.approx(0.4)
+    # the best expert was left out: that the two worst are a tie excuses nothing
+    assert expert_flips(scores, none, np.asarray([[1, 2]])).margin == pytest.approx(0.4)
     # the bias decides the choice
     assert expert_flips(scores, np.asarray([0, 0, 0, 0.45]), np.asarray([[0, 3]])).count == 0
 
@@ -116,13 +126,19 @@ def test_a_near_tie_is_replayed_and_said(tokens):
     model = torch_model(config, weights)
     for layer in model.decoder_layers:
         layer.mlp.routing_bias[1] += 2e-6  # PyTorch prefers the second of the two, Flax the first
-    ladder = Ladder(config, weights, tokens, "float32", seq_len=200)
-    found = dict(ladder.climb(model, ("layers", "logits", "loss", "gradients")))
+    ladder = Ladder(config, weights, tokens, "float32", seq_len=200, steps=5)
+    found = dict(ladder.climb(model, RUNGS[1:7]))
     assert [row for rows in found.values() for row in rows if not row.passed] == []
     choice = next(row for row in found["layers"] if row.what == "expert choice")
     assert "near ties" in choice.note
     assert 0 < choice.max_error < TOLERANCES["float32"].near_tie
-    assert found["gradients"][0].what == "expert choice"
+    for rung in ("gradients", "step", "trajectory"):
+        assert found[rung][0].what == "expert choice"
+    assert ladder.curve.replayed
+    # and the replay hides no fault
+    with MUTATIONS["gates_detached"].plant(model):
+        (_, rows), *_ = ladder.climb(model, ("gradients",))
+    assert {row.what for row in rows if not row.passed} == {"gradients"}
 
 
 def test_two_layers_at_full_width(tokens):
@@ -170,6 +186,9 @@ def test_the_command_reports_a_planted_fault(tmp_path, capsys):
         (["--mutate", "everything"], "mutate is 'everything': choose one of weight_transposed"),
         (["--text", "nowhere.txt"], "text is 'nowhere.txt'"),
         (["--seq-len", "1"], "seq_len is 1"),
+        (["--steps", "2"], "steps is 2: it must be at least 5"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--text", __file__.removesuffix(".py")], "text is"),
         (["nowhere"], "'nowhere' is no run and no exported model"),
     ],
 )

@@ -52,6 +52,7 @@ def _opener(text: Path | None):
         return lambda: open_source(TrainConfig())
     if not text.is_file() or text.stat().st_size == 0:
         raise UserError(f"text is {str(text)!r}: it must be a file that holds text")
-    if SUFFIXES.get(text.suffix, "text") != "text":
-        raise UserError(f"text is {str(text)!r}: a plain text file is expected, not {text.suffix}")
+    endings = [suffix for suffix, kind in SUFFIXES.items() if kind == "text"]
+    if text.suffix not in endings:
+        raise UserError(f"text is {str(text)!r}: the ending must be one of {', '.join(endings)}")
     return lambda: FileSource([text], 0, "text")

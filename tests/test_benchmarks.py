@@ -16,6 +16,7 @@ from benchmarks.timing import interleave, ratio
 from benchmarks.worker import Failure, Run, Worker
 
 
+@pytest.mark.slow
 def test_every_row_runs(tmp_path):
     """In a process of its own, as a user starts it."""
     command = [sys.executable, "-m", "benchmarks", "--quick", "--out", str(tmp_path)]

@@ -152,6 +152,15 @@ def test_a_folder_that_is_no_run_is_left_alone(narrow, tmp_path, capsys):
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
+def test_another_project_s_trainer_folder_is_left_alone(narrow, tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "checkpoint-5").mkdir()
+    for options in ((), ("--overwrite",)):
+        assert train.main([*narrow, "--run-dir", str(tmp_path), *options]) == 2
+        assert "the folder holds something else" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint-5").is_dir()
+
+
 def test_accumulation_bfloat16_and_remat_run(narrow, tmp_path):
     options = ["--grad-accum", "2", "--batch-size", "2", "--precision", "bfloat16", "--remat", "--steps", "2"]
     assert train.main([*narrow, *options, "--run-dir", str(tmp_path / "run")]) == 0

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from jaxllm.config import TrainConfig
-from jaxllm.meter import Meter
+from jaxllm.meter import GIB, Meter
 from jaxllm.metrics import RunLog, end_record, eval_record, step_record
 from jaxllm.run import conclude, write_samples
 from torch_ref.batches import MicroBatches
@@ -20,8 +20,6 @@ from torch_ref.device import peak_memory
 from torch_ref.generate import generate
 from torch_ref.model import CustomLLM
 from torch_ref.step import tokens_per_expert, update_routing_bias
-
-GIB = 2**30
 
 
 class ScheduleCallback(TrainerCallback):

@@ -20,8 +20,10 @@ from jaxllm.data.corpus import one_line
 from jaxllm.data.position import POSITION_FILE
 from jaxllm.errors import UserError
 
+OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE = "optimizer.pt", "scheduler.pt", "trainer_state.json"
+
 # Without one of these the numbers of a resumed run would be others; the random state is missing after a conversion.
-NEEDED = ("config.json", "optimizer.pt", "scheduler.pt", POSITION_FILE)
+NEEDED = ("config.json", OPTIMIZER_FILE, SCHEDULER_FILE, POSITION_FILE)
 
 
 class Checkpoint(NamedTuple):
@@ -52,7 +54,7 @@ def last_checkpoint(run: Path) -> Checkpoint | None:
 def trainer_state(folder: Path) -> dict[str, Any] | None:
     """A checkpoint's `trainer_state.json`; None where it is not there, not whole, or does not count the steps."""
     try:
-        state = read_json(folder / "trainer_state.json")
+        state = read_json(folder / STATE_FILE)
     except UserError:
         return None
     return state if isinstance(state.get("global_step"), int) else None

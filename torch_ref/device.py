@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from jaxllm.config import Precision
-from jaxllm.meter import GIB, host_peak_gib
-
-# As in `jaxllm.device`.
-LONG_ENOUGH = 2e-3
-SIDES = (1024, 2048, 4096, 8192)
-BUDGET_SECONDS = 0.3
+from jaxllm.meter import GIB, host_peak_gib, peak_tflops
 
 
 def measured_peak_tflops(precision: Precision, device: torch.device) -> float:
-    """TFLOP/s of the fastest of some large square matrix products in the given precision, warm.
+    """TFLOP/s in matrix products of the given precision."""
 
-    A fraction of a second. Nothing else should run meanwhile: too low a peak makes a run look better than it is.
-    """
-    for side in SIDES:
+    def prepare(side: int) -> Callable[[], float]:
         matrix = torch.ones((side, side), dtype=getattr(torch, precision), device=device)
         _seconds(matrix)  # chooses its kernel
-        best = _seconds(matrix)
-        if best >= LONG_ENOUGH:
-            break
-    end = time.perf_counter() + BUDGET_SECONDS
-    while time.perf_counter() < end:
-        best = min(best, _seconds(matrix))
-    return 2 * side**3 / best / 1e12
+        return functools.partial(_seconds, matrix)
+
+    return peak_tflops(prepare)
 
 
 def _seconds(matrix: Tensor) -> float:

@@ -15,11 +15,9 @@ from transformers import TrainerState
 
 from jaxllm.config import ModelConfig, TrainConfig
 from jaxllm.errors import UserError
-from torch_ref.checkpoint import reading, trainer_state
+from torch_ref.checkpoint import OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE, reading, trainer_state
 from torch_ref.model import CustomLLM
 from torch_ref.step import make_optimizer, make_schedule
-
-OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE = "optimizer.pt", "scheduler.pt", "trainer_state.json"
 
 
 class Moments(NamedTuple):

@@ -91,31 +91,22 @@ def count_targets(labels: Tensor) -> Tensor:
     return (labels[..., 1:] != IGNORED).sum()
 
 
-def accumulate_gradients(
-    model: CustomLLM, config: TrainConfig, labels: Tensor, experts: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def accumulate_gradients(model: CustomLLM, config: TrainConfig, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Add the gradient of the mean loss over all micro-batches to the parameters' `.grad`.
 
     Args:
         model: in train mode, its parameters in float32 (or float64).
         config: `precision` bfloat16 runs the forward pass under autocast.
         labels: (A, B, T) int64: token rows, inputs and labels at once (-100: ignored).
-        experts: (A, L, B, T, k) experts to use instead of the routers' choice.
 
     Returns:
-        The mean cross-entropy, and the experts that were used, (A, L, B, T, k).
+        The mean cross-entropy, and the experts that the routers chose, (A, L, B, T, k).
     """
     targets = count_targets(labels).clamp(min=1)
     total, chosen = 0.0, []
-    for i, micro in enumerate(labels):
+    for micro in labels:
         with torch.autocast(micro.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            output = model(
-                micro.clamp(min=0),
-                labels=micro,
-                num_items_in_batch=targets,
-                output_router=True,
-                expert_indices=None if experts is None else experts[i],
-            )
+            output = model(micro.clamp(min=0), labels=micro, num_items_in_batch=targets, output_router=True)
         (output.loss + auxiliary_loss(output, config) / len(labels)).backward()
         total = total + output.loss.detach()
         chosen.append(torch.stack(output.router_experts))
@@ -128,10 +119,9 @@ def train_step(
     schedule: LambdaLR,
     config: TrainConfig,
     labels: Tensor,
-    experts: Tensor | None = None,
 ) -> StepMetrics:
     """One optimizer step, in place. Arguments as in `accumulate_gradients`."""
-    loss, chosen = accumulate_gradients(model, config, labels, experts)
+    loss, chosen = accumulate_gradients(model, config, labels)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()

@@ -122,9 +122,10 @@ def _wrap(bpe: Tokenizer) -> PreTrainedTokenizerBase:
 
 def _write_whole(file: Path, text: str) -> None:
     """Write a file that another process sees whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, encoding="utf-8", delete=False) as part:
-        part.write(text)
-    os.replace(part.name, file)
+    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+        part = Path(scratch) / file.name
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, file)
 
 
 def _training_texts(source: Source) -> Iterator[str]:
