@@ -148,9 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = {"model": name, "precision": args.precision, "mutation": args.mutate, "config": config.to_dict()}
     write_report(args.out / "parity.json", rows, ladder.curve, seconds, about)
     draw_report(args.out / "parity.png", rows, ladder.curve, title)
-    for tolerance in TOLERANCES[args.precision]:
-        if hasattr(tolerance, "reason"):
-            print(f"{tolerance.name}: relative L2 at most {tolerance.relative_l2:g} ({tolerance.reason})")
+    for tolerance in TOLERANCES[args.precision].named():
+        print(f"{tolerance.name}: relative L2 at most {tolerance.relative_l2:g} ({tolerance.reason})")
     divergence = first_divergence(rows)
     print(f"\nThe report is in {args.out}: parity.json, parity.png")
     print("The two frameworks agree." if divergence is None else f"BREACH, first in: {divergence}")

@@ -31,6 +31,10 @@ class Tolerances(NamedTuple):
     token_tie: float
     """Two tokens whose logits differ by less, in standard deviations of the logits, may be swapped by rounding."""
 
+    def named(self) -> list[Tolerance]:
+        """Those that have a name and a reason."""
+        return [part for part in self if isinstance(part, Tolerance)]
+
 
 # Leaves of a gradient differ in scale from element to element (unused vocabulary beside used): only the norm counts.
 _ANY = math.inf

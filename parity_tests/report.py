@@ -70,7 +70,7 @@ def _largest(values: list[float | None]) -> str:
 
 
 def _limit(row: Row) -> str:
-    tolerances = {t.name: f"{t.relative_l2:g}" for group in TOLERANCES.values() for t in group if hasattr(t, "name")}
+    tolerances = {t.name: f"{t.relative_l2:g}" for group in TOLERANCES.values() for t in group.named()}
     return tolerances.get(row.tolerance, row.tolerance)
 
 
@@ -85,7 +85,7 @@ def first_divergence(rows: list[Row]) -> str | None:
 
 def write_report(file: Path, rows: list[Row], curve: Curve, seconds: dict[str, float], about: dict[str, Any]) -> None:
     """Write `parity.json`: every row, both loss curves, the tolerances with their reasons, and the versions."""
-    tolerances = [t._asdict() for t in TOLERANCES[about["precision"]] if hasattr(t, "name")]
+    tolerances = [t._asdict() for t in TOLERANCES[about["precision"]].named()]
     report = {
         **about,
         "passed": all(row.passed for row in rows),
@@ -117,7 +117,7 @@ def draw_report(file: Path, rows: list[Row], curve: Curve, title: str) -> None:
         errors = [row.relative_l2 for row in rows if row.rung == "layers" and row.what == part]
         depth.plot(range(len(errors)), _drawable(errors), "o-", markersize=3, label=part)
     limits = {row.tolerance for row in rows if row.rung == "layers" and row.what in PARTS}
-    for limit in (t for group in TOLERANCES.values() for t in group if hasattr(t, "name") and t.name in limits):
+    for limit in (t for group in TOLERANCES.values() for t in group.named() if t.name in limits):
         depth.axhline(limit.relative_l2, color="gray", linestyle=":", label=f"tolerance {limit.relative_l2:g}")
     depth.set(xlabel="layer", ylabel="relative L2 error", yscale="log", title="Error by depth")
     depth.xaxis.get_major_locator().set_params(integer=True)
