@@ -16,6 +16,8 @@ class Tolerance(NamedTuple):
     max_over_std: float
     """Largest absolute error, in standard deviations of the reference."""
     reason: str
+    of_whole: float = 0.0
+    """A leaf passes, whatever its own norm, if the difference is at most this share of the norm of all leaves together."""
 
 
 class Tolerances(NamedTuple):
@@ -39,6 +41,10 @@ class Tolerances(NamedTuple):
 # Leaves of a gradient differ in scale from element to element (unused vocabulary beside used): only the norm counts.
 _ANY = math.inf
 
+# The gradient of a query's or key's weight can be a millionth of the whole: a small rest of large terms, of which
+# either framework's float32 keeps four digits. These differ by 1e-10 of the whole: a hundredth of its roundoff.
+_CANCELLED = {"float32": 1e-9, "bfloat16": 5e-5}
+
 TOLERANCES = {
     "float64": Tolerances(
         Tolerance("float64 forward", 1e-10, 1e-10, "unit roundoff 1e-16: beyond it is another formula"),
@@ -51,8 +57,9 @@ TOLERANCES = {
     ),
     "float32": Tolerances(
         Tolerance("float32 forward", 1e-5, 1e-4, "unit roundoff 6e-8, sums of 1,536 terms in another order, 24 layers"),
-        Tolerance("float32 gradient", 3e-5, _ANY, "as forward, with the cancellation of the softmax's backward pass"),
-        Tolerance("float32 update", 1e-4, _ANY, "clip_grad_norm_ sums the squares of a leaf in float32"),
+        Tolerance("float32 gradient", 3e-5, _ANY, "as forward, with the cancellation of the softmax's backward pass",
+                  _CANCELLED["float32"]),
+        Tolerance("float32 update", 1e-4, _ANY, "Adam divides by the root of small second moments"),
         Tolerance("float32 trajectory", 2e-4, _ANY, "rounding, amplified by 50 steps of training"),
         Tolerance("float32 decoding", 1e-5, 1e-4, "as forward: the absorbed products differ in their order only"),
         near_tie=1e-5,
@@ -60,7 +67,8 @@ TOLERANCES = {
     ),
     "bfloat16": Tolerances(
         Tolerance("bfloat16 forward", 3e-2, 3e-1, "unit roundoff 4e-3; Flax rounds the residual, autocast does not"),
-        Tolerance("bfloat16 gradient", 6e-2, _ANY, "unit roundoff 4e-3 at each product of both passes"),
+        Tolerance("bfloat16 gradient", 6e-2, _ANY, "unit roundoff 4e-3 at each product of both passes",
+                  _CANCELLED["bfloat16"]),
         Tolerance("bfloat16 update", 1e-2, _ANY, "as the gradient, a tenth of which is in the first moment"),
         Tolerance("bfloat16 trajectory", 3e-2, _ANY, "rounding, amplified by 50 steps of training"),
         Tolerance("bfloat16 decoding", 1e-1, _ANY, "as forward, and choices that flip at near ties are not replayed"),
@@ -108,9 +116,19 @@ def cosine(reference: np.ndarray, other: np.ndarray) -> float:
 
 
 def compare_arrays(
-    rung: str, what: str, leaf: str, reference: np.ndarray, other: np.ndarray, tolerance: Tolerance
+    rung: str,
+    what: str,
+    leaf: str,
+    reference: np.ndarray,
+    other: np.ndarray,
+    tolerance: Tolerance,
+    negligible: float = 0.0,
 ) -> Row:
-    """Compare two arrays of one shape, in float64; a value that is not finite never passes."""
+    """Compare two arrays of one shape, in float64; a value that is not finite never passes.
+
+    Args:
+        negligible: a difference with a norm of at most this is none.
+    """
     if reference.shape != other.shape:
         note = f"shapes {list(reference.shape)} and {list(other.shape)}"
         return Row(rung, what, leaf, False, tolerance.name, math.inf, math.inf, 0.0, note)
@@ -119,19 +137,24 @@ def compare_arrays(
     passed = norm <= tolerance.relative_l2  # false for NaN
     if tolerance.max_over_std != _ANY:
         passed = passed and max_over_std(reference, other) <= tolerance.max_over_std
-    return Row(rung, what, leaf, bool(passed), tolerance.name, largest, norm, cosine(reference, other))
+    note = ""
+    if not passed and 0 < np.linalg.norm((reference - other).ravel()) <= negligible:
+        passed, note = True, f"at most {tolerance.of_whole:g} of all leaves together"
+    return Row(rung, what, leaf, bool(passed), tolerance.name, largest, norm, cosine(reference, other), note)
 
 
 def compare_leaves(
     rung: str, what: str, reference: dict[str, np.ndarray], other: dict[str, np.ndarray], tolerance: Tolerance
 ) -> list[Row]:
     """Compare two dicts of arrays, name by name; both must have the same names."""
+    whole = math.sqrt(sum(float(np.square(values, dtype=np.float64).sum()) for values in reference.values()))
+    negligible = tolerance.of_whole * whole
     rows = [
         Row(rung, what, name, False, tolerance.name, note="in one framework only")
         for name in sorted(reference.keys() ^ other.keys())
     ]
     return rows + [
-        compare_arrays(rung, what, name, values, other[name], tolerance)
+        compare_arrays(rung, what, name, values, other[name], tolerance, negligible)
         for name, values in reference.items()
         if name in other
     ]
