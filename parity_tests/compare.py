@@ -17,7 +17,7 @@ class Tolerance(NamedTuple):
     """Largest absolute error, in standard deviations of the reference."""
     reason: str
     of_whole: float = 0.0
-    """A leaf passes, whatever its own norm, if the difference is at most this share of the norm of all leaves together."""
+    """A leaf passes, whatever its own norm, if the difference is at most this share of the norm of all leaves."""
 
 
 class Tolerances(NamedTuple):
