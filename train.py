@@ -7,6 +7,11 @@ python train.py --help                                  # every option
 
 from __future__ import annotations
 
+from jaxllm.huge_pages import restart_with_huge_pages
+
+if __name__ == "__main__":
+    restart_with_huge_pages()  # before the imports that take seconds
+
 import functools
 import sys
 import time

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.machine import busy_seconds
+from jaxllm import huge_pages
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,7 +46,8 @@ class Worker:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", prepare, json.dumps(arguments)],
             cwd=ROOT,
-            env={"JAX_PLATFORMS": "cpu", **os.environ},  # both frameworks on one device
+            # both frameworks on one device, and with the pages that train.py runs on
+            env={"JAX_PLATFORMS": "cpu", **os.environ, **huge_pages.environment()},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

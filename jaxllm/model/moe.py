@@ -70,35 +70,46 @@ def plan_dispatch(experts: Array, n_experts: int) -> Dispatch:
     return Dispatch(order, inverse, tokens_per_expert(experts, n_experts))
 
 
-# Both directions of the permutation are gathers, in the backward pass too: JAX would scatter there.
+# Dispatch and combine are gathers, in the backward pass too: JAX would scatter there. The k slots of a token are added
+# one by one, which fuses with the gathers: XLA's sum over an axis in the middle is slow on a CPU.
 @jax.custom_vjp
 def dispatch(x: Array, plan: Dispatch) -> Array:  # (N,D) -> (M,D), rows sorted by expert
     return x[plan.order // (plan.order.size // x.shape[0])]
 
 
 def _dispatch_fwd(x: Array, plan: Dispatch):
-    return dispatch(x, plan), (plan, x.shape)
+    return dispatch(x, plan), (plan, x.shape[0])
 
 
 def _dispatch_bwd(saved, d_rows: Array):
-    plan, (N, D) = saved
-    return d_rows[plan.inverse].reshape(N, -1, D).sum(axis=1), None
+    plan, N = saved
+    return sum(d_rows[slot] for slot in plan.inverse.reshape(N, -1).T), None
 
 
 dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 
 @jax.custom_vjp
-def _to_slots(rows: Array, plan: Dispatch) -> Array:  # (M,D) sorted by expert -> (M,D) in slot order
-    return rows[plan.inverse]
-
-
-_to_slots.defvjp(lambda rows, plan: (_to_slots(rows, plan), plan), lambda plan, d_slots: (d_slots[plan.order], None))
-
-
 def combine(rows: Array, gates: Array, plan: Dispatch) -> Array:  # (M,D), (N,k) -> (N,D)
-    slots = _to_slots(rows, plan).reshape(*gates.shape, rows.shape[-1])  # (N,k,D)
-    return (slots * gates.astype(rows.dtype)[..., None]).sum(axis=1)
+    slots = plan.inverse.reshape(gates.shape).T  # (k,N)
+    return sum(rows[slot] * gate[:, None] for slot, gate in zip(slots, gates.astype(rows.dtype).T, strict=True))
+
+
+def _combine_fwd(rows: Array, gates: Array, plan: Dispatch):
+    return combine(rows, gates, plan), (rows, gates, plan)
+
+
+def _combine_bwd(saved, d_out: Array):
+    rows, gates, plan = saved
+    own_gate = gates.reshape(-1)[plan.order].astype(rows.dtype)  # (M,)
+    d_rows = d_out[plan.order // gates.shape[1]] * own_gate[:, None]
+    wide = at_least_float32(rows.dtype)
+    d_gates = [jnp.einsum("nd,nd->n", rows[slot], d_out, preferred_element_type=wide)
+               for slot in plan.inverse.reshape(gates.shape).T]  # fmt: skip
+    return d_rows, jnp.stack(d_gates, axis=1).astype(gates.dtype), None
+
+
+combine.defvjp(_combine_fwd, _combine_bwd)
 
 
 class DeepSeekExpertLayer(nnx.Module):

@@ -1,0 +1,67 @@
+"""train.py restarts itself once, with huge pages, and loses nothing of its command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jaxllm import huge_pages
+
+PROGRAM = """
+import os, sys
+from jaxllm.huge_pages import restart_with_huge_pages
+print("started", flush=True)
+restart_with_huge_pages()
+print(sys.argv[1:], os.environ.get("GLIBC_TUNABLES"))
+"""
+
+
+@pytest.fixture
+def linux(monkeypatch, tmp_path):
+    """As on a Linux with glibc, whose kernel gives huge pages to programs that ask."""
+    pages = tmp_path / "enabled"
+    pages.write_text("always [madvise] never\n")
+    monkeypatch.setattr(huge_pages, "_PAGES", pages)
+    monkeypatch.setattr(huge_pages.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    return pages
+
+
+def test_other_tunables_stay(linux, monkeypatch):
+    assert huge_pages.environment() == {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
+    assert huge_pages.environment() == {"GLIBC_TUNABLES": "glibc.malloc.check=1:glibc.malloc.hugetlb=1"}
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+    assert huge_pages.environment() == {}
+
+
+def test_nothing_where_it_makes_no_difference(linux, monkeypatch):
+    for setting in ("[always] madvise never", "always madvise [never]"):
+        linux.write_text(setting)
+        assert huge_pages.environment() == {}
+    linux.unlink()
+    assert huge_pages.environment() == {}
+    linux.write_text("always [madvise] never")
+    monkeypatch.setattr(huge_pages.platform, "libc_ver", lambda: ("", ""))
+    assert huge_pages.environment() == {}
+
+
+@pytest.mark.skipif(not huge_pages.environment(), reason="huge pages are on already here, or cannot be had")
+def test_the_restart_keeps_the_arguments_and_happens_once(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    done = subprocess.run(
+        [sys.executable, str(program), "--steps", "two words", ""],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == [
+        "started",
+        "started",
+        "['--steps', 'two words', ''] glibc.malloc.hugetlb=1",
+    ]
