@@ -47,6 +47,9 @@ def run(narrow, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def _compile_once(tmp_path_factory):
     os.environ["JAXLLM_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))  # not the user's; processes inherit it
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    of_all_workers = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        of_all_workers = of_all_workers.parent
+    jax.config.update("jax_compilation_cache_dir", str(of_all_workers / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -53,10 +53,10 @@ def test_active_parameters_leave_out_the_experts_that_are_not_chosen():
 
 
 def product_flops(jaxpr) -> float:
-    """FLOPs of the products in a jaxpr; a loop whose number of turns is not known counts for nothing."""
+    """FLOPs of the products of matrices in a jaxpr; a loop whose number of turns is not known counts for nothing."""
     total = 0.0
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
+        if equation.primitive.name == "dot_general" and all(variable.aval.ndim > 1 for variable in equation.invars):
             contracted, _ = equation.params["dimension_numbers"][0]
             inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
             total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
