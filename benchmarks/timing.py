@@ -31,8 +31,17 @@ class Spread(NamedTuple):
         return cls(float(median), float(low), float(high))
 
 
-def interleave(contenders: Mapping[str, Callable[[], Run]], rounds: int, warmups: int = 1) -> dict[str, list[Run]]:
+def interleave(
+    contenders: Mapping[str, Callable[[], Run]], rounds: int, warmups: int = 1, untimed: int = 0
+) -> dict[str, list[Run]]:
     """Run all contenders in turn, again and again.
+
+    Args:
+        contenders: by name.
+        rounds: turns of each that are kept.
+        warmups: turns before the first that counts.
+        untimed: runs at the beginning of each turn that do not count: where memory lay idle, the first run pays for
+            pages that the kernel, or the host of a virtual machine, took back. Work without a pause does not.
 
     A round that other programs disturbed is repeated, up to a limit; the quietest rounds are kept, chosen by the load
     of other programs and not by the times.
@@ -46,9 +55,15 @@ def interleave(contenders: Mapping[str, Callable[[], Run]], rounds: int, warmups
     made: list[dict[str, Run]] = []
     most = ATTEMPTS * rounds if rounds > 1 else 1
     while len(made) < most and sum(disturbance(runs) <= QUIET for runs in made) < rounds:
-        made.append({name: go() for name, go in contenders.items()})
+        made.append({name: _turn(go, untimed) for name, go in contenders.items()})
     kept = sorted(made, key=disturbance)[:rounds]
     return {name: [runs[name] for runs in kept] for name in contenders}
+
+
+def _turn(go: Callable[[], Run], untimed: int) -> Run:
+    for _ in range(untimed):
+        go()
+    return go()
 
 
 def disturbance(runs: Mapping[str, Run]) -> float:

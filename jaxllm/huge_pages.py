@@ -7,21 +7,28 @@ process starts.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import sys
 from pathlib import Path
 
 TUNABLE = "glibc.malloc.hugetlb"
+_RESTARTED = "JAXLLM_RESTARTED"
 _PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def environment() -> dict[str, str]:
     """The variables that a new process needs for huge pages; empty where they are on already, or cannot be had."""
     present = os.environ.get("GLIBC_TUNABLES", "")
-    if TUNABLE in present or platform.libc_ver()[0] != "glibc" or not _PAGES.is_file():
+    libc, version = platform.libc_ver()
+    if TUNABLE in present or libc != "glibc" or tuple(map(int, version.split(".")[:2])) < (2, 35):
         return {}
-    if "[madvise]" not in _PAGES.read_text():  # always there anyway, or never
+    try:
+        setting = _PAGES.read_text()
+    except OSError:
+        return {}
+    if "[madvise]" not in setting:  # always there anyway, or never
         return {}
     return {"GLIBC_TUNABLES": ":".join(filter(None, (present, f"{TUNABLE}=1")))}
 
@@ -29,9 +36,12 @@ def environment() -> dict[str, str]:
 def restart_with_huge_pages() -> None:
     """Become a new process with the same arguments and huge pages, if that makes a difference. Call it first.
 
-    `GLIBC_TUNABLES=glibc.malloc.hugetlb=0` in the environment keeps them off.
+    `GLIBC_TUNABLES=glibc.malloc.hugetlb=0` in the environment keeps them off. A program that runs inside another one (a
+    notebook, a debugger) stays where it is.
     """
     needed = environment()
-    if needed:
-        sys.stdout.flush()
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **needed})
+    if not needed or _RESTARTED in os.environ or sys.argv[0] not in sys.orig_argv or sys.gettrace():
+        return
+    if sys.executable:
+        with contextlib.suppress(OSError):  # it is faster with them, and works without
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **needed, _RESTARTED: "1"})

@@ -88,16 +88,18 @@ def _chunk(weight: Array, bias: Array, with_grads: bool, hidden: Array, targets:
     at_target = jnp.take_along_axis(logits, safe[:, None], axis=-1)[:, 0]
     largest = logits.max(axis=-1)
     # Sums over V or over rows are products with a vector: XLA's own take up to forty times as long on a CPU.
-    weights = jnp.exp(logits - largest[:, None])
-    total = weights @ jnp.ones(weights.shape[-1], wide)  # (rows,)
+    # They are no matrix products that may be rounded to TF32 or bfloat16, hence the precision.
+    exps = jnp.exp(logits - largest[:, None])  # (rows,V)
+    total = jnp.matmul(exps, jnp.ones(exps.shape[-1], wide), precision=jax.lax.Precision.HIGHEST)  # (rows,)
     loss = jnp.where(scored, jnp.log(total) + largest - at_target, 0).sum()
     if not with_grads:
         return loss, None, None, None
-    # p - 1 at the target and p elsewhere, times the sum: dividing the (rows, D) operands of the products by it saves a
-    # pass over (rows, V), and so does adding in place instead of a one-hot.
-    unscaled = weights.at[jnp.arange(safe.size), safe].add(-total)
+    # (rows,V): p - 1 at the target and p elsewhere, times the sum. Dividing (rows, D) on either side of the products by
+    # it saves a pass over (rows, V), and so does adding in place instead of a one-hot.
+    unscaled = exps.at[jnp.arange(safe.size), safe].add(-total, unique_indices=True, indices_are_sorted=True)
     scale = jnp.where(scored, 1 / total, 0)
     narrow = unscaled.astype(hidden.dtype)
     d_hidden = jnp.matmul(narrow, weight.T) * scale[:, None]
     d_weight = jnp.matmul((hidden * scale[:, None]).astype(hidden.dtype).T, narrow, preferred_element_type=wide)
-    return loss, d_hidden.astype(hidden.dtype), d_weight, scale @ unscaled
+    d_bias = jnp.matmul(scale, unscaled, precision=jax.lax.Precision.HIGHEST)
+    return loss, d_hidden.astype(hidden.dtype), d_weight, d_bias

@@ -17,7 +17,7 @@ class Tolerance(NamedTuple):
     """Largest absolute error, in standard deviations of the reference."""
     reason: str
     of_whole: float = 0.0
-    """A leaf passes, whatever its own norm, if the difference is at most this share of the norm of all leaves."""
+    """A leaf that is alike to 1e-2 passes if the difference is at most this share of the norm of all leaves."""
 
 
 class Tolerances(NamedTuple):
@@ -42,8 +42,9 @@ class Tolerances(NamedTuple):
 _ANY = math.inf
 
 # The gradient of a query's or key's weight can be a millionth of the whole: a small rest of large terms, of which
-# either framework's float32 keeps four digits. These differ by 1e-10 of the whole: a hundredth of its roundoff.
-_CANCELLED = {"float32": 1e-9, "bfloat16": 5e-5}
+# either framework's float32 keeps four digits. They were seen to differ by 1.3e-10 of the whole (roundoff: 6e-8).
+_CANCELLED = 1e-9
+_STILL_ALIKE = 1e-2  # what is further apart than this, of its own norm, is never excused
 
 TOLERANCES = {
     "float64": Tolerances(
@@ -58,7 +59,7 @@ TOLERANCES = {
     "float32": Tolerances(
         Tolerance("float32 forward", 1e-5, 1e-4, "unit roundoff 6e-8, sums of 1,536 terms in another order, 24 layers"),
         Tolerance("float32 gradient", 3e-5, _ANY, "as forward, with the cancellation of the softmax's backward pass",
-                  _CANCELLED["float32"]),
+                  _CANCELLED),
         Tolerance("float32 update", 1e-4, _ANY, "Adam divides by the root of small second moments"),
         Tolerance("float32 trajectory", 2e-4, _ANY, "rounding, amplified by 50 steps of training"),
         Tolerance("float32 decoding", 1e-5, 1e-4, "as forward: the absorbed products differ in their order only"),
@@ -67,8 +68,7 @@ TOLERANCES = {
     ),
     "bfloat16": Tolerances(
         Tolerance("bfloat16 forward", 3e-2, 3e-1, "unit roundoff 4e-3; Flax rounds the residual, autocast does not"),
-        Tolerance("bfloat16 gradient", 6e-2, _ANY, "unit roundoff 4e-3 at each product of both passes",
-                  _CANCELLED["bfloat16"]),
+        Tolerance("bfloat16 gradient", 6e-2, _ANY, "unit roundoff 4e-3 at each product of both passes"),
         Tolerance("bfloat16 update", 1e-2, _ANY, "as the gradient, a tenth of which is in the first moment"),
         Tolerance("bfloat16 trajectory", 3e-2, _ANY, "rounding, amplified by 50 steps of training"),
         Tolerance("bfloat16 decoding", 1e-1, _ANY, "as forward, and choices that flip at near ties are not replayed"),
@@ -137,8 +137,8 @@ def compare_arrays(
     passed = norm <= tolerance.relative_l2  # false for NaN
     if tolerance.max_over_std != _ANY:
         passed = passed and max_over_std(reference, other) <= tolerance.max_over_std
-    note = ""
-    if not passed and 0 < np.linalg.norm((reference - other).ravel()) <= negligible:
+    note, difference = "", np.linalg.norm((reference - other).ravel())
+    if tolerance.relative_l2 < norm <= _STILL_ALIKE and difference <= negligible:
         passed, note = True, f"at most {tolerance.of_whole:g} of all leaves together"
     return Row(rung, what, leaf, bool(passed), tolerance.name, largest, norm, cosine(reference, other), note)
 
@@ -148,7 +148,7 @@ def compare_leaves(
 ) -> list[Row]:
     """Compare two dicts of arrays, name by name; both must have the same names."""
     whole = math.sqrt(sum(float(np.square(values, dtype=np.float64).sum()) for values in reference.values()))
-    negligible = tolerance.of_whole * whole
+    negligible = tolerance.of_whole * whole if math.isfinite(whole) else 0.0
     rows = [
         Row(rung, what, name, False, tolerance.name, note="in one framework only")
         for name in sorted(reference.keys() ^ other.keys())

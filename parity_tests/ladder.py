@@ -243,7 +243,9 @@ class Ladder:
 
         def compare(ours: Trained) -> list[Row]:
             return [
-                compare_numbers("step", "gradient norm", ours.grad_norms[0], theirs.grad_norms[0], tolerance),
+                compare_numbers(
+                    "step", "gradient norm", ours.grad_norms[0], theirs.grad_norms[0], self.tolerances.gradient
+                ),
                 *compare_leaves("step", "first moments", ours.mu, theirs.mu, tolerance),
                 *compare_leaves("step", "second moments", ours.nu, theirs.nu, tolerance),
                 *compare_leaves("step", "update", _change(before, ours), _change(before, theirs), tolerance),

@@ -53,7 +53,7 @@ def test_active_parameters_leave_out_the_experts_that_are_not_chosen():
 
 
 def product_flops(jaxpr) -> float:
-    """FLOPs of the products of matrices in a jaxpr; a loop whose number of turns is not known counts for nothing."""
+    """FLOPs of the products in a jaxpr but those with a vector; a loop of an unknown number of turns counts nothing."""
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general" and all(variable.aval.ndim > 1 for variable in equation.invars):

@@ -1,10 +1,11 @@
-"""train.py restarts itself once, with huge pages, and loses nothing of its command line."""
+"""A program restarts itself once, with huge pages, and loses nothing of its command line; train.py does."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,24 @@ def test_other_tunables_stay(linux, monkeypatch):
     assert huge_pages.environment() == {}
 
 
+@pytest.mark.parametrize("inside", ["restarted", "another program", "a debugger"])
+def test_no_restart_there(linux, monkeypatch, inside):
+    """Where the tunable did not survive the restart, and where the process is not this program's own."""
+    monkeypatch.setattr(huge_pages.sys, "gettrace", lambda: print if inside == "a debugger" else None)
+    monkeypatch.setattr(huge_pages.sys, "argv", ["train.py"])
+    own = ["python", "train.py"]
+    monkeypatch.setattr(huge_pages.sys, "orig_argv", ["python"] if inside == "another program" else own)
+    monkeypatch.delenv("JAXLLM_RESTARTED", raising=False)
+    started = []
+    monkeypatch.setattr(huge_pages.os, "execve", lambda *args: started.append(args))
+    if inside == "restarted":
+        huge_pages.restart_with_huge_pages()
+        assert len(started) == 1
+        monkeypatch.setenv("JAXLLM_RESTARTED", started.pop()[2]["JAXLLM_RESTARTED"])
+    huge_pages.restart_with_huge_pages()
+    assert started == []
+
+
 def test_nothing_where_it_makes_no_difference(linux, monkeypatch):
     for setting in ("[always] madvise never", "always madvise [never]"):
         linux.write_text(setting)
@@ -45,8 +64,9 @@ def test_nothing_where_it_makes_no_difference(linux, monkeypatch):
     linux.unlink()
     assert huge_pages.environment() == {}
     linux.write_text("always [madvise] never")
-    monkeypatch.setattr(huge_pages.platform, "libc_ver", lambda: ("", ""))
-    assert huge_pages.environment() == {}
+    for libc in (("", ""), ("glibc", "2.34")):
+        monkeypatch.setattr(huge_pages.platform, "libc_ver", lambda libc=libc: libc)
+        assert huge_pages.environment() == {}
 
 
 @pytest.mark.skipif(not huge_pages.environment(), reason="huge pages are on already here, or cannot be had")
@@ -65,3 +85,10 @@ def test_the_restart_keeps_the_arguments_and_happens_once(tmp_path):
         "started",
         "['--steps', 'two words', ''] glibc.malloc.hugetlb=1",
     ]
+
+
+def test_train_py_restarts_before_its_slow_imports():
+    lines = (Path(__file__).parents[1] / "train.py").read_text().splitlines()
+    assert lines.index("    restart_with_huge_pages()  # before the imports that take seconds") < lines.index(
+        "import jax"
+    )

@@ -35,6 +35,33 @@ def test_equals_the_plain_formula_with_gradients(rows, monkeypatch):
             np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13)
 
 
+def test_large_logits_overflow_nothing():
+    """Of 1e4 and more: exp() of one alone is infinite."""
+    hidden = jnp.asarray([[1e4, 0.0], [0.0, 1e4], [-1e4, 1e4], [1e4, 1e4]])
+    weight, bias = jnp.asarray([[1.0, -1, 0.5], [0.0, 1, 0.5]]), jnp.asarray([1e4, -1e4, 0.0])
+    targets = jnp.asarray([0, 0, 2, loss.IGNORED])
+    ours, our_grads = jax.value_and_grad(loss.summed_cross_entropy, (0, 1, 2))(hidden, weight, bias, targets)
+    theirs, their_grads = jax.value_and_grad(plain, (0, 1, 2))(hidden, weight, bias, targets)
+    assert np.isfinite(float(ours))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    for a, b in zip(our_grads, their_grads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_bfloat16_rounds_the_products_only():
+    keys = jax.random.split(jax.random.key(1), 3)
+    hidden = jax.random.normal(keys[0], (50, 64), jnp.bfloat16)
+    weight = 0.1 * jax.random.normal(keys[1], (64, 300))
+    targets = jax.random.randint(keys[2], (50,), 0, 300).at[::5].set(loss.IGNORED)
+    args = (hidden, weight, jnp.zeros(300), targets)
+    ours, our_grads = jax.value_and_grad(loss.summed_cross_entropy, (0, 1, 2))(*args)
+    theirs, their_grads = jax.value_and_grad(plain, (0, 1, 2))(hidden.astype(jnp.float32), *args[1:])
+    assert float(ours) == pytest.approx(float(theirs), rel=2e-3)
+    for a, b in zip(our_grads, their_grads, strict=True):
+        difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
+        assert np.linalg.norm(difference) < 8e-3 * np.linalg.norm(np.asarray(b, np.float64))  # roundoff: 4e-3
+
+
 def test_labels_are_shifted_once():
     labels = jnp.asarray([[5, 6, 7], [8, loss.IGNORED, 9]])
     assert loss.next_token_targets(labels).tolist() == [[6, 7, -100], [-100, 9, -100]]

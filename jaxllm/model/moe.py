@@ -104,8 +104,8 @@ def _combine_bwd(saved, d_out: Array):
     own_gate = gates.reshape(-1)[plan.order].astype(rows.dtype)  # (M,)
     d_rows = d_out[plan.order // gates.shape[1]] * own_gate[:, None]
     wide = at_least_float32(rows.dtype)
-    d_gates = [jnp.einsum("nd,nd->n", rows[slot], d_out, preferred_element_type=wide)
-               for slot in plan.inverse.reshape(gates.shape).T]  # fmt: skip
+    exact = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": wide}
+    d_gates = [jnp.einsum("nd,nd->n", rows[slot], d_out, **exact) for slot in plan.inverse.reshape(gates.shape).T]
     return d_rows, jnp.stack(d_gates, axis=1).astype(gates.dtype), None
 
 
