@@ -36,15 +36,15 @@ def interleave(
 ) -> dict[str, list[Run]]:
     """Run all contenders in turn, again and again.
 
+    A round that other programs disturbed is repeated, up to a limit; the quietest rounds are kept, chosen by the load
+    of other programs and not by the times.
+
     Args:
         contenders: by name.
         rounds: turns of each that are kept.
         warmups: turns before the first that counts.
         untimed: runs at the beginning of each turn that do not count: where memory lay idle, the first run pays for
             pages that the kernel, or the host of a virtual machine, took back. Work without a pause does not.
-
-    A round that other programs disturbed is repeated, up to a limit; the quietest rounds are kept, chosen by the load
-    of other programs and not by the times.
 
     Returns:
         Of each contender `rounds` runs; those at one index were neighbours in time.

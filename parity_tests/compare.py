@@ -122,12 +122,12 @@ def compare_arrays(
     reference: np.ndarray,
     other: np.ndarray,
     tolerance: Tolerance,
-    negligible: float = 0.0,
+    whole: float = 0.0,
 ) -> Row:
     """Compare two arrays of one shape, in float64; a value that is not finite never passes.
 
     Args:
-        negligible: a difference with a norm of at most this is none.
+        whole: the norm of all leaves together, of which this is one.
     """
     if reference.shape != other.shape:
         note = f"shapes {list(reference.shape)} and {list(other.shape)}"
@@ -137,8 +137,8 @@ def compare_arrays(
     passed = norm <= tolerance.relative_l2  # false for NaN
     if tolerance.max_over_std != _ANY:
         passed = passed and max_over_std(reference, other) <= tolerance.max_over_std
-    note, difference = "", np.linalg.norm((reference - other).ravel())
-    if tolerance.relative_l2 < norm <= _STILL_ALIKE and difference <= negligible:
+    note, excused = "", tolerance.of_whole * whole
+    if tolerance.relative_l2 < norm <= _STILL_ALIKE and norm * np.linalg.norm(reference) <= excused < math.inf:
         passed, note = True, f"at most {tolerance.of_whole:g} of all leaves together"
     return Row(rung, what, leaf, bool(passed), tolerance.name, largest, norm, cosine(reference, other), note)
 
@@ -147,14 +147,15 @@ def compare_leaves(
     rung: str, what: str, reference: dict[str, np.ndarray], other: dict[str, np.ndarray], tolerance: Tolerance
 ) -> list[Row]:
     """Compare two dicts of arrays, name by name; both must have the same names."""
-    whole = math.sqrt(sum(float(np.square(values, dtype=np.float64).sum()) for values in reference.values()))
-    negligible = tolerance.of_whole * whole if math.isfinite(whole) else 0.0
+    whole = 0.0
+    if tolerance.of_whole:
+        whole = math.sqrt(sum(float(np.square(values, dtype=np.float64).sum()) for values in reference.values()))
     rows = [
         Row(rung, what, name, False, tolerance.name, note="in one framework only")
         for name in sorted(reference.keys() ^ other.keys())
     ]
     return rows + [
-        compare_arrays(rung, what, name, values, other[name], tolerance, negligible)
+        compare_arrays(rung, what, name, values, other[name], tolerance, whole)
         for name, values in reference.items()
         if name in other
     ]

@@ -2,7 +2,7 @@
 
     JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python -m pytest -n 0 -m gpu_compile tests/test_gpu_compile.py
 
-in a process of its own, with `pip install "jaxllm[cuda13]"`; about a minute.
+in a process of its own, with `pip install -e '.[cuda13,test]'`; about a minute.
 """
 
 from __future__ import annotations

@@ -36,6 +36,10 @@ class Dispatch(NamedTuple):
     inverse: Array  # (M,): the slot j stands in row inverse[j]
     group_sizes: Array  # (E,): rows of each expert
 
+    def slots(self, tokens: int) -> Array:
+        """(k,N): the row in which each token's j-th slot stands."""
+        return self.inverse.reshape(tokens, -1).T
+
 
 def route(
     x: Array, router_weight: Array, routing_bias: Array, experts_per_token: int, experts: Array | None = None
@@ -83,7 +87,7 @@ def _dispatch_fwd(x: Array, plan: Dispatch):
 
 def _dispatch_bwd(saved, d_rows: Array):
     plan, N = saved
-    return sum(d_rows[slot] for slot in plan.inverse.reshape(N, -1).T), None
+    return sum(d_rows[slot] for slot in plan.slots(N)), None
 
 
 dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
@@ -91,8 +95,8 @@ dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 @jax.custom_vjp
 def combine(rows: Array, gates: Array, plan: Dispatch) -> Array:  # (M,D), (N,k) -> (N,D)
-    slots = plan.inverse.reshape(gates.shape).T  # (k,N)
-    return sum(rows[slot] * gate[:, None] for slot, gate in zip(slots, gates.astype(rows.dtype).T, strict=True))
+    slots, gates = plan.slots(gates.shape[0]), gates.astype(rows.dtype)
+    return sum(rows[slot] * gate[:, None] for slot, gate in zip(slots, gates.T, strict=True))
 
 
 def _combine_fwd(rows: Array, gates: Array, plan: Dispatch):
@@ -102,10 +106,10 @@ def _combine_fwd(rows: Array, gates: Array, plan: Dispatch):
 def _combine_bwd(saved, d_out: Array):
     rows, gates, plan = saved
     own_gate = gates.reshape(-1)[plan.order].astype(rows.dtype)  # (M,)
-    d_rows = d_out[plan.order // gates.shape[1]] * own_gate[:, None]
+    d_rows = dispatch(d_out, plan) * own_gate[:, None]
     wide = at_least_float32(rows.dtype)
     exact = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": wide}
-    d_gates = [jnp.einsum("nd,nd->n", rows[slot], d_out, **exact) for slot in plan.inverse.reshape(gates.shape).T]
+    d_gates = [jnp.einsum("nd,nd->n", rows[slot], d_out, **exact) for slot in plan.slots(gates.shape[0])]
     return d_rows, jnp.stack(d_gates, axis=1).astype(gates.dtype), None
 
 
