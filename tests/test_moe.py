@@ -72,9 +72,16 @@ def test_every_group_has_a_block_that_holds_it():
     """For any number of rows: a block holds the group, and does not run over the padding."""
     for rows in range(1, 1100):
         padded = rows + grouped_walk.padding(rows)
+        sizes = grouped_walk.block_sizes(padded)
         for group in {1, rows // 2 + 1, rows}:
-            size = next(b for b in (*grouped_walk.BLOCK_ROWS, group) if b >= min(group, grouped_walk.BLOCK_ROWS[-1]))
-            assert rows - min(group, grouped_walk.BLOCK_ROWS[-1]) + size <= padded
+            last_block = min(group, grouped_walk.BLOCK_ROWS[-1])
+            size = next(b for b in sizes if b >= last_block)
+            assert rows - last_block + size <= padded
+
+
+def test_a_single_row_is_not_padded_in_decoding():
+    """A batch of one token with two experts: two groups of one row, each in a block of one."""
+    assert grouped_walk.block_sizes(2 + grouped_walk.padding(2)) == (1, 2)
 
 
 @pytest.mark.parametrize("sizes", [(0, 130, 1, 300), (431, 0, 0, 0), (0, 0, 128, 256)])
@@ -91,14 +98,17 @@ def test_the_triton_kernels_equal_the_walk(sizes, dtype):
         def pad(a):
             return jnp.pad(a, ((0, grouped.padding(sum(sizes))), (0, 0)))
 
+        stacks = tuple(jnp.concatenate([weight + 1, weight, weight - 1]) for weight in weights)  # of three layers
         made = [
             grouped.multiply(pad(rows), weights, counts, **options)[: sum(sizes)],
+            grouped.multiply(pad(rows), stacks, counts, jnp.asarray(4), **options)[: sum(sizes)],
             grouped.multiply_transposed(pad(d_out), weights, counts, **options)[: sum(sizes)],
             *grouped.weight_gradients(pad(rows), pad(d_out), counts, 2, **options),
         ]
         return [np.asarray(a, np.float64) for a in made]
 
     tolerance = 1e-5 if dtype == "float32" else 1e-2
+    np.testing.assert_array_equal(*products(grouped_walk)[:2])
     for ours, theirs in zip(products(grouped_triton, interpret=True), products(grouped_walk), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * np.abs(theirs).max())
 

@@ -73,7 +73,7 @@ class MultiHeadLatentAttention(nnx.Module):
         scores += jnp.einsum("bthr,bshr->bhts", q_rope, cache.k_rope, preferred_element_type=wide)
         weights = masked_softmax(scores * self._scale, mask).astype(self.dtype)
         context = jnp.einsum("bhts,bsR->bthR", weights, cache.kv)
-        return self.o_proj(jnp.einsum("bthR,Rhd->bthd", context, expand_v).reshape(x.shape))
+        return self.o_proj(jnp.einsum("Rhd,bthR->bthd", expand_v, context).reshape(x.shape))
 
     @property
     def _scale(self) -> float:

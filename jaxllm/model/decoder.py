@@ -59,7 +59,8 @@ class DecoderLayer(nnx.Module):
     def decode(self, x: Array, positions: Array, cache: Latents, layer: Array) -> tuple[Array, Latents]:
         """One token of each row on the cache of all layers (L,B,S,...): (B,1,D), positions (B,1) -> (B,1,D), cache.
 
-        A token's cache slot is its position, so a row attends to the slots up to its own position.
+        A token's cache slot is its position, so a row attends to the slots up to its own position. The routed experts
+        are those of all layers, in one stack (L*E,...).
         """
         normed = self.input_norm(x)
         row = jnp.arange(x.shape[0])
@@ -68,7 +69,7 @@ class DecoderLayer(nnx.Module):
         mask = jnp.arange(cache.kv.shape[2]) <= positions[:, :, None]  # (B,1,S)
         own = jax.tree.map(lambda slots: slots[layer], cache)
         x = x + self.self_attn.attend_latents(normed, positions, own, mask[:, None])
-        mixed, _ = self.mlp(self.post_attn_norm(x))
+        mixed, _ = self.mlp(self.post_attn_norm(x), offset=layer * self.mlp.config.n_routed_experts)
         return x + mixed, cache
 
 
@@ -158,11 +159,13 @@ class CustomLLM(nnx.Module):
 
     def decode(self, token: Array, positions: Array, cache: Latents) -> tuple[Array, Latents]:
         """Logits after one more token of each row: (B,1), (B,1), cache (L,B,S,...) -> (B,1,V) and the cache."""
-        graph, stacked = nnx.split(self.decoder_layers)
+        # A scan hands each layer a copy of its part. A token uses few of the routed experts: they stay in one piece.
+        graph, experts, stacked = nnx.split(self.decoder_layers, nnx.PathContains("routed_experts"), ...)
+        experts = jax.tree.map(lambda weight: weight.reshape(-1, *weight.shape[2:]), experts)
 
         def body(carry: tuple[Array, Latents], layer_inputs) -> tuple[tuple[Array, Latents], None]:
             state, layer = layer_inputs
-            return nnx.merge(graph, state).decode(carry[0], positions, carry[1], layer), None
+            return nnx.merge(graph, experts, state).decode(carry[0], positions, carry[1], layer), None
 
         layers = jnp.arange(self.config.num_hidden_layers)
         (x, cache), _ = jax.lax.scan(body, (self.embed(token, positions), cache), (stacked, layers))

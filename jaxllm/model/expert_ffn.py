@@ -34,11 +34,26 @@ def expert_ffn(grouped: ModuleType, rows: Array, gate: Array, up: Array, down: A
     return _forward(grouped, rows, gate, up, down, group_sizes)[0]
 
 
-def _forward(grouped: ModuleType, rows: Array, gate: Array, up: Array, down: Array, group_sizes: Array):
-    gate_up = grouped.multiply(_pad(grouped, rows), (gate, up), group_sizes)  # (M,2F) and padding
+def expert_ffn_of_stack(
+    grouped: ModuleType, rows: Array, gate: Array, up: Array, down: Array, group_sizes: Array, offset: Array
+) -> Array:
+    """`expert_ffn` by the E experts that begin at `offset` in a longer stack, whose weights stay where they are.
+
+    For decoding, where copying a layer's experts costs more than using two of them. It has no gradient.
+    """
+    return _products(grouped, rows, gate, up, down, group_sizes, offset)[0]
+
+
+def _products(grouped: ModuleType, rows: Array, gate: Array, up: Array, down: Array, group_sizes: Array, offset):
+    gate_up = grouped.multiply(_pad(grouped, rows), (gate, up), group_sizes, offset)  # (M,2F) and padding
     g, u = jnp.split(gate_up, 2, axis=-1)
-    out = grouped.multiply(jax.nn.silu(g) * u, (down,), group_sizes)
-    return out[: rows.shape[0]], (rows, gate, up, down, group_sizes, gate_up)
+    out = grouped.multiply(jax.nn.silu(g) * u, (down,), group_sizes, offset)
+    return out[: rows.shape[0]], gate_up
+
+
+def _forward(grouped: ModuleType, rows: Array, gate: Array, up: Array, down: Array, group_sizes: Array):
+    out, gate_up = _products(grouped, rows, gate, up, down, group_sizes, offset=0)
+    return out, (rows, gate, up, down, group_sizes, gate_up)
 
 
 def _backward(grouped: ModuleType, saved: tuple[Array, ...], d_out: Array) -> tuple[Array | None, ...]:

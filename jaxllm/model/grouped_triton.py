@@ -9,6 +9,7 @@ looks up its tile's group, and a tile that holds nothing does nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -33,9 +34,17 @@ def padding(most_rows: int) -> int:
     return 0
 
 
-def multiply(rows: Array, weights: tuple[Array, ...], group_sizes: Array, *, interpret: bool = False) -> Array:
-    """`rows @ weight[e]`, for each row the e of its group: (M,X), each (E,X,Y) -> (M, sum of Y)."""
-    return _product(rows, _side_by_side(weights, rows.dtype), _lay_out(rows.shape[0], group_sizes), False, interpret)
+def multiply(
+    rows: Array,
+    weights: tuple[Array, ...],
+    group_sizes: Array,
+    offset: Array | int = 0,
+    *,
+    interpret: bool = False,
+) -> Array:
+    """`rows @ weight[offset + e]`, for each row the e of its group: (M,X), each (>= E,X,Y) -> (M, sum of Y)."""
+    own = [jax.lax.dynamic_slice_in_dim(weight, offset, group_sizes.shape[0]) for weight in weights]
+    return _product(rows, _side_by_side(own, rows.dtype), _lay_out(rows.shape[0], group_sizes), False, interpret)
 
 
 def multiply_transposed(
@@ -55,7 +64,7 @@ def weight_gradients(
     return jnp.split(_weight_gradient(rows, d_out, group_sizes, interpret), parts, axis=-1)
 
 
-def _side_by_side(weights: tuple[Array, ...], dtype: jnp.dtype) -> Array:
+def _side_by_side(weights: Sequence[Array], dtype: jnp.dtype) -> Array:
     """Several weights as one (E, X, sum of Y): the copy that the cast takes anyway."""
     return jnp.concatenate([weight.astype(dtype) for weight in weights], axis=-1)
 

@@ -9,6 +9,7 @@ an empty group costs nothing but the zeros of its gradient. On a GPU each of the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,27 +19,36 @@ import jax.numpy as jnp
 Array = jax.Array
 
 # A size more makes every program longer to compile (it is a loop in each product); a size less pads more. Groups of 128
-# to 512 rows are what a thousand tokens on seven experts give.
+# to 512 rows are what a thousand tokens on seven experts give; decoding has groups of a row or a few.
 BLOCK_ROWS = (16, 32, 48, 64, 96, 128, 192, 256, 288, 320, 384, 512, 768, 1024)
-_SMALLER_AND_SIZE = tuple(zip((0, *BLOCK_ROWS), BLOCK_ROWS, strict=False))
+FEW_ROWS = 128
+"""Up to so many rows in all, groups may be so small that a block of 16 would be mostly padding."""
+
+
+def block_sizes(rows: int) -> tuple[int, ...]:
+    """The sizes that blocks of this many rows can have; the last holds any group, or is the very largest."""
+    menu = (1, 2, 4, 8, *BLOCK_ROWS) if rows <= FEW_ROWS else BLOCK_ROWS
+    return tuple(size for size in menu if size <= rows) or menu[:1]
 
 
 def padding(most_rows: int) -> int:
     """Rows that must stand behind the last group: its block may run over, and a slice must never be shifted back."""
-    return max(size - smaller for smaller, size in _SMALLER_AND_SIZE if smaller < most_rows)
+    sizes = (0, 1, 2, 4, 8, *BLOCK_ROWS)
+    return max(size - smaller for smaller, size in itertools.pairwise(sizes) if smaller < most_rows)
 
 
-def multiply(rows: Array, weights: tuple[Array, ...], group_sizes: Array) -> Array:
-    """`rows @ weight[e]`, for each row the e of its group: (P,X), each (E,X,Y) -> (P, sum of Y)."""
+def multiply(rows: Array, weights: tuple[Array, ...], group_sizes: Array, offset: Array | int = 0) -> Array:
+    """`rows @ weight[offset + e]`, for each row the e of its group: (P,X), each (>= E,X,Y) -> (P, sum of Y)."""
+
+    def block(size: int, e: Array, at: Array, stop: Array, first: bool, out: Array) -> Array:
+        # The weights are sliced here, where one row's product reads them in place. A block may run into the next one:
+        # that one, walked later, overwrites the surplus.
+        x = _rows(rows, at, size)
+        products = [x @ weight[offset + e].astype(rows.dtype) for weight in weights]
+        return _write(out, jnp.concatenate(products, axis=1), at)
 
     def group(e: Array, start: Array, end: Array, out: Array) -> Array:
-        own = _side_by_side(weights, e, rows.dtype)
-
-        def block(size: int, at: Array, stop: Array, first: bool, out: Array) -> Array:
-            # A block may run into the next one: that one, walked later, overwrites the surplus.
-            return _write(out, _rows(rows, at, size) @ own, at)
-
-        return _walk_blocks(rows, start, end, block, out)
+        return _walk_blocks(rows, e, start, end, block, out)
 
     out = jnp.zeros((rows.shape[0], sum(weight.shape[2] for weight in weights)), rows.dtype)
     return _walk_groups(group_sizes, group, out)
@@ -48,13 +58,13 @@ def multiply_transposed(d_out: Array, weights: tuple[Array, ...], group_sizes: A
     """The gradient of `multiply` for its rows: (P, sum of Y), each (E,X,Y) -> (P,X)."""
 
     def group(e: Array, start: Array, end: Array, d_rows: Array) -> Array:
-        own = _side_by_side(weights, e, d_out.dtype)
+        own = jnp.concatenate([weight[e].astype(d_out.dtype) for weight in weights], axis=1)  # (X, sum of Y)
 
-        def block(size: int, at: Array, stop: Array, first: bool, d_rows: Array) -> Array:
+        def block(size: int, e: Array, at: Array, stop: Array, first: bool, d_rows: Array) -> Array:
             product = jax.lax.dot_general(_rows(d_out, at, size), own, (((1,), (1,)), ((), ())))
             return _write(d_rows, product, at)
 
-        return _walk_blocks(d_out, start, end, block, d_rows)
+        return _walk_blocks(d_out, e, start, end, block, d_rows)
 
     return _walk_groups(group_sizes, group, jnp.zeros((d_out.shape[0], weights[0].shape[1]), d_out.dtype))
 
@@ -68,7 +78,7 @@ def weight_gradients(rows: Array, d_out: Array, group_sizes: Array, parts: int) 
     E, X, Y = group_sizes.shape[0], rows.shape[1], d_out.shape[1] // parts
 
     def group(e: Array, start: Array, end: Array, carry: tuple) -> tuple:
-        def block(size: int, at: Array, stop: Array, first: bool, total: Array) -> Array:
+        def block(size: int, e: Array, at: Array, stop: Array, first: bool, total: Array) -> Array:
             own = (at + jnp.arange(size) < stop)[:, None]  # not the next block's
             x = jnp.where(own, _rows(rows, at, size), 0)
             d = _rows(d_out, at, size)
@@ -76,7 +86,7 @@ def weight_gradients(rows: Array, d_out: Array, group_sizes: Array, parts: int) 
             return product if first else total + product
 
         gradients, scratch = carry
-        scratch = _walk_blocks(rows, start, end, block, scratch)
+        scratch = _walk_blocks(rows, e, start, end, block, scratch)
         columns = jnp.split(scratch[None], parts, axis=-1)
         return [_write(target, part, e) for target, part in zip(gradients, columns, strict=True)], scratch
 
@@ -97,25 +107,27 @@ def _walk_groups(group_sizes: Array, group: Callable[..., Any], carry: Any) -> A
     return jax.lax.fori_loop(0, group_sizes.shape[0], one, carry)
 
 
-def _walk_blocks(padded: Array, start: Array, end: Array, block: Callable[..., Any], carry: Any) -> Any:
-    """Fold `block(size, start, end, whether it is the first, carry)` over the blocks of a group that has rows.
+def _walk_blocks(padded: Array, e: Array, start: Array, end: Array, block: Callable[..., Any], carry: Any) -> Any:
+    """Fold `block(size, e, start, end, whether it is the first, carry)` over the blocks of a group e that has rows.
 
     The first block is the remainder, and runs over its end; the others are full, and of the largest size.
     """
-    sizes = [size for size in BLOCK_ROWS if size <= padded.shape[0]]  # the last holds any group, or is the very largest
+    sizes = block_sizes(padded.shape[0])
     largest = sizes[-1]
     remainder = (end - start - 1) % largest + 1
     stop, smaller = start + remainder, 0
     for size in sizes:
         fits = (smaller < remainder) & (remainder <= size)
-        carry = _once_if(fits, lambda zero, carry, size=size: block(size, start + zero, stop, True, carry), carry)
+        carry = _once_if(
+            fits, lambda zero, carry, size=size: block(size, e + zero, start + zero, stop, True, carry), carry
+        )
         smaller = size
     if largest < BLOCK_ROWS[-1]:
         return carry
 
     def full(i: Array, carry: Any) -> Any:
         at = stop + i * largest
-        return block(largest, at, at + largest, False, carry)
+        return block(largest, e, at, at + largest, False, carry)
 
     return jax.lax.fori_loop(0, (end - stop) // largest, full, carry)
 
@@ -126,11 +138,6 @@ def _once_if(condition: Array, body: Callable[[Array, Any], Any], carry: Any) ->
     XLA moves what does not depend on a loop's counter out of the loop, taken or not: so add the zero to what matters.
     """
     return jax.lax.fori_loop(0, condition.astype(jnp.int32), body, carry)
-
-
-def _side_by_side(weights: tuple[Array, ...], e: Array, dtype: jnp.dtype) -> Array:
-    """Several weights of one group as one (X, sum of Y): the copy that a dynamic slice takes anyway."""
-    return jnp.concatenate([weight[e].astype(dtype) for weight in weights], axis=1)
 
 
 def _rows(source: Array, start: Array, size: int) -> Array:

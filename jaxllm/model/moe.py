@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.config import ModelConfig
-from jaxllm.model.expert_ffn import expert_ffn
+from jaxllm.model.expert_ffn import expert_ffn, expert_ffn_of_stack
 from jaxllm.model.kernels import choose_kernels
 from jaxllm.model.layers import Linear, at_least_float32
 
@@ -126,9 +126,14 @@ class DeepSeekExpertLayer(nnx.Module):
         self.up_proj = Linear(D, F, std=std, dtype=dtype, rngs=rngs)
         self.down_proj = Linear(F, D, std=std, dtype=dtype, rngs=rngs)
 
-    def grouped(self, rows: Array, group_sizes: Array) -> Array:
-        """As a stack of E experts, each on its own group of consecutive rows: (M,D), (E,) -> (M,D)."""
+    def grouped(self, rows: Array, group_sizes: Array, offset: Array | None = None) -> Array:
+        """As a stack of experts, each on its own group of consecutive rows: (M,D), (E,) -> (M,D).
+
+        With `offset`, only the E experts from there on, in a stack of more; without a gradient.
+        """
         weights = (linear.weight[...] for linear in (self.gate_proj, self.up_proj, self.down_proj))
+        if offset is not None:
+            return expert_ffn_of_stack(self.kernels.grouped, rows, *weights, group_sizes, offset)
         return expert_ffn(self.kernels.grouped, rows, *weights, group_sizes)
 
     def summed(self, x: Array) -> Array:
@@ -152,15 +157,21 @@ class DeepSeekMoE(nnx.Module):
         )
         self.routing_bias = RoutingBias(jnp.zeros((config.n_routed_experts,), at_least_float32(dtype)))
 
-    def __call__(self, x: Array, experts: Array | None = None) -> tuple[Array, Routing]:
-        """(B,T,D) -> (B,T,D) and the routing of its N tokens; `experts` (B,T,k) replaces the choice."""
+    def __call__(self, x: Array, experts: Array | None = None, offset: Array | None = None) -> tuple[Array, Routing]:
+        """(B,T,D) -> (B,T,D) and the routing of its N tokens.
+
+        Args:
+            x: (B, T, D).
+            experts: (B, T, k) experts to use instead of the router's choice.
+            offset: where the layer's own experts begin in `routed_experts`, if that is the stack of all layers.
+        """
         tokens = x.reshape(-1, x.shape[-1])  # (N,D)
         if experts is not None:
             experts = experts.reshape(tokens.shape[0], -1)
         k = self.config.num_experts_per_tok
         routing = route(tokens, self.router.weight[...], self.routing_bias[...], k, experts)
         plan = plan_dispatch(routing.experts, self.config.n_routed_experts)
-        rows = self.routed_experts.grouped(dispatch(tokens, plan), plan.group_sizes)
+        rows = self.routed_experts.grouped(dispatch(tokens, plan), plan.group_sizes, offset)
         out = self.shared_experts.summed(tokens) + combine(rows, routing.gates, plan)
         return out.reshape(x.shape), routing
 
