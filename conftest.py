@@ -10,6 +10,11 @@ import pytest
 
 import train
 
+# Before anything asks for a device: eight of them, for `test_parallel.py`, and no optimisation of the code around the
+# products, as most of the tests' time goes into LLVM. `.ci/run` trains and compares as a user does, optimised.
+jax.config.update("jax_num_cpu_devices", 8)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+
 NARROW = (
     "--model.hidden-size", "32", "--model.num-hidden-layers", "2", "--model.num-attention-heads", "2",
     "--model.moe-intermediate-size", "24", "--model.n-routed-experts", "4", "--model.vocab-size", "300",

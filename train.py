@@ -12,7 +12,6 @@ from jaxllm.huge_pages import restart_with_huge_pages
 if __name__ == "__main__":
     restart_with_huge_pages()  # before the imports that take seconds
 
-import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ import numpy as np
 from flax import nnx
 
 from jaxllm.checkpoint import Checkpoints
-from jaxllm.compilation import Programs, compile_programs, use_compilation_cache
+from jaxllm.compilation import use_compilation_cache
 from jaxllm.config import TrainConfig
 from jaxllm.data.corpus import open_source
 from jaxllm.data.stream import Prefetcher, TokenStream
@@ -35,8 +34,19 @@ from jaxllm.meter import Meter
 from jaxllm.metrics import RunLog, end_record, eval_record, step_record
 from jaxllm.model.kernels import describe_kernels
 from jaxllm.model.summary import module_tree
+from jaxllm.parallel import (
+    Programs,
+    choose_layout,
+    compile_programs,
+    describe_layout,
+    new_state,
+    place,
+    state_shardings,
+    unplaced,
+)
 from jaxllm.run import announce, announce_finished, announce_speed, conclude, parse_args, prepare, write_samples
-from jaxllm.step import TrainState, count_parameters, init_state, model_graph
+from jaxllm.sharding import Layout
+from jaxllm.step import TrainState, abstract_model, count_parameters, model_graph
 
 
 class Evaluator:
@@ -47,40 +57,43 @@ class Evaluator:
         padded = np.concatenate([rows, np.full((short, rows.shape[1]), IGNORED, np.int32)])
         self._batches = padded.reshape(-1, config.batch_size, rows.shape[1])
         self._samples = len(rows)
-        self._step = programs.evaluate
+        self._evaluate = programs.evaluate
 
-    def __call__(self, state: TrainState, epoch: float) -> dict[str, float]:
-        step = int(state.step)  # waits for the training before the clock starts
+    def __call__(self, state: TrainState, epoch: float, step: int) -> dict[str, float]:
+        jax.block_until_ready(state)  # the clock starts behind the training
         start = time.perf_counter()
-        sums = [self._step(state.params, state.routing_bias, batch) for batch in self._batches]
+        sums = [self._evaluate(state, batch) for batch in self._batches]
         loss = sum(float(nll) for nll, _ in sums) / sum(int(count) for _, count in sums)
         seconds = time.perf_counter() - start
         return eval_record(loss, seconds, self._samples, len(self._batches), epoch, step)
 
 
-def train(config: TrainConfig, tokenizer, held_out: np.ndarray, resumes: bool) -> TrainState:
+def train(config: TrainConfig, layout: Layout, tokenizer, held_out: np.ndarray, resumes: bool) -> TrainState:
     """The training loop: from the last checkpoint, or from scratch, to `config.steps`."""
     graph = model_graph(config)
     checkpoints = Checkpoints(config.folder, config.keep_checkpoints)
     stream = TokenStream(open_source(config), tokenizer, config.seq_len, config.seed)
     if resumes and checkpoints.latest() is not None:
-        state, position = checkpoints.restore(config)
+        state, position = checkpoints.restore(config, state_shardings(config, layout))
+        first_step = int(state.step)
+        state = place(config, layout, state)
         if position is not None:
             stream.seek(position)
-        print(f"Resuming from step {int(state.step)} of {config.folder}")
+        print(f"Resuming from step {first_step} of {config.folder}")
     else:
-        state = jax.jit(functools.partial(init_state, config))()
-    announce(config, count_parameters(state.params), module_tree(config.model), device_name())
+        state, first_step = new_state(config, layout), 0
+    announce(config, count_parameters(abstract_model(config.model)[1]), module_tree(config.model), device_name())
+    print(f"Layout: {describe_layout(config, layout)}")
     print(f"Kernels: {describe_kernels(config.model, config.precision)}")
 
-    first_step = int(state.step)
     if first_step >= config.steps:
         announce_finished(first_step)
         checkpoints.close()
-        return state
-    peak_tflops = config.peak_tflops or measured_peak_tflops(config.precision)  # before anything else is busy
+        return unplaced(config, layout, state)
+    # measured before anything else is busy
+    peak_tflops = layout.devices * (config.peak_tflops or measured_peak_tflops(config.precision))
     batches = Prefetcher(stream, config.grad_accum * config.batch_size)  # fills up while the programs are compiled
-    programs = compile_programs(config, graph, state)
+    programs = compile_programs(config, graph, layout)
     evaluate = Evaluator(config, programs, held_out)
     announce_speed(config, peak_tflops, programs.seconds)
     log = RunLog(config.folder, first_step, config.steps)
@@ -116,11 +129,11 @@ def train(config: TrainConfig, tokenizer, held_out: np.ndarray, resumes: bool) -
                 all_losses += losses
                 unlogged = []
             if step % config.eval_every == 0 or last:
-                evaluation = evaluate(state, epoch)
+                evaluation = evaluate(state, epoch, step)
                 log.write(evaluation)
                 meter.exclude(evaluation["eval_runtime"])
             if step % config.save_every == 0 or last:
-                checkpoints.save(state, batch.position)
+                checkpoints.save(unplaced(config, layout, state), batch.position)
         checkpoints.wait()
         steps_done = config.steps - first_step
         seconds, speed = meter.whole(steps_done)
@@ -142,15 +155,18 @@ def train(config: TrainConfig, tokenizer, held_out: np.ndarray, resumes: bool) -
         log.close()
         checkpoints.close()  # an interrupted run keeps the checkpoint that is being written
     conclude(config, held_out, evaluation["eval_loss"], stream.skipped_rows)
-    return state
+    return unplaced(config, layout, state)
 
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     use_compilation_cache()
-    config, tokenizer, held_out, resumes = prepare(parse_args(argv, "train.py", __doc__), "JAX")
-    state = train(config, tokenizer, held_out, resumes)
-    model = nnx.merge(model_graph(config), state.params, state.routing_bias)
+    config = parse_args(argv, "train.py", __doc__)
+    layout = choose_layout(config)
+    config, tokenizer, held_out, resumes = prepare(config, "JAX")
+    state = train(config, layout, tokenizer, held_out, resumes)
+    params, routing_bias = jax.device_put((state.params, state.routing_bias), jax.devices()[0])
+    model = nnx.merge(model_graph(config), params, routing_bias)
     sampling = Sampling(temperature=config.temperature, top_p=config.top_p)
     eos = config.model.eos_token_id
     write_samples(

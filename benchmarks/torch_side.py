@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -46,11 +47,10 @@ def train_steps(quick: bool, compiled: bool = False) -> Prepared:
     return {precision: contender(precision) for precision in ("float32", "bfloat16")}, facts
 
 
-def deepseek_steps(quick: bool, experts: str) -> Prepared:
+def deepseek_steps(quick: bool) -> Prepared:
     """The training step of transformers' DeepSeek-V3 with the sizes of `train_steps`, as its Trainer would do it.
 
-    Args:
-        experts: transformers' implementation of the experts, `eager` or `grouped_mm`.
+    In both precisions, each with both of transformers' implementations of the experts.
     """
     config = train_config(quick)
     m = config.model
@@ -78,15 +78,15 @@ def deepseek_steps(quick: bool, experts: str) -> Prepared:
             num_nextn_predict_layers=0,
             max_position_embeddings=m.max_position_embeddings,
             use_cache=False,
-            experts_implementation=experts,
         )
     ).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=True)  # the Trainer's default
     schedule = make_schedule(optimizer, config)
     labels = torch.from_numpy(train_labels(config)).long()[0]
 
-    def contender(precision: str) -> Contender:
+    def contender(precision: str, experts: str) -> Contender:
         def go() -> dict[str, float]:
+            model.set_experts_implementation(experts)
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
                 loss = model(labels, labels=labels).loss
             loss.backward()
@@ -102,7 +102,8 @@ def deepseek_steps(quick: bool, experts: str) -> Prepared:
     total = sum(p.numel() for p in model.parameters())
     unused = m.num_hidden_layers * idle * 3 * m.hidden_size * m.moe_intermediate_size
     facts = {"parameters": total, "active_parameters": total - unused}
-    return {precision: contender(precision) for precision in ("float32", "bfloat16")}, facts
+    kinds = itertools.product(("float32", "bfloat16"), ("eager", "grouped_mm"))
+    return {f"{precision} {experts}": contender(precision, experts) for precision, experts in kinds}, facts
 
 
 def decoding(name: str, prompt: int, new: int, quick: bool) -> Prepared:

@@ -8,6 +8,7 @@ A checkpoint whose `training` and `position` are absent (the converter writes su
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +73,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, position: Position) -> None:
+        """Save a state in the form of one device (`parallel.unplaced`), over however many it is spread."""
         training = {"opt_state": state.opt_state, "step": state.step, "dropout_key": state.dropout_key}
         self._manager.save(
             int(state.step),
@@ -87,43 +89,49 @@ class Checkpoints:
         """Save weights alone, as step 0."""
         self._manager.save(0, args=ocp.args.Composite(weights=ocp.args.StandardSave(weights._asdict())))
 
-    def restore_weights(self, config: ModelConfig) -> Weights:
-        """The newest weights.
+    def restore_weights(self, config: ModelConfig, shardings: Weights | None = None) -> Weights:
+        """The newest weights, where `shardings` says; None: on the first device.
 
         Raises:
             UserError: there is no checkpoint, or it cannot be read.
         """
         _, params, routing_bias = abstract_model(config)
-        restored = self._restore(weights=_on_host(Weights(params, routing_bias)._asdict()))
+        restored = self._restore(weights=_targets(Weights(params, routing_bias), shardings)._asdict())
         return Weights(**restored["weights"])
 
-    def restore(self, config: TrainConfig) -> tuple[TrainState, Position | None]:
+    def restore(self, config: TrainConfig, shardings: TrainState | None = None) -> tuple[TrainState, Position | None]:
         """The newest state and the data position behind it; None for a checkpoint that holds weights alone.
+
+        The state has the form of one device, and lies where `shardings` says (None: on the first device).
 
         Raises:
             UserError: there is no checkpoint, or it cannot be read.
         """
-        weights = self.restore_weights(config.model)
-        training = self.restore_training(config)
+        wanted = None if shardings is None else Weights(shardings.params, shardings.routing_bias)
+        weights = self.restore_weights(config.model, wanted)
+        training = self.restore_training(config, shardings)
         if training is None:
-            return start_state(config, *weights), None
+            start = functools.partial(start_state, config)
+            return (start if shardings is None else jax.jit(start, out_shardings=shardings))(*weights), None
         return TrainState(*weights, training.opt_state, training.step, training.dropout_key), training.position
 
     def has_training(self) -> bool:
         """Whether the newest checkpoint holds more than weights."""
         return (self._folder / str(self.latest()) / "training").is_dir()
 
-    def restore_training(self, config: TrainConfig) -> Training | None:
+    def restore_training(self, config: TrainConfig, shardings: TrainState | None = None) -> Training | None:
         """What the newest checkpoint holds beside the weights; None for one that holds weights alone.
+
+        It lies where `shardings` says (None: on the first device).
 
         Raises:
             UserError: there is no checkpoint, or it cannot be read.
         """
         if not self.has_training():
             return None
-        state = jax.eval_shape(lambda: init_state(config))
-        training = {"opt_state": state.opt_state, "step": state.step, "dropout_key": state.dropout_key}
-        restored = self._restore(training=_on_host(training), position=None, rows=None)
+        targets = _targets(jax.eval_shape(lambda: init_state(config)), shardings)
+        training = {"opt_state": targets.opt_state, "step": targets.step, "dropout_key": targets.dropout_key}
+        restored = self._restore(training=training, position=None, rows=None)
         rows = jax.tree.map(np.asarray, restored["rows"])
         position = Position(
             source=restored["position"]["source"],
@@ -163,10 +171,14 @@ def _with_length(tokens: np.ndarray) -> np.ndarray:
     return np.concatenate([np.asarray([len(tokens)], np.int32), tokens])
 
 
-def _on_host(tree: Pytree) -> Pytree:
-    """Restore onto the default device, whatever layout was saved."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+def _targets(shapes: Pytree, shardings: Pytree | None) -> Pytree:
+    """What orbax shall restore and where to, whatever layout was saved."""
+    if shardings is None:
+        first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: first, shapes)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
 
 
 def write_run(

@@ -16,6 +16,9 @@ from jaxllm.errors import UserError
 
 Precision = Literal["float32", "bfloat16"]
 
+AXES = ("data", "fsdp", "expert")
+"""The axes of a mesh of devices (`jaxllm.sharding`)."""
+
 # The fields of ModelConfig that name tokens; a model that came without its tokenizer has none of them.
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -42,6 +45,10 @@ def _check_types(config: Any) -> None:
             wanted = " or ".join(str(option) for option in typing.get_args(annotation))
             wanted = wanted or getattr(annotation, "__name__", str(annotation))
             raise UserError(f"{name} is {value!r}: it must be {wanted}")
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 
 def _check_at_least(config: Any, minimum: float, *names: str) -> None:
@@ -278,8 +285,14 @@ class TrainConfig:
     """Recompute each layer in the backward pass instead of keeping its activations."""
     seed: int = 0
 
+    parallel: Literal["jit", "pmap"] = "jit"
+    """How a step runs: `jit` on one device or on the --mesh, `pmap` on all devices, each with a copy of the model."""
+    mesh: str = ""
+    """Devices along each axis, e.g. data=2,fsdp=4,expert=1: `data` copies the model, `fsdp` cuts parameters and
+    optimizer state, `expert` spreads the routed experts. Empty: one device."""
+
     peak_tflops: float | None = None
-    """What the device reaches in matrix products, in TFLOP/s, to hold the speed against (MFU); default:
+    """What one device reaches in matrix products, in TFLOP/s, to hold the speed against (MFU); default:
     measured at the start, in the run's precision."""
     log_every: int = 25
     eval_every: int = 100
@@ -320,6 +333,41 @@ class TrainConfig:
                 raise UserError(f"{name} is {getattr(self, name)}: it must lie in [0, 1)")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}: it must lie in (0, 1]")
+        self._check_mesh()
+
+    def _check_mesh(self) -> None:
+        sizes = self.mesh_sizes
+        if sizes and self.parallel == "pmap":
+            raise UserError(f"mesh is {self.mesh!r}: --parallel pmap has no mesh, leave out one of the two")
+        devices = math.prod(sizes.values())
+        if self.batch_size % devices:
+            raise UserError(
+                f"mesh is {self.mesh!r}: its {devices} devices must divide batch_size = {self.batch_size}, "
+                f"whose rows they share (sizes that do: {_divisors(self.batch_size)})"
+            )
+        common = math.gcd(self.model.hidden_size, self.model.num_attention_heads * self.model.rope_head_dim)
+        if common % sizes.get("fsdp", 1):
+            raise UserError(
+                f"mesh is {self.mesh!r}: fsdp must divide hidden_size = {self.model.hidden_size} and half of it, "
+                f"along which weights are cut (sizes that do: {_divisors(common)})"
+            )
+
+    @property
+    def mesh_sizes(self) -> dict[str, int]:
+        """Devices along each axis that `mesh` names.
+
+        Raises:
+            UserError: it is not of that form.
+        """
+        sizes: dict[str, int] = {}
+        for part in filter(None, self.mesh.split(",")):
+            axis, _, size = part.partition("=")
+            if axis not in AXES or axis in sizes or not size.isdecimal() or int(size) < 1:
+                raise UserError(
+                    f"mesh is {self.mesh!r}: it must be AXIS=DEVICES,..., each axis of {', '.join(AXES)} at most once"
+                )
+            sizes[axis] = int(size)
+        return sizes
 
     @property
     def folder(self) -> Path:
@@ -363,7 +411,8 @@ class TrainConfig:
 RESUMABLE_FIELDS = frozenset(
     {
         "preset", "recipe", "run_dir", "overwrite", "steps", "log_every", "eval_every", "eval_samples", "save_every",
-        "keep_checkpoints", "prompts", "sample_tokens", "temperature", "top_p", "remat", "peak_tflops",
+        "keep_checkpoints", "prompts", "sample_tokens", "temperature", "top_p", "remat", "peak_tflops", "parallel",
+        "mesh",
     }
 )  # fmt: skip
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from jaxllm.config import ModelConfig, TrainConfig
 from jaxllm.loss import count_targets, next_token_targets, summed_cross_entropy
 from jaxllm.model.decoder import CustomLLM
 from jaxllm.model.moe import RoutingBias, updated_routing_bias
 from jaxllm.optim import learning_rate_schedule, optimizer
+from jaxllm.sharding import ONE_DEVICE, Layout
 
 Array = jax.Array
 Pytree = Any
@@ -82,12 +85,20 @@ def dropout_key(config: TrainConfig) -> Array:
 
 
 def gradients(
-    config: TrainConfig, graph: nnx.GraphDef, state: TrainState, labels: Array, experts: Array | None = None
+    config: TrainConfig,
+    graph: nnx.GraphDef,
+    state: TrainState,
+    labels: Array,
+    experts: Array | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> tuple[Pytree, Array, Array]:
-    """Gradient of the mean loss over all micro-batches.
+    """Gradient of the mean loss over all micro-batches, and over all devices.
+
+    On several devices this is what each of them does: the state is its part, B are its own rows, and what is returned
+    are its part of the gradient and the sums of all devices.
 
     Args:
-        config, graph: static.
+        config, graph, layout: static.
         state: its parameters, routing bias, step and dropout key are read.
         labels: (A, B, T) int32: A micro-batches of token rows, which are inputs and labels at once (-100: ignored).
         experts: (A, L, B, T, k) experts to use instead of the routers' choice, to replay a step.
@@ -95,24 +106,29 @@ def gradients(
     Returns:
         The gradient, the mean cross-entropy in nats, and the tokens of each expert (L, E).
     """
-    targets = jnp.maximum(count_targets(labels), 1)
+    targets = jnp.maximum(layout.total(count_targets(labels)), 1)
+    rows = layout.devices * labels.shape[1]  # of a micro-batch
+    own_rows = layout.number() * labels.shape[1] + jnp.arange(labels.shape[1])
     key = jax.random.fold_in(jax.random.wrap_key_data(state.dropout_key), state.step)
 
     def micro_loss(params: Pytree, micro: Array, index: Array, forced: Array | None):
-        model = nnx.merge(graph, params, state.routing_bias)
-        rngs = nnx.Rngs(dropout=jax.random.fold_in(key, index)) if config.model.dropout else None
-        x, record = model.run_layers(jnp.maximum(micro, 0), rngs=rngs, experts=forced)
+        model = gathered_model(graph, params, state.routing_bias, layout)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index * rows + own_rows) if config.model.dropout else None
+        x, record = model.run_layers(jnp.maximum(micro, 0), dropout_keys=keys, experts=forced, layout=layout)
         # Each micro-batch adds its share of the global mean, so that accumulation is no mean of means.
         loss = summed_loss(model, x, micro) / targets
         auxiliary = config.balance_loss * record.balance_loss.sum() + config.router_z_loss * record.z_loss.sum()
-        return loss + auxiliary / labels.shape[0], (loss, record.counts)
+        return loss + auxiliary / (labels.shape[0] * layout.devices), (loss, record.counts)
+
+    def of_all_devices(grads: Pytree, loss: Array, counts: Array) -> tuple[Pytree, Array, Array]:
+        return layout.sum_gradients(grads), *layout.total((loss, counts))
 
     gradient = jax.grad(micro_loss, has_aux=True)
     micro_batches = (labels, jnp.arange(labels.shape[0]), experts)
     first = jax.tree.map(lambda leaf: leaf[0], micro_batches)
     if labels.shape[0] == 1:  # no accumulator beside the gradient
         grads, (loss, counts) = gradient(state.params, *first)
-        return grads, loss, counts
+        return of_all_devices(grads, loss, counts)
 
     def accumulate(total, micro):
         return jax.tree.map(jnp.add, total, gradient(state.params, *micro)), None
@@ -120,18 +136,33 @@ def gradients(
     shapes = jax.eval_shape(gradient, state.params, *first)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     (grads, (loss, counts)), _ = jax.lax.scan(accumulate, zeros, micro_batches)
-    return grads, loss, counts
+    return of_all_devices(grads, loss, counts)
 
 
 def train_step(
-    config: TrainConfig, graph: nnx.GraphDef, state: TrainState, labels: Array, experts: Array | None = None
+    config: TrainConfig,
+    graph: nnx.GraphDef,
+    state: TrainState,
+    labels: Array,
+    experts: Array | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> tuple[TrainState, StepMetrics]:
-    """One optimizer step. Arguments as in `gradients`; donate the state.
+    """One optimizer step. Arguments as in `gradients`, but on a mesh the whole of everything; donate the state.
 
     Returns:
         The state after, and measurements that stay on the device.
     """
-    grads, loss, counts = gradients(config, graph, state, labels, experts)
+    compute = functools.partial(gradients, config, graph, layout=layout)
+    if layout.mesh is not None:  # each device computes on its part; the rest is elementwise, and XLA cuts it
+        specs = layout.specs(state)
+        compute = jax.shard_map(
+            compute,
+            mesh=layout.mesh,
+            in_specs=(specs, layout.batch_spec(1), layout.batch_spec(2)),
+            out_specs=(specs.params, PartitionSpec(), PartitionSpec()),
+            check_vma=False,
+        )
+    grads, loss, counts = compute(state, labels, experts)
     updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
     metrics = StepMetrics(
         loss=loss,
@@ -151,11 +182,31 @@ def train_step(
     return new_state, metrics
 
 
-def eval_step(graph: nnx.GraphDef, params: Pytree, routing_bias: Pytree, labels: Array) -> tuple[Array, Array]:
+def eval_step(
+    graph: nnx.GraphDef, params: Pytree, routing_bias: Pytree, labels: Array, layout: Layout = ONE_DEVICE
+) -> tuple[Array, Array]:
     """Summed cross-entropy and number of targets of a batch (B, T), without dropout."""
-    model = nnx.merge(graph, params, routing_bias)
-    x, _ = model.run_layers(jnp.maximum(labels, 0))
-    return summed_loss(model, x, labels), count_targets(labels)
+
+    def own(params: Pytree, routing_bias: Pytree, labels: Array) -> tuple[Array, Array]:
+        model = gathered_model(graph, params, routing_bias, layout)
+        x, _ = model.run_layers(jnp.maximum(labels, 0), layout=layout)
+        return layout.total((summed_loss(model, x, labels), count_targets(labels)))
+
+    if layout.mesh is not None:
+        own = jax.shard_map(
+            own,
+            mesh=layout.mesh,
+            in_specs=(*layout.specs((params, routing_bias)), layout.batch_spec(0)),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+    return own(params, routing_bias, labels)
+
+
+def gathered_model(graph: nnx.GraphDef, params: Pytree, routing_bias: Pytree, layout: Layout) -> CustomLLM:
+    """The model on a device's parts; what lies beside the layers is whole, a layer gathers its own when it runs."""
+    outer = {name: part for name, part in params.items() if name != "decoder_layers"}
+    return nnx.merge(graph, params | layout.gather(outer), routing_bias)
 
 
 def summed_loss(model: CustomLLM, x: Array, labels: Array) -> Array:

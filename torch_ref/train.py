@@ -20,7 +20,7 @@ from jaxllm.config import TrainConfig
 from jaxllm.data.corpus import open_source
 from jaxllm.data.position import POSITION_FILE, load_position
 from jaxllm.data.stream import TokenStream
-from jaxllm.errors import exit_on_user_error
+from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.metrics import RunLog
 from jaxllm.run import announce, announce_finished, announce_speed, parse_args, prepare
 from torch_ref.batches import MicroBatches
@@ -88,6 +88,8 @@ def train(
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(argv, "python -m torch_ref.train", __doc__)
+    if config.mesh or config.parallel != "jit":
+        raise UserError("mesh and parallel are for train.py: PyTorch trains on one device here, leave them out")
     disable_progress_bar()  # of each file that is written: the run has a bar of its own
     choose_device(config)  # what the device cannot do is said before anything is made or deleted
     config, tokenizer, held_out, resumes = prepare(config, "PyTorch")

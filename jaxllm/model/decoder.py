@@ -13,6 +13,7 @@ from jaxllm.config import ModelConfig
 from jaxllm.model.attention import Latents, MultiHeadLatentAttention
 from jaxllm.model.layers import CustomRMSNorm, Embedding, Linear, at_least_float32
 from jaxllm.model.moe import DeepSeekMoE, Routing, balance_loss, tokens_per_expert, z_loss
+from jaxllm.sharding import ONE_DEVICE, Layout
 
 Array = jax.Array
 
@@ -47,13 +48,18 @@ class DecoderLayer(nnx.Module):
         self.post_attn_norm = CustomRMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
 
     def __call__(
-        self, x: Array, positions: Array, attention_mask: Array | None, experts: Array | None = None
+        self,
+        x: Array,
+        positions: Array,
+        attention_mask: Array | None,
+        experts: Array | None = None,
+        layout: Layout = ONE_DEVICE,
     ) -> LayerTrace:  # (B,T,D) -> the residual (B,T,D), and how it came about
         normed = self.input_norm(x)
         attended, latents = self.self_attn(normed, positions, attention_mask)
         x = x + attended
         normed_again = self.post_attn_norm(x)
-        mixed, routing = self.mlp(normed_again, experts)
+        mixed, routing = self.mlp(normed_again, experts, layout)
         return LayerTrace(normed, latents, attended, normed_again, routing, mixed, residual=x + mixed)
 
     def decode(self, x: Array, positions: Array, cache: Latents, layer: Array) -> tuple[Array, Latents]:
@@ -115,25 +121,29 @@ class CustomLLM(nnx.Module):
         Returns:
             (B, T, V) float32 (float64 in a float64 model).
         """
-        return self.logits(self.run_layers(input_ids, attention_mask, rngs=rngs)[0])
+        keys = None if rngs is None else jax.random.split(rngs.dropout(), input_ids.shape[0])
+        return self.logits(self.run_layers(input_ids, attention_mask, dropout_keys=keys)[0])
 
     def run_layers(
         self,
         input_ids: Array,
         attention_mask: Array | None = None,
         *,
-        rngs: nnx.Rngs | None = None,
+        dropout_keys: Array | None = None,
         experts: Array | None = None,
         keep_latents: bool = False,
         keep_trace: bool = False,
+        layout: Layout = ONE_DEVICE,
     ) -> tuple[Array, LayerRecord]:
         """Everything before `lm_head`: (B,T) -> (B,T,D) and the record of the layers.
 
         Args:
-            input_ids, attention_mask, rngs: as in `__call__`.
+            input_ids, attention_mask: as in `__call__`.
+            dropout_keys: (B,) random keys, one a row, so that a row drops the same wherever it is; None: no dropout.
             experts: (L,B,T,k) experts to use instead of the router's choice.
             keep_latents: record the latents, which fill a decoding cache.
             keep_trace: record what every part of every layer made.
+            layout: of the devices among which the weights are cut, in a step that runs on each of them.
         """
         batch, length = input_ids.shape
         if attention_mask is None:
@@ -144,7 +154,7 @@ class CustomLLM(nnx.Module):
 
         def body(x: Array, layer_inputs) -> tuple[Array, LayerRecord]:
             state, forced = layer_inputs
-            trace = nnx.merge(graph, state)(x, positions, attention_mask, forced)
+            trace = nnx.merge(graph, layout.gather(state))(x, positions, attention_mask, forced, layout)
             return trace.residual, LayerRecord(
                 counts=tokens_per_expert(trace.routing.experts, self.config.n_routed_experts),
                 balance_loss=balance_loss(trace.routing, batch),
@@ -154,8 +164,9 @@ class CustomLLM(nnx.Module):
             )
 
         x = self.embed(input_ids, positions)
-        x = self.dropout(x, deterministic=rngs is None, rngs=rngs)
-        return jax.lax.scan(jax.checkpoint(body) if self.remat else body, x, (stacked, experts))
+        if dropout_keys is not None:
+            x = jax.vmap(lambda row, key: self.dropout(row, rngs=key))(x, dropout_keys)
+        return jax.lax.scan(layout.checkpoint(body, self.remat), x, (nnx.to_pure_dict(stacked), experts))
 
     def decode(self, token: Array, positions: Array, cache: Latents) -> tuple[Array, Latents]:
         """Logits after one more token of each row: (B,1), (B,1), cache (L,B,S,...) -> (B,1,V) and the cache."""

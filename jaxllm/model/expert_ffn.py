@@ -26,7 +26,8 @@ def expert_ffn(grouped: ModuleType, rows: Array, gate: Array, up: Array, down: A
         rows: (M, D), sorted by expert, in the compute dtype.
         gate, up: (E, D, F) masters; they are cast to the compute dtype expert by expert.
         down: (E, F, D), likewise.
-        group_sizes: (E,) int, rows of each expert; their sum is M.
+        group_sizes: (E,) int, rows of each expert. Rows behind the last group come out undefined, and so do their
+            gradients.
 
     Returns:
         (M, D). The weights' gradients accumulate in float32 (or wider) and come back in the masters' dtype.

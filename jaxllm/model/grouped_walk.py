@@ -21,7 +21,7 @@ Array = jax.Array
 # A size more makes every program longer to compile (it is a loop in each product); a size less pads more. Groups of 128
 # to 512 rows are what a thousand tokens on seven experts give; decoding has groups of a row or a few.
 BLOCK_ROWS = (16, 32, 48, 64, 96, 128, 192, 256, 288, 320, 384, 512, 768, 1024)
-FEW_ROWS = 128
+FEW_ROWS = 32
 """Up to so many rows in all, groups may be so small that a block of 16 would be mostly padding."""
 
 

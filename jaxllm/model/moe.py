@@ -6,6 +6,7 @@ or inject a routing. No token is ever dropped.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from jaxllm.config import ModelConfig
 from jaxllm.model.expert_ffn import expert_ffn, expert_ffn_of_stack
 from jaxllm.model.kernels import choose_kernels
 from jaxllm.model.layers import Linear, at_least_float32
+from jaxllm.sharding import ONE_DEVICE, Layout, stored_experts
 
 Array = jax.Array
 
@@ -157,12 +159,15 @@ class DeepSeekMoE(nnx.Module):
         )
         self.routing_bias = RoutingBias(jnp.zeros((config.n_routed_experts,), at_least_float32(dtype)))
 
-    def __call__(self, x: Array, experts: Array | None = None, offset: Array | None = None) -> tuple[Array, Routing]:
+    def __call__(
+        self, x: Array, experts: Array | None = None, layout: Layout = ONE_DEVICE, offset: Array | None = None
+    ) -> tuple[Array, Routing]:
         """(B,T,D) -> (B,T,D) and the routing of its N tokens.
 
         Args:
             x: (B, T, D).
             experts: (B, T, k) experts to use instead of the router's choice.
+            layout: with several devices along `expert`, `routed_experts` are those of this device.
             offset: where the layer's own experts begin in `routed_experts`, if that is the stack of all layers.
         """
         tokens = x.reshape(-1, x.shape[-1])  # (N,D)
@@ -170,10 +175,45 @@ class DeepSeekMoE(nnx.Module):
             experts = experts.reshape(tokens.shape[0], -1)
         k = self.config.num_experts_per_tok
         routing = route(tokens, self.router.weight[...], self.routing_bias[...], k, experts)
-        plan = plan_dispatch(routing.experts, self.config.n_routed_experts)
-        rows = self.routed_experts.grouped(dispatch(tokens, plan), plan.group_sizes, offset)
-        out = self.shared_experts.summed(tokens) + combine(rows, routing.gates, plan)
-        return out.reshape(x.shape), routing
+        if layout.expert > 1:
+            here = stored_experts(self.config, layout) // layout.expert
+            mixed = mix_on_all_devices(self.routed_experts.grouped, tokens, routing, here)
+        else:
+            plan = plan_dispatch(routing.experts, self.config.n_routed_experts)
+            rows = self.routed_experts.grouped(dispatch(tokens, plan), plan.group_sizes, offset)
+            mixed = combine(rows, routing.gates, plan)
+        return (self.shared_experts.summed(tokens) + mixed).reshape(x.shape), routing
+
+
+def mix_on_all_devices(
+    run: Callable[[Array, Array], Array], tokens: Array, routing: Routing, experts_here: int
+) -> Array:
+    """What the routed experts of all devices along `expert` make of this device's tokens: (N,D) -> (N,D).
+
+    Every device gathers the others' tokens, runs those rows that its own experts were chosen for, and sums over the
+    devices what came out. No token is dropped, whatever the imbalance: every device has room for all rows. An exchange
+    of the chosen rows alone would move k/n of this where n devices have more than k.
+
+    Args:
+        run: this device's experts on rows sorted by expert, and how many of them each has: (M,D), (F,) -> (M,D).
+        tokens: (N, D).
+        routing: of these tokens, among all experts.
+        experts_here: F.
+    """
+
+    def gather(x: Array) -> Array:
+        return jax.lax.all_gather(x, "expert", tiled=True)
+
+    tokens, experts, gates = gather(tokens), gather(routing.experts), gather(routing.gates)  # of all devices
+    own = experts - jax.lax.axis_index("expert") * experts_here
+    here = (own >= 0) & (own < experts_here)
+    # Rows for other devices stand behind the last group. Nothing computes them, forward or back, and what a kernel
+    # leaves in their memory may be anything: zeros take its place.
+    plan = plan_dispatch(jnp.where(here, own, experts_here), experts_here + 1)
+    sizes = plan.group_sizes[:experts_here]
+    live = (jnp.arange(plan.order.size) < sizes.sum())[:, None]
+    rows = jnp.where(live, run(jnp.where(live, dispatch(tokens, plan), 0), sizes), 0)
+    return jax.lax.psum_scatter(combine(rows, jnp.where(here, gates, 0), plan), "expert", tiled=True)
 
 
 def balance_loss(routing: Routing, batch: int) -> Array:
