@@ -19,9 +19,10 @@ import pytest
 from jax.experimental import topologies
 
 import jaxllm
+from jaxllm.compiled import read_program
 from jaxllm.config import PRESETS, TrainConfig
-from jaxllm.model import grouped_triton
 from jaxllm.model.kernels import CUDA
+from jaxllm.program_cost import matrix_products
 from jaxllm.step import abstract_model, start_state, train_step
 
 pytestmark = [
@@ -71,9 +72,9 @@ def test_no_loop_waits_for_the_host(text):
 
 def test_the_program_multiplies_what_the_model_does_and_no_more(text):
     E, D, F, R = MODEL.n_routed_experts, MODEL.hidden_size, MODEL.moe_intermediate_size, MODEL.latent_size
-    products = list(matrix_products(text))
-    dense = [shapes for _, (kind, *shapes) in products if kind == "dot"
-             and any({E, E * D, E * F} & {*shape} and math.prod(shape) >= E * D * F for shape in shapes)]  # fmt: skip
+    products = [product for product in matrix_products(read_program(text)) if product.kind != "attention"]
+    shapes = [shape for product in products if product.kind == "dot" for shape in product.shapes]
+    dense = [shape for shape in shapes if {E, E * D, E * F} & {*shape} and math.prod(shape) >= E * D * F]
     assert not dense  # ragged_dot would contract over (E*D)
     tokens, H, k = CONFIG.batch_size * CONFIG.seq_len, MODEL.num_attention_heads, MODEL.num_experts_per_tok
     n = MODEL.nope_head_dim
@@ -82,7 +83,7 @@ def test_the_program_multiplies_what_the_model_does_and_no_more(text):
     # Two forward passes (one is the recomputation) and two products for each in the backward pass; lm_head's forward
     # pass makes its gradients on the way. The attention scores stand in cuDNN's kernel, on neither side.
     wanted = 2 * tokens * (4 * MODEL.num_hidden_layers * layer + 3 * D * MODEL.vocab_size)
-    made = sum(flops for flops, _ in products)
+    made = sum(product.flops for product in products)
     print(f"compiled {made:.4g} FLOPs, model {wanted:.4g}: {made / wanted:.3f}")
     assert 0.97 * wanted <= made <= 1.15 * wanted
 
@@ -94,48 +95,3 @@ def test_it_fits_an_h100(compiled):
     print(f"{state:.2f} GiB of state, {temporaries:.2f} GiB of temporaries")
     assert state == pytest.approx(12.0, abs=0.1)  # float32 parameters and two moments
     assert temporaries < 8
-
-
-_SHAPE = re.compile(r"[a-z]+\d*\[([\d,]*)\]")
-
-
-def matrix_products(text: str):
-    """(FLOPs, (kind, output, operands...)) of the program's products, each times its loops' trip counts.
-
-    A grouped product counts with all the rows that its tiles can hold at worst.
-    """
-    computations = {m[1]: m[2].splitlines() for m in re.finditer(r"(?m)^(?:ENTRY )?%(\S+) \(.*\{\n((?:  .*\n)*)", text)}
-    entry = re.search(r"(?m)^ENTRY %(\S+) ", text)[1]
-
-    def dims(declared: str) -> tuple[int, ...]:
-        found = _SHAPE.search(declared)[1]
-        return tuple(int(d) for d in found.split(",")) if found else ()
-
-    def visit(name: str, times: int):
-        shapes = {}
-        for line in computations[name]:
-            named, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
-            if rest.startswith("("):
-                out = ()
-            elif _SHAPE.match(rest):
-                out = shapes[named] = dims(rest)
-            else:
-                continue
-            if " dot(" in rest:
-                operands = [shapes[o] for o in re.search(r" dot\(([^)]*)\)", rest)[1].split(", ")]
-                contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", rest)[1].split(",")
-                depth = math.prod(operands[0][int(d)] for d in contracted)
-                yield times * 2 * math.prod(out) * depth, ("dot", out, *operands)
-            elif "__gpu$xla.gpu.triton" in rest:
-                layouts = re.search(r"operand_layout_constraints=\{(.*?)\}, api", rest)[1]
-                rows, other = (dims(f"x{shape}") for shape in re.findall(r"\[[\d,]*\]", layouts)[-2:])
-                E = out[0] if "grouped_weight_gradient" in rest else other[0]
-                tile = grouped_triton.TILE
-                most = (-(-rows[0] // tile) + E) * tile
-                width = other[1] if "grouped_weight_gradient" in rest else math.prod(other[1:]) // rows[1]
-                yield times * 2 * most * rows[1] * width, ("grouped", out, rows, other)
-            inner = re.search(r'known_trip_count":\{"n":"(\d+)"', rest) if " while(" in rest else None
-            for called in re.findall(r"(?:calls|body|to_apply)=%([^\s,)]+)", rest):
-                yield from visit(called, times * (int(inner[1]) if inner else 1))
-
-    yield from visit(entry, 1)

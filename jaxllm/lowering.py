@@ -1,0 +1,92 @@
+"""Compile the training step for a device that is not here, and say what the program would take.
+
+python -m jaxllm.lowering REQUEST.json REPLY.json is the process of its own in which `jaxllm.plan` compiles, with an
+environment that hides the devices there are.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from jaxllm.compiled import read_program
+from jaxllm.config import TrainConfig, read_json, write_json
+from jaxllm.model.kernels import ANY, CUDA
+from jaxllm.program_cost import collectives, kernels, matrix_products
+from jaxllm.step import abstract_model, start_state, train_step
+from jaxllm.targets import Target
+
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+"""XLA's word for a program that cannot fit; a TPU's compiler checks it."""
+
+
+def topology_devices(target: Target, devices: int) -> list[jax.Device]:
+    """So many described devices of one node.
+
+    Raises:
+        ValueError: the target's topology has fewer.
+    """
+    if target.platform == "cuda":
+        options = {"topology": f"1x1x{devices}", "target_config": target.config}
+        described = topologies.get_topology_desc(platform="cuda", topology_name=target.name, **options)
+    else:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=target.topology)
+    if len(described.devices) < devices:
+        raise ValueError(f"devices is {devices}: {target.topology} has {len(described.devices)}")
+    return list(described.devices[:devices])
+
+
+def lower_step(config: TrainConfig, target: Target, devices: list[jax.Device]) -> jax.stages.Lowered:
+    """The real training step on described devices: here the layout over several of them is decided."""
+    one = jax.sharding.NamedSharding(jax.sharding.Mesh(devices, ("one",)), jax.sharding.PartitionSpec())
+    platform = CUDA if target.compute_capability >= 8 else ANY
+    graph, params, bias = abstract_model(
+        config.model, dtype=jnp.dtype(config.precision), remat=config.remat, platform=platform
+    )
+    state = jax.eval_shape(functools.partial(start_state, config), params, bias)
+    labels = jax.ShapeDtypeStruct((config.grad_accum, config.batch_size, config.seq_len), jnp.int32)
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one), (state, labels))
+    return jax.jit(functools.partial(train_step, config, graph), donate_argnums=0).lower(*arguments)
+
+
+def measure(config: TrainConfig, target: Target, devices: int) -> dict[str, Any]:
+    """Compile, and read the program: memory in bytes of each device, its kernels, products and collectives."""
+    start = time.perf_counter()
+    try:
+        compiled = lower_step(config, target, topology_devices(target, devices)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if OUT_OF_MEMORY in str(error):
+            return {"out_of_memory": str(error).splitlines()[0]}
+        raise
+    memory, program = compiled.memory_analysis(), read_program(compiled.as_text())
+    return {
+        "compile_seconds": time.perf_counter() - start,
+        "jax": jax.__version__,
+        "memory": {
+            "arguments": memory.argument_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+            "program": memory.generated_code_size_in_bytes,
+        },
+        "products": list(matrix_products(program)),
+        "kernels": kernels(program),
+        "collectives": collectives(program),
+        "unknown_loops": program.unknown_loops(),
+    }
+
+
+def main(argv: list[str]) -> None:
+    request = read_json(Path(argv[0]))
+    config, target = TrainConfig.from_dict(request["config"]), Target(**request["target"])
+    write_json(Path(argv[1]), measure(config, target, request["devices"]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,291 @@
+"""What a training step would take on a GPU or TPU that is not here: memory, kernels, FLOPs, traffic, time.
+
+python -m jaxllm.plan --preset customllm-1b --target h100 --batch-size 8 --seq-len 2048 --remat
+
+The real step is compiled for a described device, in a process of its own; nothing runs, and no device is touched. Times
+are arithmetic on data sheets (`jaxllm.roofline`), not measurements.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tyro
+
+from jaxllm import flops
+from jaxllm.config import Precision, TrainConfig, preset, read_json, recipe, write_json
+from jaxllm.errors import UserError, exit_on_user_error
+from jaxllm.meter import GIB
+from jaxllm.plan_report import plan_as_json, print_plan, print_search
+from jaxllm.program_cost import Collective, Kernel, Product
+from jaxllm.roofline import Roofline, roofline
+from jaxllm.targets import Target, load_target
+
+USABLE_MEMORY = {"cuda": 0.92, "tpu": 0.98}
+"""The share of a device's memory that a program can have. A GPU's context, libraries and fragments take the rest; set
+XLA_PYTHON_CLIENT_MEM_FRACTION to it, as JAX takes 0.75 of a GPU by default."""
+
+EXTRAS = {
+    "cuda": (("jax_cuda13_plugin", "jax_cuda12_plugin"), "an NVIDIA GPU needs jax[cuda13]: pip install -e '.[cuda13]'"),
+    "tpu": (("libtpu",), "a TPU needs libtpu: pip install 'jax[tpu]'"),
+}
+"""The packages of which one must be there to compile for a platform."""
+
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+    "CUDA_VISIBLE_DEVICES": "",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+"""Of the process that compiles, so that it sees no device."""
+
+MOST_COMPILATIONS = 12
+"""Of a search, with and without recomputation each."""
+
+
+@dataclass(frozen=True)
+class PlanArgs:
+    """Compile the training step for a device that is not here, and say whether it fits and how long it would take."""
+
+    preset: str = "customllm-1b"
+    """Model preset: one of jaxllm.PRESETS."""
+    target: str = "h100"
+    """A file of jaxllm/targets by its name (h100, a100-80, l4, rtx4090, tpu-v5p ...), or the path of one's own."""
+    devices: int = 1
+    """Devices of one node."""
+    batch_size: int = 8
+    """Rows in a micro-batch; a search starts from it."""
+    seq_len: int = 2048
+    """Tokens in a row."""
+    grad_accum: int = 1
+    """Micro-batches in a step."""
+    precision: Precision = "bfloat16"
+    remat: bool = False
+    """Recompute each layer in the backward pass; a search tries both."""
+    tokens: int | None = None
+    """Tokens of the run to be timed; default: those of the recipe `seed`."""
+    json: Path | None = None
+    """File for the answer, for programs."""
+    search: bool = False
+    """Find the largest batch size that fits."""
+
+    def __post_init__(self) -> None:
+        if self.devices < 1:
+            raise UserError(f"devices is {self.devices}: it must be at least 1")
+        if self.devices > 1:
+            raise UserError(f"devices is {self.devices}: the step is laid out on one device only so far, pass 1")
+        if self.tokens is not None and self.tokens < 1:
+            raise UserError(f"tokens is {self.tokens}: it must be at least 1")
+        if self.json is not None and not self.json.absolute().parent.is_dir():
+            raise UserError(f"json is {self.json}: there is no folder {self.json.parent}, make it first")
+
+
+class Out(NamedTuple):
+    """A program that its compiler refused for want of memory."""
+
+    config: TrainConfig
+    message: str
+
+    fits = False
+    peak = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one compiled step would take, on each device."""
+
+    config: TrainConfig
+    target: Target
+    devices: int
+    memory: dict[str, int]
+    """Bytes: arguments, temporaries, outputs not in the place of an argument, and the program."""
+    products: list[Product]
+    collectives: list[Collective]
+    roofline: Roofline
+    touched: float
+    """Bytes of memory that the kernels read and write."""
+    unknown_loops: int
+    compile_seconds: float
+    jax: str
+
+    @property
+    def peak(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def usable(self) -> float:
+        return usable_bytes(self.target)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.usable
+
+    @property
+    def program_flops(self) -> float:
+        return sum(product.flops for product in self.products)
+
+    def model_flops(self, attention: flops.Attention) -> float:
+        """Of one step, on all devices."""
+        return self.config.tokens_per_step * flops.training_flops_per_token(
+            self.config.model, self.config.seq_len, attention
+        )
+
+    def mfu(self, seconds: float, attention: flops.Attention) -> float:
+        peak = self.target.peak_tflops[self.config.precision] * 1e12
+        return self.model_flops(attention) / (seconds * peak * self.devices)
+
+
+def usable_bytes(target: Target) -> float:
+    return USABLE_MEMORY[target.platform] * target.memory_gib * GIB
+
+
+def read_plan(config: TrainConfig, target: Target, devices: int, reply: dict[str, Any]) -> Plan | Out:
+    """The plan from what the compiling process wrote."""
+    if "out_of_memory" in reply:
+        return Out(config, reply["out_of_memory"])
+    kernels = [Kernel(*kernel) for kernel in reply["kernels"]]
+    exchanged = [Collective(*collective) for collective in reply["collectives"]]
+    touched = sum(kernel.bytes for kernel in kernels)
+    if reply["unknown_loops"]:  # then the program's products are not known: the model's stand in for them
+        per_token = flops.training_flops_per_token(config.model, config.seq_len, "full")
+        again = (flops.TRAINING_FACTOR + config.remat) / flops.TRAINING_FACTOR
+        kernels = [kernel._replace(kind=None, flops=0.0) for kernel in kernels]
+        kernels.append(Kernel("dot", again * per_token * config.tokens_per_step / devices, 0.0))
+    return Plan(
+        config=config,
+        target=target,
+        devices=devices,
+        memory=reply["memory"],
+        products=[Product(*product) for product in reply["products"]],
+        collectives=exchanged,
+        roofline=roofline(target, config.precision, kernels, exchanged),
+        touched=touched,
+        unknown_loops=reply["unknown_loops"],
+        compile_seconds=reply["compile_seconds"],
+        jax=reply["jax"],
+    )
+
+
+def check_extra(name: str, target: Target) -> None:
+    """Whether JAX can compile for the target here.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    modules, needs = EXTRAS[target.platform]
+    if not any(importlib.util.find_spec(module) for module in modules):
+        raise UserError(f"target is {name!r}: compiling for {needs}")
+
+
+def compile_plan(config: TrainConfig, target: Target, devices: int) -> Plan | Out:
+    """Compile the step of a run in a process that sees no device.
+
+    Raises:
+        UserError: the compiler failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        request, reply = Path(folder) / "request.json", Path(folder) / "reply.json"
+        asked = {"config": config.to_dict(), "target": dataclasses.asdict(target), "devices": devices}
+        write_json(request, asked)
+        command = [sys.executable, "-m", "jaxllm.lowering", str(request), str(reply)]
+        done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, errors="replace")
+        if done.returncode or not reply.exists():
+            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+            reason = lines[-1] if lines else f"exit code {done.returncode}"
+            raise UserError(f"{target.name}: the step could not be compiled: {reason}")
+        return read_plan(config, target, devices, read_json(reply))
+
+
+def largest_batch(start: int, limit: float, compiled: Callable[[int], Plan | Out]) -> tuple[Plan | Out, bool]:
+    """The plan of the largest batch size that fits, and whether the next larger one is known not to.
+
+    Doubles from `start`, then halves the interval where memory, which grows by about as much with each row, says that
+    the limit lies.
+
+    Args:
+        start: the first batch size tried.
+        limit: bytes that a program may take.
+        compiled: given a batch size, its plan.
+    """
+    best: Plan | Out | None = None
+    low, high, size = 0, None, start
+    known: dict[int, int] = {}
+    for _ in range(MOST_COMPILATIONS):
+        plan = compiled(size)
+        if plan.peak is not None:
+            known[size] = plan.peak
+        if plan.fits:
+            low, best = size, plan
+        else:
+            high, smallest = size, plan
+        if high is None:
+            size *= 2
+            continue
+        if high - low <= 1:
+            break
+        size = max(low + 1, min(high - 1, _interpolated(known, limit, (low + high) // 2)))
+    return best or smallest, high is not None and high - low <= 1
+
+
+def _interpolated(known: dict[int, int], limit: float, otherwise: int) -> int:
+    """The batch size whose memory would be the limit, from the two nearest to it."""
+    nearest = sorted(sorted(known, key=lambda size: abs(known[size] - limit))[:2])
+    if len(nearest) < 2 or known[nearest[0]] == known[nearest[1]]:
+        return otherwise
+    (a, b), row = nearest, (known[nearest[1]] - known[nearest[0]]) / (nearest[1] - nearest[0])
+    return int(a + (limit - known[a]) / row) if row > 0 and b else otherwise
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> int:
+    args = tyro.cli(PlanArgs, args=argv, prog="python -m jaxllm.plan")
+    target = load_target(args.target)
+    config = TrainConfig(
+        preset=args.preset,
+        model=preset(args.preset),
+        batch_size=args.batch_size,
+        seq_len=args.seq_len,
+        grad_accum=args.grad_accum,
+        precision=args.precision,
+        remat=args.remat,
+    )
+    check_extra(args.target, target)
+    seed = recipe("seed", args.preset)
+    tokens = args.tokens or seed.steps * seed.tokens_per_step
+    run = f"{tokens:,} tokens" if args.tokens else f"the recipe seed: {tokens:,} tokens"
+
+    if args.search:
+        found = []
+        for remat in (False, True):
+
+            def compiled(size: int, remat: bool = remat) -> Plan | Out:
+                tried = dataclasses.replace(config, batch_size=size, remat=remat)
+                print(f"compiling batch size {size}{', remat' if remat else ''} ...", file=sys.stderr, flush=True)
+                return compile_plan(tried, target, args.devices)
+
+            found.append(largest_batch(args.batch_size, usable_bytes(target), compiled))
+        print_search(found, target, tokens, run)
+        answer = {"search": [{"exact": exact, **plan_as_json(plan, tokens)} for plan, exact in found]}
+        fits = any(plan.fits for plan, _ in found)
+    else:
+        plan = compile_plan(config, target, args.devices)
+        print_plan(plan, target, tokens, run)
+        answer, fits = plan_as_json(plan, tokens), plan.fits
+    if args.json:
+        write_json(args.json, answer)
+    return 0 if fits else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
