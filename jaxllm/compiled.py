@@ -70,7 +70,7 @@ class Step(NamedTuple):
     """An instruction where the program runs it."""
 
     instruction: Instruction
-    times: int  # a run of the program; inside a loop whose turns are not known, one turn counts
+    times: int  # in a run of the program
     fusion: Instruction | None  # the kernel that it is a part of; None: it stands for itself
 
 
@@ -81,7 +81,7 @@ class Program:
     devices: int
 
     def steps(self) -> Iterator[Step]:
-        """Every instruction that runs, callers before what they call."""
+        """Every instruction that runs, callers before what they call; all branches, but no loop of unknown length."""
         return self._visit(self.entry, 1, None)
 
     def _visit(self, name: str, times: int, fusion: Instruction | None) -> Iterator[Step]:
@@ -89,7 +89,8 @@ class Program:
             yield Step(instruction, times, fusion)
             if instruction.opcode == "while":
                 turns = self.trip_count(instruction)
-                yield from self._visit(instruction.called("body")[0], times * (1 if turns is None else turns), fusion)
+                if turns is not None:
+                    yield from self._visit(instruction.called("body")[0], times * turns, fusion)
                 continue
             kernel = fusion
             if instruction.opcode in ("call", "async-start"):
@@ -104,7 +105,7 @@ class Program:
                 yield from self._visit(called, times, kernel)
 
     def trip_count(self, loop: Instruction) -> int | None:
-        """Turns of a `while`: those that XLA noted, else those of a counter up to a constant; None: not known."""
+        """Turns of a `while`, which XLA noted or which a scan's counter makes up to a constant; None: unknown."""
         noted = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
         return int(noted[1]) if noted else self._counted(loop)
 
@@ -133,7 +134,7 @@ class Program:
         return None if first is None or last is None else max(0, last - first)
 
     def unknown_loops(self) -> int:
-        """Loops whose turns are not known, as those of a walk over rows that a router sorts."""
+        """Loops that `steps` leaves out, such as walks over the rows that a router sends to an expert."""
         loops = (step.instruction for step in self.steps() if step.instruction.opcode == "while")
         return sum(self.trip_count(loop) is None for loop in loops)
 

@@ -23,8 +23,8 @@ from jaxllm.program_cost import collectives, kernels, matrix_products
 from jaxllm.step import abstract_model, start_state, train_step
 from jaxllm.targets import Target
 
-OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
-"""XLA's word for a program that cannot fit; a TPU's compiler checks it."""
+OUT_OF_MEMORY = "Ran out of memory"
+"""XLA's words for a program that cannot fit: a TPU's compiler checks it."""
 
 
 def topology_devices(target: Target, devices: int) -> list[jax.Device]:

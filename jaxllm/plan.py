@@ -157,7 +157,7 @@ def read_plan(config: TrainConfig, target: Target, devices: int, reply: dict[str
     kernels = [Kernel(*kernel) for kernel in reply["kernels"]]
     exchanged = [Collective(*collective) for collective in reply["collectives"]]
     touched = sum(kernel.bytes for kernel in kernels)
-    if reply["unknown_loops"]:  # then the program's products are not known: the model's stand in for them
+    if reply["unknown_loops"]:  # the program's products are not all known: the model's stand in for them
         per_token = flops.training_flops_per_token(config.model, config.seq_len, "full")
         again = (flops.TRAINING_FACTOR + config.remat) / flops.TRAINING_FACTOR
         kernels = [kernel._replace(kind=None, flops=0.0) for kernel in kernels]

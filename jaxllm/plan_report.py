@@ -89,7 +89,7 @@ def _flops_rows(plan: Plan) -> Iterable[tuple[str, str, str]]:
     yield "model, attention causal", f"{causal / 1e12:.4g} TFLOP", ""
     note = f"{plan.program_flops * plan.devices / causal:.2f} of the model's causal"
     if plan.unknown_loops:
-        note = f"not all: {plan.unknown_loops} loops of unknown length count one turn"
+        note = f"without {plan.unknown_loops} loops of unknown length"
     yield "compiled program", f"{plan.program_flops / 1e12:.4g} TFLOP", note
 
 
@@ -152,8 +152,8 @@ def assumptions(plan: Plan) -> list[str]:
         )
     if plan.unknown_loops:
         lines.append(
-            f"{plan.unknown_loops} loops have a length that only the routing knows: the compute time is that of the "
-            "model's FLOPs, and the memory time counts one turn of each."
+            f"{plan.unknown_loops} loops have a length that only the routing knows and are left out: the memory time "
+            "is too short; the compute time is that of the model's FLOPs."
         )
     return lines
 

@@ -92,9 +92,9 @@ def load_target(name: str) -> Target:
     required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
     if missing := [name for name in required if name not in values]:
         raise UserError(f"{path}: {', '.join(missing)} is missing: a target needs it")
-    if isinstance(values.get("config"), str):
-        values["config"] = _read_config(path.parent / values["config"])
     try:
+        if isinstance(values.get("config"), str):
+            values["config"] = _read_config(path.parent / values["config"])
         return Target(**values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

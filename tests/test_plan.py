@@ -1,0 +1,457 @@
+"""Planning for a device that is not here: targets, the reader of programs, arithmetic, and real compilations."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxllm import plan as planning
+from jaxllm.compiled import Shape, read_program, read_shapes
+from jaxllm.config import PRESETS, TrainConfig
+from jaxllm.errors import UserError
+from jaxllm.flops import training_flops_per_token
+from jaxllm.meter import GIB
+from jaxllm.plan import Out, Plan, compile_plan, largest_batch, read_plan
+from jaxllm.plan_report import plan_as_json, print_plan, print_search
+from jaxllm.program_cost import Collective, Kernel, collectives, kernels, matrix_products
+from jaxllm.roofline import ACHIEVED_FLOPS, ACHIEVED_INTERCONNECT, ACHIEVED_MEMORY, roofline
+from jaxllm.targets import FOLDER, load_target, target_names
+
+needs_cuda = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jax[cuda13]: pip install -e '.[cuda13,test]'"
+)
+H100 = load_target("h100")
+CONFIG = TrainConfig(preset="customllm-1b", model=PRESETS["customllm-1b"], seq_len=2048, precision="bfloat16")
+
+
+# Targets
+
+
+@pytest.mark.parametrize("name", target_names())
+def test_a_target_agrees_with_its_description_for_xla(name):
+    target = load_target(name)
+    assert target.peak_tflops["bfloat16"] >= target.peak_tflops["float32"]
+    if target.platform == "cuda":
+        described = {key: float(value) for key, value in re.findall(r"(\w+): ([\d.]+)", target.config)}
+        assert described["device_memory_size"] / GIB == pytest.approx(target.memory_gib, abs=0.02)
+        assert described["memory_bandwidth"] / 1e9 == pytest.approx(target.memory_gb_per_s, rel=1e-3)
+        assert target.compute_capability >= 8
+
+
+def test_every_description_belongs_to_a_target():
+    named = {json.loads(file.read_text()).get("config") for file in FOLDER.glob("*.json")}
+    assert named - {None} == {file.name for file in FOLDER.glob("*.txtpb")}
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"memory_gib": None}, ["memory_gib is missing"]),
+        ({"memory_gib": -1}, ["memory_gib is -1", "larger than 0"]),
+        ({"memory_gib": "much"}, ["memory_gib is 'much'"]),
+        ({"peak_tflops": {"bfloat16": 1}}, ["peak_tflops", "float32 and bfloat16"]),
+        ({"peak_tflops": {"bfloat16": 1, "float32": 0}}, ["peak_tflops.float32 is 0"]),
+        ({"platform": "rocm"}, ["platform is 'rocm'", "cuda or tpu"]),
+        ({"config": None}, ["config is None", "cuda target"]),
+        ({"config": "none.txtpb"}, ["none.txtpb", "cannot be read"]),
+        ({"sources": {}}, ["sources.memory_gib is missing"]),
+        ({"color": "green"}, ["color is no field"]),
+    ],
+)
+def test_a_target_of_one_s_own_is_checked(change, parts, tmp_path):
+    values = json.loads((FOLDER / "h100.json").read_text())
+    values["config"] = str(FOLDER / values["config"])
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(values))
+    assert load_target(str(file)) == H100
+    file.write_text(json.dumps({key: value for key, value in (values | change).items() if value is not None}))
+    with pytest.raises(UserError) as refused:
+        load_target(str(file))
+    for part in ["mine.json", *parts]:
+        assert part in str(refused.value)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--target", "h101"], ["target is 'h101'", "h100", "tpu-v5e"]),
+        (["--target", "no/such.json"], ["no/such.json"]),
+        (["--preset", "huge"], ["preset is 'huge'", "customllm-1b"]),
+        (["--batch-size", "0"], ["batch_size is 0"]),
+        (["--seq-len", "4096"], ["seq_len is 4096", "2048"]),
+        (["--grad-accum", "0"], ["grad_accum is 0"]),
+        (["--devices", "0"], ["devices is 0"]),
+        (["--tokens", "0"], ["tokens is 0"]),
+        (["--json", "no/such/folder.json"], ["json is no/such/folder.json", "no folder"]),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_compiled(options, parts, capsys, monkeypatch):
+    monkeypatch.setattr(planning, "compile_plan", None)
+    assert planning.main(options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1, error
+    for part in parts:
+        assert part in error
+
+
+@pytest.mark.parametrize(("target", "mend"), [("h100", "'.[cuda13]'"), ("tpu-v5e", "pip install 'jax[tpu]'")])
+def test_a_missing_extra_is_named(target, mend, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(planning, "compile_plan", None)
+    assert planning.main(["--target", target]) == 2
+    assert mend in capsys.readouterr().err
+
+
+def test_a_compiler_s_failure_is_one_line(monkeypatch):
+    def run(command, env, **_):
+        assert env["JAX_PLATFORMS"] == "cpu"
+        assert env["CUDA_VISIBLE_DEVICES"] == ""
+        return subprocess.CompletedProcess(
+            command, 1, "", "W0000 noise\nTraceback:\n  File\nRuntimeError: no such unit\n\n"
+        )
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(UserError, match=r"^NVIDIA H100.* could not be compiled: RuntimeError: no such unit$"):
+        compile_plan(CONFIG, H100, 1)
+
+
+# The reader of compiled programs
+
+
+def test_shapes_are_read_with_their_bytes_and_their_place():
+    text = "(f32[2,3]{1,0}, bf16[8]{0:T(8,128)(2,1)S(1)}, /*index=2*/s4[3]{0}, pred[], f8e4m3fn[5]{0}, token[])"
+    shapes = read_shapes(text)
+    assert [shape.bytes for shape in shapes] == [24, 16, 1.5, 1, 5, 0]
+    assert shapes[1] == Shape("bf16", (8,), on_chip=True)
+
+
+def test_products_of_a_compiled_scan_count_every_turn():
+    def many(x, weights):
+        return jax.lax.scan(lambda x, weight: (jnp.tanh(x @ weight), None), x, weights)[0].sum()
+
+    x, weights = jax.ShapeDtypeStruct((64, 48), jnp.float32), jax.ShapeDtypeStruct((7, 48, 48), jnp.float32)
+    program = read_program(jax.jit(many).lower(x, weights).compile().as_text())
+    assert sum(product.flops for product in matrix_products(program)) == 7 * 2 * 64 * 48 * 48
+    assert program.unknown_loops() == 0
+    assert not collectives(program)
+
+
+EXCHANGE = """
+import sys
+from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np
+
+if sys.argv[1] == "cpu":
+    devices = jax.devices()
+else:
+    from jax.experimental import topologies
+    options = {"topology": "1x1x8", "target_config": Path(sys.argv[1]).read_text()}
+    devices = topologies.get_topology_desc(platform="cuda", topology_name="gpu", **options).devices
+mesh = jax.sharding.Mesh(np.array(devices).reshape(2, 4), ("data", "fsdp"))
+P = jax.sharding.PartitionSpec
+
+def turn(x, _):
+    total = jax.lax.psum(x, "data")
+    gathered = jax.lax.all_gather(x, "fsdp", tiled=True)
+    mine = jax.lax.psum_scatter(gathered * total.sum(), "fsdp", tiled=True)
+    swapped = jax.lax.all_to_all(mine, "fsdp", 0, 0, tiled=True)
+    return jnp.sin(jax.lax.ppermute(swapped, "data", [(0, 1), (1, 0)])), None
+
+rows = P(("data", "fsdp"))
+step = jax.shard_map(lambda x: jax.lax.scan(turn, x, length=5)[0], mesh=mesh, in_specs=rows, out_specs=rows)
+x = jax.ShapeDtypeStruct((8 * 64, 256), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, rows))
+print(jax.jit(step).lower(x).compile().as_text())
+"""
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["cpu", pytest.param(str(FOLDER / "h100_sxm.txtpb"), marks=[pytest.mark.gpu_compile, needs_cuda], id="cuda")],
+)
+def test_collectives_of_a_compiled_program_on_eight_devices(where):
+    """On a GPU each is a pair of instructions, on the CPU one."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", **planning.ENVIRONMENT}
+    command = [sys.executable, "-c", EXCHANGE, where]
+    text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    program = read_program(text[text.index("HloModule") :])
+    assert program.devices == 8
+    held = 64 * 256 * 4
+    assert sorted(collectives(program)) == [
+        Collective("all-gather", 5, 5 * held * 3),
+        Collective("all-reduce", 5, 5 * held * 2 / 2),
+        Collective("all-to-all", 5, 5 * held * 3 / 4),
+        Collective("collective-permute", 5, 5 * held),
+        Collective("reduce-scatter", 5, 5 * 4 * held * 3 / 4),
+    ]
+
+
+def program_of(*lines: str, before: str = "", header: str = ""):
+    body = "\n".join(f"  {line}" for line in lines)
+    return read_program(f"HloModule made{header}\n\n{before}\nENTRY %main (p: f32[]) -> f32[] {{\n{body}\n}}\n")
+
+
+@pytest.mark.parametrize(
+    ("groups", "sent"),
+    [
+        ("{{0,1},{2,3}}", 1.0),
+        ("[2,2]<=[4]", 1.0),
+        ("[2,2]<=[2,2]T(1,0)", 1.0),
+        ("{}", 1.5),
+        ("{{0},{1},{2},{3}}", None),
+    ],
+)
+def test_groups_of_a_collective(groups, sent):
+    program = program_of(
+        "%p = f32[250]{0} parameter(0)",
+        f"%all-reduce-start = f32[250]{{0}} all-reduce-start(%p), replica_groups={groups}, to_apply=%add",
+        "ROOT %all-reduce-done = f32[250]{0} all-reduce-done(%all-reduce-start)",
+        header=", num_partitions=4",
+    )
+    assert collectives(program) == ([] if sent is None else [Collective("all-reduce", 1, 1000 * sent)])
+
+
+def test_collectives_in_an_asynchronous_computation_count_once():
+    inner = "%wrapped (q: f32[8]) -> f32[4] {\n  %q = f32[8]{0} parameter(0)\n"
+    inner += "  ROOT %rs = f32[4]{0} reduce-scatter(%q), replica_groups={{0,1}}, dimensions={0}, to_apply=%add\n}\n"
+    program = program_of(
+        "%p = f32[8]{0} parameter(0)",
+        "%start = ((f32[8]{0}), f32[4]{0}, s32[]) async-start(%p), calls=%wrapped",
+        "ROOT %done = f32[4]{0} async-done(%start), calls=%wrapped",
+        before=inner,
+    )
+    assert collectives(program) == [Collective("reduce-scatter", 1, 16)]
+
+
+def test_products_of_libraries():
+    gemm = '{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs":["0"]}}}'
+    scores = '"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "4", "128", "128"]}'
+    query = "bf16[2,128,4,64]{3,2,1,0}"
+    program = program_of(
+        "%a = f32[32,16]{1,0} parameter(0)",
+        "%b = f32[16,8]{1,0} parameter(1)",
+        f'%g = (f32[32,8]{{1,0}}, s8[64]{{0}}) custom-call(%a, %b), custom_call_target="__cublas$gemm", '
+        f"backend_config={gemm}",
+        f"%q = {query} parameter(2)",
+        f"%f = (bf16[2,4,128,64]{{3,1,2,0}}, u8[0]{{0}}) custom-call(%q, %q, %q), "
+        f'custom_call_target="__cudnn$fmhaSoftmax", backend_config={{{scores}, "mask_type": "CAUSAL"}}',
+        "ROOT %t = () tuple()",
+    )
+    products = {product.kernel: product.flops for product in matrix_products(program)}
+    assert products == {
+        "cuBLAS product": 2 * 32 * 16 * 8,
+        "cuDNN fused attention, forward": 2 * (2 * 2 * 4 * 128 * 128 * 64) / 2,
+    }
+
+
+def test_a_tpu_s_convolution_counts_what_meets_no_hole():
+    """A batch of 16 becomes a dilated dimension, in which one place in 16 holds a number."""
+    program = program_of(
+        "%a = bf16[16,128,64]{2,1,0:T(8,128)(2,1)} parameter(0)",
+        "%b = bf16[16,256,64]{2,1,0:T(8,128)(2,1)} parameter(1)",
+        "ROOT %c = f32[16,128,256]{2,1,0:T(8,128)} convolution(%a, %b), window={size=16 stride=15 lhs_dilate=16}, "
+        "dim_labels=0bf_0oi->0bf",
+    )
+    (product,) = matrix_products(program)
+    assert product.flops == 2 * 16 * 128 * 256 * 64
+
+
+COUNTED = """
+%body (t: (s32[], f32[4,4])) -> (s32[], f32[4,4]) {{
+  %t = (s32[], f32[4,4]{{1,0}}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %x = f32[4,4]{{1,0}} get-tuple-element(%t), index=1
+  %y = f32[4,4]{{1,0}} dot(%x, %x), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  ROOT %out = (s32[], f32[4,4]{{1,0}}) tuple(%i, %y)
+}}
+
+%condition (t.1: (s32[], f32[4,4])) -> pred[] {{
+  %t.1 = (s32[], f32[4,4]{{1,0}}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%t.1), index=0
+  %limit = s32[] {limit}
+  ROOT %less = pred[] compare(%i.1, %limit), direction=LT
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "note", "turns"),
+    [
+        ("constant(6)", "", 6),
+        ("get-tuple-element(%t.1), index=0", "", 0),
+        ("parameter(1)", "", None),
+        ("parameter(1)", 'backend_config={"known_trip_count":{"n":"3"}}', 3),
+    ],
+)
+def test_turns_of_a_loop(limit, note, turns):
+    program = program_of(
+        "%zero = s32[] constant(0)",
+        "%x.0 = f32[4,4]{1,0} parameter(0)",
+        "%start = (s32[], f32[4,4]{1,0}) tuple(%zero, %x.0)",
+        f"ROOT %loop = (s32[], f32[4,4]{{1,0}}) while(%start), condition=%condition, body=%body, {note}",
+        before=COUNTED.format(limit=limit),
+    )
+    assert program.unknown_loops() == (turns is None)
+    assert sum(product.flops for product in matrix_products(program)) == (turns or 0) * 2 * 4**3
+
+
+def test_a_slice_of_a_stack_counts_as_a_slice():
+    fused = """
+%fused (stack: f32[24,100], row: f32[100], at: s32[]) -> f32[24,100] {
+  %stack = f32[24,100]{1,0} parameter(0)
+  %row = f32[100]{0} parameter(1)
+  %at = s32[] parameter(2)
+  %flat = f32[1,100]{1,0} bitcast(%row)
+  ROOT %updated = f32[24,100]{1,0} dynamic-update-slice(%stack, %flat, %at, %at)
+}
+"""
+    program = program_of(
+        "%s = f32[24,100]{1,0} parameter(0)",
+        "%r = f32[100]{0} parameter(1)",
+        "%n = s32[] parameter(2)",
+        "ROOT %f = f32[24,100]{1,0} fusion(%s, %r, %n), kind=kLoop, calls=%fused",
+        before=fused,
+    )
+    assert kernels(program) == [Kernel(None, 0.0, 400 + 400 + 4)]
+
+
+# Arithmetic
+
+
+def test_the_roofline_by_hand():
+    work = [
+        Kernel(
+            "dot", ACHIEVED_FLOPS["dot"] * 989.4e12, 0.5 * ACHIEVED_MEMORY * 3352e9
+        ),  # 1 s of products, 0.5 of memory
+        Kernel("grouped", 2 * ACHIEVED_FLOPS["grouped"] * 989.4e12, 0.0),  # 2 s
+        Kernel(None, 0.0, 3 * ACHIEVED_MEMORY * 3352e9),  # 3 s
+    ]
+    found = roofline(H100, "bfloat16", work, [Collective("all-gather", 1, 0.25 * ACHIEVED_INTERCONNECT * 450e9)])
+    assert (found.compute, found.memory, found.collectives) == pytest.approx((3, 3.5, 0.25))
+    assert (found.bound_by, found.at_best) == ("memory", found.memory)
+    assert found.expected == pytest.approx(1 + 2 + 3 + 0.25)
+    assert roofline(H100, "float32", work[:1], []).compute == pytest.approx(2)
+
+
+def a_plan(config: TrainConfig = CONFIG, gib: float = 18.0, **changes) -> Plan | Out:
+    per_second = ACHIEVED_FLOPS["dot"] * 989.4e12
+    reply = {
+        "compile_seconds": 1.0,
+        "jax": jax.__version__,
+        "memory": {"arguments": round(gib * GIB), "temporaries": 0, "outputs": 0, "program": 0},
+        "products": [["dot.1", "XLA Triton product", "dot", 2 * per_second, 3, [[1]]]],
+        "kernels": [["dot", 2 * per_second, 1e9]],
+        "collectives": [["all-gather", 5, 3e9]],
+        "unknown_loops": 0,
+    }
+    return read_plan(config, H100, 1, json.loads(json.dumps(reply | changes)))
+
+
+def test_a_plan_says_time_speed_and_whether_it_fits(capsys):
+    plan = a_plan()
+    assert plan.roofline.compute == pytest.approx(2)
+    assert plan.mfu(2.0, "full") == pytest.approx(
+        8 * 2048 * training_flops_per_token(CONFIG.model, 2048, "full") / 2 / 989.4e12
+    )
+    answer = json.loads(json.dumps(plan_as_json(plan, 10 * 8 * 2048)))
+    assert answer["fits"]
+    assert answer["run"]["seconds_at_best"] == pytest.approx(20)
+    assert answer["collectives"] == {"all-gather": {"calls": 5, "amount": 3e9}}
+    assert not a_plan(gib=73).fits  # 0.92 of 79.14
+    print_plan(plan, H100, 10 * 8 * 2048, "a run")
+    shown = capsys.readouterr().out
+    for part in ("fits", "18.00 GiB", "XLA Triton product", "all-gather", "bounds the step", "20 - 20", "Assumed"):
+        assert part in shown
+
+
+def test_what_the_compiler_refused_does_not_fit(capsys):
+    plan = a_plan(out_of_memory="Ran out of memory on HBM")
+    assert not plan.fits
+    print_plan(plan, H100, 1, "a run")
+    assert "does not fit: Ran out of memory on HBM" in capsys.readouterr().out
+    assert plan_as_json(plan, 1)["fits"] is False
+
+
+def test_where_loops_are_not_known_the_model_s_products_stand_in():
+    plan = a_plan(unknown_loops=4)
+    wanted = plan.model_flops("full") / (ACHIEVED_FLOPS["dot"] * 989.4e12)
+    assert plan.roofline.compute == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("start", "fixed", "row", "wanted"),
+    [(8, 17.0, 1.0, 55), (8, 17.0, 20.0, 2), (64, 12.0, 0.7, 86), (4, 80.0, 1.0, 1)],
+)
+def test_a_search_finds_the_largest_batch_in_few_compilations(start, fixed, row, wanted):
+    tried = []
+
+    def compiled(size: int) -> Plan:
+        tried.append(size)
+        return a_plan(TrainConfig(model=PRESETS["customllm-1b"], batch_size=size), gib=fixed + row * size)
+
+    plan, exact = largest_batch(start, planning.usable_bytes(H100), compiled)
+    assert exact
+    assert plan.config.batch_size == wanted
+    assert plan.fits == (fixed < 72)
+    assert len(tried) == len({*tried}) <= 8
+
+
+def test_a_search_stops_and_shows_that_it_is_not_at_the_end(capsys):
+    found = largest_batch(1, planning.usable_bytes(H100), lambda size: a_plan(TrainConfig(batch_size=size)))
+    plan, exact = found
+    assert not exact
+    assert plan.config.batch_size == 2 ** (planning.MOST_COMPILATIONS - 1)
+    print_search([found, (Out(CONFIG, "no memory"), True)], H100, 10**9, "a run")
+    shown = capsys.readouterr().out
+    assert ">= 2048" in shown
+    assert "none" in shown
+
+
+# Real compilations
+
+
+@pytest.mark.gpu_compile
+@needs_cuda
+@pytest.mark.parametrize(
+    ("options", "most_gib"),
+    [
+        (["--target", "h100", "--batch-size", "8", "--seq-len", "2048"], 40),
+        (["--target", "rtx4090", "--batch-size", "4", "--seq-len", "256"], 0.92 * 23.63),
+    ],
+)
+def test_the_real_step_fits(options, most_gib, tmp_path, capfd):
+    file = tmp_path / "plan.json"
+    assert planning.main([*options, "--remat", "--json", str(file)]) == 0
+    answer = json.loads(file.read_text())
+    assert answer["fits"]
+    assert answer["memory"]["peak"] / GIB < most_gib
+    assert {"Triton grouped product", "cuDNN fused attention, backward"} <= {*answer["kernels"]}
+    assert answer["flops"]["program"] > answer["flops"]["model_causal"]  # layers are computed again
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.gpu_compile
+@needs_cuda
+def test_a_kernel_that_a_device_has_no_room_for_is_one_line(tmp_path, capfd):
+    values = json.loads((FOLDER / "rtx4090.json").read_text())
+    text = (FOLDER / values["config"]).read_text().replace("optin: 101376", "optin: 50000")
+    (tmp_path / "small.txtpb").write_text(text)
+    file = Path(tmp_path / "small.json")
+    file.write_text(json.dumps(values | {"config": "small.txtpb"}))
+    options = ["--target", str(file), "--preset", "tiny", "--seq-len", "128", "--precision", "float32"]
+    assert planning.main(options) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1
+    assert "Shared memory size limit exceeded" in error
