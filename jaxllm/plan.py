@@ -31,8 +31,7 @@ from jaxllm.roofline import Roofline, roofline
 from jaxllm.targets import Target, load_target
 
 USABLE_MEMORY = {"cuda": 0.92, "tpu": 0.98}
-"""The share of a device's memory that a program can have. A GPU's context, libraries and fragments take the rest; set
-XLA_PYTHON_CLIENT_MEM_FRACTION to it, as JAX takes 0.75 of a GPU by default."""
+"""The share of a device's memory that a program can have; a GPU's context, libraries and fragments take the rest."""
 
 EXTRAS = {
     "cuda": (("jax_cuda13_plugin", "jax_cuda12_plugin"), "an NVIDIA GPU needs jax[cuda13]: pip install -e '.[cuda13]'"),
@@ -56,7 +55,7 @@ MOST_COMPILATIONS = 12
 
 @dataclass(frozen=True)
 class PlanArgs:
-    """Compile the training step for a device that is not here, and say whether it fits and how long it would take."""
+    """Compile the training step for a device that is not here. Exits with 1 where it does not fit."""
 
     preset: str = "customllm-1b"
     """Model preset: one of jaxllm.PRESETS."""
@@ -89,12 +88,16 @@ class PlanArgs:
             raise UserError(f"tokens is {self.tokens}: it must be at least 1")
         if self.json is not None and not self.json.absolute().parent.is_dir():
             raise UserError(f"json is {self.json}: there is no folder {self.json.parent}, make it first")
+        if self.json is not None and self.json.is_dir():
+            raise UserError(f"json is {self.json}: it is a folder, name a file in it")
 
 
-class Out(NamedTuple):
-    """A program that its compiler refused for want of memory."""
+class Refused(NamedTuple):
+    """A step that the compiler refused for want of memory."""
 
     config: TrainConfig
+    target: Target
+    devices: int
     message: str
 
     fits = False
@@ -150,10 +153,10 @@ def usable_bytes(target: Target) -> float:
     return USABLE_MEMORY[target.platform] * target.memory_gib * GIB
 
 
-def read_plan(config: TrainConfig, target: Target, devices: int, reply: dict[str, Any]) -> Plan | Out:
+def read_plan(config: TrainConfig, target: Target, devices: int, reply: dict[str, Any]) -> Plan | Refused:
     """The plan from what the compiling process wrote."""
     if "out_of_memory" in reply:
-        return Out(config, reply["out_of_memory"])
+        return Refused(config, target, devices, reply["out_of_memory"])
     kernels = [Kernel(*kernel) for kernel in reply["kernels"]]
     exchanged = [Collective(*collective) for collective in reply["collectives"]]
     touched = sum(kernel.bytes for kernel in kernels)
@@ -188,12 +191,14 @@ def check_extra(name: str, target: Target) -> None:
         raise UserError(f"target is {name!r}: compiling for {needs}")
 
 
-def compile_plan(config: TrainConfig, target: Target, devices: int) -> Plan | Out:
+def compile_plan(config: TrainConfig, target: Target, devices: int) -> Plan | Refused:
     """Compile the step of a run in a process that sees no device.
 
     Raises:
         UserError: the compiler failed.
     """
+    again = ", remat" if config.remat else ""
+    print(f"compiling batch size {config.batch_size}{again} for {target.name} ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         request, reply = Path(folder) / "request.json", Path(folder) / "reply.json"
         asked = {"config": config.to_dict(), "target": dataclasses.asdict(target), "devices": devices}
@@ -207,7 +212,7 @@ def compile_plan(config: TrainConfig, target: Target, devices: int) -> Plan | Ou
         return read_plan(config, target, devices, read_json(reply))
 
 
-def largest_batch(start: int, limit: float, compiled: Callable[[int], Plan | Out]) -> tuple[Plan | Out, bool]:
+def largest_batch(start: int, limit: float, compiled: Callable[[int], Plan | Refused]) -> tuple[Plan | Refused, bool]:
     """The plan of the largest batch size that fits, and whether the next larger one is known not to.
 
     Doubles from `start`, then halves the interval where memory, which grows by about as much with each row, says that
@@ -218,8 +223,8 @@ def largest_batch(start: int, limit: float, compiled: Callable[[int], Plan | Out
         limit: bytes that a program may take.
         compiled: given a batch size, its plan.
     """
-    best: Plan | Out | None = None
-    low, high, size = 0, None, start
+    best: Plan | Refused | None = None
+    low, high, size = 0, None, start  # the largest that fits, the smallest that does not, the next
     known: dict[int, int] = {}
     for _ in range(MOST_COMPILATIONS):
         plan = compiled(size)
@@ -241,10 +246,11 @@ def largest_batch(start: int, limit: float, compiled: Callable[[int], Plan | Out
 def _interpolated(known: dict[int, int], limit: float, otherwise: int) -> int:
     """The batch size whose memory would be the limit, from the two nearest to it."""
     nearest = sorted(sorted(known, key=lambda size: abs(known[size] - limit))[:2])
-    if len(nearest) < 2 or known[nearest[0]] == known[nearest[1]]:
+    if len(nearest) < 2:
         return otherwise
-    (a, b), row = nearest, (known[nearest[1]] - known[nearest[0]]) / (nearest[1] - nearest[0])
-    return int(a + (limit - known[a]) / row) if row > 0 and b else otherwise
+    a, b = nearest
+    row = (known[b] - known[a]) / (b - a)
+    return int(a + (limit - known[a]) / row) if row > 0 else otherwise
 
 
 @exit_on_user_error
@@ -269,18 +275,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = []
         for remat in (False, True):
 
-            def compiled(size: int, remat: bool = remat) -> Plan | Out:
-                tried = dataclasses.replace(config, batch_size=size, remat=remat)
-                print(f"compiling batch size {size}{', remat' if remat else ''} ...", file=sys.stderr, flush=True)
-                return compile_plan(tried, target, args.devices)
+            def compiled(size: int, remat: bool = remat) -> Plan | Refused:
+                return compile_plan(dataclasses.replace(config, batch_size=size, remat=remat), target, args.devices)
 
             found.append(largest_batch(args.batch_size, usable_bytes(target), compiled))
-        print_search(found, target, tokens, run)
+        print_search(found, tokens, run)
         answer = {"search": [{"exact": exact, **plan_as_json(plan, tokens)} for plan, exact in found]}
         fits = any(plan.fits for plan, _ in found)
     else:
         plan = compile_plan(config, target, args.devices)
-        print_plan(plan, target, tokens, run)
+        print_plan(plan, tokens, run)
         answer, fits = plan_as_json(plan, tokens), plan.fits
     if args.json:
         write_json(args.json, answer)

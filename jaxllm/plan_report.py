@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -12,12 +13,16 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxllm.meter import GIB
-from jaxllm.program_cost import COLLECTIVES
 from jaxllm.roofline import ACHIEVED_FLOPS, ACHIEVED_INTERCONNECT, ACHIEVED_MEMORY
-from jaxllm.targets import Target
 
 if TYPE_CHECKING:
-    from jaxllm.plan import Out, Plan
+    from jaxllm.plan import Plan, Refused
+
+DEFAULT_MEMORY = 0.75
+"""The share of a GPU's memory that JAX takes where XLA_PYTHON_CLIENT_MEM_FRACTION does not say."""
+
+WIDTH = 150
+"""Columns of what is no terminal."""
 
 PART_NAMES = {
     "arguments": "arguments: state and batch",
@@ -27,18 +32,28 @@ PART_NAMES = {
 }
 
 
-def totals(rows: Iterable[tuple[str, int, float]]) -> dict[str, dict[str, float]]:
-    """Calls and amounts of rows (name, calls, amount) by name, in order of first appearance."""
-    found: dict[str, dict[str, float]] = defaultdict(lambda: {"calls": 0, "amount": 0.0})
-    for name, calls, amount in rows:
+def kernel_totals(plan: Plan) -> dict[str, dict[str, float]]:
+    """Calls and FLOPs of the kernels that multiply matrices, by kernel; the largest first."""
+    found = _totals("flops", ((product.kernel, product.calls, product.flops) for product in plan.products))
+    return dict(sorted(found.items(), key=lambda item: -item[1]["flops"]))
+
+
+def collective_totals(plan: Plan) -> dict[str, dict[str, float]]:
+    """Calls of the collectives, and bytes that each device sends in them, by kind."""
+    return _totals("bytes", plan.collectives)
+
+
+def _totals(amount: str, rows: Iterable[tuple[str, int, float]]) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = defaultdict(lambda: {"calls": 0, amount: 0.0})
+    for name, calls, size in rows:
         found[name]["calls"] += calls
-        found[name]["amount"] += amount
+        found[name][amount] += size
     return dict(found)
 
 
-def print_plan(plan: Plan | Out, target: Target, tokens: int, run: str) -> None:
+def print_plan(plan: Plan | Refused, tokens: int, run: str) -> None:
     """The whole answer: a table, then what it assumes."""
-    print(f"{_describe(plan)} on {getattr(plan, 'devices', 1)} x {target.name}")
+    print(f"{_describe(plan)} on {plan.devices} x {plan.target.name}")
     if plan.peak is None:
         print(f"does not fit: {plan.message}")
         return
@@ -53,7 +68,7 @@ def print_plan(plan: Plan | Out, target: Target, tokens: int, run: str) -> None:
         table.add_section()
 
     verdict = "[green]fits[/]" if plan.fits else "[bold red]does not fit[/]"
-    usable = f"{verdict}: {plan.usable / GIB:.1f} GiB of {target.memory_gib:g} are usable"
+    usable = f"{verdict}: {plan.usable / GIB:.1f} GiB of {plan.target.memory_gib:g} are usable"
     section("memory", [
         *((PART_NAMES[part], f"{size / GIB:.2f} GiB", "") for part, size in plan.memory.items()),
         ("peak", f"{plan.peak / GIB:.2f} GiB", usable),
@@ -63,12 +78,12 @@ def print_plan(plan: Plan | Out, target: Target, tokens: int, run: str) -> None:
     section("collectives", _collective_rows(plan))
     section("time", _time_rows(plan))
     section("run", [(run, f"{_duration(tokens, plan)}", "at best, and expected")])
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
     for line in assumptions(plan):
         print(line)
 
 
-def _describe(plan: Plan | Out) -> str:
+def _describe(plan: Plan | Refused) -> str:
     config = plan.config
     again = ", remat" if config.remat else ""
     micro = f"{config.grad_accum} x " if config.grad_accum > 1 else ""
@@ -76,9 +91,8 @@ def _describe(plan: Plan | Out) -> str:
 
 
 def _kernel_rows(plan: Plan) -> Iterable[tuple[str, str, str]]:
-    found = totals((p.kernel, p.calls, p.flops) for p in plan.products)
-    for kernel, total in sorted(found.items(), key=lambda item: -item[1]["amount"]):
-        yield kernel, f"{total['amount'] / 1e12:.3g} TFLOP", f"{total['calls']} calls"
+    for kernel, total in kernel_totals(plan).items():
+        yield kernel, f"{total['flops'] / 1e12:.3g} TFLOP", f"{total['calls']} calls"
     if not any(product.kind == "attention" for product in plan.products):
         yield "no fused attention", "", "blocks of queries, among the products"
 
@@ -94,10 +108,9 @@ def _flops_rows(plan: Plan) -> Iterable[tuple[str, str, str]]:
 
 
 def _collective_rows(plan: Plan) -> Iterable[tuple[str, str, str]]:
-    found = totals((c.kind, c.calls, c.bytes) for c in plan.collectives)
-    for kind in COLLECTIVES:
-        if kind in found:
-            yield kind, f"{found[kind]['amount'] / 1e9:.3g} GB", f"{found[kind]['calls']} calls, sent by each device"
+    found = collective_totals(plan)
+    for kind, total in found.items():
+        yield kind, f"{total['bytes'] / 1e9:.3g} GB", f"{total['calls']} calls, sent by each device"
     if not found:
         yield "none", "0 GB", "one device" if plan.devices == 1 else ""
 
@@ -133,35 +146,36 @@ def _duration(tokens: int, plan: Plan) -> str:
 
 
 def assumptions(plan: Plan) -> list[str]:
-    """What the times rest on."""
+    """What the answer rests on, in lines."""
     target, peak = plan.target, plan.target.peak_tflops[plan.config.precision]
-    lines = [
+    text = (
         f"Assumed, not measured: products reach {ACHIEVED_FLOPS['dot']} (dense), {ACHIEVED_FLOPS['grouped']} (grouped) "
         f"and {ACHIEVED_FLOPS['attention']} (attention) of {peak:g} TFLOP/s, memory {ACHIEVED_MEMORY} of "
-        f"{target.memory_gb_per_s:,g} GB/s, collectives {ACHIEVED_INTERCONNECT} of "
-        f"{target.interconnect_gb_per_s:g} GB/s.",
-        "A kernel touches its operands and its results once; tiles of the grouped products are as many as at worst.",
+        f"{target.memory_gb_per_s:,g} GB/s, collectives {ACHIEVED_INTERCONNECT} of {target.interconnect_gb_per_s:g} "
+        "GB/s; a kernel touches its operands and results once; the grouped products have as many tiles as at worst.",
         "At best: all else hides behind the slowest of compute, memory and collectives. Expected: kernel after kernel, "
-        "each bound by its own",
-        "products or memory, and no collective hidden. Data, evaluation and saving cost nothing.",
-    ]
+        "each bound by its own products or memory, and no collective hidden. Data, evaluation and saving cost nothing.",
+    )
     if target.platform == "cuda":
-        lines.append(
-            f"Usable memory takes XLA_PYTHON_CLIENT_MEM_FRACTION={plan.usable / GIB / target.memory_gib:.2f} (JAX's "
-            "default is 0.75). On the device XLA tries kernels, and may choose cuBLAS where it says Triton here."
+        enough = "would do too" if plan.peak <= DEFAULT_MEMORY * target.memory_gib * GIB else "is too little"
+        text += (
+            f"Usable: with XLA_PYTHON_CLIENT_MEM_FRACTION={plan.usable / GIB / target.memory_gib:.2f}; JAX's "
+            f"default of {DEFAULT_MEMORY} {enough}. On the device XLA tries kernels: it may choose cuBLAS where it "
+            "says Triton here, and it sorts with CUB, which it does not without one.",
         )
     if plan.unknown_loops:
-        lines.append(
+        text += (
             f"{plan.unknown_loops} loops have a length that only the routing knows and are left out: the memory time "
-            "is too short; the compute time is that of the model's FLOPs."
+            "is too short; the compute time is that of the model's FLOPs.",
         )
-    return lines
+    return [line for paragraph in text for line in textwrap.wrap(paragraph, WIDTH)]
 
 
-def print_search(found: list[tuple[Plan | Out, bool]], target: Target, tokens: int, run: str) -> None:
+def print_search(found: list[tuple[Plan | Refused, bool]], tokens: int, run: str) -> None:
     """The largest batch size with and without recomputation."""
-    first = found[0][0].config
-    print(f"{first.preset}, sequence {first.seq_len}, {first.precision} on {target.name}: the largest batch size")
+    first = found[0][0]
+    config, device = first.config, f"{first.devices} x {first.target.name}"
+    print(f"{config.preset}, sequence {config.seq_len}, {config.precision} on {device}: the largest batch size")
     table = Table()
     for column in ("remat", "batch size", "peak", "step, expected", "tokens/s", "MFU causal", run):
         table.add_column(column, justify="left" if column == "remat" else "right")
@@ -181,12 +195,12 @@ def print_search(found: list[tuple[Plan | Out, bool]], target: Target, tokens: i
             f"{plan.mfu(seconds, 'causal'):.3f}",
             _duration(tokens, plan),
         )
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
     for line in next((assumptions(plan) for plan, _ in found if plan.peak is not None), []):
         print(line)
 
 
-def plan_as_json(plan: Plan | Out, tokens: int) -> dict[str, Any]:
+def plan_as_json(plan: Plan | Refused, tokens: int) -> dict[str, Any]:
     """The answer for a program: bytes, FLOPs and seconds."""
     config = plan.config.to_dict()
     names = ("preset", "batch_size", "seq_len", "grad_accum", "precision", "remat", "model")
@@ -200,21 +214,21 @@ def plan_as_json(plan: Plan | Out, tokens: int) -> dict[str, Any]:
         "target": target,
         "devices": plan.devices,
         "memory": plan.memory | {"peak": plan.peak, "usable": round(plan.usable)},
-        "kernels": totals((p.kernel, p.calls, p.flops) for p in plan.products),
+        "kernels": kernel_totals(plan),
         "flops": {
             "model_full": plan.model_flops("full"),
             "model_causal": plan.model_flops("causal"),
             "program": plan.program_flops,
             "unknown_loops": plan.unknown_loops,
         },
-        "collectives": totals((c.kind, c.calls, c.bytes) for c in plan.collectives),
+        "collectives": collective_totals(plan),
         "seconds": {
             **roofline.bounds,
             "bound_by": roofline.bound_by,
             "step_at_best": roofline.at_best,
             "step_expected": roofline.expected,
         },
-        "touched": plan.touched,
+        "bytes_touched": plan.touched,
         "tokens_per_second": {
             "at_most": tokens_per_step / roofline.at_best,
             "expected": tokens_per_step / roofline.expected,

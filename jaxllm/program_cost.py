@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxllm.compiled import Instruction, Program, Shape, Step
 
-COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute")
 
 _NO_KERNEL = frozenset(
     {
@@ -141,20 +141,32 @@ def _grouped(instruction: Instruction, kind: str) -> float:
 
 
 def collectives(program: Program) -> list[Collective]:
-    """What the program's devices exchange; an asynchronous pair counts where it starts."""
-    found = []
+    """What the program's devices exchange; what is one to a person counts once.
+
+    An asynchronous pair counts where it starts. A TPU may spread a collective over a chain of kernels, each of which
+    names it, and makes a scattered sum of a whole one.
+    """
+    found, chains = [], set()
     for step in program.steps():
-        kind = step.instruction.opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
-            sent = _sent(kind, step.instruction, program.devices)
-            if sent:
-                found.append(Collective(kind, step.times, step.times * sent))
+        instruction, kind = step.instruction, step.instruction.opcode.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            continue
+        if chain := re.search(r'channel_id=(\d+).*\bchain_id="(\d+)"', instruction.attributes):
+            if chain.groups() in chains:
+                continue
+            chains.add(chain.groups())
+        if step.fusion and step.fusion.called("calls")[0].startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"
+        sent = _sent(kind, instruction, program.devices)
+        if sent:
+            found.append(Collective(kind, step.times, step.times * sent))
     return found
 
 
 def _sent(kind: str, instruction: Instruction, devices: int) -> float:
     """Bytes that one device sends, from what it holds before: a ring passes each part on once."""
-    held = sum(shape.bytes for operand in instruction.inputs for shape in operand)
+    data = instruction.inputs[:1] if kind == "ragged-all-to-all" else instruction.inputs  # the others say where to
+    held = sum(shape.bytes for operand in data for shape in operand)
     if kind == "collective-permute":
         return held
     others = group_size(instruction, devices) - 1
@@ -164,11 +176,16 @@ def _sent(kind: str, instruction: Instruction, devices: int) -> float:
 
 def group_size(instruction: Instruction, devices: int) -> int:
     """How many devices take part together, where there are so many in all."""
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", instruction.attributes)
-    if listed:
+    groups = instruction.attributes.partition("replica_groups=")[2]
+    if listed := re.match(r"\{\{([\d,]+)\}", groups):
         return listed[1].count(",") + 1
-    counted = re.search(r"replica_groups=\[\d+,(\d+)\]", instruction.attributes)  # [groups,size]<=[...]
-    return int(counted[1]) if counted else devices
+    if counted := re.match(r"\[\d+,(\d+)\]", groups):  # [groups,size]<=[...]
+        return int(counted[1])
+    if meshed := re.match(r"@?mesh\[([^\]]*)\][^{]*\{([^}]*)\}", groups):  # mesh['a'=2,'b'=4] {'b'}, or 'b':(1)2 of it
+        sizes = dict(re.findall(r"'?(\w+)'?=(\d+)", meshed[1]))
+        axes = re.findall(r"'?([a-zA-Z_]\w*)'?(?::\(\d+\)(\d+))?", meshed[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    return devices
 
 
 def kernels(program: Program) -> list[Kernel]:
