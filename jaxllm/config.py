@@ -339,7 +339,7 @@ class TrainConfig:
         sizes = self.mesh_sizes
         if sizes and self.parallel == "pmap":
             raise UserError(f"mesh is {self.mesh!r}: --parallel pmap has no mesh, leave out one of the two")
-        devices = math.prod(sizes.values())
+        devices = self.mesh_devices
         if self.batch_size % devices:
             raise UserError(
                 f"mesh is {self.mesh!r}: its {devices} devices must divide batch_size = {self.batch_size}, "
@@ -368,6 +368,11 @@ class TrainConfig:
                 )
             sizes[axis] = int(size)
         return sizes
+
+    @property
+    def mesh_devices(self) -> int:
+        """Devices of the mesh; 1 without one."""
+        return math.prod(self.mesh_sizes.values())
 
     @property
     def folder(self) -> Path:

@@ -6,21 +6,21 @@ environment that hides the devices there are.
 
 from __future__ import annotations
 
-import functools
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 
 from jaxllm.compiled import read_program
 from jaxllm.config import TrainConfig, read_json, write_json
 from jaxllm.model.kernels import ANY, CUDA
+from jaxllm.parallel import lower_step
 from jaxllm.program_cost import collectives, kernels, matrix_products
-from jaxllm.step import abstract_model, start_state, train_step
+from jaxllm.sharding import make_mesh
+from jaxllm.step import model_graph
 from jaxllm.targets import Target
 
 OUT_OF_MEMORY = "Ran out of memory"
@@ -43,24 +43,18 @@ def topology_devices(target: Target, devices: int) -> list[jax.Device]:
     return list(described.devices[:devices])
 
 
-def lower_step(config: TrainConfig, target: Target, devices: list[jax.Device]) -> jax.stages.Lowered:
-    """The real training step on described devices: here the layout over several of them is decided."""
-    one = jax.sharding.NamedSharding(jax.sharding.Mesh(devices, ("one",)), jax.sharding.PartitionSpec())
+def lower_for(config: TrainConfig, target: Target) -> jax.stages.Lowered:
+    """The real training step, on as many described devices as the config's mesh has."""
+    devices = topology_devices(target, config.mesh_devices)
     platform = CUDA if target.compute_capability >= 8 else ANY
-    graph, params, bias = abstract_model(
-        config.model, dtype=jnp.dtype(config.precision), remat=config.remat, platform=platform
-    )
-    state = jax.eval_shape(functools.partial(start_state, config), params, bias)
-    labels = jax.ShapeDtypeStruct((config.grad_accum, config.batch_size, config.seq_len), jnp.int32)
-    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one), (state, labels))
-    return jax.jit(functools.partial(train_step, config, graph), donate_argnums=0).lower(*arguments)
+    return lower_step(config, model_graph(config, platform), make_mesh(devices, **config.mesh_sizes))
 
 
-def measure(config: TrainConfig, target: Target, devices: int) -> dict[str, Any]:
+def measure(config: TrainConfig, target: Target) -> dict[str, Any]:
     """Compile, and read the program: memory in bytes of each device, its kernels, products and collectives."""
     start = time.perf_counter()
     try:
-        compiled = lower_step(config, target, topology_devices(target, devices)).compile()
+        compiled = lower_for(config, target).compile()
     except jax.errors.JaxRuntimeError as error:
         if OUT_OF_MEMORY in str(error):
             return {"out_of_memory": str(error).splitlines()[0]}
@@ -85,7 +79,7 @@ def measure(config: TrainConfig, target: Target, devices: int) -> dict[str, Any]
 def main(argv: list[str]) -> None:
     request = read_json(Path(argv[0]))
     config, target = TrainConfig.from_dict(request["config"]), Target(**request["target"])
-    write_json(Path(argv[1]), measure(config, target, request["devices"]))
+    write_json(Path(argv[1]), measure(config, target))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def choose_layout(config: TrainConfig) -> Layout:
         return Layout(data=len(here))
     if not config.mesh_sizes:
         return ONE_DEVICE
-    wanted = int(np.prod(list(config.mesh_sizes.values())))
+    wanted = config.mesh_devices
     if wanted > len(here):
         raise UserError(
             f"mesh is {config.mesh!r}: it needs {wanted} devices, and {len(here)} "

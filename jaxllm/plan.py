@@ -1,6 +1,7 @@
 """What a training step would take on a GPU or TPU that is not here: memory, kernels, FLOPs, traffic, time.
 
 python -m jaxllm.plan --preset customllm-1b --target h100 --batch-size 8 --seq-len 2048 --remat
+python -m jaxllm.plan --preset customllm-1b --target h100 --mesh fsdp=8 --batch-size 64 --seq-len 2048 --remat
 
 The real step is compiled for a described device, in a process of its own; nothing runs, and no device is touched. Times
 are arithmetic on data sheets (`jaxllm.roofline`), not measurements.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
@@ -61,11 +63,13 @@ class PlanArgs:
     """Model preset: one of jaxllm.PRESETS."""
     target: str = "h100"
     """A file of jaxllm/targets by its name (h100, a100-80, l4, rtx4090, tpu-v5p ...), or the path of one's own."""
-    devices: int = 1
-    """Devices of one node."""
-    batch_size: int = 8
-    """Rows in a micro-batch; a search starts from it."""
-    seq_len: int = 2048
+    devices: int | None = None
+    """Devices of one node; default: those of the mesh."""
+    mesh: str = ""
+    """Devices along each axis, as for train.py; default: all along fsdp. A search tries others too."""
+    batch_size: Annotated[int, tyro.conf.arg(aliases=["--batch"])] = 8
+    """Rows in a micro-batch, over all devices; a search starts from it."""
+    seq_len: Annotated[int, tyro.conf.arg(aliases=["--seq"])] = 2048
     """Tokens in a row."""
     grad_accum: int = 1
     """Micro-batches in a step."""
@@ -80,10 +84,8 @@ class PlanArgs:
     """Find the largest batch size that fits."""
 
     def __post_init__(self) -> None:
-        if self.devices < 1:
+        if self.devices is not None and self.devices < 1:
             raise UserError(f"devices is {self.devices}: it must be at least 1")
-        if self.devices > 1:
-            raise UserError(f"devices is {self.devices}: the step is laid out on one device only so far, pass 1")
         if self.tokens is not None and self.tokens < 1:
             raise UserError(f"tokens is {self.tokens}: it must be at least 1")
         if self.json is not None and not self.json.absolute().parent.is_dir():
@@ -97,11 +99,14 @@ class Refused(NamedTuple):
 
     config: TrainConfig
     target: Target
-    devices: int
     message: str
 
     fits = False
     peak = None
+
+    @property
+    def devices(self) -> int:
+        return self.config.mesh_devices
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,6 @@ class Plan:
 
     config: TrainConfig
     target: Target
-    devices: int
     memory: dict[str, int]
     """Bytes: arguments, temporaries, outputs not in the place of an argument, and the program."""
     products: list[Product]
@@ -121,6 +125,10 @@ class Plan:
     unknown_loops: int
     compile_seconds: float
     jax: str
+
+    @property
+    def devices(self) -> int:
+        return self.config.mesh_devices
 
     @property
     def peak(self) -> int:
@@ -153,24 +161,28 @@ def usable_bytes(target: Target) -> float:
     return USABLE_MEMORY[target.platform] * target.memory_gib * GIB
 
 
-def read_plan(config: TrainConfig, target: Target, devices: int, reply: dict[str, Any]) -> Plan | Refused:
+def read_plan(config: TrainConfig, target: Target, reply: dict[str, Any]) -> Plan | Refused:
     """The plan from what the compiling process wrote."""
     if "out_of_memory" in reply:
-        return Refused(config, target, devices, reply["out_of_memory"])
+        return Refused(config, target, reply["out_of_memory"])
     kernels = [Kernel(*kernel) for kernel in reply["kernels"]]
+    products = [Product(*product) for product in reply["products"]]
     exchanged = [Collective(*collective) for collective in reply["collectives"]]
+    # Each device of `expert` has room for all its rows' tokens at its own experts; with even routing its share comes.
+    share = 1 / config.mesh_sizes.get("expert", 1)
+    products = [p._replace(flops=p.flops * share) if p.kind == "grouped" else p for p in products]
+    kernels = [k._replace(flops=k.flops * share, bytes=k.bytes * share) if k.kind == "grouped" else k for k in kernels]
     touched = sum(kernel.bytes for kernel in kernels)
     if reply["unknown_loops"]:  # the program's products are not all known: the model's stand in for them
         per_token = flops.training_flops_per_token(config.model, config.seq_len, "full")
         again = (flops.TRAINING_FACTOR + config.remat) / flops.TRAINING_FACTOR
         kernels = [kernel._replace(kind=None, flops=0.0) for kernel in kernels]
-        kernels.append(Kernel("dot", again * per_token * config.tokens_per_step / devices, 0.0))
+        kernels.append(Kernel("dot", again * per_token * config.tokens_per_step / config.mesh_devices, 0.0))
     return Plan(
         config=config,
         target=target,
-        devices=devices,
         memory=reply["memory"],
-        products=[Product(*product) for product in reply["products"]],
+        products=products,
         collectives=exchanged,
         roofline=roofline(target, config.precision, kernels, exchanged),
         touched=touched,
@@ -191,17 +203,17 @@ def check_extra(name: str, target: Target) -> None:
         raise UserError(f"target is {name!r}: compiling for {needs}")
 
 
-def compile_plan(config: TrainConfig, target: Target, devices: int) -> Plan | Refused:
+def compile_plan(config: TrainConfig, target: Target) -> Plan | Refused:
     """Compile the step of a run in a process that sees no device.
 
     Raises:
         UserError: the compiler failed.
     """
-    again = ", remat" if config.remat else ""
+    again = (", remat" if config.remat else "") + (f", {config.mesh}" if config.mesh else "")
     print(f"compiling batch size {config.batch_size}{again} for {target.name} ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         request, reply = Path(folder) / "request.json", Path(folder) / "reply.json"
-        asked = {"config": config.to_dict(), "target": dataclasses.asdict(target), "devices": devices}
+        asked = {"config": config.to_dict(), "target": dataclasses.asdict(target)}
         write_json(request, asked)
         command = [sys.executable, "-m", "jaxllm.lowering", str(request), str(reply)]
         done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, errors="replace")
@@ -209,7 +221,22 @@ def compile_plan(config: TrainConfig, target: Target, devices: int) -> Plan | Re
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
             reason = lines[-1] if lines else f"exit code {done.returncode}"
             raise UserError(f"{target.name}: the step could not be compiled: {reason}")
-        return read_plan(config, target, devices, read_json(reply))
+        return read_plan(config, target, read_json(reply))
+
+
+def meshes(config: TrainConfig) -> list[str]:
+    """What a search compares on as many devices as the config's mesh has, the config's own mesh first."""
+    n, found = config.mesh_devices, [config.mesh]
+    if n == 1:
+        return found
+    for mesh in (f"data={n}", f"fsdp={n}", f"expert={n}", f"fsdp={n // 2},expert=2"):
+        try:
+            other = dataclasses.replace(config, mesh=mesh)
+        except UserError:  # weights that it cannot cut
+            continue
+        if other.mesh_devices == n and mesh not in found:
+            found.append(mesh)
+    return found
 
 
 def largest_batch(start: int, limit: float, compiled: Callable[[int], Plan | Refused]) -> tuple[Plan | Refused, bool]:
@@ -219,9 +246,9 @@ def largest_batch(start: int, limit: float, compiled: Callable[[int], Plan | Ref
     the limit lies.
 
     Args:
-        start: the first batch size tried.
+        start: the first batch size tried, on one device.
         limit: bytes that a program may take.
-        compiled: given a batch size, its plan.
+        compiled: given the batch size of one device, its plan.
     """
     best: Plan | Refused | None = None
     low, high, size = 0, None, start  # the largest that fits, the smallest that does not, the next
@@ -265,7 +292,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         grad_accum=args.grad_accum,
         precision=args.precision,
         remat=args.remat,
+        mesh=args.mesh or (f"fsdp={args.devices}" if args.devices and args.devices > 1 else ""),
     )
+    if args.devices not in (None, config.mesh_devices):
+        raise UserError(f"devices is {args.devices}: the mesh {args.mesh!r} has {config.mesh_devices}, leave out one")
     check_extra(args.target, target)
     seed = recipe("seed", args.preset)
     tokens = args.tokens or seed.steps * seed.tokens_per_step
@@ -273,17 +303,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if args.search:
         found = []
-        for remat in (False, True):
+        for mesh, remat in itertools.product(meshes(config), (False, True)):
 
-            def compiled(size: int, remat: bool = remat) -> Plan | Refused:
-                return compile_plan(dataclasses.replace(config, batch_size=size, remat=remat), target, args.devices)
+            def compiled(rows: int, mesh: str = mesh, remat: bool = remat) -> Plan | Refused:
+                size = rows * config.mesh_devices
+                return compile_plan(dataclasses.replace(config, batch_size=size, mesh=mesh, remat=remat), target)
 
-            found.append(largest_batch(args.batch_size, usable_bytes(target), compiled))
+            found.append(largest_batch(args.batch_size // config.mesh_devices, usable_bytes(target), compiled))
         print_search(found, tokens, run)
         answer = {"search": [{"exact": exact, **plan_as_json(plan, tokens)} for plan, exact in found]}
         fits = any(plan.fits for plan, _ in found)
     else:
-        plan = compile_plan(config, target, args.devices)
+        plan = compile_plan(config, target)
         print_plan(plan, tokens, run)
         answer, fits = plan_as_json(plan, tokens), plan.fits
     if args.json:

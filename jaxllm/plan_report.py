@@ -53,7 +53,8 @@ def _totals(amount: str, rows: Iterable[tuple[str, int, float]]) -> dict[str, di
 
 def print_plan(plan: Plan | Refused, tokens: int, run: str) -> None:
     """The whole answer: a table, then what it assumes."""
-    print(f"{_describe(plan)} on {plan.devices} x {plan.target.name}")
+    mesh = f", mesh {plan.config.mesh}" if plan.devices > 1 else ""
+    print(f"{_describe(plan)} on {plan.devices} x {plan.target.name}{mesh}; all figures of one device")
     if plan.peak is None:
         print(f"does not fit: {plan.message}")
         return
@@ -152,7 +153,8 @@ def assumptions(plan: Plan) -> list[str]:
         f"Assumed, not measured: products reach {ACHIEVED_FLOPS['dot']} (dense), {ACHIEVED_FLOPS['grouped']} (grouped) "
         f"and {ACHIEVED_FLOPS['attention']} (attention) of {peak:g} TFLOP/s, memory {ACHIEVED_MEMORY} of "
         f"{target.memory_gb_per_s:,g} GB/s, collectives {ACHIEVED_INTERCONNECT} of {target.interconnect_gb_per_s:g} "
-        "GB/s; a kernel touches its operands and results once; the grouped products have as many tiles as at worst.",
+        "GB/s; a kernel touches its operands and results once; the grouped products have as many tiles as at worst"
+        f"{', over the devices of expert evenly' if plan.config.mesh_sizes.get('expert', 1) > 1 else ''}.",
         "At best: all else hides behind the slowest of compute, memory and collectives. Expected: kernel after kernel, "
         "each bound by its own products or memory, and no collective hidden. Data, evaluation and saving cost nothing.",
     )
@@ -172,22 +174,22 @@ def assumptions(plan: Plan) -> list[str]:
 
 
 def print_search(found: list[tuple[Plan | Refused, bool]], tokens: int, run: str) -> None:
-    """The largest batch size with and without recomputation."""
+    """The largest batch size of each mesh, with and without recomputation."""
     first = found[0][0]
     config, device = first.config, f"{first.devices} x {first.target.name}"
     print(f"{config.preset}, sequence {config.seq_len}, {config.precision} on {device}: the largest batch size")
     table = Table()
-    for column in ("remat", "batch size", "peak", "step, expected", "tokens/s", "MFU causal", run):
-        table.add_column(column, justify="left" if column == "remat" else "right")
+    for column in ("mesh", "remat", "batch size", "peak", "step, expected", "tokens/s", "MFU causal", run):
+        table.add_column(column, justify="left" if column in ("mesh", "remat") else "right")
     for plan, exact in found:
-        remat = "on" if plan.config.remat else "off"
+        how = (plan.config.mesh or "one device", "on" if plan.config.remat else "off")
         if not plan.fits:
             peak = "" if plan.peak is None else f"{plan.peak / GIB:.1f} GiB"
-            table.add_row(remat, "none", f"{peak} at {plan.config.batch_size}", "", "", "", "")
+            table.add_row(*how, "none", f"{peak} at {plan.config.batch_size}", "", "", "", "")
             continue
         seconds = plan.roofline.expected
         table.add_row(
-            remat,
+            *how,
             f"{plan.config.batch_size}" if exact else f">= {plan.config.batch_size}",
             f"{plan.peak / GIB:.1f} of {plan.usable / GIB:.1f} GiB",
             f"{1e3 * seconds:.1f} ms",
@@ -203,7 +205,7 @@ def print_search(found: list[tuple[Plan | Refused, bool]], tokens: int, run: str
 def plan_as_json(plan: Plan | Refused, tokens: int) -> dict[str, Any]:
     """The answer for a program: bytes, FLOPs and seconds."""
     config = plan.config.to_dict()
-    names = ("preset", "batch_size", "seq_len", "grad_accum", "precision", "remat", "model")
+    names = ("preset", "batch_size", "seq_len", "grad_accum", "precision", "remat", "mesh", "model")
     answer = {name: config[name] for name in names} | {"fits": plan.fits}
     if plan.peak is None:
         return answer | {"message": plan.message}

@@ -50,9 +50,9 @@ def abstract_model(config: ModelConfig, **options) -> tuple[nnx.GraphDef, Pytree
     return split_model(nnx.eval_shape(lambda: CustomLLM(config, rngs=nnx.Rngs(0), **options)))
 
 
-def model_graph(config: TrainConfig) -> nnx.GraphDef:
-    """The static part of the model that this run trains."""
-    return abstract_model(config.model, dtype=jnp.dtype(config.precision), remat=config.remat)[0]
+def model_graph(config: TrainConfig, platform: str | None = None) -> nnx.GraphDef:
+    """The static part of the model that this run trains, with a platform's kernels (None: those of the device here)."""
+    return abstract_model(config.model, dtype=jnp.dtype(config.precision), remat=config.remat, platform=platform)[0]
 
 
 def count_parameters(params: Pytree) -> int:

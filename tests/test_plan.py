@@ -18,7 +18,7 @@ from jaxllm import plan as planning
 from jaxllm.compiled import Shape, read_program, read_shapes
 from jaxllm.config import PRESETS, TrainConfig
 from jaxllm.errors import UserError
-from jaxllm.flops import training_flops_per_token
+from jaxllm.flops import parameters, training_flops_per_token
 from jaxllm.meter import GIB
 from jaxllm.plan import Plan, Refused, compile_plan, largest_batch, read_plan
 from jaxllm.plan_report import plan_as_json, print_plan, print_search
@@ -93,6 +93,8 @@ def test_a_target_of_one_s_own_is_checked(change, parts, tmp_path):
         (["--seq-len", "4096"], ["seq_len is 4096", "2048"]),
         (["--grad-accum", "0"], ["grad_accum is 0"]),
         (["--devices", "0"], ["devices is 0"]),
+        (["--devices", "4", "--mesh", "fsdp=8"], ["devices is 4", "'fsdp=8' has 8"]),
+        (["--mesh", "fsdp=3"], ["mesh is 'fsdp=3'", "batch_size = 8"]),
         (["--tokens", "0"], ["tokens is 0"]),
         (["--json", "no/such/folder.json"], ["json is no/such/folder.json", "no folder"]),
         (["--json", "/"], ["json is /", "name a file"]),
@@ -126,7 +128,7 @@ def test_a_compiler_s_failure_is_one_line(monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(UserError, match=r"^NVIDIA H100.* could not be compiled: RuntimeError: no such unit$"):
-        compile_plan(CONFIG, H100, 1)
+        compile_plan(CONFIG, H100)
 
 
 # The reader of compiled programs
@@ -378,7 +380,7 @@ def a_plan(config: TrainConfig = CONFIG, gib: float = 18.0, **changes) -> Plan |
         "collectives": [["all-gather", 5, 3e9]],
         "unknown_loops": 0,
     }
-    return read_plan(config, H100, 1, json.loads(json.dumps(reply | changes)))
+    return read_plan(config, H100, json.loads(json.dumps(reply | changes)))
 
 
 def test_a_plan_says_time_speed_and_whether_it_fits(capsys):
@@ -435,7 +437,7 @@ def test_a_search_stops_and_shows_that_it_is_not_at_the_end(capsys):
     plan, exact = found
     assert not exact
     assert plan.config.batch_size == 2 ** (planning.MOST_COMPILATIONS - 1)
-    print_search([found, (Refused(CONFIG, H100, 1, "no memory"), True)], 10**9, "a run")
+    print_search([found, (Refused(CONFIG, H100, "no memory"), True)], 10**9, "a run")
     shown = capsys.readouterr().out
     assert ">= 2048" in shown
     assert "none" in shown
@@ -462,6 +464,52 @@ def test_the_real_step_fits(options, most_gib, tmp_path, capfd):
     assert {"Triton grouped product", "cuDNN fused attention, backward"} <= {*answer["kernels"]}
     assert answer["flops"]["program"] > answer["flops"]["model_causal"]  # layers are computed again
     assert capfd.readouterr().err.count("\n") == 1  # what is compiled
+
+
+def on_eight(mesh: str, tmp_path) -> dict:
+    """customllm-1b on eight H100s, 8 x 2048 tokens on each."""
+    file = tmp_path / "plan.json"
+    assert planning.main(["--mesh", mesh, "--batch", "64", "--seq", "2048", "--remat", "--json", str(file)]) == 0
+    answer = json.loads(file.read_text())
+    assert answer["devices"] == 8
+    assert {"Triton grouped product", "cuDNN fused attention, backward"} <= {*answer["kernels"]}
+    assert answer["flops"]["program"] < 1.35 * answer["flops"]["model_causal"] / 8  # layers are computed again
+    return answer
+
+
+OTHERS = 7 / 8
+"""What a device sends of an array that all eight gather, or of which each keeps an eighth."""
+
+
+@pytest.mark.gpu_compile
+@needs_cuda
+def test_fsdp_moves_the_weights_twice_and_the_gradients_once(tmp_path):
+    """The weights forward and again backward, cast to bfloat16 before wherever XLA can; the gradients in float32."""
+    answer = on_eight("fsdp=8", tmp_path)
+    cut = sum(parameters(CONFIG.model).values())
+    moved = {kind: total["bytes"] for kind, total in answer["collectives"].items()}
+    assert moved.keys() == {"all-gather", "reduce-scatter", "all-reduce"}
+    assert moved["reduce-scatter"] == pytest.approx(OTHERS * 4 * cut, rel=0.01)
+    assert OTHERS * 2 * 2 * cut < moved["all-gather"] < 1.15 * OTHERS * 2 * 2 * cut
+    assert moved["all-reduce"] < 2e6
+    assert answer["memory"]["arguments"] / GIB == pytest.approx(12.01 / 8, rel=0.01)
+
+
+@pytest.mark.gpu_compile
+@needs_cuda
+def test_expert_moves_tokens_and_the_gradients_of_what_is_not_spread(tmp_path):
+    """Tokens to all devices in every pass, forward, again, and as gradients; a device keeps one expert of the seven."""
+    answer = on_eight("expert=8", tmp_path)
+    parts = parameters(CONFIG.model)
+    whole = sum(parts.values()) - parts["routed_experts"]
+    tokens = 8 * 8 * 2048 * CONFIG.model.hidden_size * 2 * CONFIG.model.num_hidden_layers  # of all devices, bfloat16
+    moved = {kind: total["bytes"] for kind, total in answer["collectives"].items()}
+    assert moved.keys() == {"all-gather", "reduce-scatter", "all-reduce"}
+    assert moved["all-gather"] == pytest.approx(OTHERS * 3 * tokens, rel=0.02)
+    assert moved["reduce-scatter"] == pytest.approx(OTHERS * 2 * tokens, rel=0.02)
+    assert moved["all-reduce"] == pytest.approx(2 * OTHERS * 4 * whole, rel=0.02)
+    state = 3 * 4 * (whole + parts["routed_experts"] / 7)  # weights and two moments
+    assert answer["memory"]["arguments"] == pytest.approx(state, rel=0.01)
 
 
 @pytest.mark.gpu_compile
