@@ -10,10 +10,7 @@ import pytest
 
 import train
 
-# Before anything asks for a device: eight of them, for `test_parallel.py`, and no optimisation of the code around the
-# products, as most of the tests' time goes into LLVM. `.ci/run` trains and compares as a user does, optimised.
-jax.config.update("jax_num_cpu_devices", 8)
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+jax.config.update("jax_num_cpu_devices", 8)  # for `test_parallel.py`, before anything asks for a device
 
 NARROW = (
     "--model.hidden-size", "32", "--model.num-hidden-layers", "2", "--model.num-attention-heads", "2",
@@ -29,6 +26,15 @@ def write_corpus(folder: Path, files: int = 25) -> Path:
         lines = [f"def function_{i}_{j}(x):\n    return x + {j}\n\n" for j in range(30)]
         (folder / f"module_{i:02d}.py").write_text("".join(lines))
     return folder
+
+
+def pytest_configure(config) -> None:
+    """No optimisation of the code around the products: most of the tests' time goes into LLVM.
+
+    Not for `slow` and `gpu_compile`, which look at real programs. `.ci/run` trains and compares as a user does.
+    """
+    if config.option.markexpr == "not slow and not gpu_compile":
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from jaxllm.huge_pages import restart_with_huge_pages
 if __name__ == "__main__":
     restart_with_huge_pages()  # before the imports that take seconds
 
+import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -24,14 +25,13 @@ from flax import nnx
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.compilation import use_compilation_cache
 from jaxllm.config import TrainConfig
-from jaxllm.data.corpus import open_source
-from jaxllm.data.stream import Prefetcher, TokenStream
+from jaxllm.data.stream import BatchShare, Prefetcher
 from jaxllm.device import device_name, measured_peak_tflops, peak_memory
 from jaxllm.errors import exit_on_user_error
 from jaxllm.generate import Sampling, generate
 from jaxllm.loss import IGNORED
 from jaxllm.meter import Meter
-from jaxllm.metrics import RunLog, end_record, eval_record, step_record
+from jaxllm.metrics import NoLog, RunLog, end_record, eval_record, step_record
 from jaxllm.model.kernels import describe_kernels
 from jaxllm.model.summary import module_tree
 from jaxllm.parallel import (
@@ -40,11 +40,23 @@ from jaxllm.parallel import (
     compile_programs,
     describe_layout,
     new_state,
+    on_one_device,
     place,
+    rows_here,
     state_shardings,
     unplaced,
 )
-from jaxllm.run import announce, announce_finished, announce_speed, conclude, parse_args, prepare, write_samples
+from jaxllm.processes import (
+    all_positions,
+    end_if_shared,
+    is_first,
+    join,
+    meet,
+    only_first_speaks,
+    prepare_together,
+    total,
+)
+from jaxllm.run import announce, announce_finished, announce_speed, conclude, parse_args, write_samples
 from jaxllm.sharding import Layout
 from jaxllm.step import TrainState, abstract_model, count_parameters, model_graph
 
@@ -72,13 +84,13 @@ def train(config: TrainConfig, layout: Layout, tokenizer, held_out: np.ndarray, 
     """The training loop: from the last checkpoint, or from scratch, to `config.steps`."""
     graph = model_graph(config)
     checkpoints = Checkpoints(config.folder, config.keep_checkpoints)
-    stream = TokenStream(open_source(config), tokenizer, config.seq_len, config.seed)
+    stream = BatchShare(config, tokenizer, *rows_here(config, layout))
     if resumes and checkpoints.latest() is not None:
-        state, position = checkpoints.restore(config, state_shardings(config, layout))
+        state, positions = checkpoints.restore(config, state_shardings(config, layout))
         first_step = int(state.step)
         state = place(config, layout, state)
-        if position is not None:
-            stream.seek(position)
+        if positions is not None:
+            stream.seek(positions)
         print(f"Resuming from step {first_step} of {config.folder}")
     else:
         state, first_step = new_state(config, layout), 0
@@ -92,18 +104,19 @@ def train(config: TrainConfig, layout: Layout, tokenizer, held_out: np.ndarray, 
         return unplaced(config, layout, state)
     # measured before anything else is busy
     peak_tflops = layout.devices * (config.peak_tflops or measured_peak_tflops(config.precision))
-    batches = Prefetcher(stream, config.grad_accum * config.batch_size)  # fills up while the programs are compiled
+    batches = Prefetcher(stream, config.grad_accum)  # fills up while the programs are compiled
     programs = compile_programs(config, graph, layout)
     evaluate = Evaluator(config, programs, held_out)
+    meet("all have compiled")
     announce_speed(config, peak_tflops, programs.seconds)
-    log = RunLog(config.folder, first_step, config.steps)
+    log = RunLog(config.folder, first_step, config.steps) if is_first() else NoLog()
     meter = Meter(config, peak_tflops, lambda: batches.waited)
     unlogged, all_losses = [], []
     epoch = 0.0
     try:
         for step in range(first_step + 1, config.steps + 1):
             batch = next(batches)
-            labels = batch.rows.reshape(config.grad_accum, config.batch_size, config.seq_len)
+            labels = batch.rows.reshape(config.grad_accum, -1, config.seq_len)  # (A,B,T), of the rows B here
             state, metrics = programs.step(state, labels)
             unlogged.append(metrics.loss)
             if len(unlogged) > 1:
@@ -133,7 +146,7 @@ def train(config: TrainConfig, layout: Layout, tokenizer, held_out: np.ndarray, 
                 log.write(evaluation)
                 meter.exclude(evaluation["eval_runtime"])
             if step % config.save_every == 0 or last:
-                checkpoints.save(unplaced(config, layout, state), batch.position)
+                checkpoints.save(step, unplaced(config, layout, state), all_positions(batch.position))
         checkpoints.wait()
         steps_done = config.steps - first_step
         seconds, speed = meter.whole(steps_done)
@@ -150,11 +163,16 @@ def train(config: TrainConfig, layout: Layout, tokenizer, held_out: np.ndarray, 
                 compile_seconds=programs.seconds,
             )
         )
+    except BaseException as error:
+        end_if_shared(error)
+        raise
     finally:
         batches.close()
         log.close()
         checkpoints.close()  # an interrupted run keeps the checkpoint that is being written
-    conclude(config, held_out, evaluation["eval_loss"], stream.skipped_rows)
+    skipped_rows = total(stream.skipped_rows)
+    if is_first():
+        conclude(config, held_out, evaluation["eval_loss"], skipped_rows)
     return unplaced(config, layout, state)
 
 
@@ -162,19 +180,24 @@ def train(config: TrainConfig, layout: Layout, tokenizer, held_out: np.ndarray, 
 def main(argv: Sequence[str] | None = None) -> None:
     use_compilation_cache()
     config = parse_args(argv, "train.py", __doc__)
+    join(config)
     layout = choose_layout(config)
-    config, tokenizer, held_out, resumes = prepare(config, "JAX")
-    state = train(config, layout, tokenizer, held_out, resumes)
-    params, routing_bias = jax.device_put((state.params, state.routing_bias), jax.devices()[0])
+    with only_first_speaks():
+        config, tokenizer, held_out, resumes = prepare_together(config)
+        state = train(config, layout, tokenizer, held_out, resumes)
+        if config.sample_tokens and config.prompts:
+            weights = on_one_device(layout, (state.params, state.routing_bias))
+            del state  # the moments have had their day
+            if is_first():
+                write_samples(config, tokenizer, functools.partial(continue_prompts, config, *weights))
+        meet("the end")
+        print(f"\nEverything is in {Path(config.folder)}")
+
+
+def continue_prompts(config: TrainConfig, params, routing_bias, prompts: list[list[int]], most: int) -> list[list[int]]:
     model = nnx.merge(model_graph(config), params, routing_bias)
-    sampling = Sampling(temperature=config.temperature, top_p=config.top_p)
-    eos = config.model.eos_token_id
-    write_samples(
-        config,
-        tokenizer,
-        lambda prompts, most: generate(model, prompts, most, sampling, seed=config.seed, eos_token_id=eos),
-    )
-    print(f"\nEverything is in {Path(config.folder)}")
+    sampling, eos = Sampling(temperature=config.temperature, top_p=config.top_p), config.model.eos_token_id
+    return generate(model, prompts, most, sampling, seed=config.seed, eos_token_id=eos)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,11 @@ def export_training(run: Path, out: Path) -> None:
     _check_tokenizer(run)
     model = read_model_config(run)
     config = read_config(run)
+    if config.data_streams not in (None, 1):
+        raise UserError(
+            f"{str(run)!r} reads {config.data_streams} data streams and PyTorch's Trainer reads one: "
+            "leave out --training"
+        )
     checkpoints = Checkpoints(run)
     try:
         if checkpoints.latest() is None:
@@ -63,7 +68,7 @@ def export_training(run: Path, out: Path) -> None:
         entry = table[name]
         return hand_over.Moments(*(entry.to_torch(np.asarray(leaf(tree, entry.path))) for tree in moments[1:]))
 
-    save_position(checkpoint / POSITION_FILE, training.position)
+    save_position(checkpoint / POSITION_FILE, training.positions[0])
     hand_over.write_training(checkpoint, config, int(training.step), of_parameter)
     write_json(out / "config.json", model.to_dict())
     write_json(out / "train_config.json", dataclasses.replace(config, run_dir=out).to_dict())
@@ -107,7 +112,7 @@ def import_training(source: Path, run: Path) -> None:
 def _training(config: TrainConfig, moments: AdamMoments, position: Position) -> Training:
     """What `train.py` would have at this point; the key of its dropout follows from the seed."""
     empty = jax.eval_shape(optimizer(config).init, moments.mu)  # beside moments and counts it holds no arrays
-    return Training(with_moments(empty, moments), moments.count, dropout_key(config), position)
+    return Training(with_moments(empty, moments), moments.count, dropout_key(config), [position])
 
 
 def is_pytorch_run(folder: Path) -> bool:

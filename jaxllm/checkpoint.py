@@ -2,6 +2,7 @@
 
     RUN/config.json            the model's shape             RUN/tokenizer/             the tokenizer
     RUN/train_config.json      how it was trained            RUN/checkpoints/STEP/      weights | training | position
+                                                                                        and rows, of each data stream
 
 A checkpoint whose `training` and `position` are absent (the converter writes such) is a starting point: weights only.
 """
@@ -9,6 +10,7 @@ A checkpoint whose `training` and `position` are absent (the converter writes su
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +41,7 @@ class Training(NamedTuple):
     opt_state: Pytree
     step: Any  # () int32, updates done
     dropout_key: Any  # raw key data
-    position: Position
+    positions: Sequence[Position]  # of each data stream
 
 
 def is_run(folder: Path) -> bool:
@@ -72,16 +74,22 @@ class Checkpoints:
         """Step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, position: Position) -> None:
-        """Save a state in the form of one device (`parallel.unplaced`), over however many it is spread."""
+    def save(self, step: int, state: TrainState, positions: Sequence[Position]) -> None:
+        """Save a state in the form of one device (`parallel.unplaced`), over however many it is spread.
+
+        Of a run of several processes all save, each with the positions of all data streams.
+        """
+        items: dict[str, Any] = {}
+        for name, rows, position in zip(*_stream_items(len(positions)), positions, strict=True):
+            items[name] = ocp.args.JsonSave({"source": position.source, "drawn": position.drawn})
+            items[rows] = ocp.args.StandardSave({"pool": position.pool, "tokens": _with_length(position.tokens)})
         training = {"opt_state": state.opt_state, "step": state.step, "dropout_key": state.dropout_key}
         self._manager.save(
-            int(state.step),
+            step,
             args=ocp.args.Composite(
                 weights=ocp.args.StandardSave(Weights(state.params, state.routing_bias)._asdict()),
                 training=ocp.args.StandardSave(training),
-                position=ocp.args.JsonSave({"source": position.source, "drawn": position.drawn}),
-                rows=ocp.args.StandardSave({"pool": position.pool, "tokens": _with_length(position.tokens)}),
+                **items,
             ),
         )
 
@@ -99,8 +107,10 @@ class Checkpoints:
         restored = self._restore(weights=_targets(Weights(params, routing_bias), shardings)._asdict())
         return Weights(**restored["weights"])
 
-    def restore(self, config: TrainConfig, shardings: TrainState | None = None) -> tuple[TrainState, Position | None]:
-        """The newest state and the data position behind it; None for a checkpoint that holds weights alone.
+    def restore(
+        self, config: TrainConfig, shardings: TrainState | None = None
+    ) -> tuple[TrainState, Sequence[Position] | None]:
+        """The newest state and the data positions behind it; None for a checkpoint that holds weights alone.
 
         The state has the form of one device, and lies where `shardings` says (None: on the first device).
 
@@ -113,7 +123,7 @@ class Checkpoints:
         if training is None:
             start = functools.partial(start_state, config)
             return (start if shardings is None else jax.jit(start, out_shardings=shardings))(*weights), None
-        return TrainState(*weights, training.opt_state, training.step, training.dropout_key), training.position
+        return TrainState(*weights, training.opt_state, training.step, training.dropout_key), training.positions
 
     def has_training(self) -> bool:
         """Whether the newest checkpoint holds more than weights."""
@@ -131,15 +141,14 @@ class Checkpoints:
             return None
         targets = _targets(jax.eval_shape(lambda: init_state(config)), shardings)
         training = {"opt_state": targets.opt_state, "step": targets.step, "dropout_key": targets.dropout_key}
-        restored = self._restore(training=training, position=None, rows=None)
-        rows = jax.tree.map(np.asarray, restored["rows"])
-        position = Position(
-            source=restored["position"]["source"],
-            drawn=restored["position"]["drawn"],
-            tokens=rows["tokens"][1:],
-            pool=rows["pool"],
-        )
-        return Training(**restored["training"], position=position)
+        names, rows = _stream_items(config.data_streams or 1)
+        restored = self._restore(training=training, **dict.fromkeys((*names, *rows)))
+        positions = []
+        for name, row in zip(names, rows, strict=True):
+            arrays = jax.tree.map(np.asarray, restored[row])
+            source, drawn = restored[name]["source"], restored[name]["drawn"]
+            positions.append(Position(source, drawn, tokens=arrays["tokens"][1:], pool=arrays["pool"]))
+        return Training(**restored["training"], positions=positions)
 
     def wait(self) -> None:
         """Wait until what was saved is on the disk."""
@@ -154,7 +163,7 @@ class Checkpoints:
         if step is None:
             raise UserError(f"{self._folder} holds no complete checkpoint")
         args = {
-            name: ocp.args.JsonRestore() if name == "position" else ocp.args.StandardRestore(target)
+            name: ocp.args.JsonRestore() if name.startswith("position") else ocp.args.StandardRestore(target)
             for name, target in targets.items()
         }
         try:
@@ -164,6 +173,12 @@ class Checkpoints:
                 f"the checkpoint {self._folder / str(step)} cannot be read ({one_line(error)}): "
                 "delete that folder to use the one before it"
             ) from None
+
+
+def _stream_items(streams: int) -> tuple[list[str], list[str]]:
+    """Names of the items that keep the position and the rows of each data stream."""
+    ends = ["", *(f"_{s}" for s in range(1, streams))]
+    return [f"position{end}" for end in ends], [f"rows{end}" for end in ends]
 
 
 def _with_length(tokens: np.ndarray) -> np.ndarray:
@@ -202,7 +217,7 @@ def write_run(
         config, reached = training
         write_json(folder / "train_config.json", config.to_dict())
         state = TrainState(*weights, reached.opt_state, reached.step, reached.dropout_key)
-        checkpoints.save(state, reached.position)
+        checkpoints.save(int(reached.step), state, reached.positions)
     checkpoints.close()
 
 

@@ -290,6 +290,16 @@ class TrainConfig:
     mesh: str = ""
     """Devices along each axis, e.g. data=2,fsdp=4,expert=1: `data` copies the model, `fsdp` cuts parameters and
     optimizer state, `expert` spreads the routed experts. Empty: one device."""
+    coordinator: str | None = None
+    """Of a run of several processes, HOST:PORT of the first, given to each of them; `auto`: SLURM, Open MPI, Kubernetes
+    or the TPU's own environment names it and the rest."""
+    num_processes: int | None = None
+    """How many processes there are; all see the same --run-dir and data."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
+    data_streams: int | None = None
+    """Parts of the data that are read side by side, each into its own rows of a batch, which they decide. Default: one
+    for each process, so that each reads its own."""
 
     peak_tflops: float | None = None
     """What one device reaches in matrix products, in TFLOP/s, to hold the speed against (MFU); default:
@@ -334,6 +344,29 @@ class TrainConfig:
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}: it must lie in (0, 1]")
         self._check_mesh()
+        self._check_processes()
+
+    def _check_processes(self) -> None:
+        rest = (self.num_processes, self.process_id)
+        if self.num_processes is not None and self.num_processes < 1:
+            raise UserError(f"num_processes is {self.num_processes}: it must be at least 1")
+        if self.coordinator == "auto" and rest != (None, None):
+            raise UserError("coordinator is 'auto': leave out --num-processes and --process-id, which it finds too")
+        if self.coordinator not in (None, "auto"):
+            host, _, port = self.coordinator.rpartition(":")
+            if not host or not port.isdecimal():
+                raise UserError(f"coordinator is {self.coordinator!r}: it must be HOST:PORT or auto")
+            if None in rest:
+                raise UserError(f"coordinator is {self.coordinator!r}: pass --num-processes and --process-id beside it")
+            if not 0 <= self.process_id < self.num_processes:
+                raise UserError(f"process_id is {self.process_id}: it must lie in 0 to num_processes - 1")
+        if self.coordinator is None and rest != (None, None):
+            raise UserError("num_processes and process_id need --coordinator HOST:PORT beside them")
+        if self.data_streams is not None and (self.data_streams < 1 or self.batch_size % self.data_streams):
+            raise UserError(
+                f"data_streams is {self.data_streams}: it must divide batch_size = {self.batch_size} "
+                f"(sizes that do: {_divisors(self.batch_size)})"
+            )
 
     def _check_mesh(self) -> None:
         sizes = self.mesh_sizes
@@ -417,7 +450,7 @@ RESUMABLE_FIELDS = frozenset(
     {
         "preset", "recipe", "run_dir", "overwrite", "steps", "log_every", "eval_every", "eval_samples", "save_every",
         "keep_checkpoints", "prompts", "sample_tokens", "temperature", "top_p", "remat", "peak_tflops", "parallel",
-        "mesh",
+        "mesh", "coordinator", "num_processes", "process_id",
     }
 )  # fmt: skip
 

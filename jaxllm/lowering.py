@@ -17,7 +17,7 @@ from jax.experimental import topologies
 from jaxllm.compiled import read_program
 from jaxllm.config import TrainConfig, read_json, write_json
 from jaxllm.model.kernels import ANY, CUDA
-from jaxllm.parallel import lower_step
+from jaxllm.parallel import lower_step, padded_shapes
 from jaxllm.program_cost import collectives, kernels, matrix_products
 from jaxllm.sharding import make_mesh
 from jaxllm.step import model_graph
@@ -28,18 +28,12 @@ OUT_OF_MEMORY = "Ran out of memory"
 
 
 def topology_devices(target: Target, devices: int) -> list[jax.Device]:
-    """So many described devices of one node.
-
-    Raises:
-        ValueError: the target's topology has fewer.
-    """
+    """So many described devices of one node."""
     if target.platform == "cuda":
         options = {"topology": f"1x1x{devices}", "target_config": target.config}
         described = topologies.get_topology_desc(platform="cuda", topology_name=target.name, **options)
     else:
         described = topologies.get_topology_desc(platform="tpu", topology_name=target.topology)
-    if len(described.devices) < devices:
-        raise ValueError(f"devices is {devices}: {target.topology} has {len(described.devices)}")
     return list(described.devices[:devices])
 
 
@@ -47,7 +41,8 @@ def lower_for(config: TrainConfig, target: Target) -> jax.stages.Lowered:
     """The real training step, on as many described devices as the config's mesh has."""
     devices = topology_devices(target, config.mesh_devices)
     platform = CUDA if target.compute_capability >= 8 else ANY
-    return lower_step(config, model_graph(config, platform), make_mesh(devices, **config.mesh_sizes))
+    layout = make_mesh(devices, **config.mesh_sizes)
+    return lower_step(config, model_graph(config, platform), layout, padded_shapes(config, layout))
 
 
 def measure(config: TrainConfig, target: Target) -> dict[str, Any]:

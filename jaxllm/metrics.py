@@ -44,6 +44,19 @@ class RunLog:
         self._board.close()
 
 
+class NoLog:
+    """In place of a RunLog in the processes of a run that are not its first."""
+
+    def __init__(self):
+        self.bar = tqdm(disable=True)
+
+    def write(self, record: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def _summary_writer() -> type:
     """tensorboardX's writer. Where PyTorch is installed it would import that too: two seconds, and no use here."""
     hide = "torch" not in sys.modules

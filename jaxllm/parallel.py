@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from jaxllm.config import AXES, TrainConfig
 from jaxllm.errors import UserError
@@ -41,6 +42,15 @@ def choose_layout(config: TrainConfig) -> Layout:
         UserError: there are too few devices, or they do not divide the batch.
     """
     here = jax.devices()
+    if jax.process_count() > 1:
+        here = sorted(here, key=lambda device: (device.process_index, device.id))
+        if config.parallel == "pmap":
+            raise UserError("parallel is 'pmap': that is for the devices of one process, pass --mesh instead")
+        if config.mesh_devices != len(here):
+            raise UserError(
+                f"mesh is {config.mesh!r}: {jax.process_count()} processes run one step on a mesh of all their "
+                f"{len(here)} devices, such as --mesh data={len(here)}"
+            )
     if config.parallel == "pmap":
         if config.batch_size % len(here):
             raise UserError(
@@ -79,7 +89,7 @@ def new_state(config: TrainConfig, layout: Layout) -> TrainState:
     """A new run's state, placed; a mesh makes each part where it lies."""
     if layout.mesh is None:
         return place(config, layout, jax.jit(functools.partial(init_state, config))())
-    shardings = layout.shardings(layout.specs(_padded_shapes(config, layout)))
+    shardings = layout.shardings(layout.specs(padded_shapes(config, layout)))
     return jax.jit(lambda: pad_experts(init_state(config), config.model, layout), out_shardings=shardings)()
 
 
@@ -97,7 +107,7 @@ def place(config: TrainConfig, layout: Layout, state: TrainState) -> TrainState:
     if layout.mesh is not None:
         if stored_experts(config.model, layout) == config.model.n_routed_experts:
             return state  # it was restored to where it belongs
-        shardings = layout.shardings(layout.specs(_padded_shapes(config, layout)))
+        shardings = layout.shardings(layout.specs(padded_shapes(config, layout)))
         return jax.jit(lambda state: pad_experts(state, config.model, layout), out_shardings=shardings)(state)
     if layout.devices > 1:
         return jax.pmap(lambda _, state: state, in_axes=(0, None))(np.arange(layout.devices), state)
@@ -112,15 +122,34 @@ def unplaced(config: TrainConfig, layout: Layout, state: TrainState) -> TrainSta
         shardings = state_shardings(config, layout)
         return jax.jit(lambda state: unpad_experts(state, config.model), out_shardings=shardings)(state)
     if layout.devices > 1:
-        return jax.tree.map(lambda copies: copies[0], state)
+        return _first_copy(state)
     return state
+
+
+def _first_copy(tree: Pytree) -> Pytree:
+    """What the first device of this process holds of arrays with an axis of devices in front; the others do nothing."""
+    return jax.tree.map(lambda copies: copies.addressable_data(0)[0], tree)
+
+
+def on_one_device(layout: Layout, tree: Pytree) -> Pytree:
+    """Arrays of `unplaced`, whole on the first device of this process; all processes must ask."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, jax.devices()[0])
+    whole = jax.jit(lambda tree: tree, out_shardings=layout.shardings(PartitionSpec()))(tree)
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
+
+
+def rows_here(config: TrainConfig, layout: Layout) -> tuple[int, int]:
+    """The first row of a micro-batch that this process's devices have, and how many rows they have."""
+    rows = config.batch_size // jax.process_count()
+    return jax.process_index() * rows, rows
 
 
 def compile_programs(config: TrainConfig, graph: nnx.GraphDef, layout: Layout = ONE_DEVICE) -> Programs:
     """What a run executes on its placed state."""
     start = time.perf_counter()
     # By shapes alone: a restored state is bound to its device, a fresh one is not, and the cache would tell them apart.
-    state = jax.eval_shape(functools.partial(init_state, config))
+    state = padded_shapes(config, layout)
     rows = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)  # (B,T)
     labels = jax.ShapeDtypeStruct((config.grad_accum, *rows.shape), jnp.int32)  # (A,B,T)
     make = _pmapped if layout.devices > 1 and layout.mesh is None else _jitted
@@ -128,35 +157,51 @@ def compile_programs(config: TrainConfig, graph: nnx.GraphDef, layout: Layout = 
     return Programs(step, evaluate, time.perf_counter() - start)
 
 
-def lower_step(config: TrainConfig, graph: nnx.GraphDef, layout: Layout) -> jax.stages.Lowered:
-    """The step of one device or of a mesh, which need not be here, ready to be compiled."""
-    state = _padded_shapes(config, layout)
+def lower_step(config: TrainConfig, graph: nnx.GraphDef, layout: Layout, state: TrainState) -> jax.stages.Lowered:
+    """The step of one device or of a mesh, which need not be here, on a state of `padded_shapes`; not compiled."""
     labels = jax.ShapeDtypeStruct((config.grad_accum, config.batch_size, config.seq_len), jnp.int32)
     shardings: dict[str, Any] = {}
     if layout.mesh is not None:
         own = layout.shardings(layout.specs(state))
         shardings = {
             "in_shardings": (own, layout.shardings(layout.batch_spec(1))),
-            "out_shardings": (own, layout.shardings(jax.sharding.PartitionSpec())),
+            "out_shardings": (own, layout.shardings(PartitionSpec())),
         }
     step = functools.partial(train_step, config, graph, layout=layout)
     return jax.jit(step, donate_argnums=0, **shardings).lower(state, labels)
 
 
-def _padded_shapes(config: TrainConfig, layout: Layout) -> TrainState:
+def padded_shapes(config: TrainConfig, layout: Layout) -> TrainState:
+    """A placed state's shapes (under `pmap` those of one copy)."""
     return jax.eval_shape(lambda: pad_experts(init_state(config), config.model, layout))
 
 
 def _jitted(config, graph, layout, state, labels, rows) -> tuple[Callable, Callable]:
     shardings = {}
-    padded = _padded_shapes(config, layout)
     if layout.mesh is not None:
-        weights = layout.shardings(layout.specs((padded.params, padded.routing_bias)))
+        weights = layout.shardings(layout.specs((state.params, state.routing_bias)))
         shardings = {"in_shardings": (*weights, layout.shardings(layout.batch_spec(0)))}
     evaluate = jax.jit(functools.partial(eval_step, graph, layout=layout), **shardings)
-    evaluate = evaluate.lower(padded.params, padded.routing_bias, rows).compile()
-    step = lower_step(config, graph, layout).compile()
-    return step, lambda state, rows: evaluate(state.params, state.routing_bias, rows)
+    evaluate = evaluate.lower(state.params, state.routing_bias, rows).compile()
+    step = lower_step(config, graph, layout, state).compile()
+    if jax.process_count() == 1:
+        return step, lambda state, rows: evaluate(state.params, state.routing_bias, rows)
+    first, _ = rows_here(config, layout)
+
+    def spread(here: np.ndarray, axis: int, start: int) -> jax.Array:
+        """A batch over all processes, of which this one has the rows from `start` on."""
+        shape = (*here.shape[:axis], config.batch_size, *here.shape[axis + 1 :])
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            rows = index[axis]
+            return here[(*index[:axis], slice(rows.start - start, rows.stop - start))]
+
+        return jax.make_array_from_callback(shape, layout.shardings(layout.batch_spec(axis)), part)
+
+    return (
+        lambda state, labels: step(state, spread(labels, 1, first)),
+        lambda state, rows: evaluate(state.params, state.routing_bias, spread(rows, 0, 0)),
+    )
 
 
 def _pmapped(config, graph, layout, state, labels, rows) -> tuple[Callable, Callable]:
@@ -177,11 +222,8 @@ def _pmapped(config, graph, layout, state, labels, rows) -> tuple[Callable, Call
     shape = jax.eval_shape(functools.partial(own_rows, axis=0), rows)
     evaluate = evaluate.lower(state.params, state.routing_bias, shape).compile()
 
-    def first(copies: Pytree) -> Pytree:
-        return jax.tree.map(lambda copy: copy[0], copies)
-
     def run_step(state: TrainState, labels: np.ndarray):
         state, metrics = step(state, own_rows(labels, 1))
-        return state, first(metrics)
+        return state, _first_copy(metrics)
 
-    return run_step, lambda state, rows: first(evaluate(state.params, state.routing_bias, own_rows(rows, 0)))
+    return run_step, lambda state, rows: _first_copy(evaluate(state.params, state.routing_bias, own_rows(rows, 0)))

@@ -48,6 +48,7 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "XLA_FLAGS": "",
 }
 """Of the process that compiles, so that it sees no device."""
 
@@ -161,6 +162,12 @@ def usable_bytes(target: Target) -> float:
     return USABLE_MEMORY[target.platform] * target.memory_gib * GIB
 
 
+def busiest_share(config: TrainConfig) -> float:
+    """Of all rows that a device of `expert` has room for, those that its experts get where the routing is even."""
+    n, E = config.mesh_sizes.get("expert", 1), config.model.n_routed_experts
+    return -(-E // n) / E
+
+
 def read_plan(config: TrainConfig, target: Target, reply: dict[str, Any]) -> Plan | Refused:
     """The plan from what the compiling process wrote."""
     if "out_of_memory" in reply:
@@ -168,10 +175,9 @@ def read_plan(config: TrainConfig, target: Target, reply: dict[str, Any]) -> Pla
     kernels = [Kernel(*kernel) for kernel in reply["kernels"]]
     products = [Product(*product) for product in reply["products"]]
     exchanged = [Collective(*collective) for collective in reply["collectives"]]
-    # Each device of `expert` has room for all its rows' tokens at its own experts; with even routing its share comes.
-    share = 1 / config.mesh_sizes.get("expert", 1)
+    share = busiest_share(config)
     products = [p._replace(flops=p.flops * share) if p.kind == "grouped" else p for p in products]
-    kernels = [k._replace(flops=k.flops * share, bytes=k.bytes * share) if k.kind == "grouped" else k for k in kernels]
+    kernels = [k._replace(flops=k.flops * share) if k.kind == "grouped" else k for k in kernels]
     touched = sum(kernel.bytes for kernel in kernels)
     if reply["unknown_loops"]:  # the program's products are not all known: the model's stand in for them
         per_token = flops.training_flops_per_token(config.model, config.seq_len, "full")
@@ -226,17 +232,21 @@ def compile_plan(config: TrainConfig, target: Target) -> Plan | Refused:
 
 def meshes(config: TrainConfig) -> list[str]:
     """What a search compares on as many devices as the config's mesh has, the config's own mesh first."""
-    n, found = config.mesh_devices, [config.mesh]
+    n, found = config.mesh_devices, [config]
     if n == 1:
-        return found
+        return [config.mesh]
+
+    def several(config: TrainConfig) -> dict[str, int]:
+        return {axis: size for axis, size in config.mesh_sizes.items() if size > 1}
+
     for mesh in (f"data={n}", f"fsdp={n}", f"expert={n}", f"fsdp={n // 2},expert=2"):
         try:
             other = dataclasses.replace(config, mesh=mesh)
         except UserError:  # weights that it cannot cut
             continue
-        if other.mesh_devices == n and mesh not in found:
-            found.append(mesh)
-    return found
+        if other.mesh_devices == n and not any(several(other) == several(known) for known in found):
+            found.append(other)
+    return [config.mesh for config in found]
 
 
 def largest_batch(start: int, limit: float, compiled: Callable[[int], Plan | Refused]) -> tuple[Plan | Refused, bool]:
@@ -296,6 +306,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if args.devices not in (None, config.mesh_devices):
         raise UserError(f"devices is {args.devices}: the mesh {args.mesh!r} has {config.mesh_devices}, leave out one")
+    if config.mesh_devices > target.devices:
+        raise UserError(
+            f"mesh is {config.mesh!r}: its {config.mesh_devices} devices are more than the {target.devices} of a node "
+            f"({target.name}), whose interconnect is all that a plan knows"
+        )
     check_extra(args.target, target)
     seed = recipe("seed", args.preset)
     tokens = args.tokens or seed.steps * seed.tokens_per_step

@@ -154,7 +154,7 @@ def assumptions(plan: Plan) -> list[str]:
         f"and {ACHIEVED_FLOPS['attention']} (attention) of {peak:g} TFLOP/s, memory {ACHIEVED_MEMORY} of "
         f"{target.memory_gb_per_s:,g} GB/s, collectives {ACHIEVED_INTERCONNECT} of {target.interconnect_gb_per_s:g} "
         "GB/s; a kernel touches its operands and results once; the grouped products have as many tiles as at worst"
-        f"{', over the devices of expert evenly' if plan.config.mesh_sizes.get('expert', 1) > 1 else ''}.",
+        f"{', and of them those of an even routing multiply' if plan.config.mesh_sizes.get('expert', 1) > 1 else ''}.",
         "At best: all else hides behind the slowest of compute, memory and collectives. Expected: kernel after kernel, "
         "each bound by its own products or memory, and no collective hidden. Data, evaluation and saving cost nothing.",
     )

@@ -6,6 +6,7 @@ The command line, the run's folder, and what a run says and writes at its end. I
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import tyro
 from jaxllm import flops
 from jaxllm.config import SPECIAL_TOKENS, TrainConfig, changed_fields, read_json, recipe, write_json
 from jaxllm.data.corpus import open_source
-from jaxllm.data.stream import held_out_rows
+from jaxllm.data.stream import check_streams, held_out_rows
 from jaxllm.data.tokenizer import align, encode_prompt, load_tokenizer, train_or_recall_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.metrics import draw_losses, unigram_loss
@@ -92,6 +93,7 @@ def check_resumable(config: TrainConfig) -> None:
     """
     if (config.folder / "train_config.json").is_file():
         saved = read_json(config.folder / "train_config.json")
+        saved |= {"data_streams": streams_of(saved)}
     else:  # made by the converter: weights without a training history
         model = read_json(config.folder / "config.json")
         unset = {name for name in SPECIAL_TOKENS if model.get(name) is None}
@@ -105,13 +107,27 @@ def check_resumable(config: TrainConfig) -> None:
         )
 
 
-def prepare(config: TrainConfig, framework: Framework) -> Prepared:
+def streams_of(saved: dict) -> int:
+    """Data streams of the run that a train_config.json belongs to; of those before there were several, one."""
+    return saved.get("data_streams") or 1
+
+
+def prepare(config: TrainConfig, framework: Framework, processes: int = 1) -> Prepared:
     """Everything that can be refused is refused here, before anything is built or deleted.
+
+    Args:
+        config: as the user gave it.
+        framework: that trains.
+        processes: that share the run; a new run then has as many data streams, unless the config says otherwise.
 
     Raises:
         UserError: the folder, the data, the tokenizer or a prompt does not fit the config.
     """
     resumes = check_folder(config, framework)
+    if config.data_streams is None:
+        file = config.folder / "train_config.json"
+        streams = streams_of(read_json(file)) if resumes and file.is_file() else processes
+        config = dataclasses.replace(config, data_streams=streams)
     source = open_source(config)
     if resumes and (config.folder / "tokenizer").is_dir():
         tokenizer = load_tokenizer(str(config.folder / "tokenizer"))
@@ -128,6 +144,7 @@ def prepare(config: TrainConfig, framework: Framework) -> Prepared:
             f"prompts has one of {longest} tokens: the position table of {config.model.max_position_embeddings} rows "
             "leaves no room behind it; pass shorter --prompts or --sample-tokens 0"
         )
+    check_streams(config)
     held_out = held_out_rows(config, tokenizer)
     if not resumes:
         if config.folder.exists():

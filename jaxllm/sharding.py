@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.config import AXES, ModelConfig
@@ -57,8 +56,10 @@ PARAMETER_AXES: dict[str, tuple[str, ...]] = {
 # Along which axis of the mesh a parameter's axis is cut; the others are whole on every device.
 MESH_AXIS = {"hidden": "fsdp", "heads": "fsdp", "expert": "expert"}
 
-GATHERED = "gathered weights"
-"""What the backward pass gathers again rather than keeps."""
+
+def _regather(primitive, *_, **__) -> bool:
+    """What the backward pass may keep: neither gathered weights nor casts of them (of activations a cast is cheap)."""
+    return primitive.name not in ("all_gather", "convert_element_type")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +101,7 @@ class Layout:
             axes = parameter_axes(path)[-part.ndim :]  # of one layer
             for dimension, axis in enumerate(axes):
                 if MESH_AXIS.get(axis) == "fsdp":
-                    part = jax.lax.all_gather(part, "fsdp", axis=dimension, tiled=True)
-                    return checkpoint_name(part, GATHERED)
+                    return jax.lax.all_gather(part, "fsdp", axis=dimension, tiled=True)
             return part
 
         return jax.tree_util.tree_map_with_path(whole, weights)
@@ -121,25 +121,29 @@ class Layout:
         if remat:
             return jax.checkpoint(body)
         if self.fsdp > 1:
-            return jax.checkpoint(body, policy=jax.checkpoint_policies.save_anything_except_these_names(GATHERED))
+            return jax.checkpoint(body, policy=_regather)
         return body
 
     def specs(self, tree: Pytree) -> Pytree:
         """The PartitionSpec of each leaf of parameters, of a TrainState, or of whatever is made of them.
 
-        What does not divide evenly is not cut: the model's own experts, before room was made for more.
+        What does not divide evenly is not cut there: the model's own experts, before room was made for more, are cut
+        along the first other axis that does.
         """
 
         def spec(path, leaf) -> PartitionSpec:
             if not is_parameter(path):
                 return PartitionSpec()
-            mesh_axes = [MESH_AXIS.get(axis) for axis in parameter_axes(path)]
-            return PartitionSpec(
-                *(
-                    axis if axis in self.axes and size % getattr(self, axis) == 0 else None
-                    for axis, size in zip(mesh_axes, leaf.shape, strict=True)
-                )
-            )
+            wanted = [MESH_AXIS.get(axis) for axis in parameter_axes(path)]
+            cut = [
+                axis if axis in self.axes and size % getattr(self, axis) == 0 else None
+                for axis, size in zip(wanted, leaf.shape, strict=True)
+            ]
+            if "expert" in wanted and "expert" in self.axes and "expert" not in cut:
+                free = (i for i, size in enumerate(leaf.shape) if cut[i] is None and size % self.expert == 0)
+                if (dimension := next(free, None)) is not None:
+                    cut[dimension] = "expert"
+            return PartitionSpec(*cut)
 
         return jax.tree_util.tree_map_with_path(spec, tree)
 

@@ -34,6 +34,8 @@ class Target:
     peak_tflops: dict[Precision, float]
     """Dense matrix products, in each compute precision."""
     memory_gb_per_s: float
+    devices: int
+    """How many of them a node (of TPUs: the topology) has."""
     interconnect_gb_per_s: float
     """What one device sends to others of its node, in one direction."""
     sources: dict[str, str]
@@ -48,6 +50,8 @@ class Target:
         needed = {"cuda": "config", "tpu": "topology"}[self.platform]
         if not isinstance(getattr(self, needed), str):
             raise UserError(f"{needed} is {getattr(self, needed)!r}: a {self.platform} target needs it, as text")
+        if not isinstance(self.devices, int) or self.devices < 1:
+            raise UserError(f"devices is {self.devices!r}: it must be a whole number, at least 1")
         for field in ("memory_gib", "memory_gb_per_s", "interconnect_gb_per_s"):
             _check_positive(field, getattr(self, field))
         if not isinstance(self.peak_tflops, dict) or {*self.peak_tflops} != {*get_args(Precision)}:

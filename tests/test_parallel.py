@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections import Counter
 
@@ -15,13 +16,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxllm.sharding
 import train
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.config import ModelConfig, TrainConfig
 from jaxllm.data.stream import Position
 from jaxllm.errors import UserError
 from jaxllm.loss import IGNORED
-from jaxllm.parallel import choose_layout, compile_programs, new_state, place, state_shardings, unplaced
+from jaxllm.parallel import (
+    choose_layout,
+    compile_programs,
+    lower_step,
+    new_state,
+    padded_shapes,
+    place,
+    state_shardings,
+    unplaced,
+)
 from jaxllm.sharding import MESH_AXIS, Layout, parameter_axes
 from jaxllm.step import TrainState, abstract_model, model_graph
 
@@ -138,6 +149,43 @@ def test_each_device_holds_its_part():
     assert not np.asarray(padding).any()
 
 
+def test_what_is_saved_is_cut_too_where_the_experts_do_not_divide():
+    """Seven experts on eight devices: in the form of one device they are cut along another axis, not copied."""
+    config = dataclasses.replace(CONFIG, mesh="expert=8")
+    layout = choose_layout(config)
+    state = unplaced(config, layout, new_state(config, layout))
+    wanted = state_shardings(config, layout)
+    for tree, shardings in ((state.params, wanted.params), (state.opt_state[1].nu, wanted.opt_state[1].nu)):
+        experts = tree["decoder_layers"]["mlp"]["routed_experts"]["gate_proj"]["weight"]
+        assert experts.shape == (2, 7, 32, 24)
+        assert max(shard.data.size for shard in experts.addressable_shards) == experts.size // 8
+        assert experts.sharding == shardings["decoder_layers"]["mlp"]["routed_experts"]["gate_proj"]["weight"]
+
+
+def test_the_backward_pass_gathers_again_and_keeps_no_gathered_weight(monkeypatch):
+    """Kept, layer for layer, they would be the whole model on every device. Without recomputation of the rest."""
+    config = dataclasses.replace(CONFIG, mesh="fsdp=2")
+    layout = choose_layout(config)
+
+    def stacks_of_gathered_experts() -> int:
+        lowered = lower_step(config, model_graph(config), layout, padded_shapes(config, layout))
+        return len(re.findall(r"[^(]f32\[2,7,(?:32,24|24,32)\]", lowered.compile().as_text()))
+
+    assert stacks_of_gathered_experts() == 0
+    monkeypatch.setattr(jaxllm.sharding, "_regather", jax.checkpoint_policies.everything_saveable)
+    assert stacks_of_gathered_experts() > 0
+
+
+@pytest.mark.parametrize("changes", [{"mesh": "data=2,fsdp=2,expert=2"}, {"parallel": "pmap"}])
+def test_a_layout_s_step_updates_the_state_in_place(changes):
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, num_hidden_layers=1), **changes)
+    layout = choose_layout(config)
+    state = new_state(config, layout)
+    after, _ = compile_programs(config, model_graph(config), layout).step(state, batch(0)[None])
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert int(unplaced(config, layout, after).step) == 1
+
+
 def test_every_parameter_stands_in_the_table_once_and_is_cut_along_an_axis_once():
     _, params, bias = abstract_model(dataclasses.replace(CONFIG.model, final_norm=True))
     for tree in (params, bias):
@@ -165,7 +213,7 @@ WAYS = ({"mesh": "data=2,fsdp=2,expert=2"}, {}, {"mesh": "fsdp=4"}, {"mesh": "ex
 
 def test_a_checkpoint_moves_from_layout_to_layout_bit_for_bit(tmp_path):
     """8 devices -> 1 -> 4 -> 8 -> pmap -> 1."""
-    position = Position({"file": 3}, 7, np.arange(5, dtype=np.int32), np.ones((2, 8), np.int32))
+    positions = [Position({"file": 3}, 7, np.arange(5, dtype=np.int32), np.ones((2, 8), np.int32))]
     wanted = None
     for step, changes in enumerate(WAYS):
         config = dataclasses.replace(CONFIG, **changes)
@@ -177,13 +225,12 @@ def test_a_checkpoint_moves_from_layout_to_layout_bit_for_bit(tmp_path):
             checkpoints = Checkpoints(tmp_path)
             state, restored = checkpoints.restore(config, state_shardings(config, layout))
             checkpoints.close()
-            jax.tree.map(np.testing.assert_array_equal, restored, position)
+            jax.tree.map(np.testing.assert_array_equal, restored, positions)
             state = unplaced(config, layout, place(config, layout, state))
             jax.tree.map(np.testing.assert_array_equal, state, wanted)
         checkpoints = Checkpoints(tmp_path)
-        checkpoints.save(state._replace(step=jnp.asarray(step, jnp.int32)), position)
+        checkpoints.save(step, state, positions)
         checkpoints.close()
-        wanted = wanted._replace(step=np.asarray(step, np.int32))
 
 
 def test_a_run_changes_its_layout_from_start_to_start(narrow, tmp_path, capsys):

@@ -64,6 +64,7 @@ def test_every_description_belongs_to_a_target():
         ({"config": None}, ["config is None", "cuda target"]),
         ({"config": "none.txtpb"}, ["none.txtpb", "cannot be read"]),
         ({"sources": {}}, ["sources.memory_gib is missing"]),
+        ({"devices": 0.5}, ["devices is 0.5", "whole number"]),
         ({"color": "green"}, ["color is no field"]),
     ],
 )
@@ -95,6 +96,7 @@ def test_a_target_of_one_s_own_is_checked(change, parts, tmp_path):
         (["--devices", "0"], ["devices is 0"]),
         (["--devices", "4", "--mesh", "fsdp=8"], ["devices is 4", "'fsdp=8' has 8"]),
         (["--mesh", "fsdp=3"], ["mesh is 'fsdp=3'", "batch_size = 8"]),
+        (["--mesh", "data=16", "--batch", "16"], ["its 16 devices are more than the 8 of a node"]),
         (["--tokens", "0"], ["tokens is 0"]),
         (["--json", "no/such/folder.json"], ["json is no/such/folder.json", "no folder"]),
         (["--json", "/"], ["json is /", "name a file"]),
@@ -186,7 +188,7 @@ print(jax.jit(step).lower(x).compile().as_text())
 )
 def test_collectives_of_a_compiled_program_on_eight_devices(where):
     """On a GPU each is a pair of instructions, on the CPU one."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", **planning.ENVIRONMENT}
+    environment = os.environ | planning.ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": "8"}
     command = [sys.executable, "-c", EXCHANGE, where]
     text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     program = read_program(text[text.index("HloModule") :])

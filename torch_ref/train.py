@@ -90,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(argv, "python -m torch_ref.train", __doc__)
     if config.mesh or config.parallel != "jit":
         raise UserError("mesh and parallel are for train.py: PyTorch trains on one device here, leave them out")
+    if config.coordinator is not None or config.data_streams not in (None, 1):
+        raise UserError("coordinator and data_streams are for train.py: PyTorch's run is one process, leave them out")
     disable_progress_bar()  # of each file that is written: the run has a bar of its own
     choose_device(config)  # what the device cannot do is said before anything is made or deleted
     config, tokenizer, held_out, resumes = prepare(config, "PyTorch")

@@ -23,6 +23,9 @@ HOLD_OUT = 20
 PIECE_CHARS = 4096
 """A text file is read in pieces of at most this size, so that a file of any size fits in memory."""
 
+RUN_OF_PIECES = 8
+"""Pieces that follow one another stay together where files are divided among parts."""
+
 SUFFIXES = {".txt": "text", ".md": "text", ".py": "text", ".text": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 
 
@@ -50,21 +53,21 @@ class Source(Protocol):
         ...
 
 
-def open_source(config: TrainConfig) -> Source:
-    """The source that `config.data` names.
+def open_source(config: TrainConfig, part: int = 0, parts: int = 1) -> Source:
+    """The source that `config.data` names, or one of several parts of it, which have nothing in common.
 
     Raises:
         UserError: nothing can be read there.
     """
     if config.data == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        return FileSource(stdlib_files(root), config.seed, config.text_field)
+        return FileSource(stdlib_files(root), config.seed, config.text_field, part, parts)
     path = Path(config.data).expanduser()
     if path.exists():
-        return FileSource(local_files(path), config.seed, config.text_field)
+        return FileSource(local_files(path), config.seed, config.text_field, part, parts)
     if config.data.count("/") != 1 or config.data.startswith((".", "/", "~")) or path.suffix in SUFFIXES:
         raise UserError(f"data is {config.data!r}: there is no such file or folder, and it is no Hub name (OWNER/NAME)")
-    return HubSource(config.data, config.data_config, config.data_split, config.text_field)
+    return HubSource(config.data, config.data_config, config.data_split, config.text_field, part, parts)
 
 
 def stdlib_files(root: Path) -> list[Path]:
@@ -109,12 +112,18 @@ def local_files(path: Path) -> list[Path]:
 
 
 class FileSource:
-    """Text, JSONL and parquet files, in an order that each pass shuffles anew."""
+    """Text, JSONL and parquet files, in an order that each pass shuffles anew.
 
-    def __init__(self, files: list[Path], seed: int, text_field: str):
+    A part of several has every so-many-th file of that order where there are enough of them, or else runs of pieces of
+    every file.
+    """
+
+    def __init__(self, files: list[Path], seed: int, text_field: str, part: int = 0, parts: int = 1):
+        self._part, self._parts = part, parts
         self._files, self._seed, self._text_field = files, seed, text_field
         sizes = [file.stat().st_size for file in files]
         self._total = sum(sizes)
+        self._by_files = len(files) >= HOLD_OUT * parts
         self._sizes = dict(zip(files, sizes, strict=True))
         self.position: dict[str, Any] = self._start_of_pass(0)
         self.skipped_rows = 0
@@ -126,11 +135,16 @@ class FileSource:
             index = order[number]
             file = self._files[index]
             start = self.position["piece"]
+            if self._by_files and number % self._parts != self._part:
+                self.position |= {"file": number + 1, "bytes": self.position["bytes"] + self._sizes[file]}
+                continue
             for piece, (text, ends) in enumerate(self._read(file)):
                 if piece < start:
                     continue
                 within = min(self.position["within"] + len(text.encode()), self._sizes[file])
                 self.position |= {"piece": piece + 1, "within": within}
+                if not self._by_files and (index + piece // RUN_OF_PIECES) % self._parts != self._part:
+                    continue
                 # Held out by whole files where there are enough of them, by pieces of the files where not.
                 unit = index if len(order) >= HOLD_OUT else index + piece
                 yield Piece(text, ends, held_out=unit % HOLD_OUT == 1)
@@ -165,7 +179,7 @@ class FileSource:
             if isinstance(text, str) and text:
                 seen = True
                 yield valid_unicode(text), True
-            else:
+            elif self._by_files or self._part == 0:  # else every part meets it, and one counts
                 self.skipped_rows += 1
         if not seen:
             raise UserError(f"data: no row of {file} has a text in the field {self._text_field!r}: pass --text-field")
@@ -211,9 +225,13 @@ def _parquet_rows(file: Path, field: str) -> Iterator[dict[str, Any]]:
 
 
 class HubSource:
-    """A streamed dataset of the Hugging Face Hub; rows come in the dataset's own order."""
+    """A streamed dataset of the Hugging Face Hub; rows come in the dataset's own order.
 
-    def __init__(self, name: str, config: str | None, split: str, text_field: str):
+    A part of several has its own shards where they divide evenly, or else every so-many-th row.
+    """
+
+    def __init__(self, name: str, config: str | None, split: str, text_field: str, part: int = 0, parts: int = 1):
+        self._part, self._parts = part, parts
         self._name, self._config, self._split, self._text_field = name, config, split, text_field
         self._opened = self._open()  # now, so that a wrong name is said before anything slow starts
         names = self._opened.column_names
@@ -241,6 +259,7 @@ class HubSource:
 
     def _open(self):
         import datasets
+        from datasets.distributed import split_dataset_by_node
 
         if not hub_reachable():
             raise UserError(
@@ -248,7 +267,10 @@ class HubSource:
                 "or pass --data FILE and --tokenizer FOLDER"
             )
         try:
-            return datasets.load_dataset(self._name, self._config, split=self._split, streaming=True)
+            stream = datasets.load_dataset(self._name, self._config, split=self._split, streaming=True)
+            if self._parts == 1:
+                return stream
+            return split_dataset_by_node(stream, rank=self._part, world_size=self._parts)
         except Exception as error:  # the client raises dozens of kinds, by cause and by version
             raise UserError(
                 f"data: the dataset {self._name!r} (config {self._config!r}, split {self._split!r}) could not be "

@@ -6,7 +6,7 @@ import copy
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -101,20 +101,86 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, ends_document: bool) -
     return np.asarray([*ids, tokenizer.eos_token_id] if ends_document else ids, np.int32)
 
 
+class BatchShare:
+    """One process's rows of every batch, in a TokenStream's place.
+
+    A batch has S = `data_streams` streams side by side: of B rows each gives B/S, in order, so that the batches depend
+    on S and not on how many processes there are. A process reads the streams of its rows; where it has only a part of a
+    stream's rows, others read that stream too.
+    """
+
+    def __init__(self, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, first_row: int, rows: int):
+        """The rows `first_row` to `first_row + rows - 1` of each micro-batch."""
+        S, self._config = config.data_streams or 1, config
+        self._each = config.batch_size // S  # rows of a stream
+        self._own = range(first_row, first_row + rows)
+        self._streams = {
+            s: TokenStream(open_source(config, s, S), tokenizer, config.seq_len, config.seed + (s << 64))
+            for s in range(first_row // self._each, -(-(first_row + rows) // self._each))
+        }
+
+    def next_rows(self, count: int) -> np.ndarray:
+        """Rows of `count` micro-batches: (count * rows, T) int32."""
+        parts = []
+        for s, stream in self._streams.items():
+            drawn = stream.next_rows(count * self._each).reshape(count, self._each, -1)
+            start = s * self._each
+            parts.append(drawn[:, max(0, self._own.start - start) : self._own.stop - start])
+        return np.concatenate(parts, axis=1).reshape(count * len(self._own), -1)
+
+    def position(self) -> dict[int, Position]:
+        """Of each stream that is read here."""
+        return {s: stream.position() for s, stream in self._streams.items()}
+
+    def seek(self, positions: Sequence[Position]) -> None:
+        """Go on from the positions of all S streams."""
+        for s, stream in self._streams.items():
+            stream.seek(positions[s])
+
+    def progress(self) -> float | None:
+        """Passes over the data by the slowest stream; None where its size is not known."""
+        done = [stream.progress() for stream in self._streams.values()]
+        return None if None in done else min(done)
+
+    @property
+    def skipped_rows(self) -> int:
+        """Rows of the data that held no text."""
+        return sum(stream.skipped_rows for stream in self._streams.values())
+
+
+def check_streams(config: TrainConfig) -> None:
+    """Whether each of several data streams has something to read.
+
+    Raises:
+        UserError: a part of the data is empty.
+    """
+    S = config.data_streams or 1
+    for s in range(S if S > 1 else 0):
+        if all(piece.held_out for piece in open_source(config, s, S).pieces()):
+            raise UserError(
+                f"data_streams is {S}: part {s} of the data has nothing to train on; pass more text or fewer "
+                "--data-streams"
+            )
+
+
 def held_out_rows(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """Up to `eval_samples` rows of the held-out part, packed in order: (n, T) int32, n >= 1.
+
+    Of several data streams each gives an equal share, as far as it goes: what is held out of its part.
 
     Raises:
         UserError: the held-out part does not fill one row.
     """
     wanted = config.eval_samples * config.seq_len
-    parts, have = [], 0
-    for piece in open_source(config).pieces():
-        if piece.held_out:
-            parts.append(encode(tokenizer, piece.text, piece.ends_document))
-            have += len(parts[-1])
-            if have >= wanted:
-                break
+    parts, have, S = [], 0, config.data_streams or 1
+    for s in range(S):
+        share = (s + 1) * wanted / S
+        for piece in open_source(config, s, S).pieces() if have < share else ():
+            if piece.held_out:
+                parts.append(encode(tokenizer, piece.text, piece.ends_document))
+                have += len(parts[-1])
+                if have >= share:
+                    break
     rows = min(config.eval_samples, have // config.seq_len)
     if rows == 0:
         raise UserError(
@@ -126,14 +192,15 @@ def held_out_rows(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> np
 
 class Batch(NamedTuple):
     rows: np.ndarray  # (n,T) int32
-    position: Position  # of the stream behind this batch
+    position: Any  # of the stream behind this batch
     progress: float | None
 
 
 class Prefetcher:
     """Reads and tokenizes the next batches in a thread, so that the step does not wait for them."""
 
-    def __init__(self, stream: TokenStream, rows: int, depth: int = 4):
+    def __init__(self, stream: TokenStream | BatchShare, rows: int, depth: int = 4):
+        """`rows`: what to ask `stream.next_rows` for."""
         self.waited = 0.0  # seconds that the reader has waited for batches
         self._queue: queue.Queue[Batch | Exception] = queue.Queue(depth)
         self._stopped = threading.Event()
@@ -157,7 +224,7 @@ class Prefetcher:
             except queue.Empty:
                 continue
 
-    def _run(self, stream: TokenStream, rows: int) -> None:
+    def _run(self, stream: TokenStream | BatchShare, rows: int) -> None:
         while not self._stopped.is_set():
             try:
                 batch = Batch(stream.next_rows(rows), stream.position(), stream.progress())

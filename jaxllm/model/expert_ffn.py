@@ -38,9 +38,10 @@ def expert_ffn(grouped: ModuleType, rows: Array, gate: Array, up: Array, down: A
 def expert_ffn_of_stack(
     grouped: ModuleType, rows: Array, gate: Array, up: Array, down: Array, group_sizes: Array, offset: Array
 ) -> Array:
-    """`expert_ffn` by the E experts that begin at `offset` in a longer stack, whose weights stay where they are.
+    """`expert_ffn` by the E experts that begin at `offset` in a longer stack. It has no gradient.
 
-    For decoding, where copying a layer's experts costs more than using two of them. It has no gradient.
+    For decoding, where copying a layer's experts costs more than using two of them: the walk leaves them where they are
+    (Triton's products still take the layer's part).
     """
     return _products(grouped, rows, gate, up, down, group_sizes, offset)[0]
 

@@ -22,7 +22,7 @@ Array = jax.Array
 # to 512 rows are what a thousand tokens on seven experts give; decoding has groups of a row or a few.
 BLOCK_ROWS = (16, 32, 48, 64, 96, 128, 192, 256, 288, 320, 384, 512, 768, 1024)
 FEW_ROWS = 32
-"""Up to so many rows in all, groups may be so small that a block of 16 would be mostly padding."""
+"""Up to so many rows in all, as in decoding, a weight is read for a row or two: small blocks, and no copy of it."""
 
 
 def block_sizes(rows: int) -> tuple[int, ...]:
@@ -40,14 +40,19 @@ def padding(most_rows: int) -> int:
 def multiply(rows: Array, weights: tuple[Array, ...], group_sizes: Array, offset: Array | int = 0) -> Array:
     """`rows @ weight[offset + e]`, for each row the e of its group: (P,X), each (>= E,X,Y) -> (P, sum of Y)."""
 
-    def block(size: int, e: Array, at: Array, stop: Array, first: bool, out: Array) -> Array:
-        # The weights are sliced here, where one row's product reads them in place. A block may run into the next one:
-        # that one, walked later, overwrites the surplus.
-        x = _rows(rows, at, size)
-        products = [x @ weight[offset + e].astype(rows.dtype) for weight in weights]
-        return _write(out, jnp.concatenate(products, axis=1), at)
-
     def group(e: Array, start: Array, end: Array, out: Array) -> Array:
+        if rows.shape[0] > FEW_ROWS:  # one wide product is faster than one for each weight, and pays for a copy of them
+            own = _side_by_side(weights, offset + e, rows.dtype)
+
+        def block(size: int, e: Array, at: Array, stop: Array, first: bool, out: Array) -> Array:
+            x = _rows(rows, at, size)
+            if rows.shape[0] > FEW_ROWS:
+                product = x @ own
+            else:  # sliced here, a weight is read where it lies
+                product = jnp.concatenate([x @ weight[offset + e].astype(rows.dtype) for weight in weights], axis=1)
+            # A block may run into the next one: that one, walked later, overwrites the surplus.
+            return _write(out, product, at)
+
         return _walk_blocks(rows, e, start, end, block, out)
 
     out = jnp.zeros((rows.shape[0], sum(weight.shape[2] for weight in weights)), rows.dtype)
@@ -58,7 +63,7 @@ def multiply_transposed(d_out: Array, weights: tuple[Array, ...], group_sizes: A
     """The gradient of `multiply` for its rows: (P, sum of Y), each (E,X,Y) -> (P,X)."""
 
     def group(e: Array, start: Array, end: Array, d_rows: Array) -> Array:
-        own = jnp.concatenate([weight[e].astype(d_out.dtype) for weight in weights], axis=1)  # (X, sum of Y)
+        own = _side_by_side(weights, e, d_out.dtype)
 
         def block(size: int, e: Array, at: Array, stop: Array, first: bool, d_rows: Array) -> Array:
             product = jax.lax.dot_general(_rows(d_out, at, size), own, (((1,), (1,)), ((), ())))
@@ -138,6 +143,11 @@ def _once_if(condition: Array, body: Callable[[Array, Any], Any], carry: Any) ->
     XLA moves what does not depend on a loop's counter out of the loop, taken or not: so add the zero to what matters.
     """
     return jax.lax.fori_loop(0, condition.astype(jnp.int32), body, carry)
+
+
+def _side_by_side(weights: tuple[Array, ...], e: Array, dtype: jnp.dtype) -> Array:
+    """Several weights of one group as one (X, sum of Y): the copy that a dynamic slice takes anyway."""
+    return jnp.concatenate([weight[e].astype(dtype) for weight in weights], axis=1)
 
 
 def _rows(source: Array, start: Array, size: int) -> Array:

@@ -1,0 +1,180 @@
+"""Two real processes over gloo on loopback: the same run as one process with as many devices and data streams."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxllm.config import TrainConfig
+from jaxllm.data.corpus import FileSource
+from jaxllm.data.stream import BatchShare, check_streams
+from jaxllm.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def start(arguments: list[str], devices: int, environment: Mapping[str, str] = {}) -> subprocess.Popen:
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | environment
+    return subprocess.Popen(
+        [sys.executable, "train.py", *arguments],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(processes: list[subprocess.Popen], code: int = 0) -> list[tuple[str, str]]:
+    try:
+        said = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [code] * len(processes), said
+    return said
+
+
+def both(arguments: list[str], second: Sequence[str] = (), home: Path | None = None) -> list[subprocess.Popen]:
+    """Two processes of two devices. Only the second gets the arguments `second`, only the first the folder `home`."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    meet = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2"]
+    first = start([*arguments, *meet, "--process-id", "0"], 2, {} if home is None else {"HOME": str(home)})
+    return [first, start([*arguments, *second, *meet, "--process-id", "1"], 2)]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+def test_two_processes_train_what_one_does_and_either_goes_on_where_the_other_stopped(narrow, tmp_path):
+    """Three experts on four devices, two in each process: tokens cross the border. Then one device, then two again."""
+    options = [*narrow, "--steps", "6", "--save-every", "2", "--eval-every", "6", "--keep-checkpoints", "3"]
+    options += ["--grad-accum", "2", "--model.n-routed-experts", "3", "--model.dropout", "0.1"]
+    mesh = ["--mesh", "expert=4"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish([start([*options, "--data-streams", "2", "--run-dir", str(one)], 1)])
+    (first, _), (second, _) = finish(both([*options, *mesh, "--run-dir", str(two)]))
+    assert "mesh data=1 x fsdp=1 x expert=4" in first
+    assert "Generated Text" in first
+    assert not [line for line in second.splitlines() if not line.startswith("[Gloo]")]
+    assert json.loads((two / "train_config.json").read_text())["data_streams"] == 2
+    np.testing.assert_allclose([*losses(two).values()], [*losses(one).values()], atol=2e-4)  # as they are printed
+
+    killed_behind(two, 2)
+    ((said, _),) = finish([start([*options, "--run-dir", str(two)], 1)])
+    assert "Resuming from step 2" in said
+    killed_behind(two, 4)
+    (said, _), _ = finish(both([*options, "--mesh", "data=2,fsdp=2", "--run-dir", str(two)]))
+    assert "Resuming from step 4" in said
+    np.testing.assert_allclose([*losses(two).values()], [*losses(one).values()], atol=2e-4)
+    for stream in ("", "_1"):
+        ends = [run / "checkpoints" / "6" / f"position{stream}" / "metadata" for run in (one, two)]
+        assert ends[0].read_text() == ends[1].read_text()
+
+
+def killed_behind(run: Path, step: int) -> None:
+    """As if it had been killed when it had saved that step."""
+    for folder in (run / "checkpoints").iterdir():
+        if int(folder.name) > step:
+            shutil.rmtree(folder)
+
+
+def test_what_the_first_process_refuses_ends_both(narrow, tmp_path):
+    (tmp_path / "file").write_text("not a run")
+    options = [*narrow, "--mesh", "data=4", "--run-dir", str(tmp_path)]
+    (_, first), (_, second) = finish(both(options), code=2)
+    assert next(line for line in first.splitlines() if line.startswith("error")).startswith("error: run_dir is ")
+    assert "error" not in second
+    assert (tmp_path / "file").read_text() == "not a run"
+
+
+def test_what_only_one_process_lacks_is_said_before_anything_is_deleted(narrow, run, corpus, tmp_path):
+    """The second process was told another batch size; then it does not see the data, which lie in the first's home."""
+    old, home = tmp_path / "old", tmp_path / "home"
+    shutil.copytree(run, old)
+    shutil.copytree(corpus, home / "corpus")
+    options = [*narrow, "--mesh", "data=4", "--overwrite", "--run-dir", str(old)]
+    said = finish(both(options, second=["--batch-size", "8"]), code=2)
+    assert all("error: batch_size is 8 in process 1 and 4 in process 0" in error for _, error in said), said
+    said = finish(both([*options, "--data", "~/corpus"], home=home), code=2)
+    assert all("error: process 1: data is '~/corpus'" in error for _, error in said), said
+    assert (old / "checkpoints" / "20").is_dir()
+
+
+CONFIG = TrainConfig(batch_size=8, grad_accum=2, seq_len=16)
+
+
+class Words:
+    """A tokenizer of whole words."""
+
+    eos_token_id = 0
+
+    def __call__(self, text: str, **_) -> dict[str, list[int]]:
+        return {"input_ids": [hash(word) % 999 + 1 for word in text.split()]}
+
+
+def test_the_batches_depend_on_the_streams_and_not_on_who_reads_them(corpus):
+    config = dataclasses.replace(CONFIG, data=str(corpus), data_streams=4)
+    whole = BatchShare(config, Words(), 0, 8)
+    parts = [BatchShare(config, Words(), first, rows) for first, rows in ((0, 3), (3, 1), (4, 4))]
+    for _ in range(3):
+        rows = whole.next_rows(2).reshape(2, 8, 16)
+        np.testing.assert_array_equal(np.concatenate([p.next_rows(2).reshape(2, -1, 16) for p in parts], 1), rows)
+    positions = {s: position for part in parts for s, position in part.position().items()}
+    assert sorted(parts[2].position()) == [2, 3]
+    later = BatchShare(config, Words(), 0, 8)
+    later.seek([positions[s] for s in range(4)])
+    np.testing.assert_array_equal(later.next_rows(1), whole.next_rows(1))
+
+
+@pytest.mark.parametrize(("files", "rows"), [(3, 40), (25, 3), (50, 40)])
+def test_parts_of_a_corpus_share_nothing_and_leave_nothing_out(tmp_path, files, rows):
+    """What is held out does not depend on the parts either: none trains on what another evaluates. Nor do bad rows."""
+    for i in range(files):
+        lines = [json.dumps({"text": f"{i} {j}"}) for j in range(rows)]
+        (tmp_path / f"{i:02d}.jsonl").write_text("\n".join([*lines, "no JSON"]))
+    paths, skipped = sorted(tmp_path.iterdir()), []
+
+    def read(part: int, parts: int) -> list[tuple[str, bool]]:
+        source = FileSource(paths, 0, "text", part, parts)
+        pieces = [(piece.text, piece.held_out) for piece in source.pieces()]
+        assert source.progress() == 1.0
+        skipped.append(source.skipped_rows)
+        return pieces
+
+    whole, divided = read(0, 1), [read(part, 2) for part in range(2)]
+    assert sorted(divided[0] + divided[1]) == sorted(whole)
+    assert min(map(len, divided)) > 0.3 * len(whole)
+    assert skipped[0] == files == skipped[1] + skipped[2]
+
+
+def test_a_part_without_text_is_refused(tmp_path):
+    (tmp_path / "one.txt").write_text("few words")
+    with pytest.raises(UserError, match="data_streams is 2: part 1 of the data has nothing to train on"):
+        check_streams(dataclasses.replace(CONFIG, data=str(tmp_path), data_streams=2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"coordinator": "here"}, "coordinator is 'here': it must be HOST:PORT or auto"),
+        ({"coordinator": "a:1"}, "pass --num-processes and --process-id"),
+        ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "process_id is 2"),
+        ({"num_processes": 2}, "need --coordinator"),
+        ({"coordinator": "auto", "process_id": 0}, "leave out --num-processes"),
+        ({"data_streams": 3}, "must divide batch_size = 8"),
+    ],
+)
+def test_processes_that_cannot_meet_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(CONFIG, **changes)
