@@ -15,7 +15,7 @@ jax.config.update("jax_num_cpu_devices", 8)  # for `test_parallel.py`, before an
 NARROW = (
     "--model.hidden-size", "32", "--model.num-hidden-layers", "2", "--model.num-attention-heads", "2",
     "--model.moe-intermediate-size", "24", "--model.n-routed-experts", "4", "--model.vocab-size", "300",
-    "--model.max-position-embeddings", "64", "--seq-len", "32", "--batch-size", "4", "--log-every", "1",
+    "--model.max-position-embeddings", "64", "--seq-len", "16", "--batch-size", "4", "--log-every", "1",
     "--eval-samples", "7", "--sample-tokens", "8",
 )  # fmt: skip
 

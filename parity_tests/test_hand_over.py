@@ -41,7 +41,8 @@ def restored(run: Path):
     config = TrainConfig.from_dict(read_json(run / "train_config.json"))
     checkpoints = Checkpoints(run)
     try:
-        return checkpoints.restore(config)
+        state, (position,) = checkpoints.restore(config)
+        return state, position
     finally:
         checkpoints.close()
 

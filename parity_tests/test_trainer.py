@@ -222,7 +222,7 @@ def test_routing_counts_are_not_doubled_by_recomputed_layers(narrow, tmp_path, m
     assert sum(calls) == 2 * 2 * 2 * 2  # steps, micro-batches, layers: each forward and again in the backward pass
     assert len(counted) == 2
     for counts in counted:
-        assert counts.sum(dim=-1).tolist() == [2 * 2 * 32 * 2] * 2  # A*B*T*k in each of two layers
+        assert counts.sum(dim=-1).tolist() == [2 * 2 * 16 * 2] * 2  # A*B*T*k in each of two layers
     assert len(lines(tmp_path / "run", "loss")) == 2
     assert (tmp_path / "run" / "samples.md").read_text().count("## ") == 5
     assert load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")["lm_head.weight"].dtype == np.float32

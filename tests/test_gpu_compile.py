@@ -1,6 +1,7 @@
 """What an H100 would run: the real `customllm-1b` training step, compiled for a GPU that need not be here.
 
-    JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python -m pytest -n 0 -m gpu_compile tests/test_gpu_compile.py
+    JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 \\
+        python -m pytest -n 0 -m gpu_compile tests/test_gpu_compile.py tests/test_plan.py
 
 in a process of its own, with `pip install -e '.[cuda13,test]'`; about a minute.
 """

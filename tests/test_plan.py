@@ -475,7 +475,7 @@ def on_eight(mesh: str, tmp_path) -> dict:
     answer = json.loads(file.read_text())
     assert answer["devices"] == 8
     assert {"Triton grouped product", "cuDNN fused attention, backward"} <= {*answer["kernels"]}
-    assert answer["flops"]["program"] < 1.35 * answer["flops"]["model_causal"] / 8  # layers are computed again
+    assert answer["flops"]["program"] < 1.4 * answer["flops"]["model_causal"] / 8  # layers are computed again
     return answer
 
 

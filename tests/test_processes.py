@@ -59,7 +59,7 @@ def losses(folder: Path) -> dict[int, float]:
 def test_two_processes_train_what_one_does_and_either_goes_on_where_the_other_stopped(narrow, tmp_path):
     """Three experts on four devices, two in each process: tokens cross the border. Then one device, then two again."""
     options = [*narrow, "--steps", "6", "--save-every", "2", "--eval-every", "6", "--keep-checkpoints", "3"]
-    options += ["--grad-accum", "2", "--model.n-routed-experts", "3", "--model.dropout", "0.1"]
+    options += ["--seq-len", "8", "--grad-accum", "2", "--model.n-routed-experts", "3", "--model.dropout", "0.1"]
     mesh = ["--mesh", "expert=4"]
     one, two = tmp_path / "one", tmp_path / "two"
     finish([start([*options, "--data-streams", "2", "--run-dir", str(one)], 1)])
@@ -74,7 +74,7 @@ def test_two_processes_train_what_one_does_and_either_goes_on_where_the_other_st
     ((said, _),) = finish([start([*options, "--run-dir", str(two)], 1)])
     assert "Resuming from step 2" in said
     killed_behind(two, 4)
-    (said, _), _ = finish(both([*options, "--mesh", "data=2,fsdp=2", "--run-dir", str(two)]))
+    (said, _), _ = finish(both([*options, *mesh, "--run-dir", str(two)]))
     assert "Resuming from step 4" in said
     np.testing.assert_allclose([*losses(two).values()], [*losses(one).values()], atol=2e-4)
     for stream in ("", "_1"):
