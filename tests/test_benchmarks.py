@@ -17,10 +17,13 @@ from benchmarks.rows import ROWS
 from benchmarks.timing import interleave, ratio
 from benchmarks.worker import Failure, Run, Worker
 
+FEW = ("experts-many", "decode")  # one of our side alone, one of both
 
-def test_every_row_runs(tmp_path):
+
+@pytest.mark.parametrize("rows", [FEW, pytest.param((*ROWS,), marks=pytest.mark.slow)], ids=["few", "all"])
+def test_every_row_runs(rows, tmp_path):
     """In a process of its own, as a user starts it; its sides share what this test session has compiled."""
-    command = [sys.executable, "-m", "benchmarks", "--quick", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks", *rows, "--quick", "--out", str(tmp_path)]
     cache = {
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
@@ -30,7 +33,7 @@ def test_every_row_runs(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "benchmarks.json").read_text())
-    assert [row["row"] for row in report["rows"]] == list(ROWS)
+    assert [row["row"] for row in report["rows"]] == list(rows)
     findings = [finding for row in report["rows"] for finding in row["findings"]]
     assert all(finding["verdict"] == "not judged" for finding in findings)
     assert all(finding["value"]["median"] > 0 for finding in findings)

@@ -82,7 +82,8 @@ def run(**changes) -> tuple[TrainState, list[list[float]], list[float]]:
     metrics = []
     for seed in range(STEPS):
         labels = batch(seed).reshape(config.grad_accum, config.batch_size, config.seq_len)
-        state, measured = programs.step(state, labels)
+        before, (state, measured) = state, programs.step(state, labels)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))  # updated in place
         metrics.append([float(value) for value in measured])
     evaluation = [float(value) for value in programs.evaluate(state, batch(STEPS)[: config.batch_size])]
     return unplaced(config, layout, state), metrics, evaluation
@@ -109,7 +110,12 @@ TOLERANCE = 2e-5
 """Sums in another order, in float32; three steps of AdamW, whose first are as large for a tiny gradient as for any."""
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+SLOW = {"pmap", "fsdp"}  # the others show them too
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in LAYOUTS]
+)
 def test_every_layout_computes_what_one_device_computes(one_device, name):
     wanted, wanted_metrics, wanted_evaluation = one_device
     state, metrics, evaluation = run(**LAYOUTS[name])
@@ -176,16 +182,6 @@ def test_the_backward_pass_gathers_again_and_keeps_no_gathered_weight(monkeypatc
     assert stacks_of_gathered_experts() > 0
 
 
-@pytest.mark.parametrize("changes", [{"mesh": "data=2,fsdp=2,expert=2"}, {"parallel": "pmap"}])
-def test_a_layout_s_step_updates_the_state_in_place(changes):
-    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, num_hidden_layers=1), **changes)
-    layout = choose_layout(config)
-    state = new_state(config, layout)
-    after, _ = compile_programs(config, model_graph(config), layout).step(state, batch(0)[None])
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    assert int(unplaced(config, layout, after).step) == 1
-
-
 def test_every_parameter_stands_in_the_table_once_and_is_cut_along_an_axis_once():
     _, params, bias = abstract_model(dataclasses.replace(CONFIG.model, final_norm=True))
     for tree in (params, bias):
@@ -233,6 +229,7 @@ def test_a_checkpoint_moves_from_layout_to_layout_bit_for_bit(tmp_path):
         checkpoints.close()
 
 
+@pytest.mark.slow
 def test_a_run_changes_its_layout_from_start_to_start(narrow, tmp_path, capsys):
     """Trained on a mesh, on one device, under pmap: the same run as on one device throughout."""
     options = [*narrow, "--save-every", "2", "--keep-checkpoints", "3", "--model.n-routed-experts", "3"]

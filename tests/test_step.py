@@ -26,7 +26,7 @@ CONFIG = TrainConfig(
         max_position_embeddings=32,
         dropout=0.0,
     ),
-    seq_len=16,
+    seq_len=8,
     steps=50,
     warmup_steps=2,
     bias_update_rate=1e-2,
@@ -50,7 +50,7 @@ SEED_LOG = {
 }
 
 
-def labels(rows: int, seed: int = 0, length: int = 16) -> jax.Array:
+def labels(rows: int, seed: int = 0, length: int = 8) -> jax.Array:
     return jax.random.randint(jax.random.key(seed), (rows, length), 0, CONFIG.model.vocab_size)
 
 
@@ -67,7 +67,7 @@ def test_accumulation_is_one_large_batch():
     """Mean over all targets, not a mean of means: the micro-batches have different numbers of targets."""
     rows = labels(8).at[0, 4:].set(IGNORED).at[1].set(IGNORED)
     whole, (loss,), metrics = run(CONFIG, rows[None])
-    parts, (accumulated,), other = run(CONFIG, rows.reshape(4, 2, 16))
+    parts, (accumulated,), other = run(CONFIG, rows.reshape(4, 2, 8))
     assert accumulated == pytest.approx(loss, rel=1e-6)
     assert float(other.grad_norm) == pytest.approx(float(metrics.grad_norm), rel=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole.params, parts.params)
