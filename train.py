@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxllm import flops
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.compilation import use_compilation_cache
 from jaxllm.config import TrainConfig
@@ -58,7 +59,7 @@ from jaxllm.processes import (
 )
 from jaxllm.run import announce, announce_finished, announce_speed, conclude, parse_args, write_samples
 from jaxllm.sharding import Layout
-from jaxllm.step import TrainState, abstract_model, count_parameters, model_graph
+from jaxllm.step import TrainState, model_graph
 
 
 class Evaluator:
@@ -84,7 +85,7 @@ def train(config: TrainConfig, layout: Layout, tokenizer, held_out: np.ndarray, 
     """The training loop: from the last checkpoint, or from scratch, to `config.steps`."""
     graph = model_graph(config)
     checkpoints = Checkpoints(config.folder, config.keep_checkpoints)
-    stream = BatchShare(config, tokenizer, *rows_here(config, layout))
+    stream = BatchShare(config, tokenizer, *rows_here(config))
     if resumes and checkpoints.latest() is not None:
         state, positions = checkpoints.restore(config, state_shardings(config, layout))
         first_step = int(state.step)
@@ -94,7 +95,7 @@ def train(config: TrainConfig, layout: Layout, tokenizer, held_out: np.ndarray, 
         print(f"Resuming from step {first_step} of {config.folder}")
     else:
         state, first_step = new_state(config, layout), 0
-    announce(config, count_parameters(abstract_model(config.model)[1]), module_tree(config.model), device_name())
+    announce(config, sum(flops.parameters(config.model).values()), module_tree(config.model), device_name())
     print(f"Layout: {describe_layout(config, layout)}")
     print(f"Kernels: {describe_kernels(config.model, config.precision)}")
 
@@ -105,7 +106,7 @@ def train(config: TrainConfig, layout: Layout, tokenizer, held_out: np.ndarray, 
     # measured before anything else is busy
     peak_tflops = layout.devices * (config.peak_tflops or measured_peak_tflops(config.precision))
     batches = Prefetcher(stream, config.grad_accum)  # fills up while the programs are compiled
-    programs = compile_programs(config, graph, layout)
+    programs = compile_programs(config, graph, state, layout)
     evaluate = Evaluator(config, programs, held_out)
     meet("all have compiled")
     announce_speed(config, peak_tflops, programs.seconds)

@@ -93,13 +93,11 @@ def new_state(config: TrainConfig, layout: Layout) -> TrainState:
     return jax.jit(lambda: pad_experts(init_state(config), config.model, layout), out_shardings=shardings)()
 
 
-def state_shardings(config: TrainConfig, layout: Layout) -> Pytree:
-    """Where each array of a state in the form of one device is to be read to, before `place`."""
-    state = jax.eval_shape(functools.partial(init_state, config))
+def state_shardings(config: TrainConfig, layout: Layout) -> Pytree | None:
+    """Where a mesh has each array of a state in the form of one device; None without one."""
     if layout.mesh is None:
-        first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        return jax.tree.map(lambda _: first, state)
-    return layout.shardings(layout.specs(state))
+        return None
+    return layout.shardings(layout.specs(jax.eval_shape(functools.partial(init_state, config))))
 
 
 def place(config: TrainConfig, layout: Layout, state: TrainState) -> TrainState:
@@ -119,11 +117,17 @@ def unplaced(config: TrainConfig, layout: Layout, state: TrainState) -> TrainSta
     if layout.mesh is not None:
         if stored_experts(config.model, layout) == config.model.n_routed_experts:
             return state
-        shardings = state_shardings(config, layout)
-        return jax.jit(lambda state: unpad_experts(state, config.model), out_shardings=shardings)(state)
+        return _unpadding(config, layout)(state)
     if layout.devices > 1:
         return _first_copy(state)
     return state
+
+
+@functools.cache
+def _unpadding(config: TrainConfig, layout: Layout) -> Callable:
+    """One program for all the saves of a run."""
+    shardings = state_shardings(config, layout)
+    return jax.jit(lambda state: unpad_experts(state, config.model), out_shardings=shardings)
 
 
 def _first_copy(tree: Pytree) -> Pytree:
@@ -139,27 +143,28 @@ def on_one_device(layout: Layout, tree: Pytree) -> Pytree:
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
 
 
-def rows_here(config: TrainConfig, layout: Layout) -> tuple[int, int]:
+def rows_here(config: TrainConfig) -> tuple[int, int]:
     """The first row of a micro-batch that this process's devices have, and how many rows they have."""
     rows = config.batch_size // jax.process_count()
     return jax.process_index() * rows, rows
 
 
-def compile_programs(config: TrainConfig, graph: nnx.GraphDef, layout: Layout = ONE_DEVICE) -> Programs:
-    """What a run executes on its placed state."""
+def compile_programs(
+    config: TrainConfig, graph: nnx.GraphDef, state: TrainState, layout: Layout = ONE_DEVICE
+) -> Programs:
+    """What a run executes, ready to run on a placed state like the one given."""
     start = time.perf_counter()
     # By shapes alone: a restored state is bound to its device, a fresh one is not, and the cache would tell them apart.
-    state = padded_shapes(config, layout)
+    state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
     rows = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)  # (B,T)
-    labels = jax.ShapeDtypeStruct((config.grad_accum, *rows.shape), jnp.int32)  # (A,B,T)
     make = _pmapped if layout.devices > 1 and layout.mesh is None else _jitted
-    step, evaluate = make(config, graph, layout, state, labels, rows)
+    step, evaluate = make(config, graph, layout, state, rows)
     return Programs(step, evaluate, time.perf_counter() - start)
 
 
 def lower_step(config: TrainConfig, graph: nnx.GraphDef, layout: Layout, state: TrainState) -> jax.stages.Lowered:
     """The step of one device or of a mesh, which need not be here, on a state of `padded_shapes`; not compiled."""
-    labels = jax.ShapeDtypeStruct((config.grad_accum, config.batch_size, config.seq_len), jnp.int32)
+    labels = _labels(config)
     shardings: dict[str, Any] = {}
     if layout.mesh is not None:
         own = layout.shardings(layout.specs(state))
@@ -172,11 +177,15 @@ def lower_step(config: TrainConfig, graph: nnx.GraphDef, layout: Layout, state: 
 
 
 def padded_shapes(config: TrainConfig, layout: Layout) -> TrainState:
-    """A placed state's shapes (under `pmap` those of one copy)."""
+    """The shapes of a placed state of one device or of a mesh."""
     return jax.eval_shape(lambda: pad_experts(init_state(config), config.model, layout))
 
 
-def _jitted(config, graph, layout, state, labels, rows) -> tuple[Callable, Callable]:
+def _labels(config: TrainConfig) -> jax.ShapeDtypeStruct:  # (A,B,T)
+    return jax.ShapeDtypeStruct((config.grad_accum, config.batch_size, config.seq_len), jnp.int32)
+
+
+def _jitted(config, graph, layout, state, rows) -> tuple[Callable, Callable]:
     shardings = {}
     if layout.mesh is not None:
         weights = layout.shardings(layout.specs((state.params, state.routing_bias)))
@@ -186,7 +195,7 @@ def _jitted(config, graph, layout, state, labels, rows) -> tuple[Callable, Calla
     step = lower_step(config, graph, layout, state).compile()
     if jax.process_count() == 1:
         return step, lambda state, rows: evaluate(state.params, state.routing_bias, rows)
-    first, _ = rows_here(config, layout)
+    first, _ = rows_here(config)
 
     def spread(here: np.ndarray, axis: int, start: int) -> jax.Array:
         """A batch over all processes, of which this one has the rows from `start` on."""
@@ -204,7 +213,7 @@ def _jitted(config, graph, layout, state, labels, rows) -> tuple[Callable, Calla
     )
 
 
-def _pmapped(config, graph, layout, state, labels, rows) -> tuple[Callable, Callable]:
+def _pmapped(config, graph, layout, state, rows) -> tuple[Callable, Callable]:
     n = layout.devices
 
     def own_rows(batch: np.ndarray, axis: int) -> np.ndarray:
@@ -212,12 +221,8 @@ def _pmapped(config, graph, layout, state, labels, rows) -> tuple[Callable, Call
         parts = batch.reshape(*batch.shape[:axis], n, -1, *batch.shape[axis + 1 :])
         return np.moveaxis(parts, axis, 0)
 
-    def of_all(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((n, *leaf.shape), leaf.dtype)
-
-    state = jax.tree.map(of_all, state)
     step = jax.pmap(functools.partial(train_step, config, graph, layout=layout), axis_name="data", donate_argnums=0)
-    step = step.lower(state, jax.eval_shape(functools.partial(own_rows, axis=1), labels)).compile()
+    step = step.lower(state, jax.eval_shape(functools.partial(own_rows, axis=1), _labels(config))).compile()
     evaluate = jax.pmap(functools.partial(eval_step, graph, layout=layout), axis_name="data")
     shape = jax.eval_shape(functools.partial(own_rows, axis=0), rows)
     evaluate = evaluate.lower(state.params, state.routing_bias, shape).compile()

@@ -116,6 +116,12 @@ class Layout:
 
         return jax.tree_util.tree_map_with_path(summed, gradients)
 
+    def on_each_device(self, function: Callable, in_specs: Pytree, out_specs: Pytree) -> Callable:
+        """What is written for one device's part, as a function of the whole; without a mesh it is that already."""
+        if self.mesh is None:
+            return function
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
     def checkpoint(self, body: Callable, remat: bool) -> Callable:
         """A layer's function, of which the backward pass computes again: all with `remat`, else the gathering."""
         if remat:

@@ -152,17 +152,13 @@ def train_step(
     Returns:
         The state after, and measurements that stay on the device.
     """
-    compute = functools.partial(gradients, config, graph, layout=layout)
-    if layout.mesh is not None:  # each device computes on its part; the rest is elementwise, and XLA cuts it
-        specs = layout.specs(state)
-        compute = jax.shard_map(
-            compute,
-            mesh=layout.mesh,
-            in_specs=(specs, layout.batch_spec(1), layout.batch_spec(2)),
-            out_specs=(specs.params, PartitionSpec(), PartitionSpec()),
-            check_vma=False,
-        )
-    grads, loss, counts = compute(state, labels, experts)
+    specs = layout.specs(state)
+    of_all_devices = layout.on_each_device(  # what comes behind it is elementwise, and XLA cuts it
+        functools.partial(gradients, config, graph, layout=layout),
+        in_specs=(specs, layout.batch_spec(1), layout.batch_spec(2)),
+        out_specs=(specs.params, PartitionSpec(), PartitionSpec()),
+    )
+    grads, loss, counts = of_all_devices(state, labels, experts)
     updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
     metrics = StepMetrics(
         loss=loss,
@@ -192,15 +188,8 @@ def eval_step(
         x, _ = model.run_layers(jnp.maximum(labels, 0), layout=layout)
         return layout.total((summed_loss(model, x, labels), count_targets(labels)))
 
-    if layout.mesh is not None:
-        own = jax.shard_map(
-            own,
-            mesh=layout.mesh,
-            in_specs=(*layout.specs((params, routing_bias)), layout.batch_spec(0)),
-            out_specs=PartitionSpec(),
-            check_vma=False,
-        )
-    return own(params, routing_bias, labels)
+    in_specs = (*layout.specs((params, routing_bias)), layout.batch_spec(0))
+    return layout.on_each_device(own, in_specs, out_specs=PartitionSpec())(params, routing_bias, labels)
 
 
 def gathered_model(graph: nnx.GraphDef, params: Pytree, routing_bias: Pytree, layout: Layout) -> CustomLLM:

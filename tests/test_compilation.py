@@ -109,7 +109,7 @@ def test_the_step_updates_the_state_in_place(narrow, accumulation):
     """Donation is a wish: XLA must have granted it for every array of the state."""
     config = parse_args([*narrow, "--grad-accum", accumulation], "test", None)
     state = jax.jit(lambda: init_state(config))()
-    step = compile_programs(config, model_graph(config)).step
+    step = compile_programs(config, model_graph(config), state).step
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert step.memory_analysis().alias_size_in_bytes >= size
     rows = np.zeros((config.grad_accum, config.batch_size, config.seq_len), np.int32)

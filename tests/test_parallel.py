@@ -78,7 +78,8 @@ def run(**changes) -> tuple[TrainState, list[list[float]], list[float]]:
     """Steps on one global batch after another: the state in the form of one device, the metrics, an evaluation."""
     config = dataclasses.replace(CONFIG, **changes)
     layout = choose_layout(config)
-    programs, state = compile_programs(config, model_graph(config), layout), new_state(config, layout)
+    state = new_state(config, layout)
+    programs = compile_programs(config, model_graph(config), state, layout)
     metrics = []
     for seed in range(STEPS):
         labels = batch(seed).reshape(config.grad_accum, config.batch_size, config.seq_len)
