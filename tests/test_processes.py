@@ -66,7 +66,8 @@ def test_two_processes_train_what_one_does_and_one_goes_on_where_they_stopped(na
     (first, _), (second, _) = finish(both([*options, *mesh, "--run-dir", str(two)]))
     assert "mesh data=1 x fsdp=1 x expert=4" in first
     assert "Generated Text" in first
-    assert not [line for line in second.splitlines() if not line.startswith("[Gloo]")]
+    spoken = {line for line in first.splitlines() if line and "Gloo" not in line and "peer ranks" not in line}
+    assert not spoken & set(second.splitlines())  # gloo's own threads write there, several into one line
     assert json.loads((two / "train_config.json").read_text())["data_streams"] == 2
     np.testing.assert_allclose([*losses(two).values()], [*losses(one).values()], atol=2e-4)  # as they are printed
 
