@@ -12,10 +12,12 @@ from jaxllm.huge_pages import restart_with_huge_pages
 if __name__ == "__main__":
     restart_with_huge_pages()  # before the imports that take seconds
 
+import contextlib
 import functools
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -23,13 +25,16 @@ import numpy as np
 from flax import nnx
 
 from jaxllm import flops
-from jaxllm.checkpoint import Checkpoints
+from jaxllm.checkpoint import Checkpoints, SavedCheckpoint, check_room
 from jaxllm.compilation import use_compilation_cache
 from jaxllm.config import TrainConfig
 from jaxllm.data.stream import BatchShare, Prefetcher
 from jaxllm.device import device_name, measured_peak_tflops, peak_memory
-from jaxllm.errors import exit_on_user_error
+from jaxllm.errors import Stopped, exit_on_user_error
 from jaxllm.generate import Sampling, generate
+from jaxllm.interrupt import stop_on_signals
+from jaxllm.journal import Journal
+from jaxllm.lock import FolderLock
 from jaxllm.loss import IGNORED
 from jaxllm.meter import Meter
 from jaxllm.metrics import NoLog, RunLog, end_record, eval_record, step_record
@@ -57,9 +62,11 @@ from jaxllm.processes import (
     prepare_together,
     total,
 )
+from jaxllm.replay import replay
 from jaxllm.run import announce, announce_finished, announce_speed, conclude, parse_args, write_samples
 from jaxllm.sharding import Layout
 from jaxllm.step import TrainState, model_graph
+from jaxllm.watch import Watch
 
 
 class Evaluator:
@@ -72,26 +79,36 @@ class Evaluator:
         self._samples = len(rows)
         self._evaluate = programs.evaluate
 
-    def __call__(self, state: TrainState, epoch: float, step: int) -> dict[str, float]:
+    def __call__(
+        self, state: TrainState, epoch: float, step: int, interrupted: Callable[[], bool]
+    ) -> dict[str, float] | None:
+        """The evaluation line; None where a signal interrupts it."""
         jax.block_until_ready(state)  # the clock starts behind the training
         start = time.perf_counter()
-        sums = [self._evaluate(state, batch) for batch in self._batches]
+        sums: list[tuple[jax.Array, jax.Array]] = []
+        for batch in self._batches:
+            if interrupted():
+                return None
+            if len(sums) > 1:
+                sums[-2][0].block_until_ready()  # so that what is asked for is at most one batch ahead
+            sums.append(self._evaluate(state, batch))
         loss = sum(float(nll) for nll, _ in sums) / sum(int(count) for _, count in sums)
         seconds = time.perf_counter() - start
         return eval_record(loss, seconds, self._samples, len(self._batches), epoch, step)
 
 
-def train(config: TrainConfig, layout: Layout, tokenizer, held_out: np.ndarray, resumes: bool) -> TrainState:
-    """The training loop: from the last checkpoint, or from scratch, to `config.steps`."""
+def train(config: TrainConfig, layout: Layout, tokenizer, held_out: np.ndarray, saved: int | None) -> TrainState:
+    """The training loop: from the checkpoint of step `saved`, or from scratch, to `config.steps`."""
     graph = model_graph(config)
-    checkpoints = Checkpoints(config.folder, config.keep_checkpoints)
     stream = BatchShare(config, tokenizer, *rows_here(config))
-    if resumes and checkpoints.latest() is not None:
-        state, positions = checkpoints.restore(config, state_shardings(config, layout))
+    journal = Journal()
+    if saved is not None:
+        state, training = SavedCheckpoint(config.folder, saved).state(config, state_shardings(config, layout))
         first_step = int(state.step)
         state = place(config, layout, state)
-        if positions is not None:
-            stream.seek(positions)
+        if training is not None:
+            stream.seek(training.positions)
+            journal = training.journal
         print(f"Resuming from step {first_step} of {config.folder}")
     else:
         state, first_step = new_state(config, layout), 0
@@ -101,80 +118,111 @@ def train(config: TrainConfig, layout: Layout, tokenizer, held_out: np.ndarray, 
 
     if first_step >= config.steps:
         announce_finished(first_step)
-        checkpoints.close()
+        finish(config, held_out, journal, stream)
         return unplaced(config, layout, state)
+    check_room(config.folder, state)
     # measured before anything else is busy
     peak_tflops = layout.devices * (config.peak_tflops or measured_peak_tflops(config.precision))
+    position, progress = stream.position(), stream.progress()
     batches = Prefetcher(stream, config.grad_accum)  # fills up while the programs are compiled
     programs = compile_programs(config, graph, state, layout)
     evaluate = Evaluator(config, programs, held_out)
     meet("all have compiled")
     announce_speed(config, peak_tflops, programs.seconds)
-    log = RunLog(config.folder, first_step, config.steps) if is_first() else NoLog()
+    checkpoints = Checkpoints(config.folder, keep=config.keep_checkpoints, keep_every=config.keep_every)
+    log = RunLog(config.folder, journal, first_step, config.steps) if is_first() else NoLog(journal)
     meter = Meter(config, peak_tflops, lambda: batches.waited)
-    unlogged, all_losses = [], []
-    epoch = 0.0
-    try:
-        for step in range(first_step + 1, config.steps + 1):
-            batch = next(batches)
-            labels = batch.rows.reshape(config.grad_accum, -1, config.seq_len)  # (A,B,T), of the rows B here
-            state, metrics = programs.step(state, labels)
-            unlogged.append(metrics.loss)
-            if len(unlogged) > 1:
-                unlogged[-2].block_until_ready()  # one step ahead of the device, so that the bar tells the truth
-            epoch = step / config.steps if batch.progress is None else batch.progress
-            last = step == config.steps
-            log.bar.update()
+    watch = Watch(config, journal, log)
+    step = logged_step = first_step
+    stopped = False
 
-            if step % config.log_every == 0 or last:
-                losses = [float(loss) for loss in jax.device_get(unlogged)]  # waits for the device
-                log.write(
-                    step_record(
-                        loss=float(np.mean(losses)),
-                        grad_norm=float(metrics.grad_norm),
-                        learning_rate=float(metrics.learning_rate),
-                        epoch=epoch,
-                        step=step,
-                        expert_load=float(metrics.expert_load),
-                        speed=meter.lap(len(losses)),
-                        memory=peak_memory(),
-                    )
+    def evaluate_if_due() -> None:
+        """Also what a signal has interrupted: then the last evaluation lies before this step."""
+        due = step > 0 and (step % config.eval_every == 0 or step == config.steps)
+        if due and step not in (record["step"] for record in journal.records if "eval_loss" in record):
+            epoch = step / config.steps if progress is None else progress
+            if (record := evaluate(state, epoch, step, lambda: step < config.steps and stop_asked.at_once)) is not None:
+                log.write(record)
+                meter.exclude(record["eval_runtime"])
+
+    try:
+        with stop_on_signals() as stop_asked:
+            evaluate_if_due()
+            while step < config.steps and not stopped:
+                batch = next(batches)
+                labels = batch.rows.reshape(config.grad_accum, -1, config.seq_len)  # (A,B,T), of the rows B here
+                state, metrics = programs.step(state, labels)
+                step += 1
+                watch.add(step, metrics, position)
+                position, progress = batch.position, batch.progress
+                log.bar.update()
+                stopped, last = stop_asked(step), step == config.steps
+                logs, evaluates, saves = (
+                    step % every == 0 or last for every in (config.log_every, config.eval_every, config.save_every)
                 )
-                all_losses += losses
-                unlogged = []
-            if step % config.eval_every == 0 or last:
-                evaluation = evaluate(state, epoch, step)
-                log.write(evaluation)
-                meter.exclude(evaluation["eval_runtime"])
-            if step % config.save_every == 0 or last:
-                checkpoints.save(step, unplaced(config, layout, state), all_positions(batch.position))
-        checkpoints.wait()
-        steps_done = config.steps - first_step
-        seconds, speed = meter.whole(steps_done)
-        log.write(
-            end_record(
-                config,
-                seconds=seconds,
-                steps_done=steps_done,
-                loss=float(np.mean(all_losses)),
-                epoch=epoch,
-                speed=speed,
-                memory=peak_memory(),
-                peak_tflops=peak_tflops,
-                compile_seconds=programs.seconds,
-            )
-        )
+                watch.settle(behind=0 if logs or evaluates or saves or stopped else 1)
+
+                if logs:
+                    log.write(
+                        step_record(
+                            loss=journal.take_mean_loss(),
+                            grad_norm=float(metrics.grad_norm),
+                            learning_rate=float(metrics.learning_rate),
+                            epoch=step / config.steps if progress is None else progress,
+                            step=step,
+                            expert_load=float(metrics.expert_load),
+                            speed=meter.lap(step - logged_step),
+                            memory=peak_memory(),
+                        )
+                    )
+                    logged_step = step
+                evaluate_if_due()
+                stopped = (
+                    stopped or stop_asked.at_once
+                )  # then the evaluation was not made, and is due at the next start
+                if last:
+                    seconds, speed = meter.whole(step - first_step)
+                    log.write(
+                        end_record(
+                            config,
+                            seconds=seconds,
+                            steps_done=step - first_step,
+                            loss=journal.mean_loss(),
+                            epoch=1.0 if progress is None else progress,
+                            nonfinite_steps=journal.nonfinite_steps,
+                            speed=speed,
+                            memory=peak_memory(),
+                            peak_tflops=peak_tflops,
+                            compile_seconds=programs.seconds,
+                        )
+                    )
+                if saves or stopped:
+                    checkpoints.save(step, unplaced(config, layout, state), all_positions(position), journal)
+            checkpoints.wait()
     except BaseException as error:
         end_if_shared(error)
+        with contextlib.suppress(OSError):  # the error that led here comes first
+            log.close()
         raise
     finally:
         batches.close()
-        log.close()
         checkpoints.close()  # an interrupted run keeps the checkpoint that is being written
-    skipped_rows = total(stream.skipped_rows)
-    if is_first():
-        conclude(config, held_out, evaluation["eval_loss"], skipped_rows)
+        log.close()
+    if stopped and step < config.steps:
+        raise Stopped(
+            f"stopped behind step {step} of {config.steps}, which is saved: the same command goes on from there",
+            code=128 + (stop_asked.signal or signal.SIGTERM),
+        )
+    finish(config, held_out, journal, stream)
     return unplaced(config, layout, state)
+
+
+def finish(config: TrainConfig, held_out: np.ndarray, journal: Journal, stream: BatchShare) -> None:
+    """What a finished run says of its result, and its picture."""
+    skipped_rows = total(stream.skipped_rows)
+    if is_first() and journal.records:
+        evaluations = journal.evaluations()
+        conclude(config, held_out, evaluations.get(max(evaluations, default=0)), skipped_rows)
 
 
 @exit_on_user_error
@@ -183,9 +231,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(argv, "train.py", __doc__)
     join(config)
     layout = choose_layout(config)
-    with only_first_speaks():
-        config, tokenizer, held_out, resumes = prepare_together(config)
-        state = train(config, layout, tokenizer, held_out, resumes)
+    with only_first_speaks(), FolderLock(config.folder) as lock:
+        (config, tokenizer, held_out, _), saved = prepare_together(config, lock)
+        if config.replay is not None:
+            replay(config, layout, tokenizer, saved)
+            return
+        state = train(config, layout, tokenizer, held_out, saved)
         if config.sample_tokens and config.prompts:
             weights = on_one_device(layout, (state.params, state.routing_bias))
             del state  # the moments have had their day

@@ -19,12 +19,14 @@ import numpy as np
 from convert.mapping import PARAMS, entries, leaf
 from convert.to_flax import TOKENIZER_FILES, read_weights
 from convert.to_torch import check_new, write_model
-from jaxllm.checkpoint import Checkpoints, Training, is_run, read_model_config, write_run
+from jaxllm.atomic import write_text_atomically
+from jaxllm.checkpoint import Training, newest_checkpoint, read_model_config, write_run
 from jaxllm.config import TrainConfig, read_json, write_json
 from jaxllm.data.position import POSITION_FILE, load_position, save_position
 from jaxllm.data.stream import Position
 from jaxllm.errors import UserError
-from jaxllm.metrics import METRICS_FILE
+from jaxllm.journal import Journal
+from jaxllm.metrics import METRICS_FILE, json_line, read_metrics
 from jaxllm.optim import AdamMoments, adam_moments, optimizer, with_moments
 from jaxllm.run import checkpoint_owner
 from jaxllm.step import abstract_model, dropout_key
@@ -38,8 +40,7 @@ def export_training(run: Path, out: Path) -> None:
     """
     hand_over = _pytorch()
     check_new(out)
-    if not is_run(run):
-        raise UserError(f"{str(run)!r} is no run: it holds no folder checkpoints")
+    saved = newest_checkpoint(run)
     _check_tokenizer(run)
     model = read_model_config(run)
     config = read_config(run)
@@ -48,19 +49,13 @@ def export_training(run: Path, out: Path) -> None:
             f"{str(run)!r} reads {config.data_streams} data streams and PyTorch's Trainer reads one: "
             "leave out --training"
         )
-    checkpoints = Checkpoints(run)
-    try:
-        if checkpoints.latest() is None:
-            raise UserError(f"{str(run)!r} holds no complete checkpoint yet: there is nothing to hand over")
-        if not checkpoints.has_training():
-            raise UserError(f"{str(run)!r} holds weights without a training history: leave out --training")
-        weights = checkpoints.restore_weights(model)
-        checkpoint = out / f"checkpoint-{checkpoints.latest()}"
-        write_model(model, weights, checkpoint, "float32")
-        del weights  # a model of this size and its moments need not be in memory together
-        training = checkpoints.restore_training(config)
-    finally:
-        checkpoints.close()
+    if not saved.has_training:
+        raise UserError(f"{str(run)!r} holds weights without a training history: leave out --training")
+    weights = saved.weights(model)
+    checkpoint = out / f"checkpoint-{saved.step}"
+    write_model(model, weights, checkpoint, "float32")
+    del weights  # a model of this size and its moments need not be in memory together
+    training = saved.training(config)
     moments = adam_moments(training.opt_state)
     table = {entry.torch_name: entry for entry in entries(model) if entry.tree == PARAMS}
 
@@ -72,8 +67,7 @@ def export_training(run: Path, out: Path) -> None:
     hand_over.write_training(checkpoint, config, int(training.step), of_parameter)
     write_json(out / "config.json", model.to_dict())
     write_json(out / "train_config.json", dataclasses.replace(config, run_dir=out).to_dict())
-    if (run / METRICS_FILE).is_file():
-        shutil.copyfile(run / METRICS_FILE, out / METRICS_FILE)
+    write_text_atomically(out / METRICS_FILE, "".join(map(json_line, training.journal.records)))
     shutil.copytree(run / "tokenizer", out / "tokenizer")
 
 
@@ -102,17 +96,17 @@ def import_training(source: Path, run: Path) -> None:
             entry.write(leaf(mu, entry.path), moments[entry.torch_name].mu)
             entry.write(leaf(nu, entry.path), moments[entry.torch_name].nu)
     reached = AdamMoments(jnp.asarray(step, jnp.int32), mu, nu)
-    training = _training(config, reached, load_position(checkpoint.folder / POSITION_FILE))
+    journal = Journal([record for record in read_metrics(source) if record["step"] <= step])
+    training = _training(config, reached, load_position(checkpoint.folder / POSITION_FILE), journal)
     files = [source / "tokenizer" / name for name in TOKENIZER_FILES]
     write_run(run, model, weights, [file for file in files if file.is_file()], (config, training))
-    if (source / METRICS_FILE).is_file():
-        shutil.copyfile(source / METRICS_FILE, run / METRICS_FILE)
+    write_text_atomically(run / METRICS_FILE, "".join(map(json_line, journal.records)))
 
 
-def _training(config: TrainConfig, moments: AdamMoments, position: Position) -> Training:
+def _training(config: TrainConfig, moments: AdamMoments, position: Position, journal: Journal) -> Training:
     """What `train.py` would have at this point; the key of its dropout follows from the seed."""
     empty = jax.eval_shape(optimizer(config).init, moments.mu)  # beside moments and counts it holds no arrays
-    return Training(with_moments(empty, moments), moments.count, dropout_key(config), [position])
+    return Training(with_moments(empty, moments), moments.count, dropout_key(config), [position], journal)
 
 
 def is_pytorch_run(folder: Path) -> bool:

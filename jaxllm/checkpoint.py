@@ -1,16 +1,23 @@
-"""Checkpoints of a run, by orbax: weights, optimizer and data position in one atomic save.
+"""Checkpoints of a run, by orbax: weights, optimizer, data position and log in one atomic save.
 
     RUN/config.json            the model's shape             RUN/tokenizer/             the tokenizer
-    RUN/train_config.json      how it was trained            RUN/checkpoints/STEP/      weights | training | position
-                                                                                        and rows, of each data stream
+    RUN/train_config.json      how it was trained            RUN/checkpoints/STEP/      weights | training | journal |
+                                                                  position and rows, of each data stream; checksums.json
 
-A checkpoint whose `training` and `position` are absent (the converter writes such) is a starting point: weights only.
+A checkpoint with `weights` alone (the converter writes such) is a starting point. Nothing is read from a checkpoint
+before all its checksums agree.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+import hashlib
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +25,15 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import checkpoint_managers as policies
+from orbax.checkpoint.path import atomicity
 
-from jaxllm.config import ModelConfig, TrainConfig, read_json, write_json
+from jaxllm.checksums import find_damage, read_list, write_checksums
+from jaxllm.config import SPECIAL_TOKENS, ModelConfig, TrainConfig, read_json, write_json
 from jaxllm.data.corpus import one_line
 from jaxllm.data.stream import Position
 from jaxllm.errors import UserError
+from jaxllm.journal import Journal
 from jaxllm.step import TrainState, abstract_model, init_state, start_state
 
 Pytree = Any
@@ -42,6 +53,14 @@ class Training(NamedTuple):
     step: Any  # () int32, updates done
     dropout_key: Any  # raw key data
     positions: Sequence[Position]  # of each data stream
+    journal: Journal
+
+
+class Choice(NamedTuple):
+    """Which checkpoint of a run is read."""
+
+    step: int | None  # the newest one that is sound; None: there is none
+    damaged: list[int]  # newer ones
 
 
 def is_run(folder: Path) -> bool:
@@ -62,116 +81,271 @@ def read_model_config(folder: Path) -> ModelConfig:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
 
 
-class Checkpoints:
-    """The checkpoints of one run folder. Saving is asynchronous; `close` waits for it."""
+def choose_checkpoint(run: Path, *, strict: bool = False, before: int | None = None) -> Choice:
+    """The newest checkpoint whose checksums agree; each damaged one on the way is named in a line on stderr.
 
-    def __init__(self, folder: Path, keep: int | None = None):
-        self._folder = folder / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(epath.Path(self._folder.resolve()), options=options)
+    Args:
+        run: the run's folder.
+        strict: refuse instead of passing over a damaged one.
+        before: consider only checkpoints of earlier steps than this.
 
-    def latest(self) -> int | None:
-        """Step of the newest complete checkpoint."""
-        return self._manager.latest_step()
+    Raises:
+        UserError: all are damaged, or one is and that is not to be passed over; or the model's config or the tokenizer
+            is not the one that the checkpoint was written with.
+    """
+    folder = run / "checkpoints"
+    steps = sorted((int(path.name) for path in folder.glob("*/") if path.name.isdecimal()), reverse=True)
+    damaged: list[int] = []
+    for step in steps:
+        if before is not None and step >= before:
+            continue
+        damage = find_damage(folder / str(step))
+        if damage is None:
+            _check_beside(run, folder / str(step))
+            return Choice(step, damaged)
+        if strict:
+            raise UserError(
+                f"the checkpoint {folder / str(step)} is damaged ({damage}): "
+                "leave out --strict to use the one before it, or put the file back"
+            )
+        print(f"warning: the checkpoint {folder / str(step)} is damaged ({damage})", file=sys.stderr)
+        damaged.append(step)
+    if damaged:
+        raise UserError(f"{folder} holds no checkpoint that is not damaged: put the files back, or start anew")
+    return Choice(None, damaged)
 
-    def save(self, step: int, state: TrainState, positions: Sequence[Position]) -> None:
-        """Save a state in the form of one device (`parallel.unplaced`), over however many it is spread.
 
-        Of a run of several processes all save, each with the positions of all data streams.
-        """
-        items: dict[str, Any] = {}
-        for name, rows, position in zip(*_stream_items(len(positions)), positions, strict=True):
-            items[name] = ocp.args.JsonSave({"source": position.source, "drawn": position.drawn})
-            items[rows] = ocp.args.StandardSave({"pool": position.pool, "tokens": _with_length(position.tokens)})
-        training = {"opt_state": state.opt_state, "step": state.step, "dropout_key": state.dropout_key}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                weights=ocp.args.StandardSave(Weights(state.params, state.routing_bias)._asdict()),
-                training=ocp.args.StandardSave(training),
-                **items,
-            ),
+def _beside(run: Path) -> dict[str, Any]:
+    """What a checkpoint needs of its run's folder: the model's config, and the checksum of the tokenizer."""
+    config, tokenizer = run / "config.json", run / "tokenizer" / "tokenizer.json"
+    return {
+        "model": read_json(config) if config.is_file() else None,
+        "tokenizer": hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else None,
+    }
+
+
+def _check_beside(run: Path, checkpoint: Path) -> None:
+    written, now = read_list(checkpoint), _beside(run)
+    if now["tokenizer"] is not None and written.get("tokenizer") not in (None, now["tokenizer"]):
+        raise UserError(
+            f"{run / 'tokenizer' / 'tokenizer.json'} is not the file that {checkpoint} was written with: put it back"
         )
+    if written.get("model") is None:
+        return
+    model = read_model_config(run)
+    # weights that came without a tokenizer name no special tokens, until they are trained with one
+    unset = {name: getattr(model, name) for name in SPECIAL_TOKENS if written["model"].get(name) is None}
+    if ModelConfig.from_dict(written["model"] | unset) != model:
+        raise UserError(f"{run / 'config.json'} is not the config that {checkpoint} was written with: put it back")
 
-    def save_weights(self, weights: Weights) -> None:
-        """Save weights alone, as step 0."""
-        self._manager.save(0, args=ocp.args.Composite(weights=ocp.args.StandardSave(weights._asdict())))
 
-    def restore_weights(self, config: ModelConfig, shardings: Weights | None = None) -> Weights:
-        """The newest weights, where `shardings` says; None: on the first device.
+def set_aside(run: Path, damaged: Sequence[int]) -> None:
+    """Move damaged checkpoints to RUN/damaged, out of the way of those to come."""
+    for step in damaged:
+        target = run / "damaged" / str(step)
+        target.parent.mkdir(exist_ok=True)
+        if target.exists():  # the same step, damaged once more
+            shutil.rmtree(target)
+        os.replace(run / "checkpoints" / str(step), target)
+        print(f"Moved the damaged checkpoint of step {step} to {target}")
+
+
+class _ChecksummedPath(atomicity.AtomicRenameTemporaryPath):
+    """The folder that a checkpoint is written to: it gets its checksums, and then its name."""
+
+    async def finalize(self) -> None:
+        made, final = Path(self.get()), Path(self.get_final())
+        if not final.name.isdecimal():  # an item within it
+            await super().finalize()
+            return
+        write_checksums(made, _beside(final.parent.parent))
+        os.replace(made, final)
+        folder = os.open(final.parent, os.O_RDONLY)  # the new name is on the disk when this returns
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+class _BestEvaluated(policies.PreservationPolicy):
+    """Keeps the checkpoint with the lowest evaluation loss of those that were evaluated."""
+
+    def __init__(self):
+        self.losses: dict[int, float] = {}  # by step
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        evaluated = [(self.losses[found.step], found.step) for found in checkpoints if found.step in self.losses]
+        best = min(evaluated, default=(None, None))[1]
+        return [found.step == best for found in checkpoints]
+
+
+class SavedCheckpoint:
+    """One checkpoint of a run, to read from: `choose_checkpoint` says which one is sound."""
+
+    def __init__(self, run: Path, step: int):
+        self._folder = run / "checkpoints" / str(step)
+        self.step = step
+
+    @property
+    def has_training(self) -> bool:
+        """Whether it holds more than weights."""
+        return (self._folder / "training").is_dir()
+
+    def weights(self, config: ModelConfig, shardings: Weights | None = None) -> Weights:
+        """Its weights, where `shardings` says; None: on the first device.
 
         Raises:
-            UserError: there is no checkpoint, or it cannot be read.
+            UserError: they cannot be read.
         """
         _, params, routing_bias = abstract_model(config)
         restored = self._restore(weights=_targets(Weights(params, routing_bias), shardings)._asdict())
         return Weights(**restored["weights"])
 
-    def restore(
-        self, config: TrainConfig, shardings: TrainState | None = None
-    ) -> tuple[TrainState, Sequence[Position] | None]:
-        """The newest state and the data positions behind it; None for a checkpoint that holds weights alone.
+    def state(self, config: TrainConfig, shardings: TrainState | None = None) -> tuple[TrainState, Training | None]:
+        """Its state, and the rest of what it holds to go on with; None for a checkpoint of weights alone.
 
         The state has the form of one device, and lies where `shardings` says (None: on the first device).
 
         Raises:
-            UserError: there is no checkpoint, or it cannot be read.
+            UserError: it cannot be read.
         """
         wanted = None if shardings is None else Weights(shardings.params, shardings.routing_bias)
-        weights = self.restore_weights(config.model, wanted)
-        training = self.restore_training(config, shardings)
+        weights = self.weights(config.model, wanted)
+        training = self.training(config, shardings)
         if training is None:
             start = functools.partial(start_state, config)
             return (start if shardings is None else jax.jit(start, out_shardings=shardings))(*weights), None
-        return TrainState(*weights, training.opt_state, training.step, training.dropout_key), training.positions
+        return TrainState(*weights, training.opt_state, training.step, training.dropout_key), training
 
-    def has_training(self) -> bool:
-        """Whether the newest checkpoint holds more than weights."""
-        return (self._folder / str(self.latest()) / "training").is_dir()
-
-    def restore_training(self, config: TrainConfig, shardings: TrainState | None = None) -> Training | None:
-        """What the newest checkpoint holds beside the weights; None for one that holds weights alone.
+    def training(self, config: TrainConfig, shardings: TrainState | None = None) -> Training | None:
+        """What it holds beside the weights; None where that is nothing.
 
         It lies where `shardings` says (None: on the first device).
 
         Raises:
-            UserError: there is no checkpoint, or it cannot be read.
+            UserError: it cannot be read.
         """
-        if not self.has_training():
+        if not self.has_training:
             return None
         targets = _targets(jax.eval_shape(lambda: init_state(config)), shardings)
         training = {"opt_state": targets.opt_state, "step": targets.step, "dropout_key": targets.dropout_key}
         names, rows = _stream_items(config.data_streams or 1)
-        restored = self._restore(training=training, **dict.fromkeys((*names, *rows)))
+        restored = self._restore(training=training, **dict.fromkeys((*names, *rows, "journal")))
         positions = []
-        for name, row in zip(names, rows, strict=True):
-            arrays = jax.tree.map(np.asarray, restored[row])
-            source, drawn = restored[name]["source"], restored[name]["drawn"]
-            positions.append(Position(source, drawn, tokens=arrays["tokens"][1:], pool=arrays["pool"]))
-        return Training(**restored["training"], positions=positions)
-
-    def wait(self) -> None:
-        """Wait until what was saved is on the disk."""
-        self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            for name, row in zip(names, rows, strict=True):
+                arrays = jax.tree.map(np.asarray, restored[row])
+                source, drawn = restored[name]["source"], restored[name]["drawn"]
+                positions.append(Position(source, drawn, tokens=arrays["tokens"][1:], pool=arrays["pool"]))
+            journal = Journal.from_json(restored["journal"])
+        except (KeyError, TypeError, IndexError) as error:
+            raise self._unreadable(error) from None
+        return Training(**restored["training"], positions=positions, journal=journal)
 
     def _restore(self, **targets: Pytree) -> dict[str, Any]:
-        step = self.latest()
-        if step is None:
-            raise UserError(f"{self._folder} holds no complete checkpoint")
         args = {
-            name: ocp.args.JsonRestore() if name.startswith("position") else ocp.args.StandardRestore(target)
+            name: ocp.args.JsonRestore() if _is_json(name) else ocp.args.StandardRestore(target)
             for name, target in targets.items()
         }
         try:
-            return dict(self._manager.restore(step, args=ocp.args.Composite(**args)))
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+                return dict(checkpointer.restore(self._folder.absolute(), args=ocp.args.Composite(**args)))
         except Exception as error:  # orbax, tensorstore and the file system raise kinds of their own
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: Exception) -> UserError:
+        return UserError(
+            f"the checkpoint {self._folder} cannot be read ({one_line(error)}): "
+            "delete that folder to use the one before it"
+        )
+
+
+def _no_error(record: logging.LogRecord) -> bool:
+    """Orbax logs the stack traces of errors that it also raises, which become one line here."""
+    return record.levelno < logging.ERROR
+
+
+class Checkpoints:
+    """Writes the checkpoints of one run, in the background; `close` waits for the last.
+
+    Args:
+        run: its folder.
+        keep: how many of the newest stay; None: all. The one with the lowest evaluation loss stays beside them.
+        keep_every: also those whose step is a multiple of this stay; 0: none.
+    """
+
+    def __init__(self, run: Path, *, keep: int | None = None, keep_every: int = 0):
+        self._folder = run / "checkpoints"
+        self._best = _BestEvaluated()
+        kept = [policies.LatestN(keep), self._best]
+        kept += [policies.EveryNSteps(keep_every)] if keep_every else []
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            temporary_path_class=_ChecksummedPath,
+            cleanup_tmp_directories=True,  # what killed processes left half written
+        )
+        self._writing: int | None = None  # the step that is on its way to the disk
+        logging.getLogger("absl").addFilter(_no_error)
+        with self._to_the_disk():
+            self._manager = ocp.CheckpointManager(epath.Path(self._folder.resolve()), options=options)
+
+    def save(self, step: int, state: TrainState, positions: Sequence[Position], journal: Journal) -> None:
+        """Save a state in the form of one device (`parallel.unplaced`), over however many it is spread.
+
+        Of a run of several processes all save, each with the positions of all data streams.
+
+        Raises:
+            UserError: this checkpoint, or the one before it, cannot be written.
+        """
+        items: dict[str, Any] = {"journal": ocp.args.JsonSave(journal.to_json())}
+        for name, rows, position in zip(*_stream_items(len(positions)), positions, strict=True):
+            items[name] = ocp.args.JsonSave({"source": position.source, "drawn": position.drawn})
+            items[rows] = ocp.args.StandardSave({"pool": position.pool, "tokens": _with_length(position.tokens)})
+        training = {"opt_state": state.opt_state, "step": state.step, "dropout_key": state.dropout_key}
+        self._best.losses = journal.evaluations()
+        self._save(step, weights=Weights(state.params, state.routing_bias), training=training, **items)
+
+    def save_weights(self, weights: Weights) -> None:
+        """Save weights alone, as step 0."""
+        self._save(0, weights=weights)
+
+    def wait(self) -> None:
+        """Wait until what was saved is on the disk.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        with self._to_the_disk():
+            self._manager.wait_until_finished()
+            self._writing = None
+
+    def close(self) -> None:
+        """Wait for the last save; of one that failed `wait` or `save` has told."""
+        with contextlib.suppress(UserError):
+            self.wait()
+        with contextlib.suppress(Exception):  # orbax tells once more what it has told
+            self._manager.close()
+
+    def _save(self, step: int, weights: Weights, **items: Any) -> None:
+        self.wait()
+        args = {
+            name: item if isinstance(item, ocp.args.CheckpointArgs) else ocp.args.StandardSave(item)
+            for name, item in items.items()
+        }
+        self._writing = step
+        with self._to_the_disk():
+            self._manager.save(step, args=ocp.args.Composite(weights=ocp.args.StandardSave(weights._asdict()), **args))
+
+    @contextlib.contextmanager
+    def _to_the_disk(self) -> Iterator[None]:
+        """Turns whatever goes wrong in writing into one line."""
+        try:
+            yield
+        except Exception as error:  # orbax, tensorstore and the file system raise kinds of their own
+            what = self._folder if self._writing is None else f"the checkpoint {self._folder / str(self._writing)}"
             raise UserError(
-                f"the checkpoint {self._folder / str(step)} cannot be read ({one_line(error)}): "
-                "delete that folder to use the one before it"
+                f"{what} cannot be written ({one_line(error)}): the checkpoints before it are as they were; "
+                "make room or pass another --run-dir, and run again"
             ) from None
 
 
@@ -179,6 +353,10 @@ def _stream_items(streams: int) -> tuple[list[str], list[str]]:
     """Names of the items that keep the position and the rows of each data stream."""
     ends = ["", *(f"_{s}" for s in range(1, streams))]
     return [f"position{end}" for end in ends], [f"rows{end}" for end in ends]
+
+
+def _is_json(item: str) -> bool:
+    return item == "journal" or item.startswith("position")
 
 
 def _with_length(tokens: np.ndarray) -> np.ndarray:
@@ -211,14 +389,45 @@ def write_run(
     for file in tokenizer_files:
         (folder / "tokenizer" / file.name).write_bytes(file.read_bytes())
     checkpoints = Checkpoints(folder)
-    if training is None:
-        checkpoints.save_weights(weights)
-    else:
-        config, reached = training
-        write_json(folder / "train_config.json", config.to_dict())
-        state = TrainState(*weights, reached.opt_state, reached.step, reached.dropout_key)
-        checkpoints.save(int(reached.step), state, reached.positions)
-    checkpoints.close()
+    try:
+        if training is None:
+            checkpoints.save_weights(weights)
+        else:
+            config, reached = training
+            write_json(folder / "train_config.json", config.to_dict())
+            state = TrainState(*weights, reached.opt_state, reached.step, reached.dropout_key)
+            checkpoints.save(int(reached.step), state, reached.positions, reached.journal)
+        checkpoints.wait()
+    finally:
+        checkpoints.close()
+
+
+def check_room(run: Path, state: TrainState) -> None:
+    """Whether one more checkpoint of such a state has room on the disk.
+
+    Raises:
+        UserError: it has not.
+    """
+    needed, free = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)), shutil.disk_usage(run).free
+    if free < needed:
+        raise UserError(
+            f"run_dir is {str(run)!r}: a checkpoint takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free "
+            "there: make room or pass another --run-dir"
+        )
+
+
+def newest_checkpoint(run: Path) -> SavedCheckpoint:
+    """The newest sound checkpoint of a run folder.
+
+    Raises:
+        UserError: it is no run, or there is none.
+    """
+    if not is_run(run):
+        raise UserError(f"{str(run)!r} is no run: it holds no folder checkpoints")
+    step = choose_checkpoint(run).step
+    if step is None:
+        raise UserError(f"{run / 'checkpoints'} holds no complete checkpoint")
+    return SavedCheckpoint(run, step)
 
 
 def load_weights(run: Path) -> tuple[ModelConfig, Weights]:
@@ -228,10 +437,4 @@ def load_weights(run: Path) -> tuple[ModelConfig, Weights]:
         UserError: it is no run, or the checkpoint cannot be read.
     """
     config = read_model_config(run)
-    if not is_run(run):
-        raise UserError(f"{str(run)!r} is no run: it holds no folder checkpoints")
-    checkpoints = Checkpoints(run)
-    try:
-        return config, checkpoints.restore_weights(config)
-    finally:
-        checkpoints.close()
+    return config, newest_checkpoint(run).weights(config)

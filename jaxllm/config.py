@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxllm.atomic import write_text_atomically
 from jaxllm.errors import UserError
 
 Precision = Literal["float32", "bfloat16"]
@@ -174,7 +175,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_text_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
 PRESETS: dict[str, ModelConfig] = {
@@ -310,6 +311,15 @@ class TrainConfig:
     """Rows of the held-out part that an evaluation reads."""
     save_every: int = 200
     keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay. The one with the lowest evaluation loss stays beside them."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this stay too; 0: none."""
+    strict: bool = False
+    """Refuse to go on from an older checkpoint where the newest is damaged."""
+    max_nonfinite: int = 10
+    """After so many steps in a row whose loss or gradient is not finite the run stops. Such a step changes nothing."""
+    replay: int | None = None
+    """Train nothing: compute this step of the run again, and say where its first value that is not finite appears."""
 
     prompts: tuple[str, ...] = CODE_PROMPTS
     """Prompts that the trained model continues at the end."""
@@ -322,19 +332,21 @@ class TrainConfig:
         _check_types(self)
         _check_at_least(
             self, 1, "batch_size", "grad_accum", "steps", "log_every", "eval_every", "eval_samples",
-            "save_every", "keep_checkpoints",
+            "save_every", "keep_checkpoints", "max_nonfinite",
         )  # fmt: skip
         _check_at_least(self, 2, "seq_len")
         _check_at_least(
-            self, 0, "learning_rate", "warmup_steps", "weight_decay", "adam_eps", "bias_update_rate",
-            "balance_loss", "router_z_loss", "seed", "sample_tokens", "temperature",
+            self, 0, "learning_rate", "warmup_steps", "weight_decay", "bias_update_rate",
+            "balance_loss", "router_z_loss", "seed", "sample_tokens", "temperature", "keep_every",
         )  # fmt: skip
         if self.seq_len > self.model.max_position_embeddings:
             raise UserError(
                 f"seq_len is {self.seq_len}: the position table has "
                 f"max_position_embeddings = {self.model.max_position_embeddings} rows"
             )
-        for name in ("max_grad_norm", "peak_tflops"):
+        if self.replay is not None and self.replay < 1:
+            raise UserError(f"replay is {self.replay}: it must be a step of the run, from 1")
+        for name in ("max_grad_norm", "peak_tflops", "adam_eps"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"{name} is {value}: it must be larger than 0")
@@ -449,8 +461,9 @@ class TrainConfig:
 RESUMABLE_FIELDS = frozenset(
     {
         "preset", "recipe", "run_dir", "overwrite", "steps", "log_every", "eval_every", "eval_samples", "save_every",
-        "keep_checkpoints", "prompts", "sample_tokens", "temperature", "top_p", "remat", "peak_tflops", "parallel",
-        "mesh", "coordinator", "num_processes", "process_id",
+        "keep_checkpoints", "keep_every", "strict", "max_nonfinite", "replay", "prompts", "sample_tokens",
+        "temperature", "top_p", "remat", "peak_tflops", "parallel", "mesh", "coordinator", "num_processes",
+        "process_id",
     }
 )  # fmt: skip
 

@@ -1,7 +1,8 @@
-"""The one kind of error that a user can mend, and how a command line shows it."""
+"""The errors that a user can mend or has asked for, and how a command line shows them."""
 
 from __future__ import annotations
 
+import errno
 import functools
 import sys
 from collections.abc import Callable
@@ -14,8 +15,22 @@ class UserError(Exception):
     """
 
 
+class Stopped(Exception):
+    """Training has stopped where a signal asked it to; the message says where and how to go on."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+STORAGE_ERRORS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
+)
+"""What a disk says that is full, read-only, forbidden, broken or gone."""
+
+
 def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wrap a command's `main`: a `UserError` becomes one line on stderr and exit code 2."""
+    """Wrap a command's `main`: what a user can mend becomes one line on stderr and exit code 2."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> int:
@@ -23,6 +38,16 @@ def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int]:
             return main(*args, **kwargs) or 0
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            return 2
+        except Stopped as stop:
+            print(stop, file=sys.stderr)
+            return stop.code
+        except OSError as error:
+            if error.errno not in STORAGE_ERRORS:
+                raise
+            print(
+                f"error: {error.filename or 'a file'}: {error.strerror}: make room there or permit it", file=sys.stderr
+            )
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,10 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxllm import flops
+from jaxllm.atomic import write_text_atomically
+from jaxllm.board import Board
 from jaxllm.config import TrainConfig
+from jaxllm.journal import Journal
 from jaxllm.meter import Speed
 
 METRICS_FILE = "metrics.jsonl"
@@ -21,22 +23,25 @@ METRICS_FILE = "metrics.jsonl"
 class RunLog:
     """Writes each record to the console (around the progress bar), to `metrics.jsonl` and to TensorBoard."""
 
-    def __init__(self, folder: Path, first_step: int, last_step: int):
-        """`first_step`: steps done before; what an earlier process logged beyond it is dropped, not logged twice."""
-        self._path = folder / METRICS_FILE
-        kept = [record for record in read_metrics(folder) if record["step"] <= first_step]
-        self._path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        self._file = self._path.open("a", encoding="utf-8", buffering=1)
-        self._board = _summary_writer()(str(folder / "tensorboard"), purge_step=first_step + 1)
+    def __init__(self, folder: Path, journal: Journal, first_step: int, last_step: int):
+        """`metrics.jsonl` becomes what the journal holds: what an earlier process logged beyond it is dropped."""
+        self._journal = journal
+        path = folder / METRICS_FILE
+        write_text_atomically(path, "".join(json_line(record) for record in journal.records))
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._board = Board(folder / "tensorboard", first_step)
         self.bar = tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True)
 
     def write(self, record: dict[str, Any]) -> None:
         """Log one record; it has a `step`."""
-        tqdm.write(str(record))
-        self._file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if name not in ("step", "epoch"):
-                self._board.add_scalar(_board_name(name), value, record["step"])
+        self._journal.records.append(record)
+        self.say(str(record))
+        self._file.write(json_line(record))
+        self._board.write(record)
+
+    def say(self, line: str) -> None:
+        """A line on the console alone."""
+        tqdm.write(line)
 
     def close(self) -> None:
         self.bar.close()
@@ -47,34 +52,24 @@ class RunLog:
 class NoLog:
     """In place of a RunLog in the processes of a run that are not its first."""
 
-    def __init__(self):
+    def __init__(self, journal: Journal):
+        self._journal = journal
         self.bar = tqdm(disable=True)
 
     def write(self, record: dict[str, Any]) -> None:
+        self._journal.records.append(record)
+
+    def say(self, line: str) -> None:
         pass
 
     def close(self) -> None:
         pass
 
 
-def _summary_writer() -> type:
-    """tensorboardX's writer. Where PyTorch is installed it would import that too: two seconds, and no use here."""
-    hide = "torch" not in sys.modules
-    if hide:
-        sys.modules["torch"] = None  # an import of it fails, as where it is not installed
-    try:
-        from tensorboardX import SummaryWriter
-    finally:
-        if hide:
-            del sys.modules["torch"]
-    return SummaryWriter
-
-
-def _board_name(name: str) -> str:
-    for prefix in ("eval_", "train_"):
-        if name.startswith(prefix):
-            return f"{prefix[:-1]}/{name.removeprefix(prefix)}"
-    return f"train/{name}"
+def json_line(record: dict[str, Any]) -> str:
+    """A record as a line of JSON, which has no word for what is not finite: null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -89,6 +84,16 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict) and "step" in record:
             records.append(record)
     return records
+
+
+def nonfinite_record(loss: float, grad_norm: float, step: int, position: dict[str, Any]) -> dict[str, Any]:
+    """A step that changed nothing, because its loss or its gradient was not finite; `position`: before its batch."""
+    return {"nonfinite_loss": str(loss), "nonfinite_grad_norm": str(grad_norm), "position": position, "step": step}
+
+
+def spike_record(loss: float, usual: float, step: int) -> dict[str, Any]:
+    """A step whose loss lies far above the running mean."""
+    return {"loss_spike": rounded(loss), "usual_loss": rounded(usual), "step": step}
 
 
 def step_record(
@@ -148,23 +153,26 @@ def end_record(
     steps_done: int,
     loss: float,
     epoch: float,
+    nonfinite_steps: int | None,
     speed: Speed,
     memory: dict[str, float],
     peak_tflops: float,
     compile_seconds: float | None,
 ) -> dict[str, Any]:
-    """The last line of a run, on the `steps_done` steps of this process.
+    """The last line of a run; speed and time are of the `steps_done` steps of this process.
 
     Args:
         config: of the run.
         seconds: from the first step on, evaluations and saving included; so is `speed`.
-        loss: mean of the steps.
+        loss: mean of the run's steps.
+        nonfinite_steps: of the run, which changed nothing; None where they are not counted.
         epoch: passes over the data.
         memory: the columns that name the peak of memory.
         peak_tflops: what the MFU is a share of.
         compile_seconds: before the first step; None where nothing is compiled.
     """
     compiled = {} if compile_seconds is None else {"compile_seconds": rounded(compile_seconds, 2)}
+    counted = {} if nonfinite_steps is None else {"nonfinite_steps": nonfinite_steps}
     return {
         "train_runtime": rounded(seconds),
         "train_samples_per_second": rounded(steps_done * config.grad_accum * config.batch_size / seconds, 3),
@@ -173,6 +181,7 @@ def end_record(
         "train_loss": loss,
         "epoch": rounded(epoch, 2),
         "step": config.steps,
+        **counted,
         **{f"train_{name}": value for name, value in _speed_columns(speed).items()},
         **_memory_columns(memory),
         "peak_tflops": significant(peak_tflops),
@@ -200,8 +209,8 @@ def draw_losses(folder: Path, unigram: float | None = None) -> None:
     import matplotlib.pyplot as plt
 
     records = read_metrics(folder)
-    train = [record for record in records if "loss" in record]
-    evaluated = [record for record in records if "eval_loss" in record]
+    train = [record for record in records if record.get("loss") is not None]
+    evaluated = [record for record in records if record.get("eval_loss") is not None]
     figure, (loss_axis, rate_axis) = plt.subplots(
         2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), layout="constrained"
     )

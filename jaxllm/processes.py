@@ -23,11 +23,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
+from jaxllm.checkpoint import choose_checkpoint, set_aside
 from jaxllm.config import TrainConfig
 from jaxllm.data.corpus import one_line, open_source
 from jaxllm.data.stream import Position
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.errors import UserError
+from jaxllm.lock import FolderLock
 from jaxllm.run import Prepared, prepare
 
 PATIENCE = 24 * 3600
@@ -101,15 +103,29 @@ def end_if_shared(error: BaseException) -> None:
     os._exit(2 if isinstance(error, UserError) else 1)
 
 
-def prepare_together(config: TrainConfig) -> Prepared:
+def prepare_together(config: TrainConfig, lock: FolderLock) -> tuple[Prepared, int | None]:
     """`run.prepare` for all processes: the first one does it, the others read what it has written.
 
+    Returns:
+        What was prepared, and the step of the checkpoint to go on from; None: from the start.
+
     Raises:
-        UserError: as `prepare`; or a process does not see the data or the run's folder, before anything is deleted.
+        UserError: as `prepare` and `choose_checkpoint`; or a process does not see the data or the run's folder, before
+            anything is deleted.
     """
     processes = jax.process_count()
+
+    def prepare_and_choose() -> tuple[Prepared, int | None]:
+        made = prepare(config, "JAX", lock, processes)
+        if not made.resumes:
+            return made, None
+        chosen = choose_checkpoint(config.folder, strict=config.strict, before=config.replay)
+        if config.replay is None:
+            set_aside(config.folder, chosen.damaged)
+        return made, chosen.step
+
     if processes == 1:
-        return prepare(config, "JAX")
+        return prepare_and_choose()
     _all_agree(lambda: open_source(config))
     folder = config.folder.absolute().parent
     token = Path(_by_first(lambda: _make_token(folder)))
@@ -125,13 +141,15 @@ def prepare_together(config: TrainConfig) -> Prepared:
             token.unlink()
 
     def work() -> dict[str, Any]:
-        made = prepare(config, "JAX", processes)
-        return {"config": made.config.to_dict(), "held_out": made.held_out.tolist(), "resumes": made.resumes}
+        made, step = prepare_and_choose()
+        held_out = made.held_out.tolist()
+        return {"config": made.config.to_dict(), "held_out": held_out, "resumes": made.resumes, "step": step}
 
     made = _by_first(work)
     config = TrainConfig.from_dict(made["config"])
     tokenizer = load_tokenizer(str(config.folder / "tokenizer"))
-    return Prepared(config, tokenizer, np.asarray(made["held_out"], np.int32), made["resumes"])
+    prepared = Prepared(config, tokenizer, np.asarray(made["held_out"], np.int32), made["resumes"])
+    return prepared, made["step"]
 
 
 def _make_token(folder: Path) -> str:

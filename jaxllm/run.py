@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -21,6 +23,7 @@ from jaxllm.data.corpus import open_source
 from jaxllm.data.stream import check_streams, held_out_rows
 from jaxllm.data.tokenizer import align, encode_prompt, load_tokenizer, train_or_recall_tokenizer
 from jaxllm.errors import UserError
+from jaxllm.lock import LOCK_FILE, FolderLock
 from jaxllm.metrics import draw_losses, unigram_loss
 
 if TYPE_CHECKING:
@@ -73,7 +76,7 @@ def check_folder(config: TrainConfig, framework: Framework) -> bool:
     # Not `checkpoint-*`: any project's Trainer writes such folders, beside any project's config.json.
     made_by_converter = (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
     ours = (folder / "train_config.json").is_file() or made_by_converter
-    if not ours and any(folder.iterdir()):
+    if not ours and any(path.name != LOCK_FILE for path in folder.iterdir()):
         raise UserError(f"run_dir is {str(folder)!r}: the folder holds something else; pass another --run-dir")
     if not ours or config.overwrite:
         return False
@@ -112,18 +115,23 @@ def streams_of(saved: dict) -> int:
     return saved.get("data_streams") or 1
 
 
-def prepare(config: TrainConfig, framework: Framework, processes: int = 1) -> Prepared:
+def prepare(config: TrainConfig, framework: Framework, lock: FolderLock, processes: int = 1) -> Prepared:
     """Everything that can be refused is refused here, before anything is built or deleted.
 
     Args:
         config: as the user gave it.
         framework: that trains.
+        lock: of the run's folder; it is taken here.
         processes: that share the run; a new run then has as many data streams, unless the config says otherwise.
 
     Raises:
         UserError: the folder, the data, the tokenizer or a prompt does not fit the config.
     """
+    check_folder(config, framework)  # before anything is written there
+    lock.take()
     resumes = check_folder(config, framework)
+    if config.replay is not None and not resumes:
+        raise UserError(f"replay is {config.replay}: {str(config.folder)!r} holds no run")
     if config.data_streams is None:
         file = config.folder / "train_config.json"
         streams = streams_of(read_json(file)) if resumes and file.is_file() else processes
@@ -146,15 +154,35 @@ def prepare(config: TrainConfig, framework: Framework, processes: int = 1) -> Pr
         )
     check_streams(config)
     held_out = held_out_rows(config, tokenizer)
+    if config.replay is not None:
+        return Prepared(config, tokenizer, held_out, resumes)
     if not resumes:
-        if config.folder.exists():
-            shutil.rmtree(config.folder)
-        config.folder.mkdir(parents=True)
-    if not (config.folder / "tokenizer").is_dir():
-        tokenizer.save_pretrained(str(config.folder / "tokenizer"))
-    write_json(config.folder / "config.json", config.model.to_dict())
+        _clear(config.folder)
+    # First what makes the folder ours: a process may be killed between any two lines.
     write_json(config.folder / "train_config.json", config.to_dict())
+    write_json(config.folder / "config.json", config.model.to_dict())
+    if not (config.folder / "tokenizer").is_dir():
+        _save_tokenizer(tokenizer, config.folder / "tokenizer")
     return Prepared(config, tokenizer, held_out, resumes)
+
+
+def _clear(folder: Path) -> None:
+    """Delete what an earlier run left; last the file that says whose folder it is, for a process may be killed."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "train_config.json"):
+        if path.name == LOCK_FILE:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Whole or not at all: what a killed process left half written would be read as the run's tokenizer."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tokenizer-") as scratch:
+        made = Path(scratch) / folder.name
+        tokenizer.save_pretrained(str(made))
+        os.replace(made, folder)
 
 
 def announce(config: TrainConfig, parameters: int, tree: str, device: str) -> None:

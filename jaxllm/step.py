@@ -15,7 +15,7 @@ from jaxllm.config import ModelConfig, TrainConfig
 from jaxllm.loss import count_targets, next_token_targets, summed_cross_entropy
 from jaxllm.model.decoder import CustomLLM
 from jaxllm.model.moe import RoutingBias, updated_routing_bias
-from jaxllm.optim import learning_rate_schedule, optimizer
+from jaxllm.optim import adam_moments, learning_rate_schedule, optimizer
 from jaxllm.sharding import ONE_DEVICE, Layout
 
 Array = jax.Array
@@ -28,7 +28,7 @@ class TrainState(NamedTuple):
     params: Pytree  # nested dict of float32 masters, stacked over layers and experts
     routing_bias: Pytree  # nested dict with one (L,E) leaf
     opt_state: optax.OptState
-    step: Array  # () int32, updates done
+    step: Array  # () int32, steps done, with those that were not finite and changed nothing else
     dropout_key: Array  # raw key data, uint32; each step and micro-batch folds its number in
 
 
@@ -109,11 +109,10 @@ def gradients(
     targets = jnp.maximum(layout.total(count_targets(labels)), 1)
     rows = layout.devices * labels.shape[1]  # of a micro-batch
     own_rows = layout.number() * labels.shape[1] + jnp.arange(labels.shape[1])
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.dropout_key), state.step)
 
     def micro_loss(params: Pytree, micro: Array, index: Array, forced: Array | None):
         model = gathered_model(graph, params, state.routing_bias, layout)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index * rows + own_rows) if config.model.dropout else None
+        keys = dropout_keys(config, state, index, rows, own_rows)
         x, record = model.run_layers(jnp.maximum(micro, 0), dropout_keys=keys, experts=forced, layout=layout)
         # Each micro-batch adds its share of the global mean, so that accumulation is no mean of means.
         loss = summed_loss(model, x, micro) / targets
@@ -139,6 +138,14 @@ def gradients(
     return of_all_devices(grads, loss, counts)
 
 
+def dropout_keys(config: TrainConfig, state: TrainState, index: Array, rows: int, own_rows: Array) -> Array | None:
+    """Keys of the rows `own_rows` of micro-batch `index`, which has `rows` on all devices; None without dropout."""
+    if not config.model.dropout:
+        return None
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.dropout_key), state.step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, index * rows + own_rows)
+
+
 def train_step(
     config: TrainConfig,
     graph: nnx.GraphDef,
@@ -160,16 +167,20 @@ def train_step(
     )
     grads, loss, counts = of_all_devices(state, labels, experts)
     updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
+    grad_norm = optax.tree.norm(grads)
+    # A step that is not finite changes nothing. It is a choice: zero times what is not finite would not be zero.
+    kept = functools.partial(jnp.where, jnp.isfinite(loss) & jnp.isfinite(grad_norm))
+    opt_state = jax.tree.map(kept, opt_state, state.opt_state)
     metrics = StepMetrics(
         loss=loss,
-        grad_norm=optax.tree.norm(grads),
-        learning_rate=learning_rate_schedule(config)(state.step + 1),
+        grad_norm=grad_norm,
+        learning_rate=learning_rate_schedule(config)(adam_moments(opt_state).count),
         expert_load=(counts.max(axis=-1) / counts.mean(axis=-1)).max(),
     )
     new_state = TrainState(
-        params=optax.apply_updates(state.params, updates),
+        params=jax.tree.map(kept, optax.apply_updates(state.params, updates), state.params),
         routing_bias=jax.tree.map(
-            lambda bias: updated_routing_bias(bias, counts, config.bias_update_rate), state.routing_bias
+            lambda bias: kept(updated_routing_bias(bias, counts, config.bias_update_rate), bias), state.routing_bias
         ),
         opt_state=opt_state,
         step=state.step + 1,

@@ -12,7 +12,7 @@ import torch
 
 import train
 from convert.__main__ import main
-from jaxllm.checkpoint import Checkpoints
+from jaxllm.checkpoint import newest_checkpoint
 from jaxllm.config import TrainConfig, read_json
 from jaxllm.metrics import read_metrics
 from jaxllm.optim import adam_moments
@@ -39,12 +39,9 @@ def half(whole, tmp_path_factory) -> Path:
 
 def restored(run: Path):
     config = TrainConfig.from_dict(read_json(run / "train_config.json"))
-    checkpoints = Checkpoints(run)
-    try:
-        state, (position,) = checkpoints.restore(config)
-        return state, position
-    finally:
-        checkpoints.close()
+    state, training = newest_checkpoint(run).state(config)
+    (position,) = training.positions
+    return state, position
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -30,6 +30,7 @@ from jaxllm.data.corpus import open_source
 from jaxllm.data.position import POSITION_FILE
 from jaxllm.data.stream import TokenStream
 from jaxllm.generate import generate as generate_in_jax
+from jaxllm.lock import FolderLock
 from jaxllm.metrics import RunLog, read_metrics
 from jaxllm.parallel import Programs
 from jaxllm.run import Prepared, parse_args, prepare
@@ -116,7 +117,9 @@ class Reference:
 @pytest.fixture(scope="module")
 def reference(narrow, tmp_path_factory) -> Reference:
     folder = tmp_path_factory.mktemp("runs") / "reference"
-    return Reference(prepare(parse_args([*narrow, *EVERYTHING, "--run-dir", str(folder)], "test", None), "JAX"))
+    config = parse_args([*narrow, *EVERYTHING, "--run-dir", str(folder)], "test", None)
+    with FolderLock(folder) as lock:
+        return Reference(prepare(config, "JAX", lock))
 
 
 class TrainerRun:

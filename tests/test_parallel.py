@@ -18,10 +18,11 @@ import pytest
 
 import jaxllm.sharding
 import train
-from jaxllm.checkpoint import Checkpoints
-from jaxllm.config import ModelConfig, TrainConfig
+from jaxllm.checkpoint import Checkpoints, newest_checkpoint
+from jaxllm.config import ModelConfig, TrainConfig, write_json
 from jaxllm.data.stream import Position
 from jaxllm.errors import UserError
+from jaxllm.journal import Journal
 from jaxllm.loss import IGNORED
 from jaxllm.parallel import (
     choose_layout,
@@ -211,6 +212,7 @@ WAYS = ({"mesh": "data=2,fsdp=2,expert=2"}, {}, {"mesh": "fsdp=4"}, {"mesh": "ex
 def test_a_checkpoint_moves_from_layout_to_layout_bit_for_bit(tmp_path):
     """8 devices -> 1 -> 4 -> 8 -> pmap -> 1."""
     positions = [Position({"file": 3}, 7, np.arange(5, dtype=np.int32), np.ones((2, 4), np.int32))]
+    write_json(tmp_path / "config.json", CONFIG.model.to_dict())
     wanted = None
     for step, changes in enumerate(WAYS):
         config = dataclasses.replace(CONFIG, **changes)
@@ -219,14 +221,12 @@ def test_a_checkpoint_moves_from_layout_to_layout_bit_for_bit(tmp_path):
             state = with_noise(unplaced(config, layout, new_state(config, layout)))
             wanted = jax.tree.map(np.asarray, state)
         else:
-            checkpoints = Checkpoints(tmp_path)
-            state, restored = checkpoints.restore(config, state_shardings(config, layout))
-            checkpoints.close()
-            jax.tree.map(np.testing.assert_array_equal, restored, positions)
+            state, restored = newest_checkpoint(tmp_path).state(config, state_shardings(config, layout))
+            jax.tree.map(np.testing.assert_array_equal, restored.positions, positions)
             state = unplaced(config, layout, place(config, layout, state))
             jax.tree.map(np.testing.assert_array_equal, state, wanted)
         checkpoints = Checkpoints(tmp_path)
-        checkpoints.save(step, state, positions)
+        checkpoints.save(step, state, positions, Journal())
         checkpoints.close()
 
 

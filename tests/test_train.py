@@ -13,15 +13,11 @@ from jaxllm import flops
 from jaxllm.config import ModelConfig, read_json
 from jaxllm.data.stream import TokenStream
 from jaxllm.metrics import read_metrics
+from tests.fingerprint import without_times
 
 
 def lines(folder, key: str) -> list[dict]:
     return [record for record in read_metrics(folder) if key in record]
-
-
-def without_times(records: list[dict]) -> list[dict]:
-    measured = ("second", "runtime", "mfu", "data_wait", "peak")
-    return [{k: v for k, v in r.items() if not any(part in k for part in measured)} for r in records]
 
 
 def test_the_folder_holds_everything(run):
@@ -45,8 +41,8 @@ def test_the_log_has_the_source_s_lines(run):
     ]  # fmt: skip
     assert list(end) == [
         "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_tokens_per_second", "train_loss",
-        "epoch", "step", *(f"train_{name}" for name in speed), "host_peak_gib", "peak_tflops", "parameters",
-        "active_parameters", "compile_seconds",
+        "epoch", "step", "nonfinite_steps", *(f"train_{name}" for name in speed), "host_peak_gib", "peak_tflops",
+        "parameters", "active_parameters", "compile_seconds",
     ]  # fmt: skip
     assert [record["step"] for record in lines(run, "loss")] == list(range(1, 21))
     assert [record["step"] for record in lines(run, "eval_loss")] == [10, 20]

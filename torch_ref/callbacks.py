@@ -154,6 +154,7 @@ class LogCallback(TrainerCallback):
             steps_done=steps_done,
             loss=logs["train_loss"],
             epoch=self._epoch(step),
+            nonfinite_steps=None,
             speed=speed,
             memory=peak_memory(),
             peak_tflops=self._peak_tflops,

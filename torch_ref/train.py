@@ -21,7 +21,9 @@ from jaxllm.data.corpus import open_source
 from jaxllm.data.position import POSITION_FILE, load_position
 from jaxllm.data.stream import TokenStream
 from jaxllm.errors import UserError, exit_on_user_error
-from jaxllm.metrics import RunLog
+from jaxllm.journal import Journal
+from jaxllm.lock import FolderLock
+from jaxllm.metrics import RunLog, read_metrics
 from jaxllm.run import announce, announce_finished, announce_speed, parse_args, prepare
 from torch_ref.batches import MicroBatches
 from torch_ref.callbacks import LogCallback, TextGenerationCallback
@@ -74,7 +76,8 @@ def train(
     announce_speed(config, peak_tflops, compile_seconds=None)
     batches = MicroBatches(stream, config)
     trainer = CustomLLMTrainer(config, model, tokenizer, batches, held_out)
-    run_log = RunLog(config.folder, first_step, config.steps)
+    journal = Journal([record for record in read_metrics(config.folder) if record["step"] <= first_step])
+    run_log = RunLog(config.folder, journal, first_step, config.steps)
     trainer.add_callback(LogCallback(config, run_log, batches, trainer.routing, held_out, peak_tflops))
     trainer.add_callback(samples)
     try:
@@ -94,8 +97,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("coordinator and data_streams are for train.py: PyTorch's run is one process, leave them out")
     disable_progress_bar()  # of each file that is written: the run has a bar of its own
     choose_device(config)  # what the device cannot do is said before anything is made or deleted
-    config, tokenizer, held_out, resumes = prepare(config, "PyTorch")
-    train(config, tokenizer, held_out, resumes)
+    if config.replay is not None or config.strict or config.keep_every:
+        raise UserError("replay, strict and keep_every are for train.py: leave them out")
+    with FolderLock(config.folder) as lock:
+        config, tokenizer, held_out, resumes = prepare(config, "PyTorch", lock)
+        train(config, tokenizer, held_out, resumes)
     print(f"\nEverything is in {Path(config.folder)}")
 
 

@@ -1,0 +1,193 @@
+"""`train.py --replay STEP`: compute one step of a run again, and say where its first value that is not finite appears.
+
+The run goes, without a trace, from the newest checkpoint before that step to the step itself: same weights, same batch,
+same dropout. Then everything that the step makes is looked at in the order in which it is made. On a mesh the steps
+before are computed as they were; the step itself is looked at on one device, and may differ by rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from jaxllm.atomic import write_text_atomically
+from jaxllm.checkpoint import SavedCheckpoint
+from jaxllm.config import TrainConfig
+from jaxllm.data.stream import BatchShare
+from jaxllm.errors import UserError
+from jaxllm.parallel import compile_programs, new_state, on_one_device, place, rows_here, state_shardings, unplaced
+from jaxllm.sharding import Layout
+from jaxllm.step import TrainState, dropout_keys, gradients, model_graph
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Array = jax.Array
+
+
+class Found(NamedTuple):
+    """A tensor of the step that holds values that are not finite."""
+
+    where: str
+    micro_batch: int | None
+    row: int | None
+    token: int | None  # of the row
+    tokens: int | None  # at how many tokens of the micro-batch there are such values
+
+
+def replay(config: TrainConfig, layout: Layout, tokenizer: PreTrainedTokenizerBase, saved: int | None) -> None:
+    """Replay step `config.replay` of the run in `config.folder`, from the checkpoint of step `saved`.
+
+    It prints what it finds and writes RUN/replay/STEP/: `batch.safetensors` (`labels`, (A,B,T) int32), `report.json`.
+
+    Raises:
+        UserError: no checkpoint before that step is left, or there are several processes.
+    """
+    if jax.process_count() > 1:
+        raise UserError(f"replay is {config.replay}: it runs in one process, leave out --coordinator")
+    oldest = min((int(p.name) for p in (config.folder / "checkpoints").glob("*/") if p.name.isdecimal()), default=0)
+    if saved is None and oldest:
+        raise UserError(
+            f"replay is {config.replay}: the oldest checkpoint left is that of step {oldest}, pass a later step"
+        )
+    graph = model_graph(config)
+    stream = BatchShare(config, tokenizer, *rows_here(config))
+    state = new_state(config, layout)
+    if saved is not None:
+        state, training = SavedCheckpoint(config.folder, saved).state(config, state_shardings(config, layout))
+        state = place(config, layout, state)
+        if training is not None:
+            stream.seek(training.positions)
+    steps = range((saved or 0) + 1, config.replay)
+    print(f"Replaying step {config.replay} of {config.folder} from step {saved or 0}")
+
+    def next_labels() -> np.ndarray:  # (A,B,T)
+        return stream.next_rows(config.grad_accum).reshape(config.grad_accum, -1, config.seq_len)
+
+    if steps:
+        programs = compile_programs(config, graph, state, layout)
+        for _ in tqdm(steps, unit="step", dynamic_ncols=True):
+            state, _ = programs.step(state, next_labels())
+    labels = next_labels()
+    found, loss = examine(config, graph, on_one_device(layout, unplaced(config, layout, state)), labels)
+    _report(config, tokenizer, labels, found, loss)
+
+
+def examine(
+    config: TrainConfig, graph: nnx.GraphDef, state: TrainState, labels: np.ndarray
+) -> tuple[list[Found], float]:
+    """What of a step on labels (A,B,T) is not finite, in the order in which it is made; and the step's loss."""
+    found: list[Found] = []
+    for index, micro in enumerate(labels):
+        for where, bad in _in_order(_forward(config, graph, state, micro, index)):
+            if bad.any():
+                row, token = np.argwhere(bad)[0].tolist()
+                found.append(Found(where, index, row, token, int(bad.sum())))
+    grads, loss, _ = jax.jit(functools.partial(gradients, config, graph))(state, labels)
+    if not np.isfinite(loss):
+        found.append(Found("loss", None, None, None, None))
+    found += [Found(f"gradient of {name}", None, None, None, None) for name in _bad_leaves(grads)]
+    norms = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)))
+    if np.isfinite(loss) and not np.isfinite(norms) and not any(f.where.startswith("gradient") for f in found):
+        found.append(Found("gradient norm (the sum of the squares is too large for float32)", None, None, None, None))
+    return found, float(loss)
+
+
+PARTS = ("input norm", "attention", "post-attention norm", "router scores", "experts", "residual")
+"""What a layer makes, in that order."""
+
+
+class _Bad(NamedTuple):
+    """In which tokens the tensors of a forward pass on (B,T) are not finite."""
+
+    embeddings: Array  # (B,T)
+    layers: list[Array]  # of PARTS, each (L,B,T)
+    final_norm: Array  # (B,T)
+    logits: Array  # (B,T)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward(config: TrainConfig, graph: nnx.GraphDef, state: TrainState, micro: Array, index: Array) -> _Bad:
+    """The forward pass of micro-batch `index` on its labels (B,T), as the step computes it."""
+    model = nnx.merge(graph, state.params, state.routing_bias)
+    ids = jnp.maximum(micro, 0)
+    keys = dropout_keys(config, state, index, rows=len(micro), own_rows=jnp.arange(len(micro)))
+    x, record = model.run_layers(ids, dropout_keys=keys, keep_trace=True)
+    trace = record.trace
+    parts = (
+        trace.input_norm, trace.attention, trace.post_attn_norm, trace.routing.scores, trace.mixture, trace.residual,
+    )  # fmt: skip
+
+    def bad(tensor: Array) -> Array:  # (...,B,T,D) or (...,B*T,D) -> (...,B,T)
+        layers = (config.model.num_hidden_layers,) if any(tensor is part for part in parts) else ()
+        return ~jnp.isfinite(tensor).reshape(*layers, *ids.shape, -1).all(-1)
+
+    return _Bad(
+        bad(model.embed(ids, jnp.arange(ids.shape[1])[None])),
+        [bad(part) for part in parts],
+        bad(model.normed(x)),
+        # row by row: the logits of a whole micro-batch may not fit
+        jax.lax.map(lambda row: ~jnp.isfinite(model.logits(row[None])[0]).all(-1), x),
+    )
+
+
+def _in_order(bad: _Bad) -> Iterator[tuple[str, np.ndarray]]:
+    """Each tensor's name with its tokens (B,T), in the order in which they are made."""
+    bad = jax.tree.map(np.asarray, bad)
+    yield "embeddings", bad.embeddings
+    for layer in range(len(bad.layers[0])):
+        yield from ((f"layer {layer}: {part}", rows[layer]) for part, rows in zip(PARTS, bad.layers, strict=True))
+    yield "final norm", bad.final_norm
+    yield "logits", bad.logits
+
+
+def _bad_leaves(grads: Any) -> list[str]:
+    """Names of the parameters whose gradient is not finite, in the order of the backward pass: the head first."""
+    names = []
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        keys = [str(getattr(key, "key", key)) for key in path]
+        if keys[0] == "decoder_layers":
+            finite = np.asarray(jnp.isfinite(grad).reshape(len(grad), -1).all(-1))  # (L,)
+            names += [(1 + int(layer), ".".join([keys[0], str(layer), *keys[1:]])) for layer in np.flatnonzero(~finite)]
+        elif not bool(jnp.isfinite(grad).all()):
+            names.append((0 if keys[0].endswith("embeddings") else 1 << 30, ".".join(keys)))
+    return [name for _, name in sorted(names, key=lambda found: -found[0])]
+
+
+def _report(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, labels: np.ndarray, found: list[Found], loss: float
+):
+    folder = config.folder / "replay" / str(config.replay)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"labels": np.ascontiguousarray(labels, np.int32)}, folder / "batch.safetensors")
+    text = None
+    print(f"Step {config.replay}: loss {loss}")
+    if not found:
+        print("Everything in it is finite")
+    else:
+        first = found[0]
+        place = ""
+        if first.row is not None:
+            row = labels[first.micro_batch, first.row]
+            text = tokenizer.decode(row[max(0, first.token - 8) : first.token + 1].tolist())
+            place = (
+                f", micro-batch {first.micro_batch}, row {first.row}, token {first.token} "
+                f"(id {row[first.token]}, behind {text!r}), and at {first.tokens} tokens in all"
+            )
+        print(f"The first value that is not finite: {first.where}{place}")
+        for other in found[1:]:
+            print(f"  then {other.where}")
+    report = {
+        "step": config.replay, "loss": str(loss), "first_at_text": text, "nonfinite": [f._asdict() for f in found],
+    }  # fmt: skip
+    write_text_atomically(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    print(f"The batch and this report are in {folder}")

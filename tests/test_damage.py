@@ -1,0 +1,128 @@
+"""Checkpoints that are no longer what was written: found by checksum, named in a line, never read as good."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train
+from jaxllm import generate as generation
+from jaxllm.checkpoint import choose_checkpoint, load_weights
+from jaxllm.checksums import CHECKSUMS_FILE, find_damage
+from jaxllm.errors import UserError
+from tests.fingerprint import fingerprint
+
+
+def flip_bit(file: Path) -> None:
+    """One bit in the middle: of a file of arrays, in their data."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 16
+    file.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "deleted": Path.unlink,
+    "emptied": lambda file: file.write_bytes(b""),
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "a bit flipped": flip_bit,
+    "grown": lambda file: file.write_bytes(file.read_bytes() + b"\0"),
+}
+
+
+@pytest.fixture
+def damaged(run, tmp_path) -> Path:
+    """A copy of the run, to be damaged."""
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_to_any_file_of_a_checkpoint_is_found_and_named(kind, damaged, capsys):
+    """Each file in turn; the checkpoint before it is used, and with `strict` none is."""
+    newest = damaged / "checkpoints" / "20"
+    files = sorted(file for file in newest.rglob("*") if file.is_file())
+    assert len(files) > 25
+    assert max(file.stat().st_size for file in files) > 100_000  # arrays are among them
+    assert choose_checkpoint(damaged) == (20, [])
+    for file in files:
+        whole = file.read_bytes()
+        DAMAGE[kind](file)
+        assert choose_checkpoint(damaged) == (10, [20]), file
+        (line,) = capsys.readouterr().err.splitlines()
+        named = CHECKSUMS_FILE if file.name == CHECKSUMS_FILE else file.relative_to(newest).as_posix()
+        assert f"{newest} is damaged ({named}" in line
+        with pytest.raises(UserError, match="leave out --strict"):
+            choose_checkpoint(damaged, strict=True)
+        file.write_bytes(whole)
+    assert find_damage(newest) is None
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(damaged, run, narrow, capsys):
+    """The damaged one is kept aside, and the run ends as if nothing had happened; strictly, nothing is touched."""
+    array = max((damaged / "checkpoints" / "20" / "weights").rglob("*"), key=lambda path: path.stat().st_size)
+    flip_bit(array)
+    before = sorted(damaged.rglob("*"))
+    assert train.main([*narrow, "--run-dir", str(damaged), "--strict"]) == 2
+    assert "is damaged" in capsys.readouterr().err
+    assert sorted(damaged.rglob("*")) == before
+    assert train.main([*narrow, "--run-dir", str(damaged)]) == 0
+    said = capsys.readouterr()
+    assert f"checkpoints/20 is damaged ({array.relative_to(damaged / 'checkpoints' / '20')}" in said.err
+    assert "Resuming from step 10" in said.out
+    assert (damaged / "damaged" / "20" / CHECKSUMS_FILE).is_file()
+    assert fingerprint(damaged) == fingerprint(run)
+
+
+def test_what_reads_a_run_takes_the_checkpoint_before_a_damaged_one_too(damaged, run, capsys):
+    flip_bit(damaged / "checkpoints" / "20" / CHECKSUMS_FILE)
+    assert generation.main([str(damaged), "--prompt", "def", "--max-new-tokens", "2"]) == 0
+    assert "checkpoints/20 is damaged" in capsys.readouterr().err
+    shutil.rmtree(damaged / "checkpoints" / "20")
+    older = load_weights(damaged)[1]
+    assert not np.array_equal(older.params["lm_head"]["weight"], load_weights(run)[1].params["lm_head"]["weight"])
+
+
+def test_where_all_are_damaged_nothing_is_read(damaged, narrow, capsys):
+    for step in (10, 20):
+        (damaged / "checkpoints" / str(step) / "weights" / "manifest.ocdbt").unlink()
+    assert train.main([*narrow, "--run-dir", str(damaged)]) == 2
+    assert "holds no checkpoint that is not damaged" in capsys.readouterr().err
+    assert (damaged / "checkpoints" / "20").is_dir()
+
+
+def test_another_tokenizer_or_model_config_than_the_checkpoint_s_is_refused(damaged, narrow, capsys):
+    tokenizer, config = damaged / "tokenizer" / "tokenizer.json", damaged / "config.json"
+    whole = tokenizer.read_text()
+    tokenizer.write_text(whole.replace(" ", "  ", 1))
+    for main, arguments in ((train.main, [*narrow, "--run-dir", str(damaged)]), (generation.main, [str(damaged)])):
+        assert main(arguments) == 2
+        assert "tokenizer.json is not the file that" in capsys.readouterr().err
+    tokenizer.write_text(whole)
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"rope_theta": 10001.0}))
+    assert generation.main([str(damaged)]) == 2
+    assert "config.json is not the config that" in capsys.readouterr().err
+
+
+def test_a_metrics_file_that_is_lost_comes_back_from_the_checkpoint(damaged, narrow, run):
+    (damaged / "metrics.jsonl").unlink()
+    shutil.rmtree(damaged / "checkpoints" / "20")
+    assert train.main([*narrow, "--run-dir", str(damaged)]) == 0
+    assert fingerprint(damaged) == fingerprint(run)
+    old = (run / "metrics.jsonl").read_text().splitlines()
+    assert (damaged / "metrics.jsonl").read_text().splitlines()[:10] == old[:10]  # with all that was measured
+
+
+@pytest.mark.parametrize("name", ["../../config.json", "/etc/hostname", "weights/../../../metrics.jsonl"])
+def test_a_list_that_names_other_files_opens_none(name, damaged, tmp_path):
+    newest = damaged / "checkpoints" / "20"
+    listed = json.loads((newest / CHECKSUMS_FILE).read_text())["list"]
+    listed["files"][name] = {"bytes": 1, "sha256": ""}
+    own = hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
+    (newest / CHECKSUMS_FILE).write_text(json.dumps({"sha256": own, "list": listed}))
+    assert find_damage(newest) == f"{name} is missing"

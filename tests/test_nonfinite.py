@@ -1,0 +1,146 @@
+"""Steps whose loss or gradient is not finite: they change nothing, are counted and can be looked at again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import train
+from jaxllm.checkpoint import Training, Weights, newest_checkpoint, write_run
+from jaxllm.config import TrainConfig, read_json
+from jaxllm.data.stream import BatchShare
+from jaxllm.data.tokenizer import load_tokenizer
+from jaxllm.journal import Journal
+from jaxllm.metrics import read_metrics
+from jaxllm.step import init_state, model_graph, train_step
+
+
+@pytest.fixture(scope="module")
+def poisoned(run, narrow, tmp_path_factory):
+    """A run that goes on from step 10 of the narrow one, with one row of the embeddings that is not finite."""
+    folder = tmp_path_factory.mktemp("runs") / "poisoned"
+    half = shutil.copytree(run, folder.parent / "half")
+    shutil.rmtree(half / "checkpoints" / "20")
+    config = TrainConfig.from_dict(read_json(half / "train_config.json"))
+    state, training = newest_checkpoint(half).state(config)
+    stream = BatchShare(config, load_tokenizer(str(half / "tokenizer")), 0, config.batch_size)
+    stream.seek(training.positions)
+    batches = [set(stream.next_rows(1).ravel().tolist()) for _ in range(10)]
+    token = next(token for token in range(300) if 2 <= sum(token in batch for batch in batches) <= 5)
+    params = jax.tree.map(np.array, state.params)
+    params["token_embeddings"]["weight"][token, 3] = np.inf
+    rest = Training(state.opt_state, state.step, state.dropout_key, training.positions, training.journal)
+    weights = Weights(params, state.routing_bias)
+    write_run(folder, config.model, weights, list((run / "tokenizer").iterdir()), (config, rest))
+    assert train.main([*narrow, "--max-nonfinite", "20", "--run-dir", str(folder)]) == 0
+    return folder, token
+
+
+def bad_steps(folder) -> list[dict]:
+    return [record for record in read_metrics(folder) if "nonfinite_loss" in record]
+
+
+def test_such_steps_are_counted_and_logged_with_their_batch_s_position(poisoned):
+    poisoned, _ = poisoned
+    bad = bad_steps(poisoned)
+    assert 2 <= len(bad) <= 5  # the batches that hold the token
+    end = [record for record in read_metrics(poisoned) if "train_runtime" in record][-1]
+    assert end["nonfinite_steps"] == len(bad)
+    assert math.isfinite(end["train_loss"])
+    for record in bad:
+        assert record["nonfinite_loss"] in ("nan", "inf")
+        drawn = 4 * (record["step"] - 1)  # rows of the steps before
+        assert record["position"]["0"]["drawn"] == drawn
+        assert record["position"]["0"]["source"]["pass"] >= 0
+    for line in (poisoned / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+
+
+def test_such_a_step_changes_nothing_but_the_count_of_steps(run):
+    """Bit for bit, with moments, bias and schedule; the same step on other rows changes all of them."""
+    config, token = TrainConfig.from_dict(read_json(run / "train_config.json")), 299
+    config = dataclasses.replace(config, warmup_steps=0)
+    state = jax.tree.map(jnp.asarray, init_state(config))
+    weight = state.params["token_embeddings"]["weight"]
+    state.params["token_embeddings"]["weight"] = weight.at[token].set(jnp.nan)
+    step = jax.jit(train_step, static_argnums=(0, 1))
+    rows = np.random.default_rng(0).integers(0, token, (1, config.batch_size, config.seq_len), np.int32)
+    graph = model_graph(config)
+    good, metrics = step(config, graph, state, rows)
+    assert np.isfinite(metrics.loss)
+    rows[0, 2, 5] = token
+    bad, metrics = step(config, graph, state, rows)
+    assert not np.isfinite(metrics.loss)
+    assert float(metrics.learning_rate) == pytest.approx(config.learning_rate)  # the schedule stands where it was
+    assert int(bad.step) == int(good.step) == 1
+    jax.tree.map(np.testing.assert_array_equal, bad._replace(step=0), state._replace(step=0))
+    for name in ("params", "opt_state", "routing_bias"):
+        with pytest.raises(AssertionError):
+            jax.tree.map(np.testing.assert_array_equal, getattr(good, name), getattr(state, name))
+
+
+def test_a_replay_makes_the_same_batch_and_names_where_it_begins(poisoned, narrow, capsys):
+    poisoned, poison = poisoned
+    shutil.rmtree(poisoned / "checkpoints" / "20")  # from step 10 on, over good and bad steps
+    step = bad_steps(poisoned)[-1]["step"]
+    before = sorted(path for path in poisoned.rglob("*") if path.is_file())
+    capsys.readouterr()
+    assert train.main([*narrow, "--run-dir", str(poisoned), "--replay", str(step)]) == 0
+    said = capsys.readouterr().out
+    labels = load_file(poisoned / "replay" / str(step) / "batch.safetensors")["labels"]
+    row, token = np.argwhere(labels[0] == poison)[0]
+    assert f"not finite: embeddings, micro-batch 0, row {row}, token {token} (id {poison}" in said
+    report = json.loads((poisoned / "replay" / str(step) / "report.json").read_text())
+    assert report["nonfinite"][0]["tokens"] == (labels == poison).sum()
+    assert report["nonfinite"][1]["where"] == "layer 0: input norm"
+    names = [found["where"] for found in report["nonfinite"]]
+    assert names.index("logits") < names.index("loss") < names.index("gradient of lm_head.weight")
+    after = [path for path in poisoned.rglob("*") if path.is_file() and "replay" not in path.parts]
+    assert sorted(after) == before  # nothing else is touched
+    good = next(s for s in range(11, 21) if s not in [record["step"] for record in bad_steps(poisoned)])
+    assert train.main([*narrow, "--run-dir", str(poisoned), "--replay", str(good)]) == 0
+    said = capsys.readouterr().out
+    assert "Everything in it is finite" in said
+    logged = next(r["loss"] for r in read_metrics(poisoned) if r["step"] == good and "loss" in r)
+    assert round(float(said[said.index(": loss ") + 7 :].split()[0]), 4) == logged
+
+
+def test_after_so_many_in_a_row_the_run_stops_and_its_checkpoints_stay(narrow, tmp_path, capsys):
+    run = tmp_path / "run"
+    options = ["--learning-rate", "1e30", "--warmup-steps", "0", "--max-nonfinite", "3", "--save-every", "1"]
+    assert train.main([*narrow, *options, "--run-dir", str(run)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    bad = bad_steps(run)
+    assert [record["step"] for record in bad] == [bad[0]["step"] + i for i in range(3)]
+    assert "3 steps in a row" in error
+    assert f"--replay {bad[0]['step']} shows where it begins" in error
+    newest_checkpoint(run)
+    assert train.main([*narrow, *options, "--run-dir", str(run)]) == 2  # and it comes to the same end again
+    assert "3 steps in a row" in capsys.readouterr().err
+
+
+def test_a_step_that_is_not_left_or_not_there_is_refused(run, narrow, tmp_path, capsys):
+    assert train.main([*narrow, "--run-dir", str(run), "--replay", "10"]) == 2
+    assert "the oldest checkpoint left is that of step 10" in capsys.readouterr().err
+    assert train.main([*narrow, "--run-dir", str(tmp_path / "none"), "--replay", "3"]) == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_journal_tells_spikes_from_what_is_usual():
+    rng, journal = np.random.default_rng(0), Journal()
+    losses = 3 + 2 * np.exp(-np.arange(400) / 50) + 0.05 * rng.standard_normal(400)
+    losses[[3, 200, 300]] += 1.0  # the first comes where losses still fall steeply
+    found = {step: journal.add_step(float(loss), 1.0) for step, loss in enumerate(losses)}
+    assert [step for step, kind in found.items() if kind] == [200, 300]
+    assert journal.add_step(3.0, math.inf) == "nonfinite"
+    assert journal.mean_loss() == pytest.approx(losses.mean())
+    assert Journal.from_json(json.loads(json.dumps(journal.to_json()))) == journal

@@ -1,0 +1,47 @@
+"""A run that is stopped and goes on is the run that was not: bit for bit, log included."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+import train
+from tests.fingerprint import fingerprint
+
+# Nothing divides anything: means over several steps, evaluations and checkpoints all fall between one another.
+OPTIONS = [
+    "--steps", "11", "--log-every", "3", "--eval-every", "4", "--save-every", "5", "--keep-checkpoints", "9",
+    "--model.dropout", "0.1", "--grad-accum", "2", "--sample-tokens", "0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "mesh"), [("folder", ""), ("jsonl", "data=2,fsdp=2")])
+def test_n_steps_and_n_more_are_2n(data, mesh, narrow, corpus, tmp_path):
+    arguments = [*narrow, *OPTIONS, "--mesh", mesh]
+    if data == "jsonl":
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps({"text": path.read_text()}) + "\n" for path in sorted(corpus.iterdir())))
+        arguments += ["--data", str(file)]
+    calm, resumed = tmp_path / "calm", tmp_path / "resumed"
+    assert train.main([*arguments, "--run-dir", str(calm)]) == 0
+    shutil.copytree(calm, resumed)
+    for step in (11, 10):  # as if it had been killed behind step 5, which has logged beyond it
+        shutil.rmtree(resumed / "checkpoints" / str(step))
+    assert train.main([*arguments, "--run-dir", str(resumed)]) == 0
+    assert fingerprint(resumed) == fingerprint(calm)
+
+
+def test_the_newest_the_regular_and_the_best_checkpoints_stay(narrow, tmp_path, monkeypatch):
+    evaluate = train.Evaluator.__call__
+
+    def best_at_8(evaluator, state, epoch, step, interrupted):
+        return evaluate(evaluator, state, epoch, step, interrupted) | {"eval_loss": abs(step - 8.0)}
+
+    monkeypatch.setattr(train.Evaluator, "__call__", best_at_8)
+    options = ["--save-every", "2", "--eval-every", "4", "--keep-checkpoints", "2", "--keep-every", "6"]
+    run = tmp_path / "run"
+    for steps in ("10", "20"):  # what was best before a resume is known behind it
+        assert train.main([*narrow, *options, "--steps", steps, "--sample-tokens", "0", "--run-dir", str(run)]) == 0
+    assert sorted(int(path.name) for path in (run / "checkpoints").iterdir()) == [6, 8, 12, 18, 20]

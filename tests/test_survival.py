@@ -1,0 +1,185 @@
+"""Signals, full disks, a second process: the run says so in a line, keeps its checkpoints and goes on afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import train
+from jaxllm.board import Board
+from jaxllm.checkpoint import choose_checkpoint
+from jaxllm.lock import LOCK_FILE, FolderLock
+from tests.chaos import Options, chaos
+from tests.fingerprint import fingerprint
+
+ROOT = Path(__file__).parents[1]
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file of this process grows beyond `size` bytes: what a full disk is to a file, without filling one."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(
+    number, code, run, narrow, tmp_path, capsys, monkeypatch
+):
+    """And the run goes on from there as if it had not been stopped."""
+    folder, write = tmp_path / "run", train.RunLog.write
+
+    def signalling(log, record):
+        write(log, record)
+        if record["step"] == 13 and "loss" in record:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.RunLog, "write", signalling)
+        assert train.main([*narrow, "--run-dir", str(folder)]) == code
+    error = capsys.readouterr().err
+    assert f"{number.name}: finishing the step and saving" in error
+    newest = choose_checkpoint(folder).step
+    assert newest in (13, 14)  # the signal may find the next step begun
+    assert error.splitlines()[-1].startswith(f"stopped behind step {newest} of 20, which is saved")
+    assert not (folder / LOCK_FILE).exists()
+    assert train.main([*narrow, "--run-dir", str(folder)]) == 0
+    assert f"Resuming from step {newest}" in capsys.readouterr().out
+    assert fingerprint(folder) == fingerprint(run)
+
+
+def test_an_evaluation_that_a_signal_interrupts_is_made_up_for(run, narrow, tmp_path, monkeypatch):
+    folder, evaluate = tmp_path / "run", train.Evaluator.__call__
+
+    def interrupted(evaluator, state, epoch, step, asked):
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not asked():
+            time.sleep(0.001)
+        return evaluate(evaluator, state, epoch, step, asked)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Evaluator, "__call__", interrupted)
+        assert train.main([*narrow, "--run-dir", str(folder)]) == 143
+    assert "eval_loss" not in (folder / "metrics.jsonl").read_text()
+    assert train.main([*narrow, "--run-dir", str(folder)]) == 0
+    assert fingerprint(folder) == fingerprint(run)
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once(narrow, run, tmp_path):
+    """Also while the main thread waits in a place where Python handles no signals: here a save that hangs."""
+    program = "import sys, threading, train; train.Checkpoints.save = lambda *_: threading.Lock().acquire() and "
+    program += "threading.Event().wait(); sys.exit(train.main())"
+    folder = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints" / "20")
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *narrow, "--run-dir", str(folder), "--steps", "5000", "--save-every", "5000"],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, bufsize=1,
+    )  # fmt: skip
+    try:
+        _until(lambda: '"step": 30' in (folder / "metrics.jsonl").read_text())
+        process.send_signal(signal.SIGINT)
+        for line in process.stderr:
+            if "finishing the step" in line:
+                break
+        time.sleep(0.5)  # by now it hangs in the save
+        asked = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+        assert time.monotonic() - asked < 5
+    finally:
+        process.kill()
+    assert "stopped at once" in process.stderr.read()
+    assert choose_checkpoint(folder) == (10, [])
+
+
+def _until(true) -> None:
+    deadline = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("limit", "said"), [(100_000, "checkpoints/20 cannot be written"), (1, "make room")])
+def test_a_disk_that_fills_up_ends_the_run_with_a_line(limit, said, run, narrow, tmp_path, capsys, monkeypatch):
+    """With room for small files the checkpoint fails, without it the log does; the checkpoint before stays good."""
+    folder, take = tmp_path / "run", train.Watch.settle
+    with contextlib.ExitStack() as stack:
+        settled = []
+
+        def filling(watch, behind):
+            take(watch, behind)
+            settled.append(behind)
+            if len(settled) == 15:
+                _until((folder / "checkpoints" / "10").is_dir)
+                stack.enter_context(largest_file(limit))
+
+        monkeypatch.setattr(train.Watch, "settle", filling)
+        assert train.main([*narrow, "--run-dir", str(folder)]) == 2
+    monkeypatch.undo()
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert error.splitlines()[-1].startswith("error: ")
+    assert said in error.splitlines()[-1]
+    assert choose_checkpoint(folder) == (10, [])
+    assert train.main([*narrow, "--run-dir", str(folder)]) == 0
+    assert "Resuming from step 10" in capsys.readouterr().out
+    assert fingerprint(folder) == fingerprint(run)
+
+
+def test_tensorboard_s_dead_writer_is_an_error_and_no_hang(tmp_path, capsys):
+    board = Board(tmp_path, 0)
+
+    def write_on() -> None:
+        for step in range(5000):
+            board.write({"step": step, "loss": 1.0})
+            time.sleep(0.001)
+
+    with largest_file(1000), pytest.raises(OSError, match=str(tmp_path)):
+        write_on()
+    assert "Traceback" not in capsys.readouterr().err
+    with pytest.raises(OSError, match=str(tmp_path)):
+        board.close()
+
+
+def test_a_second_process_on_the_folder_is_refused_with_the_first_one_s_name(run, narrow, tmp_path, capsys):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    before = sorted(folder.rglob("*"))
+    for options in ([], ["--overwrite"]):
+        with FolderLock(folder) as lock:
+            lock.take()
+            assert train.main([*narrow, *options, "--run-dir", str(folder)]) == 2
+            assert f"process {os.getpid()} on " in capsys.readouterr().err
+        assert sorted(folder.rglob("*")) == before
+
+
+def test_a_folder_where_nothing_can_be_written_is_named(narrow, capsys):
+    assert train.main([*narrow, "--run-dir", "/proc/run"]) == 2
+    assert "run_dir is '/proc/run': nothing can be written there" in capsys.readouterr().err
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_named_before_training(narrow, tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert train.main([*narrow, "--run-dir", str(tmp_path / "run")]) == 2
+    assert "a checkpoint takes 0.0 GB and 0.0 GB are free" in capsys.readouterr().err
+
+
+def test_killed_three_times_it_ends_as_if_nothing_had_happened(tmp_path):
+    """`python -m tests.chaos --kills 30` does it thirty times."""
+    moments = chaos(Options(kills=3, steps=40, data="jsonl", seed=1), tmp_path)
+    assert sum(moments.values()) == 3
+    assert "when it had ended" not in moments
