@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
+
 
 class Fault(NamedTuple):
     """What happens to a request instead of an answer."""
@@ -83,6 +85,20 @@ class HubServer:
         """What a process is to be given so that it takes this for the Hub; `home` is its cache."""
         return {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
 
+    def patch(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+        """The same for this process, whose clients have read their environment already."""
+        import datasets
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", self.url)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "datasets")
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+
     def add(self, kind: Literal["datasets", "models"], name: str, files: dict[str, bytes]) -> str:
         """A new commit that holds these files; its hash."""
         digest = hashlib.sha1(name.encode())
@@ -92,6 +108,11 @@ class HubServer:
         repo.main = digest.hexdigest()
         repo.commits[repo.main] = dict(files)
         return repo.main
+
+    def remove(self, kind: str, name: str, path: str) -> None:
+        """The newest commit loses a file, which no real Hub does, unless it is deleted on purpose."""
+        repo = self._repos[kind, name]
+        del repo.commits[repo.main][path]
 
     def forget(self, kind: str, name: str, commit: str) -> None:
         del self._repos[kind, name].commits[commit]

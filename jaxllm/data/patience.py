@@ -158,7 +158,7 @@ def _innermost(error: BaseException) -> str:
 def _shard(error: BaseException) -> str:
     """The file that an error is about, where the Hub named it."""
     for one in _chain(error):
-        url = str(getattr(getattr(one, "request", None), "url", ""))
+        url = str(getattr(getattr(one, "response", None), "url", ""))
         if "/resolve/" in url:
             return f", file {url.partition('/resolve/')[2].partition('/')[2].partition('?')[0]},"
     return ""
