@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -117,9 +118,14 @@ def test_a_fault_that_passes_changes_no_row(fault, hub, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("path_end", ["/README.md", "/cosmopedia-v2", f"datasets/{NAME}", ".parquet"])
-def test_faults_at_the_start_pass_as_well(path_end, hub, capsys):
+def test_faults_at_the_start_pass_as_well(path_end, hub, monkeypatch, capsys):
+    for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
+        monkeypatch.setattr(constants, name, 0.3)
     hub.fail(path_end, Fault("status", status=503), 7)
+    hub.fail(path_end, Fault("silent", seconds=60), 1)
+    asked = time.monotonic()
     assert texts(open_hub()) == expected(corpus_files())
+    assert time.monotonic() - asked < 30  # some of the clients' requests would wait for ever
     assert "HTTP 503" in capsys.readouterr().out
 
 
@@ -264,27 +270,74 @@ def seed_hub(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(FileSource(local_files(corpus), 0, "text"), 300).save_pretrained(folder)
     with HubServer() as hub:
-        hub.add("datasets", NAME, corpus_files(shards=4, rows=80, words=3))
+        hub.add("datasets", NAME, corpus_files(shards=4, rows=40, words=3))
         hub.add("models", "HuggingFaceTB/cosmo2-tokenizer", {p.name: p.read_bytes() for p in folder.iterdir()})
         yield hub
 
 
-def train(hub: HubServer, home: Path, run: Path, *options: str) -> subprocess.CompletedProcess:
+def start(hub: HubServer, home: Path, run: Path, *options: str) -> subprocess.Popen:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= hub.environment(home) | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     command = [sys.executable, "train.py", *SMALL, "--run-dir", str(run), *options]
     root = Path(__file__).parents[1]
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.Popen(
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def train(hub: HubServer, home: Path, run: Path, *options: str) -> subprocess.CompletedProcess:
+    with start(hub, home, run, *options) as process:
+        out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def losses(run: Path) -> list[tuple]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in read_metrics(run) if "loss" in line]
 
 
-def test_the_seed_recipe_streams_learns_generates_and_resumes(seed_hub, tmp_path):
-    whole = train(seed_hub, tmp_path / "home", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    assert whole.stdout.count("Generated Text:") == 5
-    assert [step for step, _, _ in losses(tmp_path / "whole")] == [1, 2, 3, 4, 5, 6]
-    half = train(seed_hub, tmp_path / "home", tmp_path / "half", "--steps", "6", "--save-every", "3")
-    assert half.returncode == 0, half.stderr
+def test_the_seed_recipe_streams_generates_and_resumes_through_faults(seed_hub, tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    done = train(seed_hub, tmp_path / "home", whole)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Generated Text:") == 5
+    assert [step for step, *_ in losses(whole)] == [1, 2, 3, 4, 5, 6]
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "6")  # as if it had been killed at step 5
+    before = [seed_hub.downloads(shard_name(shard, 4)) for shard in range(4)]
+    assert min(before) > 0
+    seed_hub.fail(shard_name(3, 4), Fault("status"), 1)
+    seed_hub.fail(shard_name(3, 4), Fault("drop", after=500), 1)
+    done = train(seed_hub, tmp_path / "home", resumed)
+    assert done.returncode == 0, done.stderr
+    assert "Resuming from step 3" in done.stdout
+    assert "So far the Hub was asked again 2 times: HTTP 503 (1), connection lost (1)" in done.stdout
+    assert losses(resumed) == losses(whole)
+    assert seed_hub.downloads(shard_name(1, 4)) == before[1]  # a shard that was read before the checkpoint
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(seed_hub, tmp_path):
+    options = ("--steps", "60", "--save-every", "5", "--eval-every", "60")
+    done = train(seed_hub, tmp_path / "home", tmp_path / "whole", *options)
+    assert done.returncode == 0, done.stderr
+    process = start(seed_hub, tmp_path / "home", tmp_path / "killed", *options)
+    while not (tmp_path / "killed" / "checkpoints" / "10").is_dir():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    done = train(seed_hub, tmp_path / "home", tmp_path / "killed", *options)
+    assert done.returncode == 0, done.stderr
+    assert "Resuming from step" in done.stdout
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_shard_that_goes_away_ends_the_run_with_one_line(seed_hub, tmp_path):
+    seed_hub.fail(shard_name(1, 4), Fault("status", status=404), 100)
+    done = train(seed_hub, tmp_path / "home", tmp_path / "run")
+    seed_hub.heal()
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if "step/s]" not in line and line.strip()]
+    assert len(errors) == 1, errors
+    assert errors[0].startswith(f"error: data: the dataset '{NAME}' on the Hub, file {shard_name(1, 4)},")

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from jaxllm.config import TrainConfig
 from jaxllm.data.fingerprint import Fingerprint
-from jaxllm.data.patience import Patience, listen, passing_cause
+from jaxllm.data.patience import Patience, passing_cause, watch_the_client
 from jaxllm.data.reading import SUFFIXES, read_parts, text_in
 from jaxllm.data.wording import one_line
 from jaxllm.errors import UserError
@@ -327,14 +327,13 @@ def hub_reachable() -> bool:
     """Whether the Hub answers at all.
 
     Asked once before its clients are used: they retry for half a minute per file where there is no network. In the
-    middle of a run their patience is right, and stays; here they are told not to wait for an answer for ever.
+    middle of a run their patience is right, and stays, though not without an end.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    listen()
+    watch_the_client()
     try:
-        get_session().timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT  # for the requests that set none
         get_session().head(constants.ENDPOINT)
     except Exception:  # the HTTP library's own kinds, or the client's where HF_HUB_OFFLINE is set
         return False

@@ -1,8 +1,9 @@
 """Patience with the Hub: which of its errors pass, how long they are waited for, and that each is said at once.
 
 Two loops ask again, one inside the other. The Hub's client repeats a request at once, up to five times in about half a
-minute, or when the server's Retry-After says; `listen` makes that heard. Where it gives up, `Patience` waits, and the
-stream is opened again behind the last row that came. What `datasets` would add between them is off: it waits unheard.
+minute, or when the server's Retry-After says; `watch_the_client` makes that heard. Where it gives up, `Patience` waits,
+and the stream goes on anew behind the last row that came. What `datasets` would add between them is off: it waits
+unheard.
 
 Errors that pass: a lost or refused connection, no answer in time, and the statuses of `PASSING`. A damaged file may
 have been cut on its way, and is read again a few times. Everything else (404, 401, 403) stays however long one waits.
@@ -10,11 +11,13 @@ have been cut on its way, and is read again a few times. Everything else (404, 4
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import time
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from tqdm import tqdm
 
@@ -102,15 +105,35 @@ def passing_cause(error: BaseException) -> str | None:
     return None
 
 
-def listen() -> None:
-    """Say every request that the client repeats, from now on; keep its and the readers' own words off the terminal."""
-    client = logging.getLogger(_CLIENT)
-    if not any(isinstance(handler, _Repeats) for handler in client.handlers):
-        client.addHandler(_Repeats())
-        client.setLevel(logging.WARNING)
-        client.propagate = False
-        for name in (_READER, _PARQUET):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+@functools.cache
+def watch_the_client() -> None:
+    """From now on say every request that the client repeats, and let none wait for ever.
+
+    The client's and the readers' own words stay off the terminal.
+    """
+    logger = logging.getLogger(_CLIENT)
+    logger.addHandler(_Repeats())
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    for name in (_READER, _PARQUET):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import get_session
+
+    plain = get_session()
+    hooks = [*plain.event_hooks["request"], _bound_wait]
+    set_client_factory(lambda: type(plain)(event_hooks={"request": hooks}, follow_redirects=True, timeout=None))
+
+
+def _bound_wait(request: Any) -> None:
+    """Questions about a repository come without a time limit: they get the one that downloads have."""
+    from huggingface_hub import constants
+
+    limits = request.extensions["timeout"]
+    request.extensions["timeout"] = {
+        name: constants.HF_HUB_DOWNLOAD_TIMEOUT if seconds is None else seconds for name, seconds in limits.items()
+    }
 
 
 asked_again: Counter[str] = Counter()
