@@ -83,7 +83,13 @@ class HubServer:
 
     def environment(self, home: Path) -> dict[str, str]:
         """What a process is to be given so that it takes this for the Hub; `home` is its cache."""
-        return {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
+        return {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "HF_HUB_OFFLINE": "0",
+            "HF_DATASETS_OFFLINE": "0",
+            "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # a question to another host, which takes seconds without a network
+        }
 
     def patch(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
         """The same for this process, whose clients have read their environment already."""
@@ -98,6 +104,7 @@ class HubServer:
         monkeypatch.setattr(datasets.config, "HF_ENDPOINT", self.url)
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "datasets")
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
 
     def add(self, kind: Literal["datasets", "models"], name: str, files: dict[str, bytes]) -> str:
         """A new commit that holds these files; its hash."""

@@ -54,6 +54,7 @@ def source(request, tmp_path, monkeypatch):
             return real("json", data_files=str(jsonl), split=split, streaming=streaming)
 
         monkeypatch.setattr(datasets, "load_dataset", local)
+        monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)  # it asks a host of the network
         monkeypatch.setattr(corpora, "hub_reachable", lambda: True)
         monkeypatch.setattr(HubSource, "_newest_revision", lambda source: "0" * 40)
         return lambda: HubSource("some/corpus", None, "train", "text")
