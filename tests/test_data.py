@@ -50,7 +50,7 @@ def source(request, tmp_path, monkeypatch):
     if request.param == "hub":
         real = datasets.load_dataset
 
-        def local(name, config, split, streaming, revision):
+        def local(name, config, split, streaming, revision, cache_dir):
             return real("json", data_files=str(jsonl), split=split, streaming=streaming)
 
         monkeypatch.setattr(datasets, "load_dataset", local)

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -127,6 +128,15 @@ def test_faults_at_the_start_pass_as_well(path_end, hub, monkeypatch, capsys):
     assert texts(open_hub()) == expected(corpus_files())
     assert time.monotonic() - asked < 30  # some of the clients' requests would wait for ever
     assert "HTTP 503" in capsys.readouterr().out
+
+
+def test_an_older_commit_in_the_clients_cache_is_never_taken_instead(hub):
+    """As `datasets` does with what was once downloaded whole, where the Hub fails."""
+    datasets.load_dataset(NAME, CONFIG, split="train")
+    new = corpus_files(tag="new ")
+    hub.add("datasets", NAME, new)
+    hub.fail(f"/{CONFIG}", Fault("status", status=503), 7)
+    assert texts(open_hub()) == expected(new)
 
 
 def test_a_shard_that_is_gone_is_named(hub):

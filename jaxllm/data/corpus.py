@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import sysconfig
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -286,9 +287,11 @@ class HubSource:
             setattr(datasets.config, f"STREAMING_{name}_RETRY_INTERVAL", 0)
         revision = self._at["revision"]
         try:
-            stream = datasets.load_dataset(
-                self._name, self._config, split=self._split, streaming=True, revision=revision
-            )
+            # Not its own cache: where the Hub fails, `datasets` would take whatever commit was once downloaded there.
+            with tempfile.TemporaryDirectory() as empty:
+                stream = datasets.load_dataset(
+                    self._name, self._config, split=self._split, streaming=True, revision=revision, cache_dir=empty
+                )
         except Exception as error:
             if not isinstance(error.__cause__ or error.__context__, RevisionNotFoundError):
                 raise
