@@ -19,6 +19,7 @@ from jaxllm.config import PRESETS, TrainConfig, recipe
 from jaxllm.data import corpus as corpora
 from jaxllm.data import stream as streams
 from jaxllm.data.corpus import FileSource, HubSource, local_files, open_source, stdlib_files
+from jaxllm.data.reading import PIECE_CHARS
 from jaxllm.data.stream import Prefetcher, TokenStream, encode, held_out_rows
 from jaxllm.data.tokenizer import align, train_tokenizer
 from jaxllm.errors import UserError
@@ -49,11 +50,13 @@ def source(request, tmp_path, monkeypatch):
     if request.param == "hub":
         real = datasets.load_dataset
 
-        def local(name, config, split, streaming):
+        def local(name, config, split, streaming, revision, cache_dir):
             return real("json", data_files=str(jsonl), split=split, streaming=streaming)
 
         monkeypatch.setattr(datasets, "load_dataset", local)
+        monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)  # it asks a host of the network
         monkeypatch.setattr(corpora, "hub_reachable", lambda: True)
+        monkeypatch.setattr(HubSource, "_newest_revision", lambda source: "0" * 40)
         return lambda: HubSource("some/corpus", None, "train", "text")
     if request.param == "parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "b.parquet", row_group_size=20)
@@ -110,14 +113,14 @@ def test_rows_without_text_are_skipped_and_counted(tmp_path):
     file.write_text("\n".join([*good, '{"text": 5}', '{"other": "x"}', "{broken", '{"text": ""}', "[1]", ""]))
     source = FileSource([file], 0, "text")
     assert [piece.text for piece in source.pieces()] == [f"row {i}" for i in range(5)]
-    assert source.skipped_rows == 5
+    assert source.position["skipped"] == 5
 
 
 def test_a_long_line_comes_in_bounded_pieces(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("word " * 10_000)
     pieces = list(FileSource([file], 0, "text").pieces())
-    assert max(len(piece.text) for piece in pieces) <= corpora.PIECE_CHARS
+    assert max(len(piece.text) for piece in pieces) <= PIECE_CHARS
     assert "".join(piece.text for piece in pieces) == "word " * 10_000
     assert [piece.ends_document for piece in pieces] == [False] * (len(pieces) - 1) + [True]
 

@@ -142,7 +142,7 @@ def test_parts_of_a_corpus_share_nothing_and_leave_nothing_out(tmp_path, files, 
         source = FileSource(paths, 0, "text", part, parts)
         pieces = [(piece.text, piece.held_out) for piece in source.pieces()]
         assert source.progress() == 1.0
-        skipped.append(source.skipped_rows)
+        skipped.append(source.position["skipped"])
         return pieces
 
     whole, divided = read(0, 1), [read(part, 2) for part in range(2)]

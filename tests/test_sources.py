@@ -1,11 +1,25 @@
-"""Corners of the sources: few files, broken text, the end of a pass, progress within a file."""
+"""Corners of the sources: few files, broken text, the end of a pass, and going on within a file, from any place."""
 
 from __future__ import annotations
 
+import io
+import json
+import random
+import sysconfig
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from jaxllm.data.corpus import FileSource, local_files
+from jaxllm.data import reading
+from jaxllm.data import stream as streams
+from jaxllm.data.corpus import FileSource, Piece, local_files, stdlib_files
+from jaxllm.data.reading import PIECE_CHARS, read_parts
 from jaxllm.data.stream import Prefetcher, TokenStream
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.errors import UserError
@@ -44,7 +58,7 @@ def test_a_stream_goes_on_from_the_very_end_of_a_pass(corpus, tokenizer):
 
     at_the_end, from_the_start = fresh(), fresh()
     files = len(local_files(corpus))
-    source = {"pass": 1, "file": files, "piece": 0, "bytes": 0, "within": 0}
+    source = at_the_end.position().source | {"pass": 1, "file": files}
     at_the_end.seek(at_the_end.position()._replace(source=source))
     from_the_start.seek(from_the_start.position()._replace(source=source | {"pass": 2, "file": 0}))
     np.testing.assert_array_equal(at_the_end.next_rows(4), from_the_start.next_rows(4))
@@ -66,3 +80,237 @@ def test_a_prefetcher_raises_its_error_each_time(corpus, tokenizer):
         with pytest.raises(UserError, match="data: gone"):
             next(batches)
     batches.close()
+
+
+def pieces_in_text_mode(file: Path) -> Iterator[tuple[str, bool]]:
+    """What a text file's pieces are: Python's text mode, from the start."""
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        piece = ""
+        while line := lines.readline(PIECE_CHARS):
+            if piece and len(piece) + len(line) > PIECE_CHARS:
+                yield piece, False
+                piece = ""
+            piece += line
+    if piece:
+        yield piece, True
+
+
+def parts_of(file: Path, place: int = 0) -> list[reading.Part]:
+    return list(read_parts(file, file.stat().st_size, place, "text"))
+
+
+def test_the_standard_library_s_pieces_are_those_of_text_mode():
+    for file in stdlib_files(Path(sysconfig.get_path("stdlib"))):
+        assert [(part.text, part.ends_document) for part in parts_of(file)] == list(pieces_in_text_mode(file)), file
+
+
+BITS = {
+    "line ends": [b"\r", b"\n", b"\r\n", b"a", "\u2028\x85".encode()],
+    "characters of every length": [text.encode() for text in "aé€\U0001f600\ufffd\ufeff"],
+    "no UTF-8": [b"\xe2\x82", b"\xf0\x9f\x98", b"\xff", b"\xed\xa0\x80", b"\xc0", b"\x80", b"a", b"\n", "é".encode()],
+    "about as long as a piece": [
+        b"x" * (PIECE_CHARS + i) + end for i in (-2, -1, 0) for end in (b"\r\n", b"\n", b"\r", b"")
+    ],
+}
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_any_bytes_have_text_mode_s_pieces_and_go_on_behind_each(bits, tmp_path):
+    chosen = random.Random(bits)
+    for i, size in enumerate((1, 30, 3000, 30_000)):
+        file = tmp_path / f"{i}.txt"
+        file.write_bytes(b"".join(chosen.choices(BITS[bits], k=size if len(BITS[bits]) < 12 else size // 100 + 1)))
+        parts = parts_of(file)
+        assert [(part.text, part.ends_document) for part in parts] == list(pieces_in_text_mode(file))
+        for at in chosen.choices(range(len(parts)), k=5):
+            assert parts_of(file, parts[at].place) == parts[at + 1 :]
+        assert parts[-1].place == file.stat().st_size
+
+
+class CountedReads(io.FileIO):
+    """A file that knows how much was read of it, in all of its openings."""
+
+    count = 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = super().read(size)
+        CountedReads.count += len(data)
+        return data
+
+
+def write_rows(file: Path, rows: int) -> None:
+    texts = [f"row {i}: " + "words that no codec makes short ".join(map(str, range(i, i + 30))) for i in range(rows)]
+    if file.suffix == ".parquet":
+        table = pyarrow.table({"text": texts})
+        pyarrow.parquet.write_table(table, file, row_group_size=50, compression="none", use_dictionary=False)
+    elif file.suffix == ".jsonl":
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    else:
+        file.write_text("\n".join(texts))
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_going_on_near_the_end_of_a_big_file_reads_only_the_end(kind, tmp_path, monkeypatch):
+    file = tmp_path / f"big.{kind}"
+    write_rows(file, 5000)
+    source = FileSource([file], 0, "text")
+    positions = []
+    wanted = []
+    for piece in source.pieces():
+        wanted.append(piece)
+        positions.append(json.dumps(source.position))
+    monkeypatch.setattr(Path, "open", lambda path, mode: CountedReads(path, mode))
+    CountedReads.count = 0
+    resumed = FileSource([file], 0, "text")
+    resumed.position = json.loads(positions[-20])
+    assert list(resumed.pieces()) == wanted[-19:]
+    assert file.stat().st_size > 4e6
+    # The blocks behind the place; of a parquet file the end, which says where the rest is, and a row group of 50 rows.
+    assert 0 < CountedReads.count < 3 * reading.BLOCK + (200_000 if kind == "parquet" else 20 * PIECE_CHARS)
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_source_goes_on_behind_any_piece(kind, parts, tmp_path):
+    for i in range(2):
+        write_rows(tmp_path / f"{i}.{kind}", 130)
+    for part in range(parts):
+        source = FileSource(local_files(tmp_path), 0, "text", part, parts)
+        positions, wanted = [], []
+        for piece in source.pieces():
+            wanted.append(piece)
+            positions.append(json.dumps(source.position))
+        for at in range(0, len(wanted), 7):
+            resumed = FileSource(local_files(tmp_path), 0, "text", part, parts)
+            resumed.position = json.loads(positions[at])
+            assert list(resumed.pieces()) == wanted[at + 1 :]
+        assert max(map(len, positions)) < 400
+
+
+def changed_name(folder: Path) -> None:
+    (folder / "b.txt").rename(folder / "bb.txt")
+
+
+CHANGES = {
+    "added": (lambda folder: (folder / "aa.txt").write_text("new"), r"3 then, 4 now; .*: aa.txt is new"),
+    "added at the end": (lambda folder: (folder / "d.txt").write_text("new"), r"3 then, 4 now; .*d.txt is new"),
+    "removed": (
+        lambda folder: (folder / "b.txt").unlink(),
+        r"3 then, 2 now; .*: one before c.txt is gone",
+    ),
+    "removed at the end": (lambda folder: (folder / "c.txt").unlink(), r"3 then, 2 now; .*one behind b.txt is gone"),
+    "grown": (lambda folder: (folder / "b.txt").write_text("longer " * 9), r"b.txt is new or has another size"),
+    "renamed": (changed_name, r"3 then, 3 now; first difference: bb.txt is new or has another size"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_does_not_go_on_with_other_files(change, tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(f"file {name}\n")
+    position = FileSource(local_files(tmp_path), 0, "text").position
+    FileSource(local_files(tmp_path), 0, "text").position = position
+    do, said = CHANGES[change]
+    do(tmp_path)
+    with pytest.raises(UserError, match=said) as refused:
+        FileSource(local_files(tmp_path), 0, "text").position = position
+    assert str(tmp_path) in str(refused.value)
+    assert "--overwrite" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_data_may_move_to_another_folder(tmp_path):
+    for folder in ("here", "there"):
+        (tmp_path / folder / "sub").mkdir(parents=True)
+        (tmp_path / folder / "a.txt").write_text("one")
+        (tmp_path / folder / "sub" / "b.txt").write_text("two")
+    position = FileSource(local_files(tmp_path / "here"), 0, "text").position
+    FileSource(local_files(tmp_path / "there"), 0, "text").position = position
+
+
+def test_a_position_of_another_kind_of_data_is_refused(corpus):
+    with pytest.raises(UserError, match=r"other data or of an earlier version.*--overwrite"):
+        FileSource(local_files(corpus), 0, "text").position = {"pass": 0, "row": 0, "stream": None}
+
+
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n")
+    source = FileSource(local_files(tmp_path), 0, "text")
+    list(source.pieces())
+    (tmp_path / "a.txt").write_text("another\n")
+    with pytest.raises(UserError, match=r"a.txt has changed since the run read it \(4 bytes, now 8\)"):
+        list(source.pieces())
+
+
+def test_a_line_that_is_too_long_is_passed_over_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "MAX_ROW_BYTES", 100)
+    monkeypatch.setattr(reading, "BLOCK", 64)
+    rows = ["first", "x" * 1000, "second", "y" * 60, "z" * 5000]
+    for end in ("\n", "\r\n"):
+        file = tmp_path / "rows.jsonl"
+        file.write_bytes("".join(json.dumps({"text": text}) + end for text in rows).encode())
+        source = FileSource([file], 0, "text")
+        assert [piece.text for piece in source.pieces()] == ["first", "second", "y" * 60]
+        assert source.position["skipped"] == 2
+        assert len(max(parts_of(file), key=lambda part: len(part.text or "")).text) == 60
+
+
+def test_the_count_of_skipped_rows_survives_a_resume(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(streams, "POOL_ROWS", 4)
+    good = ["{bad", *(json.dumps({"text": f"row {i} " * 20}) for i in range(10)), '{"text": 7}', "[]"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(good))
+
+    def fresh() -> TokenStream:
+        return TokenStream(FileSource(local_files(tmp_path), 0, "text"), tokenizer, 16, 0)
+
+    whole, first, second = fresh(), fresh(), fresh()
+    whole.next_rows(400)
+    first.next_rows(150)
+    second.seek(first.position())
+    second.next_rows(250)
+    assert whole.skipped_rows == second.skipped_rows > first.skipped_rows > 0
+
+
+def test_broken_rows_are_skipped_and_broken_bytes_replaced(tmp_path):
+    lines = [b'{"text": "a\xff\xe2\x82b"}', b'{"text": "cut', b"\xff\xfe", b'{"text": null}', b'{"text": ["a"]}', b""]
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
+    source = FileSource(local_files(tmp_path), 0, "text")
+    assert [piece.text for piece in source.pieces()] == ["a\ufffd\ufffdb"]
+    assert source.position["skipped"] == 4
+
+
+def test_passes_are_said_often_at_first_and_then_seldom(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("one\n")
+    source = FileSource(local_files(tmp_path), 0, "text")
+    for _ in range(25):
+        list(source.pieces())
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"Pass {number} over the data begins" for number in (*range(2, 11), 20)]
+
+
+def test_the_end_of_a_run_does_not_wait_for_a_source_that_waits(corpus, tokenizer, monkeypatch):
+    monkeypatch.setattr(streams, "CLOSING", 0.2)
+    source, gone_on = FileSource(local_files(corpus), 0, "text"), threading.Event()
+
+    def waiting() -> Iterator[Piece]:
+        gone_on.wait(60)
+        yield Piece("too late", True, False)
+
+    source.pieces = waiting
+    batches = Prefetcher(TokenStream(source, tokenizer, 32, 0), 1)
+    asked = time.monotonic()
+    batches.close()
+    assert time.monotonic() - asked < 5
+    gone_on.set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["once upon a time " * 300_000, "x" * 5_000_000, "ab1-" * 1_250_000])
+def test_a_document_of_five_megabytes_becomes_rows_in_seconds(text, tmp_path, tokenizer):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in ("a", "b", text, "c")))
+    stream = TokenStream(FileSource(local_files(tmp_path), 0, "text"), tokenizer, 256, 0)
+    asked = time.monotonic()
+    for _ in range(200):
+        stream.next_rows(8)
+        stream.position()
+    assert time.monotonic() - asked < 60

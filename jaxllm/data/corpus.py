@@ -6,27 +6,28 @@ small JSON value; setting it on a fresh source goes on from there without readin
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import sysconfig
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from tqdm import tqdm
+
 from jaxllm.config import TrainConfig
+from jaxllm.data.fingerprint import Fingerprint
+from jaxllm.data.patience import Patience, passing_cause, watch_the_client
+from jaxllm.data.reading import SUFFIXES, read_parts, text_in
+from jaxllm.data.wording import one_line
 from jaxllm.errors import UserError
 
 HOLD_OUT = 20
 """One piece in twenty is held out for evaluation."""
 
-PIECE_CHARS = 4096
-"""A text file is read in pieces of at most this size, so that a file of any size fits in memory."""
-
 RUN_OF_PIECES = 8
 """Pieces that follow one another stay together where files are divided among parts."""
-
-SUFFIXES = {".txt": "text", ".md": "text", ".py": "text", ".text": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 
 
 class Piece(NamedTuple):
@@ -39,10 +40,8 @@ class Source(Protocol):
     """An endless series of passes over a corpus."""
 
     position: dict[str, Any]
-    """Where the next piece starts; JSON values only."""
-
-    skipped_rows: int
-    """Rows passed over because they held no text."""
+    """Where the next piece starts, and `skipped`, the rows passed over so far because they held no text; JSON values.
+    To set one that another corpus gave is a UserError."""
 
     def pieces(self) -> Iterator[Piece]:
         """Pieces from `position` to the end of the pass; afterwards `position` is the start of the next pass."""
@@ -125,181 +124,220 @@ class FileSource:
         self._total = sum(sizes)
         self._by_files = len(files) >= HOLD_OUT * parts
         self._sizes = dict(zip(files, sizes, strict=True))
-        self.position: dict[str, Any] = self._start_of_pass(0)
-        self.skipped_rows = 0
+        self._fingerprint = Fingerprint(files, sizes)
+        self._at = self._start_of_pass(0, skipped=0)
+
+    @property
+    def position(self) -> dict[str, Any]:
+        return self._at | {"files": self._fingerprint.value}
+
+    @position.setter
+    def position(self, position: dict[str, Any]) -> None:
+        check_position(position, {*self._at, "files"})
+        self._fingerprint.check(position["files"])
+        self._at = {name: position[name] for name in self._at}
 
     def pieces(self) -> Iterator[Piece]:
+        at = self._at
+        if (at["file"], at["piece"]) == (0, 0):
+            announce_pass(at["pass"], self._part, self._parts)
         order = list(range(len(self._files)))
-        random.Random(f"{self._seed}/{self.position['pass']}").shuffle(order)
-        for number in range(self.position["file"], len(order)):
+        random.Random(f"{self._seed}/{at['pass']}").shuffle(order)
+        for number in range(at["file"], len(order)):
             index = order[number]
             file = self._files[index]
-            start = self.position["piece"]
-            if self._by_files and number % self._parts != self._part:
-                self.position |= {"file": number + 1, "bytes": self.position["bytes"] + self._sizes[file]}
-                continue
-            for piece, (text, ends) in enumerate(self._read(file)):
-                if piece < start:
-                    continue
-                within = min(self.position["within"] + len(text.encode()), self._sizes[file])
-                self.position |= {"piece": piece + 1, "within": within}
-                if not self._by_files and (index + piece // RUN_OF_PIECES) % self._parts != self._part:
-                    continue
-                # Held out by whole files where there are enough of them, by pieces of the files where not.
-                unit = index if len(order) >= HOLD_OUT else index + piece
-                yield Piece(text, ends, held_out=unit % HOLD_OUT == 1)
-            read = self.position["bytes"] + self._sizes[file]
-            self.position |= {"file": number + 1, "piece": 0, "bytes": read, "within": 0}
-        self.position = self._start_of_pass(self.position["pass"] + 1)
+            if not self._by_files or number % self._parts == self._part:
+                for piece, text, ends in self._pieces_of(file):
+                    if not self._by_files and (index + piece // RUN_OF_PIECES) % self._parts != self._part:
+                        continue
+                    # Held out by whole files where there are enough of them, by pieces of the files where not.
+                    unit = index if len(order) >= HOLD_OUT else index + piece
+                    yield Piece(text, ends, held_out=unit % HOLD_OUT == 1)
+            read = self._at["bytes"] + self._sizes[file]
+            self._at = self._at | {"file": number + 1, "piece": 0, "place": 0, "bytes": read, "within": 0}
+        self._at = self._start_of_pass(self._at["pass"] + 1, self._at["skipped"])
 
     def progress(self) -> float:
-        return self.position["pass"] + (self.position["bytes"] + self.position["within"]) / self._total
+        return self._at["pass"] + (self._at["bytes"] + self._at["within"]) / self._total
 
     @staticmethod
-    def _start_of_pass(number: int) -> dict[str, Any]:
-        """`bytes`: of the files that are done; `within`: of the one that is being read, by the size of its text."""
-        return {"pass": number, "file": 0, "piece": 0, "bytes": 0, "within": 0}
+    def _start_of_pass(number: int, skipped: int) -> dict[str, Any]:
+        """`piece` and `place` are those of the file `file` where it goes on.
 
-    def _read(self, file: Path) -> Iterator[tuple[str, bool]]:
-        kind = SUFFIXES[file.suffix]
-        try:
-            if kind == "text":
-                yield from _text_pieces(file)
-            elif kind == "jsonl":
-                yield from self._rows(file, _jsonl_rows(file))
+        `bytes`: of the files that are done; `within`: of the one that is being read.
+        """
+        return {"pass": number, "file": 0, "piece": 0, "place": 0, "bytes": 0, "within": 0, "skipped": skipped}
+
+    def _pieces_of(self, file: Path) -> Iterator[tuple[int, str, bool]]:
+        """The pieces of a file from where the position is, each with its number; the position goes along."""
+        counts = self._by_files or self._part == 0  # else every part meets a row without text, and one counts
+        for part in read_parts(file, self._sizes[file], self._at["place"], self._text_field):
+            piece = self._at["piece"]
+            self._at = self._at | {"place": part.place, "within": part.done}
+            if part.text is None:
+                self._at["skipped"] += counts
             else:
-                yield from self._rows(file, _parquet_rows(file, self._text_field))
-        except OSError as error:
-            raise UserError(f"data: cannot read {file}: {one_line(error)}") from None
-
-    def _rows(self, file: Path, rows: Iterator[dict[str, Any]]) -> Iterator[tuple[str, bool]]:
-        seen = False
-        for row in rows:
-            text = row.get(self._text_field)
-            if isinstance(text, str) and text:
-                seen = True
-                yield valid_unicode(text), True
-            elif self._by_files or self._part == 0:  # else every part meets it, and one counts
-                self.skipped_rows += 1
-        if not seen:
+                self._at["piece"] += 1
+                yield piece, part.text, part.ends_document
+        if self._at["piece"] == 0:
             raise UserError(f"data: no row of {file} has a text in the field {self._text_field!r}: pass --text-field")
-
-
-def _text_pieces(file: Path) -> Iterator[tuple[str, bool]]:
-    """A text file in pieces that end at line ends; bytes that are not UTF-8 become U+FFFD."""
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        piece = ""
-        while line := lines.readline(PIECE_CHARS):
-            if piece and len(piece) + len(line) > PIECE_CHARS:
-                yield piece, False
-                piece = ""
-            piece += line
-    if piece:
-        yield piece, True
-
-
-def _jsonl_rows(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    row = None
-                yield row if isinstance(row, dict) else {}
-
-
-def _parquet_rows(file: Path, field: str) -> Iterator[dict[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        parquet = pyarrow.parquet.ParquetFile(file)
-        names = parquet.schema_arrow.names
-        if field not in names:
-            raise UserError(f"data: {file} has no field {field!r}: pass --text-field, one of {', '.join(names)}")
-        for batch in parquet.iter_batches(1024, columns=[field]):
-            yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
-        raise UserError(f"data: {file} is no parquet file: {one_line(error)}") from None
 
 
 class HubSource:
     """A streamed dataset of the Hugging Face Hub; rows come in the dataset's own order.
 
-    A part of several has its own shards where they divide evenly, or else every so-many-th row.
+    A part of several has its own shards where they divide evenly, or else every so-many-th row. A run keeps to the
+    commit that was the newest when it started.
     """
 
     def __init__(self, name: str, config: str | None, split: str, text_field: str, part: int = 0, parts: int = 1):
         self._part, self._parts = part, parts
         self._name, self._config, self._split, self._text_field = name, config, split, text_field
-        self._opened = self._open()  # now, so that a wrong name is said before anything slow starts
+        self._patience = Patience(f"the dataset {name!r} on the Hub")
+        if not hub_reachable():
+            raise UserError(
+                f"data: the Hugging Face Hub, for the dataset {name!r}, could not be reached: check the network, "
+                "or pass --data FILE and --tokenizer FOLDER"
+            )
+        revision = self._patiently(self._newest_revision)
+        self.position = {"pass": 0, "row": 0, "stream": None, "revision": revision, "skipped": 0}
+        self._opened = self._patiently(self._open)  # now, so that a wrong name is said before anything slow starts
+        self._patience.row_came()
         names = self._opened.column_names
         if names is not None and text_field not in names:
             raise UserError(f"data: {name!r} has no field {text_field!r}: pass --text-field, one of {', '.join(names)}")
-        self.position: dict[str, Any] = {"pass": 0, "row": 0, "stream": None}
-        self.skipped_rows = 0
+
+    @property
+    def position(self) -> dict[str, Any]:
+        return self._at
+
+    @position.setter
+    def position(self, position: dict[str, Any]) -> None:
+        check_position(position, {"pass", "row", "stream", "revision", "skipped"})
+        self._at = position
+        self._opened = None  # it may be of another commit, and has begun perhaps
 
     def pieces(self) -> Iterator[Piece]:
-        stream, self._opened = self._opened or self._open(), None
-        if self.position["stream"] is not None:
-            stream.load_state_dict(self.position["stream"])
-        for row in stream:
-            number = self.position["row"]
-            self.position = {"pass": self.position["pass"], "row": number + 1, "stream": stream.state_dict()}
-            text = row.get(self._text_field)
-            if isinstance(text, str) and text:
-                yield Piece(valid_unicode(text), True, held_out=number % HOLD_OUT == 1)
-            else:
-                self.skipped_rows += 1
-        self.position = {"pass": self.position["pass"] + 1, "row": 0, "stream": None}
+        if self._at["row"] == 0:
+            announce_pass(self._at["pass"], self._part, self._parts)
+        for row, stream_position in self._rows():
+            number, text = self._at["row"], text_in(row.get(self._text_field))
+            skipped = self._at["skipped"] + (text is None)
+            self._at = self._at | {"row": number + 1, "stream": stream_position, "skipped": skipped}
+            if text is not None:
+                yield Piece(text, True, held_out=number % HOLD_OUT == 1)
+        self._at = self._at | {"pass": self._at["pass"] + 1, "row": 0, "stream": None}
 
     def progress(self) -> None:
         return None
 
+    def _rows(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """The rest of the pass, each row with where the stream goes on behind it.
+
+        Where an error passes, the stream goes on anew behind the last row that came, so that none is lost and none
+        comes twice.
+        """
+        stream, self._opened = self._opened or self._patiently(self._open), None
+        while True:
+            if self._at["stream"] is not None:
+                stream.load_state_dict(self._at["stream"])
+            try:
+                for row in stream:
+                    self._patience.row_came()
+                    yield row, stream.state_dict()
+                return
+            except Exception as error:  # the clients raise dozens of kinds, by cause and by version
+                self._patience.wait(error)
+
+    def _patiently(self, ask: Callable[[], Any]) -> Any:
+        """What `ask` returns, asked again while its error is one that passes.
+
+        Raises:
+            UserError: it is one that stays.
+        """
+        while True:
+            try:
+                made = ask()
+            except UserError:
+                raise
+            except Exception as error:
+                if passing_cause(error) is None:
+                    raise UserError(
+                        f"data: the dataset {self._name!r} (config {self._config!r}, split {self._split!r}) could not "
+                        f"be opened on the Hub ({one_line(error)}): check the names and the network, "
+                        "or pass --data FILE"
+                    ) from None
+                self._patience.wait(error)
+            else:
+                return made
+
+    def _newest_revision(self) -> str:
+        from huggingface_hub import HfApi
+
+        return HfApi().dataset_info(self._name).sha
+
     def _open(self):
         import datasets
         from datasets.distributed import split_dataset_by_node
+        from huggingface_hub.errors import RevisionNotFoundError
 
-        if not hub_reachable():
-            raise UserError(
-                f"data: the Hugging Face Hub, for the dataset {self._name!r}, could not be reached: check the network, "
-                "or pass --data FILE and --tokenizer FOLDER"
-            )
+        # `Patience` is what waits: see there.
+        datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
+        for name in ("READ", "READ_SERVER_UNAVAILABLE", "READ_RATE_LIMIT", "OPEN"):
+            setattr(datasets.config, f"STREAMING_{name}_RETRY_INTERVAL", 0)
+        revision = self._at["revision"]
         try:
-            stream = datasets.load_dataset(self._name, self._config, split=self._split, streaming=True)
-            if self._parts == 1:
-                return stream
-            return split_dataset_by_node(stream, rank=self._part, world_size=self._parts)
-        except Exception as error:  # the client raises dozens of kinds, by cause and by version
+            # Not its own cache: where the Hub fails, `datasets` would take whatever commit was once downloaded there.
+            with tempfile.TemporaryDirectory() as empty:
+                stream = datasets.load_dataset(
+                    self._name, self._config, split=self._split, streaming=True, revision=revision, cache_dir=empty
+                )
+        except Exception as error:
+            if not isinstance(error.__cause__ or error.__context__, RevisionNotFoundError):
+                raise
             raise UserError(
-                f"data: the dataset {self._name!r} (config {self._config!r}, split {self._split!r}) could not be "
-                f"opened on the Hub ({one_line(error)}): check the names and the network, or pass --data FILE"
+                f"data: the dataset {self._name!r} no longer has the commit {revision} that the run was started on: "
+                "pass --overwrite to start anew on what it is now"
             ) from None
+        if self._parts == 1:
+            return stream
+        return split_dataset_by_node(stream, rank=self._part, world_size=self._parts)
+
+
+def announce_pass(number: int, part: int, parts: int) -> None:
+    """Say that the data begins anew: each of the first passes, then every tenth, every hundredth and so on.
+
+    At once, around the progress bar: the rows of a pass wait in a pool, and reach the batches by and by.
+    """
+    if number > 0 and len(str(number + 1).rstrip("0")) == 1:
+        tqdm.write(f"Pass {number + 1} over the data begins" + (f" in part {part + 1} of {parts}" if parts > 1 else ""))
+
+
+def check_position(position: dict[str, Any], names: set[str]) -> None:
+    """Whether a data position has the values that such a source keeps.
+
+    Raises:
+        UserError: it was made of another kind of data, or by an earlier version.
+    """
+    if position.keys() != names:
+        raise UserError(
+            f"the run's data position has {', '.join(sorted(position))} where {', '.join(sorted(names))} are expected: "
+            "it is of other data or of an earlier version; pass the old data, or --overwrite to start anew"
+        )
 
 
 def hub_reachable() -> bool:
     """Whether the Hub answers at all.
 
     Asked once before its clients are used: they retry for half a minute per file where there is no network. In the
-    middle of a run their patience is right, and stays.
+    middle of a run their patience is right, and stays, though not without an end.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
+    watch_the_client()
     try:
-        get_session().head(constants.ENDPOINT, timeout=10)
+        get_session().head(constants.ENDPOINT)
     except Exception:  # the HTTP library's own kinds, or the client's where HF_HUB_OFFLINE is set
         return False
     return True
-
-
-def valid_unicode(text: str) -> str:
-    """JSON can hold halves of surrogate pairs, which no tokenizer takes: they become question marks."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
-
-
-def one_line(error: Exception) -> str:
-    """The first line of an error, shortened: for a message of one line."""
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:200]

@@ -22,6 +22,10 @@ POOL_ROWS = 1024
 """Rows among which the next one is drawn: neighbours in a file do not meet in a batch."""
 
 
+CLOSING = 5.0
+"""Seconds that the end of a run waits for the batch that is being read."""
+
+
 class Position(NamedTuple):
     """Everything that decides the batches to come."""
 
@@ -47,12 +51,13 @@ class TokenStream:
         self._rows = self._pack()
 
     def position(self) -> Position:
-        return Position(copy.deepcopy(self._source.position), self._drawn, self._tokens.copy(), self._pool.copy())
+        # `tokens` is never written to, only cut: a long document is not copied for each of its rows.
+        return Position(copy.deepcopy(self._source.position), self._drawn, self._tokens, self._pool.copy())
 
     def seek(self, position: Position) -> None:
         """Go on from where `position` was taken, without reading what came before."""
         self._source.position = copy.deepcopy(position.source)
-        self._drawn, self._tokens, self._pool = position.drawn, position.tokens.copy(), position.pool.copy()
+        self._drawn, self._tokens, self._pool = position.drawn, position.tokens, position.pool.copy()
         self._rows = self._pack()
 
     def progress(self) -> float | None:
@@ -61,8 +66,8 @@ class TokenStream:
 
     @property
     def skipped_rows(self) -> int:
-        """Rows of the data that held no text."""
-        return self._source.skipped_rows
+        """Rows of the data that held no text, since the run began."""
+        return self._source.position["skipped"]
 
     def next_rows(self, count: int) -> np.ndarray:  # (count, T) int32
         if len(self._pool) < POOL_ROWS:
@@ -217,8 +222,10 @@ class Prefetcher:
         return batch
 
     def close(self) -> None:
+        """End the thread; one that waits for the Hub, which can take minutes, is left behind."""
         self._stopped.set()
-        while self._thread.is_alive():
+        until = time.monotonic() + CLOSING
+        while self._thread.is_alive() and time.monotonic() < until:
             try:
                 self._queue.get(timeout=0.05)
             except queue.Empty:

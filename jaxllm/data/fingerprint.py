@@ -1,0 +1,67 @@
+"""A corpus's files by name and size, in so few characters that every data position holds them.
+
+A run goes on with the data that it was started on or not at all: with other files the rest of the pass would be
+another, and nobody would see it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from jaxllm.errors import UserError
+
+NAMED_FILES = 4096
+"""Files that have characters of their own, by which the first one that differs is found."""
+
+_CHARS = 4
+
+
+class Fingerprint:
+    """Of files in their order: by their names below the folder that they share."""
+
+    def __init__(self, files: list[Path], sizes: list[int]):
+        self._folder = files[0].parent if len(files) == 1 else Path(os.path.commonpath([file.parent for file in files]))
+        self._names = [file.relative_to(self._folder).as_posix() for file in files]
+        entries = [f"{name}\0{size}\0".encode() for name, size in zip(self._names, sizes, strict=True)]
+        each = (hashlib.sha256(entry).hexdigest()[:_CHARS] for entry in entries[:NAMED_FILES])
+        self.value: dict[str, Any] = {
+            "count": len(files),
+            "all": hashlib.sha256(b"".join(entries)).hexdigest()[:32],
+            "each": "".join(each),
+        }
+
+    def check(self, saved: dict[str, Any]) -> None:
+        """Compare with the value that a data position holds.
+
+        Raises:
+            UserError: the files are others.
+        """
+        if saved["all"] != self.value["all"]:
+            raise UserError(
+                f"data: the files of {str(self._folder)!r} are not those that the run was started on "
+                f"({saved['count']} then, {self.value['count']} now; first difference: {self._difference(saved)}): "
+                "pass the old data, or --overwrite to start anew"
+            )
+
+    def _difference(self, saved: dict[str, Any]) -> str:
+        before, now = _split(saved["each"]), _split(self.value["each"])
+        same = 0
+        while same < min(len(before), len(now)) and before[same] == now[same]:
+            same += 1
+        if same == NAMED_FILES:
+            return f"behind the first {same}"
+        if same == len(now):
+            return f"one behind {self._names[-1]} is gone"
+        name = self._names[same]
+        if len(before) > len(now) and before[same + 1] == now[same]:
+            return f"one before {name} is gone"
+        if len(before) < len(now) and (same == len(before) or before[same] == now[same + 1]):
+            return f"{name} is new"
+        return f"{name} is new or has another size"
+
+
+def _split(each: str) -> list[str]:
+    return [each[i : i + _CHARS] for i in range(0, len(each), _CHARS)]

@@ -1,0 +1,203 @@
+"""One file of text, JSONL or parquet, read from any place in it on: a resumed run reads nothing a second time.
+
+A place is a byte of a text or JSONL file and a row of a parquet file.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from jaxllm.data.wording import one_line, valid_unicode
+from jaxllm.errors import UserError
+
+SUFFIXES = {".txt": "text", ".md": "text", ".py": "text", ".text": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
+
+PIECE_CHARS = 4096
+"""A text file is read in pieces of at most this size, so that a file of any size fits in memory."""
+
+MAX_ROW_BYTES = 64 << 20
+"""A longer line of a JSONL file is passed over unread: it is no document, and may not fit in memory."""
+
+BLOCK = 1 << 16
+"""Bytes that are read at once."""
+
+BATCH_ROWS = 1024
+"""Rows of a parquet file that are decoded at once."""
+
+_LINE_END = re.compile(rb"\r\n?|\n")
+
+
+class Part(NamedTuple):
+    """What a file yields: a piece of a text file, or a row."""
+
+    text: str | None  # None: a row without text
+    ends_document: bool
+    place: int  # where the next part starts
+    done: int  # bytes of the file up to there; of a parquet file, its share of the rows
+
+
+def read_parts(file: Path, size: int, place: int, text_field: str) -> Iterator[Part]:
+    """The parts of a file from a place on.
+
+    Raises:
+        UserError: it cannot be read, has no such field, or is no longer of the size it had.
+    """
+    try:
+        with file.open("rb") as opened:
+            now = os.fstat(opened.fileno()).st_size
+            if now != size:
+                raise UserError(
+                    f"data: {file} has changed since the run read it ({size} bytes, now {now}): "
+                    "put the old file back, or pass --overwrite to start anew"
+                )
+            kind = SUFFIXES[file.suffix]
+            if kind == "text":
+                yield from _pieces(opened, place)
+            elif kind == "jsonl":
+                yield from _json_rows(opened, place, text_field)
+            else:
+                yield from _parquet_rows(opened, file, size, place, text_field)
+    except OSError as error:
+        raise UserError(f"data: cannot read {file}: {one_line(error)}") from None
+
+
+class Lines:
+    """Lines of a file, from a place on. They end as in Python's text mode: at \\n, \\r or \\r\\n."""
+
+    def __init__(self, opened: BinaryIO, place: int):
+        self.place = place  # of the next line
+        self._opened = opened
+        self._buffer, self._start = b"", 0  # what is read and not taken begins at `start`
+        opened.seek(place)
+
+    def take(self, most: int) -> bytes:
+        """The rest of a line with its end, or the first `most` bytes of that; nothing at the end of the file."""
+        searched = 0
+        while True:
+            have = len(self._buffer) - self._start
+            found = _LINE_END.search(self._buffer, self._start + searched)
+            # A \r that is the last byte so far may have its \n behind it.
+            if found and (found.end() < len(self._buffer) or found[0] != b"\r"):
+                return self._advance(min(found.end() - self._start, most))
+            if have > most:
+                return self._advance(most)
+            block = self._opened.read(max(BLOCK, have))  # as much again: a long line is copied a few times only
+            if not block:
+                return self._advance(min(have, most))
+            self._buffer, self._start = self._buffer[self._start :] + block, 0
+            searched = max(0, have - 1)
+
+    def give_back(self, count: int) -> None:
+        """The last `count` bytes taken are not used after all."""
+        self._start -= count
+        self.place -= count
+
+    def _advance(self, count: int) -> bytes:
+        taken = self._buffer[self._start : self._start + count]
+        self._start += count
+        self.place += count
+        return taken
+
+
+def _pieces(opened: BinaryIO, place: int) -> Iterator[Part]:
+    """A text file in pieces that end at line ends, those at characters' ends where a line is too long."""
+    lines = Lines(opened, place)
+    held: list[str] = []
+    chars = 0
+    while raw := lines.take(4 * PIECE_CHARS + 2):  # that many characters, and whatever shows where the last one ends
+        start = lines.place - len(raw)
+        text, used = _decoded(raw)
+        lines.give_back(len(raw) - used)
+        if held and chars + len(text) > PIECE_CHARS:
+            yield Part("".join(held), False, start, start)
+            held, chars = [], 0
+        held.append(text)
+        chars += len(text)
+    if held:
+        yield Part("".join(held), True, lines.place, lines.place)
+
+
+def _decoded(raw: bytes) -> tuple[str, int]:
+    """A line, or as much of it as a piece may have, with the number of bytes it has there."""
+    ended = raw.endswith((b"\n", b"\r"))
+    text = raw.decode("utf-8", _MARKED)
+    if ended:
+        text = text.rstrip("\r\n") + "\n"
+    if len(text) <= PIECE_CHARS:
+        return text.translate(_MARKS), len(raw)
+    text = text[:PIECE_CHARS]
+    marks = [ord(char) for char in text if ord(char) in _MARKS]
+    return text.translate(_MARKS), len(text.encode("utf-8", "ignore")) + sum(marks) - len(marks) * _MARK
+
+
+# Bytes that are not UTF-8 become one U+FFFD for each run that Python's "replace" would replace. To know how many bytes
+# that were, each is a lone surrogate at first, which UTF-8 cannot hold, with their number in it.
+_MARKED, _MARK = "jaxllm-marked", 0xDC00
+_MARKS = {_MARK + count: "\ufffd" for count in range(1, 4)}
+
+
+def _mark(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return chr(_MARK + error.end - error.start), error.end
+
+
+codecs.register_error(_MARKED, _mark)
+
+
+def _json_rows(opened: BinaryIO, place: int, field: str) -> Iterator[Part]:
+    lines = Lines(opened, place)
+    while raw := lines.take(MAX_ROW_BYTES):
+        if len(raw) == MAX_ROW_BYTES and not _ended(raw):
+            while not _ended(lines.take(BLOCK) or b"\n"):
+                pass
+            yield Part(None, True, lines.place, lines.place)
+        elif (line := raw.decode("utf-8", "replace")).strip():
+            yield Part(_text_of(line, field), True, lines.place, lines.place)
+
+
+def _ended(raw: bytes) -> bool:
+    return raw.endswith((b"\n", b"\r"))
+
+
+def _text_of(line: str, field: str) -> str | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return text_in(row.get(field)) if isinstance(row, dict) else None
+
+
+def text_in(value: object) -> str | None:
+    """A row's text; None where the field holds something else or nothing."""
+    return valid_unicode(value) if isinstance(value, str) and value else None
+
+
+def _parquet_rows(opened: BinaryIO, file: Path, size: int, place: int, field: str) -> Iterator[Part]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        parquet = pyarrow.parquet.ParquetFile(opened)
+        names = parquet.schema_arrow.names
+        if field not in names:
+            raise UserError(f"data: {file} has no field {field!r}: pass --text-field, one of {', '.join(names)}")
+        groups = range(parquet.metadata.num_row_groups)
+        rows = [parquet.metadata.row_group(group).num_rows for group in groups]
+        first = row = 0  # the row group with the place in it, and its first row
+        while first < len(rows) and row + rows[first] <= place:
+            row += rows[first]
+            first += 1
+        for batch in parquet.iter_batches(BATCH_ROWS, row_groups=groups[first:], columns=[field]):
+            for value in batch.column(0).to_pylist():
+                row += 1
+                if row > place:
+                    yield Part(text_in(value), True, row, size * row // parquet.metadata.num_rows)
+    except pyarrow.ArrowException as error:
+        raise UserError(f"data: {file} is no parquet file: {one_line(error)}") from None

@@ -1,0 +1,353 @@
+"""The Hub's stream through the real clients: whatever the server does, the same rows in the same order, or one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from huggingface_hub import constants
+
+from jaxllm.data import patience
+from jaxllm.data.corpus import FileSource, HubSource, local_files
+from jaxllm.data.tokenizer import train_tokenizer
+from jaxllm.errors import UserError
+from jaxllm.metrics import read_metrics
+from tests.hub_server import Fault, HubServer
+
+NAME, CONFIG = "HuggingFaceTB/smollm-corpus", "cosmopedia-v2"
+README = f"""---
+configs:
+- config_name: {CONFIG}
+  data_files:
+  - split: train
+    path: {CONFIG}/train-*
+- config_name: other
+  data_files:
+  - split: train
+    path: other/*
+---
+"""
+
+
+def shard_name(shard: int, shards: int) -> str:
+    return f"{CONFIG}/train-{shard:05d}-of-{shards:05d}.parquet"
+
+
+def corpus_files(shards: int = 3, rows: int = 30, words: int = 4, tag: str = "") -> dict[str, bytes]:
+    """The dataset as it lies on the Hub."""
+    files = {"README.md": README.encode()}
+    for shard in range(shards):
+        table = [
+            {
+                "prompt": "Write.",
+                "text": f"{tag}shard {shard} row {row}: " + "once upon a time there was a story " * words,
+                "token_length": words,
+                "audience": "children",
+                "format": "story",
+                "seed_data": "web",
+            }
+            for row in range(rows)
+        ]
+        files[shard_name(shard, shards)] = parquet(table)
+    return files
+
+
+def parquet(rows: list[dict]) -> bytes:
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out, row_group_size=10)
+    return out.getvalue()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub with the corpus, which this process's clients ask; nobody sleeps, and no count is left from before."""
+    with HubServer() as hub:
+        hub.patch(monkeypatch, tmp_path / "home")
+        hub.add("datasets", NAME, corpus_files())
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        patience.asked_again.clear()
+        yield hub
+
+
+def open_hub(part: int = 0, parts: int = 1) -> HubSource:
+    return HubSource(NAME, CONFIG, "train", "text", part, parts)
+
+
+def texts(source: HubSource) -> list[str]:
+    return [piece.text for piece in source.pieces()]
+
+
+def expected(files: dict[str, bytes]) -> list[str]:
+    tables = (pyarrow.parquet.read_table(io.BytesIO(files[name])) for name in sorted(files) if name.endswith("parquet"))
+    return [text for table in tables for text in table.column("text").to_pylist()]
+
+
+FAULTS = {
+    "the connection drops": (Fault("drop", after=700), 1, "connection lost"),
+    "it drops until the client gives up": (Fault("drop", after=700), 8, "connection lost (8)"),
+    "busy, come again": (Fault("status", status=429, headers={"Retry-After": "3"}), 2, "HTTP 429; asked again in 4 s"),
+    "busy until the client gives up": (Fault("status", status=503), 8, "HTTP 503 (8)"),
+    "no answer": (Fault("silent", seconds=5), 1, "no answer in time"),
+    "a cut file, said to be whole": (Fault("short", after=700), 1, ""),
+    "slow": (Fault("slow", seconds=0.4), 2, ""),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_that_passes_changes_no_row(fault, hub, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    fault, times, said = FAULTS[fault]
+    source = open_hub()
+    hub.fail(shard_name(1, 3), fault, times)
+    assert texts(source) == expected(corpus_files())
+    assert hub.downloads(shard_name(1, 3)) > times or fault.kind == "slow"
+    out = capsys.readouterr().out
+    assert said in out
+    assert "\n\n" not in out
+    if said:
+        assert "So far the Hub was asked again" in out
+
+
+@pytest.mark.parametrize("path_end", ["/README.md", "/cosmopedia-v2", f"datasets/{NAME}", ".parquet"])
+def test_faults_at_the_start_pass_as_well(path_end, hub, monkeypatch, capsys):
+    for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
+        monkeypatch.setattr(constants, name, 0.3)
+    hub.fail(path_end, Fault("status", status=503), 7)
+    hub.fail(path_end, Fault("silent", seconds=60), 1)
+    asked = time.monotonic()
+    assert texts(open_hub()) == expected(corpus_files())
+    assert time.monotonic() - asked < 30  # some of the clients' requests would wait for ever
+    assert "HTTP 503" in capsys.readouterr().out
+
+
+def test_an_older_commit_in_the_clients_cache_is_never_taken_instead(hub):
+    """As `datasets` does with what was once downloaded whole, where the Hub fails."""
+    datasets.load_dataset(NAME, CONFIG, split="train")
+    new = corpus_files(tag="new ")
+    hub.add("datasets", NAME, new)
+    hub.fail(f"/{CONFIG}", Fault("status", status=503), 7)
+    assert texts(open_hub()) == expected(new)
+
+
+def test_a_shard_that_is_gone_is_named(hub):
+    source = open_hub()
+    hub.remove("datasets", NAME, shard_name(2, 3))
+    read = []
+    with pytest.raises(UserError, match=rf"{NAME}.*{shard_name(2, 3)}.*404") as refused:
+        read.extend(piece.text for piece in source.pieces())
+    assert "\n" not in str(refused.value)
+
+
+def test_a_damaged_shard_ends_the_run_and_not_the_pass(hub, capfd):
+    files = corpus_files()
+    files[shard_name(1, 3)] = files[shard_name(1, 3)][:-200] + bytes(200)
+    hub.add("datasets", NAME, files)
+    source = open_hub()
+    with pytest.raises(UserError, match=rf"{NAME}.*cannot be read") as refused:
+        texts(source)
+    assert "\n" not in str(refused.value)
+    assert hub.downloads(shard_name(1, 3)) >= patience.DAMAGED_TRIES
+    assert capfd.readouterr().err == ""
+
+
+def test_a_hub_that_never_answers_ends_in_one_line(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    monkeypatch.setattr(patience, "PATIENCE", 0.3)
+    source = open_hub()
+    hub.fail(".parquet", Fault("silent", seconds=60), 1000)
+    with pytest.raises(UserError, match=rf"{NAME}.*has not come for \d+ s \(no answer in time\)") as refused:
+        texts(source)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_hub_that_answers_nothing_at_the_start_is_not_waited_for(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    hub.fail("", Fault("silent", seconds=60), 1000)
+    with pytest.raises(UserError, match=f"{NAME}.*could not be reached"):
+        open_hub()
+
+
+def test_rows_without_text_are_skipped_and_counted_across_a_resume(hub):
+    rows = [{"text": text} for text in ("one", None, "", "two", None, "three", "")]
+    hub.add("datasets", NAME, {"README.md": README.encode(), shard_name(0, 1): parquet(rows)})
+    whole = open_hub()
+    assert texts(whole) == ["one", "two", "three"]
+    assert whole.position["skipped"] == 4
+    first, second = open_hub(), open_hub()
+    pieces = first.pieces()
+    assert [next(pieces).text, next(pieces).text] == ["one", "two"]
+    second.position = json.loads(json.dumps(first.position))
+    assert texts(second) == ["three"]
+    assert second.position["skipped"] == 4
+
+
+def test_a_field_that_is_no_text_is_skipped_and_counted(hub):
+    hub.add("datasets", NAME, {"README.md": README.encode(), shard_name(0, 1): parquet([{"text": 5}, {"text": 6}])})
+    source = open_hub()
+    assert texts(source) == []
+    assert source.position["skipped"] == 2
+
+
+def test_each_pass_is_said_once_and_is_the_same(hub, capsys):
+    source = open_hub()
+    first = texts(source)
+    assert capsys.readouterr().out == ""
+    assert texts(source) == first
+    assert capsys.readouterr().out == "Pass 2 over the data begins\n"
+
+
+@pytest.mark.parametrize("shards", [3, 4])
+def test_two_parts_have_nothing_in_common_and_together_everything(shards, hub):
+    files = corpus_files(shards, rows=12)
+    hub.add("datasets", NAME, files)
+    parts = [texts(open_hub(part, 2)) for part in range(2)]
+    assert sorted(parts[0] + parts[1]) == sorted(expected(files))
+    assert len(parts[0]) == len(parts[1])
+
+
+@pytest.mark.parametrize(("shards", "parts"), [(3, 1), (3, 2), (4, 2)])
+def test_a_stream_goes_on_behind_any_row(shards, parts, hub):
+    hub.add("datasets", NAME, corpus_files(shards, rows=12))
+    source = open_hub(parts - 1, parts)
+    positions, wanted = [], []
+    for piece in source.pieces():
+        wanted.append(piece)
+        positions.append(json.dumps(source.position))
+    resumed = open_hub(parts - 1, parts)
+    for i in range(0, len(wanted), 5):
+        resumed.position = json.loads(positions[i])
+        assert list(resumed.pieces()) == wanted[i + 1 :], i
+    assert max(map(len, positions)) < 1000
+
+
+def test_what_was_read_is_not_downloaded_again(hub):
+    source = open_hub()
+    pieces = source.pieces()
+    for _ in range(75):  # behind the first row group of the last shard; within it the shard before is asked for too
+        next(pieces)
+    resumed = open_hub()
+    before = [hub.downloads(shard_name(shard, 3)) for shard in range(3)]
+    resumed.position = source.position
+    assert len(texts(resumed)) == 15
+    again = [hub.downloads(shard_name(shard, 3)) - count for shard, count in enumerate(before)]
+    assert again[0] <= 1  # its schema, which names the fields
+    assert again[1] == 0
+    assert again[2] > 0
+
+
+def test_a_run_keeps_to_its_commit_or_says_that_it_is_gone(hub):
+    source = open_hub()
+    pieces = source.pieces()
+    for _ in range(40):
+        next(pieces)
+    commit = source.position["revision"]
+    new = corpus_files(tag="new ")
+    hub.add("datasets", NAME, new)
+    resumed = open_hub()
+    assert texts(open_hub()) == expected(new)
+    resumed.position = source.position
+    assert texts(resumed) == expected(corpus_files())[40:]
+    hub.forget("datasets", NAME, commit)
+    resumed.position = source.position
+    with pytest.raises(UserError, match=rf"no longer has the commit {commit}.*--overwrite"):
+        texts(resumed)
+
+
+# Below: the seed recipe as a user starts it, in a process of its own.
+
+SMALL = (
+    "--preset", "customllm-768", "--recipe", "seed", "--model.hidden-size", "32", "--model.num-hidden-layers", "2",
+    "--model.num-attention-heads", "2", "--model.moe-intermediate-size", "24", "--model.n-routed-experts", "4",
+    "--model.vocab-size", "300", "--model.max-position-embeddings", "64", "--seq-len", "16", "--batch-size", "2",
+    "--grad-accum", "2", "--steps", "6", "--save-every", "3", "--eval-every", "3", "--log-every", "1",
+    "--eval-samples", "4", "--sample-tokens", "4", "--peak-tflops", "1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def seed_hub(corpus, tmp_path_factory):
+    """A Hub with the recipe's dataset, of which 1,024 rows of 16 tokens are a part, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(FileSource(local_files(corpus), 0, "text"), 300).save_pretrained(folder)
+    with HubServer() as hub:
+        hub.add("datasets", NAME, corpus_files(shards=4, rows=40, words=3))
+        hub.add("models", "HuggingFaceTB/cosmo2-tokenizer", {p.name: p.read_bytes() for p in folder.iterdir()})
+        yield hub
+
+
+def start(hub: HubServer, home: Path, run: Path, *options: str) -> subprocess.Popen:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= hub.environment(home) | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    command = [sys.executable, "train.py", *SMALL, "--run-dir", str(run), *options]
+    root = Path(__file__).parents[1]
+    return subprocess.Popen(
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def train(hub: HubServer, home: Path, run: Path, *options: str) -> subprocess.CompletedProcess:
+    with start(hub, home, run, *options) as process:
+        out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def losses(run: Path) -> list[tuple]:
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in read_metrics(run) if "loss" in line]
+
+
+def test_the_seed_recipe_streams_generates_and_resumes_through_faults(seed_hub, tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    done = train(seed_hub, tmp_path / "home", whole)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Generated Text:") == 5
+    assert [step for step, *_ in losses(whole)] == [1, 2, 3, 4, 5, 6]
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "6")  # as if it had been killed at step 5
+    before = [seed_hub.downloads(shard_name(shard, 4)) for shard in range(4)]
+    assert min(before) > 0
+    seed_hub.fail(shard_name(3, 4), Fault("status"), 1)
+    seed_hub.fail(shard_name(3, 4), Fault("drop", after=500), 1)
+    done = train(seed_hub, tmp_path / "home", resumed, "--sample-tokens", "0")
+    assert done.returncode == 0, done.stderr
+    assert "Resuming from step 3" in done.stdout
+    assert "So far the Hub was asked again 2 times: HTTP 503 (1), connection lost (1)" in done.stdout
+    assert losses(resumed) == losses(whole)
+    assert seed_hub.downloads(shard_name(1, 4)) == before[1]  # a shard that was read before the checkpoint
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(seed_hub, tmp_path):
+    options = ("--steps", "60", "--save-every", "5", "--eval-every", "60")
+    done = train(seed_hub, tmp_path / "home", tmp_path / "whole", *options)
+    assert done.returncode == 0, done.stderr
+    process = start(seed_hub, tmp_path / "home", tmp_path / "killed", *options)
+    while not (tmp_path / "killed" / "checkpoints" / "10").is_dir():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    done = train(seed_hub, tmp_path / "home", tmp_path / "killed", *options)
+    assert done.returncode == 0, done.stderr
+    assert "Resuming from step" in done.stdout
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_shard_that_goes_away_ends_the_run_with_one_line(seed_hub, tmp_path):
+    seed_hub.fail(shard_name(1, 4), Fault("status", status=404), 100)
+    done = train(seed_hub, tmp_path / "home", tmp_path / "run")
+    seed_hub.heal()
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if "step/s]" not in line and line.strip()]
+    assert len(errors) == 1, errors
+    assert errors[0].startswith(f"error: data: the dataset '{NAME}' on the Hub, file {shard_name(1, 4)},")
