@@ -16,11 +16,9 @@ import contextlib
 import functools
 import signal
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -31,17 +29,16 @@ from jaxllm.config import TrainConfig
 from jaxllm.data.stream import BatchShare, Prefetcher
 from jaxllm.device import device_name, measured_peak_tflops, peak_memory
 from jaxllm.errors import Stopped, exit_on_user_error
+from jaxllm.evaluation import Evaluator
 from jaxllm.generate import Sampling, generate
 from jaxllm.interrupt import stop_on_signals
 from jaxllm.journal import Journal
 from jaxllm.lock import FolderLock
-from jaxllm.loss import IGNORED
 from jaxllm.meter import Meter
-from jaxllm.metrics import NoLog, RunLog, end_record, eval_record, step_record
+from jaxllm.metrics import NoLog, RunLog, end_record, step_record
 from jaxllm.model.kernels import describe_kernels
 from jaxllm.model.summary import module_tree
 from jaxllm.parallel import (
-    Programs,
     choose_layout,
     compile_programs,
     describe_layout,
@@ -67,34 +64,6 @@ from jaxllm.run import announce, announce_finished, announce_speed, conclude, pa
 from jaxllm.sharding import Layout
 from jaxllm.step import TrainState, model_graph
 from jaxllm.watch import Watch
-
-
-class Evaluator:
-    """Mean cross-entropy over the held-out rows."""
-
-    def __init__(self, config: TrainConfig, programs: Programs, rows: np.ndarray):
-        short = -len(rows) % config.batch_size
-        padded = np.concatenate([rows, np.full((short, rows.shape[1]), IGNORED, np.int32)])
-        self._batches = padded.reshape(-1, config.batch_size, rows.shape[1])
-        self._samples = len(rows)
-        self._evaluate = programs.evaluate
-
-    def __call__(
-        self, state: TrainState, epoch: float, step: int, interrupted: Callable[[], bool]
-    ) -> dict[str, float] | None:
-        """The evaluation line; None where a signal interrupts it."""
-        jax.block_until_ready(state)  # the clock starts behind the training
-        start = time.perf_counter()
-        sums: list[tuple[jax.Array, jax.Array]] = []
-        for batch in self._batches:
-            if interrupted():
-                return None
-            if len(sums) > 1:
-                sums[-2][0].block_until_ready()  # so that what is asked for is at most one batch ahead
-            sums.append(self._evaluate(state, batch))
-        loss = sum(float(nll) for nll, _ in sums) / sum(int(count) for _, count in sums)
-        seconds = time.perf_counter() - start
-        return eval_record(loss, seconds, self._samples, len(self._batches), epoch, step)
 
 
 def train(config: TrainConfig, layout: Layout, tokenizer, held_out: np.ndarray, saved: int | None) -> TrainState:
@@ -133,7 +102,7 @@ def train(config: TrainConfig, layout: Layout, tokenizer, held_out: np.ndarray, 
     log = RunLog(config.folder, journal, first_step, config.steps) if is_first() else NoLog(journal)
     meter = Meter(config, peak_tflops, lambda: batches.waited)
     watch = Watch(config, journal, log)
-    step = logged_step = first_step
+    step = logged_step = saved_step = first_step
     stopped = False
 
     def evaluate_if_due() -> None:
@@ -145,11 +114,22 @@ def train(config: TrainConfig, layout: Layout, tokenizer, held_out: np.ndarray, 
                 log.write(record)
                 meter.exclude(record["eval_runtime"])
 
+    def save_once() -> None:
+        nonlocal saved_step
+        if step > saved_step:
+            checkpoints.save(step, unplaced(config, layout, state), all_positions(position), journal)
+            saved_step = step
+
     try:
         with stop_on_signals() as stop_asked:
             evaluate_if_due()
             while step < config.steps and not stopped:
-                batch = next(batches)
+                batch = batches.take(lambda: stop_asked.at_once)
+                if batch is None:  # a signal came while the data did not
+                    stopped = True
+                    watch.settle(behind=0)
+                    save_once()
+                    break
                 labels = batch.rows.reshape(config.grad_accum, -1, config.seq_len)  # (A,B,T), of the rows B here
                 state, metrics = programs.step(state, labels)
                 step += 1
@@ -177,9 +157,7 @@ def train(config: TrainConfig, layout: Layout, tokenizer, held_out: np.ndarray, 
                     )
                     logged_step = step
                 evaluate_if_due()
-                stopped = (
-                    stopped or stop_asked.at_once
-                )  # then the evaluation was not made, and is due at the next start
+                stopped = stopped or stop_asked.at_once  # an evaluation that was interrupted is due at the next start
                 if last:
                     seconds, speed = meter.whole(step - first_step)
                     log.write(
@@ -197,7 +175,7 @@ def train(config: TrainConfig, layout: Layout, tokenizer, held_out: np.ndarray, 
                         )
                     )
                 if saves or stopped:
-                    checkpoints.save(step, unplaced(config, layout, state), all_positions(position), journal)
+                    save_once()
             checkpoints.wait()
     except BaseException as error:
         end_if_shared(error)
@@ -210,7 +188,7 @@ def train(config: TrainConfig, layout: Layout, tokenizer, held_out: np.ndarray, 
         log.close()
     if stopped and step < config.steps:
         raise Stopped(
-            f"stopped behind step {step} of {config.steps}, which is saved: the same command goes on from there",
+            f"stopped behind step {step} of {config.steps}, and saved: the same command goes on from there",
             code=128 + (stop_asked.signal or signal.SIGTERM),
         )
     finish(config, held_out, journal, stream)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import sys
 import threading
@@ -22,7 +23,8 @@ class Board:
         before = set(threading.enumerate())
         # The queue has room for the events of many records, so that none waits before `_check` finds the thread dead.
         self._writer = _summary_writer()(str(folder), purge_step=first_step + 1, max_queue=1000)
-        self._threads = [thread for thread in threading.enumerate() if thread not in before]
+        started = (thread for thread in threading.enumerate() if thread not in before)
+        self._threads = [thread for thread in started if type(thread).__module__.startswith("tensorboardX")]
         self._hook_before, threading.excepthook = threading.excepthook, self._failed
 
     def write(self, record: dict[str, Any]) -> None:
@@ -49,8 +51,10 @@ class Board:
 
     def _check(self) -> None:
         if self._error is not None or not all(thread.is_alive() for thread in self._threads):
-            reason = self._error or OSError(None, "the writer has ended")
-            raise OSError(getattr(reason, "errno", None), getattr(reason, "strerror", str(reason)), str(self._folder))
+            reason = self._error or OSError(errno.EIO, "the writer has ended")
+            raise OSError(
+                getattr(reason, "errno", errno.EIO), getattr(reason, "strerror", str(reason)), str(self._folder)
+            )
 
     def _failed(self, args: threading.ExceptHookArgs) -> None:
         if args.thread in self._threads:

@@ -251,6 +251,8 @@ class TrainConfig:
     """Configuration of a Hub dataset."""
     data_split: str = "train"
     """Split of a Hub dataset."""
+    data_revision: str | None = None
+    """Commit of a Hub dataset; default: the newest one when the run starts, to which it then keeps."""
     text_field: str = "text"
     """Name of the field that holds the text in JSONL, parquet and Hub data."""
     tokenizer: str | None = None

@@ -136,7 +136,12 @@ def prepare(config: TrainConfig, framework: Framework, lock: FolderLock, process
         file = config.folder / "train_config.json"
         streams = streams_of(read_json(file)) if resumes and file.is_file() else processes
         config = dataclasses.replace(config, data_streams=streams)
+    file = config.folder / "train_config.json"
+    if resumes and config.data_revision is None and file.is_file():
+        config = dataclasses.replace(config, data_revision=read_json(file).get("data_revision"))
     source = open_source(config)
+    if config.data_revision is None:
+        config = dataclasses.replace(config, data_revision=source.position.get("revision"))
     if resumes and (config.folder / "tokenizer").is_dir():
         tokenizer = load_tokenizer(str(config.folder / "tokenizer"))
     elif config.tokenizer is not None:

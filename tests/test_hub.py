@@ -17,6 +17,7 @@ import pyarrow.parquet
 import pytest
 from huggingface_hub import constants
 
+from jaxllm.config import read_json
 from jaxllm.data import patience
 from jaxllm.data.corpus import FileSource, HubSource, local_files
 from jaxllm.data.tokenizer import train_tokenizer
@@ -255,6 +256,7 @@ def test_a_run_keeps_to_its_commit_or_says_that_it_is_gone(hub):
     hub.add("datasets", NAME, new)
     resumed = open_hub()
     assert texts(open_hub()) == expected(new)
+    assert texts(HubSource(NAME, CONFIG, "train", "text", revision=commit)) == expected(corpus_files())
     resumed.position = source.position
     assert texts(resumed) == expected(corpus_files())[40:]
     hub.forget("datasets", NAME, commit)
@@ -311,6 +313,7 @@ def test_the_seed_recipe_streams_generates_and_resumes_through_faults(seed_hub, 
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Generated Text:") == 5
     assert [step for step, *_ in losses(whole)] == [1, 2, 3, 4, 5, 6]
+    assert read_json(whole / "train_config.json")["data_revision"]  # to which its evaluations keep as well
     shutil.copytree(whole, resumed)
     shutil.rmtree(resumed / "checkpoints" / "6")  # as if it had been killed at step 5
     before = [seed_hub.downloads(shard_name(shard, 4)) for shard in range(4)]

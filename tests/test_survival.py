@@ -55,7 +55,7 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(
     assert f"{number.name}: finishing the step and saving" in error
     newest = choose_checkpoint(folder).step
     assert newest in (13, 14)  # the signal may find the next step begun
-    assert error.splitlines()[-1].startswith(f"stopped behind step {newest} of 20, which is saved")
+    assert error.splitlines()[-1].startswith(f"stopped behind step {newest} of 20, and saved")
     assert not (folder / LOCK_FILE).exists()
     assert train.main([*narrow, "--run-dir", str(folder)]) == 0
     assert f"Resuming from step {newest}" in capsys.readouterr().out

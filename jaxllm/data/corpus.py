@@ -66,7 +66,9 @@ def open_source(config: TrainConfig, part: int = 0, parts: int = 1) -> Source:
         return FileSource(local_files(path), config.seed, config.text_field, part, parts)
     if config.data.count("/") != 1 or config.data.startswith((".", "/", "~")) or path.suffix in SUFFIXES:
         raise UserError(f"data is {config.data!r}: there is no such file or folder, and it is no Hub name (OWNER/NAME)")
-    return HubSource(config.data, config.data_config, config.data_split, config.text_field, part, parts)
+    return HubSource(
+        config.data, config.data_config, config.data_split, config.text_field, part, parts, config.data_revision
+    )
 
 
 def stdlib_files(root: Path) -> list[Path]:
@@ -186,11 +188,20 @@ class FileSource:
 class HubSource:
     """A streamed dataset of the Hugging Face Hub; rows come in the dataset's own order.
 
-    A part of several has its own shards where they divide evenly, or else every so-many-th row. A run keeps to the
-    commit that was the newest when it started.
+    A part of several has its own shards where they divide evenly, or else every so-many-th row. It keeps to one
+    commit: the one it is given, or the newest when it is opened.
     """
 
-    def __init__(self, name: str, config: str | None, split: str, text_field: str, part: int = 0, parts: int = 1):
+    def __init__(
+        self,
+        name: str,
+        config: str | None,
+        split: str,
+        text_field: str,
+        part: int = 0,
+        parts: int = 1,
+        revision: str | None = None,
+    ):
         self._part, self._parts = part, parts
         self._name, self._config, self._split, self._text_field = name, config, split, text_field
         self._patience = Patience(f"the dataset {name!r} on the Hub")
@@ -199,7 +210,7 @@ class HubSource:
                 f"data: the Hugging Face Hub, for the dataset {name!r}, could not be reached: check the network, "
                 "or pass --data FILE and --tokenizer FOLDER"
             )
-        revision = self._patiently(self._newest_revision)
+        revision = revision or self._patiently(self._newest_revision)
         self.position = {"pass": 0, "row": 0, "stream": None, "revision": revision, "skipped": 0}
         self._opened = self._patiently(self._open)  # now, so that a wrong name is said before anything slow starts
         self._patience.row_came()

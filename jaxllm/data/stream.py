@@ -6,7 +6,7 @@ import copy
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 POOL_ROWS = 1024
 """Rows among which the next one is drawn: neighbours in a file do not meet in a batch."""
 
+
+INTERRUPTIBLE = 0.2
+"""Seconds after which somebody who waits for a batch looks whether to leave off."""
 
 CLOSING = 5.0
 """Seconds that the end of a run waits for the batch that is being read."""
@@ -213,8 +216,17 @@ class Prefetcher:
         self._thread.start()
 
     def __next__(self) -> Batch:
-        asked = time.perf_counter()
-        batch = self._queue.get()
+        return self.take(lambda: False)
+
+    def take(self, interrupted: Callable[[], bool]) -> Batch | None:
+        """The next batch; None where `interrupted` while it is waited for."""
+        asked, batch = time.perf_counter(), None
+        while batch is None:
+            try:
+                batch = self._queue.get(timeout=INTERRUPTIBLE)
+            except queue.Empty:
+                if interrupted():
+                    return None
         self.waited += time.perf_counter() - asked
         if isinstance(batch, Exception):
             self._queue.put(batch)  # the thread has ended: a second call must not wait for it
