@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import functools
 import math
+import os
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,12 @@ class Board:
 
     def __init__(self, folder: Path, first_step: int):
         """`first_step`: events of later steps, by a process that was killed, are hidden."""
-        self._folder, self._error, self._closed = folder, None, False
+        _note_deaths()
+        self._folder, self._closed = folder, False
         before = set(threading.enumerate())
         # The queue has room for the events of many records, so that none waits before `_check` finds the thread dead.
         self._writer = _summary_writer()(str(folder), purge_step=first_step + 1, max_queue=1000)
-        started = (thread for thread in threading.enumerate() if thread not in before)
-        self._threads = [thread for thread in started if type(thread).__module__.startswith("tensorboardX")]
-        self._hook_before, threading.excepthook = threading.excepthook, self._failed
+        self._threads = [thread for thread in threading.enumerate() if thread not in before and _is_writer(thread)]
 
     def write(self, record: dict[str, Any]) -> None:
         """
@@ -45,22 +47,41 @@ class Board:
         if self._closed:
             return
         self._closed = True
-        threading.excepthook = self._hook_before
         self._check()
         self._writer.close()
 
     def _check(self) -> None:
-        if self._error is not None or not all(thread.is_alive() for thread in self._threads):
-            reason = self._error or OSError(errno.EIO, "the writer has ended")
-            raise OSError(
-                getattr(reason, "errno", errno.EIO), getattr(reason, "strerror", str(reason)), str(self._folder)
-            )
+        for thread in self._threads:
+            if not thread.is_alive():
+                reason = _deaths.get(thread)
+                code = getattr(reason, "errno", None) or errno.EIO
+                raise OSError(code, os.strerror(code), str(self._folder))
 
-    def _failed(self, args: threading.ExceptHookArgs) -> None:
-        if args.thread in self._threads:
-            self._error = args.exc_value
+
+_deaths: weakref.WeakKeyDictionary[threading.Thread, BaseException] = weakref.WeakKeyDictionary()
+"""The writers' threads that have died, and of what."""
+
+
+@functools.cache
+def _note_deaths() -> None:
+    """From now on the death of a writer is noted instead of printed, and not told once more at the process's end."""
+    hook_before, unraisable_before = threading.excepthook, sys.unraisablehook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if _is_writer(args.thread):
+            _deaths[args.thread] = args.exc_value
         else:
-            self._hook_before(args)
+            hook_before(args)
+
+    def unraisable_hook(unraisable) -> None:
+        if not str(getattr(unraisable.object, "__module__", "")).startswith("tensorboardX"):
+            unraisable_before(unraisable)
+
+    threading.excepthook, sys.unraisablehook = hook, unraisable_hook
+
+
+def _is_writer(thread: threading.Thread | None) -> bool:
+    return type(thread).__module__.startswith("tensorboardX")
 
 
 def _summary_writer() -> type:

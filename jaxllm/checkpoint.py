@@ -15,6 +15,7 @@ import functools
 import hashlib
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -260,9 +261,25 @@ class SavedCheckpoint:
         )
 
 
-def _no_error(record: logging.LogRecord) -> bool:
-    """Orbax logs the stack traces of errors that it also raises, which become one line here."""
-    return record.levelno < logging.ERROR
+def _reason(error: Exception) -> str:
+    """What the system says, where tensorstore hands it on at the end of a long message; or the first line."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else one_line(error)
+
+
+@functools.cache
+def _say_errors_once() -> None:
+    """An error of writing is raised, and becomes one line: orbax and tensorstore shall not print it beside that."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(lambda record: record.levelno < logging.ERROR)
+    hook_before = sys.unraisablehook
+
+    def hook(unraisable) -> None:
+        # what tensorstore still finds wrong in files of a save that has failed already
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook_before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 class Checkpoints:
@@ -285,7 +302,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,  # what killed processes left half written
         )
         self._writing: int | None = None  # the step that is on its way to the disk
-        logging.getLogger("absl").addFilter(_no_error)
+        _say_errors_once()
         with self._to_the_disk():
             self._manager = ocp.CheckpointManager(epath.Path(self._folder.resolve()), options=options)
 
@@ -344,7 +361,7 @@ class Checkpoints:
         except Exception as error:  # orbax, tensorstore and the file system raise kinds of their own
             what = self._folder if self._writing is None else f"the checkpoint {self._folder / str(self._writing)}"
             raise UserError(
-                f"{what} cannot be written ({one_line(error)}): the checkpoints before it are as they were; "
+                f"{what} cannot be written ({_reason(error)}): the checkpoints before it are as they were; "
                 "make room or pass another --run-dir, and run again"
             ) from None
 

@@ -26,17 +26,24 @@ class RunLog:
     def __init__(self, folder: Path, journal: Journal, first_step: int, last_step: int):
         """`metrics.jsonl` becomes what the journal holds: what an earlier process logged beyond it is dropped."""
         self._journal = journal
-        path = folder / METRICS_FILE
-        write_text_atomically(path, "".join(json_line(record) for record in journal.records))
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._path = folder / METRICS_FILE
+        write_text_atomically(self._path, "".join(json_line(record) for record in journal.records))
+        self._file = self._path.open("a", encoding="utf-8", buffering=1)
         self._board = Board(folder / "tensorboard", first_step)
         self.bar = tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Log one record; it has a `step`."""
+        """Log one record; it has a `step`.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
         self._journal.records.append(record)
         self.say(str(record))
-        self._file.write(json_line(record))
+        try:
+            self._file.write(json_line(record))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
         self._board.write(record)
 
     def say(self, line: str) -> None:

@@ -140,6 +140,26 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_line(limit, said, run, narrow,
     assert fingerprint(folder) == fingerprint(run)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("every", ["1", "30"])  # the log finds the disk full, or the checkpoint does
+def test_a_disk_that_is_really_full_ends_the_run_with_a_line(every, narrow, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("only root can make a small disk")
+    options = ["--steps", "200", "--save-every", "5", "--keep-checkpoints", "99", "--log-every", every]
+    try:
+        command = [sys.executable, "train.py", *narrow, *options, "--run-dir", str(small / "run")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        assert done.stderr.splitlines()[-1].startswith("error: ")
+        assert "No space left on device" in done.stderr.splitlines()[-1]
+        assert choose_checkpoint(small / "run").step >= 5
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
 def test_tensorboard_s_dead_writer_is_an_error_and_no_hang(tmp_path, capsys):
     board = Board(tmp_path, 0)
 
