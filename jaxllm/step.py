@@ -15,7 +15,7 @@ from jaxllm.config import ModelConfig, TrainConfig
 from jaxllm.loss import count_targets, next_token_targets, summed_cross_entropy
 from jaxllm.model.decoder import CustomLLM
 from jaxllm.model.moe import RoutingBias, updated_routing_bias
-from jaxllm.optim import adam_moments, learning_rate_schedule, optimizer
+from jaxllm.optim import adam_moments, choose, learning_rate_schedule, optimizer
 from jaxllm.sharding import ONE_DEVICE, Layout
 
 Array = jax.Array
@@ -166,11 +166,9 @@ def train_step(
         out_specs=(specs.params, PartitionSpec(), PartitionSpec()),
     )
     grads, loss, counts = of_all_devices(state, labels, experts)
-    updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
     grad_norm = optax.tree.norm(grads)
-    # A step that is not finite changes nothing. It is a choice: zero times what is not finite would not be zero.
-    kept = functools.partial(jnp.where, jnp.isfinite(loss) & jnp.isfinite(grad_norm))
-    opt_state = jax.tree.map(kept, opt_state, state.opt_state)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)  # a step that is not changes nothing
+    updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params, finite=finite)
     metrics = StepMetrics(
         loss=loss,
         grad_norm=grad_norm,
@@ -178,9 +176,10 @@ def train_step(
         expert_load=(counts.max(axis=-1) / counts.mean(axis=-1)).max(),
     )
     new_state = TrainState(
-        params=jax.tree.map(kept, optax.apply_updates(state.params, updates), state.params),
+        params=choose(finite, optax.apply_updates(state.params, updates), state.params),
         routing_bias=jax.tree.map(
-            lambda bias: kept(updated_routing_bias(bias, counts, config.bias_update_rate), bias), state.routing_bias
+            lambda bias: choose(finite, updated_routing_bias(bias, counts, config.bias_update_rate), bias),
+            state.routing_bias,
         ),
         opt_state=opt_state,
         step=state.step + 1,

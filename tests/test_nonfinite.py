@@ -10,6 +10,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file
 
@@ -20,6 +21,7 @@ from jaxllm.data.stream import BatchShare
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.journal import Journal
 from jaxllm.metrics import read_metrics
+from jaxllm.optim import scale_by_adam
 from jaxllm.step import init_state, model_graph, train_step
 
 
@@ -85,6 +87,21 @@ def test_such_a_step_changes_nothing_but_the_count_of_steps(run):
     for name in ("params", "opt_state", "routing_bias"):
         with pytest.raises(AssertionError):
             jax.tree.map(np.testing.assert_array_equal, getattr(good, name), getattr(state, name))
+
+
+def test_the_moments_are_optax_s():
+    """To the last bit, over steps of which one is not finite and leaves them as they were."""
+    ours, theirs = scale_by_adam(0.9, 0.99, 1e-8), optax.scale_by_adam(0.9, 0.99, 1e-8)
+    params = {"a": jnp.zeros((3, 5)), "b": jnp.zeros(7)}
+    state = other = ours.init(params)
+    for seed in range(4):
+        keys = dict(zip("ab", jax.random.split(jax.random.key(seed)), strict=True))
+        grads = jax.tree.map(lambda leaf, key: jax.random.normal(key, leaf.shape), params, keys)
+        updates, state = ours.update(grads, state, params, finite=jnp.bool(True))
+        other_updates, other = theirs.update(grads, other, params)
+        jax.tree.map(np.testing.assert_array_equal, (updates, state), (other_updates, other))
+        _, state = ours.update(jax.tree.map(lambda g: g * jnp.inf, grads), state, params, finite=jnp.bool(False))
+        jax.tree.map(np.testing.assert_array_equal, state, other)
 
 
 def test_a_replay_makes_the_same_batch_and_names_where_it_begins(poisoned, narrow, capsys):

@@ -6,9 +6,11 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from jaxllm.config import TrainConfig
 from jaxllm.data.corpus import FileSource
 from jaxllm.data.stream import BatchShare, check_streams
 from jaxllm.errors import UserError
+from tests.fingerprint import fingerprint
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,13 +34,14 @@ def start(arguments: list[str], devices: int, environment: Mapping[str, str] = {
     )  # fmt: skip
 
 
-def finish(processes: list[subprocess.Popen], code: int = 0) -> list[tuple[str, str]]:
+def finish(processes: list[subprocess.Popen], code: int | list[int] = 0) -> list[tuple[str, str]]:
     try:
         said = [process.communicate(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [code] * len(processes), said
+    codes = code if isinstance(code, list) else [code] * len(processes)
+    assert [process.returncode for process in processes] == codes, said
     return said
 
 
@@ -80,6 +84,26 @@ def test_two_processes_train_what_one_does_and_one_goes_on_where_they_stopped(na
     for stream in ("", "_1"):
         ends = [run / "checkpoints" / "6" / f"position{stream}" / "metadata" for run in (one, two)]
         assert ends[0].read_text() == ends[1].read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_stops_both_behind_the_same_step(number, narrow, tmp_path):
+    """JAX passes the notice on; the run goes on as if it had not been stopped."""
+    calm, stopped = tmp_path / "calm", tmp_path / "stopped"
+    options = [*narrow, "--mesh", "data=4", "--steps", "60", "--sample-tokens", "0"]
+    finish(both([*options, "--run-dir", str(calm)]))
+    processes = both([*options, "--run-dir", str(stopped)])
+    while not (stopped / "metrics.jsonl").is_file() or '"step": 5,' not in (stopped / "metrics.jsonl").read_text():
+        assert [process.poll() for process in processes] == [None, None]
+        time.sleep(0.01)
+    processes[1].send_signal(number)
+    (_, first), (_, second) = finish(processes, code=[143, 128 + number])
+    (line,) = (line for line in first.splitlines() if line.startswith("stopped behind step"))
+    assert line in second
+    assert 5 <= int(line.split()[3]) < 60
+    finish(both([*options, "--run-dir", str(stopped)]))
+    assert fingerprint(stopped) == fingerprint(calm)
 
 
 def test_what_the_first_process_refuses_ends_both(narrow, tmp_path):
