@@ -22,6 +22,7 @@ from jaxllm.data.stream import check_streams, held_out_rows
 from jaxllm.data.tokenizer import align, encode_prompt, load_tokenizer, train_or_recall_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.metrics import draw_losses, unigram_loss
+from jaxllm.shown import listed, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,7 +103,7 @@ def check_resumable(config: TrainConfig) -> None:
     if changed := changed_fields(saved, config):
         name, before, now = changed[0]
         raise UserError(
-            f"{name} is {now!r}, but the run in {config.folder} has {before!r}: "
+            f"{listed([name])} is {now!r}, but the run in {config.folder} has {shown(before)}: "
             "pass the old value, --overwrite to start anew, or another --run-dir"
         )
 
