@@ -27,7 +27,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-MOST_MISSING = 100_000
+MOST_MISSING = 10_000
 """Tensors by which a model may exceed a file and still have the missing ones named."""
 
 ELEMENTS_PER_BYTE = 2
