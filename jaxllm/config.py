@@ -48,7 +48,9 @@ def _matches(value: Any, annotation: Any) -> bool:
     if typing.get_origin(annotation) is tuple:
         return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        return (
+            isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        )  # not NaN
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, annotation)
@@ -61,6 +63,8 @@ def _check_types(config: Any) -> None:
             wanted = " or ".join(str(option) for option in typing.get_args(annotation))
             wanted = wanted or getattr(annotation, "__name__", str(annotation))
             raise UserError(f"{name} is {shown(value)}: it must be {wanted}")
+        if annotation is float:
+            object.__setattr__(config, name, float(value))  # JAX refuses an int beyond 32 bits
         largest = LARGEST.get(name, LARGEST_INT)
         if int in (annotation, *typing.get_args(annotation)) and value is not None and value > largest:
             raise UserError(f"{name} is {shown(value)}: it must be at most {largest}")

@@ -26,7 +26,13 @@ CHANGES = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.symlink", "os.l
 
 _ROOT = Path(__file__).parents[1]
 # What Python and its libraries open by themselves: modules that are imported late, and what the system says of itself.
-_LIBRARIES = (sys.prefix, sys.base_prefix, sysconfig.get_path("purelib"), str(_ROOT), "/proc", "/sys", "/dev/null")
+_LIBRARIES = [sys.prefix, sys.base_prefix, sysconfig.get_path("purelib"), str(_ROOT), "/proc", "/sys"]
+
+
+def _own_caches() -> list[str]:
+    """Of compiled programs; `conftest.py` names them."""
+    return [str(folder) for folder in (jax.config.jax_compilation_cache_dir, os.environ["JAXLLM_CACHE_DIR"]) if folder]
+
 
 _allowed: Path | None = None
 _trespasses: list[str] = []
@@ -40,8 +46,8 @@ def _watch(event: str, arguments: tuple) -> None:
     elif (event == "open" and isinstance(arguments[0], (str, bytes))) or event in CHANGES:
         path = os.path.realpath(os.fsdecode(arguments[0]))
         writes = event != "open" or bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-        libraries = () if writes and not path.startswith("/dev/null") else _LIBRARIES
-        if not any(path == root or path.startswith(f"{root}{os.sep}") for root in (str(_allowed), *libraries)):
+        roots = [str(_allowed), "/dev/null", *_own_caches()] + ([] if writes else _LIBRARIES)
+        if not any(path == root or path.startswith(f"{root}{os.sep}") for root in roots):
             _trespasses.append(f"{event} {path}")
 
 
