@@ -33,6 +33,7 @@ from convert.mapping import entries, leaf, torch_shape
 from convert.tensor_files import TensorFiles
 from convert.to_flax import import_run, read_weights
 from convert.to_torch import write_model
+from convert.training import export_training, import_training
 from jaxllm import generate as generation
 from jaxllm.checkpoint import Checkpoints, Weights, load_weights, read_model_config, write_run
 from jaxllm.config import ModelConfig, TrainConfig, read_json, write_json
@@ -611,6 +612,18 @@ def test_parquet(many, tmp_path):
     fuzz(many, 60, 2000, st.sampled_from(contents).flatmap(damaged), check)
 
 
+def test_parquet_with_bytes_that_are_no_text(tmp_path):
+    """Parquet calls a column a string; nothing in it says that its bytes are UTF-8."""
+    bad = pyarrow.StringArray.from_buffers(1, pyarrow.py_buffer(np.int32([0, 4])), pyarrow.py_buffer(b"ab\xffc"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": bad}), tmp_path / "a.parquet")
+    refused(tmp_path, lambda: read_pieces(tmp_path / "a.parquet"), "a.parquet")
+
+
+def test_names_of_fields_do_not_break_a_message(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({f"a\nb{i}": [1] for i in range(1000)}), tmp_path / "a.parquet")
+    refused(tmp_path, lambda: read_pieces(tmp_path / "a.parquet"), "--text-field")
+
+
 def read_pieces(file: Path) -> list[Piece]:
     return list(FileSource(local_files(file), 0, "text").pieces())
 
@@ -673,6 +686,39 @@ def test_states_of_pytorch_runs(many, tmp_path):
         assert isinstance(found, UserError) or (type(found.step) is int and 0 <= found.step < 2**31)
 
     fuzz(many, 40, 1000, json_files({"global_step": 2, "train_batch_size": 4, "log_history": [{"loss": 1.5}]}), check)
+
+
+@pytest.mark.parametrize(
+    "kind", ["code", "memory", "sparse", "no number", "two counts", "short", "empty", "other rows"]
+)
+def test_what_a_pytorch_run_learned(kind, run, tmp_path, monkeypatch):
+    """`optimizer.pt` and the data position of a run that is handed over."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / "source"
+    export_training(run, source)
+    file = source / "checkpoint-20" / "optimizer.pt"
+    saved = torch.load(file, weights_only=True)
+    first = saved["state"][0]
+    if kind in ("code", "memory"):
+        payload = Payload(os.system, "touch exploded") if kind == "code" else Payload(bytearray, 2 * 10**9)
+        torch_archive(file, pickle.dumps({"state": payload}, 2))
+    elif kind == "other rows":
+        position = Position({"pass": 0}, 0, np.zeros(3, np.int32), np.zeros((2, 7), np.int32))
+        save_position(file.parent / "data_position.safetensors", position)
+    else:
+        saved["state"][0] = {
+            "sparse": first | {"exp_avg": first["exp_avg"].to_sparse()},
+            "no number": first | {"step": torch.tensor(float("nan"))},
+            "two counts": first | {"step": torch.tensor([20, 20])},
+            "short": first | {"exp_avg": first["exp_avg"][:1]},
+            "empty": {},
+        }[kind]
+        torch.save(saved, file)
+    with in_memory():
+        refused(tmp_path, lambda: import_training(source, tmp_path / "back"))
+    assert not (tmp_path / "exploded").exists()
+    assert not (tmp_path / "back").exists()
 
 
 # runs
