@@ -619,6 +619,17 @@ def test_parquet_with_bytes_that_are_no_text(tmp_path):
     refused(tmp_path, lambda: read_pieces(tmp_path / "a.parquet"), "a.parquet")
 
 
+@pytest.mark.slow
+def test_parquet_is_not_blown_up(tmp_path):
+    """A long text that a column repeats lies in the file once."""
+    repeated = pyarrow.DictionaryArray.from_arrays(np.zeros(400, np.int32), ["a" * 2**21])
+    pyarrow.parquet.write_table(pyarrow.table({"text": repeated}), tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 2**18
+    with in_memory():
+        first = outcome(tmp_path, lambda: next(FileSource(local_files(tmp_path / "a.parquet"), 0, "text").pieces()))
+    assert isinstance(first, UserError | Piece)
+
+
 def test_names_of_fields_do_not_break_a_message(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({f"a\nb{i}": [1] for i in range(1000)}), tmp_path / "a.parquet")
     refused(tmp_path, lambda: read_pieces(tmp_path / "a.parquet"), "--text-field")
