@@ -13,8 +13,11 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jaxllm.config import read_json, write_json
+from convert.pickled import check_pickled
+from jaxllm.config import MAX_JSON_BYTES, read_json, unique_keys, write_json
+from jaxllm.data.corpus import one_line
 from jaxllm.errors import UserError
+from jaxllm.shown import listed, shown
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -89,6 +92,8 @@ class TensorFiles:
     Attributes:
         shapes: each name with its shape.
         duplicates: names that more than one file holds.
+        misplaced: names that the index puts into a file that does not hold them.
+        size: bytes of all files.
     """
 
     def __init__(self, path: Path):
@@ -100,19 +105,33 @@ class TensorFiles:
         self._readers: dict[str, object] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.duplicates: list[str] = []
+        self.misplaced: list[str] = []
+        self.size = 0
+        self._path = path
         try:
-            for file in _weight_files(path):
+            for file, expected in _weight_files(path).items():
+                held = set()
                 for tensor in self._open(file):
                     if tensor.name in self.shapes:
                         self.duplicates.append(tensor.name)
                     self.shapes[tensor.name] = tensor.shape
                     self._readers[tensor.name] = tensor.read
+                    held.add(tensor.name)
+                self.misplaced += sorted(expected - held)
+                self.size += file.stat().st_size
         except BaseException:
             self._stack.close()
             raise
 
     def read(self, name: str) -> np.ndarray:
-        return self._readers[name]()
+        """
+        Raises:
+            UserError: the tensor is of a kind that NumPy does not have, or its bytes are not there.
+        """
+        try:
+            return self._readers[name]()
+        except Exception as error:  # safetensors, PyTorch and NumPy raise kinds of their own
+            raise UserError(f"{self._path}: {listed([name])} cannot be read ({one_line(error)})") from None
 
     def __enter__(self) -> TensorFiles:
         return self
@@ -126,10 +145,13 @@ class TensorFiles:
         return self._open_torch(file)
 
     def _open_safetensors(self, file: Path) -> Iterator[Tensor]:
+        _check_header(file)
         try:
             opened = self._stack.enter_context(safe_open(file, "numpy"))
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is no complete safetensors file ({error}): copy or export it again") from None
+            raise UserError(
+                f"{file} is no complete safetensors file ({one_line(error)}): copy or export it again"
+            ) from None
         for name in opened.keys():  # noqa: SIM118, it is no dict
             yield Tensor(name, tuple(opened.get_slice(name).get_shape()), lambda name=name: opened.get_tensor(name))
 
@@ -140,11 +162,11 @@ class TensorFiles:
             raise UserError(
                 f"{file} is a PyTorch file: reading it needs PyTorch: pip install 'jaxllm[torch]'"
             ) from None
+        check_pickled(file)
         try:
             state = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
         except Exception as error:  # the unpickler raises whatever the bytes make it raise
-            reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-            raise UserError(f"{file} is no file of PyTorch tensors that is safe to read ({reason})") from None
+            raise UserError(f"{file} is no file of PyTorch tensors that is safe to read ({one_line(error)})") from None
         if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
             state = state["state_dict"]
         if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
@@ -156,28 +178,54 @@ class TensorFiles:
 def _torch_to_numpy(value) -> np.ndarray:
     import torch
 
+    value = value.detach()  # a trained parameter, where the dict is no state_dict() proper
     if value.dtype == torch.bfloat16:
         return value.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return value.numpy()
 
 
-def _weight_files(path: Path) -> list[Path]:
+def _check_header(file: Path) -> None:
+    """What the `safetensors` package lets pass: a header of any size, and a tensor that has two places in it."""
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if length > MAX_JSON_BYTES:
+                raise _incomplete(file, f"its header claims {length} bytes")
+            json.loads(opened.read(length), object_pairs_hook=unique_keys)
+    except (OSError, ValueError, RecursionError) as error:
+        raise _incomplete(file, one_line(error)) from None
+
+
+def _incomplete(file: Path, reason: str) -> UserError:
+    return UserError(f"{file} is no complete safetensors file ({reason}): copy or export it again")
+
+
+def _weight_files(path: Path) -> dict[Path, set[str]]:
+    """The files, each with the tensors that an index puts there. A file may be a symlink, as in the Hub's cache."""
     if path.is_file():
         if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
             raise UserError(f"{path}: the ending must be one of .safetensors, .bin, .pt, .pth")
-        return [path]
+        return {path: set()}
     if not path.is_dir():
         raise UserError(f"{path}: there is no such file or folder")
     if (path / INDEX_NAME).is_file():
-        weight_map = read_json(path / INDEX_NAME).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{path / INDEX_NAME} has no weight_map")
-        names = sorted(set(map(str, weight_map.values())))
-        for name in names:
-            if Path(name).name != name or not (path / name).is_file():
-                raise UserError(f"{path / INDEX_NAME} names the file {name!r}, which the folder does not hold")
-        return [path / name for name in names]
+        return _indexed_files(path)
     for name in (WEIGHTS_NAME, "pytorch_model.bin"):
         if (path / name).is_file():
-            return [path / name]
+            return {path / name: set()}
     raise UserError(f"{path} holds no {WEIGHTS_NAME}, {INDEX_NAME} or pytorch_model.bin")
+
+
+def _indexed_files(path: Path) -> dict[Path, set[str]]:
+    weight_map = read_json(path / INDEX_NAME).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path / INDEX_NAME} has no weight_map")
+    held = {file.name for file in path.iterdir() if file.is_file()}  # so that no name leads elsewhere
+    files: dict[Path, set[str]] = {}
+    for tensor, name in sorted(weight_map.items()):
+        if not isinstance(name, str) or name not in held:
+            raise UserError(f"{path / INDEX_NAME} names the file {shown(name)}, which the folder does not hold")
+        if not name.endswith(".safetensors"):
+            raise UserError(f"{path / INDEX_NAME} names the file {shown(name)}: the ending must be .safetensors")
+        files.setdefault(path / name, set()).add(tensor)
+    return files

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from pathlib import Path
 
 import jax
@@ -16,12 +18,20 @@ from jaxllm.checkpoint import Weights, read_model_config, write_run
 from jaxllm.config import ModelConfig
 from jaxllm.errors import UserError
 from jaxllm.model.decoder import CustomLLM
+from jaxllm.shown import listed
 from jaxllm.step import abstract_model
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "chat_template.jinja",
 )  # fmt: skip
+
+
+MOST_MISSING = 10_000
+"""Tensors by which a model may exceed a file and still have the missing ones named."""
+
+ELEMENTS_PER_BYTE = 2
+"""Of the narrowest dtype, four bits."""
 
 
 def import_run(source: Path, run: Path, config: ModelConfig | None = None) -> None:
@@ -62,17 +72,29 @@ def import_model(folder: Path, *, dtype: jnp.dtype = jnp.float32, remat: bool = 
 def read_weights(source: Path, config: ModelConfig) -> Weights:
     """Read PyTorch weights into float32 Flax arrays, one tensor at a time.
 
-    Every key is used exactly once. A missing routing bias is zero: the source's own files have none.
+    Every key is used exactly once. A missing routing bias is zero: the source's own files have none. No memory is taken
+    before the files are known to hold as much as the config says.
 
     Raises:
-        UserError: keys are unknown, missing, duplicate or misshaped; all of them are named.
+        UserError: keys are unknown, missing, duplicate, misplaced or misshaped, of each of which the first are named.
     """
-    _, params, routing_bias = abstract_model(config)
-    trees = {PARAMS: params, ROUTING_BIAS: routing_bias}
     with TensorFiles(source) as files:
-        table = {entry.torch_name: entry for entry in entries(config)}
+        most = len(files.shapes) + MOST_MISSING
+        table = {entry.torch_name: entry for entry in itertools.islice(entries(config), most + 1)}
+        if len(table) > most:
+            raise UserError(
+                f"{source} holds {len(files.shapes)} tensors, and a model of its config has {MOST_MISSING} more or "
+                "beyond: pass the config that belongs to them"
+            )
+        _, params, routing_bias = abstract_model(config)
+        trees = {PARAMS: params, ROUTING_BIAS: routing_bias}
         wanted = {name: torch_shape(entry, leaf(trees[entry.tree], entry.path).shape) for name, entry in table.items()}
         _check_keys(source, files, wanted, optional={n for n, e in table.items() if e.tree == ROUTING_BIAS})
+        elements = sum(math.prod(shape) for shape in files.shapes.values())
+        if elements > ELEMENTS_PER_BYTE * files.size:  # a PyTorch file can show a few bytes as many tensors
+            raise UserError(
+                f"{source} has {files.size} bytes, which do not hold its {elements} values: export it again"
+            )
         arrays = jax.tree.map(lambda shape: np.zeros(shape.shape, np.float32), trees)
         for name in files.shapes:
             entry = table[name]
@@ -89,12 +111,13 @@ def _check_keys(source: Path, files: TensorFiles, wanted: dict[str, tuple[int, .
         "unknown": sorted(found.keys() - wanted.keys()),
         "missing": sorted(wanted.keys() - found.keys() - optional),
         "duplicate": sorted(set(files.duplicates)),
+        "not in the file that the index names": sorted(set(files.misplaced)),
         "misshaped": [
             f"{name} {list(found[name])} instead of {list(shape)}"
             for name, shape in wanted.items()
             if name in found and found[name] != shape
         ],
     }
-    lines = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
+    lines = [f"{kind}: {listed(names)}" for kind, names in problems.items() if names]
     if lines:
         raise UserError(f"{source} does not fit the model config; " + "; ".join(lines))

@@ -52,6 +52,8 @@ def check_new(out: Path) -> None:
     Raises:
         UserError: `out` is a file, a folder that is not empty, or no place for a folder.
     """
+    if out.is_symlink() and not out.exists():
+        raise UserError(f"{out} is a symlink to nothing: pass a new folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty: pass a new folder")
     parent = next(folder for folder in out.absolute().parents if folder.exists())

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.mapping import PARAMS, entries, leaf
+from convert.pickled import check_pickled
 from convert.to_flax import TOKENIZER_FILES, read_weights
 from convert.to_torch import check_new, write_model
 from jaxllm.atomic import write_text_atomically
@@ -78,7 +79,7 @@ def import_training(source: Path, run: Path) -> None:
         UserError: `source` has no complete checkpoint, or `run` holds something already.
     """
     hand_over = _pytorch()
-    from torch_ref.checkpoint import last_checkpoint
+    from torch_ref.checkpoint import OPTIMIZER_FILE, last_checkpoint, reading
 
     check_new(run)
     checkpoint = last_checkpoint(source)
@@ -88,7 +89,9 @@ def import_training(source: Path, run: Path) -> None:
     config = dataclasses.replace(read_config(source), run_dir=run)
     model = config.model
     weights = read_weights(checkpoint.folder, model)
-    step, moments = hand_over.read_training(checkpoint.folder, config)
+    check_pickled(checkpoint.folder / OPTIMIZER_FILE)
+    with reading(checkpoint.folder):
+        step, moments = hand_over.read_training(checkpoint.folder, config)
     shapes = abstract_model(model)[1]
     mu, nu = (jax.tree.map(lambda shape: np.zeros(shape.shape, np.float32), shapes) for _ in range(2))
     for entry in entries(model):
@@ -97,7 +100,8 @@ def import_training(source: Path, run: Path) -> None:
             entry.write(leaf(nu, entry.path), moments[entry.torch_name].nu)
     reached = AdamMoments(jnp.asarray(step, jnp.int32), mu, nu)
     journal = Journal([record for record in read_metrics(source) if record["step"] <= step])
-    training = _training(config, reached, load_position(checkpoint.folder / POSITION_FILE), journal)
+    position = load_position(checkpoint.folder / POSITION_FILE, config.seq_len, model.vocab_size)
+    training = _training(config, reached, position, journal)
     files = [source / "tokenizer" / name for name in TOKENIZER_FILES]
     write_run(run, model, weights, [file for file in files if file.is_file()], (config, training))
     write_text_atomically(run / METRICS_FILE, "".join(map(json_line, journal.records)))

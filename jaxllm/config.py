@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -13,7 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxllm.atomic import write_text_atomically
+from jaxllm.bounded import read_bounded
 from jaxllm.errors import UserError
+from jaxllm.shown import listed, shown
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -22,6 +26,17 @@ AXES = ("data", "fsdp", "expert")
 
 # The fields of ModelConfig that name tokens; a model that came without its tokenizer has none of them.
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+MAX_JSON_BYTES = 8 * 2**20
+"""Of a config file, or of an index of weights: far more than the largest models need."""
+
+# What no model or run exceeds. A config may come from anywhere: nothing may loop or allocate as far as it says.
+LARGEST = {
+    "vocab_size": 2**24, "hidden_size": 2**20, "moe_intermediate_size": 2**20, "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**16, "n_routed_experts": 2**14, "n_shared_experts": 2**14, "batch_size": 2**20,
+    "data_streams": 2**16, "seed": 2**63 - 1,
+}  # fmt: skip
+LARGEST_INT = 2**31 - 1
 
 
 def _matches(value: Any, annotation: Any) -> bool:
@@ -33,7 +48,9 @@ def _matches(value: Any, annotation: Any) -> bool:
     if typing.get_origin(annotation) is tuple:
         return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return (
+            isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        )  # not NaN
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, annotation)
@@ -45,7 +62,12 @@ def _check_types(config: Any) -> None:
         if not _matches(value, annotation):
             wanted = " or ".join(str(option) for option in typing.get_args(annotation))
             wanted = wanted or getattr(annotation, "__name__", str(annotation))
-            raise UserError(f"{name} is {value!r}: it must be {wanted}")
+            raise UserError(f"{name} is {shown(value)}: it must be {wanted}")
+        if annotation is float:
+            object.__setattr__(config, name, float(value))  # JAX refuses an int beyond 32 bits
+        largest = LARGEST.get(name, LARGEST_INT)
+        if int in (annotation, *typing.get_args(annotation)) and value is not None and value > largest:
+            raise UserError(f"{name} is {shown(value)}: it must be at most {largest}")
 
 
 def _divisors(n: int) -> str:
@@ -56,7 +78,7 @@ def _check_at_least(config: Any, minimum: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value < minimum:
-            raise UserError(f"{name} is {value}: it must be at least {minimum}")
+            raise UserError(f"{name} is {shown(value)}: it must be at least {minimum}")
 
 
 @dataclass(frozen=True)
@@ -122,7 +144,7 @@ class ModelConfig:
         for name in SPECIAL_TOKENS:
             value = getattr(self, name)
             if value is not None and not 0 <= value < self.vocab_size:
-                raise UserError(f"{name} is {value}: it must lie below vocab_size = {self.vocab_size}")
+                raise UserError(f"{name} is {shown(value)}: it must lie below vocab_size = {self.vocab_size}")
 
     @property
     def head_dim(self) -> int:
@@ -157,21 +179,32 @@ class ModelConfig:
         return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read a JSON object from a file of at most so many bytes.
 
     Raises:
-        UserError: the file cannot be read or holds something else.
+        UserError: the file cannot be read, is larger, or holds something else.
     """
+    content = read_bounded(path, most)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=unique_keys)
+        if re.search(rb"\\u[dD][89a-fA-F]", content):  # halves of surrogate pairs alone: no file name, no token
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON file. Of a key that comes twice, readers take the first or the last: nobody knows which."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {shown(twice)} comes twice in an object")
+    return values
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -369,9 +402,11 @@ class TrainConfig:
         if self.coordinator not in (None, "auto"):
             host, _, port = self.coordinator.rpartition(":")
             if not host or not port.isdecimal():
-                raise UserError(f"coordinator is {self.coordinator!r}: it must be HOST:PORT or auto")
+                raise UserError(f"coordinator is {shown(self.coordinator)}: it must be HOST:PORT or auto")
             if None in rest:
-                raise UserError(f"coordinator is {self.coordinator!r}: pass --num-processes and --process-id beside it")
+                raise UserError(
+                    f"coordinator is {shown(self.coordinator)}: pass --num-processes and --process-id beside it"
+                )
             if not 0 <= self.process_id < self.num_processes:
                 raise UserError(f"process_id is {self.process_id}: it must lie in 0 to num_processes - 1")
         if self.coordinator is None and rest != (None, None):
@@ -385,17 +420,17 @@ class TrainConfig:
     def _check_mesh(self) -> None:
         sizes = self.mesh_sizes
         if sizes and self.parallel == "pmap":
-            raise UserError(f"mesh is {self.mesh!r}: --parallel pmap has no mesh, leave out one of the two")
+            raise UserError(f"mesh is {shown(self.mesh)}: --parallel pmap has no mesh, leave out one of the two")
         devices = self.mesh_devices
         if self.batch_size % devices:
             raise UserError(
-                f"mesh is {self.mesh!r}: its {devices} devices must divide batch_size = {self.batch_size}, "
+                f"mesh is {shown(self.mesh)}: its {devices} devices must divide batch_size = {self.batch_size}, "
                 f"whose rows they share (sizes that do: {_divisors(self.batch_size)})"
             )
         common = math.gcd(self.model.hidden_size, self.model.num_attention_heads * self.model.rope_head_dim)
         if common % sizes.get("fsdp", 1):
             raise UserError(
-                f"mesh is {self.mesh!r}: fsdp must divide hidden_size = {self.model.hidden_size} and half of it, "
+                f"mesh is {shown(self.mesh)}: fsdp must divide hidden_size = {self.model.hidden_size} and half of it, "
                 f"along which weights are cut (sizes that do: {_divisors(common)})"
             )
 
@@ -409,9 +444,10 @@ class TrainConfig:
         sizes: dict[str, int] = {}
         for part in filter(None, self.mesh.split(",")):
             axis, _, size = part.partition("=")
-            if axis not in AXES or axis in sizes or not size.isdecimal() or int(size) < 1:
+            if axis not in AXES or axis in sizes or not re.fullmatch("[0-9]{1,9}", size) or int(size) < 1:
                 raise UserError(
-                    f"mesh is {self.mesh!r}: it must be AXIS=DEVICES,..., each axis of {', '.join(AXES)} at most once"
+                    f"mesh is {shown(self.mesh)}: it must be AXIS=DEVICES,..., each axis of {', '.join(AXES)} at most "
+                    "once"
                 )
             sizes[axis] = int(size)
         return sizes
@@ -446,10 +482,10 @@ class TrainConfig:
         """
         names = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(values.keys() - names):
-            raise UserError(f"the training config has {', '.join(unknown)}, which this version does not know")
+            raise UserError(f"the training config has {listed(unknown)}, which this version does not know")
         model, prompts, run_dir = (values.get(name) for name in ("model", "prompts", "run_dir"))
         if not isinstance(model, Mapping):
-            raise UserError(f"the training config's model is {model!r}: it must be an object")
+            raise UserError(f"the training config's model is {shown(model)}: it must be an object")
         converted: dict[str, Any] = {"model": ModelConfig.from_dict(model)}
         if isinstance(prompts, list):
             converted["prompts"] = tuple(prompts)
@@ -473,6 +509,7 @@ RESUMABLE_FIELDS = frozenset(
 def changed_fields(saved: Mapping[str, Any], now: TrainConfig) -> list[tuple[str, Any, Any]]:
     """The fields (model fields as `model.NAME`) in which a saved `TrainConfig.to_dict()` forbids a resume."""
     current = now.to_dict()
+    saved = {**saved, "model": saved["model"] if isinstance(saved.get("model"), Mapping) else {}}
 
     def flat(values: Mapping[str, Any]) -> dict[str, Any]:
         outer = {k: v for k, v in values.items() if k != "model" and k not in RESUMABLE_FIELDS}
@@ -489,7 +526,7 @@ def preset(name: str) -> ModelConfig:
         UserError: there is no such preset.
     """
     if name not in PRESETS:
-        raise UserError(f"preset is {name!r}: choose one of {', '.join(PRESETS)}")
+        raise UserError(f"preset is {shown(name)}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
 

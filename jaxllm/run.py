@@ -25,6 +25,7 @@ from jaxllm.data.tokenizer import align, encode_prompt, load_tokenizer, train_or
 from jaxllm.errors import UserError
 from jaxllm.lock import LOCK_FILE, FolderLock
 from jaxllm.metrics import draw_losses, unigram_loss
+from jaxllm.shown import listed, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,7 +77,7 @@ def check_folder(config: TrainConfig, framework: Framework) -> bool:
     # Not `checkpoint-*`: any project's Trainer writes such folders, beside any project's config.json.
     made_by_converter = (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
     ours = (folder / "train_config.json").is_file() or made_by_converter
-    if not ours and any(path.name != LOCK_FILE for path in folder.iterdir()):
+    if not ours and not all(path.name.startswith((LOCK_FILE, ".train_config.json.")) for path in folder.iterdir()):
         raise UserError(f"run_dir is {str(folder)!r}: the folder holds something else; pass another --run-dir")
     if not ours or config.overwrite:
         return False
@@ -105,7 +106,7 @@ def check_resumable(config: TrainConfig) -> None:
     if changed := changed_fields(saved, config):
         name, before, now = changed[0]
         raise UserError(
-            f"{name} is {now!r}, but the run in {config.folder} has {before!r}: "
+            f"{listed([name])} is {now!r}, but the run in {config.folder} has {shown(before)}: "
             "pass the old value, --overwrite to start anew, or another --run-dir"
         )
 

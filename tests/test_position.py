@@ -17,7 +17,7 @@ def test_a_position_survives_its_file(left_over, tmp_path):
     pool = np.arange(12, dtype=np.int32).reshape(3, 4)
     position = Position(source, 2**40, np.arange(left_over, dtype=np.int32), pool)
     save_position(tmp_path / "position", position)
-    back = load_position(tmp_path / "position")
+    back = load_position(tmp_path / "position", seq_len=4, vocab_size=12)
     assert (back.source, back.drawn) == (position.source, position.drawn)
     for one, other in ((back.tokens, position.tokens), (back.pool, position.pool)):
         assert one.dtype == np.int32
@@ -38,12 +38,12 @@ def test_a_file_that_is_no_position_is_named(metadata, tensors, tmp_path):
     arrays = {"tokens": np.zeros(2, np.int32), "pool": np.zeros((2, 2), np.int32)}
     save_file({name: arrays[name] for name in tensors}, tmp_path / "position", metadata)
     with pytest.raises(UserError, match="position"):
-        load_position(tmp_path / "position")
+        load_position(tmp_path / "position", seq_len=2, vocab_size=1)
 
 
 def test_a_missing_or_cut_file_is_named(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
-        load_position(tmp_path / "position")
+        load_position(tmp_path / "position", seq_len=2, vocab_size=1)
     (tmp_path / "position").write_bytes(b"\x00" * 4)
     with pytest.raises(UserError, match="cannot be read"):
-        load_position(tmp_path / "position")
+        load_position(tmp_path / "position", seq_len=2, vocab_size=1)

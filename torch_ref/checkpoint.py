@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxllm.config import read_json
+from jaxllm.config import LARGEST_INT, read_json
 from jaxllm.data.corpus import one_line
 from jaxllm.data.position import POSITION_FILE
 from jaxllm.errors import UserError
@@ -24,6 +24,10 @@ OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE = "optimizer.pt", "scheduler.pt", "tr
 
 # Without one of these the numbers of a resumed run would be others; the random state is missing after a conversion.
 NEEDED = ("config.json", OPTIMIZER_FILE, SCHEDULER_FILE, POSITION_FILE)
+
+
+MAX_STATE_BYTES = 64 * 2**20
+"""Of `trainer_state.json`: it grows with each line of a Trainer's log."""
 
 
 class Checkpoint(NamedTuple):
@@ -43,7 +47,7 @@ def last_checkpoint(run: Path) -> Checkpoint | None:
         return None
     step, folder, state = max(complete, key=lambda found: found[0])
     missing = [name for name in NEEDED if not (folder / name).is_file()]
-    missing += [] if isinstance(state.get("train_batch_size"), int) else ["train_batch_size in trainer_state.json"]
+    missing += [] if _is_count(state.get("train_batch_size")) else ["train_batch_size in trainer_state.json"]
     if missing:
         raise UserError(
             f"the checkpoint {folder} lacks {', '.join(missing)}: delete that folder to use the one before it"
@@ -54,10 +58,14 @@ def last_checkpoint(run: Path) -> Checkpoint | None:
 def trainer_state(folder: Path) -> dict[str, Any] | None:
     """A checkpoint's `trainer_state.json`; None where it is not there, not whole, or does not count the steps."""
     try:
-        state = read_json(folder / STATE_FILE)
+        state = read_json(folder / STATE_FILE, MAX_STATE_BYTES)
     except UserError:
         return None
-    return state if isinstance(state.get("global_step"), int) else None
+    return state if _is_count(state.get("global_step")) else None
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_INT
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def train(
     first_step = 0
     if checkpoint is not None:
         first_step = checkpoint.step
-        stream.seek(load_position(checkpoint.folder / POSITION_FILE))
+        stream.seek(load_position(checkpoint.folder / POSITION_FILE, config.seq_len, config.model.vocab_size))
         print(f"Resuming from step {first_step} of {config.folder}")
     device = choose_device(config)
     announce(config, sum(p.numel() for p in model.parameters()), str(model), str(device))

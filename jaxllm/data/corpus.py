@@ -22,6 +22,7 @@ from jaxllm.data.patience import Patience, passing_cause, watch_the_client
 from jaxllm.data.reading import SUFFIXES, read_parts, text_in
 from jaxllm.data.wording import one_line
 from jaxllm.errors import UserError
+from jaxllm.shown import listed
 
 HOLD_OUT = 20
 """One piece in twenty is held out for evaluation."""
@@ -216,7 +217,7 @@ class HubSource:
         self._patience.row_came()
         names = self._opened.column_names
         if names is not None and text_field not in names:
-            raise UserError(f"data: {name!r} has no field {text_field!r}: pass --text-field, one of {', '.join(names)}")
+            raise UserError(f"data: {name!r} has no field {text_field!r}: pass --text-field, one of {listed(names)}")
 
     @property
     def position(self) -> dict[str, Any]:

@@ -10,9 +10,10 @@ import json
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from jaxllm.bounded import check_file
 from jaxllm.data.corpus import one_line
 from jaxllm.data.stream import Position
 from jaxllm.errors import UserError
@@ -30,13 +31,14 @@ def save_position(file: Path, position: Position) -> None:
     save_file(tensors, file, metadata={"source": json.dumps(position.source), "drawn": str(position.drawn)})
 
 
-def load_position(file: Path) -> Position:
-    """Read a position that `save_position` wrote.
+def load_position(file: Path, seq_len: int, vocab_size: int) -> Position:
+    """Read a position that `save_position` wrote, for rows of so many tokens below `vocab_size`.
 
     Raises:
-        UserError: the file cannot be read or holds something else.
+        UserError: the file cannot be read, or holds something else.
     """
     try:
+        check_file(file)
         with safe_open(str(file), framework="numpy") as opened:
             metadata = opened.metadata() or {}
             position = Position(
@@ -45,9 +47,14 @@ def load_position(file: Path) -> Position:
                 tokens=opened.get_tensor("tokens"),
                 pool=opened.get_tensor("pool"),
             )
-    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
+    except Exception as error:  # safetensors, json and NumPy raise kinds of their own
         raise UserError(f"the data position {file} cannot be read ({one_line(error)})") from None
-    fits = isinstance(position.source, dict) and position.drawn >= 0
+    fits = isinstance(position.source, dict) and 0 <= position.drawn < 2**63
     if not fits or (position.tokens.ndim, position.pool.ndim) != (1, 2):
         raise UserError(f"{file} is no data position: its source, drawn, tokens or pool is of another kind")
+    if position.pool.shape[1] != seq_len:
+        raise UserError(f"{file} has rows of {position.pool.shape[1]} tokens, and the run has seq_len = {seq_len}")
+    for name, tokens in (("tokens", position.tokens), ("pool", position.pool)):
+        if tokens.dtype != np.int32 or (tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size):
+            raise UserError(f"{file}: {name} must be int32 from 0 to below vocab_size = {vocab_size}")
     return position

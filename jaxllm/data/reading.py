@@ -15,6 +15,7 @@ from typing import BinaryIO, NamedTuple
 
 from jaxllm.data.wording import one_line, valid_unicode
 from jaxllm.errors import UserError
+from jaxllm.shown import listed
 
 SUFFIXES = {".txt": "text", ".md": "text", ".py": "text", ".text": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 
@@ -187,7 +188,7 @@ def _parquet_rows(opened: BinaryIO, file: Path, size: int, place: int, field: st
         parquet = pyarrow.parquet.ParquetFile(opened)
         names = parquet.schema_arrow.names
         if field not in names:
-            raise UserError(f"data: {file} has no field {field!r}: pass --text-field, one of {', '.join(names)}")
+            raise UserError(f"data: {file} has no field {field!r}: pass --text-field, one of {listed(names)}")
         groups = range(parquet.metadata.num_row_groups)
         rows = [parquet.metadata.row_group(group).num_rows for group in groups]
         first = row = 0  # the row group with the place in it, and its first row
@@ -195,9 +196,13 @@ def _parquet_rows(opened: BinaryIO, file: Path, size: int, place: int, field: st
             row += rows[first]
             first += 1
         for batch in parquet.iter_batches(BATCH_ROWS, row_groups=groups[first:], columns=[field]):
-            for value in batch.column(0).to_pylist():
+            for value in batch.column(0):  # one by one: a dictionary's long text may stand in every row
                 row += 1
                 if row > place:
-                    yield Part(text_in(value), True, row, size * row // parquet.metadata.num_rows)
+                    yield Part(text_in(value.as_py()), True, row, size * row // parquet.metadata.num_rows)
+    except UnicodeDecodeError:
+        raise UserError(
+            f"data: the field {field!r} of {file} holds bytes that are not UTF-8: write the file again, or leave it out"
+        ) from None
     except pyarrow.ArrowException as error:
         raise UserError(f"data: {file} is no parquet file: {one_line(error)}") from None

@@ -6,15 +6,17 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxllm.atomic import write_text_atomically
 from jaxllm.cache import cache_folder
 from jaxllm.config import PRESETS, TOKENIZER_SIZED_PRESETS, TrainConfig
 from jaxllm.data.corpus import Source, hub_reachable, one_line
+from jaxllm.data.tokenizer_files import check_tokenizer_files, panics_as_errors
 from jaxllm.errors import UserError
+from jaxllm.shown import shown
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -25,6 +27,9 @@ END_OF_TEXT = "<|endoftext|>"
 TRAINING_CHARS = 20_000_000
 """As much text as a tokenizer is trained on: beyond it merges change little, and memory grows."""
 
+
+TRIAL = "def f(x):\n    return 'Hello, wörld 😀' + str(0)\t\n"
+"""A text that each tokenizer takes; what does not take it is broken."""
 
 CACHE_FORMAT = 1
 """To be raised when `train_tokenizer` makes something else of the same text."""
@@ -45,19 +50,34 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if path.exists():
         if not (path / "tokenizer.json").is_file():
             raise UserError(f"tokenizer is {name!r}: the folder holds no tokenizer.json")
+        check_tokenizer_files(path)
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"tokenizer is {name!r}: there is no such folder, and it is no Hub name (OWNER/NAME)")
     cached_only = not path.exists() and not hub_reachable()
     try:
-        if path.exists():  # not by AutoTokenizer: it would offer to run the code of an exported folder
-            return PreTrainedTokenizerFast.from_pretrained(str(path))
-        from transformers import AutoTokenizer  # here: where PyTorch is installed, its import takes seconds
+        with panics_as_errors():
+            if path.exists():  # not by AutoTokenizer: it would offer to run the code of an exported folder
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path))
+            else:
+                from transformers import AutoTokenizer  # here: where PyTorch is installed, its import takes seconds
 
-        return AutoTokenizer.from_pretrained(name, local_files_only=cached_only, trust_remote_code=False)
+                tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=cached_only, trust_remote_code=False)
+            _try_out(tokenizer)
+            return tokenizer
     except Exception as error:  # transformers, tokenizers and the Hub's client raise kinds of their own
         mend = "check its files" if path.exists() else "check the name and the network, or pass --tokenizer FOLDER"
         reason = "the Hugging Face Hub could not be reached" if cached_only else one_line(error)
         raise UserError(f"tokenizer is {name!r}: it could not be loaded ({reason}): {mend}") from None
+
+
+def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A tokenizer that loads may still be none: better said here than in the middle of the data."""
+    ids = tokenizer(TRIAL, add_special_tokens=False)["input_ids"]
+    if not isinstance(tokenizer.decode(ids), str) or len(tokenizer) < 1:
+        raise ValueError("it makes no text of tokens")
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    if not all(isinstance(token, int) for token in (*ids, *special) if token is not None):
+        raise ValueError("its tokens are no numbers")
 
 
 def train_tokenizer(source: Source, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -90,7 +110,7 @@ def train_or_recall_tokenizer(source: Source, vocab_size: int, data: str) -> Pre
     tokenizer = _train(texts, vocab_size)
     if file is not None:
         with contextlib.suppress(OSError):  # a full disk: the run has its tokenizer all the same
-            _write_whole(file, tokenizer.backend_tokenizer.to_str())
+            write_text_atomically(file, tokenizer.backend_tokenizer.to_str())
     return tokenizer
 
 
@@ -118,14 +138,6 @@ def _wrap(bpe: Tokenizer) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
     )
-
-
-def _write_whole(file: Path, text: str) -> None:
-    """Write a file that another process sees whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-        part = Path(scratch) / file.name
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, file)
 
 
 def _training_texts(source: Source) -> Iterator[str]:
@@ -167,5 +179,16 @@ def align(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainConfi
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of a prompt; an empty one is the token that separates documents."""
-    return tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+    """Token ids of a prompt; an empty one is the token that separates documents.
+
+    Raises:
+        UserError: the tokenizer takes no such text, or has no token for an empty one.
+    """
+    try:
+        with panics_as_errors():
+            ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+    except Exception as error:  # tokenizers raises Exception itself
+        raise UserError(f"prompt is {shown(prompt)}: the tokenizer does not take it ({one_line(error)})") from None
+    if None in ids:
+        raise UserError("prompt is empty, and the tokenizer has no end-of-sequence token to start from: pass a prompt")
+    return ids
