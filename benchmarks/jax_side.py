@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import resource
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,11 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.sizes import MixtureSizes, decode_model, train_config, train_labels
+from benchmarks.sizes import NARROW, MixtureSizes, decode_model, train_config, train_labels
 from benchmarks.worker import Contender
 from jaxllm import flops
-from jaxllm.config import ModelConfig, preset
+from jaxllm.checkpoint import Checkpoints
+from jaxllm.config import ModelConfig, TrainConfig, preset
+from jaxllm.data.stream import POOL_ROWS, Position
 from jaxllm.generate import generate, prefill
+from jaxllm.journal import Journal
 from jaxllm.model.decoder import CustomLLM
 from jaxllm.model.moe import combine, dispatch, plan_dispatch, route, stack_experts
 from jaxllm.step import abstract_model, count_parameters, init_state, model_graph, start_state, train_step
@@ -58,6 +64,49 @@ def train_steps(quick: bool, peak: bool = False) -> Prepared:
         sizes = (64,) if quick else PEAK_SIZES
         contenders |= {f"product {n}": matrix_product(n) for n in sizes}
     return contenders, sizes_of(config.model, count_parameters(held[0].params))
+
+
+def saving_steps(quick: bool) -> Prepared:
+    """Steps of the default run, with a checkpoint in the middle and without; and as many bytes written to a file."""
+    config = TrainConfig()
+    if quick:
+        model = dataclasses.replace(config.model, **NARROW)
+        config = dataclasses.replace(config, model=model, batch_size=2, seq_len=32)
+    steps = 4 if quick else 25
+    labels = np.random.default_rng(1).integers(
+        config.model.vocab_size, size=(1, config.batch_size, config.seq_len), dtype=np.int32
+    )
+    step = jax.jit(functools.partial(train_step, config, model_graph(config)), donate_argnums=0)
+    held = [step(init_state(config), labels)[0]]
+    folder = tempfile.TemporaryDirectory()  # the contenders hold it; it ends with the worker
+    checkpoints = Checkpoints(Path(folder.name), keep=1)
+    position = Position({"pass": 0}, 0, np.zeros(0, np.int32), np.zeros((POOL_ROWS, config.seq_len), np.int32))
+
+    def go(saves: bool) -> dict[str, float]:
+        blocked = 0.0
+        for number in range(steps):
+            held[0], metrics = step(held[0], labels)
+            metrics.loss.block_until_ready()
+            if saves and number == 0:
+                asked = time.perf_counter()
+                checkpoints.save(int(held[0].step), held[0], [position], Journal())
+                blocked = time.perf_counter() - asked
+        if saves:
+            checkpoints.wait()
+        return {"blocked": blocked}
+
+    def write() -> dict[str, float]:
+        content = os.urandom(size)
+        started = time.perf_counter()
+        with (Path(folder.name) / "bytes").open("wb") as file:
+            file.write(content)
+            os.fsync(file.fileno())
+        return {"seconds": time.perf_counter() - started}
+
+    go(saves=True)
+    size = sum(file.stat().st_size for file in Path(folder.name, "checkpoints").rglob("*") if file.is_file())
+    contenders = {"saved": lambda: go(True), "plain": lambda: go(False), "written": write}
+    return contenders, {"steps": steps, "bytes": size}
 
 
 def matrix_product(n: int) -> Contender:

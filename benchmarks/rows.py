@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from benchmarks import decoding, mixtures, starting, training
+from benchmarks import decoding, mixtures, saving, starting, training
 from benchmarks.finding import Finding
 
 
@@ -30,5 +30,6 @@ ROWS: dict[str, Row] = {
     "compile": Row("compile time, 24 layers", "2 layers", starting.compile_time),
     "memory": Row("customllm-1b's AdamW step, 4 x 256, remat", "16 bytes a parameter", starting.full_size_memory),
     "decode": Row("decoding, batch 1, latent cache", "torch_ref's cached decoding; full K and V", decoding.decode),
+    "checkpoint": Row("a checkpoint every 100 steps", "the same bytes to a file", saving.checkpoint_cost),
     "start-up": Row("python train.py", "-", starting.start_up),
 }

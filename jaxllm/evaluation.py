@@ -26,7 +26,7 @@ class Evaluator:
         self._evaluate = programs.evaluate
 
     def __call__(
-        self, state: TrainState, epoch: float, step: int, interrupted: Callable[[], bool]
+        self, state: TrainState, epoch: float, step: int, interrupted: Callable[[], bool] = lambda: False
     ) -> dict[str, float] | None:
         """The evaluation line; None where a signal interrupts it."""
         jax.block_until_ready(state)  # the clock starts behind the training

@@ -260,6 +260,7 @@ def test_the_folder_and_the_log_are_those_of_train_py(torch_run, run):
     assert not list(torch_run.rglob("training_args.bin"))
     columns = [[list(record) for record in read_metrics(folder)] for folder in (run, torch_run)]
     columns[0][-1].remove("compile_seconds")  # PyTorch runs eager: nothing is compiled
+    columns[0][-1].remove("nonfinite_steps")  # transformers' Trainer passes over none
     assert columns[0] == columns[1]
     epochs = [[(record["step"], record["epoch"]) for record in read_metrics(folder)] for folder in (run, torch_run)]
     assert epochs[0] == epochs[1]

@@ -17,7 +17,9 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("data", "mesh"), [("folder", ""), ("jsonl", "data=2,fsdp=2")])
+@pytest.mark.parametrize(
+    ("data", "mesh"), [pytest.param("folder", "", marks=pytest.mark.slow), ("jsonl", "data=2,fsdp=2")]
+)
 def test_n_steps_and_n_more_are_2n(data, mesh, narrow, corpus, tmp_path):
     arguments = [*narrow, *OPTIONS, "--mesh", mesh]
     if data == "jsonl":

@@ -314,3 +314,11 @@ def test_a_document_of_five_megabytes_becomes_rows_in_seconds(text, tmp_path, to
         stream.next_rows(8)
         stream.position()
     assert time.monotonic() - asked < 60
+
+
+def test_empty_files_among_the_standard_library_s_are_passed_over(tmp_path):
+    """Its packages have empty `__init__.py`."""
+    (tmp_path / "a.py").write_text("a = 1\n")
+    (tmp_path / "b.py").write_text("")
+    source = FileSource(stdlib_files(tmp_path), 0, "text")
+    assert [piece.text for piece in source.pieces()] == ["a = 1\n"]

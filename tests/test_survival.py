@@ -36,7 +36,9 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGINT, 130)]
+)
 def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(
     number, code, run, narrow, tmp_path, capsys, monkeypatch
 ):
@@ -79,6 +81,7 @@ def test_an_evaluation_that_a_signal_interrupts_is_made_up_for(run, narrow, tmp_
     assert fingerprint(folder) == fingerprint(run)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_the_process_at_once(narrow, run, tmp_path):
     """Also while the main thread waits in a place where Python handles no signals: here a save that hangs."""
     program = "import sys, threading, train; train.Checkpoints.save = lambda *_: threading.Lock().acquire() and "
@@ -113,7 +116,10 @@ def _until(true) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("limit", "said"), [(100_000, "checkpoints/20 cannot be written"), (1, "make room")])
+@pytest.mark.parametrize(
+    ("limit", "said"),
+    [(100_000, "checkpoints/20 cannot be written"), pytest.param(1, "make room", marks=pytest.mark.slow)],
+)
 def test_a_disk_that_fills_up_ends_the_run_with_a_line(limit, said, run, narrow, tmp_path, capsys, monkeypatch):
     """With room for small files the checkpoint fails, without it the log does; the checkpoint before stays good."""
     folder, take = tmp_path / "run", train.Watch.settle
@@ -198,6 +204,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_named_before_training(narrow, t
     assert "a checkpoint takes 0.0 GB and 0.0 GB are free" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_killed_three_times_it_ends_as_if_nothing_had_happened(tmp_path):
     """`python -m tests.chaos --kills 30` does it thirty times."""
     moments = chaos(Options(kills=3, steps=40, data="jsonl", seed=1), tmp_path)

@@ -182,7 +182,7 @@ class FileSource:
             else:
                 self._at["piece"] += 1
                 yield piece, part.text, part.ends_document
-        if self._at["piece"] == 0:
+        if self._at["piece"] == 0 and SUFFIXES[file.suffix] != "text":  # an empty text is one
             raise UserError(f"data: no row of {file} has a text in the field {self._text_field!r}: pass --text-field")
 
 
