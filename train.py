@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import contextlib
 import functools
+import math
 import signal
 import sys
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ from jaxllm.interrupt import stop_on_signals
 from jaxllm.journal import Journal
 from jaxllm.lock import FolderLock
 from jaxllm.meter import Meter
-from jaxllm.metrics import NoLog, RunLog, end_record, step_record
+from jaxllm.metrics import NoLog, RunLog, end_record, step_record, write_metrics
 from jaxllm.model.kernels import describe_kernels
 from jaxllm.model.summary import module_tree
 from jaxllm.parallel import (
@@ -54,6 +55,7 @@ from jaxllm.processes import (
     end_if_shared,
     is_first,
     join,
+    least,
     meet,
     only_first_speaks,
     prepare_together,
@@ -63,7 +65,7 @@ from jaxllm.replay import replay
 from jaxllm.run import announce, announce_finished, announce_speed, conclude, parse_args, write_samples
 from jaxllm.sharding import Layout
 from jaxllm.step import TrainState, model_graph
-from jaxllm.watch import Watch
+from jaxllm.watch import NotFiniteError, Watch
 
 
 def train(config: TrainConfig, layout: Layout, tokenizer, held_out: np.ndarray, saved: int | None) -> TrainState:
@@ -87,9 +89,11 @@ def train(config: TrainConfig, layout: Layout, tokenizer, held_out: np.ndarray, 
 
     if first_step >= config.steps:
         announce_finished(first_step)
+        if journal.records and is_first():
+            write_metrics(config.folder, journal.records)
         finish(config, held_out, journal, stream)
         return unplaced(config, layout, state)
-    check_room(config.folder, state)
+    check_room(config)
     # measured before anything else is busy
     peak_tflops = layout.devices * (config.peak_tflops or measured_peak_tflops(config.precision))
     position, progress = stream.position(), stream.progress()
@@ -105,17 +109,23 @@ def train(config: TrainConfig, layout: Layout, tokenizer, held_out: np.ndarray, 
     step = logged_step = saved_step = first_step
     stopped = False
 
+    def epoch() -> float:
+        """Passes over the data, by the slowest of all its streams; of the steps where the data has no known size."""
+        return step / config.steps if progress is None else least(progress)
+
     def evaluate_if_due() -> None:
         """Also what a signal has interrupted: then the last evaluation lies before this step."""
         due = step > 0 and (step % config.eval_every == 0 or step == config.steps)
-        if due and step not in (record["step"] for record in journal.records if "eval_loss" in record):
-            epoch = step / config.steps if progress is None else progress
-            if (record := evaluate(state, epoch, step, lambda: step < config.steps and stop_asked.at_once)) is not None:
-                log.write(record)
-                meter.exclude(record["eval_runtime"])
+        if not due or step in (record["step"] for record in journal.records if "eval_loss" in record):
+            return
+        record = evaluate(state, epoch(), step, lambda: step < config.steps and stop_asked.at_once)
+        if record is not None:
+            log.write(record)
+            meter.exclude(record["eval_runtime"])
 
     def save_once() -> None:
         nonlocal saved_step
+        watch.settle(behind=0)  # the journal that is saved knows this step
         if step > saved_step:
             checkpoints.save(step, unplaced(config, layout, state), all_positions(position), journal)
             saved_step = step
@@ -123,11 +133,11 @@ def train(config: TrainConfig, layout: Layout, tokenizer, held_out: np.ndarray, 
     try:
         with stop_on_signals() as stop_asked:
             evaluate_if_due()
+            stopped = stop_asked.at_once
             while step < config.steps and not stopped:
                 batch = batches.take(lambda: stop_asked.at_once)
                 if batch is None:  # a signal came while the data did not
                     stopped = True
-                    watch.settle(behind=0)
                     save_once()
                     break
                 labels = batch.rows.reshape(config.grad_accum, -1, config.seq_len)  # (A,B,T), of the rows B here
@@ -148,7 +158,7 @@ def train(config: TrainConfig, layout: Layout, tokenizer, held_out: np.ndarray, 
                             loss=journal.take_mean_loss(),
                             grad_norm=float(metrics.grad_norm),
                             learning_rate=float(metrics.learning_rate),
-                            epoch=step / config.steps if progress is None else progress,
+                            epoch=epoch(),
                             step=step,
                             expert_load=float(metrics.expert_load),
                             speed=meter.lap(step - logged_step),
@@ -166,7 +176,7 @@ def train(config: TrainConfig, layout: Layout, tokenizer, held_out: np.ndarray, 
                             seconds=seconds,
                             steps_done=step - first_step,
                             loss=journal.mean_loss(),
-                            epoch=1.0 if progress is None else progress,
+                            epoch=epoch(),
                             nonfinite_steps=journal.nonfinite_steps,
                             speed=speed,
                             memory=peak_memory(),
@@ -178,6 +188,8 @@ def train(config: TrainConfig, layout: Layout, tokenizer, held_out: np.ndarray, 
                     save_once()
             checkpoints.wait()
     except BaseException as error:
+        if isinstance(error, NotFiniteError):  # which all processes meet at the same step
+            checkpoints.close()
         end_if_shared(error)
         with contextlib.suppress(OSError):  # the error that led here comes first
             log.close()
@@ -188,7 +200,8 @@ def train(config: TrainConfig, layout: Layout, tokenizer, held_out: np.ndarray, 
         log.close()
     if stopped and step < config.steps:
         raise Stopped(
-            f"stopped behind step {step} of {config.steps}, and saved: the same command goes on from there",
+            f"stopped behind step {step} of {config.steps}, and saved: the same command "
+            f"{'without --overwrite ' if config.overwrite else ''}goes on from there",
             code=128 + (stop_asked.signal or signal.SIGTERM),
         )
     finish(config, held_out, journal, stream)
@@ -199,8 +212,8 @@ def finish(config: TrainConfig, held_out: np.ndarray, journal: Journal, stream: 
     """What a finished run says of its result, and its picture."""
     skipped_rows = total(stream.skipped_rows)
     if is_first() and journal.records:
-        evaluations = journal.evaluations()
-        conclude(config, held_out, evaluations.get(max(evaluations, default=0)), skipped_rows)
+        last = next((r["eval_loss"] for r in reversed(journal.records) if "eval_loss" in r), None)
+        conclude(config, held_out, math.nan if last is None else last, skipped_rows)
 
 
 @exit_on_user_error

@@ -20,14 +20,13 @@ from convert.mapping import PARAMS, entries, leaf
 from convert.pickled import check_pickled
 from convert.to_flax import TOKENIZER_FILES, read_weights
 from convert.to_torch import check_new, write_model
-from jaxllm.atomic import write_text_atomically
 from jaxllm.checkpoint import Training, newest_checkpoint, read_model_config, write_run
 from jaxllm.config import TrainConfig, read_json, write_json
 from jaxllm.data.position import POSITION_FILE, load_position, save_position
 from jaxllm.data.stream import Position
 from jaxllm.errors import UserError
 from jaxllm.journal import Journal
-from jaxllm.metrics import METRICS_FILE, json_line, read_metrics
+from jaxllm.metrics import read_metrics, write_metrics
 from jaxllm.optim import AdamMoments, adam_moments, optimizer, with_moments
 from jaxllm.run import checkpoint_owner
 from jaxllm.step import abstract_model, dropout_key
@@ -68,7 +67,7 @@ def export_training(run: Path, out: Path) -> None:
     hand_over.write_training(checkpoint, config, int(training.step), of_parameter)
     write_json(out / "config.json", model.to_dict())
     write_json(out / "train_config.json", dataclasses.replace(config, run_dir=out).to_dict())
-    write_text_atomically(out / METRICS_FILE, "".join(map(json_line, training.journal.records)))
+    write_metrics(out, training.journal.records)
     shutil.copytree(run / "tokenizer", out / "tokenizer")
 
 
@@ -104,7 +103,7 @@ def import_training(source: Path, run: Path) -> None:
     training = _training(config, reached, position, journal)
     files = [source / "tokenizer" / name for name in TOKENIZER_FILES]
     write_run(run, model, weights, [file for file in files if file.is_file()], (config, training))
-    write_text_atomically(run / METRICS_FILE, "".join(map(json_line, journal.records)))
+    write_metrics(run, journal.records)
 
 
 def _training(config: TrainConfig, moments: AdamMoments, position: Position, journal: Journal) -> Training:

@@ -29,9 +29,11 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint.path import atomicity
 
+from jaxllm.atomic import move_to_the_disk
 from jaxllm.checksums import find_damage, read_list, write_checksums
 from jaxllm.config import SPECIAL_TOKENS, ModelConfig, TrainConfig, read_json, write_json
 from jaxllm.data.corpus import one_line
+from jaxllm.data.position import check_fits
 from jaxllm.data.stream import Position
 from jaxllm.errors import UserError
 from jaxllm.journal import Journal
@@ -95,9 +97,8 @@ def choose_checkpoint(run: Path, *, strict: bool = False, before: int | None = N
             is not the one that the checkpoint was written with.
     """
     folder = run / "checkpoints"
-    steps = sorted((int(path.name) for path in folder.glob("*/") if path.name.isdecimal()), reverse=True)
     damaged: list[int] = []
-    for step in steps:
+    for step in sorted(_steps(run), reverse=True):
         if before is not None and step >= before:
             continue
         damage = find_damage(folder / str(step))
@@ -112,8 +113,22 @@ def choose_checkpoint(run: Path, *, strict: bool = False, before: int | None = N
         print(f"warning: the checkpoint {folder / str(step)} is damaged ({damage})", file=sys.stderr)
         damaged.append(step)
     if damaged:
-        raise UserError(f"{folder} holds no checkpoint that is not damaged: put the files back, or start anew")
+        earlier = "" if before is None else f" before step {before}"
+        raise UserError(
+            f"{folder} holds no checkpoint{earlier} that is not damaged: put the files back, or pass --overwrite to "
+            "start anew"
+        )
     return Choice(None, damaged)
+
+
+def _steps(run: Path) -> list[int]:
+    """Of the checkpoints in a run's folder, in no order."""
+    names = [path.name for path in (run / "checkpoints").glob("*/")]
+    return [int(name) for name in names if name.isdecimal() and name == str(int(name))]
+
+
+def oldest_step(run: Path) -> int | None:
+    return min(_steps(run), default=None)
 
 
 def _beside(run: Path) -> dict[str, Any]:
@@ -143,12 +158,18 @@ def _check_beside(run: Path, checkpoint: Path) -> None:
 def set_aside(run: Path, damaged: Sequence[int]) -> None:
     """Move damaged checkpoints to RUN/damaged, out of the way of those to come."""
     for step in damaged:
-        target = run / "damaged" / str(step)
+        target = (run / "checkpoints").resolve().parent / "damaged" / str(step)  # on the same disk
         target.parent.mkdir(exist_ok=True)
         if target.exists():  # the same step, damaged once more
             shutil.rmtree(target)
         os.replace(run / "checkpoints" / str(step), target)
         print(f"Moved the damaged checkpoint of step {step} to {target}")
+
+
+def delete_unfinished(run: Path) -> None:
+    """Delete what killed processes left half written; its owner holds the run's lock."""
+    for folder in (run / "checkpoints").glob("*.orbax-checkpoint-tmp*/"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class _ChecksummedPath(atomicity.AtomicRenameTemporaryPath):
@@ -160,24 +181,26 @@ class _ChecksummedPath(atomicity.AtomicRenameTemporaryPath):
             await super().finalize()
             return
         write_checksums(made, _beside(final.parent.parent))
-        os.replace(made, final)
-        folder = os.open(final.parent, os.O_RDONLY)  # the new name is on the disk when this returns
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        move_to_the_disk(made, final)
 
 
-class _BestEvaluated(policies.PreservationPolicy):
-    """Keeps the checkpoint with the lowest evaluation loss of those that were evaluated."""
+class _WorthKeeping(policies.PreservationPolicy):
+    """Keeps the checkpoint with the lowest evaluation loss, and the last before steps that are not finite."""
 
     def __init__(self):
-        self.losses: dict[int, float] = {}  # by step
+        self.losses: dict[int, float] = {}  # of evaluations, by step
+        self.nonfinite_since: int | None = None  # the first of the steps in a row, up to now, that are not finite
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        evaluated = [(self.losses[found.step], found.step) for found in checkpoints if found.step in self.losses]
-        best = min(evaluated, default=(None, None))[1]
-        return [found.step == best for found in checkpoints]
+        steps = [found.step for found in checkpoints]
+        best = min(((self.losses[step], step) for step in steps if step in self.losses), default=(None, None))[1]
+        since = self.nonfinite_since
+        replayed_from = max((step for step in steps if since is not None and step < since), default=None)
+        return [step in (best, replayed_from) for step in steps]
+
+
+MOST_POOL_ROWS, MOST_TOKENS = 1 << 16, 1 << 28
+"""Of a data position: far beyond `POOL_ROWS`, and the tokens of the longest document that may be left."""
 
 
 class SavedCheckpoint:
@@ -231,7 +254,8 @@ class SavedCheckpoint:
         targets = _targets(jax.eval_shape(lambda: init_state(config)), shardings)
         training = {"opt_state": targets.opt_state, "step": targets.step, "dropout_key": targets.dropout_key}
         names, rows = _stream_items(config.data_streams or 1)
-        restored = self._restore(training=training, **dict.fromkeys((*names, *rows, "journal")))
+        targets = {row: self._shapes_of_rows(row, config.seq_len) for row in rows}
+        restored = self._restore(training=training, **targets, **dict.fromkeys((*names, "journal")))
         positions = []
         try:
             for name, row in zip(names, rows, strict=True):
@@ -241,7 +265,34 @@ class SavedCheckpoint:
             journal = Journal.from_json(restored["journal"])
         except (KeyError, TypeError, IndexError) as error:
             raise self._unreadable(error) from None
+        for position in positions:
+            check_fits(position, str(self._folder), config.seq_len, config.model.vocab_size)
         return Training(**restored["training"], positions=positions, journal=journal)
+
+    def _shapes_of_rows(self, item: str, seq_len: int) -> dict[str, np.ndarray]:
+        """What the rows of a data stream are restored into, by the checkpoint's word where that makes sense.
+
+        A few bytes can claim any shape: it is looked at before memory is taken for it.
+        """
+        try:
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                found = checkpointer.metadata((self._folder / item).absolute())
+            tree = getattr(found, "item_metadata", found)
+            shapes = {name: tuple(tree[name].shape) for name in ("pool", "tokens")}
+        except Exception as error:  # as in `_restore`
+            raise self._unreadable(error) from None
+        pool, tokens = shapes["pool"], shapes["tokens"]
+        if (
+            len(pool) != 2
+            or pool[0] > MOST_POOL_ROWS
+            or pool[1] != seq_len
+            or len(tokens) != 1
+            or tokens[0] > MOST_TOKENS
+        ):
+            raise UserError(
+                f"the checkpoint {self._folder} has rows of the shapes {pool} and {tokens}: they are no rows"
+            )
+        return {name: np.empty(shape, np.int32) for name, shape in shapes.items()}
 
     def _restore(self, **targets: Pytree) -> dict[str, Any]:
         args = {
@@ -270,8 +321,8 @@ def _reason(error: Exception) -> str:
 @functools.cache
 def _say_errors_once() -> None:
     """An error of writing is raised, and becomes one line: orbax and tensorstore shall not print it beside that."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(lambda record: record.levelno < logging.ERROR)
+    logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
+    logging.getLogger("asyncio").addFilter(lambda record: "was never retrieved" not in record.getMessage())
     hook_before = sys.unraisablehook
 
     def hook(unraisable) -> None:
@@ -293,18 +344,17 @@ class Checkpoints:
 
     def __init__(self, run: Path, *, keep: int | None = None, keep_every: int = 0):
         self._folder = run / "checkpoints"
-        self._best = _BestEvaluated()
-        kept = [policies.LatestN(keep), self._best]
+        self._worth_keeping = _WorthKeeping()
+        kept = [policies.LatestN(keep), self._worth_keeping]
         kept += [policies.EveryNSteps(keep_every)] if keep_every else []
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept),
             temporary_path_class=_ChecksummedPath,
-            cleanup_tmp_directories=True,  # what killed processes left half written
         )
         self._writing: int | None = None  # the step that is on its way to the disk
         _say_errors_once()
         with self._to_the_disk():
-            self._manager = ocp.CheckpointManager(epath.Path(self._folder.resolve()), options=options)
+            self._manager = ocp.CheckpointManager(epath.Path(self._folder.absolute()), options=options)
 
     def save(self, step: int, state: TrainState, positions: Sequence[Position], journal: Journal) -> None:
         """Save a state in the form of one device (`parallel.unplaced`), over however many it is spread.
@@ -319,7 +369,9 @@ class Checkpoints:
             items[name] = ocp.args.JsonSave({"source": position.source, "drawn": position.drawn})
             items[rows] = ocp.args.StandardSave({"pool": position.pool, "tokens": _with_length(position.tokens)})
         training = {"opt_state": state.opt_state, "step": state.step, "dropout_key": state.dropout_key}
-        self._best.losses = journal.evaluations()
+        in_a_row = journal.nonfinite_in_a_row
+        self._worth_keeping.losses = journal.evaluations()
+        self._worth_keeping.nonfinite_since = step - in_a_row + 1 if in_a_row else None
         self._save(step, weights=Weights(state.params, state.routing_bias), training=training, **items)
 
     def save_weights(self, weights: Weights) -> None:
@@ -351,7 +403,10 @@ class Checkpoints:
         }
         self._writing = step
         with self._to_the_disk():
-            self._manager.save(step, args=ocp.args.Composite(weights=ocp.args.StandardSave(weights._asdict()), **args))
+            items = ocp.args.Composite(weights=ocp.args.StandardSave(weights._asdict()), **args)
+            saved = self._manager.save(step, args=items)
+        if not saved:
+            raise UserError(f"{self._folder} holds a checkpoint of step {step} or later: nothing is written over it")
 
     @contextlib.contextmanager
     def _to_the_disk(self) -> Iterator[None]:
@@ -419,12 +474,13 @@ def write_run(
         checkpoints.close()
 
 
-def check_room(run: Path, state: TrainState) -> None:
-    """Whether one more checkpoint of such a state has room on the disk.
+def check_room(config: TrainConfig) -> None:
+    """Whether one more checkpoint of a run has room on its disk.
 
     Raises:
         UserError: it has not.
     """
+    run, state = config.folder, jax.eval_shape(lambda: init_state(config))
     needed, free = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)), shutil.disk_usage(run).free
     if free < needed:
         raise UserError(

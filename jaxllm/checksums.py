@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jaxllm.shown import listed, shown
+
 CHECKSUMS_FILE = "checksums.json"
 
 MAX_LIST_BYTES = 64 << 20
@@ -19,17 +21,14 @@ MAX_LIST_BYTES = 64 << 20
 
 
 def write_checksums(folder: Path, beside: dict[str, Any]) -> None:
-    """Bring every file of a folder to the disk, and the list of them, with the JSON values `beside` in it."""
+    """Write the list of a folder's files, with the JSON values `beside` in it: `model`, `tokenizer`."""
     files = {}
     for name, file in sorted(_files(folder).items()):
-        with file.open("rb+") as opened:
+        with file.open("rb") as opened:
             files[name] = {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
-            os.fsync(opened.fileno())
-    listed = beside | {"files": files}
-    with (folder / CHECKSUMS_FILE).open("w", encoding="utf-8") as opened:
-        json.dump({"sha256": _of_list(listed), "list": listed}, opened, indent=1)
-        opened.flush()
-        os.fsync(opened.fileno())
+    whole = beside | {"files": files}
+    written = json.dumps({"sha256": _of_list(whole), "list": whole}, indent=1)
+    (folder / CHECKSUMS_FILE).write_text(written, encoding="utf-8")
 
 
 def read_list(folder: Path) -> dict[str, Any] | None:
@@ -39,32 +38,35 @@ def read_list(folder: Path) -> dict[str, Any] | None:
         if not file.is_file() or file.stat().st_size > MAX_LIST_BYTES:
             return None
         written = json.loads(file.read_bytes())
-        listed = written["list"]
-        whole = written["sha256"] == _of_list(listed) and isinstance(listed["files"], dict)
+        whole = written["list"]
+        kinds = (("files", dict), ("model", dict | None), ("tokenizer", str | None))
+        sound = written["sha256"] == _of_list(whole) and all(isinstance(whole[name], kind) for name, kind in kinds)
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None
-    return listed if whole else None
+    return whole if sound else None
 
 
-def _of_list(listed: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
+def _of_list(whole: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
 def find_damage(folder: Path) -> str | None:
     """What is wrong with the first file that is not as it was written; None if all are."""
-    listed = read_list(folder)
-    if listed is None:
-        return f"{CHECKSUMS_FILE} is missing or damaged"
+    if not (folder / CHECKSUMS_FILE).exists():
+        return f"{CHECKSUMS_FILE} is missing: it was never finished, or is of an earlier version"
+    whole = read_list(folder)
+    if whole is None:
+        return f"{CHECKSUMS_FILE} is damaged"
     files = _files(folder)  # only what lies here is opened, whatever the list may name
-    for name, wanted in listed["files"].items():
+    for name, wanted in whole["files"].items():
         if name not in files:
-            return f"{name} is missing"
+            return f"{listed([name])} is missing"
         if not isinstance(wanted, dict):
-            return f"{CHECKSUMS_FILE} is missing or damaged"
+            return f"{CHECKSUMS_FILE} is damaged"
         try:
             size = files[name].stat().st_size
             if size != wanted.get("bytes"):
-                return f"{name} has {size} bytes instead of {wanted.get('bytes')}"
+                return f"{name} has {size} bytes instead of {shown(wanted.get('bytes'))}"
             with files[name].open("rb") as opened:
                 if hashlib.file_digest(opened, "sha256").hexdigest() != wanted.get("sha256"):
                     return f"{name} has another checksum than when it was written"

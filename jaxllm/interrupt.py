@@ -57,14 +57,10 @@ def stop_on_signals() -> Iterator[StopRequest]:
             if number not in handled:
                 continue
             if request.signal is not None and number == signal.SIGINT:
-                print("\nstopped at once; the checkpoints are as they were", file=sys.stderr, flush=True)
+                _say("stopped at once; the checkpoints are as they were")
                 os._exit(128 + number)
             request.signal = request.signal or number
-            print(
-                f"\n{number.name}: finishing the step and saving (Ctrl-C again: stop at once)",
-                file=sys.stderr,
-                flush=True,
-            )
+            _say(f"{number.name}: finishing the step and saving (Ctrl-C again: stop at once)")
             if several:
                 os.kill(os.getpid(), signal.SIGTERM)
 
@@ -81,3 +77,9 @@ def stop_on_signals() -> Iterator[StopRequest]:
         os.close(tell)
         listener.join()
         os.close(told)
+
+
+def _say(line: str) -> None:
+    """To the console, which may be gone: Ctrl-C ends what it is piped into as well."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"\n{line}", file=sys.stderr, flush=True)

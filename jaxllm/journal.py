@@ -76,7 +76,7 @@ class Journal:
         return {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return vars(self) | {"records": list(self.records), "losses": list(self.losses)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Journal:
@@ -85,9 +85,27 @@ class Journal:
         Raises:
             UserError: it is something else.
         """
-        names = {f.name: type(getattr(cls(), f.name)) for f in dataclasses.fields(cls)}
-        if not isinstance(values, dict) or any(
-            not isinstance(values.get(name), (int, float) if kind is float else kind) for name, kind in names.items()
-        ):
+        names = [f.name for f in dataclasses.fields(cls)]
+        if not isinstance(values, dict) or not all(_fits(name, values.get(name)) for name in names):
             raise UserError("the journal of the checkpoint is of another kind: delete that checkpoint to use another")
         return cls(**{name: values[name] for name in names})
+
+
+def _fits(name: str, value: Any) -> bool:
+    if name == "records":
+        return isinstance(value, list) and all(_is_record(record) for record in value)
+    if name == "losses":
+        return isinstance(value, list) and all(map(_is_number, value))
+    if isinstance(getattr(Journal, name), int):
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return _is_number(value)
+
+
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return False
+    return record.get("eval_loss") is None or _is_number(record["eval_loss"])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -13,14 +13,17 @@ import filelock
 from jaxllm.errors import UserError
 
 LOCK_FILE = ".jaxllm-lock"
-"""Its name in a run's folder: one that nobody else's file has. It also says who holds the lock."""
+"""Its name in a run's folder: one that nobody else's file has."""
+
+OWNER_FILE = f"{LOCK_FILE}-owner"
+"""Who holds it, in words."""
 
 
 class FolderLock:
     """The lock of a run's folder; used with `with`, which gives it back. `take` takes it, and makes the folder."""
 
     def __init__(self, folder: Path):
-        self._folder, self._file = folder, folder / LOCK_FILE
+        self._folder, self._file, self._owned_by = folder, folder / LOCK_FILE, folder / OWNER_FILE
         self._lock: filelock.BaseFileLock | None = None
 
     def take(self) -> None:
@@ -45,7 +48,7 @@ class FolderLock:
         self._lock = lock
         since = datetime.now().astimezone().isoformat(timespec="seconds")
         with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
-            self._file.write_text(f"process {os.getpid()} on {platform.node()}, since {since}", encoding="utf-8")
+            self._owned_by.write_text(f"process {os.getpid()} on {platform.node()}, since {since}", encoding="utf-8")
 
     def __enter__(self) -> FolderLock:
         return self
@@ -53,14 +56,15 @@ class FolderLock:
     def __exit__(self, *exc) -> None:
         if self._lock is None:
             return
-        with contextlib.suppress(OSError):
-            self._file.unlink()
+        for file in (self._owned_by, self._file):
+            with contextlib.suppress(OSError):
+                file.unlink()
         self._lock.release()
         with contextlib.suppress(OSError):  # it holds a run; where nothing came of it, nothing is left
             self._folder.rmdir()
 
     def _owner(self) -> str:
         try:
-            return self._file.read_text(encoding="utf-8")[:200].strip().replace("\n", " ") or "another process"
+            return self._owned_by.read_text(encoding="utf-8")[:200].strip().replace("\n", " ") or "another process"
         except (OSError, ValueError):
             return "another process"

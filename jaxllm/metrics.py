@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -27,7 +28,7 @@ class RunLog:
         """`metrics.jsonl` becomes what the journal holds: what an earlier process logged beyond it is dropped."""
         self._journal = journal
         self._path = folder / METRICS_FILE
-        write_text_atomically(self._path, "".join(json_line(record) for record in journal.records))
+        write_metrics(folder, journal.records)
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
         self._board = Board(folder / "tensorboard", first_step)
         self.bar = tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True)
@@ -47,8 +48,9 @@ class RunLog:
         self._board.write(record)
 
     def say(self, line: str) -> None:
-        """A line on the console alone."""
-        tqdm.write(line)
+        """A line on the console alone, which may be gone: Ctrl-C ends what it is piped into as well."""
+        with contextlib.suppress(OSError):
+            tqdm.write(line)
 
     def close(self) -> None:
         self.bar.close()
@@ -71,6 +73,11 @@ class NoLog:
 
     def close(self) -> None:
         pass
+
+
+def write_metrics(folder: Path, records: list[dict[str, Any]]) -> None:
+    """Make `metrics.jsonl` of these records, whole or not at all."""
+    write_text_atomically(folder / METRICS_FILE, "".join(map(json_line, records)))
 
 
 def json_line(record: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from jaxllm.checkpoint import choose_checkpoint, set_aside
+from jaxllm.checkpoint import choose_checkpoint, delete_unfinished, set_aside
 from jaxllm.config import TrainConfig
 from jaxllm.data.corpus import one_line, open_source
 from jaxllm.data.stream import Position
@@ -122,6 +122,7 @@ def prepare_together(config: TrainConfig, lock: FolderLock) -> tuple[Prepared, i
         chosen = choose_checkpoint(config.folder, strict=config.strict, before=config.replay)
         if config.replay is None:
             set_aside(config.folder, chosen.damaged)
+            delete_unfinished(config.folder)
         return made, chosen.step
 
     if processes == 1:
@@ -212,6 +213,18 @@ def all_positions(own: dict[int, Position]) -> list[Position]:
 def total(own: int) -> int:
     """The sum of all processes' counts; all processes must ask."""
     return own if jax.process_count() == 1 else sum(_from_each(own))
+
+
+def least(own: float) -> float:
+    """The least of all processes' numbers; all processes must ask."""
+    return own if jax.process_count() == 1 else min(_from_each(own))
+
+
+def gathered(own: dict[str, Any]) -> dict[str, Any]:
+    """The entries of all processes' dicts of JSON values, in one; all processes must ask."""
+    if jax.process_count() == 1:
+        return own
+    return {name: value for each in _from_each(own) for name, value in each.items()}
 
 
 def _to_json(position: Position) -> dict[str, Any]:

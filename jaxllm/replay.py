@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from jaxllm.atomic import write_text_atomically
-from jaxllm.checkpoint import SavedCheckpoint
+from jaxllm.checkpoint import SavedCheckpoint, oldest_step
 from jaxllm.config import TrainConfig
 from jaxllm.data.stream import BatchShare
 from jaxllm.errors import UserError
@@ -54,8 +54,8 @@ def replay(config: TrainConfig, layout: Layout, tokenizer: PreTrainedTokenizerBa
     """
     if jax.process_count() > 1:
         raise UserError(f"replay is {config.replay}: it runs in one process, leave out --coordinator")
-    oldest = min((int(p.name) for p in (config.folder / "checkpoints").glob("*/") if p.name.isdecimal()), default=0)
-    if saved is None and oldest:
+    oldest = oldest_step(config.folder)
+    if saved is None and oldest is not None:
         raise UserError(
             f"replay is {config.replay}: the oldest checkpoint left is that of step {oldest}, pass a later step"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 import tyro
 
 from jaxllm import flops
+from jaxllm.atomic import move_to_the_disk
 from jaxllm.config import SPECIAL_TOKENS, TrainConfig, changed_fields, read_json, recipe, write_json
 from jaxllm.data.corpus import open_source
 from jaxllm.data.stream import check_streams, held_out_rows
@@ -140,6 +142,8 @@ def prepare(config: TrainConfig, framework: Framework, lock: FolderLock, process
     file = config.folder / "train_config.json"
     if resumes and config.data_revision is None and file.is_file():
         config = dataclasses.replace(config, data_revision=read_json(file).get("data_revision"))
+    if config.replay is not None:  # the learning rate depends on it
+        config = dataclasses.replace(config, steps=read_json(file).get("steps", config.steps))
     source = open_source(config)
     if config.data_revision is None:
         config = dataclasses.replace(config, data_revision=source.position.get("revision"))
@@ -175,7 +179,7 @@ def prepare(config: TrainConfig, framework: Framework, lock: FolderLock, process
 def _clear(folder: Path) -> None:
     """Delete what an earlier run left; last the file that says whose folder it is, for a process may be killed."""
     for path in sorted(folder.iterdir(), key=lambda path: path.name == "train_config.json"):
-        if path.name == LOCK_FILE:
+        if path.name.startswith(LOCK_FILE):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -187,8 +191,13 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Whole or not at all: what a killed process left half written would be read as the run's tokenizer."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tokenizer-") as scratch:
         made = Path(scratch) / folder.name
-        tokenizer.save_pretrained(str(made))
-        os.replace(made, folder)
+        try:
+            tokenizer.save_pretrained(str(made))
+        except Exception as error:  # tokenizers hands on what the system says in words
+            if not (code := re.search(r"os error (\d+)", str(error))):
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from None
+        move_to_the_disk(made, folder)
 
 
 def announce(config: TrainConfig, parameters: int, tree: str, device: str) -> None:

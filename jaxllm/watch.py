@@ -11,7 +11,12 @@ from jaxllm.data.stream import Position
 from jaxllm.errors import UserError
 from jaxllm.journal import Journal
 from jaxllm.metrics import NoLog, RunLog, nonfinite_record, spike_record
+from jaxllm.processes import gathered
 from jaxllm.step import StepMetrics
+
+
+class NotFiniteError(UserError):
+    """Too many steps in a row were not finite."""
 
 
 class _Step(NamedTuple):
@@ -35,7 +40,7 @@ class Watch:
         """Wait for all steps but the last `behind`, and enter them.
 
         Raises:
-            UserError: `max_nonfinite` steps in a row were not finite.
+            NotFiniteError: `max_nonfinite` steps in a row were not finite.
         """
         while len(self._waiting) > behind:
             step = self._waiting.popleft()
@@ -45,14 +50,14 @@ class Watch:
             if found == "spike":
                 self._log.write(spike_record(loss, usual, step.number))
             elif found == "nonfinite":
-                position = {str(s): _small(position) for s, position in step.position.items()}
+                position = gathered({str(s): _small(position) for s, position in step.position.items()})
                 self._log.write(nonfinite_record(loss, grad_norm, step.number, position))
                 self._check(step.number, loss)
 
     def _check(self, step: int, loss: float) -> None:
         in_a_row = self._journal.nonfinite_in_a_row
         if in_a_row >= self._config.max_nonfinite:
-            raise UserError(
+            raise NotFiniteError(
                 f"{in_a_row} steps in a row, up to step {step}, were not finite (loss {loss}) and changed nothing; the "
                 f"checkpoints are as they were: --replay {step - in_a_row + 1} shows where it begins, "
                 "--max-nonfinite allows more"

@@ -28,7 +28,7 @@ NARROW = (
     "--model.max-position-embeddings", "64", "--model.dropout", "0.1", "--seq-len", "16", "--batch-size", "4",
     "--grad-accum", "2", "--eval-samples", "7", "--sample-tokens", "0", "--peak-tflops", "1",
     # neither divides the other: lines, evaluations and checkpoints fall apart
-    "--log-every", "1", "--eval-every", "13", "--save-every", "5", "--keep-every", "20",
+    "--log-every", "3", "--eval-every", "13", "--save-every", "5", "--keep-every", "20",
 )  # fmt: skip
 
 
@@ -71,6 +71,7 @@ def start(run: Path, options: Options, data: str) -> subprocess.Popen:
 
 
 def steps_logged(run: Path) -> int:
+    """Training lines, one for three steps."""
     file = run / "metrics.jsonl"
     return file.read_bytes().count(b'"loss"') if file.is_file() else 0
 
@@ -79,18 +80,18 @@ def being_saved(run: Path) -> bool:
     return any(run.glob("checkpoints/*orbax-checkpoint-tmp*"))
 
 
-def kill_at_random(process: subprocess.Popen, run: Path, draw: random.Random) -> str:
+def kill_at_random(process: subprocess.Popen, run: Path, draw: random.Random, kill: int) -> str:
     """Kill a running process: some steps behind where it began, or as soon as a checkpoint is on its way to the disk.
 
     Returns:
         When it was killed, in words.
     """
-    if draw.random() < 0.15:  # wherever it is then: importing, preparing, compiling
+    if draw.random() < 0.15 and kill > 0:  # wherever it is then: importing, preparing, compiling
         time.sleep(draw.uniform(0, 6))
         moment = "at any moment" if process.poll() is None else "when it had ended"
     else:
-        saving, before = draw.random() < 0.5, steps_logged(run)
-        wanted = before + draw.randint(1, 20)
+        saving, before = kill == 0 or draw.random() < 0.5, steps_logged(run)
+        wanted = before + draw.randint(1, 7)
         deadline = time.monotonic() + 300
         while process.poll() is None and time.monotonic() < deadline:
             if saving and steps_logged(run) != before and being_saved(run):
@@ -126,10 +127,10 @@ def chaos(options: Options, folder: Path) -> dict[str, int]:
     calm, disturbed = folder / "calm", folder / "disturbed"
     finish(calm, options, data)
     for kill in range(options.kills):
-        moment = kill_at_random(start(disturbed, options, data), disturbed, draw)
+        moment = kill_at_random(start(disturbed, options, data), disturbed, draw, kill)
         moments[moment] = moments.get(moment, 0) + 1
-        print(f"kill {kill + 1}: {moment}, {steps_logged(disturbed)} steps logged", flush=True)
-        if steps_logged(disturbed) > options.steps * 0.7:  # go back: a finished run cannot be disturbed
+        print(f"kill {kill + 1}: {moment}, {steps_logged(disturbed)} lines logged", flush=True)
+        if 3 * steps_logged(disturbed) > options.steps * 0.7:  # go back: a finished run cannot be disturbed
             kept = sorted(int(p.name) for p in (disturbed / "checkpoints").iterdir() if p.name.isdecimal())
             for step in kept[2:]:
                 (disturbed / "checkpoints" / str(step)).rename(folder / f"gone-{kill}-{step}")

@@ -126,3 +126,13 @@ def test_a_list_that_names_other_files_opens_none(name, damaged, tmp_path):
     own = hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
     (newest / CHECKSUMS_FILE).write_text(json.dumps({"sha256": own, "list": listed}))
     assert find_damage(newest) == f"{name} is missing"
+
+
+@pytest.mark.parametrize("values", [{"model": "x"}, {"tokenizer": 5}, {"files": [1]}, {"files": {"a\nerror: b": {}}}])
+def test_a_list_of_another_kind_is_damage_in_one_line(values, damaged, capsys):
+    newest = damaged / "checkpoints" / "20"
+    whole = json.loads((newest / CHECKSUMS_FILE).read_text())["list"] | values
+    own = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+    (newest / CHECKSUMS_FILE).write_text(json.dumps({"sha256": own, "list": whole}))
+    assert choose_checkpoint(damaged) == (10, [20])
+    assert len(capsys.readouterr().err.splitlines()) == 1

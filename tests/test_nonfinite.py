@@ -139,9 +139,18 @@ def test_after_so_many_in_a_row_the_run_stops_and_its_checkpoints_stay(narrow, t
     assert [record["step"] for record in bad] == [bad[0]["step"] + i for i in range(3)]
     assert "3 steps in a row" in error
     assert f"--replay {bad[0]['step']} shows where it begins" in error
-    newest_checkpoint(run)
     assert train.main([*narrow, *options, "--run-dir", str(run)]) == 2  # and it comes to the same end again
     assert "3 steps in a row" in capsys.readouterr().err
+    assert train.main([*narrow, *options, "--run-dir", str(run), "--replay", str(bad[0]["step"])]) == 0
+    assert "The first value that is not finite: " in capsys.readouterr().out
+
+
+def test_a_run_whose_evaluations_are_not_finite_ends_as_others_do(narrow, tmp_path, capsys, monkeypatch):
+    evaluate = train.Evaluator.__call__
+    monkeypatch.setattr(train.Evaluator, "__call__", lambda *a: evaluate(*a) | {"eval_loss": math.nan})
+    for _ in range(2):
+        assert train.main([*narrow, "--sample-tokens", "0", "--run-dir", str(tmp_path / "run")]) == 0
+        assert "Evaluation loss nan" in capsys.readouterr().out
 
 
 def test_a_step_that_is_not_left_or_not_there_is_refused(run, narrow, tmp_path, capsys):

@@ -64,6 +64,29 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(
     assert fingerprint(folder) == fingerprint(run)
 
 
+def test_a_signal_between_two_lines_of_the_log_loses_no_loss(narrow, tmp_path, monkeypatch):
+    """It comes while the step before is waited for, where nothing else is due; the next line's mean knows all steps."""
+    arguments = [*narrow, "--log-every", "7", "--save-every", "50", "--eval-every", "50", "--sample-tokens", "0"]
+    calm, stopped, settle = tmp_path / "calm", tmp_path / "stopped", train.Watch.settle
+    assert train.main([*arguments, "--run-dir", str(calm)]) == 0
+    settled = []
+
+    def signalling(watch, behind):
+        settle(watch, behind)
+        settled.append(behind)
+        if len(settled) == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Watch, "settle", signalling)
+        assert train.main([*arguments, "--run-dir", str(stopped)]) == 143
+    assert settled[9] == 1
+    assert choose_checkpoint(stopped).step == 10
+    assert train.main([*arguments, "--run-dir", str(stopped)]) == 0
+    assert fingerprint(stopped) == fingerprint(calm)
+
+
 def test_an_evaluation_that_a_signal_interrupts_is_made_up_for(run, narrow, tmp_path, monkeypatch):
     folder, evaluate = tmp_path / "run", train.Evaluator.__call__
 
@@ -75,7 +98,9 @@ def test_an_evaluation_that_a_signal_interrupts_is_made_up_for(run, narrow, tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(train.Evaluator, "__call__", interrupted)
-        assert train.main([*narrow, "--run-dir", str(folder)]) == 143
+        for _ in range(2):  # the second time it is what is made up for that is interrupted
+            assert train.main([*narrow, "--run-dir", str(folder)]) == 143
+            assert choose_checkpoint(folder).step == 10
     assert "eval_loss" not in (folder / "metrics.jsonl").read_text()
     assert train.main([*narrow, "--run-dir", str(folder)]) == 0
     assert fingerprint(folder) == fingerprint(run)
@@ -208,5 +233,5 @@ def test_a_disk_without_room_for_a_checkpoint_is_named_before_training(narrow, t
 def test_killed_three_times_it_ends_as_if_nothing_had_happened(tmp_path):
     """`python -m tests.chaos --kills 30` does it thirty times."""
     moments = chaos(Options(kills=3, steps=40, data="jsonl", seed=1), tmp_path)
-    assert sum(moments.values()) == 3
+    assert moments["while it saved"] >= 1
     assert "when it had ended" not in moments

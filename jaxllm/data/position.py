@@ -49,7 +49,18 @@ def load_position(file: Path, seq_len: int, vocab_size: int) -> Position:
             )
     except Exception as error:  # safetensors, json and NumPy raise kinds of their own
         raise UserError(f"the data position {file} cannot be read ({one_line(error)})") from None
-    fits = isinstance(position.source, dict) and 0 <= position.drawn < 2**63
+    check_fits(position, str(file), seq_len, vocab_size)
+    return position
+
+
+def check_fits(position: Position, file: str, seq_len: int, vocab_size: int) -> None:
+    """Whether a position out of `file` is one, of rows of so many tokens below `vocab_size`.
+
+    Raises:
+        UserError: it is something else.
+    """
+    drawn = position.drawn
+    fits = isinstance(position.source, dict) and isinstance(drawn, int) and 0 <= drawn < 2**63
     if not fits or (position.tokens.ndim, position.pool.ndim) != (1, 2):
         raise UserError(f"{file} is no data position: its source, drawn, tokens or pool is of another kind")
     if position.pool.shape[1] != seq_len:
@@ -57,4 +68,3 @@ def load_position(file: Path, seq_len: int, vocab_size: int) -> Position:
     for name, tokens in (("tokens", position.tokens), ("pool", position.pool)):
         if tokens.dtype != np.int32 or (tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size):
             raise UserError(f"{file}: {name} must be int32 from 0 to below vocab_size = {vocab_size}")
-    return position
