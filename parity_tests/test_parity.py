@@ -52,6 +52,7 @@ def narrow(tokens):
     return ladder_of(NARROW, tokens, "float32", seq_len=200, steps=15)
 
 
+@pytest.mark.slow  # `.ci/run` climbs the whole ladder on a trained run of `tiny`
 def test_tiny_in_float32(tokens):
     ladder, model = ladder_of(TINY, tokens, "float32")
     assert failures(ladder, model) == []
@@ -159,6 +160,7 @@ def test_a_gradient_that_is_all_rounding_is_told_from_a_wrong_one(tokens):
     assert excused.keys() <= {row.leaf for row in rows if not row.passed}
 
 
+@pytest.mark.slow
 def test_two_layers_at_full_width(tokens):
     config = dataclasses.replace(PRESETS["customllm-1b"], num_hidden_layers=2)
     assert failures(*ladder_of(config, tokens, "float32"), rungs=FORWARD) == []

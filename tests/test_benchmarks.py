@@ -17,7 +17,7 @@ from benchmarks.rows import ROWS
 from benchmarks.timing import interleave, ratio
 from benchmarks.worker import Failure, Run, Worker
 
-FEW = ("experts-many", "decode")  # one of our side alone, one of both
+FEW = ("decode",)  # both sides
 
 
 @pytest.mark.parametrize("rows", [FEW, pytest.param((*ROWS,), marks=pytest.mark.slow)], ids=["few", "all"])
