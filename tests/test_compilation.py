@@ -35,6 +35,7 @@ print(json.dumps(counts))
 """
 
 
+@pytest.mark.slow
 def test_another_process_compiles_and_trains_no_tokenizer_again(narrow, tmp_path):
     """Neither one that starts anew, nor one that resumes."""
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ import pytest
 import train
 from jaxllm.board import Board
 from jaxllm.checkpoint import choose_checkpoint
+from jaxllm.data import stream as streams
+from jaxllm.data.stream import TokenStream
 from jaxllm.lock import LOCK_FILE, FolderLock
 from tests.chaos import Options, chaos
 from tests.fingerprint import fingerprint
@@ -85,6 +88,26 @@ def test_a_signal_between_two_lines_of_the_log_loses_no_loss(narrow, tmp_path, m
     assert choose_checkpoint(stopped).step == 10
     assert train.main([*arguments, "--run-dir", str(stopped)]) == 0
     assert fingerprint(stopped) == fingerprint(calm)
+
+
+def test_a_signal_while_no_data_come_saves_what_is_done(run, narrow, tmp_path, monkeypatch):
+    folder, next_rows, asked = tmp_path / "run", TokenStream.next_rows, []
+    timer = threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM))
+
+    def stalling(stream, count):
+        asked.append(count)
+        if len(asked) == 13:
+            timer.start()
+            threading.Event().wait()
+        return next_rows(stream, count)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenStream, "next_rows", stalling)
+        patch.setattr(streams, "CLOSING", 0.1)
+        assert train.main([*narrow, "--run-dir", str(folder)]) == 143
+    assert choose_checkpoint(folder).step == 12
+    assert train.main([*narrow, "--run-dir", str(folder)]) == 0
+    assert fingerprint(folder) == fingerprint(run)
 
 
 def test_an_evaluation_that_a_signal_interrupts_is_made_up_for(run, narrow, tmp_path, monkeypatch):

@@ -157,6 +157,7 @@ def test_another_project_s_trainer_folder_is_left_alone(narrow, tmp_path, capsys
     assert (tmp_path / "checkpoint-5").is_dir()
 
 
+@pytest.mark.slow
 def test_accumulation_bfloat16_and_remat_run(narrow, tmp_path):
     options = ["--grad-accum", "2", "--batch-size", "2", "--precision", "bfloat16", "--remat", "--steps", "2"]
     assert train.main([*narrow, *options, "--run-dir", str(tmp_path / "run")]) == 0
