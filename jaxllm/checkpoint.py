@@ -275,10 +275,8 @@ class SavedCheckpoint:
         A few bytes can claim any shape: it is looked at before memory is taken for it.
         """
         try:
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-                found = checkpointer.metadata((self._folder / item).absolute())
-            tree = getattr(found, "item_metadata", found)
-            shapes = {name: tuple(tree[name].shape) for name in ("pool", "tokens")}
+            found = ocp.StandardCheckpointHandler().metadata(epath.Path((self._folder / item).absolute()))
+            shapes = {name: tuple(found[name].shape) for name in ("pool", "tokens")}
         except Exception as error:  # as in `_restore`
             raise self._unreadable(error) from None
         pool, tokens = shapes["pool"], shapes["tokens"]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -47,3 +51,14 @@ def test_the_newest_the_regular_and_the_best_checkpoints_stay(narrow, tmp_path, 
     for steps in ("10", "20"):  # what was best before a resume is known behind it
         assert train.main([*narrow, *options, "--steps", steps, "--sample-tokens", "0", "--run-dir", str(run)]) == 0
     assert sorted(int(path.name) for path in (run / "checkpoints").iterdir()) == [6, 8, 12, 18, 20]
+
+
+@pytest.mark.slow
+def test_a_resume_says_nothing_on_stderr_but_its_progress(run, narrow, tmp_path):
+    """In a process of its own: what the libraries log reaches the terminal there."""
+    folder = shutil.copytree(run, tmp_path / "run")
+    command = [sys.executable, "train.py", *narrow, "--steps", "21", "--sample-tokens", "0", "--run-dir", str(folder)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Resuming from step 20" in done.stdout
+    assert [line for line in re.split(r"[\r\n]", done.stderr) if line.strip() and "step" not in line] == []
