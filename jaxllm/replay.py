@@ -61,8 +61,9 @@ def replay(config: TrainConfig, layout: Layout, tokenizer: PreTrainedTokenizerBa
         )
     graph = model_graph(config)
     stream = BatchShare(config, tokenizer, *rows_here(config))
-    state = new_state(config, layout)
-    if saved is not None:
+    if saved is None:
+        state = new_state(config, layout)
+    else:
         state, training = SavedCheckpoint(config.folder, saved).state(config, state_shardings(config, layout))
         state = place(config, layout, state)
         if training is not None:

@@ -135,15 +135,14 @@ def prepare(config: TrainConfig, framework: Framework, lock: FolderLock, process
     resumes = check_folder(config, framework)
     if config.replay is not None and not resumes:
         raise UserError(f"replay is {config.replay}: {str(config.folder)!r} holds no run")
-    if config.data_streams is None:
-        file = config.folder / "train_config.json"
-        streams = streams_of(read_json(file)) if resumes and file.is_file() else processes
-        config = dataclasses.replace(config, data_streams=streams)
     file = config.folder / "train_config.json"
-    if resumes and config.data_revision is None and file.is_file():
-        config = dataclasses.replace(config, data_revision=read_json(file).get("data_revision"))
+    saved = read_json(file) if resumes and file.is_file() else {}
+    if config.data_streams is None:
+        config = dataclasses.replace(config, data_streams=streams_of(saved) if saved else processes)
+    if config.data_revision is None:
+        config = dataclasses.replace(config, data_revision=saved.get("data_revision"))
     if config.replay is not None:  # the learning rate depends on it
-        config = dataclasses.replace(config, steps=read_json(file).get("steps", config.steps))
+        config = dataclasses.replace(config, steps=saved.get("steps", config.steps))
     source = open_source(config)
     if config.data_revision is None:
         config = dataclasses.replace(config, data_revision=source.position.get("revision"))
