@@ -18,15 +18,17 @@ from flax import nnx
 
 from benchmarks.sizes import NARROW, MixtureSizes, decode_model, train_config, train_labels
 from benchmarks.worker import Contender
-from jaxllm import flops
-from jaxllm.checkpoint import Checkpoints
 from jaxllm.config import ModelConfig, TrainConfig, preset
 from jaxllm.data.stream import POOL_ROWS, Position
 from jaxllm.generate import generate, prefill
-from jaxllm.journal import Journal
-from jaxllm.model.decoder import CustomLLM
-from jaxllm.model.moe import combine, dispatch, plan_dispatch, route, stack_experts
-from jaxllm.step import abstract_model, count_parameters, init_state, model_graph, start_state, train_step
+from jaxllm.model import flops
+from jaxllm.model.decoder import CustomLLM, abstract_model, count_parameters
+from jaxllm.model.layers import stack
+from jaxllm.model.moe import DeepSeekExpertLayer, combine, dispatch, plan_dispatch, route
+from jaxllm.run.checkpoint_writer import CheckpointWriter
+from jaxllm.run.history import History
+from jaxllm.train.state import init_state, start_state
+from jaxllm.train.step import model_graph, train_step
 
 Array = jax.Array
 Prepared = tuple[dict[str, Contender], dict[str, Any]]
@@ -50,7 +52,7 @@ def train_steps(quick: bool, peak: bool = False) -> Prepared:
     labels = jnp.asarray(train_labels(config))
 
     def contender(precision: str) -> Contender:
-        own = dataclasses.replace(config, precision=precision)
+        own = config.with_options(precision=precision)
         step = jax.jit(functools.partial(train_step, own, model_graph(own)), donate_argnums=0)
 
         def go() -> dict[str, float]:
@@ -71,16 +73,16 @@ def saving_steps(quick: bool) -> Prepared:
     config = TrainConfig()
     if quick:
         model = dataclasses.replace(config.model, **NARROW)
-        config = dataclasses.replace(config, model=model, batch_size=2, seq_len=32)
+        config = config.with_options(model=model, batch_size=2, seq_len=32)
     steps = 4 if quick else 25
     labels = np.random.default_rng(1).integers(
-        config.model.vocab_size, size=(1, config.batch_size, config.seq_len), dtype=np.int32
+        config.model.vocab_size, size=(1, config.data.batch_size, config.data.seq_len), dtype=np.int32
     )
     step = jax.jit(functools.partial(train_step, config, model_graph(config)), donate_argnums=0)
     held = [step(init_state(config), labels)[0]]
     folder = tempfile.TemporaryDirectory()  # the contenders hold it; it ends with the worker
-    checkpoints = Checkpoints(Path(folder.name), keep=1)
-    position = Position({"pass": 0}, 0, np.zeros(0, np.int32), np.zeros((POOL_ROWS, config.seq_len), np.int32))
+    checkpoints = CheckpointWriter(Path(folder.name), keep=1)
+    position = Position({"pass": 0}, 0, np.zeros(0, np.int32), np.zeros((POOL_ROWS, config.data.seq_len), np.int32))
 
     def go(saves: bool) -> dict[str, float]:
         blocked = 0.0
@@ -89,7 +91,7 @@ def saving_steps(quick: bool) -> Prepared:
             metrics.loss.block_until_ready()
             if saves and number == 0:
                 asked = time.perf_counter()
-                checkpoints.save(int(held[0].step), held[0], [position], Journal())
+                checkpoints.save(int(held[0].step), held[0], [position.to_bytes()], History())
                 blocked = time.perf_counter() - asked
         if saves:
             checkpoints.wait()
@@ -151,7 +153,9 @@ def mixture(s: MixtureSizes, dtype: jnp.dtype) -> dict[str, Contender]:
         n_routed_experts=s.experts,
         num_experts_per_tok=s.per_token,
     )
-    graph, weights = nnx.split(stack_experts(s.experts, config, dtype=dtype, rngs=nnx.Rngs(0)))
+    graph, weights = nnx.split(
+        stack(lambda rngs: DeepSeekExpertLayer(config, dtype=dtype, rngs=rngs), s.experts, "expert", nnx.Rngs(0))
+    )
     keys = jax.random.split(jax.random.key(1), 3)
     x = jax.random.normal(keys[0], (s.tokens, s.hidden), dtype)
     d_out = jax.random.normal(keys[1], x.shape, dtype)
@@ -196,7 +200,7 @@ def compilations(quick: bool) -> Prepared:
 
     def contender(layers: int) -> Contender:
         config = train_config(quick)
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_hidden_layers=layers))
+        config = config.with_options(model=dataclasses.replace(config.model, num_hidden_layers=layers))
         graph, state = model_graph(config), jax.eval_shape(functools.partial(init_state, config))
         labels = jax.ShapeDtypeStruct(train_labels(config).shape, jnp.int32)
 
@@ -211,7 +215,7 @@ def compilations(quick: bool) -> Prepared:
 
 def full_size(quick: bool) -> Prepared:
     """Whole steps of customllm-1b with recomputation, from its initialization; `peak` is in bytes."""
-    config = dataclasses.replace(train_config(quick, layers=24), remat=True)
+    config = train_config(quick, layers=24).with_options(remat=True)
     state = jax.block_until_ready(jax.jit(functools.partial(init_state, config))())
     step = jax.jit(functools.partial(train_step, config, model_graph(config)), donate_argnums=0)
     held, labels = [state], jnp.asarray(train_labels(config))

@@ -37,12 +37,12 @@ def train_config(quick: bool, layers: int = 6) -> TrainConfig:
     config = recipe("seed", "customllm-1b")
     changes = {**NARROW, "dropout": 0.0} if quick else {"num_hidden_layers": layers, "dropout": 0.0}
     batch = {"batch_size": 2, "seq_len": 32} if quick else {"batch_size": 4, "seq_len": 256}
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes), grad_accum=1, **batch)
+    return config.with_options(model=dataclasses.replace(config.model, **changes), grad_accum=1, **batch)
 
 
 def train_labels(config: TrainConfig) -> np.ndarray:
     """(A,B,T) int32 token rows, the same ones in every process."""
-    shape = (config.grad_accum, config.batch_size, config.seq_len)
+    shape = (config.data.grad_accum, config.data.batch_size, config.data.seq_len)
     return np.random.default_rng(1).integers(config.model.vocab_size, size=shape, dtype=np.int32)
 
 

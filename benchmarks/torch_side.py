@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from typing import Any
 
@@ -40,7 +39,7 @@ def train_steps(quick: bool, compiled: bool = False) -> Prepared:
     labels = torch.from_numpy(train_labels(config)).long()
 
     def contender(precision: str) -> Contender:
-        own = dataclasses.replace(config, precision=precision)
+        own = config.with_options(precision=precision)
         return lambda: {"loss": float(train_step(model, optimizer, schedule, own, labels).loss)}
 
     facts = {"parameters": sum(p.numel() for p in model.parameters())}
@@ -80,7 +79,9 @@ def deepseek_steps(quick: bool) -> Prepared:
             use_cache=False,
         )
     ).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=True)  # the Trainer's default
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.optim.learning_rate, fused=True
+    )  # the Trainer's default
     schedule = make_schedule(optimizer, config)
     labels = torch.from_numpy(train_labels(config)).long()[0]
 
@@ -90,7 +91,7 @@ def deepseek_steps(quick: bool) -> Prepared:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
                 loss = model(labels, labels=labels).loss
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()

@@ -10,7 +10,7 @@ from benchmarks.finding import Finding, Target, at_least
 from benchmarks.sizes import train_config
 from benchmarks.timing import Runs, Spread, cpu_ratio, fastest, interleave, other_load, ratio, seconds
 from benchmarks.worker import Failure, Run, Worker
-from jaxllm.flops import training_flops_per_token
+from jaxllm.model.flops import training_flops_per_token
 
 SAME_LOSS = {"float32": 1e-4, "bfloat16": 2e-2}
 """Relative difference of the losses above which the two sides did not compute the same thing."""
@@ -52,7 +52,7 @@ def against_transformers(quick: bool, rounds: int) -> list[Finding]:
 def against_peak(quick: bool, rounds: int) -> list[Finding]:
     """Model FLOPs a second over those of the best of a few square products, in turn with the steps."""
     config = train_config(quick)
-    step = config.tokens_per_step * training_flops_per_token(config.model, config.seq_len, "causal")
+    step = config.tokens_per_step * training_flops_per_token(config.model, config.data.seq_len, "causal")
     with Worker("benchmarks.jax_side:train_steps", quick=quick, peak=True) as jax:
         products = [name for name in jax.contenders if name.startswith("product")]
         runs = interleave({name: functools.partial(jax.go, name) for name in ["float32", *products]}, rounds)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.machine import busy_seconds
-from jaxllm import huge_pages
+from jaxllm.run.runtime import huge_pages_environment
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,7 +47,7 @@ class Worker:
             [sys.executable, "-m", "benchmarks.worker", prepare, json.dumps(arguments)],
             cwd=ROOT,
             # both frameworks on one device, and with the pages that train.py runs on
-            env={"JAX_PLATFORMS": "cpu", **os.environ, **huge_pages.environment()},
+            env={"JAX_PLATFORMS": "cpu", **os.environ, **huge_pages_environment()},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

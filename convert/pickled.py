@@ -11,8 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
-from jaxllm.errors import UserError
-from jaxllm.shown import listed
+from jaxllm.errors import UserError, listed
 
 MAX_PICKLE_BYTES = 256 * 2**20
 """Of the pickle beside the tensors' bytes: names, shapes, and where they lie."""

@@ -14,10 +14,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from convert.pickled import check_pickled
-from jaxllm.config import MAX_JSON_BYTES, read_json, unique_keys, write_json
-from jaxllm.data.corpus import one_line
-from jaxllm.errors import UserError
-from jaxllm.shown import listed, shown
+from jaxllm.errors import UserError, listed, one_line, shown
+from jaxllm.files import MAX_JSON_BYTES, read_json, unique_keys, write_json
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"

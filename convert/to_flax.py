@@ -14,12 +14,11 @@ from flax import nnx
 from convert.mapping import PARAMS, ROUTING_BIAS, entries, leaf, torch_shape
 from convert.tensor_files import TensorFiles
 from convert.to_torch import check_new
-from jaxllm.checkpoint import Weights, read_model_config, write_run
 from jaxllm.config import ModelConfig
-from jaxllm.errors import UserError
-from jaxllm.model.decoder import CustomLLM
-from jaxllm.shown import listed
-from jaxllm.step import abstract_model
+from jaxllm.errors import UserError, listed
+from jaxllm.model.decoder import CustomLLM, abstract_model
+from jaxllm.run.checkpoint import Weights, read_model_config
+from jaxllm.run.checkpoint_writer import write_run
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -27,7 +26,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-MOST_MISSING = 10_000
+MAX_MISSING = 10_000
 """Tensors by which a model may exceed a file and still have the missing ones named."""
 
 ELEMENTS_PER_BYTE = 2
@@ -56,12 +55,13 @@ def import_run(source: Path, run: Path, config: ModelConfig | None = None) -> No
     write_run(run, config, weights, files)
 
 
-def import_model(folder: Path, *, dtype: jnp.dtype = jnp.float32, remat: bool = False) -> CustomLLM:
+def import_model(folder: str | Path, *, dtype: jnp.dtype = jnp.float32, remat: bool = False) -> CustomLLM:
     """The model of an exported folder.
 
     Raises:
         UserError: the folder or its weights are not those of a CustomLLM.
     """
+    folder = Path(folder)
     config = read_model_config(folder)
     weights = read_weights(folder, config)
     graph, params, _ = abstract_model(config, dtype=dtype, remat=remat)
@@ -79,11 +79,11 @@ def read_weights(source: Path, config: ModelConfig) -> Weights:
         UserError: keys are unknown, missing, duplicate, misplaced or misshaped, of each of which the first are named.
     """
     with TensorFiles(source) as files:
-        most = len(files.shapes) + MOST_MISSING
+        most = len(files.shapes) + MAX_MISSING
         table = {entry.torch_name: entry for entry in itertools.islice(entries(config), most + 1)}
         if len(table) > most:
             raise UserError(
-                f"{source} holds {len(files.shapes)} tensors, and a model of its config has {MOST_MISSING} more or "
+                f"{source} holds {len(files.shapes)} tensors, and a model of its config has {MAX_MISSING} more or "
                 "beyond: pass the config that belongs to them"
             )
         _, params, routing_bias = abstract_model(config)

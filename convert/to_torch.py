@@ -13,11 +13,11 @@ import numpy as np
 
 from convert.mapping import PARAMS, ROUTING_BIAS, entries, leaf, torch_shape
 from convert.tensor_files import DTYPES, Tensor, write_safetensors
-from jaxllm.checkpoint import Weights, load_weights
-from jaxllm.config import SPECIAL_TOKENS, ModelConfig, write_json
+from jaxllm.config import SPECIAL_TOKENS, ModelConfig
 from jaxllm.errors import UserError
-from jaxllm.model.decoder import CustomLLM
-from jaxllm.step import split_model
+from jaxllm.files import write_json
+from jaxllm.model.decoder import CustomLLM, split_model
+from jaxllm.run.checkpoint import Weights, load_weights
 
 MODELING_FILE = "modeling_customllm.py"
 
@@ -35,15 +35,15 @@ def export_run(run: Path, out: Path, *, dtype: str = "float32") -> None:
         shutil.copytree(run / "tokenizer", out, dirs_exist_ok=True)
 
 
-def export_model(model: CustomLLM, out: Path, *, dtype: str = "float32") -> None:
-    """Export a model in memory.
+def export_model(model: CustomLLM, out: str | Path, *, dtype: str = "float32") -> None:
+    """Export a model in memory: config.json, safetensors and the PyTorch modelling code.
 
     Raises:
         UserError: `out` holds something already.
     """
-    check_new(out)
+    check_new(Path(out))
     _, params, routing_bias = split_model(model)
-    write_model(model.config, Weights(params, routing_bias), out, dtype)
+    write_model(model.config, Weights(params, routing_bias), Path(out), dtype)
 
 
 def check_new(out: Path) -> None:

@@ -1,22 +1,24 @@
-"""The errors that a user can mend or has asked for, and how a command line shows them."""
+"""Errors that a user can fix, how a command line shows them, and how a value appears in a one-line message."""
 
 from __future__ import annotations
 
 import errno
 import functools
+import reprlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class UserError(Exception):
-    """Bad input. The message is one line that names the field, the value and the mend.
+    """Bad input. The message is one line that names the field, the value and the remedy.
 
-    No ValueError: tyro catches those of a config's checks, and would draw a box of many lines around the message.
+    Not a ValueError: tyro catches those from a config's checks and draws a box of many lines around the message.
     """
 
 
 class Stopped(Exception):
-    """Training has stopped where a signal asked it to; the message says where and how to go on."""
+    """Training stopped because a signal asked for it. The message says where, and how to resume."""
 
     def __init__(self, message: str, code: int):
         super().__init__(message)
@@ -26,11 +28,11 @@ class Stopped(Exception):
 STORAGE_ERRORS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
 )
-"""What a disk says that is full, read-only, forbidden, broken or gone."""
+"""Errors of a disk that is full, read-only, forbidden, broken or gone."""
 
 
 def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wrap a command's `main`: what a user can mend becomes one line on stderr and exit code 2."""
+    """Wrap a command's `main`: an error that the user can fix becomes one line on stderr and exit code 2."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> int:
@@ -46,7 +48,7 @@ def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int]:
             if error.errno not in STORAGE_ERRORS:
                 raise
             print(
-                f"error: {error.filename or 'a file'}: {error.strerror}: make room there or permit it", file=sys.stderr
+                f"error: {error.filename or 'a file'}: {error.strerror}: free space or permit access", file=sys.stderr
             )
             return 2
         except KeyboardInterrupt:
@@ -54,3 +56,29 @@ def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int]:
             return 130  # the shells' code for Ctrl-C
 
     return wrapped
+
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 120
+_repr.maxlevel = 3
+
+MAX_NAMES = 20
+
+
+def shown(value: Any) -> str:
+    """`repr` for a message: one short line, whatever the value holds and however deeply it is nested."""
+    return _repr.repr(value)
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first names, and how many more there are. A name that is long or would break the line is quoted."""
+    names = list(names)
+    first = [name if name.isprintable() and len(name) <= 120 else shown(name) for name in names[:MAX_NAMES]]
+    more = len(names) - len(first)
+    return ", ".join(first) + (f" and {more} more" if more else "")
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error, shortened, for a one-line message."""
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:200]

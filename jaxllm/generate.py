@@ -18,14 +18,14 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from jaxllm.checkpoint import is_run, load_weights
-from jaxllm.compilation import use_compilation_cache
+from convert.to_flax import import_model
 from jaxllm.config import Precision
 from jaxllm.data.tokenizer import encode_prompt, load_tokenizer
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.model.attention import Latents
-from jaxllm.model.decoder import CustomLLM
-from jaxllm.step import split_model
+from jaxllm.model.decoder import CustomLLM, abstract_model, split_model
+from jaxllm.run.checkpoint import is_run, load_weights
+from jaxllm.run.runtime import use_compilation_cache
 
 Array = jax.Array
 Pytree = Any
@@ -129,7 +129,7 @@ def _generate(
     batch = prompts.shape[0]
     hidden, cache = prefill(model, prompts, max_new)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)  # (B,1,D)
-    first = choose(sampling, model.logits(last)[:, 0], jax.random.fold_in(key, 0))
+    first = sample_token(sampling, model.logits(last)[:, 0], jax.random.fold_in(key, 0))
     tokens = jnp.zeros((batch, max_new), jnp.int32).at[:, 0].set(first)
 
     def unfinished(now: _Decoding) -> Array:
@@ -137,7 +137,7 @@ def _generate(
 
     def next_token(now: _Decoding) -> _Decoding:
         logits, cache = model.decode(now.token[:, None], now.positions[:, None], now.cache)
-        token = choose(sampling, logits[:, 0], jax.random.fold_in(key, now.count))
+        token = sample_token(sampling, logits[:, 0], jax.random.fold_in(key, now.count))
         return _Decoding(
             count=now.count + 1,
             tokens=now.tokens.at[:, now.count].set(token),
@@ -158,13 +158,13 @@ def prefill(model: CustomLLM, prompts: Array, max_new: int) -> tuple[Array, Late
     The cache has slots for the prompts and `max_new` tokens behind the longest, as far as the position table goes.
     Padding on the right needs no mask: no token sees what comes after it, and decoding overwrites those slots.
     """
-    hidden, record = model.run_layers(prompts, keep_latents=True)
+    hidden, record = model.hidden_states(prompts, keep_latents=True)
     width = prompts.shape[1]
     room = [(0, 0), (0, 0), (0, max(0, min(width + max_new, model.config.max_position_embeddings) - width))]
     return hidden, jax.tree.map(lambda x: jnp.pad(x, room + [(0, 0)] * (x.ndim - 3)), record.latents)
 
 
-def choose(sampling: Sampling, logits: Array, key: Array) -> Array:
+def sample_token(sampling: Sampling, logits: Array, key: Array) -> Array:
     """Choose a token for each row: (B,V) float32 -> (B,) int32."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -189,10 +189,10 @@ def load_model(folder: Path, precision: Precision = "float32") -> CustomLLM:
     """
     dtype = jnp.dtype(precision)
     if not is_run(folder):
-        return CustomLLM.from_pretrained(folder, dtype=dtype)
+        return import_model(folder, dtype=dtype)
     config, weights = load_weights(folder)
-    graph, _, _ = split_model(nnx.eval_shape(lambda: CustomLLM(config, dtype=dtype, rngs=nnx.Rngs(0))))
-    return nnx.merge(graph, weights.params, weights.routing_bias)
+    graph, _, _ = abstract_model(config, dtype=dtype)
+    return nnx.merge(graph, *weights)
 
 
 def tokenizer_folder(folder: Path) -> Path:

@@ -27,10 +27,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # both frameworks on one device, 
 
 from convert.to_flax import read_weights
 from convert.to_torch import export_run
-from jaxllm.checkpoint import Weights, is_run, load_weights, read_model_config
 from jaxllm.config import ModelConfig, preset
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.generate import tokenizer_folder
+from jaxllm.run.checkpoint import Weights, is_run, load_weights, read_model_config
 from parity_tests.compare import TOLERANCES, Row
 from parity_tests.forward import random_weights, torch_model
 from parity_tests.ladder import FEWEST_STEPS, RUNGS, Ladder, Rung

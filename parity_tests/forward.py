@@ -14,10 +14,11 @@ from flax import nnx
 
 from convert.mapping import PARAMS, ROUTING_BIAS, entries, leaf
 from convert.to_torch import torch_tensors
-from jaxllm.checkpoint import Weights
 from jaxllm.config import ModelConfig
-from jaxllm.loss import count_targets
-from jaxllm.step import abstract_model, summed_loss
+from jaxllm.model.decoder import abstract_model
+from jaxllm.run.checkpoint import Weights
+from jaxllm.train.loss import count_targets
+from jaxllm.train.step import summed_loss
 from torch_ref import CustomLLM as TorchCustomLLM
 
 DTYPES = {"float64": jnp.float64, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -121,7 +122,7 @@ def jax_trace(
 @functools.partial(jax.jit, static_argnums=0)
 def _jax_outputs(graph: nnx.GraphDef, params, routing_bias, ids: jax.Array, experts: jax.Array | None):
     model = nnx.merge(graph, params, routing_bias)
-    x, record = model.run_layers(ids, experts=experts, keep_trace=True)
+    x, record = model.hidden_states(ids, experts=experts, keep_trace=True)
     embeddings = model.embed(ids, jnp.arange(ids.shape[1])[None])
     return embeddings, record.trace, model.logits(x), summed_loss(model, x, ids) / count_targets(ids)
 

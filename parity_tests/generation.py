@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from flax import nnx
 
-from jaxllm.checkpoint import Weights
 from jaxllm.config import ModelConfig
 from jaxllm.generate import generate, prefill
-from jaxllm.step import abstract_model
+from jaxllm.model.decoder import abstract_model
+from jaxllm.run.checkpoint import Weights
 from parity_tests.compare import TOLERANCES, Row, compare_arrays
 from parity_tests.forward import DTYPES, jax_precision, jax_weights, torch_precision
 from torch_ref import CustomLLM as TorchCustomLLM

@@ -18,9 +18,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from jaxllm.checkpoint import Weights
 from jaxllm.config import ModelConfig, TrainConfig
-from jaxllm.loss import IGNORED
+from jaxllm.run.checkpoint import Weights
+from jaxllm.train.loss import IGNORED
 from parity_tests.compare import (
     TOLERANCES,
     Flips,
@@ -58,7 +58,7 @@ ACCUMULATED, ROWS, ROW_TOKENS = 2, 2, 64
 
 def training_config(model: ModelConfig, steps: int, precision: str) -> TrainConfig:
     """Everything that training has, at work within a few steps: warm-up, cosine, clipping, decay, accumulation."""
-    return TrainConfig(
+    return TrainConfig.from_options(
         model=model,
         seq_len=min(ROW_TOKENS, model.max_position_embeddings),
         batch_size=ROWS,
@@ -73,9 +73,9 @@ def training_config(model: ModelConfig, steps: int, precision: str) -> TrainConf
 
 def training_batches(config: TrainConfig, tokens: np.ndarray) -> np.ndarray:
     """(steps, A, B, T) labels; the micro-batches of a step have different numbers of targets."""
-    shape = (config.steps, config.grad_accum, config.batch_size, config.seq_len)
+    shape = (config.schedule.steps, config.data.grad_accum, config.data.batch_size, config.data.seq_len)
     labels = tokens[: np.prod(shape)].reshape(shape).copy()
-    labels[:, 0, 0, config.seq_len // 2 :] = IGNORED
+    labels[:, 0, 0, config.data.seq_len // 2 :] = IGNORED
     return labels
 
 
@@ -127,7 +127,7 @@ class Ladder:
     @staticmethod
     def tokens_needed(config: ModelConfig, seq_len: int, steps: int) -> int:
         training = training_config(config, steps, "float32")
-        return max(min(seq_len, config.max_position_embeddings), training.steps * training.tokens_per_step)
+        return max(min(seq_len, config.max_position_embeddings), training.schedule.steps * training.tokens_per_step)
 
     def climb(self, model: TorchCustomLLM, rungs: Iterable[str] = RUNGS) -> Iterator[tuple[str, list[Row]]]:
         """Compare rung by rung, in the ladder's order; the model is left as it was.
@@ -230,7 +230,7 @@ class Ladder:
     @functools.cached_property
     def _moments(self):
         # behind the warm-up: the first update has the rate 0, and from zero moments hides the gradient's scale
-        return random_moments(self.weights, count=self.training.warmup_steps + 1)
+        return random_moments(self.weights, count=self.training.schedule.warmup_steps + 1)
 
     @functools.cached_property
     def _jax_step(self) -> Trained:

@@ -39,7 +39,7 @@ MODEL = ModelConfig(
 
 
 def train_config(precision: str) -> TrainConfig:
-    return TrainConfig(
+    return TrainConfig.from_options(
         model=MODEL, seq_len=10, precision=precision, warmup_steps=0, balance_loss=0.01, router_z_loss=0.01
     )
 

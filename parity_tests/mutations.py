@@ -505,7 +505,7 @@ def cosine_with_a_floor(model: CustomLLM) -> Iterator[None]:
     def floored(optimizer, config, done=0):
         schedule = make(optimizer, config, done)
         (shape,) = set(schedule.lr_lambdas)
-        floor = functools.partial(_with_floor, shape, config.warmup_steps)
+        floor = functools.partial(_with_floor, shape, config.schedule.warmup_steps)
         return LambdaLR(optimizer, floor, last_epoch=done - 1)
 
     with mock.patch.object(stepping, "make_schedule", floored):

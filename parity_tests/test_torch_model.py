@@ -12,11 +12,10 @@ import pytest
 import torch
 from flax import nnx
 
-from jaxllm import PRESETS, ModelConfig
-from jaxllm import CustomLLM as FlaxCustomLLM
+from jaxllm import PRESETS, ModelConfig, from_pretrained, save_pretrained
 from jaxllm.generate import generate
+from jaxllm.model.decoder import abstract_model, split_model
 from jaxllm.model.summary import module_tree
-from jaxllm.step import abstract_model, split_model
 from parity_tests.compare import TOLERANCES, compare_arrays, compare_bits
 from parity_tests.forward import (
     jax_trace,
@@ -116,11 +115,11 @@ def assert_same_weights(weights, model) -> None:
 
 def test_what_one_framework_saves_the_other_loads(weights, tmp_path):
     flax = nnx.merge(abstract_model(SMALL)[0], weights.params, weights.routing_bias)
-    flax.save_pretrained(tmp_path / "from_flax")
+    save_pretrained(flax, tmp_path / "from_flax")
     torch_side = CustomLLM.from_pretrained(tmp_path / "from_flax")
     assert_same_weights(weights, torch_side)
     torch_side.save_pretrained(tmp_path / "from_torch")
-    back = FlaxCustomLLM.from_pretrained(tmp_path / "from_torch")
+    back = from_pretrained(tmp_path / "from_torch")
     assert back.config == SMALL
     params, routing_bias = split_model(back)[1:]
     assert_same_weights((params, routing_bias), torch_side)
@@ -138,12 +137,12 @@ def test_labels_are_shifted_once(weights):
 
 def test_an_exported_folder_works_where_this_project_is_not_installed(weights, tmp_path):
     """Auto classes and the pipeline, in a process that cannot import this project."""
-    from jaxllm.data.corpus import FileSource
+    from jaxllm.data.sources import FileSource
     from jaxllm.data.tokenizer import train_tokenizer
 
     (tmp_path / "text.txt").write_text("def f(x): return x\n" * 500)
     flax = nnx.merge(abstract_model(SMALL)[0], weights.params, weights.routing_bias)
-    flax.save_pretrained(tmp_path / "model")
+    save_pretrained(flax, tmp_path / "model")
     train_tokenizer(FileSource([tmp_path / "text.txt"], 0, "text"), 300).save_pretrained(tmp_path / "model")
     script = f"""
 import sys

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import os
@@ -25,16 +24,18 @@ from safetensors.numpy import load_file
 import torch_ref.model
 import torch_ref.train
 import train
-from jaxllm.checkpoint import Weights
-from jaxllm.data.corpus import open_source
-from jaxllm.data.position import POSITION_FILE
-from jaxllm.data.stream import TokenStream
+from jaxllm.config import RunConfig, TrainConfig
+from jaxllm.data.sources import open_source
+from jaxllm.data.stream import POSITION_FILE, TokenStream
 from jaxllm.generate import generate as generate_in_jax
-from jaxllm.lock import FolderLock
-from jaxllm.metrics import RunLog, read_metrics
-from jaxllm.parallel import Programs
-from jaxllm.run import Prepared, parse_args, prepare
-from jaxllm.step import StepMetrics, TrainState, eval_step, init_state, model_graph, train_step
+from jaxllm.run.checkpoint import Weights
+from jaxllm.run.evaluation import Evaluator
+from jaxllm.run.lock import FolderLock
+from jaxllm.run.metrics import RunLog, read_metrics
+from jaxllm.run.prepare import Prepared, parse_args, prepare
+from jaxllm.train.state import TrainState, init_state
+from jaxllm.train.step import StepMetrics, model_graph, train_step
+from jaxllm.train.trainer import Trainer
 from parity_tests.forward import torch_model
 from torch_ref.callbacks import MPSCallback, TextGenerationCallback
 from torch_ref.generate import generate
@@ -106,10 +107,12 @@ class Reference:
     def steps(self, count: int) -> tuple[TrainState, StepMetrics]:
         """The state after, and the measurements of each step: (count,) float64 each."""
         config, state, measured = self.config, self.first, []
-        stream = TokenStream(open_source(config), self.prepared.tokenizer, config.seq_len, config.seed)
+        stream = TokenStream(open_source(config), self.prepared.tokenizer, config.data.seq_len, config.seed)
         for _ in range(count):
-            rows = stream.next_rows(config.grad_accum * config.batch_size)
-            state, metrics = self._step(state, rows.reshape(config.grad_accum, config.batch_size, config.seq_len))
+            rows = stream.next_rows(config.data.grad_accum * config.data.batch_size)
+            state, metrics = self._step(
+                state, rows.reshape(config.data.grad_accum, config.data.batch_size, config.data.seq_len)
+            )
             measured.append(metrics)
         return state, StepMetrics(*(np.asarray(column, np.float64) for column in zip(*measured, strict=True)))
 
@@ -117,7 +120,7 @@ class Reference:
 @pytest.fixture(scope="module")
 def reference(narrow, tmp_path_factory) -> Reference:
     folder = tmp_path_factory.mktemp("runs") / "reference"
-    config = parse_args([*narrow, *EVERYTHING, "--run-dir", str(folder)], "test", None)
+    config = parse_args([*narrow, *EVERYTHING, "--run-dir", str(folder)], "test", None, RunConfig)
     with FolderLock(folder) as lock:
         return Reference(prepare(config, "JAX", lock))
 
@@ -127,7 +130,7 @@ class TrainerRun:
 
     def __init__(self, reference: Reference, folder: Path, steps: int):
         folder.mkdir()
-        config = dataclasses.replace(reference.config, run_dir=folder, steps=steps)
+        config = reference.config.with_options(run_dir=folder, steps=steps)
         self._history: list[dict] = []
         first = jax.device_get(Weights(reference.first.params, reference.first.routing_bias))
         log = CustomLLMTrainer.log
@@ -148,11 +151,11 @@ class TrainerRun:
 def test_thirty_steps_of_the_trainer_are_those_of_jax(reference, tmp_path):
     state, ours = reference.steps(30)
     theirs = TrainerRun(reference, tmp_path / "run", 30)
-    assert (ours.grad_norm > reference.config.max_grad_norm).sum() > 20  # clipping was at work
+    assert (ours.grad_norm > reference.config.optim.max_grad_norm).sum() > 20  # clipping was at work
     np.testing.assert_allclose(theirs.column("loss"), ours.loss, rtol=LOSS_TOLERANCE)
     np.testing.assert_allclose(theirs.column("grad_norm"), ours.grad_norm, rtol=NORM_TOLERANCE)
     # JAX evaluates the schedule in float32
-    atol = 1e-7 * reference.config.learning_rate
+    atol = 1e-7 * reference.config.optim.learning_rate
     np.testing.assert_allclose(theirs.column("learning_rate"), ours.learning_rate, rtol=1e-6, atol=atol)
 
     (routing_bias,) = jax.tree.leaves(state.routing_bias)  # (L,E)
@@ -160,9 +163,7 @@ def test_thirty_steps_of_the_trainer_are_those_of_jax(reference, tmp_path):
     np.testing.assert_allclose(moved, routing_bias, atol=1e-7)
     assert np.abs(routing_bias).max() > 5e-3
 
-    of_weights = jax.jit(functools.partial(eval_step, reference.graph))
-    programs = Programs(None, lambda state, rows: of_weights(state.params, state.routing_bias, rows), seconds=0.0)
-    evaluate = train.Evaluator(reference.config, programs, reference.prepared.held_out)
+    evaluate = Evaluator(Trainer(reference.config.as_type(TrainConfig)), reference.prepared.held_out)
     np.testing.assert_allclose(
         theirs.column("eval_loss"), [evaluate(state, 0.0, step=30)["eval_loss"]], rtol=LOSS_TOLERANCE
     )
@@ -236,7 +237,7 @@ def test_bfloat16_and_remat_compute_nearly_the_same(reference, tmp_path):
     losses = {}
     for name, options in {"plain": {}, "remat": {"remat": True}, "narrow": {"precision": "bfloat16"}}.items():
         changed = mock.Mock(wraps=reference, first=reference.first, prepared=reference.prepared)
-        changed.config = dataclasses.replace(reference.config, **options)
+        changed.config = reference.config.with_options(**options)
         losses[name] = TrainerRun(changed, tmp_path / name, 3).column("loss")
     np.testing.assert_array_equal(losses["remat"], losses["plain"])
     error = np.abs(losses["narrow"] / losses["plain"] - 1).max()
@@ -357,7 +358,7 @@ def test_the_mps_callback_frees_and_reports_on_mps_and_is_silent_elsewhere(monke
 
 
 def test_the_text_generation_callback_writes_samples(reference, tmp_path, capsys):
-    config = dataclasses.replace(reference.config, run_dir=tmp_path, sample_tokens=5, prompts=("def f", "x = "))
+    config = reference.config.with_options(run_dir=tmp_path, sample_tokens=5, prompts=("def f", "x = "))
     model = torch_model(config.model, jax.device_get(Weights(reference.first.params, reference.first.routing_bias)))
     TextGenerationCallback(config, reference.prepared.tokenizer).on_train_end(None, None, None, model=model)
     text = (tmp_path / "samples.md").read_text()
@@ -396,7 +397,7 @@ def test_each_framework_refuses_the_other_s_run_and_names_the_converter(narrow, 
 def test_what_would_change_the_numbers_or_is_no_run_is_refused(again, narrow, tmp_path, capsys):
     folder, args = again
     before = (folder / "metrics.jsonl").read_bytes()
-    refused([*args, "--learning-rate", "0.5"], capsys, "learning_rate is 0.5", "pass the old value")
+    refused([*args, "--learning-rate", "0.5"], capsys, "learning_rate is 0.5", "leave the option out")
     assert (folder / "metrics.jsonl").read_bytes() == before
     (tmp_path / "papers").mkdir()
     (tmp_path / "papers" / "thesis.txt").write_text("years of work")

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from jaxllm.config import ModelConfig, TrainConfig
-from jaxllm.data.corpus import SUFFIXES, FileSource, open_source
+from jaxllm.data.reading import SUFFIXES
+from jaxllm.data.sources import FileSource, open_source
 from jaxllm.data.stream import encode
 from jaxllm.data.tokenizer import load_tokenizer, train_tokenizer
 from jaxllm.errors import UserError
 
-MOST_WORDS = 4096
+MAX_WORDS = 4096
 """A tokenizer that is trained for the comparison has at most so many tokens: more take long and show nothing more."""
 
 
@@ -29,12 +30,12 @@ def read_tokens(config: ModelConfig, count: int, text: Path | None, tokenizer: P
     """
     open_text = _opener(text)
     if tokenizer is None:
-        encoder = train_tokenizer(open_text(), min(config.vocab_size, MOST_WORDS))
+        encoder = train_tokenizer(open_text(), min(config.vocab_size, MAX_WORDS))
     else:
         encoder = load_tokenizer(str(tokenizer))
     parts: list[np.ndarray] = []
-    for piece in open_text().pieces():
-        parts.append(encode(encoder, piece.text, piece.ends_document and encoder.eos_token_id is not None))
+    for chunk in open_text().chunks():
+        parts.append(encode(encoder, chunk.text, chunk.ends_document and encoder.eos_token_id is not None))
         if sum(map(len, parts)) >= count:
             break
     ids = np.concatenate(parts) if parts else np.zeros((0,), np.int32)

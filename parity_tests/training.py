@@ -1,6 +1,6 @@
 """Train in either framework from the same weights and moments, and keep everything that a step changes.
 
-Both sides are the functions that train: `jaxllm.step` and `torch_ref.step`. Arrays come back under PyTorch's names.
+Both sides are the functions that train: `jaxllm.train.step` and `torch_ref.step`. Arrays have PyTorch's names.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import numpy as np
 import torch
 
 import torch_ref.step as torch_step
-from jaxllm import step as jax_step
-from jaxllm.checkpoint import Weights
 from jaxllm.config import TrainConfig
-from jaxllm.optim import AdamMoments, adam_moments, with_moments
-from jaxllm.step import StepMetrics, TrainState, abstract_model, start_state
+from jaxllm.model.decoder import abstract_model
+from jaxllm.run.checkpoint import Weights
+from jaxllm.train import step as jax_step
+from jaxllm.train.optim import AdamState
+from jaxllm.train.state import TrainState, start_state
+from jaxllm.train.step import StepMetrics
 from parity_tests.forward import DTYPES, jax_precision, jax_weights, torch_named
 from torch_ref import CustomLLM as TorchCustomLLM
 
@@ -45,12 +47,12 @@ class Trained(NamedTuple):
     experts: list[np.ndarray]  # for each step (A,L,B,T,k), what PyTorch's routers chose; empty from JAX
 
 
-def random_moments(weights: Weights, count: int, seed: int = 0) -> AdamMoments:
+def random_moments(weights: Weights, count: int, seed: int = 0) -> AdamState:
     """Moments as of a run under way: small first moments, second moments that are larger than their squares."""
     rng = np.random.default_rng(seed)
     mu = jax.tree.map(lambda leaf: 1e-3 * rng.standard_normal(leaf.shape, np.float32), weights.params)
     nu = jax.tree.map(lambda m: np.square(m) + np.square(1e-3 * rng.standard_normal(m.shape, np.float32)), mu)
-    return AdamMoments(np.asarray(count, np.int32), mu, nu)
+    return AdamState(np.asarray(count, np.int32), mu, nu)
 
 
 class JaxTraining:
@@ -72,7 +74,7 @@ class JaxTraining:
     def train(
         self,
         batches: np.ndarray,
-        moments: AdamMoments | None = None,
+        moments: AdamState | None = None,
         experts: list[np.ndarray] | None = None,
         before_step: Callable[[int, Weights], None] = lambda i, weights: None,
     ) -> Trained:
@@ -90,7 +92,7 @@ class JaxTraining:
                 state, metrics = self._step(state, jnp.asarray(labels), None if experts is None else experts[i])
                 reports.append(metrics)
             reports = jax.device_get(reports)
-        after = adam_moments(state.opt_state)
+        after = state.opt_state
         named = functools.partial(torch_named, self.config.model)
         return Trained(
             losses=[float(report.loss) for report in reports],
@@ -102,16 +104,16 @@ class JaxTraining:
             experts=[],
         )
 
-    def _start(self, moments: AdamMoments | None = None) -> TrainState:
+    def _start(self, moments: AdamState | None = None) -> TrainState:
         params, routing_bias = jax_weights(self.weights, self.precision)
         state = start_state(self.config, jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, routing_bias))
         if moments is None:
             return state
-        wide = AdamMoments(
+        opt_state = AdamState(
             jnp.asarray(moments.count),
             *jax.tree.map(lambda leaf, param: jnp.array(leaf, param.dtype), moments[1:], (params, params)),
         )
-        return state._replace(opt_state=with_moments(state.opt_state, wide), step=wide.count.copy())
+        return state._replace(opt_state=opt_state, step=opt_state.count.copy())
 
 
 @contextmanager
@@ -137,7 +139,7 @@ def torch_gradients(model: TorchCustomLLM, config: TrainConfig, labels: np.ndarr
 
 
 def torch_train(
-    model: TorchCustomLLM, config: TrainConfig, batches: np.ndarray, moments: AdamMoments | None = None
+    model: TorchCustomLLM, config: TrainConfig, batches: np.ndarray, moments: AdamState | None = None
 ) -> Trained:
     """Steps of the PyTorch model; arguments as in `JaxTraining.train`."""
     with _training(model):

@@ -9,8 +9,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxllm.checkpoint import newest_checkpoint
-from jaxllm.config import TrainConfig, read_json
+from jaxllm.config import TrainConfig
+from jaxllm.files import read_json
+from jaxllm.run.checkpoint import newest_checkpoint
 
 MEASURED = ("second", "runtime", "mfu", "data_wait", "peak")
 """Parts of the names of columns that are measured, and so differ from run to run."""
@@ -26,14 +27,14 @@ def fingerprint(run: Path) -> dict[str, str]:
     A log of every step holds, to the last bit, the norm of each step's gradient: no other batch has the same.
     """
     config = TrainConfig.from_dict(read_json(run / "train_config.json"))
-    state, training = newest_checkpoint(run).state(config)
+    state, resumed = newest_checkpoint(run).state(config)
     found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path((state, [tuple(p[2:]) for p in training.positions])):
+    for path, leaf in jax.tree_util.tree_leaves_with_path((state, [tuple(p[2:]) for p in resumed.positions])):
         array = np.asarray(leaf)
         found[jax.tree_util.keystr(path)] = hashlib.sha256(array.tobytes() + str(array.dtype).encode()).hexdigest()
-    found["positions"] = json.dumps([[p.source, p.drawn] for p in training.positions], sort_keys=True)
+    found["positions"] = json.dumps([[p.source, p.drawn] for p in resumed.positions], sort_keys=True)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found["metrics"] = hashlib.sha256(json.dumps(without_times(lines)).encode()).hexdigest()
-    journal = training.journal.to_json() | {"records": without_times(training.journal.records)}
-    found["journal"] = hashlib.sha256(json.dumps(journal).encode()).hexdigest()
+    history = resumed.history.to_json() | {"records": without_times(resumed.history.records)}
+    found["history"] = hashlib.sha256(json.dumps(history).encode()).hexdigest()
     return found

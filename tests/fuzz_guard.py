@@ -16,9 +16,9 @@ import numpy as np
 
 from jaxllm.errors import UserError
 
-MOST_MEMORY = 300 * 2**20
-MOST_SECONDS = 20
-MOST_CHARACTERS = 8_000
+MAX_MEMORY = 300 * 2**20
+MAX_SECONDS = 20
+MAX_CHARACTERS = 8_000
 """Of a message: it quotes the first of what is wrong, never the whole of a file."""
 
 STARTS = {"os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "pty.spawn"}
@@ -72,7 +72,7 @@ class Hang(BaseException):
 
 
 @contextmanager
-def in_time(seconds: float = MOST_SECONDS) -> Iterator[None]:
+def in_time(seconds: float = MAX_SECONDS) -> Iterator[None]:
     def late(*_) -> None:
         raise Hang(f"more than {seconds} s")
 
@@ -86,7 +86,7 @@ def in_time(seconds: float = MOST_SECONDS) -> Iterator[None]:
 
 
 @contextmanager
-def in_memory(most: int = MOST_MEMORY) -> Iterator[None]:
+def in_memory(most: int = MAX_MEMORY) -> Iterator[None]:
     """The process at no time holds so much more than at the start. Linux alone tells and forgets such a peak."""
     if not Path("/proc/self/clear_refs").exists():
         yield
@@ -110,7 +110,7 @@ def outcome(folder: Path, call: Callable[[], Any]) -> Any:
         except UserError as error:
             result = error
     assert len(str(result).splitlines()) == 1, repr(str(result))
-    assert len(str(result)) < MOST_CHARACTERS, str(result)
+    assert len(str(result)) < MAX_CHARACTERS, str(result)
     return result
 
 

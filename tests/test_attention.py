@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jaxllm.config import PRESETS, ModelConfig
-from jaxllm.model import grouped_triton, grouped_walk
-from jaxllm.model.causal_attention import blocked_attention, cudnn_attention
-from jaxllm.model.kernels import ANY, CUDA, choose_kernels, describe_kernels
+from jaxllm.model.kernels import ANY, CUDA, choose_kernels, describe_kernels, grouped_triton
+from jaxllm.model.kernels import grouped_loop as grouped_loop
+from jaxllm.model.kernels.causal_attention import blocked_attention, cudnn_attention
 
 
 def plain_attention(q, k, v, attention_mask=None):
@@ -57,13 +57,13 @@ def test_the_choice_of_kernels():
     model = PRESETS["customllm-1b"]
     assert choose_kernels(model, jnp.float32, ANY) == choose_kernels(model, jnp.bfloat16, ANY)
     on_cpu = choose_kernels(model, jnp.float32)
-    assert (on_cpu.grouped, on_cpu.attention) == (grouped_walk, blocked_attention)
+    assert (on_cpu.grouped, on_cpu.attention) == (grouped_loop, blocked_attention)
     on_gpu = choose_kernels(model, jnp.bfloat16, CUDA)
     assert (on_gpu.grouped, on_gpu.attention) == (grouped_triton, cudnn_attention)
     assert choose_kernels(model, jnp.float32, CUDA).attention is blocked_attention
     assert choose_kernels(model, jnp.float64, CUDA) == on_cpu
     odd = ModelConfig(vocab_size=8, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, moe_intermediate_size=9)
-    assert choose_kernels(odd, jnp.bfloat16, CUDA).grouped is grouped_walk
+    assert choose_kernels(odd, jnp.bfloat16, CUDA).grouped is grouped_loop
     assert "cuDNN" in describe_kernels(model, jnp.bfloat16, CUDA)
     with pytest.raises(ValueError, match="platform is 'gpu'"):
         choose_kernels(model, jnp.float32, "gpu")

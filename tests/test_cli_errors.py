@@ -7,7 +7,7 @@ import pytest
 import train
 from convert import __main__ as convert
 from jaxllm import generate as generation
-from jaxllm.data import corpus as corpora
+from jaxllm.data import sources as corpora
 from jaxllm.data import tokenizer as tokenizers
 
 

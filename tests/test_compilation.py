@@ -13,14 +13,16 @@ import jax
 import numpy as np
 import pytest
 
-from jaxllm import cache
-from jaxllm.compilation import use_compilation_cache
+from jaxllm import files as cache
+from jaxllm.config import TrainConfig
 from jaxllm.data import tokenizer as tokenizers
-from jaxllm.data.corpus import FileSource, local_files
+from jaxllm.data.sources import FileSource, local_files
 from jaxllm.data.tokenizer import train_or_recall_tokenizer
-from jaxllm.parallel import compile_programs
-from jaxllm.run import parse_args
-from jaxllm.step import init_state, model_graph
+from jaxllm.run.prepare import parse_args
+from jaxllm.run.runtime import use_compilation_cache
+from jaxllm.train.placement import OneDevice, compile_programs
+from jaxllm.train.state import init_state
+from jaxllm.train.step import model_graph
 
 PROCESS = """
 import collections, json, sys
@@ -108,12 +110,12 @@ def test_a_cache_that_the_user_configured_stays(tmp_path, monkeypatch):
 @pytest.mark.parametrize("accumulation", ["1", "2"])
 def test_the_step_updates_the_state_in_place(narrow, accumulation):
     """Donation is a wish: XLA must have granted it for every array of the state."""
-    config = parse_args([*narrow, "--grad-accum", accumulation], "test", None)
+    config = parse_args([*narrow, "--grad-accum", accumulation], "test", None, TrainConfig)
     state = jax.jit(lambda: init_state(config))()
-    step = compile_programs(config, model_graph(config), state).step
+    step = compile_programs(OneDevice(), config, model_graph(config)).step
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert step.memory_analysis().alias_size_in_bytes >= size
-    rows = np.zeros((config.grad_accum, config.batch_size, config.seq_len), np.int32)
+    rows = np.zeros((config.data.grad_accum, config.data.batch_size, config.data.seq_len), np.int32)
     after, _ = step(state, rows)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert int(after.step) == 1

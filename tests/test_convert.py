@@ -22,10 +22,10 @@ from convert import tensor_files
 from convert.__main__ import main
 from convert.mapping import entries
 from convert.to_flax import read_weights
-from jaxllm import CustomLLM, UserError
+from jaxllm import UserError, from_pretrained, save_pretrained
 from jaxllm import generate as generation
-from jaxllm.checkpoint import load_weights
-from jaxllm.step import split_model
+from jaxllm.model.decoder import split_model
+from jaxllm.run.checkpoint import load_weights
 
 
 @pytest.fixture(scope="module")
@@ -210,8 +210,8 @@ def test_an_imported_run_and_an_exported_folder_generate_and_train(exported, nar
 def test_save_and_from_pretrained_round_trip(run, tmp_path):
     config, weights = load_weights(run)
     model = generation.load_model(run)
-    model.save_pretrained(tmp_path / "saved")
-    loaded = CustomLLM.from_pretrained(tmp_path / "saved")
+    save_pretrained(model, tmp_path / "saved")
+    loaded = from_pretrained(tmp_path / "saved")
     assert loaded.config == config
     assert_same_weights(split_model(loaded)[1:], tuple(weights))
     ids = jnp.arange(12)[None]
@@ -220,4 +220,4 @@ def test_save_and_from_pretrained_round_trip(run, tmp_path):
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"holds no config\.json"):
-        CustomLLM.from_pretrained(tmp_path)
+        from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Checkpoints that are no longer what was written: found by checksum, named in a line, never read as good."""
+"""CheckpointWriter that are no longer what was written: found by checksum, named in a line, never read as good."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 
 import train
 from jaxllm import generate as generation
-from jaxllm.checkpoint import choose_checkpoint, load_weights
-from jaxllm.checksums import CHECKSUMS_FILE, find_damage
 from jaxllm.errors import UserError
+from jaxllm.run.checkpoint import choose_checkpoint, load_weights
+from jaxllm.run.checksums import CHECKSUMS_FILE, find_damage
 from tests.fingerprint import fingerprint
 
 

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.config import PRESETS, TrainConfig, recipe
-from jaxllm.data import corpus as corpora
+from jaxllm.data import sources as corpora
 from jaxllm.data import stream as streams
-from jaxllm.data.corpus import FileSource, HubSource, local_files, open_source, stdlib_files
-from jaxllm.data.reading import PIECE_CHARS
+from jaxllm.data.reading import CHUNK_CHARS
+from jaxllm.data.sources import FileSource, HubSource, local_files, open_source, stdlib_files
 from jaxllm.data.stream import Prefetcher, TokenStream, encode, held_out_rows
 from jaxllm.data.tokenizer import align, train_tokenizer
 from jaxllm.errors import UserError
@@ -91,20 +91,20 @@ def test_packing_loses_and_repeats_nothing(source, tokenizer):
     """The rows in the order in which they are packed are the documents, each with its end."""
     stream = TokenStream(source(), tokenizer, 32, seed=0)
     packed = np.concatenate([next(stream._rows) for _ in range(30)])
-    pieces = [piece for piece in source().pieces() if not piece.held_out]
-    tokens = np.concatenate([encode(tokenizer, piece.text, piece.ends_document) for piece in pieces])
+    chunks = [chunk for chunk in source().chunks() if not chunk.held_out]
+    tokens = np.concatenate([encode(tokenizer, chunk.text, chunk.ends_document) for chunk in chunks])
     length = min(len(packed), len(tokens))
     np.testing.assert_array_equal(packed[:length], tokens[:length])
-    assert (tokens == tokenizer.eos_token_id).sum() == sum(piece.ends_document for piece in pieces)
+    assert (tokens == tokenizer.eos_token_id).sum() == sum(chunk.ends_document for chunk in chunks)
 
 
 def test_the_held_out_part_is_never_trained_on(source):
-    pieces = list(source().pieces())
-    held_out = {piece.text for piece in pieces if piece.held_out}
-    assert 0 < len(held_out) < 0.1 * len(pieces)
+    chunks = list(source().chunks())
+    held_out = {chunk.text for chunk in chunks if chunk.held_out}
+    assert 0 < len(held_out) < 0.1 * len(chunks)
     opened = source()
-    again = [piece for _ in range(2) for piece in opened.pieces()]  # a second pass holds out the same
-    assert {piece.text for piece in again if piece.held_out} == held_out
+    again = [chunk for _ in range(2) for chunk in opened.chunks()]  # a second pass holds out the same
+    assert {chunk.text for chunk in again if chunk.held_out} == held_out
 
 
 def test_rows_without_text_are_skipped_and_counted(tmp_path):
@@ -112,17 +112,17 @@ def test_rows_without_text_are_skipped_and_counted(tmp_path):
     good = [json.dumps({"text": f"row {i}"}) for i in range(5)]
     file.write_text("\n".join([*good, '{"text": 5}', '{"other": "x"}', "{broken", '{"text": ""}', "[1]", ""]))
     source = FileSource([file], 0, "text")
-    assert [piece.text for piece in source.pieces()] == [f"row {i}" for i in range(5)]
+    assert [chunk.text for chunk in source.chunks()] == [f"row {i}" for i in range(5)]
     assert source.position["skipped"] == 5
 
 
-def test_a_long_line_comes_in_bounded_pieces(tmp_path):
+def test_a_long_line_comes_in_bounded_chunks(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("word " * 10_000)
-    pieces = list(FileSource([file], 0, "text").pieces())
-    assert max(len(piece.text) for piece in pieces) <= PIECE_CHARS
-    assert "".join(piece.text for piece in pieces) == "word " * 10_000
-    assert [piece.ends_document for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    chunks = list(FileSource([file], 0, "text").chunks())
+    assert max(len(chunk.text) for chunk in chunks) <= CHUNK_CHARS
+    assert "".join(chunk.text for chunk in chunks) == "word " * 10_000
+    assert [chunk.ends_document for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
 
 
 def test_prefetching_gives_the_stream_s_batches_positions_and_errors(corpus, tokenizer):
@@ -177,7 +177,7 @@ def test_config_and_tokenizer_are_aligned(tokenizer):
 def test_a_vocabulary_that_does_not_fit_is_refused(tokenizer):
     narrow = dataclasses.replace(PRESETS["tiny"], vocab_size=299)
     with pytest.raises(UserError, match=r"vocab_size is 299.*300 tokens.*--model.vocab-size 300"):
-        align(TrainConfig(model=narrow), tokenizer)
+        align(TrainConfig.from_options(model=narrow), tokenizer)
 
 
 def test_the_49152_token_tokenizer_fits_the_source_s_presets():
@@ -192,8 +192,8 @@ def test_the_49152_token_tokenizer_fits_the_source_s_presets():
 
 
 def test_evaluation_rows_come_from_the_held_out_part(corpus, tokenizer):
-    config = TrainConfig(data=str(corpus), seq_len=32, eval_samples=5)
+    config = TrainConfig.from_options(data=str(corpus), seq_len=32, eval_samples=5)
     rows = held_out_rows(config, tokenizer)
     assert rows.shape == (5, 32)
-    text = "".join(piece.text for piece in open_source(config).pieces() if piece.held_out)
+    text = "".join(chunk.text for chunk in open_source(config).chunks() if chunk.held_out)
     assert tokenizer.decode(rows[0]) in text

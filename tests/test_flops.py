@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -10,10 +11,11 @@ import jax.numpy as jnp
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from jaxllm import flops
 from jaxllm.config import PRESETS, ModelConfig, TrainConfig
-from jaxllm.meter import Meter
-from jaxllm.step import abstract_model, count_parameters, eval_step
+from jaxllm.model import flops
+from jaxllm.model.decoder import abstract_model, count_parameters
+from jaxllm.run.throughput import Meter
+from jaxllm.train.step import eval_step
 
 ODD = ModelConfig(
     vocab_size=331,
@@ -29,6 +31,7 @@ ODD = ModelConfig(
     final_norm=True,
 )
 BATCH, LENGTH = 2, 24
+CONFIG = TrainConfig.from_options(model=ODD, seq_len=LENGTH, batch_size=BATCH)
 
 
 @pytest.mark.parametrize(("preset", "total"), [("customllm-1b", 1_075_060_736), ("customllm-768", 793_921_536)])
@@ -71,7 +74,7 @@ def test_forward_flops_are_the_products_that_jax_traces():
     """Except the routed experts': their loops take as many turns as there are rows."""
     graph, params, bias = abstract_model(ODD)
     rows = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
-    traced = jax.make_jaxpr(lambda *args: eval_step(graph, *args))(params, bias, rows)
+    traced = jax.make_jaxpr(functools.partial(eval_step, CONFIG, graph))(params, bias, rows)
     parts = flops.forward_flops(ODD, LENGTH, "full")
     routed = parts.pop("routed_experts")
     assert product_flops(traced.jaxpr) == BATCH * LENGTH * sum(parts.values())
@@ -105,9 +108,8 @@ def test_the_meter_counts_laps_evaluations_and_waiting(monkeypatch):
     clock = iter([100.0, 104.0, 112.0, 120.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     waits = iter([1.0, 1.0, 3.0])
-    config = TrainConfig(model=ODD, seq_len=LENGTH, batch_size=BATCH)
     per_token = flops.training_flops_per_token(ODD, LENGTH, "full")
-    meter = Meter(config, 1e-12 * per_token * BATCH * LENGTH, lambda: next(waits))  # at the peak: one step a second
+    meter = Meter(CONFIG, 1e-12 * per_token * BATCH * LENGTH, lambda: next(waits))  # at the peak: one step a second
     first = meter.lap(2)  # 4 s, of which 1 waiting
     assert (first.mfu_full, first.data_wait) == (pytest.approx(0.5), 0.25)
     assert first.tokens_per_second == 2 * BATCH * LENGTH / 4

@@ -12,9 +12,9 @@ SCRIPT = """
 import dataclasses, functools, resource, time
 import jax, numpy as np
 from jaxllm.config import recipe
-from jaxllm.step import count_parameters, init_state, model_graph, train_step
+from jaxllm.train.step import count_parameters, init_state, model_graph, train_step
 
-config = dataclasses.replace(recipe("seed", "customllm-1b"), grad_accum=1, remat=True)
+config = recipe("seed", "customllm-1b").with_options(grad_accum=1, remat=True)
 state = jax.jit(functools.partial(init_state, config))()
 assert count_parameters(state.params) == 1_075_060_736
 step = jax.jit(functools.partial(train_step, config, model_graph(config)), donate_argnums=0)

@@ -35,21 +35,23 @@ from convert.to_flax import import_run, read_weights
 from convert.to_torch import write_model
 from convert.training import export_training, import_training
 from jaxllm import generate as generation
-from jaxllm.checkpoint import SavedCheckpoint, Weights, load_weights, read_model_config, write_run
-from jaxllm.config import ModelConfig, TrainConfig, read_json, write_json
-from jaxllm.data.corpus import FileSource, Piece, local_files
-from jaxllm.data.position import load_position, save_position
-from jaxllm.data.stream import Position
+from jaxllm.config import ModelConfig, TrainConfig
+from jaxllm.data.sources import FileSource, TextChunk, local_files
+from jaxllm.data.stream import Position, read_position
 from jaxllm.data.tokenizer import align, encode_prompt, load_tokenizer, train_tokenizer
 from jaxllm.errors import UserError
-from jaxllm.run import check_resumable, streams_of
-from jaxllm.step import abstract_model, init_state
+from jaxllm.files import read_json, write_json
+from jaxllm.model.decoder import abstract_model
+from jaxllm.run.checkpoint import CheckpointReader, Weights, load_weights, read_model_config
+from jaxllm.run.checkpoint_writer import write_run
+from jaxllm.run.prepare import check_resumable
+from jaxllm.train.state import init_state
 
 MODEL = ModelConfig(
     vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, moe_intermediate_size=8,
     n_routed_experts=2, max_position_embeddings=32, bos_token_id=0, eos_token_id=0, pad_token_id=0,
 )  # fmt: skip
-CONFIG = TrainConfig(model=MODEL, seq_len=16, batch_size=4, run_dir=Path("run"))
+CONFIG = TrainConfig.from_options(model=MODEL, seq_len=16, batch_size=4, run_dir=Path("run"))
 
 FEW_OR_MANY = pytest.mark.parametrize("many", [False, pytest.param(True, marks=pytest.mark.slow)])
 
@@ -90,7 +92,7 @@ def replace(folder: Path, name: str, content: bytes) -> None:
 def test_configs(many, tmp_path):
     """`config.json` and `train_config.json`, through everything that reads one."""
     (tmp_path / "model").mkdir()
-    config = dataclasses.replace(CONFIG, run_dir=tmp_path, data_streams=2)
+    config = CONFIG.with_options(run_dir=tmp_path, data_streams=2)
 
     def check(case: tuple[bytes, bytes]) -> None:
         replace(tmp_path, "train_config.json", case[0])
@@ -99,7 +101,7 @@ def test_configs(many, tmp_path):
         if isinstance(values, dict):
             read = outcome(tmp_path, lambda: TrainConfig.from_dict(values))
             assert isinstance(read, UserError) or TrainConfig.from_dict(json.loads(json.dumps(read.to_dict()))) == read
-            outcome(tmp_path, lambda: dataclasses.replace(config, data_streams=streams_of(values)))
+            outcome(tmp_path, lambda: config.with_options(data_streams=values.get("data_streams")))
         outcome(tmp_path, lambda: check_resumable(config))
         model = outcome(tmp_path, lambda: read_model_config(tmp_path / "model"))
         assert isinstance(model, UserError) or ModelConfig.from_dict(model.to_dict()) == model
@@ -111,8 +113,8 @@ def test_configs(many, tmp_path):
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ('{"a": 1, "a": 2}', "the key 'a' comes twice"),
-        ('{"model": {"x\\n": 1, "x\\n": 2}}', "comes twice"),
+        ('{"a": 1, "a": 2}', "the key 'a' occurs twice"),
+        ('{"model": {"x\\n": 1, "x\\n": 2}}', "occurs twice"),
         ('{"a": "\\ud800"}', "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
         ('{"a": ' + "9" * 5000 + "}", "not valid JSON"),
@@ -183,9 +185,9 @@ def test_what_is_no_file_is_refused_without_waiting(kind, exported, tmp_path):
     (folder / "model.safetensors").unlink()
     put(folder / "model.safetensors")
     refused(tmp_path, lambda: read_json(folder / "train_config.json"), "a file is expected")
-    refused(tmp_path, lambda: load_position(folder / "position", 16, 300), "a file is expected")
+    refused(tmp_path, lambda: read_position(folder / "position", 16, 300), "a file is expected")
     refused(tmp_path, lambda: load_tokenizer(str(folder)), "a file is expected")
-    refused(tmp_path, lambda: list(FileSource(local_files(folder / "rows.jsonl"), 0, "text").pieces()))
+    refused(tmp_path, lambda: list(FileSource(local_files(folder / "rows.jsonl"), 0, "text").chunks()))
     refused(tmp_path, lambda: TensorFiles(folder))
     refused(tmp_path, lambda: TensorFiles(folder / "model.safetensors"))
 
@@ -359,7 +361,7 @@ def test_a_tensor_with_two_places_is_refused(exported, tmp_path):
     header, data = header_and_data(folder / "model.safetensors")
     again = written({"lm_head.bias": header["lm_head.bias"]})
     replace(folder, "model.safetensors", with_header(again[:-1] + b"," + written(header)[1:], data))
-    refused(tmp_path, lambda: read_weights(folder, MODEL), "'lm_head.bias' comes twice")
+    refused(tmp_path, lambda: read_weights(folder, MODEL), "'lm_head.bias' occurs twice")
 
 
 class Payload:
@@ -571,8 +573,8 @@ def test_an_unusable_tokenizer_is_refused_before_any_text(exported, tmp_path):
 def test_jsonl(many, tmp_path):
     def check(lines: list[bytes]) -> None:
         replace(tmp_path, "rows.jsonl", b"\n".join(lines))
-        pieces = outcome(tmp_path, lambda: read_pieces(tmp_path / "rows.jsonl"))
-        assert isinstance(pieces, UserError) or all(piece.text.encode() for piece in pieces)
+        chunks = outcome(tmp_path, lambda: read_chunks(tmp_path / "rows.jsonl"))
+        assert isinstance(chunks, UserError) or all(chunk.text.encode() for chunk in chunks)
 
     row = st.fixed_dictionaries({"text": st.one_of(TEXTS, TEXTS, VALUES)}).map(written)
     hostile = [b'{"text":' * 100_000, b"[" * 100_000, b'{"text": ' + b"9" * 5000 + b"}", b'{"text": NaN}', b"\0" * 100]
@@ -586,8 +588,8 @@ def test_jsonl(many, tmp_path):
 def test_text_files(many, tmp_path):
     def check(content: bytes) -> None:
         replace(tmp_path, "text.txt", content)
-        pieces = outcome(tmp_path, lambda: read_pieces(tmp_path / "text.txt"))
-        assert isinstance(pieces, UserError) or all(piece.text.encode() for piece in pieces)
+        chunks = outcome(tmp_path, lambda: read_chunks(tmp_path / "text.txt"))
+        assert isinstance(chunks, UserError) or all(chunk.text.encode() for chunk in chunks)
 
     odd = st.sampled_from([b"\0" * 9000, b"\xff" * 9000, b"\r" * 9000, b"\xed\xa0\x80", "\u2028".encode() * 3000])
     fuzz(many, 30, 500, st.one_of(st.binary(max_size=300), odd), check)
@@ -602,12 +604,12 @@ def test_parquet(many, tmp_path):
             pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=9, compression=compression
         )
         contents.append((tmp_path / "a.parquet").read_bytes())
-        assert len(outcome(tmp_path, lambda: read_pieces(tmp_path / "a.parquet"))) == len(rows)
+        assert len(outcome(tmp_path, lambda: read_chunks(tmp_path / "a.parquet"))) == len(rows)
 
     def check(content: bytes) -> None:
         replace(tmp_path, "a.parquet", content)
-        pieces = outcome(tmp_path, lambda: read_pieces(tmp_path / "a.parquet"))
-        assert isinstance(pieces, UserError) or all(piece.text.encode() for piece in pieces)
+        chunks = outcome(tmp_path, lambda: read_chunks(tmp_path / "a.parquet"))
+        assert isinstance(chunks, UserError) or all(chunk.text.encode() for chunk in chunks)
 
     fuzz(many, 60, 2000, st.sampled_from(contents).flatmap(damaged), check)
 
@@ -616,7 +618,7 @@ def test_parquet_with_bytes_that_are_no_text(tmp_path):
     """Parquet calls a column a string; nothing in it says that its bytes are UTF-8."""
     bad = pyarrow.StringArray.from_buffers(1, pyarrow.py_buffer(np.int32([0, 4])), pyarrow.py_buffer(b"ab\xffc"))
     pyarrow.parquet.write_table(pyarrow.table({"text": bad}), tmp_path / "a.parquet")
-    refused(tmp_path, lambda: read_pieces(tmp_path / "a.parquet"), "a.parquet")
+    refused(tmp_path, lambda: read_chunks(tmp_path / "a.parquet"), "a.parquet")
 
 
 @pytest.mark.slow
@@ -626,17 +628,17 @@ def test_parquet_is_not_blown_up(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": repeated}), tmp_path / "a.parquet", compression="zstd")
     assert (tmp_path / "a.parquet").stat().st_size < 2**18
     with in_memory():
-        first = outcome(tmp_path, lambda: next(FileSource(local_files(tmp_path / "a.parquet"), 0, "text").pieces()))
-    assert isinstance(first, UserError | Piece)
+        first = outcome(tmp_path, lambda: next(FileSource(local_files(tmp_path / "a.parquet"), 0, "text").chunks()))
+    assert isinstance(first, UserError | TextChunk)
 
 
 def test_names_of_fields_do_not_break_a_message(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({f"a\nb{i}": [1] for i in range(1000)}), tmp_path / "a.parquet")
-    refused(tmp_path, lambda: read_pieces(tmp_path / "a.parquet"), "--text-field")
+    refused(tmp_path, lambda: read_chunks(tmp_path / "a.parquet"), "--text-field")
 
 
-def read_pieces(file: Path) -> list[Piece]:
-    return list(FileSource(local_files(file), 0, "text").pieces())
+def read_chunks(file: Path) -> list[TextChunk]:
+    return list(FileSource(local_files(file), 0, "text").chunks())
 
 
 # data positions, and PyTorch runs
@@ -645,12 +647,12 @@ def read_pieces(file: Path) -> list[Piece]:
 @FEW_OR_MANY
 def test_positions(many, tmp_path):
     tokens, pool = np.arange(5, dtype=np.int32), np.arange(48, dtype=np.int32).reshape(3, 16)
-    save_position(tmp_path / "position", Position({"pass": 0, "file": 1}, 7, tokens, pool))
+    (tmp_path / "position").write_bytes(Position({"pass": 0, "file": 1}, 7, tokens, pool).to_bytes())
     header, data = header_and_data(tmp_path / "position")
 
     def check(content: bytes) -> None:
         replace(tmp_path, "position", content)
-        position = outcome(tmp_path, lambda: load_position(tmp_path / "position", seq_len=16, vocab_size=300))
+        position = outcome(tmp_path, lambda: read_position(tmp_path / "position", seq_len=16, vocab_size=300))
         if isinstance(position, Position):
             assert isinstance(position.source, dict)
             assert 0 <= position.drawn < 2**63
@@ -678,8 +680,9 @@ def test_positions(many, tmp_path):
     ],
 )
 def test_a_position_of_another_run_is_refused(tokens, pool, drawn, tmp_path):
-    save_file({"tokens": tokens, "pool": pool}, tmp_path / "position", {"source": "{}", "drawn": drawn})
-    refused(tmp_path, lambda: load_position(tmp_path / "position", seq_len=16, vocab_size=300), "position")
+    state = np.frombuffer(b'{"source": {}, "drawn": %s}' % drawn.encode(), np.uint8)
+    save_file({"tokens": tokens, "pool": pool, "state": state}, tmp_path / "position")
+    refused(tmp_path, lambda: read_position(tmp_path / "position", seq_len=16, vocab_size=300), "position")
 
 
 @FEW_OR_MANY
@@ -716,7 +719,7 @@ def test_what_a_pytorch_run_learned(kind, run, tmp_path, monkeypatch):
         torch_archive(file, pickle.dumps({"state": payload}, 2))
     elif kind == "other rows":
         position = Position({"pass": 0}, 0, np.zeros(3, np.int32), np.zeros((2, 7), np.int32))
-        save_position(file.parent / "data_position.safetensors", position)
+        (file.parent / "data_position.safetensors").write_bytes(position.to_bytes())
     else:
         saved["state"][0] = {
             "sparse": first | {"exp_avg": first["exp_avg"].to_sparse()},
@@ -798,7 +801,7 @@ def test_what_orbax_is_told_of_the_arrays(many, weights, tmp_path):
 
     def check(case: tuple[str, bytes]) -> None:
         copy = make(dict([case]))
-        read = outcome(tmp_path / "in", lambda: SavedCheckpoint(copy, 0).weights(MODEL))
+        read = outcome(tmp_path / "in", lambda: CheckpointReader(copy, 0).weights(MODEL))
         assert isinstance(read, UserError) or same(read, weights), f"other weights, after {case}"
 
     cases = st.sampled_from(sorted(files)).flatmap(

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxllm import CustomLLM, ModelConfig, UserError
 from jaxllm import generate as generation
-from jaxllm.generate import Sampling, choose, generate
+from jaxllm.generate import Sampling, generate, sample_token
 from jaxllm.model.attention import Latents
 
 SMALL = ModelConfig(
@@ -67,7 +67,7 @@ def test_a_seed_repeats_and_another_differs(model):
 
 
 def test_a_cached_token_is_smaller_than_its_keys_and_values(model):
-    _, record = model.run_layers(jnp.zeros((1, 10), jnp.int32), keep_latents=True)
+    _, record = model.hidden_states(jnp.zeros((1, 10), jnp.int32), keep_latents=True)
     assert isinstance(record.latents, Latents)
     numbers = sum(leaf.size for leaf in record.latents) / (10 * SMALL.num_hidden_layers)
     assert numbers == SMALL.latent_size + SMALL.num_attention_heads * SMALL.rope_head_dim
@@ -88,7 +88,7 @@ def test_a_cached_token_is_smaller_than_its_keys_and_values(model):
 def test_choosing_keeps_to_the_likeliest_tokens(sampling, possible):
     probabilities = jnp.asarray([0.05, 0.1, 0.25, 0.6])
     logits = jnp.broadcast_to(jnp.log(probabilities), (2000, 4))
-    chosen = np.asarray(choose(sampling, logits, jax.random.key(0)))
+    chosen = np.asarray(sample_token(sampling, logits, jax.random.key(0)))
     assert set(chosen) == possible
     if len(possible) == 4:
         np.testing.assert_allclose(np.bincount(chosen) / 2000, probabilities, atol=0.04)

@@ -20,11 +20,13 @@ import pytest
 from jax.experimental import topologies
 
 import jaxllm
-from jaxllm.compiled import read_program
 from jaxllm.config import PRESETS, TrainConfig
+from jaxllm.model.decoder import abstract_model
 from jaxllm.model.kernels import CUDA
-from jaxllm.program_cost import matrix_products
-from jaxllm.step import abstract_model, start_state, train_step
+from jaxllm.plan.hlo import read_program
+from jaxllm.plan.hlo_cost import matrix_products
+from jaxllm.train.state import start_state
+from jaxllm.train.step import train_step
 
 pytestmark = [
     pytest.mark.gpu_compile,
@@ -36,7 +38,7 @@ pytestmark = [
 
 H100 = Path(jaxllm.__file__).parent / "targets" / "h100_sxm.txtpb"
 MODEL = PRESETS["customllm-1b"]
-CONFIG = TrainConfig(model=MODEL, seq_len=2048, batch_size=8, precision="bfloat16", remat=True)
+CONFIG = TrainConfig.from_options(model=MODEL, seq_len=2048, batch_size=8, precision="bfloat16", remat=True)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def compiled():
     one_gpu = jax.sharding.NamedSharding(jax.sharding.Mesh(topology.devices, ("one",)), jax.sharding.PartitionSpec())
     graph, params, bias = abstract_model(MODEL, dtype=jnp.bfloat16, remat=CONFIG.remat, platform=CUDA)
     state = jax.eval_shape(lambda *weights: start_state(CONFIG, *weights), params, bias)
-    labels = jax.ShapeDtypeStruct((1, CONFIG.batch_size, CONFIG.seq_len), jnp.int32)
+    labels = jax.ShapeDtypeStruct((1, CONFIG.data.batch_size, CONFIG.data.seq_len), jnp.int32)
     arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one_gpu), (state, labels))
     return jax.jit(lambda *a: train_step(CONFIG, graph, *a), donate_argnums=0).lower(*arguments).compile()
 
@@ -60,7 +62,7 @@ def text(compiled) -> str:
 def test_attention_is_cudnn_forward_and_backward(text):
     assert text.count('custom_call_target="__cudnn$fmhaSoftmax"') == 2  # forward, and again in the backward pass
     assert text.count('custom_call_target="__cudnn$fmhaSoftmaxBackward"') == 1
-    H, T = MODEL.num_attention_heads, CONFIG.seq_len
+    H, T = MODEL.num_attention_heads, CONFIG.data.seq_len
     assert not re.search(rf"\[(\d+,)*{H},{T},{T}\]", text)
 
 
@@ -77,7 +79,7 @@ def test_the_program_multiplies_what_the_model_does_and_no_more(text):
     shapes = [shape for product in products if product.kind == "dot" for shape in product.shapes]
     dense = [shape for shape in shapes if {E, E * D, E * F} & {*shape} and math.prod(shape) >= E * D * F]
     assert not dense  # ragged_dot would contract over (E*D)
-    tokens, H, k = CONFIG.batch_size * CONFIG.seq_len, MODEL.num_attention_heads, MODEL.num_experts_per_tok
+    tokens, H, k = CONFIG.data.batch_size * CONFIG.data.seq_len, MODEL.num_attention_heads, MODEL.num_experts_per_tok
     n = MODEL.nope_head_dim
     attention = D * R * 2 + R * H * n * 2 + R * D + D * H * n + R * H * n + D * D
     layer = attention + D * E + 3 * D * F * (k + MODEL.n_shared_experts)

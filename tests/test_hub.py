@@ -17,12 +17,12 @@ import pyarrow.parquet
 import pytest
 from huggingface_hub import constants
 
-from jaxllm.config import read_json
-from jaxllm.data import patience
-from jaxllm.data.corpus import FileSource, HubSource, local_files
+from jaxllm.data import hub_retry as patience
+from jaxllm.data.sources import FileSource, HubSource, local_files
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.errors import UserError
-from jaxllm.metrics import read_metrics
+from jaxllm.files import read_json
+from jaxllm.run.metrics import read_metrics
 from tests.hub_server import Fault, HubServer
 
 NAME, CONFIG = "HuggingFaceTB/smollm-corpus", "cosmopedia-v2"
@@ -85,7 +85,7 @@ def open_hub(part: int = 0, parts: int = 1) -> HubSource:
 
 
 def texts(source: HubSource) -> list[str]:
-    return [piece.text for piece in source.pieces()]
+    return [chunk.text for chunk in source.chunks()]
 
 
 def expected(files: dict[str, bytes]) -> list[str]:
@@ -145,7 +145,7 @@ def test_a_shard_that_is_gone_is_named(hub):
     hub.remove("datasets", NAME, shard_name(2, 3))
     read = []
     with pytest.raises(UserError, match=rf"{NAME}.*{shard_name(2, 3)}.*404") as refused:
-        read.extend(piece.text for piece in source.pieces())
+        read.extend(chunk.text for chunk in source.chunks())
     assert "\n" not in str(refused.value)
 
 
@@ -185,8 +185,8 @@ def test_rows_without_text_are_skipped_and_counted_across_a_resume(hub):
     assert texts(whole) == ["one", "two", "three"]
     assert whole.position["skipped"] == 4
     first, second = open_hub(), open_hub()
-    pieces = first.pieces()
-    assert [next(pieces).text, next(pieces).text] == ["one", "two"]
+    chunks = first.chunks()
+    assert [next(chunks).text, next(chunks).text] == ["one", "two"]
     second.position = json.loads(json.dumps(first.position))
     assert texts(second) == ["three"]
     assert second.position["skipped"] == 4
@@ -221,21 +221,21 @@ def test_a_stream_goes_on_behind_any_row(shards, parts, hub):
     hub.add("datasets", NAME, corpus_files(shards, rows=12))
     source = open_hub(parts - 1, parts)
     positions, wanted = [], []
-    for piece in source.pieces():
-        wanted.append(piece)
+    for chunk in source.chunks():
+        wanted.append(chunk)
         positions.append(json.dumps(source.position))
     resumed = open_hub(parts - 1, parts)
     for i in range(0, len(wanted), 5):
         resumed.position = json.loads(positions[i])
-        assert list(resumed.pieces()) == wanted[i + 1 :], i
+        assert list(resumed.chunks()) == wanted[i + 1 :], i
     assert max(map(len, positions)) < 1000
 
 
 def test_what_was_read_is_not_downloaded_again(hub):
     source = open_hub()
-    pieces = source.pieces()
+    chunks = source.chunks()
     for _ in range(75):  # behind the first row group of the last shard; within it the shard before is asked for too
-        next(pieces)
+        next(chunks)
     resumed = open_hub()
     before = [hub.downloads(shard_name(shard, 3)) for shard in range(3)]
     resumed.position = source.position
@@ -248,9 +248,9 @@ def test_what_was_read_is_not_downloaded_again(hub):
 
 def test_a_run_keeps_to_its_commit_or_says_that_it_is_gone(hub):
     source = open_hub()
-    pieces = source.pieces()
+    chunks = source.chunks()
     for _ in range(40):
-        next(pieces)
+        next(chunks)
     commit = source.position["revision"]
     new = corpus_files(tag="new ")
     hub.add("datasets", NAME, new)

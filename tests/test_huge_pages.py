@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from jaxllm import huge_pages
+from jaxllm.run import runtime
 
 PROGRAM = """
 import os, sys
-from jaxllm.huge_pages import restart_with_huge_pages
+from jaxllm.run.runtime import restart_with_huge_pages
 print("started", flush=True)
 restart_with_huge_pages()
 print(sys.argv[1:], os.environ.get("GLIBC_TUNABLES"))
@@ -25,51 +25,51 @@ def linux(monkeypatch, tmp_path):
     """As on a Linux with glibc, whose kernel gives huge pages to programs that ask."""
     pages = tmp_path / "enabled"
     pages.write_text("always [madvise] never\n")
-    monkeypatch.setattr(huge_pages, "_PAGES", pages)
-    monkeypatch.setattr(huge_pages.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(runtime, "_PAGES", pages)
+    monkeypatch.setattr(runtime.platform, "libc_ver", lambda: ("glibc", "2.36"))
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     return pages
 
 
 def test_other_tunables_stay(linux, monkeypatch):
-    assert huge_pages.environment() == {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    assert runtime.huge_pages_environment() == {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
-    assert huge_pages.environment() == {"GLIBC_TUNABLES": "glibc.malloc.check=1:glibc.malloc.hugetlb=1"}
+    assert runtime.huge_pages_environment() == {"GLIBC_TUNABLES": "glibc.malloc.check=1:glibc.malloc.hugetlb=1"}
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
-    assert huge_pages.environment() == {}
+    assert runtime.huge_pages_environment() == {}
 
 
 @pytest.mark.parametrize("inside", ["restarted", "another program", "a debugger"])
 def test_no_restart_there(linux, monkeypatch, inside):
     """Where the tunable did not survive the restart, and where the process is not this program's own."""
-    monkeypatch.setattr(huge_pages.sys, "gettrace", lambda: print if inside == "a debugger" else None)
-    monkeypatch.setattr(huge_pages.sys, "argv", ["train.py"])
+    monkeypatch.setattr(runtime.sys, "gettrace", lambda: print if inside == "a debugger" else None)
+    monkeypatch.setattr(runtime.sys, "argv", ["train.py"])
     own = ["python", "train.py"]
-    monkeypatch.setattr(huge_pages.sys, "orig_argv", ["python"] if inside == "another program" else own)
+    monkeypatch.setattr(runtime.sys, "orig_argv", ["python"] if inside == "another program" else own)
     monkeypatch.delenv("JAXLLM_RESTARTED", raising=False)
     started = []
-    monkeypatch.setattr(huge_pages.os, "execve", lambda *args: started.append(args))
+    monkeypatch.setattr(runtime.os, "execve", lambda *args: started.append(args))
     if inside == "restarted":
-        huge_pages.restart_with_huge_pages()
+        runtime.restart_with_huge_pages()
         assert len(started) == 1
         monkeypatch.setenv("JAXLLM_RESTARTED", started.pop()[2]["JAXLLM_RESTARTED"])
-    huge_pages.restart_with_huge_pages()
+    runtime.restart_with_huge_pages()
     assert started == []
 
 
 def test_nothing_where_it_makes_no_difference(linux, monkeypatch):
     for setting in ("[always] madvise never", "always madvise [never]"):
         linux.write_text(setting)
-        assert huge_pages.environment() == {}
+        assert runtime.huge_pages_environment() == {}
     linux.unlink()
-    assert huge_pages.environment() == {}
+    assert runtime.huge_pages_environment() == {}
     linux.write_text("always [madvise] never")
     for libc in (("", ""), ("glibc", "2.34")):
-        monkeypatch.setattr(huge_pages.platform, "libc_ver", lambda libc=libc: libc)
-        assert huge_pages.environment() == {}
+        monkeypatch.setattr(runtime.platform, "libc_ver", lambda libc=libc: libc)
+        assert runtime.huge_pages_environment() == {}
 
 
-@pytest.mark.skipif(not huge_pages.environment(), reason="huge pages are on already here, or cannot be had")
+@pytest.mark.skipif(not runtime.huge_pages_environment(), reason="huge pages are on already here, or cannot be had")
 def test_the_restart_keeps_the_arguments_and_happens_once(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
@@ -90,4 +90,4 @@ def test_the_restart_keeps_the_arguments_and_happens_once(tmp_path):
 def test_train_py_restarts_before_its_slow_imports():
     lines = (Path(__file__).parents[1] / "train.py").read_text().splitlines()
     restart = lines.index("    restart_with_huge_pages()  # before the imports that take seconds")
-    assert restart < min(lines.index(slow) for slow in ("import numpy as np", "from flax import nnx"))
+    assert restart < lines.index("from flax import nnx")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm import loss
+from jaxllm.train import loss
 
 
 def plain(hidden, weight, bias, targets):

@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 
 from jaxllm import PRESETS, CustomLLM, ModelConfig
-from jaxllm.loss import count_targets
-from jaxllm.step import abstract_model, count_parameters, split_model, summed_loss
+from jaxllm.model.decoder import abstract_model, count_parameters, split_model
+from jaxllm.train.loss import count_targets
+from jaxllm.train.step import summed_loss
 
 SMALL = ModelConfig(
     vocab_size=97,
@@ -64,7 +65,7 @@ def test_changing_a_token_changes_no_logit_before_it():
     with jax.enable_x64(True):
         model = small_model(jnp.float64)
         run = jax.jit(lambda ids, experts: (lambda x, r: (model.logits(x), r.trace.routing.experts))(
-            *model.run_layers(ids, experts=experts, keep_trace=True)
+            *model.hidden_states(ids, experts=experts, keep_trace=True)
         ))  # fmt: skip
         ids = tokens(40)
         before, experts = run(ids, None)
@@ -82,7 +83,7 @@ def test_uniform_random_tokens_cannot_be_predicted():
     """An answer that leaks would push the loss below log V; fresh weights leave it there."""
     model = CustomLLM(SMALL, rngs=nnx.Rngs(0))
     ids = jax.random.randint(jax.random.key(9), (32, 64), 0, SMALL.vocab_size)
-    loss = summed_loss(model, model.run_layers(ids)[0], ids) / count_targets(ids)
+    loss = summed_loss(model, model.hidden_states(ids)[0], ids) / count_targets(ids)
     assert float(loss) == pytest.approx(np.log(SMALL.vocab_size), abs=0.02)
 
 
@@ -106,7 +107,7 @@ def test_remat_changes_no_gradient():
     def grads(graph):
         def loss(params):
             model = nnx.merge(graph, params, bias)
-            return summed_loss(model, model.run_layers(ids)[0], ids)
+            return summed_loss(model, model.hidden_states(ids)[0], ids)
 
         return jax.jit(jax.grad(loss))(params)
 

@@ -11,8 +11,10 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from jaxllm.config import ModelConfig
-from jaxllm.model import grouped_triton, grouped_walk, moe
-from jaxllm.model.expert_ffn import expert_ffn
+from jaxllm.model import moe
+from jaxllm.model.kernels import grouped_loop as grouped_loop
+from jaxllm.model.kernels import grouped_triton
+from jaxllm.model.kernels.expert_ffn import expert_ffn
 
 SMALL = ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, moe_intermediate_size=24)
 
@@ -38,7 +40,7 @@ ROWS = 2400
 
 @jax.jit
 def expert_ffn_and_gradients(cotangent, rows, gate, up, down, group_sizes):
-    out, pullback = jax.vjp(lambda *a: expert_ffn(grouped_walk, *a, group_sizes), rows, gate, up, down)
+    out, pullback = jax.vjp(lambda *a: expert_ffn(grouped_loop, *a, group_sizes), rows, gate, up, down)
     return out, pullback(cotangent)
 
 
@@ -64,24 +66,24 @@ def test_expert_ffn_equals_a_loop_over_experts(sizes, seed):
 
 def test_group_sizes_reach_every_kind_of_block():
     """The sizes that hypothesis draws from fill a block, spill over one, and take several of the largest."""
-    assert {16, 256, 1024} <= set(grouped_walk.BLOCK_ROWS)
-    assert grouped_walk.BLOCK_ROWS[-1] == 1024
+    assert {16, 256, 1024} <= set(grouped_loop.BLOCK_ROWS)
+    assert grouped_loop.BLOCK_ROWS[-1] == 1024
 
 
 def test_every_group_has_a_block_that_holds_it():
     """For any number of rows: a block holds the group, and does not run over the padding."""
     for rows in range(1, 1100):
-        padded = rows + grouped_walk.padding(rows)
-        sizes = grouped_walk.block_sizes(padded)
+        padded = rows + grouped_loop.padding(rows)
+        sizes = grouped_loop.block_sizes(padded)
         for group in {1, rows // 2 + 1, rows}:
-            last_block = min(group, grouped_walk.BLOCK_ROWS[-1])
+            last_block = min(group, grouped_loop.BLOCK_ROWS[-1])
             size = next(b for b in sizes if b >= last_block)
             assert rows - last_block + size <= padded
 
 
 def test_a_single_row_is_not_padded_in_decoding():
     """A batch of one token with two experts: two groups of one row, each in a block of one."""
-    assert grouped_walk.block_sizes(2 + grouped_walk.padding(2)) == (1, 2)
+    assert grouped_loop.block_sizes(2 + grouped_loop.padding(2)) == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -102,16 +104,16 @@ def test_the_triton_kernels_equal_the_walk(sizes, dtype):
 
         stacks = tuple(jnp.concatenate([weight + 1, weight, weight - 1]) for weight in weights)  # of three layers
         made = [
-            grouped.multiply(pad(rows), weights, counts, **options)[: sum(sizes)],
-            grouped.multiply(pad(rows), stacks, counts, jnp.asarray(4), **options)[: sum(sizes)],
-            grouped.multiply_transposed(pad(d_out), weights, counts, **options)[: sum(sizes)],
+            grouped.grouped_matmul(pad(rows), weights, counts, **options)[: sum(sizes)],
+            grouped.grouped_matmul(pad(rows), stacks, counts, jnp.asarray(4), **options)[: sum(sizes)],
+            grouped.grouped_matmul_transposed(pad(d_out), weights, counts, **options)[: sum(sizes)],
             *grouped.weight_gradients(pad(rows), pad(d_out), counts, 2, **options),
         ]
         return [np.asarray(a, np.float64) for a in made]
 
     tolerance = 1e-5 if dtype == "float32" else 1e-2
-    np.testing.assert_array_equal(*products(grouped_walk)[:2])
-    for ours, theirs in zip(products(grouped_triton, interpret=True), products(grouped_walk), strict=True):
+    np.testing.assert_array_equal(*products(grouped_loop)[:2])
+    for ours, theirs in zip(products(grouped_triton, interpret=True), products(grouped_loop), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * np.abs(theirs).max())
 
 

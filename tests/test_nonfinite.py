@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -15,14 +15,20 @@ import pytest
 from safetensors.numpy import load_file
 
 import train
-from jaxllm.checkpoint import Training, Weights, newest_checkpoint, write_run
-from jaxllm.config import TrainConfig, read_json
-from jaxllm.data.stream import BatchShare
+from jaxllm.config import TrainConfig
+from jaxllm.data.stream import ProcessBatches
 from jaxllm.data.tokenizer import load_tokenizer
-from jaxllm.journal import Journal
-from jaxllm.metrics import read_metrics
-from jaxllm.optim import scale_by_adam
-from jaxllm.step import init_state, model_graph, train_step
+from jaxllm.files import read_json
+from jaxllm.model.layers import ParameterFacts
+from jaxllm.run import replay
+from jaxllm.run.checkpoint import ResumeState, Weights, newest_checkpoint
+from jaxllm.run.checkpoint_writer import write_run
+from jaxllm.run.evaluation import Evaluator
+from jaxllm.run.history import History
+from jaxllm.run.metrics import read_metrics
+from jaxllm.train.optim import AdamState, adamw_update, learning_rate
+from jaxllm.train.state import init_state
+from jaxllm.train.step import model_graph, train_step
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +39,13 @@ def poisoned(run, narrow, tmp_path_factory):
     shutil.rmtree(half / "checkpoints" / "20")
     config = TrainConfig.from_dict(read_json(half / "train_config.json"))
     state, training = newest_checkpoint(half).state(config)
-    stream = BatchShare(config, load_tokenizer(str(half / "tokenizer")), 0, config.batch_size)
+    stream = ProcessBatches(config, load_tokenizer(str(half / "tokenizer")), 0, config.data.batch_size)
     stream.seek(training.positions)
     batches = [set(stream.next_rows(1).ravel().tolist()) for _ in range(10)]
     token = next(token for token in range(300) if 2 <= sum(token in batch for batch in batches) <= 5)
     params = jax.tree.map(np.array, state.params)
     params["token_embeddings"]["weight"][token, 3] = np.inf
-    rest = Training(state.opt_state, state.step, state.dropout_key, training.positions, training.journal)
+    rest = ResumeState(state.opt_state, state.step, state.dropout_key, training.positions, training.history)
     weights = Weights(params, state.routing_bias)
     write_run(folder, config.model, weights, list((run / "tokenizer").iterdir()), (config, rest))
     assert train.main([*narrow, "--max-nonfinite", "20", "--run-dir", str(folder)]) == 0
@@ -69,19 +75,19 @@ def test_such_steps_are_counted_and_logged_with_their_batch_s_position(poisoned)
 def test_such_a_step_changes_nothing_but_the_count_of_steps(run):
     """Bit for bit, with moments, bias and schedule; the same step on other rows changes all of them."""
     config, token = TrainConfig.from_dict(read_json(run / "train_config.json")), 299
-    config = dataclasses.replace(config, warmup_steps=0)
+    config = config.with_options(warmup_steps=0)
     state = jax.tree.map(jnp.asarray, init_state(config))
     weight = state.params["token_embeddings"]["weight"]
     state.params["token_embeddings"]["weight"] = weight.at[token].set(jnp.nan)
     step = jax.jit(train_step, static_argnums=(0, 1))
-    rows = np.random.default_rng(0).integers(0, token, (1, config.batch_size, config.seq_len), np.int32)
+    rows = np.random.default_rng(0).integers(0, token, (1, config.data.batch_size, config.data.seq_len), np.int32)
     graph = model_graph(config)
     good, metrics = step(config, graph, state, rows)
     assert np.isfinite(metrics.loss)
     rows[0, 2, 5] = token
     bad, metrics = step(config, graph, state, rows)
     assert not np.isfinite(metrics.loss)
-    assert float(metrics.learning_rate) == pytest.approx(config.learning_rate)  # the schedule stands where it was
+    assert float(metrics.learning_rate) == pytest.approx(config.optim.learning_rate)  # the schedule stands where it was
     assert int(bad.step) == int(good.step) == 1
     jax.tree.map(np.testing.assert_array_equal, bad._replace(step=0), state._replace(step=0))
     for name in ("params", "opt_state", "routing_bias"):
@@ -89,28 +95,35 @@ def test_such_a_step_changes_nothing_but_the_count_of_steps(run):
             jax.tree.map(np.testing.assert_array_equal, getattr(good, name), getattr(state, name))
 
 
-def test_the_moments_are_optax_s():
-    """To the last bit, over steps of which one is not finite and leaves them as they were."""
-    ours, theirs = scale_by_adam(0.9, 0.99, 1e-8), optax.scale_by_adam(0.9, 0.99, 1e-8)
-    params = {"a": jnp.zeros((3, 5)), "b": jnp.zeros(7)}
-    state = other = ours.init(params)
+def test_the_update_is_optax_s():
+    """AdamW with decay, over steps of which one is not finite and changes nothing; moments to the last bit."""
+    config = TrainConfig.from_options(beta1=0.9, beta2=0.99, max_grad_norm=1e9, weight_decay=0.1, warmup_steps=2)
+    facts = {"a": ParameterFacts(("hidden", "latent"), decays=True), "b": ParameterFacts(("norm",), decays=False)}
+    theirs = optax.adamw(
+        functools.partial(learning_rate, config), 0.9, 0.99, 1e-8, weight_decay=0.1, mask={"a": True, "b": False}
+    )
+    params = other_params = {"a": jnp.ones((3, 5)), "b": jnp.ones(7)}
+    state, other = AdamState.zeros(params), theirs.init(params)
     for seed in range(4):
         keys = dict(zip("ab", jax.random.split(jax.random.key(seed)), strict=True))
         grads = jax.tree.map(lambda leaf, key: jax.random.normal(key, leaf.shape), params, keys)
-        updates, state = ours.update(grads, state, params, finite=jnp.bool(True))
-        other_updates, other = theirs.update(grads, other, params)
-        jax.tree.map(np.testing.assert_array_equal, (updates, state), (other_updates, other))
-        _, state = ours.update(jax.tree.map(lambda g: g * jnp.inf, grads), state, params, finite=jnp.bool(False))
-        jax.tree.map(np.testing.assert_array_equal, state, other)
+        params, state = adamw_update(config, grads, jnp.float32(1), state, params, facts, jnp.bool(True))
+        updates, other = theirs.update(grads, other, other_params)
+        other_params = optax.apply_updates(other_params, updates)
+        jax.tree.map(np.testing.assert_array_equal, state, AdamState(*other[0]))
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), params, other_params)
+        infinite = jax.tree.map(lambda g: g * jnp.inf, grads)
+        same = adamw_update(config, infinite, jnp.float32(jnp.inf), state, params, facts, jnp.bool(False))
+        jax.tree.map(np.testing.assert_array_equal, same, (params, state))
 
 
-def test_a_replay_makes_the_same_batch_and_names_where_it_begins(poisoned, narrow, capsys):
+def test_a_replay_makes_the_same_batch_and_names_where_it_begins(poisoned, capsys):
     poisoned, poison = poisoned
     shutil.rmtree(poisoned / "checkpoints" / "20")  # from step 10 on, over good and bad steps
     step = bad_steps(poisoned)[-1]["step"]
     before = sorted(path for path in poisoned.rglob("*") if path.is_file())
     capsys.readouterr()
-    assert train.main([*narrow, "--run-dir", str(poisoned), "--replay", str(step)]) == 0
+    assert replay.main([str(poisoned), str(step)]) == 0
     said = capsys.readouterr().out
     labels = load_file(poisoned / "replay" / str(step) / "batch.safetensors")["labels"]
     row, token = np.argwhere(labels[0] == poison)[0]
@@ -123,7 +136,7 @@ def test_a_replay_makes_the_same_batch_and_names_where_it_begins(poisoned, narro
     after = [path for path in poisoned.rglob("*") if path.is_file() and "replay" not in path.parts]
     assert sorted(after) == before  # nothing else is touched
     good = next(s for s in range(11, 21) if s not in [record["step"] for record in bad_steps(poisoned)])
-    assert train.main([*narrow, "--run-dir", str(poisoned), "--replay", str(good)]) == 0
+    assert replay.main([str(poisoned), str(good)]) == 0
     said = capsys.readouterr().out
     assert "Everything in it is finite" in said
     logged = next(r["loss"] for r in read_metrics(poisoned) if r["step"] == good and "loss" in r)
@@ -138,35 +151,37 @@ def test_after_so_many_in_a_row_the_run_stops_and_its_checkpoints_stay(narrow, t
     bad = bad_steps(run)
     assert [record["step"] for record in bad] == [bad[0]["step"] + i for i in range(3)]
     assert "3 steps in a row" in error
-    assert f"--replay {bad[0]['step']} shows where it begins" in error
+    assert f"`python -m jaxllm.run.replay RUN {bad[0]['step']}` shows where it begins" in error
     assert train.main([*narrow, *options, "--run-dir", str(run)]) == 2  # and it comes to the same end again
     assert "3 steps in a row" in capsys.readouterr().err
-    assert train.main([*narrow, *options, "--run-dir", str(run), "--replay", str(bad[0]["step"])]) == 0
+    assert replay.main([str(run), str(bad[0]["step"])]) == 0
     assert "The first value that is not finite: " in capsys.readouterr().out
 
 
 def test_a_run_whose_evaluations_are_not_finite_ends_as_others_do(narrow, tmp_path, capsys, monkeypatch):
-    evaluate = train.Evaluator.__call__
-    monkeypatch.setattr(train.Evaluator, "__call__", lambda *a: evaluate(*a) | {"eval_loss": math.nan})
+    evaluate = Evaluator.__call__
+    monkeypatch.setattr(Evaluator, "__call__", lambda *a: evaluate(*a) | {"eval_loss": math.nan})
     for _ in range(2):
         assert train.main([*narrow, "--sample-tokens", "0", "--run-dir", str(tmp_path / "run")]) == 0
         assert "Evaluation loss nan" in capsys.readouterr().out
 
 
-def test_a_step_that_is_not_left_or_not_there_is_refused(run, narrow, tmp_path, capsys):
-    assert train.main([*narrow, "--run-dir", str(run), "--replay", "10"]) == 2
-    assert "the oldest checkpoint left is that of step 10" in capsys.readouterr().err
-    assert train.main([*narrow, "--run-dir", str(tmp_path / "none"), "--replay", "3"]) == 2
-    assert "holds no run" in capsys.readouterr().err
+def test_a_step_that_is_not_left_or_not_there_is_refused(run, tmp_path, capsys):
+    assert replay.main([str(run), "10"]) == 2
+    assert "the oldest checkpoint that is left is that of step 10" in capsys.readouterr().err
+    assert replay.main([str(run), "21"]) == 2
+    assert "has 20 steps" in capsys.readouterr().err
+    assert replay.main([str(tmp_path / "none"), "3"]) == 2
+    assert "is no training run" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 
 def test_the_journal_tells_spikes_from_what_is_usual():
-    rng, journal = np.random.default_rng(0), Journal()
+    rng, history = np.random.default_rng(0), History()
     losses = 3 + 2 * np.exp(-np.arange(400) / 50) + 0.05 * rng.standard_normal(400)
     losses[[3, 200, 300]] += 1.0  # the first comes where losses still fall steeply
-    found = {step: journal.add_step(float(loss), 1.0) for step, loss in enumerate(losses)}
+    found = {step: history.add_step(float(loss), 1.0) for step, loss in enumerate(losses)}
     assert [step for step, kind in found.items() if kind] == [200, 300]
-    assert journal.add_step(3.0, math.inf) == "nonfinite"
-    assert journal.mean_loss() == pytest.approx(losses.mean())
-    assert Journal.from_json(json.loads(json.dumps(journal.to_json()))) == journal
+    assert history.add_step(3.0, math.inf) == "nonfinite"
+    assert history.mean_loss() == pytest.approx(losses.mean())
+    assert History.from_json(json.loads(json.dumps(history.to_json()))) == history

@@ -16,35 +16,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jaxllm.sharding
+import jaxllm.model.layout
 import train
-from jaxllm.checkpoint import Checkpoints, newest_checkpoint
-from jaxllm.config import ModelConfig, TrainConfig, write_json
+from jaxllm.config import ModelConfig, TrainConfig
 from jaxllm.data.stream import Position
 from jaxllm.errors import UserError
-from jaxllm.journal import Journal
-from jaxllm.loss import IGNORED
-from jaxllm.parallel import (
-    choose_layout,
-    compile_programs,
-    lower_step,
-    new_state,
-    padded_shapes,
-    place,
-    state_shardings,
-    unplaced,
-)
-from jaxllm.sharding import MESH_AXIS, Layout, parameter_axes
-from jaxllm.step import TrainState, abstract_model, model_graph
+from jaxllm.files import write_json
+from jaxllm.model.decoder import abstract_model, model_facts
+from jaxllm.model.layout import MESH_AXIS, Layout
+from jaxllm.run.checkpoint import newest_checkpoint
+from jaxllm.run.checkpoint_writer import CheckpointWriter
+from jaxllm.run.history import History
+from jaxllm.train.loss import IGNORED
+from jaxllm.train.placement import choose_placement, compile_programs, lower_step
+from jaxllm.train.sharding import choose_mesh
+from jaxllm.train.state import TrainState
+from jaxllm.train.step import model_graph
 
 STEPS, ROWS = 3, 32
-CONFIG = TrainConfig(
+CONFIG = TrainConfig.from_options(
     model=ModelConfig(
         vocab_size=61,
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
         moe_intermediate_size=24,
+        n_routed_experts=8,
         max_position_embeddings=32,
         dropout=0.1,
     ),
@@ -64,31 +61,33 @@ LAYOUTS = {
     "all axes": {"mesh": "data=2,fsdp=2,expert=2"},
     "all axes, accumulated, remat": {"mesh": "data=2,fsdp=2,expert=2", "remat": True, **ACCUMULATED},
     "fsdp": {"mesh": "fsdp=8", "remat": True},
-    "7 experts on 8 devices": {"mesh": "expert=8"},
+    "experts": {"mesh": "expert=8"},
 }
 
 
 def batch(seed: int) -> np.ndarray:
     """Rows with different numbers of targets; one has none."""
-    labels = np.random.default_rng(seed).integers(0, CONFIG.model.vocab_size, (ROWS, CONFIG.seq_len), dtype=np.int32)
+    labels = np.random.default_rng(seed).integers(
+        0, CONFIG.model.vocab_size, (ROWS, CONFIG.data.seq_len), dtype=np.int32
+    )
     labels[0, 3:], labels[1] = IGNORED, IGNORED
     return labels
 
 
 def run(**changes) -> tuple[TrainState, list[list[float]], list[float]]:
     """Steps on one global batch after another: the state in the form of one device, the metrics, an evaluation."""
-    config = dataclasses.replace(CONFIG, **changes)
-    layout = choose_layout(config)
-    state = new_state(config, layout)
-    programs = compile_programs(config, model_graph(config), state, layout)
+    config = CONFIG.with_options(**changes)
+    placement = choose_placement(config)
+    state = placement.init(config)
+    programs = compile_programs(placement, config, model_graph(config))
     metrics = []
     for seed in range(STEPS):
-        labels = batch(seed).reshape(config.grad_accum, config.batch_size, config.seq_len)
+        labels = batch(seed).reshape(config.data.grad_accum, config.data.batch_size, config.data.seq_len)
         before, (state, measured) = state, programs.step(state, labels)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))  # updated in place
         metrics.append([float(value) for value in measured])
-    evaluation = [float(value) for value in programs.evaluate(state, batch(STEPS)[: config.batch_size])]
-    return unplaced(config, layout, state), metrics, evaluation
+    evaluation = [float(value) for value in programs.evaluate(state, batch(STEPS)[: config.data.batch_size])]
+    return placement.unshard(state), metrics, evaluation
 
 
 @pytest.fixture(scope="module")
@@ -133,67 +132,52 @@ def test_every_layout_computes_what_one_device_computes(one_device, name):
 @pytest.mark.parametrize("fault", ["gradients not summed", "dropout by the row on the device"])
 def test_a_fault_would_be_seen(one_device, fault, monkeypatch):
     if fault == "gradients not summed":
-        monkeypatch.setattr(Layout, "sum_gradients", lambda self, gradients: gradients)
+        monkeypatch.setattr(Layout, "sum_gradients", lambda self, gradients, facts: gradients)
     else:
-        monkeypatch.setattr(Layout, "number", lambda self: 0)
+        monkeypatch.setattr(Layout, "device_index", lambda self: 0)
     state, *_ = run(mesh="data=2")
     assert max(differences(state, one_device[0]).values()) > 100 * TOLERANCE
 
 
 def test_each_device_holds_its_part():
-    config = dataclasses.replace(CONFIG, mesh="data=2,fsdp=2,expert=2")
-    state = new_state(config, choose_layout(config))
+    config = CONFIG.with_options(mesh="data=2,fsdp=2,expert=2")
+    state = choose_placement(config).init(config)
     D, F = config.model.hidden_size, config.model.moe_intermediate_size
 
     def parts(weight: jax.Array) -> Counter:
         return Counter(shard.data.shape for shard in weight.addressable_shards)
 
-    for tree in (state.params, state.opt_state[1].mu, state.opt_state[1].nu):
+    for tree in (state.params, state.opt_state.mu, state.opt_state.nu):
         layers = tree["decoder_layers"]
         assert parts(layers["mlp"]["routed_experts"]["down_proj"]["weight"]) == {(2, 4, F, D // 2): 8}
         assert parts(layers["self_attn"]["rope_k"]["weight"]) == {(2, D // 2, D // 2): 8}
         assert parts(tree["lm_head"]["weight"]) == {(D // 2, 61): 8}
-    padding = state.params["decoder_layers"]["mlp"]["routed_experts"]["gate_proj"]["weight"][:, 7]
-    assert not np.asarray(padding).any()
-
-
-def test_what_is_saved_is_cut_too_where_the_experts_do_not_divide():
-    """Seven experts on eight devices: in the form of one device they are cut along another axis, not copied."""
-    config = dataclasses.replace(CONFIG, mesh="expert=8")
-    layout = choose_layout(config)
-    state = unplaced(config, layout, new_state(config, layout))
-    wanted = state_shardings(config, layout)
-    for tree, shardings in ((state.params, wanted.params), (state.opt_state[1].nu, wanted.opt_state[1].nu)):
-        experts = tree["decoder_layers"]["mlp"]["routed_experts"]["gate_proj"]["weight"]
-        assert experts.shape == (2, 7, 32, 24)
-        assert max(shard.data.size for shard in experts.addressable_shards) == experts.size // 8
-        assert experts.sharding == shardings["decoder_layers"]["mlp"]["routed_experts"]["gate_proj"]["weight"]
 
 
 def test_the_backward_pass_gathers_again_and_keeps_no_gathered_weight(monkeypatch):
     """Kept, layer for layer, they would be the whole model on every device. Without recomputation of the rest."""
-    config = dataclasses.replace(CONFIG, mesh="fsdp=2")
-    layout = choose_layout(config)
+    config = CONFIG.with_options(mesh="fsdp=2")
+    layout = choose_mesh(config)
 
     def stacks_of_gathered_experts() -> int:
-        lowered = lower_step(config, model_graph(config), layout, padded_shapes(config, layout))
-        return len(re.findall(r"[^(]f32\[2,7,(?:32,24|24,32)\]", lowered.compile().as_text()))
+        lowered = lower_step(config, model_graph(config), layout)
+        return len(re.findall(r"[^(]f32\[2,8,(?:32,24|24,32)\]", lowered.compile().as_text()))
 
     assert stacks_of_gathered_experts() == 0
-    monkeypatch.setattr(jaxllm.sharding, "_regather", jax.checkpoint_policies.everything_saveable)
+    monkeypatch.setattr(jaxllm.model.layout, "_is_not_gathered", jax.checkpoint_policies.everything_saveable)
     assert stacks_of_gathered_experts() > 0
 
 
-def test_every_parameter_stands_in_the_table_once_and_is_cut_along_an_axis_once():
-    _, params, bias = abstract_model(dataclasses.replace(CONFIG.model, final_norm=True))
-    for tree in (params, bias):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            axes = parameter_axes(path)
-            assert len(axes) == leaf.ndim, path
-            cut = [MESH_AXIS[axis] for axis in axes if axis in MESH_AXIS]
-            assert len(cut) == len(set(cut)), f"two axes of {path} are cut along the same axis of the mesh"
-    with pytest.raises(KeyError, match="lora_a"):
-        parameter_axes((jax.tree_util.DictKey("lora_a"), jax.tree_util.DictKey("weight")))
+def test_every_parameter_names_its_axes_and_is_cut_along_an_axis_once():
+    config = dataclasses.replace(CONFIG.model, final_norm=True)
+    _, params, bias = abstract_model(config)
+    leaves = jax.tree_util.tree_leaves_with_path((params, bias))
+    facts = jax.tree.leaves(model_facts(config))
+    assert len(leaves) == len(facts)
+    for (path, leaf), known in zip(leaves, facts, strict=True):
+        assert len(known.axes) == leaf.ndim, path
+        cut = [MESH_AXIS[axis] for axis in known.axes if axis in MESH_AXIS]
+        assert len(cut) == len(set(cut)), f"two axes of {path} are cut along the same axis of the mesh"
 
 
 def with_noise(state: TrainState) -> TrainState:
@@ -215,25 +199,25 @@ def test_a_checkpoint_moves_from_layout_to_layout_bit_for_bit(tmp_path):
     write_json(tmp_path / "config.json", CONFIG.model.to_dict())
     wanted = None
     for step, changes in enumerate(WAYS):
-        config = dataclasses.replace(CONFIG, **changes)
-        layout = choose_layout(config)
+        config = CONFIG.with_options(**changes)
+        placement = choose_placement(config)
         if wanted is None:
-            state = with_noise(unplaced(config, layout, new_state(config, layout)))
+            state = with_noise(placement.unshard(placement.init(config)))
             wanted = jax.tree.map(np.asarray, state)
         else:
-            state, restored = newest_checkpoint(tmp_path).state(config, state_shardings(config, layout))
+            state, restored = newest_checkpoint(tmp_path).state(config, placement.state_shardings(config))
             jax.tree.map(np.testing.assert_array_equal, restored.positions, positions)
-            state = unplaced(config, layout, place(config, layout, state))
+            state = placement.unshard(placement.shard(state))
             jax.tree.map(np.testing.assert_array_equal, state, wanted)
-        checkpoints = Checkpoints(tmp_path)
-        checkpoints.save(step, state, positions, Journal())
+        checkpoints = CheckpointWriter(tmp_path)
+        checkpoints.save(step, state, [position.to_bytes() for position in positions], History())
         checkpoints.close()
 
 
 @pytest.mark.slow
 def test_a_run_changes_its_layout_from_start_to_start(narrow, tmp_path, capsys):
     """Trained on a mesh, on one device, under pmap: the same run as on one device throughout."""
-    options = [*narrow, "--save-every", "2", "--keep-checkpoints", "3", "--model.n-routed-experts", "3"]
+    options = [*narrow, "--save-every", "2", "--keep-checkpoints", "3", "--model.n-routed-experts", "4"]
     options += ["--seq-len", "8", "--batch-size", "8", "--steps", "6", "--sample-tokens", "0"]
     plain, moved = tmp_path / "plain", tmp_path / "moved"
     assert train.main([*options, "--run-dir", str(plain)]) == 0
@@ -245,7 +229,7 @@ def test_a_run_changes_its_layout_from_start_to_start(narrow, tmp_path, capsys):
         for folder in (moved / "checkpoints").iterdir():  # as if it had been killed behind that step
             if int(folder.name) > steps:
                 shutil.rmtree(folder)
-    assert "mesh data=2 x fsdp=1 x expert=2; 2 routed experts a device (1 of 4 are padding)" in said[0]
+    assert "mesh data=2 x fsdp=1 x expert=2" in said[0]
     assert "Resuming from step 2" in said[1]
     assert "pmap over 8 devices" in said[2]
 
@@ -265,6 +249,10 @@ def test_a_run_changes_its_layout_from_start_to_start(narrow, tmp_path, capsys):
         ({"mesh": "data=0"}, "it must be AXIS=DEVICES"),
         ({"mesh": "data=3"}, "its 3 devices must divide batch_size = 32"),
         ({"mesh": "fsdp=32"}, r"fsdp must divide hidden_size = 32 and half of it.*1, 2, 4, 8, 16\)"),
+        (
+            {"mesh": "expert=3", "batch_size": 6},
+            r"expert must divide n_routed_experts = 8 \(sizes that do: 1, 2, 4, 8\)",
+        ),
         ({"mesh": "data=2", "parallel": "pmap"}, "--parallel pmap has no mesh"),
         ({"mesh": "data=16"}, "it needs 16 devices, and 8 are here"),
         ({"parallel": "pmap", "batch_size": 12}, "must be a multiple of the 8 devices here"),
@@ -273,4 +261,4 @@ def test_a_run_changes_its_layout_from_start_to_start(narrow, tmp_path, capsys):
 )
 def test_a_layout_that_cannot_work_is_refused_in_one_line(changes, message):
     with pytest.raises(UserError, match=message):
-        choose_layout(dataclasses.replace(CONFIG, **changes))
+        choose_placement(CONFIG.with_options(**changes))

@@ -14,23 +14,26 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxllm import plan as planning
-from jaxllm.compiled import Shape, read_program, read_shapes
 from jaxllm.config import PRESETS, TrainConfig
 from jaxllm.errors import UserError
-from jaxllm.flops import parameters, training_flops_per_token
-from jaxllm.meter import GIB
-from jaxllm.plan import Plan, Refused, compile_plan, largest_batch, read_plan
-from jaxllm.plan_report import plan_as_json, print_plan, print_search
-from jaxllm.program_cost import Collective, Kernel, collectives, kernels, matrix_products
-from jaxllm.roofline import ACHIEVED_FLOPS, ACHIEVED_INTERCONNECT, ACHIEVED_MEMORY, roofline
-from jaxllm.targets import FOLDER, load_target, target_names
+from jaxllm.model.flops import parameters, training_flops_per_token
+from jaxllm.plan import estimate as planning
+from jaxllm.plan.__main__ import main
+from jaxllm.plan.estimate import Plan, Refused, compile_plan, largest_batch, read_plan
+from jaxllm.plan.hlo import Shape, read_program, read_shapes
+from jaxllm.plan.hlo_cost import Collective, Kernel, collectives, kernels, matrix_products
+from jaxllm.plan.report import plan_as_json, print_plan, print_search
+from jaxllm.plan.roofline import ACHIEVED_FLOPS, ACHIEVED_INTERCONNECT, ACHIEVED_MEMORY, roofline
+from jaxllm.plan.targets import FOLDER, load_target, target_names
+from jaxllm.run.throughput import GIB
 
 needs_cuda = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jax[cuda13]: pip install -e '.[cuda13,test]'"
 )
 H100 = load_target("h100")
-CONFIG = TrainConfig(preset="customllm-1b", model=PRESETS["customllm-1b"], seq_len=2048, precision="bfloat16")
+CONFIG = TrainConfig.from_options(
+    preset="customllm-1b", model=PRESETS["customllm-1b"], seq_len=2048, precision="bfloat16"
+)
 
 
 # Targets
@@ -104,7 +107,7 @@ def test_a_target_of_one_s_own_is_checked(change, parts, tmp_path):
 )
 def test_bad_options_are_refused_before_anything_is_compiled(options, parts, capsys, monkeypatch):
     monkeypatch.setattr(planning, "compile_plan", None)
-    assert planning.main(options) == 2
+    assert main(options) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1, error
@@ -116,7 +119,7 @@ def test_bad_options_are_refused_before_anything_is_compiled(options, parts, cap
 def test_a_missing_extra_is_named(target, mend, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(planning, "compile_plan", None)
-    assert planning.main(["--target", target]) == 2
+    assert main(["--target", target]) == 2
     assert mend in capsys.readouterr().err
 
 
@@ -425,20 +428,22 @@ def test_a_search_finds_the_largest_batch_in_few_compilations(start, fixed, row,
 
     def compiled(size: int) -> Plan:
         tried.append(size)
-        return a_plan(TrainConfig(model=PRESETS["customllm-1b"], batch_size=size), gib=fixed + row * size)
+        return a_plan(TrainConfig.from_options(model=PRESETS["customllm-1b"], batch_size=size), gib=fixed + row * size)
 
     plan, exact = largest_batch(start, planning.usable_bytes(H100), compiled)
     assert exact
-    assert plan.config.batch_size == wanted
+    assert plan.config.data.batch_size == wanted
     assert plan.fits == (fixed < 72)
     assert len(tried) == len({*tried}) <= 8
 
 
 def test_a_search_stops_and_shows_that_it_is_not_at_the_end(capsys):
-    found = largest_batch(1, planning.usable_bytes(H100), lambda size: a_plan(TrainConfig(batch_size=size)))
+    found = largest_batch(
+        1, planning.usable_bytes(H100), lambda size: a_plan(TrainConfig.from_options(batch_size=size))
+    )
     plan, exact = found
     assert not exact
-    assert plan.config.batch_size == 2 ** (planning.MOST_COMPILATIONS - 1)
+    assert plan.config.data.batch_size == 2 ** (planning.MAX_COMPILATIONS - 1)
     print_search([found, (Refused(CONFIG, H100, "no memory"), True)], 10**9, "a run")
     shown = capsys.readouterr().out
     assert ">= 2048" in shown
@@ -459,7 +464,7 @@ def test_a_search_stops_and_shows_that_it_is_not_at_the_end(capsys):
 )
 def test_the_real_step_fits(options, most_gib, tmp_path, capfd):
     file = tmp_path / "plan.json"
-    assert planning.main([*options, "--remat", "--json", str(file)]) == 0
+    assert main([*options, "--remat", "--json", str(file)]) == 0
     answer = json.loads(file.read_text())
     assert answer["fits"]
     assert answer["memory"]["peak"] / GIB < most_gib
@@ -471,7 +476,7 @@ def test_the_real_step_fits(options, most_gib, tmp_path, capfd):
 def on_eight(mesh: str, tmp_path) -> dict:
     """customllm-1b on eight H100s, 8 x 2048 tokens on each."""
     file = tmp_path / "plan.json"
-    assert planning.main(["--mesh", mesh, "--batch", "64", "--seq", "2048", "--remat", "--json", str(file)]) == 0
+    assert main(["--mesh", mesh, "--batch", "64", "--seq", "2048", "--remat", "--json", str(file)]) == 0
     answer = json.loads(file.read_text())
     assert answer["devices"] == 8
     assert {"Triton grouped product", "cuDNN fused attention, backward"} <= {*answer["kernels"]}
@@ -523,7 +528,7 @@ def test_a_kernel_that_a_device_has_no_room_for_is_one_line(tmp_path, capfd):
     file = Path(tmp_path / "small.json")
     file.write_text(json.dumps(values | {"config": "small.txtpb"}))
     options = ["--target", str(file), "--preset", "tiny", "--seq-len", "128", "--precision", "float32"]
-    assert planning.main(options) == 2
+    assert main(options) == 2
     first, error = capfd.readouterr().err.splitlines()
     assert first.startswith("compiling ")
     assert "Shared memory size limit exceeded" in error

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import train
+from jaxllm.run.evaluation import Evaluator
 from tests.fingerprint import fingerprint
 
 # Nothing divides anything: means over several steps, evaluations and checkpoints all fall between one another.
@@ -40,12 +41,12 @@ def test_n_steps_and_n_more_are_2n(data, mesh, narrow, corpus, tmp_path):
 
 
 def test_the_newest_the_regular_and_the_best_checkpoints_stay(narrow, tmp_path, monkeypatch):
-    evaluate = train.Evaluator.__call__
+    evaluate = Evaluator.__call__
 
     def best_at_8(evaluator, state, epoch, step, interrupted):
         return evaluate(evaluator, state, epoch, step, interrupted) | {"eval_loss": abs(step - 8.0)}
 
-    monkeypatch.setattr(train.Evaluator, "__call__", best_at_8)
+    monkeypatch.setattr(Evaluator, "__call__", best_at_8)
     options = ["--save-every", "2", "--eval-every", "4", "--keep-checkpoints", "2", "--keep-every", "6"]
     run = tmp_path / "run"
     for steps in ("10", "20"):  # what was best before a resume is known behind it

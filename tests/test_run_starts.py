@@ -7,7 +7,7 @@ import shutil
 
 import train
 from convert import __main__ as convert
-from jaxllm.metrics import read_metrics
+from jaxllm.run.metrics import RunLog, read_metrics
 
 
 def losses(folder):
@@ -15,7 +15,7 @@ def losses(folder):
 
 
 def test_ctrl_c_ends_with_one_line_and_a_run_that_goes_on(narrow, run, tmp_path, capsys, monkeypatch):
-    write = train.RunLog.write
+    write = RunLog.write
 
     def interrupting(log, record):
         write(log, record)
@@ -24,7 +24,7 @@ def test_ctrl_c_ends_with_one_line_and_a_run_that_goes_on(narrow, run, tmp_path,
 
     args = [*narrow, "--run-dir", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
-        patch.setattr(train.RunLog, "write", interrupting)
+        patch.setattr(RunLog, "write", interrupting)
         assert train.main(args) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
     assert train.main(args) == 0

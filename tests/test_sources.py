@@ -18,8 +18,8 @@ import pytest
 
 from jaxllm.data import reading
 from jaxllm.data import stream as streams
-from jaxllm.data.corpus import FileSource, Piece, local_files, stdlib_files
-from jaxllm.data.reading import PIECE_CHARS, read_parts
+from jaxllm.data.reading import CHUNK_CHARS, read_parts
+from jaxllm.data.sources import FileSource, TextChunk, local_files, stdlib_files
 from jaxllm.data.stream import Prefetcher, TokenStream
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.errors import UserError
@@ -33,20 +33,20 @@ def tokenizer(corpus):
 def test_a_few_small_files_leave_something_to_evaluate_on(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.txt").write_text(f"file {i}\n")
-    pieces = list(FileSource(local_files(tmp_path), 0, "text").pieces())
-    assert [piece.held_out for piece in pieces].count(True) == 1
+    chunks = list(FileSource(local_files(tmp_path), 0, "text").chunks())
+    assert [chunk.held_out for chunk in chunks].count(True) == 1
 
 
 def test_half_a_surrogate_pair_is_replaced(tmp_path, tokenizer):
     (tmp_path / "data.jsonl").write_text('{"text": "a\\ud800b"}\n')
-    (piece,) = FileSource(local_files(tmp_path), 0, "text").pieces()
-    assert tokenizer.decode(tokenizer(piece.text)["input_ids"]) == "a?b"
+    (chunk,) = FileSource(local_files(tmp_path), 0, "text").chunks()
+    assert tokenizer.decode(tokenizer(chunk.text)["input_ids"]) == "a?b"
 
 
 def test_progress_grows_within_a_file(tmp_path):
     (tmp_path / "one.txt").write_text("line é\n" * 4000)
     source = FileSource(local_files(tmp_path), 0, "text")
-    seen = [source.progress() for _ in source.pieces()]
+    seen = [source.progress() for _ in source.chunks()]
     assert seen == sorted(set(seen))
     assert seen[-1] == pytest.approx(1.0)
     assert source.progress() == 1.0
@@ -66,7 +66,7 @@ def test_a_stream_goes_on_from_the_very_end_of_a_pass(corpus, tokenizer):
 
 def test_held_out_text_alone_is_refused(corpus, tokenizer):
     source = FileSource(local_files(corpus), 0, "text")
-    source.pieces = lambda pieces=source.pieces: (piece._replace(held_out=True) for piece in pieces())
+    source.chunks = lambda chunks=source.chunks: (chunk._replace(held_out=True) for chunk in chunks())
     with pytest.raises(UserError, match="nothing is left to train on"):
         TokenStream(source, tokenizer, 32, 0).next_rows(1)
 
@@ -74,7 +74,7 @@ def test_held_out_text_alone_is_refused(corpus, tokenizer):
 def test_a_prefetcher_raises_its_error_each_time(corpus, tokenizer):
     """A second call must not wait for a thread that has ended."""
     source = FileSource(local_files(corpus), 0, "text")
-    source.pieces = lambda: (_ for _ in ()).throw(UserError("data: gone"))
+    source.chunks = lambda: (_ for _ in ()).throw(UserError("data: gone"))
     batches = Prefetcher(TokenStream(source, tokenizer, 32, 0), 1)
     for _ in range(2):
         with pytest.raises(UserError, match="data: gone"):
@@ -83,16 +83,16 @@ def test_a_prefetcher_raises_its_error_each_time(corpus, tokenizer):
 
 
 def pieces_in_text_mode(file: Path) -> Iterator[tuple[str, bool]]:
-    """What a text file's pieces are: Python's text mode, from the start."""
+    """What a text file's chunks are: Python's text mode, from the start."""
     with file.open(encoding="utf-8", errors="replace") as lines:
-        piece = ""
-        while line := lines.readline(PIECE_CHARS):
-            if piece and len(piece) + len(line) > PIECE_CHARS:
-                yield piece, False
-                piece = ""
-            piece += line
-    if piece:
-        yield piece, True
+        chunk = ""
+        while line := lines.readline(CHUNK_CHARS):
+            if chunk and len(chunk) + len(line) > CHUNK_CHARS:
+                yield chunk, False
+                chunk = ""
+            chunk += line
+    if chunk:
+        yield chunk, True
 
 
 def parts_of(file: Path, place: int = 0) -> list[reading.Part]:
@@ -108,8 +108,8 @@ BITS = {
     "line ends": [b"\r", b"\n", b"\r\n", b"a", "\u2028\x85".encode()],
     "characters of every length": [text.encode() for text in "aé€\U0001f600\ufffd\ufeff"],
     "no UTF-8": [b"\xe2\x82", b"\xf0\x9f\x98", b"\xff", b"\xed\xa0\x80", b"\xc0", b"\x80", b"a", b"\n", "é".encode()],
-    "about as long as a piece": [
-        b"x" * (PIECE_CHARS + i) + end for i in (-2, -1, 0) for end in (b"\r\n", b"\n", b"\r", b"")
+    "about as long as a chunk": [
+        b"x" * (CHUNK_CHARS + i) + end for i in (-2, -1, 0) for end in (b"\r\n", b"\n", b"\r", b"")
     ],
 }
 
@@ -156,17 +156,17 @@ def test_going_on_near_the_end_of_a_big_file_reads_only_the_end(kind, tmp_path, 
     source = FileSource([file], 0, "text")
     positions = []
     wanted = []
-    for piece in source.pieces():
-        wanted.append(piece)
+    for chunk in source.chunks():
+        wanted.append(chunk)
         positions.append(json.dumps(source.position))
     monkeypatch.setattr(Path, "open", lambda path, mode: CountedReads(path, mode))
     CountedReads.count = 0
     resumed = FileSource([file], 0, "text")
     resumed.position = json.loads(positions[-20])
-    assert list(resumed.pieces()) == wanted[-19:]
+    assert list(resumed.chunks()) == wanted[-19:]
     assert file.stat().st_size > 4e6
     # The blocks behind the place; of a parquet file the end, which says where the rest is, and a row group of 50 rows.
-    assert 0 < CountedReads.count < 3 * reading.BLOCK + (200_000 if kind == "parquet" else 20 * PIECE_CHARS)
+    assert 0 < CountedReads.count < 3 * reading.BLOCK + (200_000 if kind == "parquet" else 20 * CHUNK_CHARS)
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
@@ -177,13 +177,13 @@ def test_a_source_goes_on_behind_any_piece(kind, parts, tmp_path):
     for part in range(parts):
         source = FileSource(local_files(tmp_path), 0, "text", part, parts)
         positions, wanted = [], []
-        for piece in source.pieces():
-            wanted.append(piece)
+        for chunk in source.chunks():
+            wanted.append(chunk)
             positions.append(json.dumps(source.position))
         for at in range(0, len(wanted), 7):
             resumed = FileSource(local_files(tmp_path), 0, "text", part, parts)
             resumed.position = json.loads(positions[at])
-            assert list(resumed.pieces()) == wanted[at + 1 :]
+            assert list(resumed.chunks()) == wanted[at + 1 :]
         assert max(map(len, positions)) < 400
 
 
@@ -236,10 +236,10 @@ def test_a_position_of_another_kind_of_data_is_refused(corpus):
 def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
     (tmp_path / "a.txt").write_text("one\n")
     source = FileSource(local_files(tmp_path), 0, "text")
-    list(source.pieces())
+    list(source.chunks())
     (tmp_path / "a.txt").write_text("another\n")
     with pytest.raises(UserError, match=r"a.txt has changed since the run read it \(4 bytes, now 8\)"):
-        list(source.pieces())
+        list(source.chunks())
 
 
 def test_a_line_that_is_too_long_is_passed_over_and_counted(tmp_path, monkeypatch):
@@ -250,7 +250,7 @@ def test_a_line_that_is_too_long_is_passed_over_and_counted(tmp_path, monkeypatc
         file = tmp_path / "rows.jsonl"
         file.write_bytes("".join(json.dumps({"text": text}) + end for text in rows).encode())
         source = FileSource([file], 0, "text")
-        assert [piece.text for piece in source.pieces()] == ["first", "second", "y" * 60]
+        assert [chunk.text for chunk in source.chunks()] == ["first", "second", "y" * 60]
         assert source.position["skipped"] == 2
         assert len(max(parts_of(file), key=lambda part: len(part.text or "")).text) == 60
 
@@ -275,7 +275,7 @@ def test_broken_rows_are_skipped_and_broken_bytes_replaced(tmp_path):
     lines = [b'{"text": "a\xff\xe2\x82b"}', b'{"text": "cut', b"\xff\xfe", b'{"text": null}', b'{"text": ["a"]}', b""]
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
     source = FileSource(local_files(tmp_path), 0, "text")
-    assert [piece.text for piece in source.pieces()] == ["a\ufffd\ufffdb"]
+    assert [chunk.text for chunk in source.chunks()] == ["a\ufffd\ufffdb"]
     assert source.position["skipped"] == 4
 
 
@@ -283,7 +283,7 @@ def test_passes_are_said_often_at_first_and_then_seldom(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("one\n")
     source = FileSource(local_files(tmp_path), 0, "text")
     for _ in range(25):
-        list(source.pieces())
+        list(source.chunks())
     said = capsys.readouterr().out.splitlines()
     assert said == [f"Pass {number} over the data begins" for number in (*range(2, 11), 20)]
 
@@ -292,11 +292,11 @@ def test_the_end_of_a_run_does_not_wait_for_a_source_that_waits(corpus, tokenize
     monkeypatch.setattr(streams, "CLOSING", 0.2)
     source, gone_on = FileSource(local_files(corpus), 0, "text"), threading.Event()
 
-    def waiting() -> Iterator[Piece]:
+    def waiting() -> Iterator[TextChunk]:
         gone_on.wait(60)
-        yield Piece("too late", True, False)
+        yield TextChunk("too late", True, False)
 
-    source.pieces = waiting
+    source.chunks = waiting
     batches = Prefetcher(TokenStream(source, tokenizer, 32, 0), 1)
     asked = time.monotonic()
     batches.close()
@@ -321,4 +321,4 @@ def test_empty_files_among_the_standard_library_s_are_passed_over(tmp_path):
     (tmp_path / "a.py").write_text("a = 1\n")
     (tmp_path / "b.py").write_text("")
     source = FileSource(stdlib_files(tmp_path), 0, "text")
-    assert [piece.text for piece in source.pieces()] == ["a = 1\n"]
+    assert [chunk.text for chunk in source.chunks()] == ["a = 1\n"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 
 from jaxllm.config import PRESETS, ModelConfig, TrainConfig, recipe
-from jaxllm.loss import IGNORED
-from jaxllm.optim import decays, learning_rate_schedule
-from jaxllm.step import abstract_model, init_state, model_graph, train_step
+from jaxllm.model.decoder import model_facts
+from jaxllm.train.loss import IGNORED
+from jaxllm.train.optim import learning_rate
+from jaxllm.train.state import init_state
+from jaxllm.train.step import model_graph, train_step
 
-CONFIG = TrainConfig(
+CONFIG = TrainConfig.from_options(
     model=ModelConfig(
         vocab_size=61,
         hidden_size=32,
@@ -86,19 +89,19 @@ def test_routing_bias_moves_by_its_rate_and_only_then():
     bias = np.asarray(state.routing_bias["decoder_layers"]["mlp"]["routing_bias"])
     assert set(np.unique(np.abs(bias)).round(8)) <= {0.0, np.float32(0.01).round(8)}
     assert bias.any()
-    frozen, _, _ = run(dataclasses.replace(CONFIG, bias_update_rate=0.0), labels(4)[None])
+    frozen, _, _ = run(CONFIG.with_options(bias_update_rate=0.0), labels(4)[None])
     assert not np.asarray(frozen.routing_bias["decoder_layers"]["mlp"]["routing_bias"]).any()
 
 
 def test_the_log_shows_the_rate_of_the_next_update():
     """As the source's does: its line of step 100 has the rate of step 101."""
     _, _, metrics = run(CONFIG, labels(4)[None])
-    assert float(metrics.learning_rate) == pytest.approx(CONFIG.learning_rate / CONFIG.warmup_steps)
+    assert float(metrics.learning_rate) == pytest.approx(CONFIG.optim.learning_rate / CONFIG.schedule.warmup_steps)
 
 
 def test_learns_and_is_deterministic():
     batches = [labels(4, seed=i % 2)[None] for i in range(30)]
-    config = dataclasses.replace(CONFIG, learning_rate=1e-2, warmup_steps=0)
+    config = CONFIG.with_options(learning_rate=1e-2, warmup_steps=0)
     _, first, _ = run(config, *batches)
     _, second, _ = run(config, *batches)
     assert first == second
@@ -109,16 +112,16 @@ def test_auxiliary_losses_change_the_gradient_and_not_the_logged_loss():
     batch = labels(4)[None]
     plain, (loss,), _ = run(CONFIG, batch)
     for name in ("balance_loss", "router_z_loss"):
-        state, (same,), _ = run(dataclasses.replace(CONFIG, **{name: 0.1}), batch)
+        state, (same,), _ = run(CONFIG.with_options(**{name: 0.1}), batch)
         assert same == loss
         router = [s.params["decoder_layers"]["mlp"]["router"]["weight"] for s in (plain, state)]
-        assert plain.opt_state[1].mu["decoder_layers"]["mlp"]["router"]["weight"].shape == router[0].shape
-        moments = [s.opt_state[1].mu["decoder_layers"]["mlp"]["router"]["weight"] for s in (plain, state)]
+        assert plain.opt_state.mu["decoder_layers"]["mlp"]["router"]["weight"].shape == router[0].shape
+        moments = [s.opt_state.mu["decoder_layers"]["mlp"]["router"]["weight"] for s in (plain, state)]
         assert not np.allclose(*moments)
 
 
 def test_dropout_differs_from_step_to_step_and_repeats_from_the_seed():
-    config = dataclasses.replace(CONFIG, learning_rate=0.0, model=dataclasses.replace(CONFIG.model, dropout=0.5))
+    config = CONFIG.with_options(learning_rate=0.0, model=dataclasses.replace(CONFIG.model, dropout=0.5))
     batch = labels(4)[None]
     _, losses, _ = run(config, batch, batch)
     assert losses[0] != losses[1]
@@ -126,20 +129,20 @@ def test_dropout_differs_from_step_to_step_and_repeats_from_the_seed():
 
 
 def test_only_matrices_decay():
-    mask = decays(abstract_model(CONFIG.model)[1])
-    assert mask["decoder_layers"]["self_attn"]["kv_proj_d"]["weight"]
-    assert mask["token_embeddings"]["weight"]
-    assert not mask["decoder_layers"]["input_norm"]["weight"]
-    assert not mask["lm_head"]["bias"]
-    assert not decays(abstract_model(PRESETS["tiny"])[1])["final_norm"]["weight"]
+    facts, _ = model_facts(CONFIG.model)
+    assert facts["decoder_layers"]["self_attn"]["kv_proj_d"]["weight"].decays
+    assert facts["token_embeddings"]["weight"].decays
+    assert not facts["decoder_layers"]["input_norm"]["weight"].decays
+    assert not facts["lm_head"]["bias"].decays
+    assert not model_facts(PRESETS["tiny"])[0]["final_norm"]["weight"].decays
 
 
 def test_gradients_are_clipped_to_the_norm():
-    config = dataclasses.replace(CONFIG, max_grad_norm=1e-3)
+    config = CONFIG.with_options(max_grad_norm=1e-3)
     state, _, metrics = run(config, labels(4)[None])
     assert float(metrics.grad_norm) > 1e-3
-    first_moment = np.sqrt(sum(float(jnp.square(m).sum()) for m in jax.tree.leaves(state.opt_state[1].mu)))
-    assert first_moment == pytest.approx((1 - config.beta1) * 1e-3, rel=1e-5)
+    first_moment = np.sqrt(sum(float(jnp.square(m).sum()) for m in jax.tree.leaves(state.opt_state.mu)))
+    assert first_moment == pytest.approx((1 - config.optim.beta1) * 1e-3, rel=1e-5)
 
 
 def logged_learning_rates() -> dict[int, float]:
@@ -152,7 +155,7 @@ def logged_learning_rates() -> dict[int, float]:
 
 
 def test_the_source_s_learning_rates_are_reproduced():
-    schedule = learning_rate_schedule(recipe("seed", "customllm-1b"))
+    schedule = functools.partial(learning_rate, recipe("seed", "customllm-1b"))
     log = logged_learning_rates()
     assert SEED_LOG.items() <= log.items()
     with jax.enable_x64(True):

@@ -17,11 +17,14 @@ from pathlib import Path
 import pytest
 
 import train
-from jaxllm.board import Board
-from jaxllm.checkpoint import choose_checkpoint
 from jaxllm.data import stream as streams
 from jaxllm.data.stream import TokenStream
-from jaxllm.lock import LOCK_FILE, FolderLock
+from jaxllm.run.checkpoint import choose_checkpoint
+from jaxllm.run.evaluation import Evaluator
+from jaxllm.run.lock import LOCK_FILE, FolderLock
+from jaxllm.run.metrics import RunLog
+from jaxllm.run.monitor import StepMonitor
+from jaxllm.run.tensorboard import TensorBoardWriter
 from tests.chaos import Options, chaos
 from tests.fingerprint import fingerprint
 
@@ -46,7 +49,7 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(
     number, code, run, narrow, tmp_path, capsys, monkeypatch
 ):
     """And the run goes on from there as if it had not been stopped."""
-    folder, write = tmp_path / "run", train.RunLog.write
+    folder, write = tmp_path / "run", RunLog.write
 
     def signalling(log, record):
         write(log, record)
@@ -54,13 +57,13 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(
             os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.RunLog, "write", signalling)
+        patch.setattr(RunLog, "write", signalling)
         assert train.main([*narrow, "--run-dir", str(folder)]) == code
     error = capsys.readouterr().err
     assert f"{number.name}: finishing the step and saving" in error
     newest = choose_checkpoint(folder).step
     assert newest in (13, 14)  # the signal may find the next step begun
-    assert error.splitlines()[-1].startswith(f"stopped behind step {newest} of 20, and saved")
+    assert error.splitlines()[-1].startswith(f"stopped after step {newest} of 20, and saved")
     assert not (folder / LOCK_FILE).exists()
     assert train.main([*narrow, "--run-dir", str(folder)]) == 0
     assert f"Resuming from step {newest}" in capsys.readouterr().out
@@ -70,21 +73,21 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(
 def test_a_signal_between_two_lines_of_the_log_loses_no_loss(narrow, tmp_path, monkeypatch):
     """It comes while the step before is waited for, where nothing else is due; the next line's mean knows all steps."""
     arguments = [*narrow, "--log-every", "7", "--save-every", "50", "--eval-every", "50", "--sample-tokens", "0"]
-    calm, stopped, settle = tmp_path / "calm", tmp_path / "stopped", train.Watch.settle
+    calm, stopped, flush = tmp_path / "calm", tmp_path / "stopped", StepMonitor.flush
     assert train.main([*arguments, "--run-dir", str(calm)]) == 0
-    settled = []
+    flushed = []
 
-    def signalling(watch, behind):
-        settle(watch, behind)
-        settled.append(behind)
-        if len(settled) == 10:
+    def signalling(monitor, max_pending):
+        flush(monitor, max_pending)
+        flushed.append(max_pending)
+        if len(flushed) == 10:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.2)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Watch, "settle", signalling)
+        patch.setattr(StepMonitor, "flush", signalling)
         assert train.main([*arguments, "--run-dir", str(stopped)]) == 143
-    assert settled[9] == 1
+    assert flushed[9] == 1
     assert choose_checkpoint(stopped).step == 10
     assert train.main([*arguments, "--run-dir", str(stopped)]) == 0
     assert fingerprint(stopped) == fingerprint(calm)
@@ -111,7 +114,7 @@ def test_a_signal_while_no_data_come_saves_what_is_done(run, narrow, tmp_path, m
 
 
 def test_an_evaluation_that_a_signal_interrupts_is_made_up_for(run, narrow, tmp_path, monkeypatch):
-    folder, evaluate = tmp_path / "run", train.Evaluator.__call__
+    folder, evaluate = tmp_path / "run", Evaluator.__call__
 
     def interrupted(evaluator, state, epoch, step, asked):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -120,7 +123,7 @@ def test_an_evaluation_that_a_signal_interrupts_is_made_up_for(run, narrow, tmp_
         return evaluate(evaluator, state, epoch, step, asked)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Evaluator, "__call__", interrupted)
+        patch.setattr(Evaluator, "__call__", interrupted)
         for _ in range(2):  # the second time it is what is made up for that is interrupted
             assert train.main([*narrow, "--run-dir", str(folder)]) == 143
             assert choose_checkpoint(folder).step == 10
@@ -132,7 +135,8 @@ def test_an_evaluation_that_a_signal_interrupts_is_made_up_for(run, narrow, tmp_
 @pytest.mark.slow
 def test_a_second_ctrl_c_ends_the_process_at_once(narrow, run, tmp_path):
     """Also while the main thread waits in a place where Python handles no signals: here a save that hangs."""
-    program = "import sys, threading, train; train.Checkpoints.save = lambda *_: threading.Lock().acquire() and "
+    program = "import sys, threading, train; from jaxllm.run.checkpoint_writer import CheckpointWriter\n"
+    program += "CheckpointWriter.save = lambda *_: threading.Lock().acquire() and "
     program += "threading.Event().wait(); sys.exit(train.main())"
     folder = shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(folder / "checkpoints" / "20")
@@ -166,22 +170,22 @@ def _until(true) -> None:
 
 @pytest.mark.parametrize(
     ("limit", "said"),
-    [(100_000, "checkpoints/20 cannot be written"), pytest.param(1, "make room", marks=pytest.mark.slow)],
+    [(100_000, "checkpoints/20 cannot be written"), pytest.param(1, "free space", marks=pytest.mark.slow)],
 )
 def test_a_disk_that_fills_up_ends_the_run_with_a_line(limit, said, run, narrow, tmp_path, capsys, monkeypatch):
     """With room for small files the checkpoint fails, without it the log does; the checkpoint before stays good."""
-    folder, take = tmp_path / "run", train.Watch.settle
+    folder, take = tmp_path / "run", StepMonitor.flush
     with contextlib.ExitStack() as stack:
-        settled = []
+        flushed = []
 
-        def filling(watch, behind):
-            take(watch, behind)
-            settled.append(behind)
-            if len(settled) == 15:
+        def filling(monitor, max_pending):
+            take(monitor, max_pending)
+            flushed.append(max_pending)
+            if len(flushed) == 15:
                 _until((folder / "checkpoints" / "10").is_dir)
                 stack.enter_context(largest_file(limit))
 
-        monkeypatch.setattr(train.Watch, "settle", filling)
+        monkeypatch.setattr(StepMonitor, "flush", filling)
         assert train.main([*narrow, "--run-dir", str(folder)]) == 2
     monkeypatch.undo()
     error = capsys.readouterr().err
@@ -215,7 +219,7 @@ def test_a_disk_that_is_really_full_ends_the_run_with_a_line(every, narrow, tmp_
 
 
 def test_tensorboard_s_dead_writer_is_an_error_and_no_hang(tmp_path, capsys):
-    board = Board(tmp_path, 0)
+    board = TensorBoardWriter(tmp_path, 0)
 
     def write_on() -> None:
         for step in range(5000):

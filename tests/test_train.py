@@ -9,10 +9,11 @@ import time
 import pytest
 
 import train
-from jaxllm import flops
-from jaxllm.config import ModelConfig, read_json
+from jaxllm.config import ModelConfig
 from jaxllm.data.stream import TokenStream
-from jaxllm.metrics import read_metrics
+from jaxllm.files import read_json
+from jaxllm.model import flops
+from jaxllm.run.metrics import read_metrics
 from tests.fingerprint import without_times
 
 
@@ -139,6 +140,41 @@ def test_a_resume_that_would_change_the_numbers_is_refused(run, narrow, change, 
     assert train.main([*narrow, option, value, "--run-dir", str(run)]) == 2
     assert message in capsys.readouterr().err
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_all_options_that_forbid_a_resume_are_named_at_once(run, narrow, capsys):
+    assert train.main([*narrow, "--seed", "7", "--beta1", "0.5", "--steps", "30", "--run-dir", str(run)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "beta1 is 0.5, and the run has 0.9; seed is 7, and the run has 0" in error
+    assert "steps" not in error  # this one may change
+
+
+def test_a_bare_resume_takes_its_options_from_the_run(run, tmp_path, capsys):
+    folder = shutil.copytree(run, tmp_path / "run")
+    before = read_json(folder / "train_config.json")
+    assert train.main(["--run-dir", str(folder), "--steps", "21"]) == 0
+    assert "Resuming from step 20" in capsys.readouterr().out
+    after = read_json(folder / "train_config.json")
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"run_dir", "steps"}
+
+
+def test_options_of_one_start_are_not_kept(narrow, tmp_path):
+    folder = tmp_path / "run"
+    arguments = [*narrow, "--steps", "1", "--sample-tokens", "0", "--run-dir", str(folder)]
+    assert train.main([*arguments, "--overwrite", "--strict"]) == 0
+    assert not read_json(folder / "train_config.json").keys() & {"overwrite", "strict", "coordinator", "process_id"}
+    assert train.main(["--run-dir", str(folder), "--steps", "2"]) == 0  # it does not start over
+    assert [record["step"] for record in lines(folder, "loss")] == [1, 2]
+
+
+def test_a_run_of_an_earlier_format_is_refused_by_its_number(run, narrow, tmp_path, capsys):
+    folder = shutil.copytree(run, tmp_path / "run")
+    values = read_json(folder / "train_config.json")
+    del values["format"]
+    (folder / "train_config.json").write_text(json.dumps(values))
+    assert train.main([*narrow, "--run-dir", str(folder)]) == 2
+    assert "has format 1, and this version resumes format 2 (see CHANGELOG.md)" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_run_is_left_alone(narrow, tmp_path, capsys):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from jaxllm.config import TrainConfig
+from jaxllm.config import RunConfig
 from jaxllm.data.stream import Position, Prefetcher, TokenStream
 
 
@@ -19,10 +19,10 @@ class MicroBatches:
     the first, and none of the next step before it has saved.
     """
 
-    def __init__(self, stream: TokenStream, config: TrainConfig):
+    def __init__(self, stream: TokenStream, config: RunConfig):
         self._stream = stream
-        self._batches = Prefetcher(stream, config.grad_accum * config.batch_size)
-        self._shape = (config.grad_accum, config.batch_size, config.seq_len)  # (A,B,T)
+        self._batches = Prefetcher(stream, config.data.grad_accum * config.data.batch_size)
+        self._shape = (config.data.grad_accum, config.data.batch_size, config.data.seq_len)  # (A,B,T)
         self.position: Position | None = None
         self.progress: float | None = None
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from jaxllm.config import TrainConfig
-from jaxllm.meter import GIB, Meter
-from jaxllm.metrics import RunLog, end_record, eval_record, step_record
-from jaxllm.run import conclude, write_samples
+from jaxllm.config import RunConfig
+from jaxllm.run.metrics import RunLog, end_record, eval_record, step_record
+from jaxllm.run.reporting import conclude, write_samples
+from jaxllm.run.throughput import GIB, Meter
 from torch_ref.batches import MicroBatches
 from torch_ref.device import peak_memory
 from torch_ref.generate import generate
@@ -25,7 +25,7 @@ from torch_ref.step import tokens_per_expert, update_routing_bias
 class ScheduleCallback(TrainerCallback):
     """Logs, evaluates and saves at train.py's steps: every so many of them, and at the last."""
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: RunConfig):
         self._config = config
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
@@ -34,10 +34,10 @@ class ScheduleCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         config, step = self._config, state.global_step
-        last = step >= config.steps
-        control.should_log = last or step % config.log_every == 0
-        control.should_evaluate = last or step % config.eval_every == 0
-        control.should_save = last or step % config.save_every == 0
+        last = step >= config.schedule.steps
+        control.should_log = last or step % config.logging.log_every == 0
+        control.should_evaluate = last or step % config.logging.eval_every == 0
+        control.should_save = last or step % config.checkpoint.save_every == 0
 
 
 class RoutingBiasCallback(TrainerCallback):
@@ -90,7 +90,7 @@ class LogCallback(TrainerCallback):
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: RunConfig,
         log: RunLog,
         batches: MicroBatches,
         routing: RoutingBiasCallback,
@@ -142,7 +142,7 @@ class LogCallback(TrainerCallback):
         self._eval_loss = logs["eval_loss"]
         self._meter.exclude(logs["eval_runtime"])
         samples = len(self._held_out)
-        batches = math.ceil(samples / self._config.batch_size)
+        batches = math.ceil(samples / self._config.data.batch_size)
         return eval_record(self._eval_loss, logs["eval_runtime"], samples, batches, self._epoch(step), step)
 
     def _end_line(self, logs: dict, step: int) -> dict:
@@ -164,13 +164,13 @@ class LogCallback(TrainerCallback):
     def _epoch(self, step: int) -> float:
         """Passes over the data; the Trainer counts from the start of the process instead."""
         progress = self._batches.progress
-        return step / self._config.steps if progress is None else progress
+        return step / self._config.schedule.steps if progress is None else progress
 
 
 class TextGenerationCallback(TrainerCallback):
     """At the end, continues the config's prompts on the cache and writes `samples.md`."""
 
-    def __init__(self, config: TrainConfig, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase):
         self._config, self._tokenizer = config, tokenizer
 
     def on_train_end(
@@ -183,8 +183,8 @@ class TextGenerationCallback(TrainerCallback):
         new_tokens = functools.partial(
             generate,
             model,
-            temperature=config.temperature,
-            top_p=config.top_p,
+            temperature=config.sampling.temperature,
+            top_p=config.sampling.top_p,
             seed=config.seed,
             eos_token_id=config.model.eos_token_id,
         )

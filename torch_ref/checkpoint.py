@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxllm.config import LARGEST_INT, read_json
-from jaxllm.data.corpus import one_line
-from jaxllm.data.position import POSITION_FILE
-from jaxllm.errors import UserError
+from jaxllm.config import MAX_INT
+from jaxllm.data.stream import POSITION_FILE
+from jaxllm.errors import UserError, one_line
+from jaxllm.files import read_json
 
 OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE = "optimizer.pt", "scheduler.pt", "trainer_state.json"
 
@@ -65,7 +65,7 @@ def trainer_state(folder: Path) -> dict[str, Any] | None:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_INT
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_INT
 
 
 @contextmanager

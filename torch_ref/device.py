@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jaxllm.config import Precision
-from jaxllm.meter import GIB, host_peak_gib, peak_tflops
+from jaxllm.run.throughput import GIB, host_peak_gib, peak_tflops
 
 
 def measured_peak_tflops(precision: Precision, device: torch.device) -> float:

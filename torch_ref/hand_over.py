@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import TrainerState
 
-from jaxllm.config import ModelConfig, TrainConfig
+from jaxllm.config import ModelConfig, RunConfig
 from jaxllm.errors import UserError
 from torch_ref.checkpoint import OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE, reading, trainer_state
 from torch_ref.model import CustomLLM
@@ -27,7 +27,7 @@ class Moments(NamedTuple):
     nu: np.ndarray
 
 
-def _optimizer(config: TrainConfig, model: ModelConfig) -> tuple[torch.optim.AdamW, list[str]]:
+def _optimizer(config: RunConfig, model: ModelConfig) -> tuple[torch.optim.AdamW, list[str]]:
     """The run's optimizer, over parameters without memory, and their names in the order of its groups."""
     with torch.device("meta"):
         twin = CustomLLM(model)
@@ -36,7 +36,7 @@ def _optimizer(config: TrainConfig, model: ModelConfig) -> tuple[torch.optim.Ada
     return optimizer, [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
-def write_training(folder: Path, config: TrainConfig, step: int, moments: Callable[[str], Moments]) -> None:
+def write_training(folder: Path, config: RunConfig, step: int, moments: Callable[[str], Moments]) -> None:
     """Write `optimizer.pt`, `scheduler.pt` and, last, `trainer_state.json`.
 
     Args:
@@ -54,11 +54,14 @@ def write_training(folder: Path, config: TrainConfig, step: int, moments: Callab
     torch.save(optimizer.state_dict() | {"state": state}, folder / OPTIMIZER_FILE)
     torch.save(schedule.state_dict(), folder / SCHEDULER_FILE)
     TrainerState(
-        global_step=step, max_steps=config.steps, epoch=step / config.steps, train_batch_size=config.batch_size
+        global_step=step,
+        max_steps=config.schedule.steps,
+        epoch=step / config.schedule.steps,
+        train_batch_size=config.data.batch_size,
     ).save_to_json(str(folder / STATE_FILE))
 
 
-def read_training(folder: Path, config: TrainConfig) -> tuple[int, dict[str, Moments]]:
+def read_training(folder: Path, config: RunConfig) -> tuple[int, dict[str, Moments]]:
     """The updates done and each parameter's moments; nothing in the files is executed.
 
     Raises:

@@ -433,7 +433,7 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
                 routings.append(Routing(*(part.unflatten(0, input_ids.shape) for part in routing)))
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(self.normed(x[:, kept]))
+        logits = self.lm_head(self.apply_final_norm(x[:, kept]))
         logits = logits.to(at_least_float32(logits.dtype))
         return CustomLLMOutput(
             loss=None if labels is None else next_token_loss(logits, labels, num_items_in_batch),
@@ -445,7 +445,7 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
             router_logits=tuple(routing.logits for routing in routings) if output_router else None,
         )
 
-    def normed(self, x: Tensor) -> Tensor:
+    def apply_final_norm(self, x: Tensor) -> Tensor:
         """What lm_head multiplies: the final norm where the config has one."""
         return self.final_norm(x) if self.config.final_norm else x
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
-from jaxllm.config import TrainConfig
+from jaxllm.config import RunConfig
 from torch_ref.model import IGNORED, CustomLLM, CustomLLMOutput
 
 
@@ -31,22 +31,26 @@ def decays(name: str) -> bool:
     return last == "weight" and not path[-1].endswith("norm")
 
 
-def make_optimizer(model: CustomLLM, config: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(model: CustomLLM, config: RunConfig) -> torch.optim.AdamW:
     """AdamW over two groups of parameters: those that decay, and those that do not."""
     named = list(model.named_parameters())
     groups = [
-        {"params": [p for name, p in named if decays(name)], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in named if decays(name)], "weight_decay": config.optim.weight_decay},
         {"params": [p for name, p in named if not decays(name)], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.adam_eps)
+    return torch.optim.AdamW(
+        groups, lr=config.optim.learning_rate, betas=(config.optim.beta1, config.optim.beta2), eps=config.optim.adam_eps
+    )
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_done: int = 0) -> LambdaLR:
+def make_schedule(optimizer: torch.optim.Optimizer, config: RunConfig, steps_done: int = 0) -> LambdaLR:
     """The source's schedule: linear from 0 over `warmup_steps`, then half a cosine to 0 at `steps`."""
     if steps_done:
         for group in optimizer.param_groups:  # a schedule that goes on wants to know where it started
-            group.setdefault("initial_lr", config.learning_rate)
-    return get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps, last_epoch=steps_done - 1)
+            group.setdefault("initial_lr", config.optim.learning_rate)
+    return get_cosine_schedule_with_warmup(
+        optimizer, config.schedule.warmup_steps, config.schedule.steps, last_epoch=steps_done - 1
+    )
 
 
 def tokens_per_expert(router_experts: Sequence[Tensor], n_experts: int) -> Tensor:  # L times (B,T,k) -> (L,E) int64
@@ -68,13 +72,13 @@ def update_routing_bias(model: CustomLLM, counts: Tensor, rate: float) -> None:
         bias += rate * torch.sign(tokens.mean() - tokens)
 
 
-def auxiliary_loss(output: CustomLLMOutput, config: TrainConfig) -> Tensor | float:
+def auxiliary_loss(output: CustomLLMOutput, config: RunConfig) -> Tensor | float:
     """The weighted sequence-wise balance loss and router z-loss of one micro-batch, summed over the layers."""
-    if not (config.balance_loss or config.router_z_loss):
+    if not (config.optim.balance_loss or config.optim.router_z_loss):
         return 0.0
     balance = sum(map(balance_loss, output.router_experts, output.router_scores))
     z = sum(logits.logsumexp(dim=-1).square().mean() for logits in output.router_logits)
-    return config.balance_loss * balance + config.router_z_loss * z
+    return config.optim.balance_loss * balance + config.optim.router_z_loss * z
 
 
 def balance_loss(experts: Tensor, scores: Tensor) -> Tensor:  # (B,T,k), (B,T,E) -> ()
@@ -91,7 +95,7 @@ def count_targets(labels: Tensor) -> Tensor:
     return (labels[..., 1:] != IGNORED).sum()
 
 
-def accumulate_gradients(model: CustomLLM, config: TrainConfig, labels: Tensor) -> tuple[Tensor, Tensor]:
+def accumulate_gradients(model: CustomLLM, config: RunConfig, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Add the gradient of the mean loss over all micro-batches to the parameters' `.grad`.
 
     Args:
@@ -129,15 +133,15 @@ def train_step(
     model: CustomLLM,
     optimizer: torch.optim.Optimizer,
     schedule: LambdaLR,
-    config: TrainConfig,
+    config: RunConfig,
     labels: Tensor,
 ) -> StepMetrics:
     """One optimizer step, in place. Arguments as in `accumulate_gradients`."""
     loss, chosen = accumulate_gradients(model, config, labels)
-    grad_norm = clip_gradients(model, config.max_grad_norm)
+    grad_norm = clip_gradients(model, config.optim.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
     schedule.step()
     counts = tokens_per_expert(list(chosen.swapaxes(0, 1)), model.config.n_routed_experts)
-    update_routing_bias(model, counts, config.bias_update_rate)
+    update_routing_bias(model, counts, config.optim.bias_update_rate)
     return StepMetrics(loss, grad_norm, schedule.get_last_lr()[0], chosen)

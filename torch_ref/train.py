@@ -16,15 +16,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from jaxllm.config import TrainConfig
-from jaxllm.data.corpus import open_source
-from jaxllm.data.position import POSITION_FILE, load_position
-from jaxllm.data.stream import TokenStream
-from jaxllm.errors import UserError, exit_on_user_error
-from jaxllm.journal import Journal
-from jaxllm.lock import FolderLock
-from jaxllm.metrics import RunLog, read_metrics
-from jaxllm.run import announce, announce_finished, announce_speed, parse_args, prepare
+from jaxllm.config import RunConfig
+from jaxllm.data.sources import open_source
+from jaxllm.data.stream import POSITION_FILE, TokenStream, read_position
+from jaxllm.errors import exit_on_user_error
+from jaxllm.run.history import History
+from jaxllm.run.lock import FolderLock
+from jaxllm.run.metrics import RunLog, read_metrics
+from jaxllm.run.prepare import parse_args, prepare
+from jaxllm.run.reporting import announce, announce_finished, announce_speed
 from torch_ref.batches import MicroBatches
 from torch_ref.callbacks import LogCallback, TextGenerationCallback
 from torch_ref.checkpoint import last_checkpoint, reading
@@ -34,13 +34,13 @@ from torch_ref.trainer import CustomLLMTrainer, choose_device
 
 
 def train(
-    config: TrainConfig,
+    config: RunConfig,
     tokenizer: PreTrainedTokenizerBase,
     held_out: np.ndarray,
     resumes: bool,
     model: CustomLLM | None = None,
 ) -> CustomLLM:
-    """From the last checkpoint, or from scratch, to `config.steps`, and the samples behind it.
+    """From the last checkpoint, or from scratch, to `config.schedule.steps`, and the samples behind it.
 
     Args:
         config, tokenizer, held_out, resumes: what `jaxllm.run.prepare` returned.
@@ -56,28 +56,30 @@ def train(
     if model is None:
         torch.manual_seed(config.seed % 2**32)
         model = CustomLLM(config.model)
-    stream = TokenStream(open_source(config), tokenizer, config.seq_len, config.seed)
+    stream = TokenStream(open_source(config), tokenizer, config.data.seq_len, config.seed)
     first_step = 0
     if checkpoint is not None:
         first_step = checkpoint.step
-        stream.seek(load_position(checkpoint.folder / POSITION_FILE, config.seq_len, config.model.vocab_size))
+        stream.seek(read_position(checkpoint.folder / POSITION_FILE, config.data.seq_len, config.model.vocab_size))
         print(f"Resuming from step {first_step} of {config.folder}")
     device = choose_device(config)
     announce(config, sum(p.numel() for p in model.parameters()), str(model), str(device))
 
     samples = TextGenerationCallback(config, tokenizer)
-    if checkpoint is not None and first_step >= config.steps:
+    if checkpoint is not None and first_step >= config.schedule.steps:
         announce_finished(first_step)
         with reading(checkpoint.folder):
             model = CustomLLM.from_pretrained(checkpoint.folder).to(device)
         samples.write(model)
         return model
-    peak_tflops = config.peak_tflops or measured_peak_tflops(config.precision, device)  # before anything else is busy
+    peak_tflops = config.logging.peak_tflops or measured_peak_tflops(
+        config.precision, device
+    )  # before anything else is busy
     announce_speed(config, peak_tflops, compile_seconds=None)
     batches = MicroBatches(stream, config)
     trainer = CustomLLMTrainer(config, model, tokenizer, batches, held_out)
-    journal = Journal([record for record in read_metrics(config.folder) if record["step"] <= first_step])
-    run_log = RunLog(config.folder, journal, first_step, config.steps)
+    history = History.from_records([record for record in read_metrics(config.folder) if record["step"] <= first_step])
+    run_log = RunLog(config.folder, history, first_step, config.schedule.steps)
     trainer.add_callback(LogCallback(config, run_log, batches, trainer.routing, held_out, peak_tflops))
     trainer.add_callback(samples)
     try:
@@ -90,15 +92,9 @@ def train(
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    config = parse_args(argv, "python -m torch_ref.train", __doc__)
-    if config.mesh or config.parallel != "jit":
-        raise UserError("mesh and parallel are for train.py: PyTorch trains on one device here, leave them out")
-    if config.coordinator is not None or config.data_streams not in (None, 1):
-        raise UserError("coordinator and data_streams are for train.py: PyTorch's run is one process, leave them out")
+    config = parse_args(argv, "python -m torch_ref.train", __doc__, RunConfig)
     disable_progress_bar()  # of each file that is written: the run has a bar of its own
     choose_device(config)  # what the device cannot do is said before anything is made or deleted
-    if config.replay is not None or config.strict or config.keep_every:
-        raise UserError("replay, strict and keep_every are for train.py: leave them out")
     with FolderLock(config.folder) as lock:
         config, tokenizer, held_out, resumes = prepare(config, "PyTorch", lock)
         train(config, tokenizer, held_out, resumes)

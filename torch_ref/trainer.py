@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from jaxllm.config import TrainConfig
-from jaxllm.data.position import POSITION_FILE, save_position
+from jaxllm.config import RunConfig
+from jaxllm.data.stream import POSITION_FILE
 from jaxllm.errors import UserError
 from torch_ref.batches import MicroBatches, as_inputs
 from torch_ref.callbacks import MPSCallback, RoutingBiasCallback, ScheduleCallback
@@ -23,7 +23,7 @@ from torch_ref.model import CustomLLM
 from torch_ref.step import auxiliary_loss, make_optimizer, make_schedule
 
 
-def choose_device(config: TrainConfig) -> torch.device:
+def choose_device(config: RunConfig) -> torch.device:
     """The device that accelerate chooses: CUDA before MPS before CPU.
 
     Raises:
@@ -37,23 +37,23 @@ def choose_device(config: TrainConfig) -> torch.device:
     return device
 
 
-def training_arguments(config: TrainConfig) -> TrainingArguments:
+def training_arguments(config: RunConfig) -> TrainingArguments:
     """The config in the Trainer's words. When to log, evaluate and save is `ScheduleCallback`'s business."""
     args = TrainingArguments(
         output_dir=str(config.folder),
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.grad_accum,
+        max_steps=config.schedule.steps,
+        per_device_train_batch_size=config.data.batch_size,
+        per_device_eval_batch_size=config.data.batch_size,
+        gradient_accumulation_steps=config.data.grad_accum,
         activation_checkpointing=config.remat,
-        max_grad_norm=config.max_grad_norm,
+        max_grad_norm=config.optim.max_grad_norm,
         bf16=config.precision == "bfloat16",
         use_cpu=choose_device(config).type == "cpu",
         seed=config.seed % 2**32,  # numpy takes no more
         logging_strategy="no",
         eval_strategy="no",
         save_strategy="no",
-        save_total_limit=config.keep_checkpoints,
+        save_total_limit=config.checkpoint.keep_checkpoints,
         ignore_data_skip=True,  # the stream seeks
         logging_nan_inf_filter=False,  # a loss that is no number is shown
         use_cache=True,  # else the saved config.json would turn the cache off
@@ -82,7 +82,7 @@ class CustomLLMTrainer(Trainer):
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: RunConfig,
         model: CustomLLM,
         tokenizer: PreTrainedTokenizerBase,
         batches: MicroBatches,
@@ -90,7 +90,7 @@ class CustomLLMTrainer(Trainer):
     ):
         self._config, self._tokenizer, self._batches = config, tokenizer, batches
         self._cross_entropy: Tensor | None = None  # () share of the last micro-batch in the step's mean
-        self.routing = RoutingBiasCallback(config.bias_update_rate)
+        self.routing = RoutingBiasCallback(config.optim.bias_update_rate)
         optimizer = make_optimizer(model, config)
         super().__init__(
             model,
@@ -124,7 +124,7 @@ class CustomLLMTrainer(Trainer):
         if model.training:
             self._cross_entropy = loss.detach()
             self.routing.add(output.router_experts, config.model.n_routed_experts)
-            loss = loss + auxiliary_loss(output, config) / config.grad_accum
+            loss = loss + auxiliary_loss(output, config) / config.data.grad_accum
         return (loss, output) if return_outputs else loss
 
     def training_step(self, *args, **kwargs) -> Tensor:
@@ -152,7 +152,7 @@ class CustomLLMTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(folder)
         self._tokenizer.save_pretrained(str(folder))
-        save_position(folder / POSITION_FILE, self._batches.position)
+        (folder / POSITION_FILE).write_bytes(self._batches.position.to_bytes())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         with reading(resume_from_checkpoint):

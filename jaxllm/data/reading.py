@@ -13,14 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from jaxllm.data.wording import one_line, valid_unicode
-from jaxllm.errors import UserError
-from jaxllm.shown import listed
+from jaxllm.errors import UserError, listed, one_line
 
 SUFFIXES = {".txt": "text", ".md": "text", ".py": "text", ".text": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 
-PIECE_CHARS = 4096
-"""A text file is read in pieces of at most this size, so that a file of any size fits in memory."""
+CHUNK_CHARS = 4096
+"""A text file is read in chunks of at most this size, so that a file of any size fits in memory."""
 
 MAX_ROW_BYTES = 64 << 20
 """A longer line of a JSONL file is passed over unread: it is no document, and may not fit in memory."""
@@ -35,7 +33,7 @@ _LINE_END = re.compile(rb"\r\n?|\n")
 
 
 class Part(NamedTuple):
-    """What a file yields: a piece of a text file, or a row."""
+    """What a file yields: a chunk of a text file, or a row."""
 
     text: str | None  # None: a row without text
     ends_document: bool
@@ -59,7 +57,7 @@ def read_parts(file: Path, size: int, place: int, text_field: str) -> Iterator[P
                 )
             kind = SUFFIXES[file.suffix]
             if kind == "text":
-                yield from _pieces(opened, place)
+                yield from _chunks(opened, place)
             elif kind == "jsonl":
                 yield from _json_rows(opened, place, text_field)
             else:
@@ -106,16 +104,16 @@ class Lines:
         return taken
 
 
-def _pieces(opened: BinaryIO, place: int) -> Iterator[Part]:
-    """A text file in pieces that end at line ends, those at characters' ends where a line is too long."""
+def _chunks(opened: BinaryIO, place: int) -> Iterator[Part]:
+    """A text file in chunks that end at line ends, those at characters' ends where a line is too long."""
     lines = Lines(opened, place)
     held: list[str] = []
     chars = 0
-    while raw := lines.take(4 * PIECE_CHARS + 2):  # that many characters, and whatever shows where the last one ends
+    while raw := lines.take(4 * CHUNK_CHARS + 2):  # that many characters, and whatever shows where the last one ends
         start = lines.place - len(raw)
         text, used = _decoded(raw)
         lines.give_back(len(raw) - used)
-        if held and chars + len(text) > PIECE_CHARS:
+        if held and chars + len(text) > CHUNK_CHARS:
             yield Part("".join(held), False, start, start)
             held, chars = [], 0
         held.append(text)
@@ -125,14 +123,14 @@ def _pieces(opened: BinaryIO, place: int) -> Iterator[Part]:
 
 
 def _decoded(raw: bytes) -> tuple[str, int]:
-    """A line, or as much of it as a piece may have, with the number of bytes it has there."""
+    """A line, or as much of it as a chunk may have, with the number of bytes it has there."""
     ended = raw.endswith((b"\n", b"\r"))
     text = raw.decode("utf-8", _MARKED)
     if ended:
         text = text.rstrip("\r\n") + "\n"
-    if len(text) <= PIECE_CHARS:
+    if len(text) <= CHUNK_CHARS:
         return text.translate(_MARKS), len(raw)
-    text = text[:PIECE_CHARS]
+    text = text[:CHUNK_CHARS]
     marks = [ord(char) for char in text if ord(char) in _MARKS]
     return text.translate(_MARKS), len(text.encode("utf-8", "ignore")) + sum(marks) - len(marks) * _MARK
 
@@ -173,6 +171,11 @@ def _text_of(line: str, field: str) -> str | None:
     except (ValueError, RecursionError):
         return None
     return text_in(row.get(field)) if isinstance(row, dict) else None
+
+
+def valid_unicode(text: str) -> str:
+    """JSON can hold halves of surrogate pairs, which no tokenizer takes: they become question marks."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def text_in(value: object) -> str | None:

@@ -1,22 +1,32 @@
-"""From pieces of text to batches of token rows: tokenize, pack, shuffle; with a position that a checkpoint can keep."""
+"""From chunks of text to batches of token rows: tokenize, pack, shuffle; with a position that a checkpoint can keep."""
 
 from __future__ import annotations
 
 import copy
+import json
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from safetensors.numpy import load, save
 
-from jaxllm.config import TrainConfig
-from jaxllm.data.corpus import Source, open_source
-from jaxllm.errors import UserError
+from jaxllm.config import RunConfig
+from jaxllm.data.sources import Source, open_source
+from jaxllm.errors import UserError, one_line
+from jaxllm.files import read_bounded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+POSITION_FILE = "data_position.safetensors"
+"""Name of an encoded position in a PyTorch checkpoint."""
+
+MAX_POSITION_BYTES = 2**30
+"""Far more than a pool of long rows and the tokens of the longest document take."""
 
 POOL_ROWS = 1024
 """Rows among which the next one is drawn: neighbours in a file do not meet in a batch."""
@@ -30,12 +40,55 @@ CLOSING = 5.0
 
 
 class Position(NamedTuple):
-    """Everything that decides the batches to come."""
+    """Everything that decides the batches to come.
+
+    Its one encoding, in a checkpoint, in a file or between processes, is a safetensors file with the tensors `tokens`
+    and `pool`, and `state`: a JSON object with `source` and `drawn`, as UTF-8 bytes.
+    """
 
     source: dict[str, Any]  # JSON values
     drawn: int  # rows drawn so far: the number of the next random draw
-    tokens: np.ndarray  # (n,) packed tokens that do not fill a row yet
-    pool: np.ndarray  # (P,T) rows that wait to be drawn
+    tokens: np.ndarray  # (n,) int32, packed tokens that do not fill a row yet
+    pool: np.ndarray  # (P,T) int32, rows that wait to be drawn
+
+    def to_bytes(self) -> bytes:
+        """Encode the position."""
+        state = json.dumps({"source": self.source, "drawn": self.drawn}).encode()
+        arrays = {"tokens": np.ascontiguousarray(self.tokens), "pool": np.ascontiguousarray(self.pool)}
+        return save({"state": np.frombuffer(state, np.uint8), **arrays})
+
+    @classmethod
+    def from_bytes(cls, encoded: bytes, where: str, seq_len: int, vocab_size: int) -> Position:
+        """Decode a position of rows of `seq_len` tokens below `vocab_size`; `where` names it in messages.
+
+        Raises:
+            UserError: it is something else.
+        """
+        try:
+            arrays = load(encoded)
+            state = json.loads(arrays["state"].tobytes())
+            position = cls(state["source"], state["drawn"], arrays["tokens"], arrays["pool"])
+        except Exception as error:  # safetensors, json and NumPy raise kinds of their own
+            raise UserError(f"the data position {where} cannot be read ({one_line(error)})") from None
+        drawn = position.drawn
+        fits = isinstance(position.source, dict) and type(drawn) is int and 0 <= drawn < 2**63
+        if not fits or (position.tokens.ndim, position.pool.ndim) != (1, 2):
+            raise UserError(f"{where} is no data position: its source, drawn, tokens or pool has another type")
+        if position.pool.shape[1] != seq_len:
+            raise UserError(f"{where} has rows of {position.pool.shape[1]} tokens, and the run has seq_len = {seq_len}")
+        for name, tokens in (("tokens", position.tokens), ("pool", position.pool)):
+            if tokens.dtype != np.int32 or (tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size):
+                raise UserError(f"{where}: {name} must be int32 from 0 to below vocab_size = {vocab_size}")
+        return position
+
+
+def read_position(file: Path, seq_len: int, vocab_size: int) -> Position:
+    """Read the file of an encoded position.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    return Position.from_bytes(read_bounded(file, MAX_POSITION_BYTES), str(file), seq_len, vocab_size)
 
 
 class TokenStream:
@@ -86,15 +139,15 @@ class TokenStream:
         return rows
 
     def _pack(self) -> Iterator[np.ndarray]:
-        yield from self._full_rows()  # what a seek brought along, before another piece is read
+        yield from self._full_rows()  # what a seek brought along, before another chunk is read
         empty_passes = 0
         while empty_passes < 2:  # the first may be the end of a pass, where a seek led
             empty_passes += 1
-            for piece in self._source.pieces():
-                if piece.held_out:
+            for chunk in self._source.chunks():
+                if chunk.held_out:
                     continue
                 empty_passes = 0
-                self._tokens = np.concatenate([self._tokens, encode(self._tokenizer, piece.text, piece.ends_document)])
+                self._tokens = np.concatenate([self._tokens, encode(self._tokenizer, chunk.text, chunk.ends_document)])
                 yield from self._full_rows()
         raise UserError("data: nothing is left to train on beside the held-out part: pass more text")
 
@@ -109,7 +162,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, ends_document: bool) -
     return np.asarray([*ids, tokenizer.eos_token_id] if ends_document else ids, np.int32)
 
 
-class BatchShare:
+class ProcessBatches:
     """One process's rows of every batch, in a TokenStream's place.
 
     A batch has S = `data_streams` streams side by side: of B rows each gives B/S, in order, so that the batches depend
@@ -117,13 +170,13 @@ class BatchShare:
     stream's rows, others read that stream too.
     """
 
-    def __init__(self, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, first_row: int, rows: int):
+    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, first_row: int, rows: int):
         """The rows `first_row` to `first_row + rows - 1` of each micro-batch."""
-        S, self._config = config.data_streams or 1, config
-        self._each = config.batch_size // S  # rows of a stream
+        S, self._config = config.data_streams, config
+        self._each = config.data.batch_size // S  # rows of a stream
         self._own = range(first_row, first_row + rows)
         self._streams = {
-            s: TokenStream(open_source(config, s, S), tokenizer, config.seq_len, config.seed + (s << 64))
+            s: TokenStream(open_source(config, s, S), tokenizer, config.data.seq_len, config.seed + (s << 64))
             for s in range(first_row // self._each, -(-(first_row + rows) // self._each))
         }
 
@@ -156,22 +209,22 @@ class BatchShare:
         return sum(stream.skipped_rows for stream in self._streams.values())
 
 
-def check_streams(config: TrainConfig) -> None:
+def check_streams(config: RunConfig) -> None:
     """Whether each of several data streams has something to read.
 
     Raises:
         UserError: a part of the data is empty.
     """
-    S = config.data_streams or 1
+    S = config.data_streams
     for s in range(S if S > 1 else 0):
-        if all(piece.held_out for piece in open_source(config, s, S).pieces()):
+        if all(chunk.held_out for chunk in open_source(config, s, S).chunks()):
             raise UserError(
                 f"data_streams is {S}: part {s} of the data has nothing to train on; pass more text or fewer "
                 "--data-streams"
             )
 
 
-def held_out_rows(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+def held_out_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """Up to `eval_samples` rows of the held-out part, packed in order: (n, T) int32, n >= 1.
 
     Of several data streams each gives an equal share, as far as it goes: what is held out of its part.
@@ -179,23 +232,23 @@ def held_out_rows(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> np
     Raises:
         UserError: the held-out part does not fill one row.
     """
-    wanted = config.eval_samples * config.seq_len
-    parts, have, S = [], 0, config.data_streams or 1
+    wanted = config.logging.eval_samples * config.data.seq_len
+    parts, have, S = [], 0, config.data_streams
     for s in range(S):
         share = (s + 1) * wanted / S
-        for piece in open_source(config, s, S).pieces() if have < share else ():
-            if piece.held_out:
-                parts.append(encode(tokenizer, piece.text, piece.ends_document))
+        for chunk in open_source(config, s, S).chunks() if have < share else ():
+            if chunk.held_out:
+                parts.append(encode(tokenizer, chunk.text, chunk.ends_document))
                 have += len(parts[-1])
                 if have >= share:
                     break
-    rows = min(config.eval_samples, have // config.seq_len)
+    rows = min(config.logging.eval_samples, have // config.data.seq_len)
     if rows == 0:
         raise UserError(
-            f"data is {config.data!r}: its held-out part has {have} tokens, which do not fill one row of "
-            f"seq_len = {config.seq_len}: pass more text or a smaller --seq-len"
+            f"data is {config.data.source!r}: its held-out part has {have} tokens, which do not fill one row of "
+            f"seq_len = {config.data.seq_len}: pass more text or a smaller --seq-len"
         )
-    return np.concatenate(parts)[: rows * config.seq_len].reshape(rows, config.seq_len)
+    return np.concatenate(parts)[: rows * config.data.seq_len].reshape(rows, config.data.seq_len)
 
 
 class Batch(NamedTuple):
@@ -207,7 +260,7 @@ class Batch(NamedTuple):
 class Prefetcher:
     """Reads and tokenizes the next batches in a thread, so that the step does not wait for them."""
 
-    def __init__(self, stream: TokenStream | BatchShare, rows: int, depth: int = 4):
+    def __init__(self, stream: TokenStream | ProcessBatches, rows: int, depth: int = 4):
         """`rows`: what to ask `stream.next_rows` for."""
         self.waited = 0.0  # seconds that the reader has waited for batches
         self._queue: queue.Queue[Batch | Exception] = queue.Queue(depth)
@@ -243,7 +296,7 @@ class Prefetcher:
             except queue.Empty:
                 continue
 
-    def _run(self, stream: TokenStream | BatchShare, rows: int) -> None:
+    def _run(self, stream: TokenStream | ProcessBatches, rows: int) -> None:
         while not self._stopped.is_set():
             try:
                 batch = Batch(stream.next_rows(rows), stream.position(), stream.progress())

@@ -7,20 +7,20 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from jaxllm.atomic import write_text_atomically
-from jaxllm.cache import cache_folder
-from jaxllm.config import PRESETS, TOKENIZER_SIZED_PRESETS, TrainConfig
-from jaxllm.data.corpus import Source, hub_reachable, one_line
-from jaxllm.data.tokenizer_files import check_tokenizer_files, panics_as_errors
-from jaxllm.errors import UserError
-from jaxllm.shown import shown
+from jaxllm.config import PRESETS, TOKENIZER_SIZED_PRESETS, RunConfig
+from jaxllm.data.sources import Source, hub_reachable
+from jaxllm.errors import UserError, listed, one_line, shown
+from jaxllm.files import cache_folder, check_file, read_json, write_text_atomically
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
+
+Config = TypeVar("Config", bound=RunConfig)
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -33,6 +33,18 @@ TRIAL = "def f(x):\n    return 'Hello, wörld 😀' + str(0)\t\n"
 
 CACHE_FORMAT = 1
 """To be raised when `train_tokenizer` makes something else of the same text."""
+
+
+MAX_TOKENIZER_BYTES = 64 * 2**20
+"""Of tokenizer.json: a vocabulary of 250,000 tokens takes 20 MB."""
+
+MAX_GROWTH = 64
+"""How much longer a text may get by all replacements together; known tokenizers replace one letter by one."""
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+ELSEWHERE = ("fast_tokenizer_files", "gguf_file", "init_inputs", "tokenizer_object", "vocab", "merges")
+"""Keys of tokenizer_config.json by which transformers takes a tokenizer from another file, or from the key itself."""
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -78,6 +90,54 @@ def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     if not all(isinstance(token, int) for token in (*ids, *special) if token is not None):
         raise ValueError("its tokens are no numbers")
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Refuse files that lead elsewhere, or that make far more of a text than it is.
+
+    Raises:
+        UserError: one does, or is no JSON object.
+    """
+    contents = {name: read_json(folder / name, MAX_TOKENIZER_BYTES) for name in FILES if _is_there(folder / name)}
+    for file in sorted((*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja"))):
+        check_file(file, MAX_TOKENIZER_BYTES)
+    if found := [key for key in ELSEWHERE if contents.get("tokenizer_config.json", {}).get(key)]:
+        raise UserError(f"{folder / 'tokenizer_config.json'} has {listed(found)}: leave it to tokenizer.json")
+    steps = [contents["tokenizer.json"].get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]
+    try:
+        growth = _growth(steps)
+    except RecursionError:
+        raise UserError(f"{folder / 'tokenizer.json'} is nested too deeply: it is no tokenizer") from None
+    if growth > MAX_GROWTH:
+        raise UserError(f"{folder / 'tokenizer.json'} replaces letters by {shown(growth)} others: it is no tokenizer")
+
+
+def _is_there(file: Path) -> bool:
+    """Also what is no file, and is refused by whoever reads it."""
+    return file.exists() or file.is_symlink()
+
+
+def _growth(part: Any) -> int:
+    """By how much the steps of a tokenizer.json can lengthen a text, one after another."""
+    growth = 1
+    if isinstance(part, dict):
+        for key in ("content", "prepend", "replacement"):
+            if isinstance(part.get(key), str):
+                growth *= max(1, len(part[key]))
+    for inner in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+        growth *= _growth(inner)
+    return growth
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """A panic of a library in Rust is no `Exception` in Python, but ends the work like one."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(f"the library panicked: {error}") from None
 
 
 def train_tokenizer(source: Source, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -142,15 +202,15 @@ def _wrap(bpe: Tokenizer) -> PreTrainedTokenizerBase:
 
 def _training_texts(source: Source) -> Iterator[str]:
     chars = 0
-    for piece in source.pieces():
-        if not piece.held_out:
-            yield piece.text
-            chars += len(piece.text)
+    for chunk in source.chunks():
+        if not chunk.held_out:
+            yield chunk.text
+            chars += len(chunk.text)
             if chars > TRAINING_CHARS:
                 return
 
 
-def align(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainConfig:
+def align(config: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
     """Give the model's config the tokenizer's special tokens, and a tokenizer-sized preset its vocabulary.
 
     Raises:
@@ -175,7 +235,7 @@ def align(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainConfi
         "eos_token_id": eos,
         "pad_token_id": eos if pad is None else pad,
     }
-    return dataclasses.replace(config, model=dataclasses.replace(model, vocab_size=vocab_size, **special))
+    return config.with_options(model=dataclasses.replace(model, vocab_size=vocab_size, **special))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

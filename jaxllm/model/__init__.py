@@ -1,13 +1,10 @@
 """The decoder: Multi-head Latent Attention and DeepSeekMoE, as Flax NNX modules.
 
-Read in this order: layers, attention, moe, decoder. One legend of axis letters holds for all shape comments:
+Read in this order: layers, attention, moe, decoder; the kernels that they call are in `kernels/`. One legend of axis
+letters holds for all shape comments:
 
     B batch        T time (queries)   S time (keys, cache slots)   N = B*T tokens
     D hidden       H heads            h head size                  n = r = h/2 (no position | rotary)
     R latent       F expert hidden    E routed experts             k experts of a token   M = N*k rows
-    L layers       V vocabulary
+    L layers       V vocabulary       A micro-batches of a step
 """
-
-from jaxllm.model.decoder import CustomLLM
-
-__all__ = ["CustomLLM"]

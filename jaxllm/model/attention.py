@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.config import ModelConfig
-from jaxllm.model.causal_attention import masked_softmax
+from jaxllm.model.dtypes import at_least_float32
 from jaxllm.model.kernels import choose_kernels
-from jaxllm.model.layers import Linear, RotaryEmbedding, at_least_float32
+from jaxllm.model.kernels.causal_attention import masked_softmax
+from jaxllm.model.layers import Linear, RotaryEmbedding
 
 Array = jax.Array
 
@@ -33,17 +34,17 @@ class MultiHeadLatentAttention(nnx.Module):
         self.kernels = choose_kernels(config, dtype, platform)
         D, R, H = config.hidden_size, config.latent_size, config.num_attention_heads
 
-        def linear(in_features: int, out_features: int) -> Linear:
-            return Linear(in_features, out_features, std=config.initializer_range, dtype=dtype, rngs=rngs)
+        def linear(in_features: int, out_features: int, *axes: str) -> Linear:
+            return Linear(in_features, out_features, axes, std=config.initializer_range, dtype=dtype, rngs=rngs)
 
-        self.kv_proj_d = linear(D, R)
-        self.q_proj_d = linear(D, R)
-        self.k_proj_u = linear(R, H * config.nope_head_dim)
-        self.v_proj_u = linear(R, D)
-        self.q_proj_u = linear(R, H * config.nope_head_dim)
-        self.rope_k = linear(D, H * config.rope_head_dim)
-        self.rope_q = linear(R, H * config.rope_head_dim)
-        self.o_proj = linear(D, D)
+        self.kv_proj_d = linear(D, R, "hidden", "latent")
+        self.q_proj_d = linear(D, R, "hidden", "latent")
+        self.k_proj_u = linear(R, H * config.nope_head_dim, "latent", "heads")
+        self.v_proj_u = linear(R, D, "latent", "heads")
+        self.q_proj_u = linear(R, H * config.nope_head_dim, "latent", "heads")
+        self.rope_k = linear(D, H * config.rope_head_dim, "hidden", "rotary")
+        self.rope_q = linear(R, H * config.rope_head_dim, "latent", "heads")
+        self.o_proj = linear(D, D, "context", "hidden")
         self.rotary_emb = RotaryEmbedding(config.rope_head_dim, theta=config.rope_theta)
 
     def latents(self, x: Array, positions: Array) -> Latents:  # (B,T,D), (B|1,T)
@@ -64,13 +65,13 @@ class MultiHeadLatentAttention(nnx.Module):
 
     def attend_latents(self, x: Array, positions: Array, cache: Latents, mask: Array) -> Array:
         """Attend to cached latents without expanding them: (B,T,D), cache of (B,S,...), mask (B,1,T,S) -> (B,T,D)."""
-        wide = at_least_float32(self.dtype)
+        acc_dtype = at_least_float32(self.dtype)
         q_nope, q_rope = self.queries(x, positions)
         expand_k = self._per_head(self.k_proj_u)  # (R,H,n)
         expand_v = self._per_head(self.v_proj_u)  # (R,H,h)
         q_latent = jnp.einsum("bthn,Rhn->bthR", q_nope, expand_k)
-        scores = jnp.einsum("bthR,bsR->bhts", q_latent, cache.kv, preferred_element_type=wide)
-        scores += jnp.einsum("bthr,bshr->bhts", q_rope, cache.k_rope, preferred_element_type=wide)
+        scores = jnp.einsum("bthR,bsR->bhts", q_latent, cache.kv, preferred_element_type=acc_dtype)
+        scores += jnp.einsum("bthr,bshr->bhts", q_rope, cache.k_rope, preferred_element_type=acc_dtype)
         weights = masked_softmax(scores * self._scale, mask).astype(self.dtype)
         context = jnp.einsum("bhts,bsR->bthR", weights, cache.kv)
         return self.o_proj(jnp.einsum("Rhd,bthR->bthd", expand_v, context).reshape(x.shape))

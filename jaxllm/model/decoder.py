@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,13 @@ from flax import nnx
 
 from jaxllm.config import ModelConfig
 from jaxllm.model.attention import Latents, MultiHeadLatentAttention
-from jaxllm.model.layers import CustomRMSNorm, Embedding, Linear, at_least_float32
+from jaxllm.model.dtypes import at_least_float32
+from jaxllm.model.layers import CustomRMSNorm, Embedding, Linear, RoutingBias, parameter_facts, stack
+from jaxllm.model.layout import ONE_DEVICE, Layout
 from jaxllm.model.moe import DeepSeekMoE, Routing, balance_loss, tokens_per_expert, z_loss
-from jaxllm.sharding import ONE_DEVICE, Layout
 
 Array = jax.Array
+Pytree = Any
 
 
 class LayerTrace(NamedTuple):
@@ -30,7 +32,7 @@ class LayerTrace(NamedTuple):
     residual: Array  # (B,T,D), the stream behind the layer
 
 
-class LayerRecord(NamedTuple):
+class LayerAux(NamedTuple):
     """What each layer did, stacked over the layers. The last two are None unless asked for."""
 
     counts: Array  # (L,E) int32, tokens of each expert
@@ -73,8 +75,8 @@ class DecoderLayer(nnx.Module):
         new = self.self_attn.latents(normed, positions)
         cache = jax.tree.map(lambda slots, token: slots.at[layer, row, positions[:, 0]].set(token[:, 0]), cache, new)
         mask = jnp.arange(cache.kv.shape[2]) <= positions[:, :, None]  # (B,1,S)
-        own = jax.tree.map(lambda slots: slots[layer], cache)
-        x = x + self.self_attn.attend_latents(normed, positions, own, mask[:, None])
+        local = jax.tree.map(lambda slots: slots[layer], cache)
+        x = x + self.self_attn.attend_latents(normed, positions, local, mask[:, None])
         mixed, _ = self.mlp(self.post_attn_norm(x), offset=layer * self.mlp.config.n_routed_experts)
         return x + mixed, cache
 
@@ -101,14 +103,17 @@ class CustomLLM(nnx.Module):
     ):
         self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
         D, V, std = config.hidden_size, config.vocab_size, config.initializer_range
-        self.token_embeddings = Embedding(V, D, std=std, dtype=dtype, rngs=rngs)
-        self.position_embeddings = Embedding(config.max_position_embeddings, D, std=std, dtype=dtype, rngs=rngs)
+        positions = config.max_position_embeddings
+        self.token_embeddings = Embedding(V, D, "vocab", std=std, dtype=dtype, rngs=rngs)
+        self.position_embeddings = Embedding(positions, D, "position", std=std, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(config.dropout)
-        self.decoder_layers = nnx.vmap(lambda keys: DecoderLayer(config, dtype=dtype, rngs=keys, platform=platform))(
-            rngs.split(config.num_hidden_layers)
-        )
+
+        def layer(rngs: nnx.Rngs) -> DecoderLayer:
+            return DecoderLayer(config, dtype=dtype, rngs=rngs, platform=platform)
+
+        self.decoder_layers = stack(layer, config.num_hidden_layers, "layer", rngs)
         self.final_norm = CustomRMSNorm(D, eps=config.rms_norm_eps, dtype=dtype) if config.final_norm else None
-        self.lm_head = Linear(D, V, bias=True, std=std, dtype=dtype, rngs=rngs)
+        self.lm_head = Linear(D, V, ("hidden", "vocab"), bias=True, std=std, dtype=dtype, rngs=rngs)
 
     def __call__(self, input_ids: Array, attention_mask: Array | None = None, rngs: nnx.Rngs | None = None) -> Array:
         """Logits of the next token.
@@ -122,9 +127,9 @@ class CustomLLM(nnx.Module):
             (B, T, V) float32 (float64 in a float64 model).
         """
         keys = None if rngs is None else jax.random.split(rngs.dropout(), input_ids.shape[0])
-        return self.logits(self.run_layers(input_ids, attention_mask, dropout_keys=keys)[0])
+        return self.logits(self.hidden_states(input_ids, attention_mask, dropout_keys=keys)[0])
 
-    def run_layers(
+    def hidden_states(
         self,
         input_ids: Array,
         attention_mask: Array | None = None,
@@ -134,7 +139,7 @@ class CustomLLM(nnx.Module):
         keep_latents: bool = False,
         keep_trace: bool = False,
         layout: Layout = ONE_DEVICE,
-    ) -> tuple[Array, LayerRecord]:
+    ) -> tuple[Array, LayerAux]:
         """Everything before `lm_head`: (B,T) -> (B,T,D) and the record of the layers.
 
         Args:
@@ -151,11 +156,12 @@ class CustomLLM(nnx.Module):
         else:
             positions = jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=-1) - 1, 0)
         graph, stacked = nnx.split(self.decoder_layers)
+        facts = parameter_facts(stacked)
 
-        def body(x: Array, layer_inputs) -> tuple[Array, LayerRecord]:
+        def body(x: Array, layer_inputs) -> tuple[Array, LayerAux]:
             state, forced = layer_inputs
-            trace = nnx.merge(graph, layout.gather(state))(x, positions, attention_mask, forced, layout)
-            return trace.residual, LayerRecord(
+            trace = nnx.merge(graph, layout.gather(state, facts))(x, positions, attention_mask, forced, layout)
+            return trace.residual, LayerAux(
                 counts=tokens_per_expert(trace.routing.experts, self.config.n_routed_experts),
                 balance_loss=balance_loss(trace.routing, batch),
                 z_loss=z_loss(trace.routing),
@@ -185,26 +191,32 @@ class CustomLLM(nnx.Module):
     def embed(self, input_ids: Array, positions: Array) -> Array:  # (B,T), (B|1,T) -> (B,T,D)
         return self.token_embeddings(input_ids) + self.position_embeddings(positions)
 
-    def normed(self, x: Array) -> Array:
+    def apply_final_norm(self, x: Array) -> Array:
         """What lm_head multiplies: the final norm where the config has one."""
         return x if self.final_norm is None else self.final_norm(x)
 
     def logits(self, x: Array) -> Array:  # (B,T,D) -> (B,T,V)
-        return self.lm_head(self.normed(x), out_dtype=at_least_float32(self.dtype))
+        return self.lm_head(self.apply_final_norm(x), out_dtype=at_least_float32(self.dtype))
 
-    def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
-        """Write `config.json`, safetensors and the PyTorch modelling code, as `python -m convert to-torch` does."""
-        from convert.to_torch import export_model  # the converter depends on the model, not the model on it
 
-        export_model(self, Path(folder), dtype=dtype)
+def split_model(model: CustomLLM) -> tuple[nnx.GraphDef, Pytree, Pytree]:
+    """A model as its static part, its parameters and its routing bias: plain nested dicts of arrays."""
+    graph, params, bias = nnx.split(model, nnx.Param, RoutingBias)
+    return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(bias)
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, *, dtype: jnp.dtype = jnp.float32, remat: bool = False) -> CustomLLM:
-        """Read a folder that `save_pretrained` of either framework wrote.
 
-        Raises:
-            UserError: the folder or its weights are not those of a CustomLLM.
-        """
-        from convert.to_flax import import_model
+def abstract_model(config: ModelConfig, **options) -> tuple[nnx.GraphDef, Pytree, Pytree]:
+    """`split_model` with shapes in place of arrays: takes no memory."""
+    return split_model(nnx.eval_shape(lambda: CustomLLM(config, rngs=nnx.Rngs(0), **options)))
 
-        return import_model(Path(folder), dtype=dtype, remat=remat)
+
+@functools.cache
+def model_facts(config: ModelConfig) -> tuple[Pytree, Pytree]:
+    """The facts of the parameters and of the routing bias, as nested dicts like those of `split_model`."""
+    model = nnx.eval_shape(lambda: CustomLLM(config, rngs=nnx.Rngs(0)))
+    return parameter_facts(nnx.state(model, nnx.Param)), parameter_facts(nnx.state(model, RoutingBias))
+
+
+def count_parameters(params: Pytree) -> int:
+    """Trained parameters, arrays or shapes; the routing bias is state and does not count."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

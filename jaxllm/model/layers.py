@@ -1,36 +1,82 @@
-"""Linear, embedding, norm and rotary embedding: the pieces that every layer is made of.
+"""Linear, embedding, norm and rotary embedding, and the facts that a parameter carries.
 
-Weights are float32 masters (float64 under a float64 model) and are cast to the compute dtype at each product.
+Weights are float32 masters (float64 in a float64 model) and are cast to the compute dtype at each product.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxllm.model.dtypes import at_least_float32
+
 Array = jax.Array
+Pytree = Any
+Module = TypeVar("Module", bound=nnx.Module)
 
 
-def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype of masters, norms, softmax, router and loss: float32, or float64 in a float64 model."""
-    return jnp.promote_types(dtype, jnp.float32)
+@dataclass(frozen=True)
+class ParameterFacts:
+    """What is known of a parameter where it is created; a leaf of a pytree."""
+
+    axes: tuple[str, ...]
+    """A name for each of its axes: `jaxllm.model.layout.MESH_AXIS` says along which of them it is cut."""
+    decays: bool
+    """Whether weight decay applies: to matrices and embeddings, not to norms and biases, as in the Trainer."""
 
 
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> nnx.Param:
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape, at_least_float32(dtype)))
+class RoutingBias(nnx.Variable):
+    """State that steers the choice of experts. It is no parameter: it takes no gradient and no weight decay."""
+
+
+def parameter(value: Array, axes: tuple[str, ...], *, decays: bool, kind: type[nnx.Variable] = nnx.Param) -> Any:
+    """A parameter with its facts as metadata."""
+    return kind(value, facts=ParameterFacts(axes, decays))
+
+
+def parameter_facts(state: nnx.State) -> Pytree:
+    """The facts of each parameter of a model's state, as nested dicts."""
+    facts = jax.tree.map(lambda leaf: leaf.get_metadata("facts"), state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return nnx.to_pure_dict(facts)
+
+
+def stack(make: Callable[[nnx.Rngs], Module], count: int, axis: str, rngs: nnx.Rngs) -> Module:
+    """`count` modules as one, whose parameters have one more axis in front, called `axis`."""
+    stacked = nnx.vmap(make)(rngs.split(count))
+    for _, node in nnx.iter_graph(stacked):
+        if isinstance(node, nnx.Variable) and (facts := node.get_metadata().get("facts")):
+            node.set_metadata(facts=ParameterFacts((axis, *facts.axes), facts.decays))
+    return stacked
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jnp.dtype, axes: tuple[str, ...]) -> Any:
+    return parameter(std * jax.random.normal(rngs.params(), shape, at_least_float32(dtype)), axes, decays=True)
 
 
 class Linear(nnx.Module):
     """`x @ weight (+ bias)`. The weight is (in, out); PyTorch's is (out, in), and the converter transposes."""
 
     def __init__(
-        self, in_features: int, out_features: int, *, bias: bool = False, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        in_features: int,
+        out_features: int,
+        axes: tuple[str, str],
+        *,
+        bias: bool = False,
+        std: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
-        self.weight = _normal(rngs, (in_features, out_features), std, dtype)
-        self.bias = nnx.Param(jnp.zeros((out_features,), at_least_float32(dtype))) if bias else None
+        self.weight = _normal(rngs, (in_features, out_features), std, dtype, axes)
+        zeros = jnp.zeros((out_features,), at_least_float32(dtype))
+        self.bias = parameter(zeros, axes[1:], decays=False) if bias else None
 
     def __call__(self, x: Array, out_dtype: jnp.dtype | None = None) -> Array:  # (..., in) -> (..., out)
         weight = self.weight[...].astype(self.dtype)
@@ -41,9 +87,10 @@ class Linear(nnx.Module):
 class Embedding(nnx.Module):
     """A table (rows, D), looked up by row."""
 
-    def __init__(self, rows: int, features: int, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, rows: int, features: int, axis: str, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+        """`axis`: what the rows are."""
         self.rows, self.features, self.dtype = rows, features, dtype
-        self.weight = _normal(rngs, (rows, features), std, dtype)
+        self.weight = _normal(rngs, (rows, features), std, dtype, (axis, "hidden"))
 
     def __call__(self, ids: Array) -> Array:  # (...) -> (..., D)
         return self.weight[...][ids].astype(self.dtype)
@@ -54,12 +101,12 @@ class CustomRMSNorm(nnx.Module):
 
     def __init__(self, features: int, *, eps: float, dtype: jnp.dtype):
         self.eps = eps
-        self.weight = nnx.Param(jnp.ones((features,), at_least_float32(dtype)))
+        self.weight = parameter(jnp.ones((features,), at_least_float32(dtype)), ("norm",), decays=False)
 
     def __call__(self, x: Array) -> Array:  # (..., D) -> (..., D)
-        wide = x.astype(at_least_float32(x.dtype))
-        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (wide * inverse_rms * self.weight[...]).astype(x.dtype)
+        upcast = x.astype(at_least_float32(x.dtype))
+        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(upcast), axis=-1, keepdims=True) + self.eps)
+        return (upcast * inverse_rms * self.weight[...]).astype(x.dtype)
 
 
 class RotaryEmbedding(nnx.Module):
@@ -69,10 +116,10 @@ class RotaryEmbedding(nnx.Module):
         self.features, self.theta = features, theta
 
     def __call__(self, x: Array, positions: Array) -> Array:  # (B,T,H,r), (B|1,T) -> (B,T,H,r)
-        wide = at_least_float32(x.dtype)
+        acc_dtype = at_least_float32(x.dtype)
         # in double precision on the host, so that both frameworks round the same numbers
         inv_freq = self.theta ** (-np.arange(0, self.features, 2) / self.features)  # (r/2,)
-        angles = positions[..., None, None].astype(wide) * inv_freq.astype(wide)  # (B|1,T,1,r/2)
+        angles = positions[..., None, None].astype(acc_dtype) * inv_freq.astype(acc_dtype)  # (B|1,T,1,r/2)
         cos, sin = jnp.cos(angles), jnp.sin(angles)
-        first, second = jnp.split(x.astype(wide), 2, axis=-1)
+        first, second = jnp.split(x.astype(acc_dtype), 2, axis=-1)
         return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

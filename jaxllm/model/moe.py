@@ -14,16 +14,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.config import ModelConfig
-from jaxllm.model.expert_ffn import expert_ffn, expert_ffn_of_stack
+from jaxllm.model.dtypes import at_least_float32
 from jaxllm.model.kernels import choose_kernels
-from jaxllm.model.layers import Linear, at_least_float32
-from jaxllm.sharding import ONE_DEVICE, Layout, stored_experts
+from jaxllm.model.kernels.expert_ffn import expert_ffn, expert_ffn_of_stack
+from jaxllm.model.layers import Linear, RoutingBias, parameter, stack
+from jaxllm.model.layout import ONE_DEVICE, Layout
 
 Array = jax.Array
-
-
-class RoutingBias(nnx.Variable):
-    """State that steers the choice of experts. It is no parameter: it takes no gradient and no weight decay."""
 
 
 class Routing(NamedTuple):
@@ -55,11 +52,11 @@ def route(
         experts_per_token: k.
         experts: (N, k) experts to use instead of the k largest `scores + routing_bias` (ties: lowest index).
     """
-    wide = at_least_float32(x.dtype)
-    logits = x.astype(wide) @ router_weight.astype(wide)
+    acc_dtype = at_least_float32(x.dtype)
+    logits = x.astype(acc_dtype) @ router_weight.astype(acc_dtype)
     scores = jax.nn.sigmoid(logits)
     if experts is None:
-        _, experts = jax.lax.top_k(jax.lax.stop_gradient(scores) + routing_bias.astype(wide), experts_per_token)
+        _, experts = jax.lax.top_k(jax.lax.stop_gradient(scores) + routing_bias.astype(acc_dtype), experts_per_token)
     chosen = jnp.take_along_axis(scores, experts, axis=-1)
     gates = chosen / (chosen.sum(axis=-1, keepdims=True) + 1e-20)
     return Routing(experts, gates, scores, logits)
@@ -109,8 +106,8 @@ def _combine_bwd(saved, d_out: Array):
     rows, gates, plan = saved
     own_gate = gates.reshape(-1)[plan.order].astype(rows.dtype)  # (M,)
     d_rows = dispatch(d_out, plan) * own_gate[:, None]
-    wide = at_least_float32(rows.dtype)
-    exact = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": wide}
+    acc_dtype = at_least_float32(rows.dtype)
+    exact = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": acc_dtype}
     d_gates = [jnp.einsum("nd,nd->n", rows[slot], d_out, **exact) for slot in plan.slots(gates.shape[0])]
     return d_rows, jnp.stack(d_gates, axis=1).astype(gates.dtype), None
 
@@ -124,9 +121,9 @@ class DeepSeekExpertLayer(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, platform: str | None = None):
         self.dtype, self.kernels = dtype, choose_kernels(config, dtype, platform)
         D, F, std = config.hidden_size, config.moe_intermediate_size, config.initializer_range
-        self.gate_proj = Linear(D, F, std=std, dtype=dtype, rngs=rngs)
-        self.up_proj = Linear(D, F, std=std, dtype=dtype, rngs=rngs)
-        self.down_proj = Linear(F, D, std=std, dtype=dtype, rngs=rngs)
+        self.gate_proj = Linear(D, F, ("hidden", "expert_hidden"), std=std, dtype=dtype, rngs=rngs)
+        self.up_proj = Linear(D, F, ("hidden", "expert_hidden"), std=std, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(F, D, ("expert_hidden", "hidden"), std=std, dtype=dtype, rngs=rngs)
 
     def grouped(self, rows: Array, group_sizes: Array, offset: Array | None = None) -> Array:
         """As a stack of experts, each on its own group of consecutive rows: (M,D), (E,) -> (M,D).
@@ -144,20 +141,19 @@ class DeepSeekExpertLayer(nnx.Module):
         return sum((jax.nn.silu(x @ gate) * (x @ up)) @ down for gate, up, down in zip(*weights, strict=True))
 
 
-def stack_experts(count: int, config: ModelConfig, *, rngs: nnx.Rngs, **options) -> DeepSeekExpertLayer:
-    return nnx.vmap(lambda keys: DeepSeekExpertLayer(config, rngs=keys, **options))(rngs.split(count))
-
-
 class DeepSeekMoE(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, platform: str | None = None):
         self.config = config
-        options = {"dtype": dtype, "rngs": rngs, "platform": platform}
-        self.shared_experts = stack_experts(config.n_shared_experts, config, **options)
-        self.routed_experts = stack_experts(config.n_routed_experts, config, **options)
-        self.router = Linear(
-            config.hidden_size, config.n_routed_experts, std=config.initializer_range, dtype=dtype, rngs=rngs
-        )
-        self.routing_bias = RoutingBias(jnp.zeros((config.n_routed_experts,), at_least_float32(dtype)))
+        D, E = config.hidden_size, config.n_routed_experts
+
+        def expert(rngs: nnx.Rngs) -> DeepSeekExpertLayer:
+            return DeepSeekExpertLayer(config, dtype=dtype, rngs=rngs, platform=platform)
+
+        self.shared_experts = stack(expert, config.n_shared_experts, "shared_expert", rngs)
+        self.routed_experts = stack(expert, E, "expert", rngs)
+        self.router = Linear(D, E, ("hidden", "score"), std=config.initializer_range, dtype=dtype, rngs=rngs)
+        zeros = jnp.zeros((E,), at_least_float32(dtype))
+        self.routing_bias = parameter(zeros, ("score",), decays=False, kind=RoutingBias)
 
     def __call__(
         self, x: Array, experts: Array | None = None, layout: Layout = ONE_DEVICE, offset: Array | None = None
@@ -176,8 +172,8 @@ class DeepSeekMoE(nnx.Module):
         k = self.config.num_experts_per_tok
         routing = route(tokens, self.router.weight[...], self.routing_bias[...], k, experts)
         if layout.expert > 1:
-            here = stored_experts(self.config, layout) // layout.expert
-            mixed = mix_on_all_devices(self.routed_experts.grouped, tokens, routing, here)
+            local = self.config.n_routed_experts // layout.expert
+            mixed = mix_on_all_devices(self.routed_experts.grouped, tokens, routing, local)
         else:
             plan = plan_dispatch(routing.experts, self.config.n_routed_experts)
             rows = self.routed_experts.grouped(dispatch(tokens, plan), plan.group_sizes, offset)

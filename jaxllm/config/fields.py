@@ -1,0 +1,107 @@
+"""What a config declares at each field: its range, and what a resumed run may do with it. Checked in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from jaxllm.errors import UserError, shown
+
+MAX_INT = 2**31 - 1
+"""Upper bound of integer fields without one of their own: a config may come from anywhere."""
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    resumable: bool = False,
+    saved: bool = True,
+) -> Any:
+    """A config field with its bounds; None is always within them.
+
+    Args:
+        default: without one, the field is required.
+        ge, gt, le, lt: bounds, inclusive and exclusive.
+        resumable: a resumed run may change it, because it does not change the run's numbers.
+        saved: it is part of a run's train_config.json. An option of one start, such as `overwrite`, is not.
+    """
+    return dataclasses.field(
+        default=default,
+        metadata={"ge": ge, "gt": gt, "le": le, "lt": lt, "resumable": resumable, "saved": saved},
+    )
+
+
+@functools.cache
+def _type_hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+@functools.cache
+def option_names(cls: type) -> dict[str, str]:
+    """The option that sets each field: the field's name, or the one that its annotation gives to tyro."""
+    names = {}
+    for field in dataclasses.fields(cls):
+        annotations = getattr(_type_hints(cls)[field.name], "__metadata__", ())
+        given = next(filter(None, (getattr(annotation, "name", None) for annotation in annotations)), None)
+        names[field.name] = (given or field.name).replace("-", "_")
+    return names
+
+
+def check_fields(config: Any) -> None:
+    """Check the type and the range of every field; ints in float fields become floats.
+
+    Raises:
+        UserError: a value has another type or lies outside its range.
+    """
+    for field in dataclasses.fields(config):
+        name, value = option_names(type(config))[field.name], getattr(config, field.name)
+        hint = _type_hints(type(config))[field.name]
+        hint = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
+        if not _matches(value, hint):
+            wanted = " or ".join(str(choice) for choice in typing.get_args(hint))
+            wanted = wanted or getattr(hint, "__name__", str(hint))
+            raise UserError(f"{name} is {shown(value)}: it must be {wanted}")
+        if hint is float:
+            object.__setattr__(config, field.name, float(value))  # JAX refuses an int beyond 32 bits
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            _check_range(name, value, field.metadata)
+
+
+def _check_range(name: str, value: float, bounds: Mapping[str, Any]) -> None:
+    ge, gt, le, lt = (bounds.get(kind) for kind in ("ge", "gt", "le", "lt"))
+    if le is None and lt is None and isinstance(value, int):
+        le = MAX_INT
+    below = (ge is not None and value < ge) or (gt is not None and value <= gt)
+    above = (le is not None and value > le) or (lt is not None and value >= lt)
+    if not (below or above):
+        return
+    if lt is not None or (gt is not None and le is not None):
+        interval = f"{f'({gt}' if ge is None else f'[{ge}'}, {f'{lt})' if le is None else f'{le}]'}"
+        raise UserError(f"{name} is {shown(value)}: it must lie in {interval}")
+    bound = f"at most {le}" if above else f"larger than {gt}" if ge is None else f"at least {ge}"
+    raise UserError(f"{name} is {shown(value)}: it must be {bound}")
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    """Whether a value, perhaps read from JSON, has the annotated type; ints pass for floats."""
+    if isinstance(hint, types.UnionType):
+        return any(_matches(value, choice) for choice in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    if hint is float:
+        # no NaN, no infinity
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)

@@ -1,0 +1,10 @@
+"""The dtype in which sums are accumulated."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+
+def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype of masters, norms, softmax, router and loss: float32, or float64 in a float64 model."""
+    return jnp.promote_types(dtype, jnp.float32)

@@ -1,0 +1,75 @@
+"""Which kernels run where: the one place that chooses. Every choice was measured, or read in the compiled program.
+
+                              experts                          attention
+    NVIDIA GPU, bfloat16      Triton grouped product           cuDNN's fused kernel (padded batches: blocks)
+    NVIDIA GPU, float32       Triton grouped product           blocks of queries
+    anything else             loops over the groups there are  blocks of queries
+
+Rejected: `jax.lax.ragged_dot` is a dense product over all experts on the CPU (five times the time) and on an H100;
+loops with dynamic trip counts wait for the host on a GPU. A TPU takes the last line: correct, and not tuned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.config import ModelConfig
+from jaxllm.model.kernels import grouped_loop, grouped_triton
+from jaxllm.model.kernels.causal_attention import blocked_attention, cudnn_attention
+
+Array = jax.Array
+
+CUDA, ANY = "cuda", "any"
+"""Platforms: an NVIDIA GPU of the Ampere generation or newer, and every other device."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels of one model; static and hashable."""
+
+    grouped: ModuleType
+    """A module with `grouped_matmul`, `grouped_matmul_transposed`, `weight_gradients` and `padding`."""
+    attention: Callable[[Array, Array, Array, Array | None], Array]
+    """q, k, v (B,T,H,h) and the attention mask (B,T) or None -> (B,T,H,h)."""
+
+
+def platform_here() -> str:
+    """The platform that JAX computes on by default."""
+    if jax.default_backend() != "gpu":
+        return ANY
+    capability = str(jax.devices()[0].compute_capability)  # "9.0"; ROCm's is "gfx942"
+    return CUDA if capability[:1].isdigit() and float(capability) >= 8 else ANY
+
+
+def choose_kernels(config: ModelConfig, dtype: jnp.dtype, platform: str | None = None) -> Kernels:
+    """The kernels of a model.
+
+    Args:
+        config: its dimensions decide whether a kernel applies.
+        dtype: compute dtype.
+        platform: CUDA or ANY, to compile for a device that is not here; None: the platform here.
+
+    Raises:
+        ValueError: the platform is neither.
+    """
+    platform = platform_here() if platform is None else platform
+    if platform not in (CUDA, ANY):
+        raise ValueError(f"platform is {platform!r}: it must be {CUDA!r} or {ANY!r}")
+    dtype, on_cuda = jnp.dtype(dtype), platform == CUDA
+    tiled = grouped_triton.applies(config.hidden_size, config.moe_intermediate_size)
+    triton = on_cuda and dtype in (jnp.bfloat16, jnp.float32) and tiled
+    cudnn = on_cuda and dtype == jnp.bfloat16 and config.head_dim % 8 == 0 and config.head_dim <= 128
+    return Kernels(grouped_triton if triton else grouped_loop, cudnn_attention if cudnn else blocked_attention)
+
+
+def describe_kernels(config: ModelConfig, dtype: jnp.dtype, platform: str | None = None) -> str:
+    """The choice in words, for a line at start-up."""
+    chosen = choose_kernels(config, dtype, platform)
+    experts = {grouped_triton: "Triton grouped product", grouped_loop: "loops over the groups there are"}
+    attention = {cudnn_attention: "cuDNN fused kernel", blocked_attention: "blocks of queries"}
+    return f"experts: {experts[chosen.grouped]}; attention: {attention[chosen.attention]} ({jnp.dtype(dtype).name})"

@@ -1,0 +1,77 @@
+"""Causal softmax attention of whole sequences: by blocks of queries, or by cuDNN's fused kernel on an NVIDIA GPU.
+
+Neither keeps anything that grows with the square of the length for the backward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.model.dtypes import at_least_float32
+
+Array = jax.Array
+
+BLOCK_QUERIES = 128
+"""Queries whose weights exist at once."""
+
+MAX_SPANS = 8
+"""A sequence is cut into at most so many spans of queries, each with a program of its own that stops at the span's last
+key, so that up to 7/16 of the scores are never computed. Within a span the blocks are a loop: XLA would otherwise hold
+the scores of all blocks at once, as none waits for another."""
+
+
+def masked_softmax(scores: Array, mask: Array) -> Array:
+    """Softmax over the last axis in float32 (or wider), zero where the mask is."""
+    upcast = scores.astype(at_least_float32(scores.dtype))
+    return jax.nn.softmax(jnp.where(mask, upcast, jnp.finfo(upcast.dtype).min), axis=-1)
+
+
+def blocked_attention(q: Array, k: Array, v: Array, attention_mask: Array | None = None) -> Array:
+    """A token attends to itself and to what came before, but to no padding. A padded row still sees itself.
+
+    The backward pass keeps q, k and v, and computes each block's weights again.
+
+    Args:
+        q, k, v: (B,T,H,h).
+        attention_mask: (B,T), zero at padding; None: no padding.
+
+    Returns:
+        (B,T,H,h).
+    """
+    length = q.shape[1]
+    block = min(BLOCK_QUERIES, length)
+    span = block * -(-length // (block * MAX_SPANS))
+    # heads before time: the products are batched over B,H
+    q, k, v = (a.swapaxes(1, 2) for a in (q * q.shape[-1] ** -0.5, k, v))
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, -length % block), (0, 0)))  # queries behind the last are thrown away
+    spans = []
+    for start in range(0, length, span):
+        end = min(start + span, q.shape[2])
+        blocks = jnp.stack(jnp.split(q[:, :, start:end], (end - start) // block, axis=2))  # (blocks,B,H,b,h)
+        starts = jnp.arange(start, end, block)
+        attend = functools.partial(_attend, min(end, length), k, v, attention_mask)
+        spans += [*jax.lax.map(lambda x, attend=attend: attend(*x), (starts, blocks))]
+    return jnp.concatenate(spans, axis=2)[:, :, :length].swapaxes(1, 2)
+
+
+@functools.partial(jax.checkpoint, static_argnums=0)
+def _attend(end: int, k: Array, v: Array, attention_mask: Array | None, start: Array, q: Array) -> Array:
+    """One block of queries, from start on: (B,H,b,h) -> (B,H,b,h). It cuts the keys itself, so that no cut is kept."""
+    k, v = k[:, :, :end], v[:, :, :end]
+    scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=at_least_float32(q.dtype))
+    queries, keys = start + jnp.arange(q.shape[2])[:, None], jnp.arange(end)
+    mask = keys <= queries
+    if attention_mask is not None:
+        real = attention_mask.astype(bool)[:, None, None, :end]  # (B,1,1,S)
+        mask = (mask & real) | (keys == queries)
+    return jnp.einsum("bhts,bhsd->bhtd", masked_softmax(scores, mask).astype(q.dtype), v)
+
+
+def cudnn_attention(q: Array, k: Array, v: Array, attention_mask: Array | None = None) -> Array:
+    """`blocked_attention` by cuDNN's fused kernel, where it can: no padding, an even length."""
+    if attention_mask is not None or q.shape[1] % 2:
+        return blocked_attention(q, k, v, attention_mask)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")

@@ -1,0 +1,160 @@
+"""Grouped matrix products for any device: loops over the groups that are there, of rows sorted by group.
+
+A group goes through in one block of the smallest size that holds it, so that its weights are read, and its weight
+gradient is written, once. Only a group above the largest size takes several blocks. The loops' trip counts are dynamic:
+an empty group costs nothing but the zeros of its gradient. On a GPU each of them would wait for the host.
+
+    P rows, the last padding(M) of them padding    E groups    X in    Y out    b rows of a block
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.model.dtypes import at_least_float32
+
+Array = jax.Array
+
+# A size more makes every program longer to compile (it is a loop in each product); a size less pads more. Groups of 128
+# to 512 rows are what a thousand tokens on seven experts give; decoding has groups of a row or a few.
+BLOCK_ROWS = (16, 32, 48, 64, 96, 128, 192, 256, 288, 320, 384, 512, 768, 1024)
+FEW_ROWS = 32
+"""Up to so many rows in all, as in decoding, a weight is read for a row or two: small blocks, and no copy of it."""
+
+
+def block_sizes(rows: int) -> tuple[int, ...]:
+    """The sizes that blocks of this many rows can have; the last holds any group, or is the very largest."""
+    menu = (1, 2, 4, 8, *BLOCK_ROWS) if rows <= FEW_ROWS else BLOCK_ROWS
+    return tuple(size for size in menu if size <= rows) or menu[:1]
+
+
+def padding(most_rows: int) -> int:
+    """Rows that must stand behind the last group: its block may run over, and a slice must never be shifted back."""
+    sizes = (0, 1, 2, 4, 8, *BLOCK_ROWS)
+    return max(size - smaller for smaller, size in itertools.pairwise(sizes) if smaller < most_rows)
+
+
+def grouped_matmul(rows: Array, weights: tuple[Array, ...], group_sizes: Array, offset: Array | int = 0) -> Array:
+    """`rows @ weight[offset + e]`, for each row the e of its group: (P,X), each (>= E,X,Y) -> (P, sum of Y)."""
+
+    def group(e: Array, start: Array, end: Array, out: Array) -> Array:
+        if rows.shape[0] > FEW_ROWS:  # one wide product is faster than one for each weight, and pays for a copy of them
+            weight = _side_by_side(weights, offset + e, rows.dtype)
+
+        def block(size: int, e: Array, at: Array, stop: Array, first: bool, out: Array) -> Array:
+            x = _rows(rows, at, size)
+            if rows.shape[0] > FEW_ROWS:
+                product = x @ weight
+            else:  # sliced here, a weight is read where it lies
+                product = jnp.concatenate([x @ weight[offset + e].astype(rows.dtype) for weight in weights], axis=1)
+            # A block may run into the next one: that one, walked later, overwrites the surplus.
+            return _write(out, product, at)
+
+        return _loop_blocks(rows, e, start, end, block, out)
+
+    out = jnp.zeros((rows.shape[0], sum(weight.shape[2] for weight in weights)), rows.dtype)
+    return _loop_groups(group_sizes, group, out)
+
+
+def grouped_matmul_transposed(d_out: Array, weights: tuple[Array, ...], group_sizes: Array) -> Array:
+    """The gradient of `grouped_matmul` for its rows: (P, sum of Y), each (E,X,Y) -> (P,X)."""
+
+    def group(e: Array, start: Array, end: Array, d_rows: Array) -> Array:
+        weight = _side_by_side(weights, e, d_out.dtype)
+
+        def block(size: int, e: Array, at: Array, stop: Array, first: bool, d_rows: Array) -> Array:
+            product = jax.lax.dot_general(_rows(d_out, at, size), weight, (((1,), (1,)), ((), ())))
+            return _write(d_rows, product, at)
+
+        return _loop_blocks(d_out, e, start, end, block, d_rows)
+
+    return _loop_groups(group_sizes, group, jnp.zeros((d_out.shape[0], weights[0].shape[1]), d_out.dtype))
+
+
+def weight_gradients(rows: Array, d_out: Array, group_sizes: Array, parts: int) -> list[Array]:
+    """The gradients of `grouped_matmul` for its weights, of which there are `parts`, equally wide; in float32 or wider.
+
+    (P,X), (P, sum of Y) -> each (E,X,Y).
+    """
+    acc_dtype = at_least_float32(rows.dtype)
+    E, X, Y = group_sizes.shape[0], rows.shape[1], d_out.shape[1] // parts
+
+    def group(e: Array, start: Array, end: Array, carry: tuple) -> tuple:
+        def block(size: int, e: Array, at: Array, stop: Array, first: bool, total: Array) -> Array:
+            in_group = (at + jnp.arange(size) < stop)[:, None]  # not the next block's
+            x = jnp.where(in_group, _rows(rows, at, size), 0)
+            d = _rows(d_out, at, size)
+            product = jax.lax.dot_general(x, d, (((0,), (0,)), ((), ())), preferred_element_type=acc_dtype)
+            return product if first else total + product
+
+        gradients, scratch = carry
+        scratch = _loop_blocks(rows, e, start, end, block, scratch)
+        columns = jnp.split(scratch[None], parts, axis=-1)
+        return [_write(target, part, e) for target, part in zip(gradients, columns, strict=True)], scratch
+
+    gradients = [jnp.zeros((E, X, Y), acc_dtype) for _ in range(parts)]
+    # One buffer for all groups: a group's first block overwrites what the group before left in it.
+    scratch = jnp.zeros((X, d_out.shape[1]), acc_dtype)
+    return _loop_groups(group_sizes, group, (gradients, scratch))[0]
+
+
+def _loop_groups(group_sizes: Array, group: Callable[..., Any], carry: Any) -> Any:
+    """Fold `group(e, start, end, carry)` over the groups that have rows."""
+    ends = jnp.cumsum(group_sizes)
+
+    def one(e: Array, carry: Any) -> Any:
+        end, size = ends[e], group_sizes[e]
+        return _once_if(size > 0, lambda zero, carry: group(e + zero, end - size, end, carry), carry)
+
+    return jax.lax.fori_loop(0, group_sizes.shape[0], one, carry)
+
+
+def _loop_blocks(padded: Array, e: Array, start: Array, end: Array, block: Callable[..., Any], carry: Any) -> Any:
+    """Fold `block(size, e, start, end, whether it is the first, carry)` over the blocks of a group e that has rows.
+
+    The first block is the remainder, and runs over its end; the others are full, and of the largest size.
+    """
+    sizes = block_sizes(padded.shape[0])
+    largest = sizes[-1]
+    remainder = (end - start - 1) % largest + 1
+    stop, smaller = start + remainder, 0
+    for size in sizes:
+        fits = (smaller < remainder) & (remainder <= size)
+        carry = _once_if(
+            fits, lambda zero, carry, size=size: block(size, e + zero, start + zero, stop, True, carry), carry
+        )
+        smaller = size
+    if largest < BLOCK_ROWS[-1]:
+        return carry
+
+    def full(i: Array, carry: Any) -> Any:
+        at = stop + i * largest
+        return block(largest, e, at, at + largest, False, carry)
+
+    return jax.lax.fori_loop(0, (end - stop) // largest, full, carry)
+
+
+def _once_if(condition: Array, body: Callable[[Array, Any], Any], carry: Any) -> Any:
+    """`body(0, carry)` or nothing. A loop, where `cond` would copy the carry.
+
+    XLA moves what does not depend on a loop's counter out of the loop, taken or not: so add the zero to what matters.
+    """
+    return jax.lax.fori_loop(0, condition.astype(jnp.int32), body, carry)
+
+
+def _side_by_side(weights: tuple[Array, ...], e: Array, dtype: jnp.dtype) -> Array:
+    """Several weights of one group as one (X, sum of Y): the copy that a dynamic slice takes anyway."""
+    return jnp.concatenate([weight[e].astype(dtype) for weight in weights], axis=1)
+
+
+def _rows(source: Array, start: Array, size: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(source, start, size)
+
+
+def _write(target: Array, value: Array, start: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(target, value.astype(target.dtype), start, axis=0)

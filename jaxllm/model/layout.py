@@ -1,0 +1,111 @@
+"""The devices that share a step, as the model's code sees them: axes, and the collectives inside a step.
+
+    data     every device along it holds a copy of everything, and its own rows of the batch
+    fsdp     parameters and optimizer state are cut along it; a layer's weights are gathered while it runs, and their
+             gradients summed and cut again (ZeRO stage 3, arXiv:1910.02054)
+    expert   the routed experts are spread over it, and every device's tokens reach all of them
+
+The rows of a batch are spread over all axes. A step is written for one device's part of everything (`gradients`), with
+the collectives in it by name; it runs under `shard_map` on a mesh, under `pmap` with `data` alone, or on one device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxllm.config import AXES
+
+Array = jax.Array
+Pytree = Any
+
+MESH_AXIS = {"hidden": "fsdp", "heads": "fsdp", "expert": "expert"}
+"""Along which axis of the mesh a parameter's axis is cut. A parameter's other axes are whole on every device."""
+
+
+def _is_not_gathered(primitive, *_, **__) -> bool:
+    """What the backward pass may keep: neither gathered weights nor casts of them (casting activations is cheap)."""
+    return primitive.name not in ("all_gather", "convert_element_type")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How many devices there are along each axis, and the mesh they form."""
+
+    data: int = 1
+    fsdp: int = 1
+    expert: int = 1
+    mesh: Mesh | None = None
+    """None: one device, or `pmap` over `data`."""
+
+    @property
+    def devices(self) -> int:
+        return self.data * self.fsdp * self.expert
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes that have more than one device."""
+        return tuple(axis for axis in AXES if getattr(self, axis) > 1)
+
+    def device_index(self) -> Array | int:
+        """The index of this device, 0 to `devices - 1`; only inside a step."""
+        return jax.lax.axis_index(self.axes) if self.axes else 0
+
+    def psum(self, tree: Pytree) -> Pytree:
+        """The sum over all devices; only inside a step, and not where a gradient passes through."""
+        return jax.lax.psum(tree, self.axes) if self.axes else tree
+
+    def gather(self, weights: Pytree, facts: Pytree) -> Pytree:
+        """This device's part of one layer's weights, or of those outside the layers, as the whole that `fsdp` holds.
+
+        Only inside a step. Its gradient sums over `fsdp` and cuts.
+        """
+        if self.fsdp == 1:
+            return weights
+
+        def whole(part: Array, axes: tuple[str, ...]) -> Array:
+            for dimension, axis in enumerate(axes[-part.ndim :]):  # of one layer
+                if MESH_AXIS.get(axis) == "fsdp":
+                    return jax.lax.all_gather(part, "fsdp", axis=dimension, tiled=True)
+            return part
+
+        return jax.tree.map(lambda part, known: whole(part, known.axes), weights, facts)
+
+    def sum_gradients(self, gradients: Pytree, facts: Pytree) -> Pytree:
+        """Each device's share of the gradients, summed over the axes along which a parameter is not cut."""
+
+        def summed(gradient: Array, axes: tuple[str, ...]) -> Array:
+            cut = {MESH_AXIS.get(axis) for axis in axes}
+            whole = tuple(axis for axis in self.axes if axis not in cut)
+            return jax.lax.psum(gradient, whole) if whole else gradient
+
+        return jax.tree.map(lambda gradient, known: summed(gradient, known.axes), gradients, facts)
+
+    def shard_map(self, function: Callable, in_specs: Pytree, out_specs: Pytree) -> Callable:
+        """A function of one device's part, as a function of the whole; without a mesh it is that already."""
+        if self.mesh is None:
+            return function
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def checkpoint(self, body: Callable, remat: bool) -> Callable:
+        """A layer's function of which the backward pass recomputes everything (`remat`), or else only the gathering."""
+        if remat:
+            return jax.checkpoint(body)
+        if self.fsdp > 1:
+            return jax.checkpoint(body, policy=_is_not_gathered)
+        return body
+
+    def parameter_spec(self, axes: tuple[str, ...]) -> PartitionSpec:
+        """Where a parameter with these axes is cut."""
+        return PartitionSpec(*(axis if axis in self.axes else None for axis in map(MESH_AXIS.get, axes)))
+
+    def batch_spec(self, dimension: int) -> PartitionSpec:
+        """Rows of a batch, along an array's axis number `dimension`."""
+        return PartitionSpec(*[None] * dimension, self.axes or None)
+
+
+ONE_DEVICE = Layout()

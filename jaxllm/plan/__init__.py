@@ -1,0 +1,1 @@
+"""What a training step would take on a device that is not here."""

@@ -1,0 +1,116 @@
+"""What a training step would take on a GPU or TPU that is not here: memory, kernels, FLOPs, traffic, time.
+
+python -m jaxllm.plan --preset customllm-1b --target h100 --batch-size 8 --seq-len 2048 --remat
+python -m jaxllm.plan --preset customllm-1b --target h100 --mesh fsdp=8 --batch-size 64 --seq-len 2048 --remat
+
+The real step is compiled for a described device, in a process of its own; nothing runs, and no device is touched. Times
+are arithmetic on data sheets (`jaxllm.roofline`), not measurements.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from jaxllm.config import Precision, TrainConfig, preset, recipe
+from jaxllm.errors import UserError, exit_on_user_error
+from jaxllm.files import write_json
+from jaxllm.plan.estimate import Plan, Refused, check_extra, compile_plan, largest_batch, meshes, usable_bytes
+from jaxllm.plan.report import plan_as_json, print_plan, print_search
+from jaxllm.plan.targets import load_target
+
+
+@dataclass(frozen=True)
+class PlanArgs:
+    """Compile the training step for a device that is not here. Exits with 1 where it does not fit."""
+
+    preset: str = "customllm-1b"
+    """Model preset: one of jaxllm.PRESETS."""
+    target: str = "h100"
+    """A file of jaxllm/targets by its name (h100, a100-80, l4, rtx4090, tpu-v5p ...), or the path of one's own."""
+    devices: int | None = None
+    """Devices of one node; default: those of the mesh."""
+    mesh: str = ""
+    """Devices along each axis, as for train.py; default: all along fsdp. A search tries others too."""
+    batch_size: Annotated[int, tyro.conf.arg(aliases=["--batch"])] = 8
+    """Rows in a micro-batch, over all devices; a search starts from it."""
+    seq_len: Annotated[int, tyro.conf.arg(aliases=["--seq"])] = 2048
+    """Tokens in a row."""
+    grad_accum: int = 1
+    """Micro-batches in a step."""
+    precision: Precision = "bfloat16"
+    remat: bool = False
+    """Recompute each layer in the backward pass; a search tries both."""
+    tokens: int | None = None
+    """Tokens of the run to be timed; default: those of the recipe `seed`."""
+    json: Path | None = None
+    """File for the answer, for programs."""
+    search: bool = False
+    """Find the largest batch size that fits."""
+
+    def __post_init__(self) -> None:
+        if self.devices is not None and self.devices < 1:
+            raise UserError(f"devices is {self.devices}: it must be at least 1")
+        if self.tokens is not None and self.tokens < 1:
+            raise UserError(f"tokens is {self.tokens}: it must be at least 1")
+        if self.json is not None and not self.json.absolute().parent.is_dir():
+            raise UserError(f"json is {self.json}: there is no folder {self.json.parent}, make it first")
+        if self.json is not None and self.json.is_dir():
+            raise UserError(f"json is {self.json}: it is a folder, name a file in it")
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> int:
+    args = tyro.cli(PlanArgs, args=argv, prog="python -m jaxllm.plan")
+    target = load_target(args.target)
+    config = TrainConfig.from_options(
+        preset=args.preset,
+        model=preset(args.preset),
+        batch_size=args.batch_size,
+        seq_len=args.seq_len,
+        grad_accum=args.grad_accum,
+        precision=args.precision,
+        remat=args.remat,
+        mesh=args.mesh or (f"fsdp={args.devices}" if args.devices and args.devices > 1 else ""),
+    )
+    if args.devices not in (None, config.mesh.devices):
+        raise UserError(f"devices is {args.devices}: the mesh {args.mesh!r} has {config.mesh.devices}, leave out one")
+    if config.mesh.devices > target.devices:
+        raise UserError(
+            f"mesh is {config.mesh.axes!r}: its {config.mesh.devices} devices are more than the {target.devices} of a "
+            f"node ({target.name}), whose interconnect is all that a plan knows"
+        )
+    check_extra(args.target, target)
+    seed = recipe("seed", args.preset)
+    tokens = args.tokens or seed.schedule.steps * seed.tokens_per_step
+    run = f"{tokens:,} tokens" if args.tokens else f"the recipe seed: {tokens:,} tokens"
+
+    if args.search:
+        found = []
+        for mesh, remat in itertools.product(meshes(config), (False, True)):
+
+            def compiled(rows: int, mesh: str = mesh, remat: bool = remat) -> Plan | Refused:
+                size = rows * config.mesh.devices
+                return compile_plan(config.with_options(batch_size=size, mesh=mesh, remat=remat), target)
+
+            found.append(largest_batch(args.batch_size // config.mesh.devices, usable_bytes(target), compiled))
+        print_search(found, tokens, run)
+        answer = {"search": [{"exact": exact, **plan_as_json(plan, tokens)} for plan, exact in found]}
+        fits = any(plan.fits for plan, _ in found)
+    else:
+        plan = compile_plan(config, target)
+        print_plan(plan, tokens, run)
+        answer, fits = plan_as_json(plan, tokens), plan.fits
+    if args.json:
+        write_json(args.json, answer)
+    return 0 if fits else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

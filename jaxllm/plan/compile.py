@@ -1,0 +1,82 @@
+"""Compile the training step for a device that is not here, and say what the program would take.
+
+python -m jaxllm.plan.compile REQUEST.json REPLY.json is the process of its own in which `jaxllm.plan` compiles, with an
+environment that hides the devices there are.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from jaxllm.config import TrainConfig
+from jaxllm.files import read_json, write_json
+from jaxllm.model.kernels import ANY, CUDA
+from jaxllm.plan.hlo import read_program
+from jaxllm.plan.hlo_cost import collectives, kernels, matrix_products
+from jaxllm.plan.targets import Target
+from jaxllm.train.placement import lower_step
+from jaxllm.train.sharding import make_mesh
+from jaxllm.train.step import model_graph
+
+OUT_OF_MEMORY = "Ran out of memory"
+"""XLA's words for a program that cannot fit: a TPU's compiler checks it."""
+
+
+def topology_devices(target: Target, devices: int) -> list[jax.Device]:
+    """So many described devices of one node."""
+    if target.platform == "cuda":
+        options = {"topology": f"1x1x{devices}", "target_config": target.config}
+        described = topologies.get_topology_desc(platform="cuda", topology_name=target.name, **options)
+    else:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=target.topology)
+    return list(described.devices[:devices])
+
+
+def lower_for(config: TrainConfig, target: Target) -> jax.stages.Lowered:
+    """The real training step, on as many described devices as the config's mesh has."""
+    devices = topology_devices(target, config.mesh.devices)
+    platform = CUDA if target.compute_capability >= 8 else ANY
+    layout = make_mesh(devices, **config.mesh.sizes)
+    return lower_step(config, model_graph(config, platform), layout)
+
+
+def measure(config: TrainConfig, target: Target) -> dict[str, Any]:
+    """Compile, and read the program: memory in bytes of each device, its kernels, products and collectives."""
+    start = time.perf_counter()
+    try:
+        compiled = lower_for(config, target).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if OUT_OF_MEMORY in str(error):
+            return {"out_of_memory": str(error).splitlines()[0]}
+        raise
+    memory, program = compiled.memory_analysis(), read_program(compiled.as_text())
+    return {
+        "compile_seconds": time.perf_counter() - start,
+        "jax": jax.__version__,
+        "memory": {
+            "arguments": memory.argument_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+            "program": memory.generated_code_size_in_bytes,
+        },
+        "products": list(matrix_products(program)),
+        "kernels": kernels(program),
+        "collectives": collectives(program),
+        "unknown_loops": program.unknown_loops(),
+    }
+
+
+def main(argv: list[str]) -> None:
+    request = read_json(Path(argv[0]))
+    config, target = TrainConfig.from_dict(request["config"]), Target(**request["target"])
+    write_json(Path(argv[1]), measure(config, target))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

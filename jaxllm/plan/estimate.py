@@ -1,0 +1,236 @@
+"""The plan of one step: what the compiled program says, and the search for the largest batch that fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxllm.config import TrainConfig
+from jaxllm.errors import UserError
+from jaxllm.files import read_json, write_json
+from jaxllm.model import flops
+from jaxllm.plan.hlo_cost import Collective, Kernel, Product
+from jaxllm.plan.roofline import Roofline, roofline
+from jaxllm.plan.targets import Target
+from jaxllm.run.throughput import GIB
+
+USABLE_MEMORY = {"cuda": 0.92, "tpu": 0.98}
+"""The share of a device's memory that a program can have; a GPU's context, libraries and fragments take the rest."""
+
+EXTRAS = {
+    "cuda": (("jax_cuda13_plugin", "jax_cuda12_plugin"), "an NVIDIA GPU needs jax[cuda13]: pip install -e '.[cuda13]'"),
+    "tpu": (("libtpu",), "a TPU needs libtpu: pip install 'jax[tpu]'"),
+}
+"""The packages of which one must be there to compile for a platform."""
+
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+    "CUDA_VISIBLE_DEVICES": "",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "XLA_FLAGS": "",
+}
+"""Of the process that compiles, so that it sees no device."""
+
+MAX_COMPILATIONS = 12
+"""Of a search, with and without recomputation each."""
+
+
+class Refused(NamedTuple):
+    """A step that the compiler refused for want of memory."""
+
+    config: TrainConfig
+    target: Target
+    message: str
+
+    fits = False
+    peak = None
+
+    @property
+    def devices(self) -> int:
+        return self.config.mesh.devices
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one compiled step would take, on each device."""
+
+    config: TrainConfig
+    target: Target
+    memory: dict[str, int]
+    """Bytes: arguments, temporaries, outputs not in the place of an argument, and the program."""
+    products: list[Product]
+    collectives: list[Collective]
+    roofline: Roofline
+    touched: float
+    """Bytes of memory that the kernels read and write."""
+    unknown_loops: int
+    compile_seconds: float
+    jax: str
+
+    @property
+    def devices(self) -> int:
+        return self.config.mesh.devices
+
+    @property
+    def peak(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def usable(self) -> float:
+        return usable_bytes(self.target)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.usable
+
+    @property
+    def program_flops(self) -> float:
+        return sum(product.flops for product in self.products)
+
+    def model_flops(self, attention: flops.Attention) -> float:
+        """Of one step, on all devices."""
+        return self.config.tokens_per_step * flops.training_flops_per_token(
+            self.config.model, self.config.data.seq_len, attention
+        )
+
+    def mfu(self, seconds: float, attention: flops.Attention) -> float:
+        peak = self.target.peak_tflops[self.config.precision] * 1e12
+        return self.model_flops(attention) / (seconds * peak * self.devices)
+
+
+def usable_bytes(target: Target) -> float:
+    return USABLE_MEMORY[target.platform] * target.memory_gib * GIB
+
+
+def read_plan(config: TrainConfig, target: Target, reply: dict[str, Any]) -> Plan | Refused:
+    """The plan from what the compiling process wrote."""
+    if "out_of_memory" in reply:
+        return Refused(config, target, reply["out_of_memory"])
+    kernels = [Kernel(*kernel) for kernel in reply["kernels"]]
+    products = [Product(*product) for product in reply["products"]]
+    exchanged = [Collective(*collective) for collective in reply["collectives"]]
+    # of the rows that a device of `expert` has room for, those that its experts get where the routing is even
+    share = 1 / config.mesh.sizes.get("expert", 1)
+    products = [p._replace(flops=p.flops * share) if p.kind == "grouped" else p for p in products]
+    kernels = [k._replace(flops=k.flops * share) if k.kind == "grouped" else k for k in kernels]
+    touched = sum(kernel.bytes for kernel in kernels)
+    if reply["unknown_loops"]:  # the program's products are not all known: the model's stand in for them
+        per_token = flops.training_flops_per_token(config.model, config.data.seq_len, "full")
+        again = (flops.TRAINING_FACTOR + config.remat) / flops.TRAINING_FACTOR
+        kernels = [kernel._replace(kind=None, flops=0.0) for kernel in kernels]
+        kernels.append(Kernel("dot", again * per_token * config.tokens_per_step / config.mesh.devices, 0.0))
+    return Plan(
+        config=config,
+        target=target,
+        memory=reply["memory"],
+        products=products,
+        collectives=exchanged,
+        roofline=roofline(target, config.precision, kernels, exchanged),
+        touched=touched,
+        unknown_loops=reply["unknown_loops"],
+        compile_seconds=reply["compile_seconds"],
+        jax=reply["jax"],
+    )
+
+
+def check_extra(name: str, target: Target) -> None:
+    """Whether JAX can compile for the target here.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    modules, needs = EXTRAS[target.platform]
+    if not any(importlib.util.find_spec(module) for module in modules):
+        raise UserError(f"target is {name!r}: compiling for {needs}")
+
+
+def compile_plan(config: TrainConfig, target: Target) -> Plan | Refused:
+    """Compile the step of a run in a process that sees no device.
+
+    Raises:
+        UserError: the compiler failed.
+    """
+    again = (", remat" if config.remat else "") + (f", {config.mesh.axes}" if config.mesh.axes else "")
+    print(f"compiling batch size {config.data.batch_size}{again} for {target.name} ...", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        request, reply = Path(folder) / "request.json", Path(folder) / "reply.json"
+        asked = {"config": config.to_dict(), "target": dataclasses.asdict(target)}
+        write_json(request, asked)
+        command = [sys.executable, "-m", "jaxllm.plan.compile", str(request), str(reply)]
+        done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, errors="replace")
+        if done.returncode or not reply.exists():
+            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+            reason = lines[-1] if lines else f"exit code {done.returncode}"
+            raise UserError(f"{target.name}: the step could not be compiled: {reason}")
+        return read_plan(config, target, read_json(reply))
+
+
+def meshes(config: TrainConfig) -> list[str]:
+    """What a search compares on as many devices as the config's mesh has, the config's own mesh first."""
+    n, found = config.mesh.devices, [config]
+    if n == 1:
+        return [config.mesh.axes]
+
+    def several(config: TrainConfig) -> dict[str, int]:
+        return {axis: size for axis, size in config.mesh.sizes.items() if size > 1}
+
+    for mesh in (f"data={n}", f"fsdp={n}", f"expert={n}", f"fsdp={n // 2},expert=2"):
+        try:
+            other = config.with_options(mesh=mesh)
+        except UserError:  # weights that it cannot cut
+            continue
+        if other.mesh_devices == n and not any(several(other) == several(known) for known in found):
+            found.append(other)
+    return [config.mesh.axes for config in found]
+
+
+def largest_batch(start: int, limit: float, compiled: Callable[[int], Plan | Refused]) -> tuple[Plan | Refused, bool]:
+    """The plan of the largest batch size that fits, and whether the next larger one is known not to.
+
+    Doubles from `start`, then halves the interval where memory, which grows by about as much with each row, says that
+    the limit lies.
+
+    Args:
+        start: the first batch size tried, on one device.
+        limit: bytes that a program may take.
+        compiled: given the batch size of one device, its plan.
+    """
+    best: Plan | Refused | None = None
+    low, high, size = 0, None, start  # the largest that fits, the smallest that does not, the next
+    known: dict[int, int] = {}
+    for _ in range(MAX_COMPILATIONS):
+        plan = compiled(size)
+        if plan.peak is not None:
+            known[size] = plan.peak
+        if plan.fits:
+            low, best = size, plan
+        else:
+            high, smallest = size, plan
+        if high is None:
+            size *= 2
+            continue
+        if high - low <= 1:
+            break
+        size = max(low + 1, min(high - 1, _interpolated(known, limit, (low + high) // 2)))
+    return best or smallest, high is not None and high - low <= 1
+
+
+def _interpolated(known: dict[int, int], limit: float, otherwise: int) -> int:
+    """The batch size whose memory would be the limit, from the two nearest to it."""
+    nearest = sorted(sorted(known, key=lambda size: abs(known[size] - limit))[:2])
+    if len(nearest) < 2:
+        return otherwise
+    a, b = nearest
+    row = (known[b] - known[a]) / (b - a)
+    return int(a + (limit - known[a]) / row) if row > 0 else otherwise

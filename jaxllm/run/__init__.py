@@ -1,0 +1,1 @@
+"""A run around its steps: preparation, checkpoints, history, log, signals, processes."""

@@ -1,0 +1,300 @@
+"""Reading the checkpoints of a run, and choosing one: nothing is read before all checksums of a checkpoint agree.
+
+    RUN/config.json            the model's shape             RUN/tokenizer/             the tokenizer
+    RUN/train_config.json      how it was trained            RUN/checkpoints/STEP/      weights | training | history |
+                                                                                       positions; checksums.json
+
+Checkpoints are orbax's: weights, optimizer, data position and history in one atomic save. One with `weights` alone (the
+converter writes such) is a starting point.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from jaxllm.config import FORMAT, SPECIAL_TOKENS, ModelConfig, RunConfig
+from jaxllm.data.stream import MAX_POSITION_BYTES, Position
+from jaxllm.errors import UserError, one_line
+from jaxllm.files import read_json
+from jaxllm.model.decoder import abstract_model
+from jaxllm.run.checksums import find_damage, read_list
+from jaxllm.run.history import History
+from jaxllm.train.optim import AdamState
+from jaxllm.train.state import TrainState, abstract_state, start_state
+
+Pytree = Any
+
+
+class Weights(NamedTuple):
+    """A trained model: plain nested dicts, stacked over layers and experts."""
+
+    params: Pytree
+    routing_bias: Pytree
+
+
+class ResumeState(NamedTuple):
+    """What a run needs besides the weights to resume."""
+
+    opt_state: AdamState
+    step: Any  # () int32, updates done
+    dropout_key: Any  # raw key data
+    positions: Sequence[Position]  # of each data stream
+    history: History
+
+
+class Choice(NamedTuple):
+    """Which checkpoint of a run is read."""
+
+    step: int | None  # the newest one that is not damaged; None: there is none
+    damaged: list[int]  # newer ones
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """The model's shape from a run or an exported folder.
+
+    Raises:
+        UserError: there is none, or it is not valid.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{str(folder)!r} is no run and no exported model: it holds no config.json")
+    try:
+        return ModelConfig.from_dict(read_json(folder / "config.json"))
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
+
+
+def choose_checkpoint(run: Path, *, strict: bool = False, before: int | None = None) -> Choice:
+    """The newest checkpoint whose checksums agree; each damaged one that is newer is named in a line on stderr.
+
+    Args:
+        run: the run's folder.
+        strict: refuse to use an older checkpoint in place of a damaged one.
+        before: consider only checkpoints of earlier steps than this.
+
+    Raises:
+        UserError: all are damaged, or one is and `strict` is set; or the model's config or the tokenizer is not the
+            one that the checkpoint was written with.
+    """
+    folder = run / "checkpoints"
+    damaged: list[int] = []
+    for step in sorted(_steps(run), reverse=True):
+        if before is not None and step >= before:
+            continue
+        damage = find_damage(folder / str(step))
+        if damage is None:
+            _check_context(run, folder / str(step))
+            return Choice(step, damaged)
+        if strict:
+            raise UserError(
+                f"the checkpoint {folder / str(step)} is damaged ({damage}): "
+                "leave out --strict to use the one before it, or put the file back"
+            )
+        print(f"warning: the checkpoint {folder / str(step)} is damaged ({damage})", file=sys.stderr)
+        damaged.append(step)
+    if damaged:
+        earlier = "" if before is None else f" before step {before}"
+        raise UserError(
+            f"{folder} holds no checkpoint{earlier} that is not damaged: put the files back, or pass --overwrite to "
+            "start over"
+        )
+    return Choice(None, damaged)
+
+
+def _steps(run: Path) -> list[int]:
+    """Steps of the checkpoints in a run's folder, in no order."""
+    names = [path.name for path in (run / "checkpoints").glob("*/")]
+    return [int(name) for name in names if name.isdecimal() and name == str(int(name))]
+
+
+def oldest_step(run: Path) -> int | None:
+    return min(_steps(run), default=None)
+
+
+def checkpoint_context(run: Path) -> dict[str, Any]:
+    """What a checkpoint depends on in its run's folder: the model's config, and the checksum of the tokenizer."""
+    config, tokenizer = run / "config.json", run / "tokenizer" / "tokenizer.json"
+    return {
+        "format": FORMAT,
+        "model": read_json(config) if config.is_file() else None,
+        "tokenizer": hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else None,
+    }
+
+
+def _check_context(run: Path, checkpoint: Path) -> None:
+    written, now = read_list(checkpoint), checkpoint_context(run)
+    if now["tokenizer"] is not None and written.get("tokenizer") not in (None, now["tokenizer"]):
+        raise UserError(
+            f"{run / 'tokenizer' / 'tokenizer.json'} is not the file that {checkpoint} was written with: put it back"
+        )
+    if written.get("model") is None:
+        return
+    model = read_model_config(run)
+    # weights that came without a tokenizer name no special tokens, until they are trained with one
+    unset = {name: getattr(model, name) for name in SPECIAL_TOKENS if written["model"].get(name) is None}
+    if ModelConfig.from_dict(written["model"] | unset) != model:
+        raise UserError(f"{run / 'config.json'} is not the config that {checkpoint} was written with: put it back")
+
+
+def quarantine(run: Path, damaged: Sequence[int]) -> None:
+    """Move damaged checkpoints to RUN/damaged."""
+    for step in damaged:
+        target = (run / "checkpoints").resolve().parent / "damaged" / str(step)  # on the same disk
+        target.parent.mkdir(exist_ok=True)
+        if target.exists():  # the same step, damaged once more
+            shutil.rmtree(target)
+        os.replace(run / "checkpoints" / str(step), target)
+        print(f"Moved the damaged checkpoint of step {step} to {target}")
+
+
+def delete_unfinished(run: Path) -> None:
+    """Delete checkpoints that killed processes left unfinished. The caller holds the run's lock."""
+    for folder in (run / "checkpoints").glob("*.orbax-checkpoint-tmp*/"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class CheckpointReader:
+    """One checkpoint of a run: `choose_checkpoint` says which one is not damaged."""
+
+    def __init__(self, run: Path, step: int):
+        self._folder = run / "checkpoints" / str(step)
+        self.step = step
+
+    @property
+    def has_training(self) -> bool:
+        """Whether it holds more than weights."""
+        return (self._folder / "training").is_dir()
+
+    def weights(self, config: ModelConfig, shardings: Weights | None = None) -> Weights:
+        """Its weights, placed according to `shardings`; None: on the first device.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        _, params, routing_bias = abstract_model(config)
+        restored = self._restore(weights=_targets(Weights(params, routing_bias), shardings)._asdict())
+        return Weights(**restored["weights"])
+
+    def state(self, config: RunConfig, shardings: TrainState | None = None) -> tuple[TrainState, ResumeState | None]:
+        """Its state, and the rest of what a run needs to resume; None for a checkpoint of weights alone.
+
+        The state has the form of one device, and is placed according to `shardings` (None: on the first device).
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        wanted = None if shardings is None else Weights(shardings.params, shardings.routing_bias)
+        resumed = self.resume_state(config, shardings)
+        weights = self.weights(config.model, wanted)
+        if resumed is None:
+            start = functools.partial(start_state, config)
+            return (start if shardings is None else jax.jit(start, out_shardings=shardings))(*weights), None
+        return TrainState(*weights, resumed.opt_state, resumed.step, resumed.dropout_key), resumed
+
+    def resume_state(self, config: RunConfig, shardings: TrainState | None = None) -> ResumeState | None:
+        """What it holds besides the weights, placed according to `shardings`; None if that is nothing.
+
+        Raises:
+            UserError: it cannot be read, or has another format.
+        """
+        if not self.has_training:
+            return None
+        written = read_list(self._folder)
+        if written is not None and written["format"] != FORMAT:
+            raise UserError(
+                f"the checkpoint {self._folder} has format {written['format']}, and this version resumes format "
+                f"{FORMAT} (see CHANGELOG.md): finish the run with the version that wrote it, or export its weights "
+                "with `python -m convert to-torch` and start a new run from them"
+            )
+        targets = _targets(abstract_state(config), shardings)
+        training = {"opt_state": targets.opt_state, "step": targets.step, "dropout_key": targets.dropout_key}
+        restored = self._restore(training=training, positions=self._shapes_of_positions(), history=None)
+        try:
+            history = History.from_json(restored["history"])
+            encoded = [np.asarray(restored["positions"][str(s)]) for s in range(len(restored["positions"]))]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise self._unreadable(error) from None
+        where, seq_len, vocab_size = str(self._folder), config.data.seq_len, config.model.vocab_size
+        positions = [Position.from_bytes(array.tobytes(), where, seq_len, vocab_size) for array in encoded]
+        return ResumeState(**restored["training"], positions=positions, history=history)
+
+    def _shapes_of_positions(self) -> dict[str, np.ndarray]:
+        """Arrays to restore the encoded positions into.
+
+        A few bytes can claim any shape: it is checked before memory is allocated for it.
+        """
+        try:
+            found = ocp.StandardCheckpointHandler().metadata(epath.Path((self._folder / "positions").absolute()))
+            shapes = {name: tuple(leaf.shape) for name, leaf in dict(found).items()}
+        except Exception as error:  # as in `_restore`
+            raise self._unreadable(error) from None
+        for shape in shapes.values():
+            if len(shape) != 1 or not 0 < shape[0] <= MAX_POSITION_BYTES:
+                raise UserError(f"the checkpoint {self._folder} has a data position of the shape {shape}: it is none")
+        return {name: np.empty(shape, np.uint8) for name, shape in shapes.items()}
+
+    def _restore(self, **targets: Pytree) -> dict[str, Any]:
+        args = {
+            name: ocp.args.JsonRestore() if name == "history" else ocp.args.StandardRestore(target)
+            for name, target in targets.items()
+        }
+        try:
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+                return dict(checkpointer.restore(self._folder.absolute(), args=ocp.args.Composite(**args)))
+        except Exception as error:  # orbax, tensorstore and the file system raise kinds of their own
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: Exception) -> UserError:
+        return UserError(
+            f"the checkpoint {self._folder} cannot be read ({one_line(error)}): "
+            "delete that folder to use the one before it"
+        )
+
+
+def _targets(shapes: Pytree, shardings: Pytree | None) -> Pytree:
+    """What orbax restores and where to, whatever layout was saved."""
+    if shardings is None:
+        first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: first, shapes)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
+
+
+def newest_checkpoint(run: Path) -> CheckpointReader:
+    """The newest undamaged checkpoint of a run folder.
+
+    Raises:
+        UserError: it is no run, or there is none.
+    """
+    if not is_run(run):
+        raise UserError(f"{str(run)!r} is no run: it holds no folder checkpoints")
+    step = choose_checkpoint(run).step
+    if step is None:
+        raise UserError(f"{run / 'checkpoints'} holds no complete checkpoint")
+    return CheckpointReader(run, step)
+
+
+def load_weights(run: Path) -> tuple[ModelConfig, Weights]:
+    """Model config and newest weights of a run folder.
+
+    Raises:
+        UserError: it is no run, or the checkpoint cannot be read.
+    """
+    config = read_model_config(run)
+    return config, newest_checkpoint(run).weights(config)

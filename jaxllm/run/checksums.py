@@ -1,0 +1,89 @@
+"""What a checkpoint was when it was written: size and SHA-256 of each file, in a list that is part of the checkpoint.
+
+The list is written last, before the folder gets its name. So a checkpoint without it was never finished, and whatever
+has happened to one since is found before anything in it is read as good.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from jaxllm.errors import listed, shown
+
+CHECKSUMS_FILE = "checksums.json"
+
+MAX_LIST_BYTES = 64 << 20
+"""No list is longer: a checkpoint of a hundred thousand files has one of 15 MB."""
+
+
+def write_checksums(folder: Path, context: dict[str, Any]) -> None:
+    """Write the list of a folder's files, with the JSON values of `context` in it: `format`, `model`, `tokenizer`."""
+    files = {}
+    for name, file in sorted(_files(folder).items()):
+        with file.open("rb") as opened:
+            files[name] = {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+    whole = context | {"files": files}
+    written = json.dumps({"sha256": _of_list(whole), "list": whole}, indent=1)
+    (folder / CHECKSUMS_FILE).write_text(written, encoding="utf-8")
+
+
+def read_list(folder: Path) -> dict[str, Any] | None:
+    """What `write_checksums` wrote; None where that is missing or damaged."""
+    file = folder / CHECKSUMS_FILE
+    try:
+        if not file.is_file() or file.stat().st_size > MAX_LIST_BYTES:
+            return None
+        written = json.loads(file.read_bytes())
+        whole = written["list"]
+        kinds = (("files", dict), ("model", dict | None), ("tokenizer", str | None), ("format", int))
+        sound = written["sha256"] == _of_list(whole)
+        whole = {"format": 1, **whole}  # the first one did not name it
+        sound = sound and all(isinstance(whole[name], kind) for name, kind in kinds)
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return None
+    return whole if sound else None
+
+
+def _of_list(whole: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with the first file that is not as it was written; None if all are."""
+    if not (folder / CHECKSUMS_FILE).exists():
+        return f"{CHECKSUMS_FILE} is missing: it was never finished, or is of an earlier version"
+    whole = read_list(folder)
+    if whole is None:
+        return f"{CHECKSUMS_FILE} is damaged"
+    files = _files(folder)  # only what lies here is opened, whatever the list may name
+    for name, wanted in whole["files"].items():
+        if name not in files:
+            return f"{listed([name])} is missing"
+        if not isinstance(wanted, dict):
+            return f"{CHECKSUMS_FILE} is damaged"
+        try:
+            size = files[name].stat().st_size
+            if size != wanted.get("bytes"):
+                return f"{name} has {size} bytes instead of {shown(wanted.get('bytes'))}"
+            with files[name].open("rb") as opened:
+                if hashlib.file_digest(opened, "sha256").hexdigest() != wanted.get("sha256"):
+                    return f"{name} has another checksum than when it was written"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The files below a folder by their relative names; links are none of them."""
+    found = {}
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            file = Path(parent, name)
+            if not file.is_symlink() and file.is_file():
+                found[file.relative_to(folder).as_posix()] = file
+    found.pop(CHECKSUMS_FILE, None)
+    return found

@@ -1,0 +1,42 @@
+"""The evaluation of a run: on rows that were held out, without dropout."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from jaxllm.run.metrics import eval_record
+from jaxllm.train.loss import IGNORED
+from jaxllm.train.state import TrainState
+from jaxllm.train.trainer import Trainer
+
+
+class Evaluator:
+    """Mean cross-entropy over the held-out rows (n,T)."""
+
+    def __init__(self, trainer: Trainer, rows: np.ndarray):
+        batch_size = trainer.config.data.batch_size
+        padding = np.full((-len(rows) % batch_size, rows.shape[1]), IGNORED, np.int32)
+        self._batches = np.concatenate([rows, padding]).reshape(-1, batch_size, rows.shape[1])
+        self._samples = len(rows)
+        self._trainer = trainer
+
+    def __call__(
+        self, state: TrainState, epoch: float, step: int, interrupted: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
+        """The evaluation line; None if `interrupted` became true."""
+        jax.block_until_ready(state)  # the clock starts after the training
+        start = time.perf_counter()
+        sums: list[tuple[jax.Array, jax.Array]] = []
+        for batch in self._batches:
+            if interrupted():
+                return None
+            if len(sums) > 1:
+                sums[-2][0].block_until_ready()  # so that at most one batch is computed in advance
+            sums.append(self._trainer.evaluate(state, batch))
+        loss = sum(float(nll) for nll, _ in sums) / sum(int(count) for _, count in sums)
+        seconds = time.perf_counter() - start
+        return eval_record(loss, seconds, self._samples, len(self._batches), epoch, step)

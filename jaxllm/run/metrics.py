@@ -1,0 +1,207 @@
+"""What a run reports: console lines in the source's form, metrics.jsonl, TensorBoard events, the loss picture."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from jaxllm.config import RunConfig
+from jaxllm.files import write_text_atomically
+from jaxllm.model import flops
+from jaxllm.run.history import History
+from jaxllm.run.tensorboard import TensorBoardWriter
+from jaxllm.run.throughput import Speed
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class RunLog:
+    """Writes each record to the console (around the progress bar), to `metrics.jsonl` and to TensorBoard."""
+
+    def __init__(self, folder: Path, history: History, first_step: int, last_step: int):
+        """`metrics.jsonl` is rewritten from the history: what an earlier process logged beyond it is dropped."""
+        self._history = history
+        self._path = folder / METRICS_FILE
+        write_metrics(folder, history.records)
+        self._file = self._path.open("a", encoding="utf-8", buffering=1)
+        self._tensorboard = TensorBoardWriter(folder / "tensorboard", first_step)
+        self.bar = tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Log one record, which has a `step`.
+
+        Raises:
+            OSError: it cannot be written to the disk.
+        """
+        self._history.add_record(record)
+        with contextlib.suppress(OSError):  # the console may be closed: Ctrl-C also ends what it is piped into
+            tqdm.write(str(record))
+        try:
+            self._file.write(json_line(record))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
+        self._tensorboard.write(record)
+
+    def close(self) -> None:
+        self.bar.close()
+        self._file.close()
+        self._tensorboard.close()
+
+
+class NoLog(RunLog):
+    """The log of a process that is not the primary one: it only keeps the history."""
+
+    def __init__(self, history: History):
+        self._history = history
+        self.bar = tqdm(disable=True)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._history.add_record(record)
+
+    def close(self) -> None:
+        pass
+
+
+def write_metrics(folder: Path, records: list[dict[str, Any]]) -> None:
+    """Make `metrics.jsonl` of these records, whole or not at all."""
+    write_text_atomically(folder / METRICS_FILE, "".join(map(json_line, records)))
+
+
+def json_line(record: dict[str, Any]) -> str:
+    """A record as a line of JSON, which has no word for what is not finite: null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All complete records of a run; a last line that a killed process left half written is passed over."""
+    path = folder / METRICS_FILE
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
+    return records
+
+
+def nonfinite_record(loss: float, grad_norm: float, step: int, position: dict[str, Any]) -> dict[str, Any]:
+    """A step that changed nothing, because its loss or its gradient was not finite; `position`: before its batch."""
+    return {"nonfinite_loss": str(loss), "nonfinite_grad_norm": str(grad_norm), "position": position, "step": step}
+
+
+def spike_record(loss: float, usual: float, step: int) -> dict[str, Any]:
+    """A step whose loss lies far above the running mean."""
+    return {"loss_spike": rounded(loss), "usual_loss": rounded(usual), "step": step}
+
+
+def step_record(
+    *,
+    loss: float,
+    grad_norm: float,
+    learning_rate: float,
+    epoch: float,
+    step: int,
+    expert_load: float,
+    speed: Speed,
+    memory: dict[str, float],
+) -> dict[str, Any]:
+    """The training line: the source's columns, and behind them the fullest expert's load, speed and memory."""
+    return {
+        "loss": rounded(loss),
+        "grad_norm": grad_norm,
+        "learning_rate": learning_rate,
+        "epoch": rounded(epoch, 2),
+        "step": step,
+        "tokens_per_second": rounded(speed.tokens_per_second, 1),
+        "expert_load": rounded(expert_load, 3),
+        **_speed_columns(speed),
+        **_memory_columns(memory),
+    }
+
+
+def _speed_columns(speed: Speed) -> dict[str, float]:
+    return {
+        "tflops_per_second": significant(speed.tflops_per_second),
+        "mfu_full": significant(speed.mfu_full),
+        "mfu_causal": significant(speed.mfu_causal),
+        "data_wait": rounded(speed.data_wait),
+    }
+
+
+def _memory_columns(memory: dict[str, float]) -> dict[str, float]:
+    return {name: rounded(value, 3) for name, value in memory.items()}
+
+
+def eval_record(loss: float, seconds: float, samples: int, batches: int, epoch: float, step: int) -> dict[str, Any]:
+    """The evaluation line."""
+    return {
+        "eval_loss": loss,
+        "eval_runtime": rounded(seconds),
+        "eval_samples_per_second": rounded(samples / seconds, 3),
+        "eval_steps_per_second": rounded(batches / seconds, 3),
+        "epoch": rounded(epoch, 2),
+        "step": step,
+    }
+
+
+def end_record(
+    config: RunConfig,
+    *,
+    seconds: float,
+    steps_done: int,
+    loss: float,
+    epoch: float,
+    nonfinite_steps: int | None,
+    speed: Speed,
+    memory: dict[str, float],
+    peak_tflops: float,
+    compile_seconds: float | None,
+) -> dict[str, Any]:
+    """The last line of a run; speed and time are of the `steps_done` steps of this process.
+
+    Args:
+        config: of the run.
+        seconds: from the first step on, evaluations and saving included; so is `speed`.
+        loss: mean of the run's steps.
+        nonfinite_steps: of the run, which changed nothing; None where they are not counted.
+        epoch: passes over the data.
+        memory: the columns that name the peak of memory.
+        peak_tflops: what the MFU is a share of.
+        compile_seconds: before the first step; None where nothing is compiled.
+    """
+    compiled = {} if compile_seconds is None else {"compile_seconds": rounded(compile_seconds, 2)}
+    counted = {} if nonfinite_steps is None else {"nonfinite_steps": nonfinite_steps}
+    return {
+        "train_runtime": rounded(seconds),
+        "train_samples_per_second": rounded(steps_done * config.data.grad_accum * config.data.batch_size / seconds, 3),
+        "train_steps_per_second": rounded(steps_done / seconds, 3),
+        "train_tokens_per_second": rounded(steps_done * config.tokens_per_step / seconds, 1),
+        "train_loss": loss,
+        "epoch": rounded(epoch, 2),
+        "step": config.schedule.steps,
+        **counted,
+        **{f"train_{name}": value for name, value in _speed_columns(speed).items()},
+        **_memory_columns(memory),
+        "peak_tflops": significant(peak_tflops),
+        "parameters": sum(flops.parameters(config.model).values()),
+        "active_parameters": sum(flops.active_parameters(config.model).values()),
+        **compiled,
+    }
+
+
+def rounded(value: float, digits: int = 4) -> float:
+    """A number for a log line; not-a-number and infinities pass through."""
+    return round(value, digits) if math.isfinite(value) else value
+
+
+def significant(value: float) -> float:
+    """A number of any size for a log line, to four significant digits."""
+    return float(f"{value:.4g}")

@@ -1,0 +1,241 @@
+"""What precedes training in either framework: the command line, the run's folder, the tokenizer, the held-out rows.
+
+Everything that can be refused is refused here. Imports neither JAX nor PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
+
+import numpy as np
+import tyro
+
+from jaxllm.config import SPECIAL_TOKENS, RunConfig, changed_options, recipe
+from jaxllm.data.sources import open_source
+from jaxllm.data.stream import check_streams, held_out_rows
+from jaxllm.data.tokenizer import align, encode_prompt, load_tokenizer, train_or_recall_tokenizer
+from jaxllm.errors import UserError, shown
+from jaxllm.files import read_json, rename_durably, write_json
+from jaxllm.run.lock import LOCK_FILE, FolderLock
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CONFIG_FILE = "train_config.json"
+
+Framework = Literal["JAX", "PyTorch"]
+
+# How a run is handed over to each framework.
+HAND_OVER = {"JAX": "python -m convert to-flax {run} OUT", "PyTorch": "python -m convert to-torch {run} OUT --training"}
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+class Prepared(NamedTuple, Generic[Config]):
+    config: Config  # aligned with the tokenizer
+    tokenizer: PreTrainedTokenizerBase
+    held_out: np.ndarray  # (n,T) int32, the rows that are evaluated
+    resumes: bool  # whether the folder holds a run to resume
+
+
+def parse_args(argv: Sequence[str] | None, prog: str, description: str | None, kind: type[Config]) -> Config:
+    """The config of a command line.
+
+    The defaults are those of the run in the folder, or else of the recipe and the preset; options override single
+    values.
+
+    Raises:
+        UserError: the folder's config, the recipe, the preset or a value is not valid.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    first.add_argument("--recipe")
+    first.add_argument("--run-dir", type=Path)
+    first.add_argument("--overwrite", "--no-overwrite", dest="anew", action="store_true")
+    first.add_argument("--mesh")
+    first.add_argument("--parallel")
+    chosen, _ = first.parse_known_args(argv)
+    default = recipe(chosen.recipe or "default", chosen.preset or "tiny", kind)
+    saved = _saved_config(chosen.run_dir or default.folder, kind)
+    if saved is not None and not chosen.anew:
+        same = chosen.preset in (None, saved.preset) and chosen.recipe in (None, saved.recipe)
+        default = saved if same else default
+        if chosen.mesh is not None or chosen.parallel is not None:  # one choice: the saved half of it does not hold
+            default = default.with_options(mesh="", parallel="jit")
+    return tyro.cli(kind, args=argv, default=default, prog=prog, description=description)
+
+
+def _saved_config(folder: Path, kind: type[Config]) -> Config | None:
+    """The config of the run in a folder; None if there is none, or if the run is of the other framework."""
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        return None
+    values = read_json(file)
+    known = kind().to_dict().keys()
+    if not values.keys() <= known:
+        return None  # `check_folder` refuses it with a better message
+    try:
+        return kind.from_dict(values)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def read_config(run: Path, kind: type[Config]) -> Config:
+    """The config of a run.
+
+    Raises:
+        UserError: there is none, or it is not valid.
+    """
+    try:
+        return kind.from_dict(read_json(run / CONFIG_FILE))
+    except UserError as error:
+        raise UserError(f"{str(run)!r} is no training run: {error}") from None
+
+
+def checkpoint_owner(folder: Path) -> Framework | None:
+    """Whose checkpoints a run's folder holds; None: it holds none yet."""
+    if any(folder.glob("checkpoint-*/")):
+        return "PyTorch"
+    if any(folder.glob("checkpoints/*/")):
+        return "JAX"
+    return None
+
+
+def check_folder(config: RunConfig, framework: Framework) -> bool:
+    """Whether the run's folder holds a run to go on with; nothing is touched.
+
+    Raises:
+        UserError: the folder is something else, or a run of the other framework.
+    """
+    folder = config.folder
+    if not folder.exists():
+        return False
+    if not folder.is_dir():
+        raise UserError(f"run_dir is {str(folder)!r}: that is a file")
+    owner = checkpoint_owner(folder)
+    # Not `checkpoint-*`: any project's Trainer writes such folders, beside any project's config.json.
+    made_by_converter = (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
+    ours = (folder / CONFIG_FILE).is_file() or made_by_converter
+    if not ours and not all(path.name.startswith((LOCK_FILE, f".{CONFIG_FILE}.")) for path in folder.iterdir()):
+        raise UserError(f"run_dir is {str(folder)!r}: the folder holds something else; pass another --run-dir")
+    if not ours or config.overwrite:
+        return False
+    if owner not in (None, framework):
+        raise UserError(
+            f"run_dir is {str(folder)!r}: it holds a {owner} run; hand it over with "
+            f"`{HAND_OVER[framework].format(run=folder)}`, or pass another --run-dir"
+        )
+    return True
+
+
+def check_resumable(config: RunConfig) -> None:
+    """Compare with the config in the run's folder.
+
+    Raises:
+        UserError: options that change the run's numbers have other values; all of them are named.
+    """
+    if (config.folder / CONFIG_FILE).is_file():
+        saved = read_config(config.folder, type(config)).to_dict()
+        saved |= {"data_streams": saved.get("data_streams") or 1} if "data_streams" in saved else {}
+    else:  # made by the converter: weights without a training history
+        model = read_json(config.folder / "config.json")
+        unset = {name for name in SPECIAL_TOKENS if model.get(name) is None}
+        model |= {name: getattr(config.model, name) for name in unset}  # a raw state_dict names no special tokens
+        saved = config.to_dict() | {"model": model}
+    if changed := changed_options(saved, config):
+        was = "; ".join(f"{name} is {shown(now)}, and the run has {shown(before)}" for name, before, now in changed)
+        raise UserError(
+            f"{was}: the run in {config.folder} cannot be resumed with "
+            f"{'that' if len(changed) == 1 else 'these'}; leave the option out, pass --overwrite to start over, or "
+            "another --run-dir"
+        )
+
+
+def prepare(config: Config, framework: Framework, lock: FolderLock, processes: int = 1) -> Prepared[Config]:
+    """Check everything before anything is computed or deleted, and write what identifies the run's folder.
+
+    Args:
+        config: as the user gave it.
+        framework: the one that trains.
+        lock: of the run's folder; it is taken here.
+        processes: that share the run; a new run then has as many data streams, unless the config says otherwise.
+
+    Raises:
+        UserError: the folder, the data, the tokenizer or a prompt does not fit the config.
+    """
+    check_folder(config, framework)  # before anything is written there
+    lock.take()
+    resumes = check_folder(config, framework)
+    file = config.folder / CONFIG_FILE
+    saved = read_json(file) if resumes and file.is_file() else {}
+    config = _with_run_facts(config, saved, processes)
+    source = open_source(config)
+    if config.data.revision is None:
+        config = config.with_options(data_revision=source.position.get("revision"))
+    if resumes and (config.folder / "tokenizer").is_dir():
+        tokenizer = load_tokenizer(str(config.folder / "tokenizer"))
+    elif config.data.tokenizer is not None:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+    else:
+        tokenizer = train_or_recall_tokenizer(source, config.model.vocab_size, config.data.source)
+    config = align(config, tokenizer)
+    if resumes:
+        check_resumable(config)
+    limit, sampling = config.model.max_position_embeddings, config.sampling
+    longest = max((len(encode_prompt(tokenizer, prompt)) for prompt in sampling.prompts), default=0)
+    if sampling.sample_tokens and longest >= limit:
+        raise UserError(
+            f"prompts has one of {longest} tokens: the position table of {limit} rows leaves no room after it; pass "
+            "shorter --prompts or --sample-tokens 0"
+        )
+    check_streams(config)
+    held_out = held_out_rows(config, tokenizer)
+    if not resumes:
+        _clear(config.folder)
+    # First what identifies the folder as ours: a process may be killed between any two lines.
+    write_json(file, config.to_dict())
+    write_json(config.folder / "config.json", config.model.to_dict())
+    if not (config.folder / "tokenizer").is_dir():
+        _save_tokenizer(tokenizer, config.folder / "tokenizer")
+    return Prepared(config, tokenizer, held_out, resumes)
+
+
+def _with_run_facts(config: Config, saved: dict[str, Any], processes: int) -> Config:
+    """What a run decides at its first start and then keeps, where the user does not say: streams, dataset commit."""
+    facts: dict[str, Any] = {}
+    if "data_streams" in config.options() and config.options()["data_streams"] is None:
+        facts["data_streams"] = (saved.get("data_streams") or 1) if saved else processes
+    if config.data.revision is None:
+        facts["data_revision"] = saved.get("data_revision")
+    return config.with_options(**facts)
+
+
+def _clear(folder: Path) -> None:
+    """Delete what an earlier run left; last the file that says whose folder it is, for a process may be killed."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+        if path.name.startswith(LOCK_FILE):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Whole or not at all: what a killed process left half written would be read as the run's tokenizer."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tokenizer-") as scratch:
+        made = Path(scratch) / folder.name
+        try:
+            tokenizer.save_pretrained(str(made))
+        except Exception as error:  # tokenizers hands on what the system says in words
+            if not (code := re.search(r"os error (\d+)", str(error))):
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from None
+        rename_durably(made, folder)

@@ -1,0 +1,240 @@
+"""Compute one step of a run again, and report where its first value that is not finite appears.
+
+python -m jaxllm.run.replay RUN STEP
+
+The run is repeated, without changing anything, from the newest checkpoint before that step: same weights, same batches,
+same dropout. Then everything that the step computes is checked in the order in which it is computed. On a mesh the
+steps before are computed as they were; the step itself is checked on one device, and may differ by rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from jaxllm.config import TrainConfig
+from jaxllm.data.stream import ProcessBatches
+from jaxllm.data.tokenizer import load_tokenizer
+from jaxllm.errors import UserError, exit_on_user_error
+from jaxllm.files import write_text_atomically
+from jaxllm.run.checkpoint import CheckpointReader, choose_checkpoint, oldest_step
+from jaxllm.run.lock import FolderLock
+from jaxllm.run.prepare import read_config
+from jaxllm.run.runtime import use_compilation_cache
+from jaxllm.train.placement import local_rows, on_one_device
+from jaxllm.train.state import TrainState
+from jaxllm.train.step import dropout_keys, gradients
+from jaxllm.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Array = jax.Array
+
+
+class Found(NamedTuple):
+    """A tensor of the step that holds values that are not finite."""
+
+    where: str
+    micro_batch: int | None
+    row: int | None
+    token: int | None  # of the row
+    tokens: int | None  # number of tokens of the micro-batch with such values
+
+
+@dataclass(frozen=True)
+class ReplayArgs:
+    """Compute one step of a run again, and report where its first value that is not finite appears."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run."""
+    step: Annotated[int, tyro.conf.Positional]
+    """Number of the step, from 1."""
+
+    def __post_init__(self) -> None:
+        if self.step < 1:
+            raise UserError(f"step is {self.step}: it must be a step of the run, from 1")
+
+
+def replay(folder: Path, step: int) -> None:
+    """Replay a step of the run in a folder.
+
+    Prints what it finds and writes RUN/replay/STEP/: `batch.safetensors` (`labels`, (A,B,T) int32), `report.json`.
+
+    Raises:
+        UserError: there is no such run, no checkpoint before that step is left, or the step is beyond the run's end.
+    """
+    config = read_config(folder, TrainConfig).with_options(run_dir=folder)
+    if step > config.schedule.steps:
+        raise UserError(f"step is {step}: the run in {folder} has {config.schedule.steps} steps")
+    with FolderLock(folder) as lock:
+        lock.take()
+        oldest, saved = oldest_step(folder), choose_checkpoint(folder, before=step).step
+        if saved is None and oldest is not None:
+            raise UserError(
+                f"step is {step}: the oldest checkpoint that is left is that of step {oldest}, pass a later step"
+            )
+        tokenizer = load_tokenizer(str(folder / "tokenizer"))
+        _replay(config, tokenizer, step, saved)
+
+
+def _replay(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, step: int, saved: int | None) -> None:
+    trainer = Trainer(config)
+    stream = ProcessBatches(config, tokenizer, *local_rows(config))
+    if saved is None:
+        state = trainer.init()
+    else:
+        reader = CheckpointReader(config.folder, saved)
+        state, resumed = reader.state(config, trainer.placement.state_shardings(config))
+        state = trainer.placement.shard(state)
+        if resumed is not None:
+            stream.seek(resumed.positions)
+    print(f"Replaying step {step} of {config.folder} from step {saved or 0}")
+    if steps := range((saved or 0) + 1, step):
+        for _ in tqdm(steps, unit="step", dynamic_ncols=True):
+            state, _ = trainer.step(state, stream.next_rows(config.data.grad_accum))
+    labels = stream.next_rows(config.data.grad_accum).reshape(config.data.grad_accum, -1, config.data.seq_len)
+    found, loss = examine(
+        config, trainer.graph, on_one_device(trainer.placement.layout, trainer.unshard(state)), labels
+    )
+    _report(config, tokenizer, step, labels, found, loss)
+
+
+def examine(
+    config: TrainConfig, graph: nnx.GraphDef, state: TrainState, labels: np.ndarray
+) -> tuple[list[Found], float]:
+    """What of a step on labels (A,B,T) is not finite, in the order in which it is made; and the step's loss."""
+    found: list[Found] = []
+    for index, micro in enumerate(labels):
+        for where, bad in _in_order(_forward(config, graph, state, micro, index)):
+            if bad.any():
+                row, token = np.argwhere(bad)[0].tolist()
+                found.append(Found(where, index, row, token, int(bad.sum())))
+    grads, loss, _ = jax.jit(functools.partial(gradients, config, graph))(state, labels)
+    if not np.isfinite(loss):
+        found.append(Found("loss", None, None, None, None))
+    found += [Found(f"gradient of {name}", None, None, None, None) for name in _bad_leaves(grads)]
+    norms = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)))
+    if np.isfinite(loss) and not np.isfinite(norms) and not any(f.where.startswith("gradient") for f in found):
+        found.append(Found("gradient norm (the sum of the squares is too large for float32)", None, None, None, None))
+    return found, float(loss)
+
+
+PARTS = ("input norm", "attention", "post-attention norm", "router scores", "experts", "residual")
+"""What a layer makes, in that order."""
+
+
+class _Bad(NamedTuple):
+    """In which tokens the tensors of a forward pass on (B,T) are not finite."""
+
+    embeddings: Array  # (B,T)
+    layers: list[Array]  # of PARTS, each (L,B,T)
+    final_norm: Array  # (B,T)
+    logits: Array  # (B,T)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward(config: TrainConfig, graph: nnx.GraphDef, state: TrainState, micro: Array, index: Array) -> _Bad:
+    """The forward pass of micro-batch `index` on its labels (B,T), as the step computes it."""
+    model = nnx.merge(graph, state.params, state.routing_bias)
+    ids = jnp.maximum(micro, 0)
+    keys = dropout_keys(config, state, index, rows=len(micro), local_rows=jnp.arange(len(micro)))
+    x, aux = model.hidden_states(ids, dropout_keys=keys, keep_trace=True)
+    trace = aux.trace
+    parts = (
+        trace.input_norm, trace.attention, trace.post_attn_norm, trace.routing.scores, trace.mixture, trace.residual,
+    )  # fmt: skip
+
+    def bad(tensor: Array) -> Array:  # (...,B,T,D) or (...,B*T,D) -> (...,B,T)
+        layers = (config.model.num_hidden_layers,) if any(tensor is part for part in parts) else ()
+        return ~jnp.isfinite(tensor).reshape(*layers, *ids.shape, -1).all(-1)
+
+    return _Bad(
+        bad(model.embed(ids, jnp.arange(ids.shape[1])[None])),
+        [bad(part) for part in parts],
+        bad(model.apply_final_norm(x)),
+        # row by row: the logits of a whole micro-batch may not fit
+        jax.lax.map(lambda row: ~jnp.isfinite(model.logits(row[None])[0]).all(-1), x),
+    )
+
+
+def _in_order(bad: _Bad) -> Iterator[tuple[str, np.ndarray]]:
+    """Each tensor's name with its tokens (B,T), in the order in which they are made."""
+    bad = jax.tree.map(np.asarray, bad)
+    yield "embeddings", bad.embeddings
+    for layer in range(len(bad.layers[0])):
+        yield from ((f"layer {layer}: {part}", rows[layer]) for part, rows in zip(PARTS, bad.layers, strict=True))
+    yield "final norm", bad.final_norm
+    yield "logits", bad.logits
+
+
+def _bad_leaves(grads: Any) -> list[str]:
+    """Names of the parameters whose gradient is not finite, in the order of the backward pass: the head first."""
+    names = []
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        keys = [str(getattr(key, "key", key)) for key in path]
+        if keys[0] == "decoder_layers":
+            finite = np.asarray(jnp.isfinite(grad).reshape(len(grad), -1).all(-1))  # (L,)
+            names += [(1 + int(layer), ".".join([keys[0], str(layer), *keys[1:]])) for layer in np.flatnonzero(~finite)]
+        elif not bool(jnp.isfinite(grad).all()):
+            names.append((0 if keys[0].endswith("embeddings") else 1 << 30, ".".join(keys)))
+    return [name for _, name in sorted(names, key=lambda found: -found[0])]
+
+
+def _report(
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    step: int,
+    labels: np.ndarray,
+    found: list[Found],
+    loss: float,
+) -> None:
+    folder = config.folder / "replay" / str(step)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"labels": np.ascontiguousarray(labels, np.int32)}, folder / "batch.safetensors")
+    text = None
+    print(f"Step {step}: loss {loss}")
+    if not found:
+        print("Everything in it is finite")
+    else:
+        first = found[0]
+        place = ""
+        if first.row is not None:
+            row = labels[first.micro_batch, first.row]
+            text = tokenizer.decode(row[max(0, first.token - 8) : first.token + 1].tolist())
+            place = (
+                f", micro-batch {first.micro_batch}, row {first.row}, token {first.token} "
+                f"(id {row[first.token]}, after {text!r}), and at {first.tokens} tokens in all"
+            )
+        print(f"The first value that is not finite: {first.where}{place}")
+        for other in found[1:]:
+            print(f"  then {other.where}")
+    report = {
+        "step": step, "loss": str(loss), "first_at_text": text, "nonfinite": [f._asdict() for f in found],
+    }  # fmt: skip
+    write_text_atomically(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    print(f"The batch and this report are in {folder}")
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    args = tyro.cli(ReplayArgs, args=argv, prog="python -m jaxllm.run.replay")
+    use_compilation_cache()
+    replay(args.run, args.step)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

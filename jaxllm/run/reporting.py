@@ -1,0 +1,128 @@
+"""What a run tells its user besides its log: the lines at its start and end, the picture of its losses, the samples.
+
+Imports neither JAX nor PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxllm.config import RunConfig
+from jaxllm.data.tokenizer import encode_prompt
+from jaxllm.model import flops
+from jaxllm.run.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def announce(config: RunConfig, parameters: int, tree: str, device: str) -> None:
+    """What a run says first: the model's size and tree, and what will be done where."""
+    model = config.model
+    active = sum(flops.active_parameters(model).values())
+    print(f"Model parameters: {parameters / 1e6:.2f}M")
+    print(
+        f"Active parameters: {active / 1e6:.2f}M (of the {model.n_routed_experts} routed experts the "
+        f"{model.num_experts_per_tok} that a token uses; embeddings count whole)"
+    )
+    print(tree)
+    print(
+        f"Training for {config.schedule.steps} steps of {config.tokens_per_step} tokens in {config.precision} on "
+        f"{device}; everything goes to {config.folder}"
+    )
+
+
+def announce_speed(config: RunConfig, peak_tflops: float, compile_seconds: float | None) -> None:
+    """What the log's speed columns are held against."""
+    full, causal = (
+        flops.training_flops_per_token(config.model, config.data.seq_len, attention) / 1e6
+        for attention in ("full", "causal")
+    )
+    if compile_seconds is not None:
+        print(f"Compiled in {compile_seconds:.1f} s")
+    print(
+        f"Model FLOPs of a training token: {full:.4g}M with attention counted full (T x T), {causal:.4g}M with its "
+        f"causal half; MFU is their share of {peak_tflops:.4g} TFLOP/s "
+        f"({'measured on' if config.logging.peak_tflops is None else 'given for'} {config.precision} matrix products)"
+    )
+
+
+def announce_finished(steps_done: int) -> None:
+    print(f"The run has its {steps_done} steps: pass --steps MORE to go on, or --overwrite to start anew.")
+
+
+def unigram_loss(rows: np.ndarray) -> float:
+    """Cross-entropy, in nats, of the best possible unigram model of these rows: the entropy of their targets' counts.
+
+    No model that ignores the context can do better on them, whatever it was trained on.
+    """
+    counts = np.bincount(rows[:, 1:].reshape(-1))
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def draw_losses(folder: Path, unigram: float | None = None) -> None:
+    """Draw `loss.png`: training and evaluation loss, and the learning rate, over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = read_metrics(folder)
+    train = [record for record in records if record.get("loss") is not None]
+    evaluated = [record for record in records if record.get("eval_loss") is not None]
+    figure, (loss_axis, rate_axis) = plt.subplots(
+        2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), layout="constrained"
+    )
+    loss_axis.plot([r["step"] for r in train], [r["loss"] for r in train], label="training")
+    if evaluated:
+        loss_axis.plot([r["step"] for r in evaluated], [r["eval_loss"] for r in evaluated], "o-", label="evaluation")
+    if unigram is not None:
+        loss_axis.axhline(unigram, color="gray", linestyle=":", label="best unigram model")
+    loss_axis.set(ylabel="cross-entropy (nats per token)")
+    loss_axis.grid(alpha=0.3)
+    loss_axis.legend()
+    rate_axis.plot([r["step"] for r in train], [r["learning_rate"] for r in train], color="tab:green")
+    rate_axis.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    rate_axis.grid(alpha=0.3)
+    figure.savefig(folder / "loss.png", dpi=100)
+    plt.close(figure)
+
+
+def conclude(config: RunConfig, held_out: np.ndarray, eval_loss: float, skipped_rows: int) -> None:
+    """What a run says of its result, and the picture of its losses."""
+    if skipped_rows:
+        print(f"{skipped_rows} rows of the data held no text and were skipped")
+    unigram = unigram_loss(held_out)
+    print(f"Evaluation loss {eval_loss:.4f} nats per token; the best possible unigram model has {unigram:.4f}")
+    draw_losses(config.folder, unigram)
+
+
+def write_samples(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    generate: Callable[[list[list[int]], int], list[list[int]]],
+) -> None:
+    """Continue the config's prompts, print them, and keep them in `samples.md`; nothing where it asks for none.
+
+    Args:
+        config: its `prompts`, `sample_tokens` and folder are used.
+        tokenizer: of the run.
+        generate: given prompts as token ids and the most tokens to add, returns the new tokens of each.
+    """
+    if not (config.sampling.sample_tokens and config.sampling.prompts):
+        return
+    prompts = [encode_prompt(tokenizer, prompt) for prompt in config.sampling.prompts]
+    room = config.model.max_position_embeddings - max(len(prompt) for prompt in prompts)
+    new = generate(prompts, min(config.sampling.sample_tokens, room))
+    sections = []
+    for prompt, tokens in zip(config.sampling.prompts, new, strict=True):
+        text = prompt + tokenizer.decode(tokens)
+        print(f"\nPrompt: {prompt}\nGenerated Text: {text}")
+        fence = "`" * 4
+        sections.append(f"## {prompt.strip()!r}\n\n{fence}\n{text}\n{fence}\n")
+    (config.folder / "samples.md").write_text("\n".join(sections), encoding="utf-8")

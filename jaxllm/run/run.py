@@ -1,0 +1,332 @@
+"""A run of train.py: its folder and lock, its data, history and checkpoints, and what happens around its steps."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxllm.config import TrainConfig
+from jaxllm.data.sources import open_source
+from jaxllm.data.stream import Batch, Prefetcher, ProcessBatches
+from jaxllm.data.tokenizer import load_tokenizer
+from jaxllm.errors import Stopped, UserError
+from jaxllm.model import flops
+from jaxllm.model.kernels import describe_kernels
+from jaxllm.model.summary import module_tree
+from jaxllm.run.checkpoint import CheckpointReader, choose_checkpoint, delete_unfinished, quarantine
+from jaxllm.run.checkpoint_writer import CheckpointWriter, check_room
+from jaxllm.run.evaluation import Evaluator
+from jaxllm.run.history import History
+from jaxllm.run.lock import FolderLock
+from jaxllm.run.metrics import NoLog, RunLog, end_record, step_record, write_metrics
+from jaxllm.run.monitor import NotFiniteError, StepMonitor
+from jaxllm.run.prepare import Prepared, prepare
+from jaxllm.run.processes import (
+    abort_if_multiprocess,
+    all_check,
+    all_min,
+    all_positions,
+    all_sum,
+    barrier,
+    is_primary,
+    num_processes,
+    primary_result,
+    silence_non_primary,
+)
+from jaxllm.run.reporting import announce, announce_finished, announce_speed, conclude
+from jaxllm.run.runtime import device_name, measured_peak_tflops, peak_memory
+from jaxllm.run.signals import StopRequest, stop_on_signals
+from jaxllm.run.throughput import Meter
+from jaxllm.train.placement import local_rows
+from jaxllm.train.state import TrainState
+from jaxllm.train.step import StepMetrics
+from jaxllm.train.trainer import Trainer
+
+
+class Run:
+    """One start of a run: from a new folder, or from the newest checkpoint in it.
+
+    `open` prepares it and cleans up after it. Then `restore`, `batches`, and for each batch `add_step` and what is due;
+    at the end `finish`.
+
+    Attributes:
+        config: the run's, aligned with the tokenizer.
+        tokenizer: the run's.
+        step: steps done.
+    """
+
+    def __init__(self, prepared: Prepared[TrainConfig], resume_step: int | None):
+        self.config, self.tokenizer, self._held_out, _ = prepared
+        self.step = 0
+        self._resume_step = resume_step
+        self._stream = ProcessBatches(self.config, self.tokenizer, *local_rows(self.config))
+        self._history = History()
+        self._cleanup = contextlib.ExitStack()
+        self._stop = StopRequest()
+        self._started = self._stop_after_step = False
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, config: TrainConfig) -> Iterator[Run]:
+        """Lock and prepare the folder of a run, and release everything at the end.
+
+        Raises:
+            UserError: the folder, the data, the tokenizer or a prompt does not fit the config, or all checkpoints are
+                damaged; before anything is deleted.
+        """
+        with silence_non_primary(), FolderLock(config.folder) as lock:
+            run = cls(*_prepare_together(config, lock))
+            try:
+                with run._cleanup:
+                    yield run
+            except BaseException as error:
+                if not isinstance(error, Stopped):
+                    abort_if_multiprocess(error)
+                raise
+
+    def restore(self, trainer: Trainer) -> TrainState | None:
+        """The state of the checkpoint that the run resumes from; None for a new run."""
+        if self._resume_step is None:
+            return None
+        reader = CheckpointReader(self.config.folder, self._resume_step)
+        state, resumed = reader.state(self.config, trainer.placement.state_shardings(self.config))
+        self.step = int(state.step)
+        if resumed is not None:
+            self._stream.seek(resumed.positions)
+            self._history = resumed.history
+        print(f"Resuming from step {self.step} of {self.config.folder}")
+        return trainer.placement.shard(state)
+
+    def batches(self, trainer: Trainer, state: TrainState) -> Iterator[Batch]:
+        """The batches of the steps to come, this process's rows of them; ends at `steps`, or when a signal asks.
+
+        Before the first one, the run's facts are printed and the programs are compiled.
+        """
+        config = self.config
+        announce(config, sum(flops.parameters(config.model).values()), module_tree(config.model), device_name())
+        print(f"Layout: {trainer.placement.describe()}")
+        print(f"Kernels: {describe_kernels(config.model, config.precision)}")
+        if self.step >= config.schedule.steps:
+            announce_finished(self.step)
+            if self._history.records and is_primary():
+                write_metrics(config.folder, self._history.records)
+            return
+        check_room(config)
+        self._start(trainer)
+        self.evaluate(trainer, state)  # the evaluation that a signal interrupted before this start
+        while not (self.finished or self._stopped):
+            if (batch := self._prefetcher.take(lambda: self._stop.at_once)) is not None:
+                yield batch
+
+    def _start(self, trainer: Trainer) -> None:
+        config, checkpoint = self.config, self.config.checkpoint
+        # measured before anything else is busy
+        peak = config.logging.peak_tflops or measured_peak_tflops(config.precision)
+        self._peak_tflops = trainer.placement.layout.devices * peak
+        self._position, self._progress = self._stream.position(), self._stream.progress()
+        self._prefetcher = Prefetcher(self._stream, config.data.grad_accum)  # fills while the programs are compiled
+        self._cleanup.callback(self._prefetcher.close)
+        self._compile_seconds = trainer.compile()
+        self._evaluator = Evaluator(trainer, self._held_out)
+        barrier("compiled")
+        announce_speed(config, self._peak_tflops, self._compile_seconds)
+        if is_primary():
+            self._log = RunLog(config.folder, self._history, self.step, config.schedule.steps)
+        else:
+            self._log = NoLog(self._history)
+        self._cleanup.push(self._close_log)
+        # an interrupted run keeps the checkpoint that is being written
+        self._writer = CheckpointWriter(
+            config.folder, keep=checkpoint.keep_checkpoints, keep_every=checkpoint.keep_every
+        )
+        self._cleanup.push(self._close_writer)
+        self._monitor = StepMonitor(self._history, self._log, checkpoint.max_nonfinite)
+        self._first_step = self._logged_step = self._saved_step = self.step
+        self._meter = Meter(config, self._peak_tflops, lambda: self._prefetcher.waited)
+        self._stop = self._cleanup.enter_context(stop_on_signals())
+        self._started = True
+
+    def _close_log(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        with contextlib.suppress(OSError) if error is not None else contextlib.nullcontext():
+            self._log.close()
+
+    def _close_writer(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        # Other errors may have occurred in one process only: there the others are not waited for.
+        if error is None or isinstance(error, NotFiniteError | Stopped) or num_processes() == 1:
+            self._writer.close()
+
+    def add_step(self, batch: Batch, metrics: StepMetrics) -> None:
+        """Count a step that was handed to the device, and enter those that it has computed.
+
+        Raises:
+            NotFiniteError: `max_nonfinite` steps in a row were not finite.
+        """
+        self.step += 1
+        self._monitor.add(self.step, metrics, self._position)
+        self._position, self._progress = batch.position, batch.progress
+        self._log.bar.update()
+        self._stop_after_step = self._stop.after_step(self.step)
+        due = self._stopped or self.log_due or self.evaluation_due or self.save_due
+        self._monitor.flush(max_pending=0 if due else 1)
+
+    @property
+    def _stopped(self) -> bool:
+        """Whether a signal asked to stop here."""
+        return self._stop_after_step or self._stop.at_once
+
+    @property
+    def log_due(self) -> bool:
+        return self._due(self.config.logging.log_every)
+
+    @property
+    def evaluation_due(self) -> bool:
+        return self._due(self.config.logging.eval_every)
+
+    @property
+    def save_due(self) -> bool:
+        return self._stopped or self._due(self.config.checkpoint.save_every)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.step == self.config.schedule.steps
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.finished
+
+    def log(self, metrics: StepMetrics) -> None:
+        """Write the training line of this step."""
+        self._log.write(
+            step_record(
+                loss=self._history.pop_mean_loss(),
+                grad_norm=float(metrics.grad_norm),
+                learning_rate=float(metrics.learning_rate),
+                epoch=self._epoch(),
+                step=self.step,
+                expert_load=float(metrics.expert_load),
+                speed=self._meter.lap(self.step - self._logged_step),
+                memory=peak_memory(),
+            )
+        )
+        self._logged_step = self.step
+
+    def evaluate(self, trainer: Trainer, state: TrainState) -> None:
+        """Evaluate at this step if that is due and not done. A signal interrupts it; the next start repeats it."""
+        if self.step == 0 or not self.evaluation_due or str(self.step) in self._history.evaluations:
+            return
+        record = self._evaluator(state, self._epoch(), self.step, lambda: not self.finished and self._stop.at_once)
+        if record is not None:
+            self._log.write(record)
+            self._meter.exclude(record["eval_runtime"])
+
+    def log_totals(self) -> None:
+        """Write the last line of the run."""
+        steps_done = self.step - self._first_step
+        seconds, speed = self._meter.whole(steps_done)
+        self._log.write(
+            end_record(
+                self.config,
+                seconds=seconds,
+                steps_done=steps_done,
+                loss=self._history.mean_loss(),
+                epoch=self._epoch(),
+                nonfinite_steps=self._history.nonfinite_steps,
+                speed=speed,
+                memory=peak_memory(),
+                peak_tflops=self._peak_tflops,
+                compile_seconds=self._compile_seconds,
+            )
+        )
+
+    def save(self, trainer: Trainer, state: TrainState) -> None:
+        """Save this step in the background, unless it is saved already."""
+        self._monitor.flush(max_pending=0)  # the history that is saved includes this step
+        if self.step > self._saved_step:
+            self._writer.save(self.step, trainer.unshard(state), all_positions(self._position), self._history)
+            self._saved_step = self.step
+
+    def finish(self, trainer: Trainer, state: TrainState) -> None:
+        """Save what is not saved, wait for it, and report the result.
+
+        Raises:
+            Stopped: a signal stopped the run before its end.
+        """
+        if self._started:
+            self.save(trainer, state)
+            self._writer.wait()
+        self._cleanup.close()  # the progress bar would be drawn among the lines to come
+        if self._stopped and not self.finished:
+            raise Stopped(
+                f"stopped after step {self.step} of {self.config.schedule.steps}, and saved: the same command "
+                f"{'without --overwrite ' if self.config.overwrite else ''}resumes from there",
+                code=self._stop.exit_code,
+            )
+        skipped_rows = all_sum(self._stream.skipped_rows)
+        if is_primary() and self._history.records:
+            conclude(self.config, self._held_out, self._history.last_evaluation(), skipped_rows)
+
+    def _epoch(self) -> float:
+        """Passes over the data, of the slowest stream; over the steps where the data has no known size."""
+        return self.step / self.config.schedule.steps if self._progress is None else all_min(self._progress)
+
+
+def _prepare_together(config: TrainConfig, lock: FolderLock) -> tuple[Prepared[TrainConfig], int | None]:
+    """`prepare` for all processes: the primary one does it, the others read what it has written.
+
+    Returns:
+        What was prepared, and the step of the checkpoint to resume from; None: from the start.
+
+    Raises:
+        UserError: as `prepare` and `choose_checkpoint`; or a process does not see the data or the run's folder.
+    """
+
+    def prepare_and_choose() -> tuple[Prepared[TrainConfig], int | None]:
+        made = prepare(config, "JAX", lock, num_processes())
+        if not made.resumes:
+            return made, None
+        chosen = choose_checkpoint(config.folder, strict=config.checkpoint.strict)
+        quarantine(config.folder, chosen.damaged)
+        delete_unfinished(config.folder)
+        return made, chosen.step
+
+    if num_processes() == 1:
+        return prepare_and_choose()
+    all_check(lambda: open_source(config))
+    folder = config.folder.absolute().parent
+    token = Path(primary_result(lambda: _create_token(folder)))
+
+    def check_folder() -> None:
+        if not token.is_file():
+            raise UserError(f"run_dir is {str(config.folder)!r}: it must be on a disk that all processes share")
+
+    try:
+        all_check(check_folder)
+    finally:
+        if is_primary():
+            token.unlink()
+
+    def work() -> dict[str, Any]:
+        made, step = prepare_and_choose()
+        held_out = made.held_out.tolist()
+        return {"config": made.config.to_dict(), "held_out": held_out, "resumes": made.resumes, "step": step}
+
+    made = primary_result(work)
+    config = TrainConfig.from_dict(made["config"])
+    tokenizer = load_tokenizer(str(config.folder / "tokenizer"))
+    return Prepared(config, tokenizer, np.asarray(made["held_out"], np.int32), made["resumes"]), made["step"]
+
+
+def _create_token(folder: Path) -> str:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".jaxllm-", dir=folder)
+    except OSError as error:
+        raise UserError(f"run_dir: nothing can be written to {folder}: {error.strerror}") from None
+    os.close(handle)
+    return name

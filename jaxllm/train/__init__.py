@@ -1,0 +1,1 @@
+"""One training step: loss, optimizer, state, the step itself, and the devices that compute it."""

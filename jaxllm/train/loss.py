@@ -1,0 +1,105 @@
+"""Next-token cross-entropy in float32, a chunk of tokens at a time: the (N, V) logits never exist at once."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+IGNORED = -100
+"""Label of a position that is no target, as in PyTorch and transformers."""
+
+CHUNK_ROWS = 1024
+"""Tokens of one chunk: enough to amortise reading lm_head, few enough that 49,152 logits of each take 192 MiB."""
+
+
+def next_token_targets(labels: Array) -> Array:
+    """Shift labels, once: position t is scored on label t+1, the last position on nothing. (B,T) -> (B,T)."""
+    return jnp.concatenate([labels[:, 1:], jnp.full_like(labels[:, :1], IGNORED)], axis=1)
+
+
+def count_targets(labels: Array) -> Array:
+    """How many positions of (..., T) labels are scored."""
+    return (labels[..., 1:] != IGNORED).sum()
+
+
+@jax.custom_vjp
+def summed_cross_entropy(hidden: Array, weight: Array, bias: Array, targets: Array) -> Array:
+    """Sum of the cross-entropies of `hidden @ weight + bias` over the targets that are not ignored.
+
+    Args:
+        hidden: (N, D), in the compute dtype.
+        weight, bias: (D, V), (V,), float32 masters of lm_head.
+        targets: (N,) int.
+
+    Returns:
+        A float32 scalar (float64 in a float64 model), in nats.
+    """
+    return _scan_chunks(hidden, weight, bias, targets, with_grads=False)[0]
+
+
+def _forward(hidden: Array, weight: Array, bias: Array, targets: Array):
+    return _scan_chunks(hidden, weight, bias, targets, with_grads=True)
+
+
+def _backward(grads, d_loss: Array):
+    d_hidden, d_weight, d_bias = grads
+    return (d_hidden * d_loss).astype(d_hidden.dtype), d_weight * d_loss, d_bias * d_loss, None
+
+
+summed_cross_entropy.defvjp(_forward, _backward)
+
+
+def _scan_chunks(hidden: Array, weight: Array, bias: Array, targets: Array, *, with_grads: bool):
+    """The loss, and its gradients while the chunk's logits are at hand: the backward pass only has to scale them."""
+    N, D = hidden.shape
+    rows = min(N, CHUNK_ROWS)
+    chunks = -(-N // rows)
+    hidden_chunks = jnp.pad(hidden, ((0, chunks * rows - N), (0, 0))).reshape(chunks, rows, D)
+    target_chunks = jnp.pad(targets, (0, chunks * rows - N), constant_values=IGNORED).reshape(chunks, rows)
+    compute_weight = weight.astype(hidden.dtype)
+    chunk = functools.partial(_chunk, compute_weight, bias, with_grads)
+
+    zero = jnp.zeros((), weight.dtype)
+    if not with_grads:
+        return jax.lax.scan(lambda loss, c: (loss + chunk(*c)[0], None), zero, (hidden_chunks, target_chunks))[0], None
+
+    def body(total, c):
+        loss, d_hidden, d_weight, d_bias = chunk(*c)
+        return (total[0] + loss, total[1] + d_weight, total[2] + d_bias), d_hidden
+
+    if chunks == 1:  # no accumulator beside the gradient
+        loss, d_hidden, d_weight, d_bias = chunk(hidden_chunks[0], target_chunks[0])
+    else:
+        start = (zero, jnp.zeros_like(weight), jnp.zeros_like(bias))
+        (loss, d_weight, d_bias), d_hidden = jax.lax.scan(body, start, (hidden_chunks, target_chunks))
+    return loss, (d_hidden.reshape(-1, D)[:N], d_weight, d_bias)
+
+
+def _chunk(weight: Array, bias: Array, with_grads: bool, hidden: Array, targets: Array):
+    """One chunk: weight (D,V) in the compute dtype, hidden (rows,D), targets (rows,)."""
+    acc_dtype = bias.dtype
+    logits = jnp.matmul(hidden, weight, preferred_element_type=acc_dtype) + bias  # (rows,V)
+    scored = targets != IGNORED
+    safe = jnp.where(scored, targets, 0)
+    at_target = jnp.take_along_axis(logits, safe[:, None], axis=-1)[:, 0]
+    largest = logits.max(axis=-1)
+    # Sums over V or over rows are products with a vector: XLA's own take up to forty times as long on a CPU.
+    # They are no matrix products that may be rounded to TF32 or bfloat16, hence the precision.
+    exps = jnp.exp(logits - largest[:, None])  # (rows,V)
+    total = jnp.matmul(exps, jnp.ones(exps.shape[-1], acc_dtype), precision=jax.lax.Precision.HIGHEST)  # (rows,)
+    loss = jnp.where(scored, jnp.log(total) + largest - at_target, 0).sum()
+    if not with_grads:
+        return loss, None, None, None
+    # (rows,V): p - 1 at the target and p elsewhere, times the sum. Dividing (rows, D) on either side of the products by
+    # it saves a pass over (rows, V), and so does adding in place instead of a one-hot.
+    unscaled = exps.at[jnp.arange(safe.size), safe].add(-total, unique_indices=True, indices_are_sorted=True)
+    scale = jnp.where(scored, 1 / total, 0)
+    narrow = unscaled.astype(hidden.dtype)
+    d_hidden = jnp.matmul(narrow, weight.T) * scale[:, None]
+    d_weight = jnp.matmul((hidden * scale[:, None]).astype(hidden.dtype).T, narrow, preferred_element_type=acc_dtype)
+    d_bias = jnp.matmul(scale, unscaled, precision=jax.lax.Precision.HIGHEST)
+    return loss, d_hidden.astype(hidden.dtype), d_weight, d_bias

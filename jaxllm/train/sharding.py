@@ -1,0 +1,54 @@
+"""The mesh that a config asks for, and where it keeps what has a PartitionSpec."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxllm.config import AXES, TrainConfig
+from jaxllm.errors import UserError
+from jaxllm.model.layout import Layout
+
+Pytree = Any
+
+
+def make_mesh(devices: Sequence[jax.Device], **sizes: int) -> Layout:
+    """A layout on these devices; axes that are not named have one."""
+    layout = Layout(**sizes)
+    shape = tuple(getattr(layout, axis) for axis in AXES)
+    return dataclasses.replace(layout, mesh=Mesh(np.asarray(devices).reshape(shape), AXES))
+
+
+def choose_mesh(config: TrainConfig) -> Layout:
+    """The mesh that a config asks for, on the devices here.
+
+    Raises:
+        UserError: there are too few devices; or several processes are to run something else than a mesh of all.
+    """
+    devices, wanted, axes = jax.devices(), config.mesh.devices, config.mesh.axes
+    if jax.process_count() > 1:
+        devices = sorted(devices, key=lambda device: (device.process_index, device.id))
+        if wanted != len(devices):
+            raise UserError(
+                f"mesh is {axes!r}: {jax.process_count()} processes run one step on a mesh of all their "
+                f"{len(devices)} devices, such as --mesh data={len(devices)}"
+            )
+    if wanted > len(devices):
+        raise UserError(
+            f"mesh is {axes!r}: it needs {wanted} devices, and {len(devices)} "
+            f"{'is' if len(devices) == 1 else 'are'} here; pass a smaller --mesh "
+            f"(to simulate more on a CPU: JAX_NUM_CPU_DEVICES={wanted})"
+        )
+    return make_mesh(devices[:wanted], **config.mesh.sizes)
+
+
+def shardings(layout: Layout, specs: Pytree) -> Pytree:
+    """Where the mesh of a layout keeps arrays with these specs."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(layout.mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )

@@ -1,0 +1,64 @@
+"""The state of a training run: what a step changes, and where a mesh keeps it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from jaxllm.config import RunConfig
+from jaxllm.model.decoder import CustomLLM, abstract_model, model_facts, split_model
+from jaxllm.model.layout import Layout
+from jaxllm.train.optim import AdamState
+
+Array = jax.Array
+Pytree = Any
+
+
+class TrainState(NamedTuple):
+    """All that a step changes; a plain pytree of arrays."""
+
+    params: Pytree  # nested dict of float32 masters, stacked over layers and experts
+    routing_bias: Pytree  # nested dict with one (L,E) leaf
+    opt_state: AdamState
+    step: Array  # () int32, steps done, including those that were not finite and changed nothing else
+    dropout_key: Array  # raw key data, uint32; each step and micro-batch folds its number in
+
+
+def init_state(config: RunConfig) -> TrainState:
+    """A new run: fresh weights, zero moments, step 0."""
+    model_key, _ = jax.random.split(jax.random.key(config.seed))
+    _, params, routing_bias = split_model(CustomLLM(config.model, rngs=nnx.Rngs(params=model_key)))
+    return start_state(config, params, routing_bias)
+
+
+def start_state(config: RunConfig, params: Pytree, routing_bias: Pytree) -> TrainState:
+    """Step 0 on given weights."""
+    return TrainState(
+        params=params,
+        routing_bias=routing_bias,
+        opt_state=AdamState.zeros(params),
+        step=jnp.zeros((), jnp.int32),
+        dropout_key=dropout_key(config),
+    )
+
+
+def abstract_state(config: RunConfig) -> TrainState:
+    """The state's shapes: takes no memory."""
+    _, params, routing_bias = abstract_model(config.model)
+    return jax.eval_shape(lambda: start_state(config, params, routing_bias))
+
+
+def dropout_key(config: RunConfig) -> Array:
+    """The raw key data from which all dropout of a run is drawn; it follows from the seed."""
+    return jax.random.key_data(jax.random.split(jax.random.key(config.seed))[1])
+
+
+def state_specs(config: RunConfig, layout: Layout) -> TrainState:
+    """The PartitionSpec of each array of the state: moments are cut like their parameters."""
+    params, routing_bias = jax.tree.map(lambda facts: layout.parameter_spec(facts.axes), model_facts(config.model))
+    whole = PartitionSpec()
+    return TrainState(params, routing_bias, AdamState(whole, params, params), step=whole, dropout_key=whole)

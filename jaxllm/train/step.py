@@ -1,0 +1,181 @@
+"""The one pure training step. Everything that runs it (jit, pmap, accumulation) wraps this function."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from jaxllm.config import RunConfig
+from jaxllm.model.decoder import CustomLLM, abstract_model, model_facts
+from jaxllm.model.layout import ONE_DEVICE, Layout
+from jaxllm.model.moe import updated_routing_bias
+from jaxllm.train.loss import count_targets, next_token_targets, summed_cross_entropy
+from jaxllm.train.optim import adamw_update, learning_rate, tree_where
+from jaxllm.train.state import TrainState, state_specs
+
+Array = jax.Array
+Pytree = Any
+
+
+class StepMetrics(NamedTuple):
+    loss: Array  # () mean cross-entropy over the targets of the global batch, nats
+    grad_norm: Array  # () global norm before clipping
+    learning_rate: Array  # () set for the next update, as the source's log shows it
+    expert_load: Array  # () tokens of the fullest expert over the mean, the worst layer; 1 is even
+
+
+def model_graph(config: RunConfig, platform: str | None = None) -> nnx.GraphDef:
+    """The static part of the model that this run trains, with a platform's kernels (None: those of the device here)."""
+    return abstract_model(config.model, dtype=jnp.dtype(config.precision), remat=config.remat, platform=platform)[0]
+
+
+def gradients(
+    config: RunConfig,
+    graph: nnx.GraphDef,
+    state: TrainState,
+    labels: Array,
+    experts: Array | None = None,
+    layout: Layout = ONE_DEVICE,
+) -> tuple[Pytree, Array, Array]:
+    """Gradient of the mean loss over all micro-batches, and over all devices.
+
+    On several devices this is what each of them does: the state is its part, B are its own rows, and what is returned
+    are its part of the gradient and the sums of all devices.
+
+    Args:
+        config, graph, layout: static.
+        state: its parameters, routing bias, step and dropout key are read.
+        labels: (A, B, T) int32: A micro-batches of token rows, which are inputs and labels at once (-100: ignored).
+        experts: (A, L, B, T, k) experts to use instead of the routers' choice, to replay a step.
+
+    Returns:
+        The gradient, the mean cross-entropy in nats, and the tokens of each expert (L, E).
+    """
+    targets = jnp.maximum(layout.psum(count_targets(labels)), 1)
+    facts, _ = model_facts(config.model)
+    rows = layout.devices * labels.shape[1]  # of a micro-batch
+    local_rows = layout.device_index() * labels.shape[1] + jnp.arange(labels.shape[1])
+
+    def micro_loss(params: Pytree, micro: Array, index: Array, forced: Array | None):
+        model = gathered_model(graph, params, state.routing_bias, facts, layout)
+        keys = dropout_keys(config, state, index, rows, local_rows)
+        x, record = model.hidden_states(jnp.maximum(micro, 0), dropout_keys=keys, experts=forced, layout=layout)
+        # Each micro-batch adds its share of the global mean, so that accumulation is no mean of means.
+        loss = summed_loss(model, x, micro) / targets
+        auxiliary = (
+            config.optim.balance_loss * record.balance_loss.sum() + config.optim.router_z_loss * record.z_loss.sum()
+        )
+        return loss + auxiliary / (labels.shape[0] * layout.devices), (loss, record.counts)
+
+    def over_devices(grads: Pytree, loss: Array, counts: Array) -> tuple[Pytree, Array, Array]:
+        return layout.sum_gradients(grads, facts), *layout.psum((loss, counts))
+
+    gradient = jax.grad(micro_loss, has_aux=True)
+    micro_batches = (labels, jnp.arange(labels.shape[0]), experts)
+    first = jax.tree.map(lambda leaf: leaf[0], micro_batches)
+    if labels.shape[0] == 1:  # no accumulator beside the gradient
+        grads, (loss, counts) = gradient(state.params, *first)
+        return over_devices(grads, loss, counts)
+
+    def accumulate(total, micro):
+        return jax.tree.map(jnp.add, total, gradient(state.params, *micro)), None
+
+    shapes = jax.eval_shape(gradient, state.params, *first)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    (grads, (loss, counts)), _ = jax.lax.scan(accumulate, zeros, micro_batches)
+    return over_devices(grads, loss, counts)
+
+
+def dropout_keys(config: RunConfig, state: TrainState, index: Array, rows: int, local_rows: Array) -> Array | None:
+    """Keys of the rows `local_rows` of micro-batch `index`, which has `rows` on all devices; None without dropout."""
+    if not config.model.dropout:
+        return None
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.dropout_key), state.step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, index * rows + local_rows)
+
+
+def train_step(
+    config: RunConfig,
+    graph: nnx.GraphDef,
+    state: TrainState,
+    labels: Array,
+    experts: Array | None = None,
+    layout: Layout = ONE_DEVICE,
+) -> tuple[TrainState, StepMetrics]:
+    """One optimizer step. Arguments as in `gradients`, but on a mesh the whole of everything; donate the state.
+
+    Returns:
+        The state after, and measurements that stay on the device.
+    """
+    specs = state_specs(config, layout)
+    facts, _ = model_facts(config.model)
+    global_gradients = layout.shard_map(  # the rest of the step is elementwise, and XLA partitions it
+        functools.partial(gradients, config, graph, layout=layout),
+        in_specs=(specs, layout.batch_spec(1), layout.batch_spec(2)),
+        out_specs=(specs.params, PartitionSpec(), PartitionSpec()),
+    )
+    grads, loss, counts = global_gradients(state, labels, experts)
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)  # a step that is not finite changes nothing
+    params, opt_state = adamw_update(config, grads, grad_norm, state.opt_state, state.params, facts, finite)
+    metrics = StepMetrics(
+        loss=loss,
+        grad_norm=grad_norm,
+        learning_rate=learning_rate(config, opt_state.count),
+        expert_load=(counts.max(axis=-1) / counts.mean(axis=-1)).max(),
+    )
+    new_bias = jax.tree.map(
+        lambda bias: updated_routing_bias(bias, counts, config.optim.bias_update_rate), state.routing_bias
+    )
+    new_state = TrainState(
+        params=params,
+        routing_bias=tree_where(finite, new_bias, state.routing_bias),
+        opt_state=opt_state,
+        step=state.step + 1,
+        dropout_key=state.dropout_key,
+    )
+    return new_state, metrics
+
+
+def eval_step(
+    config: RunConfig,
+    graph: nnx.GraphDef,
+    params: Pytree,
+    routing_bias: Pytree,
+    labels: Array,
+    layout: Layout = ONE_DEVICE,
+) -> tuple[Array, Array]:
+    """Summed cross-entropy and number of targets of a batch (B, T), without dropout."""
+    facts, _ = model_facts(config.model)
+
+    def local(params: Pytree, routing_bias: Pytree, labels: Array) -> tuple[Array, Array]:
+        model = gathered_model(graph, params, routing_bias, facts, layout)
+        x, _ = model.hidden_states(jnp.maximum(labels, 0), layout=layout)
+        return layout.psum((summed_loss(model, x, labels), count_targets(labels)))
+
+    specs = state_specs(config, layout)
+    in_specs = (specs.params, specs.routing_bias, layout.batch_spec(0))
+    return layout.shard_map(local, in_specs, out_specs=PartitionSpec())(params, routing_bias, labels)
+
+
+def gathered_model(
+    graph: nnx.GraphDef, params: Pytree, routing_bias: Pytree, facts: Pytree, layout: Layout
+) -> CustomLLM:
+    """The model on a device's part of the weights. Those outside the layers are gathered here; a layer gathers its own
+    when it runs."""
+    outer = {name: part for name, part in params.items() if name != "decoder_layers"}
+    outer_facts = {name: facts[name] for name in outer}
+    return nnx.merge(graph, params | layout.gather(outer, outer_facts), routing_bias)
+
+
+def summed_loss(model: CustomLLM, x: Array, labels: Array) -> Array:
+    """Summed next-token cross-entropy of labels (B,T), given what the layers made of them: x (B,T,D)."""
+    hidden = model.apply_final_norm(x).reshape(-1, x.shape[-1])
+    head = model.lm_head
+    return summed_cross_entropy(hidden, head.weight[...], head.bias[...], next_token_targets(labels).reshape(-1))

@@ -1,0 +1,62 @@
+"""A run's config, placement, static model and compiled programs, as one object."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxllm.config import TrainConfig
+from jaxllm.train.placement import Placement, Programs, choose_placement, compile_programs, on_one_device
+from jaxllm.train.state import TrainState
+from jaxllm.train.step import StepMetrics, model_graph
+
+Array = jax.Array
+Pytree = Any
+
+
+class Trainer:
+    """Computes the steps of a run. A state that it takes or returns has the form of its placement.
+
+    Args:
+        config: of the run.
+        placement: where the state is kept; None: what the config asks for, on the devices here.
+    """
+
+    def __init__(self, config: TrainConfig, placement: Placement | None = None):
+        self.config = config
+        self.placement = choose_placement(config) if placement is None else placement
+        self.graph = model_graph(config)
+        self._programs: Programs | None = None
+
+    def init(self) -> TrainState:
+        """A new run's state."""
+        return self.placement.init(self.config)
+
+    def compile(self) -> float:
+        """Compile the programs, unless that is done; returns the seconds it took."""
+        return self._compiled().seconds
+
+    def _compiled(self) -> Programs:
+        if self._programs is None:
+            self._programs = compile_programs(self.placement, self.config, self.graph)
+        return self._programs
+
+    def step(self, state: TrainState, labels: np.ndarray) -> tuple[TrainState, StepMetrics]:
+        """One optimizer step on this process's rows of the batch, (A*B,T) int32. The state given is donated."""
+        data = self.config.data
+        return self._compiled().step(state, labels.reshape(data.grad_accum, -1, data.seq_len))
+
+    def evaluate(self, state: TrainState, labels: np.ndarray) -> tuple[Array, Array]:
+        """Summed cross-entropy in nats, and number of targets, of rows (B,T) that all processes have."""
+        return self._compiled().evaluate(state, labels)
+
+    def unshard(self, state: TrainState) -> TrainState:
+        """The state in the form of one device, in which it is saved."""
+        return self.placement.unshard(state)
+
+    def weights(self, state: TrainState) -> tuple[Pytree, Pytree]:
+        """Parameters and routing bias, whole on one device. All processes must call it."""
+        state = self.unshard(state)
+        return on_one_device(self.placement.layout, (state.params, state.routing_bias))
