@@ -5,8 +5,6 @@ python train.py --preset customllm-1b --recipe seed     # the source's run
 python train.py --help                                  # every option
 """
 
-from __future__ import annotations
-
 from jaxllm.run.runtime import restart_with_huge_pages
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Errors that a user can fix, how a command line shows them, and how a value appears in a one-line message."""
 
-from __future__ import annotations
-
 import errno
 import functools
 import reprlib

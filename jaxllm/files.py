@@ -1,7 +1,5 @@
 """Files: written whole or not at all, read only within bounds; JSON; the cache folder."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,10 +1,11 @@
 """Configuration of models and runs. Imports no JAX."""
 
 from jaxllm.config.fields import MAX_INT
+from jaxllm.config.groups import AXES
 from jaxllm.config.model import PRESETS, SPECIAL_TOKENS, TOKENIZER_SIZED_PRESETS, ModelConfig, preset
-from jaxllm.config.train import AXES, FORMAT, MeshConfig, Precision, RunConfig, TrainConfig, changed_options, recipe
+from jaxllm.config.train import FORMAT, Precision, RunConfig, TrainConfig, changed_options, recipe
 
 __all__ = [
-    "AXES", "FORMAT", "MAX_INT", "PRESETS", "SPECIAL_TOKENS", "TOKENIZER_SIZED_PRESETS", "MeshConfig", "ModelConfig",
+    "AXES", "FORMAT", "MAX_INT", "PRESETS", "SPECIAL_TOKENS", "TOKENIZER_SIZED_PRESETS", "ModelConfig",
     "Precision", "RunConfig", "TrainConfig", "changed_options", "preset", "recipe",
 ]  # fmt: skip

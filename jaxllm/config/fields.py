@@ -1,7 +1,5 @@
 """What a config declares at each field: its range, and what a resumed run may do with it. Checked in one place."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import sys
@@ -13,7 +11,7 @@ from typing import Any, Literal
 from jaxllm.errors import UserError, shown
 
 MAX_INT = 2**31 - 1
-"""Upper bound of integer fields without one of their own: a config may come from anywhere."""
+"""Upper bound of integer fields that declare none: a config may come from anywhere."""
 
 
 def option(
@@ -34,10 +32,8 @@ def option(
         resumable: a resumed run may change it, because it does not change the run's numbers.
         saved: it is part of a run's train_config.json. An option of one start, such as `overwrite`, is not.
     """
-    return dataclasses.field(
-        default=default,
-        metadata={"ge": ge, "gt": gt, "le": le, "lt": lt, "resumable": resumable, "saved": saved},
-    )
+    facts = {"ge": ge, "gt": gt, "le": le, "lt": lt, "resumable": resumable, "saved": saved}
+    return dataclasses.field(default=default, metadata=facts)
 
 
 @functools.cache
@@ -60,7 +56,7 @@ def check_fields(config: Any) -> None:
     """Check the type and the range of every field; ints in float fields become floats.
 
     Raises:
-        UserError: a value has another type or lies outside its range.
+        UserError: a value has another type or is outside its range.
     """
     for field in dataclasses.fields(config):
         name, value = option_names(type(config))[field.name], getattr(config, field.name)
@@ -68,8 +64,7 @@ def check_fields(config: Any) -> None:
         hint = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
         if not _matches(value, hint):
             wanted = " or ".join(str(choice) for choice in typing.get_args(hint))
-            wanted = wanted or getattr(hint, "__name__", str(hint))
-            raise UserError(f"{name} is {shown(value)}: it must be {wanted}")
+            raise UserError(f"{name} is {shown(value)}: it must be {wanted or getattr(hint, '__name__', str(hint))}")
         if hint is float:
             object.__setattr__(config, field.name, float(value))  # JAX refuses an int beyond 32 bits
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -85,8 +80,8 @@ def _check_range(name: str, value: float, bounds: Mapping[str, Any]) -> None:
     if not (below or above):
         return
     if lt is not None or (gt is not None and le is not None):
-        interval = f"{f'({gt}' if ge is None else f'[{ge}'}, {f'{lt})' if le is None else f'{le}]'}"
-        raise UserError(f"{name} is {shown(value)}: it must lie in {interval}")
+        lower, upper = f"({gt}" if ge is None else f"[{ge}", f"{lt})" if le is None else f"{le}]"
+        raise UserError(f"{name} is {shown(value)}: it must lie in {lower}, {upper}")
     bound = f"at most {le}" if above else f"larger than {gt}" if ge is None else f"at least {ge}"
     raise UserError(f"{name} is {shown(value)}: it must be {bound}")
 
@@ -99,9 +94,6 @@ def _matches(value: Any, hint: Any) -> bool:
         return value in typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
-    if hint is float:
-        # no NaN, no infinity
+    if hint is float:  # no NaN, no infinity
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
+    return isinstance(value, hint) and (hint is not int or not isinstance(value, bool))

@@ -1,11 +1,9 @@
 """The shape of a model, and the presets."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from jaxllm.config.fields import check_fields, option
 from jaxllm.errors import UserError, shown
@@ -91,7 +89,7 @@ class ModelConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build from a mapping such as a config.json; keys that belong to transformers are ignored.
 
         Raises:
@@ -137,7 +135,7 @@ TOKENIZER_SIZED_PRESETS = frozenset({"tiny"})
 """Presets without a vocabulary of their own: train.py gives them the tokenizer's size."""
 
 
-def preset(name: str) -> ModelConfig:
+def preset(name: str) -> Self:
     """Look up a preset by name.
 
     Raises:

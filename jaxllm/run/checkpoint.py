@@ -8,8 +8,6 @@ Checkpoints are orbax's: weights, optimizer, data position and history in one at
 converter writes such) is a starting point.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import os
@@ -137,7 +135,7 @@ def checkpoint_context(run: Path) -> dict[str, Any]:
 
 
 def _check_context(run: Path, checkpoint: Path) -> None:
-    written, now = read_list(checkpoint), checkpoint_context(run)
+    written, now = read_list(checkpoint) or {}, checkpoint_context(run)
     if now["tokenizer"] is not None and written.get("tokenizer") not in (None, now["tokenizer"]):
         raise UserError(
             f"{run / 'tokenizer' / 'tokenizer.json'} is not the file that {checkpoint} was written with: put it back"
@@ -214,10 +212,9 @@ class CheckpointReader:
         """
         if not self.has_training:
             return None
-        written = read_list(self._folder)
-        if written is not None and written["format"] != FORMAT:
+        if (written := (read_list(self._folder) or {}).get("format", FORMAT)) != FORMAT:
             raise UserError(
-                f"the checkpoint {self._folder} has format {written['format']}, and this version resumes format "
+                f"the checkpoint {self._folder} has format {written}, and this version resumes format "
                 f"{FORMAT} (see CHANGELOG.md): finish the run with the version that wrote it, or export its weights "
                 "with `python -m convert to-torch` and start a new run from them"
             )
@@ -239,7 +236,7 @@ class CheckpointReader:
         A few bytes can claim any shape: it is checked before memory is allocated for it.
         """
         try:
-            found = ocp.StandardCheckpointHandler().metadata(epath.Path((self._folder / "positions").absolute()))
+            found: Any = ocp.StandardCheckpointHandler().metadata(epath.Path((self._folder / "positions").absolute()))
             shapes = {name: tuple(leaf.shape) for name, leaf in dict(found).items()}
         except Exception as error:  # as in `_restore`
             raise self._unreadable(error) from None

@@ -1,7 +1,5 @@
 """Writing the checkpoints of a run in the background: each is whole, on disk and checksummed before it has its name."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging

@@ -1,10 +1,8 @@
-"""What a checkpoint was when it was written: size and SHA-256 of each file, in a list that is part of the checkpoint.
+"""Checksums of a checkpoint: size and SHA-256 of each file, in a list that is part of the checkpoint.
 
-The list is written last, before the folder gets its name. So a checkpoint without it was never finished, and whatever
-has happened to one since is found before anything in it is read as good.
+The list is written last, before the folder gets its name. So a checkpoint without it was never finished, and later
+damage is found before anything in the checkpoint is used.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -17,7 +15,7 @@ from jaxllm.errors import listed, shown
 CHECKSUMS_FILE = "checksums.json"
 
 MAX_LIST_BYTES = 64 << 20
-"""No list is longer: a checkpoint of a hundred thousand files has one of 15 MB."""
+"""Largest list that is read: a checkpoint of a hundred thousand files has one of 15 MB."""
 
 
 def write_checksums(folder: Path, context: dict[str, Any]) -> None:
@@ -27,39 +25,38 @@ def write_checksums(folder: Path, context: dict[str, Any]) -> None:
         with file.open("rb") as opened:
             files[name] = {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
     whole = context | {"files": files}
-    written = json.dumps({"sha256": _of_list(whole), "list": whole}, indent=1)
+    written = json.dumps({"sha256": _list_checksum(whole), "list": whole}, indent=1)
     (folder / CHECKSUMS_FILE).write_text(written, encoding="utf-8")
 
 
 def read_list(folder: Path) -> dict[str, Any] | None:
-    """What `write_checksums` wrote; None where that is missing or damaged."""
+    """What `write_checksums` wrote; None if it is missing or damaged."""
     file = folder / CHECKSUMS_FILE
     try:
         if not file.is_file() or file.stat().st_size > MAX_LIST_BYTES:
             return None
         written = json.loads(file.read_bytes())
-        whole = written["list"]
-        kinds = (("files", dict), ("model", dict | None), ("tokenizer", str | None), ("format", int))
-        sound = written["sha256"] == _of_list(whole)
-        whole = {"format": 1, **whole}  # the first one did not name it
-        sound = sound and all(isinstance(whole[name], kind) for name, kind in kinds)
+        whole = {"format": 1, **written["list"]}  # format 1 did not name itself
+        types = {"files": dict, "model": dict | None, "tokenizer": str | None, "format": int}
+        valid = written["sha256"] == _list_checksum(written["list"])
+        valid = valid and all(isinstance(whole[name], kind) for name, kind in types.items())
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None
-    return whole if sound else None
+    return whole if valid else None
 
 
-def _of_list(whole: dict[str, Any]) -> str:
+def _list_checksum(whole: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with the first file that is not as it was written; None if all are."""
+    """What is wrong with the first file that has changed since it was written; None if none has."""
     if not (folder / CHECKSUMS_FILE).exists():
         return f"{CHECKSUMS_FILE} is missing: it was never finished, or is of an earlier version"
     whole = read_list(folder)
     if whole is None:
         return f"{CHECKSUMS_FILE} is damaged"
-    files = _files(folder)  # only what lies here is opened, whatever the list may name
+    files = _files(folder)  # only files in the folder are opened, whatever the list names
     for name, wanted in whole["files"].items():
         if name not in files:
             return f"{listed([name])} is missing"
@@ -78,12 +75,8 @@ def find_damage(folder: Path) -> str | None:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """The files below a folder by their relative names; links are none of them."""
-    found = {}
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            file = Path(parent, name)
-            if not file.is_symlink() and file.is_file():
-                found[file.relative_to(folder).as_posix()] = file
+    """The regular files below a folder, without links, by their relative names."""
+    paths = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    found = {path.relative_to(folder).as_posix(): path for path in paths if not path.is_symlink() and path.is_file()}
     found.pop(CHECKSUMS_FILE, None)
     return found

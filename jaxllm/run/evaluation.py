@@ -1,7 +1,5 @@
 """The evaluation of a run: on rows that were held out, without dropout."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """What a run reports: console lines in the source's form, metrics.jsonl, TensorBoard events, the loss picture."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
@@ -68,27 +66,25 @@ class NoLog(RunLog):
 
 
 def write_metrics(folder: Path, records: list[dict[str, Any]]) -> None:
-    """Make `metrics.jsonl` of these records, whole or not at all."""
+    """Write `metrics.jsonl` atomically."""
     write_text_atomically(folder / METRICS_FILE, "".join(map(json_line, records)))
 
 
 def json_line(record: dict[str, Any]) -> str:
-    """A record as a line of JSON, which has no word for what is not finite: null."""
+    """A record as a line of JSON, where a number that is not finite becomes null."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All complete records of a run; a last line that a killed process left half written is passed over."""
+    """All complete records of a run; a last line that a killed process left incomplete is skipped."""
     path = folder / METRICS_FILE
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
+        with contextlib.suppress(ValueError):
             record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "step" in record:
-            records.append(record)
+            if isinstance(record, dict) and "step" in record:
+                records.append(record)
     return records
 
 
@@ -98,22 +94,22 @@ def nonfinite_record(loss: float, grad_norm: float, step: int, position: dict[st
 
 
 def spike_record(loss: float, usual: float, step: int) -> dict[str, Any]:
-    """A step whose loss lies far above the running mean."""
+    """A step whose loss is far above the running mean."""
     return {"loss_spike": rounded(loss), "usual_loss": rounded(usual), "step": step}
 
 
 def step_record(
+    step: int,
+    epoch: float,
     *,
     loss: float,
     grad_norm: float,
     learning_rate: float,
-    epoch: float,
-    step: int,
     expert_load: float,
     speed: Speed,
     memory: dict[str, float],
 ) -> dict[str, Any]:
-    """The training line: the source's columns, and behind them the fullest expert's load, speed and memory."""
+    """The training line: the source's columns, then the load of the fullest expert, speed and memory."""
     return {
         "loss": rounded(loss),
         "grad_norm": grad_norm,
@@ -127,13 +123,9 @@ def step_record(
     }
 
 
-def _speed_columns(speed: Speed) -> dict[str, float]:
-    return {
-        "tflops_per_second": significant(speed.tflops_per_second),
-        "mfu_full": significant(speed.mfu_full),
-        "mfu_causal": significant(speed.mfu_causal),
-        "data_wait": rounded(speed.data_wait),
-    }
+def _speed_columns(speed: Speed, prefix: str = "") -> dict[str, float]:
+    shares = {name: significant(getattr(speed, name)) for name in ("tflops_per_second", "mfu_full", "mfu_causal")}
+    return {prefix + name: value for name, value in (shares | {"data_wait": rounded(speed.data_wait)}).items()}
 
 
 def _memory_columns(memory: dict[str, float]) -> dict[str, float]:
@@ -154,41 +146,42 @@ def eval_record(loss: float, seconds: float, samples: int, batches: int, epoch: 
 
 def end_record(
     config: RunConfig,
+    epoch: float,
     *,
     seconds: float,
     steps_done: int,
     loss: float,
-    epoch: float,
-    nonfinite_steps: int | None,
+    nonfinite_steps: int | None = None,
     speed: Speed,
     memory: dict[str, float],
     peak_tflops: float,
-    compile_seconds: float | None,
+    compile_seconds: float | None = None,
 ) -> dict[str, Any]:
-    """The last line of a run; speed and time are of the `steps_done` steps of this process.
+    """The last line of a run; speed and time are those of the `steps_done` steps of this process.
 
     Args:
         config: of the run.
-        seconds: from the first step on, evaluations and saving included; so is `speed`.
-        loss: mean of the run's steps.
-        nonfinite_steps: of the run, which changed nothing; None where they are not counted.
         epoch: passes over the data.
-        memory: the columns that name the peak of memory.
-        peak_tflops: what the MFU is a share of.
-        compile_seconds: before the first step; None where nothing is compiled.
+        seconds: since the first step, evaluations and saving included, as in `speed`.
+        loss: mean of the run's steps.
+        nonfinite_steps: steps of the run that changed nothing; None if they are not counted.
+        memory: the columns of peak memory.
+        peak_tflops: the reference of the MFU.
+        compile_seconds: before the first step; None if nothing is compiled.
     """
     compiled = {} if compile_seconds is None else {"compile_seconds": rounded(compile_seconds, 2)}
     counted = {} if nonfinite_steps is None else {"nonfinite_steps": nonfinite_steps}
+    rows = steps_done * config.data.grad_accum * config.data.batch_size
     return {
         "train_runtime": rounded(seconds),
-        "train_samples_per_second": rounded(steps_done * config.data.grad_accum * config.data.batch_size / seconds, 3),
+        "train_samples_per_second": rounded(rows / seconds, 3),
         "train_steps_per_second": rounded(steps_done / seconds, 3),
         "train_tokens_per_second": rounded(steps_done * config.tokens_per_step / seconds, 1),
         "train_loss": loss,
         "epoch": rounded(epoch, 2),
         "step": config.schedule.steps,
         **counted,
-        **{f"train_{name}": value for name, value in _speed_columns(speed).items()},
+        **_speed_columns(speed, "train_"),
         **_memory_columns(memory),
         "peak_tflops": significant(peak_tflops),
         "parameters": sum(flops.parameters(config.model).values()),
@@ -198,7 +191,7 @@ def end_record(
 
 
 def rounded(value: float, digits: int = 4) -> float:
-    """A number for a log line; not-a-number and infinities pass through."""
+    """A number for a log line; NaN and infinities are unchanged."""
     return round(value, digits) if math.isfinite(value) else value
 
 

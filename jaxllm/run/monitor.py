@@ -1,7 +1,5 @@
 """Reads the loss of each step one step after the device computed it, so that reading costs no time."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple

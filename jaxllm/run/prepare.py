@@ -100,7 +100,7 @@ def read_config(run: Path, kind: type[Config]) -> Config:
 
 
 def checkpoint_owner(folder: Path) -> Framework | None:
-    """Whose checkpoints a run's folder holds; None: it holds none yet."""
+    """The framework whose checkpoints a run's folder holds; None: it holds none yet."""
     if any(folder.glob("checkpoint-*/")):
         return "PyTorch"
     if any(folder.glob("checkpoints/*/")):
@@ -109,7 +109,7 @@ def checkpoint_owner(folder: Path) -> Framework | None:
 
 
 def check_folder(config: RunConfig, framework: Framework) -> bool:
-    """Whether the run's folder holds a run to go on with; nothing is touched.
+    """Whether the run's folder holds a run to resume; nothing is changed.
 
     Raises:
         UserError: the folder is something else, or a run of the other framework.
@@ -120,9 +120,9 @@ def check_folder(config: RunConfig, framework: Framework) -> bool:
     if not folder.is_dir():
         raise UserError(f"run_dir is {str(folder)!r}: that is a file")
     owner = checkpoint_owner(folder)
-    # Not `checkpoint-*`: any project's Trainer writes such folders, beside any project's config.json.
-    made_by_converter = (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
-    ours = (folder / CONFIG_FILE).is_file() or made_by_converter
+    # Not `checkpoint-*`: any project's Trainer writes such folders, next to any config.json.
+    converted = (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
+    ours = (folder / CONFIG_FILE).is_file() or converted
     if not ours and not all(path.name.startswith((LOCK_FILE, f".{CONFIG_FILE}.")) for path in folder.iterdir()):
         raise UserError(f"run_dir is {str(folder)!r}: the folder holds something else; pass another --run-dir")
     if not ours or config.overwrite:
@@ -175,7 +175,7 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
     resumes = check_folder(config, framework)
     file = config.folder / CONFIG_FILE
     saved = read_json(file) if resumes and file.is_file() else {}
-    config = _with_run_facts(config, saved, processes)
+    config = _with_kept_options(config, saved, processes)
     source = open_source(config)
     if config.data.revision is None:
         config = config.with_options(data_revision=source.position.get("revision"))
@@ -207,8 +207,8 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
     return Prepared(config, tokenizer, held_out, resumes)
 
 
-def _with_run_facts(config: Config, saved: dict[str, Any], processes: int) -> Config:
-    """What a run decides at its first start and then keeps, where the user does not say: streams, dataset commit."""
+def _with_kept_options(config: Config, saved: dict[str, Any], processes: int) -> Config:
+    """Set what a run decides at its first start and then keeps, unless the user set it: streams, dataset commit."""
     facts: dict[str, Any] = {}
     if "data_streams" in config.options() and config.options()["data_streams"] is None:
         facts["data_streams"] = (saved.get("data_streams") or 1) if saved else processes
@@ -218,23 +218,21 @@ def _with_run_facts(config: Config, saved: dict[str, Any], processes: int) -> Co
 
 
 def _clear(folder: Path) -> None:
-    """Delete what an earlier run left; last the file that says whose folder it is, for a process may be killed."""
+    """Delete an earlier run; last the file that identifies the folder as ours, since a process may be killed."""
     for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG_FILE):
-        if path.name.startswith(LOCK_FILE):
-            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        else:
+        elif not path.name.startswith(LOCK_FILE):
             path.unlink()
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Whole or not at all: what a killed process left half written would be read as the run's tokenizer."""
+    """Save it atomically: an incomplete one would be read as the run's tokenizer."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tokenizer-") as scratch:
         made = Path(scratch) / folder.name
         try:
             tokenizer.save_pretrained(str(made))
-        except Exception as error:  # tokenizers hands on what the system says in words
+        except Exception as error:  # tokenizers passes on the system's error as text
             if not (code := re.search(r"os error (\d+)", str(error))):
                 raise
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from None

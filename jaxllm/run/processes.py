@@ -4,8 +4,6 @@ Whatever one process does alone while others wait ends at a barrier of the coord
 long; the collectives of the devices have a short one. What one process finds wrong is raised by all, or ends all.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import itertools

@@ -49,10 +49,10 @@ class Found(NamedTuple):
     """A tensor of the step that holds values that are not finite."""
 
     where: str
-    micro_batch: int | None
-    row: int | None
-    token: int | None  # of the row
-    tokens: int | None  # number of tokens of the micro-batch with such values
+    micro_batch: int | None = None
+    row: int | None = None
+    token: int | None = None  # of the row
+    tokens: int | None = None  # number of tokens of the micro-batch with such values
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _replay(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, step: int, 
 def examine(
     config: TrainConfig, graph: nnx.GraphDef, state: TrainState, labels: np.ndarray
 ) -> tuple[list[Found], float]:
-    """What of a step on labels (A,B,T) is not finite, in the order in which it is made; and the step's loss."""
+    """What of a step on labels (A,B,T) is not finite, in the order in which it is computed; and the step's loss."""
     found: list[Found] = []
     for index, micro in enumerate(labels):
         for where, bad in _in_order(_forward(config, graph, state, micro, index)):
@@ -125,16 +125,16 @@ def examine(
                 found.append(Found(where, index, row, token, int(bad.sum())))
     grads, loss, _ = jax.jit(functools.partial(gradients, config, graph))(state, labels)
     if not np.isfinite(loss):
-        found.append(Found("loss", None, None, None, None))
-    found += [Found(f"gradient of {name}", None, None, None, None) for name in _bad_leaves(grads)]
+        found.append(Found("loss"))
+    found += [Found(f"gradient of {name}") for name in _bad_leaves(grads)]
     norms = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)))
     if np.isfinite(loss) and not np.isfinite(norms) and not any(f.where.startswith("gradient") for f in found):
-        found.append(Found("gradient norm (the sum of the squares is too large for float32)", None, None, None, None))
+        found.append(Found("gradient norm (the sum of the squares is too large for float32)"))
     return found, float(loss)
 
 
 PARTS = ("input norm", "attention", "post-attention norm", "router scores", "experts", "residual")
-"""What a layer makes, in that order."""
+"""What a layer computes, in that order."""
 
 
 class _Bad(NamedTuple):
@@ -172,13 +172,13 @@ def _forward(config: TrainConfig, graph: nnx.GraphDef, state: TrainState, micro:
 
 
 def _in_order(bad: _Bad) -> Iterator[tuple[str, np.ndarray]]:
-    """Each tensor's name with its tokens (B,T), in the order in which they are made."""
-    bad = jax.tree.map(np.asarray, bad)
-    yield "embeddings", bad.embeddings
-    for layer in range(len(bad.layers[0])):
-        yield from ((f"layer {layer}: {part}", rows[layer]) for part, rows in zip(PARTS, bad.layers, strict=True))
-    yield "final norm", bad.final_norm
-    yield "logits", bad.logits
+    """Each tensor's name with its tokens (B,T), in the order in which they are computed."""
+    yield "embeddings", np.asarray(bad.embeddings)
+    layers = [np.asarray(rows) for rows in bad.layers]
+    for layer in range(len(layers[0])):
+        yield from ((f"layer {layer}: {part}", rows[layer]) for part, rows in zip(PARTS, layers, strict=True))
+    yield "final norm", np.asarray(bad.final_norm)
+    yield "logits", np.asarray(bad.logits)
 
 
 def _bad_leaves(grads: Any) -> list[str]:
@@ -212,7 +212,7 @@ def _report(
     else:
         first = found[0]
         place = ""
-        if first.row is not None:
+        if first.row is not None and first.token is not None:
             row = labels[first.micro_batch, first.row]
             text = tokenizer.decode(row[max(0, first.token - 8) : first.token + 1].tolist())
             place = (

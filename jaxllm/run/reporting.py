@@ -1,4 +1,4 @@
-"""What a run tells its user besides its log: the lines at its start and end, the picture of its losses, the samples.
+"""What a run prints besides its log, at its start and end; the picture of its losses, and the samples.
 
 Imports neither JAX nor PyTorch.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def announce(config: RunConfig, parameters: int, tree: str, device: str) -> None:
-    """What a run says first: the model's size and tree, and what will be done where."""
+    """Print the model's size and tree, and what is trained where."""
     model = config.model
     active = sum(flops.active_parameters(model).values())
     print(f"Model parameters: {parameters / 1e6:.2f}M")
@@ -37,7 +37,7 @@ def announce(config: RunConfig, parameters: int, tree: str, device: str) -> None
 
 
 def announce_speed(config: RunConfig, peak_tflops: float, compile_seconds: float | None) -> None:
-    """What the log's speed columns are held against."""
+    """Print the reference of the log's speed columns."""
     full, causal = (
         flops.training_flops_per_token(config.model, config.data.seq_len, attention) / 1e6
         for attention in ("full", "causal")
@@ -52,7 +52,7 @@ def announce_speed(config: RunConfig, peak_tflops: float, compile_seconds: float
 
 
 def announce_finished(steps_done: int) -> None:
-    print(f"The run has its {steps_done} steps: pass --steps MORE to go on, or --overwrite to start anew.")
+    print(f"The run has its {steps_done} steps: pass --steps MORE to continue, or --overwrite to start over.")
 
 
 def unigram_loss(rows: np.ndarray) -> float:
@@ -65,36 +65,30 @@ def unigram_loss(rows: np.ndarray) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def draw_losses(folder: Path, unigram: float | None = None) -> None:
+def draw_losses(folder: Path, unigram: float) -> None:
     """Draw `loss.png`: training and evaluation loss, and the learning rate, over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # without pyplot, whose backend the environment chooses
 
     records = read_metrics(folder)
     train = [record for record in records if record.get("loss") is not None]
     evaluated = [record for record in records if record.get("eval_loss") is not None]
-    figure, (loss_axis, rate_axis) = plt.subplots(
-        2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), layout="constrained"
-    )
-    loss_axis.plot([r["step"] for r in train], [r["loss"] for r in train], label="training")
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    losses.plot([r["step"] for r in train], [r["loss"] for r in train], label="training")
     if evaluated:
-        loss_axis.plot([r["step"] for r in evaluated], [r["eval_loss"] for r in evaluated], "o-", label="evaluation")
-    if unigram is not None:
-        loss_axis.axhline(unigram, color="gray", linestyle=":", label="best unigram model")
-    loss_axis.set(ylabel="cross-entropy (nats per token)")
-    loss_axis.grid(alpha=0.3)
-    loss_axis.legend()
-    rate_axis.plot([r["step"] for r in train], [r["learning_rate"] for r in train], color="tab:green")
-    rate_axis.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
-    rate_axis.grid(alpha=0.3)
+        losses.plot([r["step"] for r in evaluated], [r["eval_loss"] for r in evaluated], "o-", label="evaluation")
+    losses.axhline(unigram, color="gray", linestyle=":", label="best unigram model")
+    losses.set(ylabel="cross-entropy (nats per token)")
+    losses.legend()
+    rates.plot([r["step"] for r in train], [r["learning_rate"] for r in train], color="tab:green")
+    rates.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    for axis in (losses, rates):
+        axis.grid(alpha=0.3)
     figure.savefig(folder / "loss.png", dpi=100)
-    plt.close(figure)
 
 
 def conclude(config: RunConfig, held_out: np.ndarray, eval_loss: float, skipped_rows: int) -> None:
-    """What a run says of its result, and the picture of its losses."""
+    """Print the result of a run, and draw the picture of its losses."""
     if skipped_rows:
         print(f"{skipped_rows} rows of the data held no text and were skipped")
     unigram = unigram_loss(held_out)
@@ -107,12 +101,9 @@ def write_samples(
     tokenizer: PreTrainedTokenizerBase,
     generate: Callable[[list[list[int]], int], list[list[int]]],
 ) -> None:
-    """Continue the config's prompts, print them, and keep them in `samples.md`; nothing where it asks for none.
+    """Continue the config's prompts, if it has any, print them, and write `samples.md`.
 
-    Args:
-        config: its `prompts`, `sample_tokens` and folder are used.
-        tokenizer: of the run.
-        generate: given prompts as token ids and the most tokens to add, returns the new tokens of each.
+    `generate` takes prompts as token ids and the number of tokens to add, and returns the new tokens of each.
     """
     if not (config.sampling.sample_tokens and config.sampling.prompts):
         return
@@ -121,7 +112,7 @@ def write_samples(
     new = generate(prompts, min(config.sampling.sample_tokens, room))
     sections = []
     for prompt, tokens in zip(config.sampling.prompts, new, strict=True):
-        text = prompt + tokenizer.decode(tokens)
+        text = f"{prompt}{tokenizer.decode(tokens)}"
         print(f"\nPrompt: {prompt}\nGenerated Text: {text}")
         fence = "`" * 4
         sections.append(f"## {prompt.strip()!r}\n\n{fence}\n{text}\n{fence}\n")

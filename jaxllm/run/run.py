@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.config import TrainConfig
@@ -111,7 +112,7 @@ class Run:
         config = self.config
         announce(config, sum(flops.parameters(config.model).values()), module_tree(config.model), device_name())
         print(f"Layout: {trainer.placement.describe()}")
-        print(f"Kernels: {describe_kernels(config.model, config.precision)}")
+        print(f"Kernels: {describe_kernels(config.model, jnp.dtype(config.precision))}")
         if self.step >= config.schedule.steps:
             announce_finished(self.step)
             if self._history.records and is_primary():
@@ -204,11 +205,11 @@ class Run:
         """Write the training line of this step."""
         self._log.write(
             step_record(
+                self.step,
+                self._epoch(),
                 loss=self._history.pop_mean_loss(),
                 grad_norm=float(metrics.grad_norm),
                 learning_rate=float(metrics.learning_rate),
-                epoch=self._epoch(),
-                step=self.step,
                 expert_load=float(metrics.expert_load),
                 speed=self._meter.lap(self.step - self._logged_step),
                 memory=peak_memory(),
@@ -232,10 +233,10 @@ class Run:
         self._log.write(
             end_record(
                 self.config,
+                self._epoch(),
                 seconds=seconds,
                 steps_done=steps_done,
                 loss=self._history.mean_loss(),
-                epoch=self._epoch(),
                 nonfinite_steps=self._history.nonfinite_steps,
                 speed=speed,
                 memory=peak_memory(),

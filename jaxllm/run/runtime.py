@@ -3,8 +3,6 @@
 JAX is imported where it is needed, because huge pages must be decided before anything slow starts.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform
@@ -70,7 +68,7 @@ def use_compilation_cache() -> None:
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir is not None:  # JAX_COMPILATION_CACHE_DIR
+    if jax.config.values["jax_compilation_cache_dir"] is not None:  # JAX_COMPILATION_CACHE_DIR
         return
     try:
         folder = cache_folder("xla")

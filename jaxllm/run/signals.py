@@ -4,8 +4,6 @@ Several processes must stop after the same step. There SIGTERM is JAX's preempti
 service passes on to all of them, and Ctrl-C in any one is turned into it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

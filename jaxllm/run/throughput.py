@@ -1,6 +1,4 @@
-"""How fast a run goes, and the memory it takes: the log's numbers on it. Imports neither JAX nor PyTorch."""
-
-from __future__ import annotations
+"""The speed of a run and the memory it takes, for the log. Imports neither JAX nor PyTorch."""
 
 import resource
 import sys
@@ -27,7 +25,7 @@ class Meter:
 
     Args:
         config: of the run.
-        peak_tflops: what the training device reaches in matrix products, in TFLOP/s.
+        peak_tflops: what the training devices reach in matrix products, in TFLOP/s.
         waited: seconds that the loop has waited for batches so far.
     """
 
@@ -39,11 +37,11 @@ class Meter:
         self._lap_waited, self._excluded = 0.0, 0.0
 
     def exclude(self, seconds: float) -> None:
-        """Take from the running lap what was no training: an evaluation."""
+        """Exclude time that was not training, such as an evaluation, from the current lap."""
         self._excluded += seconds
 
     def lap(self, steps: int) -> Speed:
-        """Over the `steps` since the last lap, evaluations excluded."""
+        """The speed of the `steps` since the last lap, evaluations excluded."""
         now, waited = time.perf_counter(), self._waited()
         speed = self._speed(steps, now - self._lap_started - self._excluded, waited - self._lap_waited)
         self._lap_started, self._lap_waited, self._excluded = now, waited, 0.0
@@ -55,35 +53,30 @@ class Meter:
         return seconds, self._speed(steps, seconds, self._waited())
 
     def _speed(self, steps: int, seconds: float, waited: float) -> Speed:
-        tokens_per_second = steps * self._tokens_per_step / seconds
-        return Speed(
-            tokens_per_second=tokens_per_second,
-            tflops_per_second=tokens_per_second * self._full / 1e12,
-            mfu_full=tokens_per_second * self._full / self._peak,
-            mfu_causal=tokens_per_second * self._causal / self._peak,
-            data_wait=waited / seconds,
-        )
+        rate = steps * self._tokens_per_step / seconds
+        flops = (rate * self._full / 1e12, rate * self._full / self._peak, rate * self._causal / self._peak)
+        return Speed(rate, *flops, data_wait=waited / seconds)
 
 
-# One product of this many seconds outweighs what it costs to start it. A fast device gets larger matrices until it has
-# one: sides of 1024 on a few cores, of 8192 on a large GPU.
+# A product that takes this many seconds outweighs the cost of launching it. A fast device gets larger matrices until
+# one does: sides of 1024 on a few cores, of 8192 on a large GPU.
 LONG_ENOUGH = 2e-3
 SIDES = (1024, 2048, 4096, 8192)
 BUDGET_SECONDS = 0.3
 
 
 def peak_tflops(prepare: Callable[[int], Callable[[], float]]) -> float:
-    """TFLOP/s of the fastest of some large square matrix products.
+    """TFLOP/s of the fastest of some large square matrix products, measured in a fraction of a second.
 
-    A fraction of a second. Nothing else should run meanwhile: too low a peak makes a run look better than it is.
+    Nothing else should run meanwhile: with too low a peak a run looks better than it is.
 
     Args:
-        prepare: given a side, makes the matrices and returns what runs their product, warm, and says its seconds.
+        prepare: given a side, returns a warm function that multiplies such matrices and returns the seconds it took.
     """
+    product, best, side = (lambda: 0.0), 0.0, 0
     for side in SIDES:
         product = prepare(side)
-        best = product()
-        if best >= LONG_ENOUGH:
+        if (best := product()) >= LONG_ENOUGH:
             break
     end = time.perf_counter() + BUDGET_SECONDS
     while time.perf_counter() < end:

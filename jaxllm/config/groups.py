@@ -1,0 +1,201 @@
+"""The groups of options of a training run."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from jaxllm.config.fields import check_fields, option
+from jaxllm.errors import UserError, shown
+
+AXES = ("data", "fsdp", "expert")
+"""The axes of a mesh of devices (`jaxllm.model.layout`)."""
+
+# None ends in a space: the tokenizer joins a space to the word after it.
+CODE_PROMPTS = (
+    "def __init__(self, name, value):",
+    "import os",
+    "class Error(Exception):",
+    "    for key, value in",
+    "    def close(self):",
+)
+
+STORY_PROMPTS = (
+    "Once upon a time, in a land far away",
+    "The future of AI will be shaped by",
+    "In the middle of the night, I heard a strange noise",
+    "The scientist looked at the data and realized",
+    "A journey across the ocean began when",
+)
+
+
+class _Checked:
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class DataConfig(_Checked):
+    """What is read, and how it is cut into batches."""
+
+    source: Annotated[str, tyro.conf.arg(name="data")] = "stdlib"
+    """`stdlib` (the standard library's own source code), a text, JSONL or parquet file, a folder of
+    them, or the name of a dataset on the Hugging Face Hub."""
+    subset: Annotated[str | None, tyro.conf.arg(name="data-config")] = None
+    """Configuration of a Hub dataset."""
+    split: Annotated[str, tyro.conf.arg(name="data-split")] = "train"
+    """Split of a Hub dataset."""
+    revision: Annotated[str | None, tyro.conf.arg(name="data-revision")] = None
+    """Commit of a Hub dataset; default: the newest one when the run starts. The run keeps it."""
+    text_field: str = "text"
+    """Name of the field that holds the text in JSONL, parquet and Hub data."""
+    tokenizer: str | None = None
+    """A Hub name or a folder; default: a byte-level BPE trained on the data."""
+    seq_len: int = option(256, ge=2)
+    """Tokens in a row of a batch."""
+    batch_size: int = option(8, ge=1, le=2**20)
+    """Rows in a micro-batch, over all devices."""
+    grad_accum: int = option(1, ge=1)
+    """Micro-batches in a step."""
+
+
+@dataclass(frozen=True)
+class OptimConfig(_Checked):
+    """AdamW, and the terms of the loss."""
+
+    learning_rate: float = option(4e-3, ge=0)
+    """Peak of the schedule."""
+    weight_decay: float = option(0.1, ge=0)
+    """Decoupled decay of the matrices; norms, biases and the routing bias have none."""
+    beta1: float = option(0.9, ge=0, lt=1)
+    beta2: float = option(0.95, ge=0, lt=1)
+    adam_eps: float = option(1e-8, gt=0)
+    max_grad_norm: float = option(1.0, gt=0)
+    """Global gradient norm above which gradients are scaled down."""
+    bias_update_rate: float = option(1e-3, ge=0)
+    """Step of the auxiliary-loss-free load balancing; 0 turns it off."""
+    balance_loss: float = option(0.0, ge=0)
+    """Weight of the sequence-wise balance loss."""
+    router_z_loss: float = option(0.0, ge=0)
+    """Weight of the router z-loss."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig(_Checked):
+    """The learning rate over the steps: linear warm-up, then cosine to 0 at `steps`."""
+
+    steps: int = option(600, ge=1, resumable=True)
+    """Optimizer steps."""
+    warmup_steps: int = option(50, ge=0)
+
+
+@dataclass(frozen=True)
+class MeshConfig(_Checked):
+    """Which devices compute a step, and which processes."""
+
+    parallel: Literal["jit", "pmap"] = option("jit", resumable=True)
+    """How a step runs: `jit` on one device or on the --mesh, `pmap` on all devices, each with a copy of the model."""
+    axes: Annotated[str, tyro.conf.arg(name="mesh")] = option("", resumable=True)
+    """Devices along each axis, e.g. data=2,fsdp=4,expert=1: `data` copies the model, `fsdp` cuts parameters and
+    optimizer state, `expert` spreads the routed experts. Empty: one device."""
+    coordinator: str | None = option(None, resumable=True, saved=False)
+    """Of a run of several processes, HOST:PORT of the first, given to each of them; `auto`: SLURM, Open MPI, Kubernetes
+    or the TPU's own environment names it and the rest."""
+    num_processes: int | None = option(None, ge=1, resumable=True, saved=False)
+    """How many processes there are; all see the same --run-dir and data."""
+    process_id: int | None = option(None, resumable=True, saved=False)
+    """Which of them this is, from 0."""
+    data_streams: int | None = option(None, ge=1, le=2**16)
+    """Shards of the data that are read in parallel, each into its own rows of a batch, which they decide. Default: one
+    for each process, so that each reads its own."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.sizes and self.parallel == "pmap":
+            raise UserError(f"mesh is {shown(self.axes)}: --parallel pmap has no mesh, leave out one of the two")
+        rest = (self.num_processes, self.process_id)
+        if self.coordinator == "auto" and rest != (None, None):
+            raise UserError("coordinator is 'auto': leave out --num-processes and --process-id, which it finds too")
+        if self.coordinator is None and rest != (None, None):
+            raise UserError("num_processes and process_id need --coordinator HOST:PORT as well")
+        if self.coordinator not in (None, "auto"):
+            host, _, port = self.coordinator.rpartition(":")
+            if not host or not port.isdecimal():
+                raise UserError(f"coordinator is {shown(self.coordinator)}: it must be HOST:PORT or auto")
+            if self.num_processes is None or self.process_id is None:
+                raise UserError(
+                    f"coordinator is {shown(self.coordinator)}: pass --num-processes and --process-id as well"
+                )
+            if not 0 <= self.process_id < self.num_processes:
+                raise UserError(f"process_id is {self.process_id}: it must lie in 0 to num_processes - 1")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Devices along each axis that `axes` names.
+
+        Raises:
+            UserError: it is not of that form.
+        """
+        sizes: dict[str, int] = {}
+        for entry in filter(None, self.axes.split(",")):
+            axis, _, size = entry.partition("=")
+            if axis not in AXES or axis in sizes or not re.fullmatch("[0-9]{1,9}", size) or int(size) < 1:
+                raise UserError(
+                    f"mesh is {shown(self.axes)}: it must be AXIS=DEVICES,..., each axis of {', '.join(AXES)} at most "
+                    "once"
+                )
+            sizes[axis] = int(size)
+        return sizes
+
+    @property
+    def devices(self) -> int:
+        """Devices of the mesh; 1 without one."""
+        return math.prod(self.sizes.values())
+
+
+@dataclass(frozen=True)
+class SaveConfig(_Checked):
+    """Which checkpoints a run writes and keeps."""
+
+    save_every: int = option(200, ge=1, resumable=True)
+    keep_checkpoints: int = option(2, ge=1, resumable=True)
+    """How many of the newest checkpoints are kept; train.py also keeps the one with the lowest evaluation loss."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(SaveConfig):
+    """Checkpoints and recovery of train.py."""
+
+    keep_every: int = option(0, ge=0, resumable=True)
+    """Checkpoints whose step is a multiple of this are kept too; 0: none."""
+    strict: bool = option(False, resumable=True, saved=False)
+    """Refuse to resume from an older checkpoint where the newest is damaged."""
+    max_nonfinite: int = option(10, ge=1, resumable=True)
+    """Stop the run after this many steps in a row whose loss or gradient is not finite. Such a step changes nothing."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig(_Checked):
+    """What is measured and reported."""
+
+    log_every: int = option(25, ge=1, resumable=True)
+    eval_every: int = option(100, ge=1, resumable=True)
+    eval_samples: int = option(100, ge=1, resumable=True)
+    """Rows of the held-out part that an evaluation reads."""
+    peak_tflops: float | None = option(None, gt=0, resumable=True)
+    """What one device reaches in matrix products, in TFLOP/s, the reference of the MFU; default:
+    measured at the start, in the run's precision."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig(_Checked):
+    """The samples at the end of a run."""
+
+    prompts: tuple[str, ...] = option(CODE_PROMPTS, resumable=True)
+    """Prompts that the trained model continues at the end."""
+    sample_tokens: int = option(96, ge=0, resumable=True)
+    """New tokens for each of these prompts; 0 generates nothing."""
+    temperature: float = option(0.5, ge=0, resumable=True)
+    top_p: float = option(0.95, gt=0, le=1, resumable=True)
