@@ -1,4 +1,4 @@
-"""For all tests: programs that several tests compile are compiled once; a small corpus and a narrow run, made once."""
+"""For all tests: programs that several tests compile are compiled once, and so are a small corpus and a narrow run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 import train
 
-jax.config.update("jax_num_cpu_devices", 8)  # for `test_parallel.py`, before anything asks for a device
+jax.config.update("jax_num_cpu_devices", 8)  # for `test_parallel.py`, before the first use of a device
 
 NARROW = (
     "--model.hidden-size", "32", "--model.num-hidden-layers", "2", "--model.num-attention-heads", "2",
@@ -28,13 +28,18 @@ def write_corpus(folder: Path, files: int = 25) -> Path:
     return folder
 
 
+QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+if jax.__version_info__ < (0, 11):  # later versions do not have the flag, and end the process
+    QUICK_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
+
+
 def pytest_configure(config) -> None:
-    """No optimisation of the code around the products: most of the tests' time goes into LLVM.
+    """Compile quickly: most of the tests' time goes into XLA and LLVM, and the programs are small.
 
     Not for `slow` and `gpu_compile`, which look at real programs. `.ci/run` trains and compares as a user does.
     """
     if config.option.markexpr == "not slow and not gpu_compile":
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILATION}"
 
 
 @pytest.fixture(scope="session")
@@ -58,9 +63,9 @@ def run(narrow, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def _compile_once(tmp_path_factory):
     os.environ["JAXLLM_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))  # not the user's; processes inherit it
-    of_all_workers = tmp_path_factory.getbasetemp()
+    shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        of_all_workers = of_all_workers.parent
-    jax.config.update("jax_compilation_cache_dir", str(of_all_workers / "compiled"))
+        shared = shared.parent
+    jax.config.update("jax_compilation_cache_dir", str(shared / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -81,10 +81,10 @@ def being_saved(run: Path) -> bool:
 
 
 def kill_at_random(process: subprocess.Popen, run: Path, draw: random.Random, kill: int) -> str:
-    """Kill a running process: some steps behind where it began, or as soon as a checkpoint is on its way to the disk.
+    """Kill a running process: some steps after its start, or as soon as a checkpoint is being written.
 
     Returns:
-        When it was killed, in words.
+        A description of when it was killed.
     """
     if draw.random() < 0.15 and kill > 0:  # wherever it is then: importing, preparing, compiling
         time.sleep(draw.uniform(0, 6))

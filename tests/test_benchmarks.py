@@ -22,7 +22,7 @@ FEW = ("decode",)  # both sides
 
 @pytest.mark.parametrize("rows", [FEW, pytest.param((*ROWS,), marks=pytest.mark.slow)], ids=["few", "all"])
 def test_every_row_runs(rows, tmp_path):
-    """In a process of its own, as a user starts it; its sides share what this test session has compiled."""
+    """In a separate process, as a user starts it; its sides share this session's compiled programs."""
     command = [sys.executable, "-m", "benchmarks", *rows, "--quick", "--out", str(tmp_path)]
     cache = {
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,

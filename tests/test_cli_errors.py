@@ -60,7 +60,7 @@ def test_bad_data_files(name, content, part, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_without_a_network_the_hub_is_named_with_what_to_pass_instead(tmp_path, capsys, monkeypatch):
+def test_without_a_network_the_error_names_the_hub_and_the_alternatives(tmp_path, capsys, monkeypatch):
     for module in (corpora, tokenizers):
         monkeypatch.setattr(module, "hub_reachable", lambda: False)
     arguments = ["--preset", "customllm-1b", "--recipe", "seed", "--run-dir", str(tmp_path / "run")]
@@ -79,7 +79,7 @@ def test_options_of_the_wrong_type_end_with_the_same_code():
     assert end.value.code == 2
 
 
-def test_generate_and_convert_refuse_what_is_no_run(run, tmp_path, capsys):
+def test_generate_and_convert_refuse_a_folder_that_is_no_run(run, tmp_path, capsys):
     refused(generation.main, [str(tmp_path)], capsys, "holds no config.json")
     refused(convert.main, ["to-torch", str(tmp_path), str(tmp_path / "out")], capsys, "holds no config.json")
     refused(convert.main, ["to-flax", str(tmp_path / "x.bin"), str(tmp_path / "out")], capsys)

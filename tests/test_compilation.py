@@ -38,8 +38,8 @@ print(json.dumps(counts))
 
 
 @pytest.mark.slow
-def test_another_process_compiles_and_trains_no_tokenizer_again(narrow, tmp_path):
-    """Neither one that starts anew, nor one that resumes."""
+def test_a_second_process_reuses_programs_and_tokenizer(narrow, tmp_path):
+    """Neither one that starts over, nor one that resumes."""
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     environment["JAXLLM_CACHE_DIR"] = str(tmp_path / "cache")
     counts, programs, outputs = [], [], []
@@ -70,7 +70,7 @@ def test_another_process_compiles_and_trains_no_tokenizer_again(narrow, tmp_path
 
 @pytest.fixture
 def _unconfigured():
-    """JAX as it is where nobody has configured a cache."""
+    """JAX without a configured cache."""
     names = [name for name in jax.config.values if "compilation_cache" in name or "persistent_cache" in name]
     before = {name: getattr(jax.config, name) for name in names}
     jax.config.update("jax_compilation_cache_dir", None)
@@ -80,7 +80,7 @@ def _unconfigured():
 
 
 @pytest.mark.usefixtures("_unconfigured")
-def test_the_cache_lies_where_the_environment_says(tmp_path, monkeypatch):
+def test_the_environment_sets_the_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.delenv("JAXLLM_CACHE_DIR")
     assert cache.cache_folder("xla") == tmp_path / "xdg" / "jaxllm" / "xla"
@@ -91,7 +91,7 @@ def test_the_cache_lies_where_the_environment_says(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("_unconfigured")
-def test_where_nothing_can_be_written_one_line_says_so(tmp_path, monkeypatch, capsys):
+def test_an_unwritable_cache_is_reported_in_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setenv("JAXLLM_CACHE_DIR", str(tmp_path / "file"))
     use_compilation_cache()
@@ -99,7 +99,7 @@ def test_where_nothing_can_be_written_one_line_says_so(tmp_path, monkeypatch, ca
     assert jax.config.jax_compilation_cache_dir is None
 
 
-def test_a_cache_that_the_user_configured_stays(tmp_path, monkeypatch):
+def test_a_cache_that_the_user_configured_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXLLM_CACHE_DIR", str(tmp_path / "other"))
     before = jax.config.jax_compilation_cache_dir
     use_compilation_cache()
@@ -109,7 +109,7 @@ def test_a_cache_that_the_user_configured_stays(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("accumulation", ["1", "2"])
 def test_the_step_updates_the_state_in_place(narrow, accumulation):
-    """Donation is a wish: XLA must have granted it for every array of the state."""
+    """Donation is a request: XLA must have granted it for every array of the state."""
     config = parse_args([*narrow, "--grad-accum", accumulation], "test", None, TrainConfig)
     state = jax.jit(lambda: init_state(config))()
     step = compile_programs(OneDevice(), config, model_graph(config)).step
@@ -121,7 +121,7 @@ def test_the_step_updates_the_state_in_place(narrow, accumulation):
     assert int(after.step) == 1
 
 
-def test_a_tokenizer_is_recalled_for_the_same_text_and_size_alone(corpus, tmp_path, monkeypatch, capsys):
+def test_a_tokenizer_is_cached_by_text_and_size(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("JAXLLM_CACHE_DIR", str(tmp_path))
 
     def make(size: int = 300, files: int = 25) -> str:

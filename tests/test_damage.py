@@ -37,7 +37,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 
 @pytest.fixture
 def damaged(run, tmp_path) -> Path:
-    """A copy of the run, to be damaged."""
+    """A copy of the run, to damage."""
     return Path(shutil.copytree(run, tmp_path / "run"))
 
 
@@ -62,8 +62,8 @@ def test_damage_to_any_file_of_a_checkpoint_is_found_and_named(kind, damaged, ca
     assert find_damage(newest) is None
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(damaged, run, narrow, capsys):
-    """The damaged one is kept aside, and the run ends as if nothing had happened; strictly, nothing is touched."""
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(damaged, run, narrow, capsys):
+    """The damaged one is moved away, and the run ends as if it were intact; with `strict`, nothing is changed."""
     array = max((damaged / "checkpoints" / "20" / "weights").rglob("*"), key=lambda path: path.stat().st_size)
     flip_bit(array)
     before = sorted(damaged.rglob("*"))
@@ -78,7 +78,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(damaged, run, na
     assert fingerprint(damaged) == fingerprint(run)
 
 
-def test_what_reads_a_run_takes_the_checkpoint_before_a_damaged_one_too(damaged, run, capsys):
+def test_readers_of_a_run_use_the_checkpoint_before_a_damaged_one(damaged, run, capsys):
     flip_bit(damaged / "checkpoints" / "20" / CHECKSUMS_FILE)
     assert generation.main([str(damaged), "--prompt", "def", "--max-new-tokens", "2"]) == 0
     assert "checkpoints/20 is damaged" in capsys.readouterr().err
@@ -87,7 +87,7 @@ def test_what_reads_a_run_takes_the_checkpoint_before_a_damaged_one_too(damaged,
     assert not np.array_equal(older.params["lm_head"]["weight"], load_weights(run)[1].params["lm_head"]["weight"])
 
 
-def test_where_all_are_damaged_nothing_is_read(damaged, narrow, capsys):
+def test_nothing_is_read_if_all_are_damaged(damaged, narrow, capsys):
     for step in (10, 20):
         (damaged / "checkpoints" / str(step) / "weights" / "manifest.ocdbt").unlink()
     assert train.main([*narrow, "--run-dir", str(damaged)]) == 2
@@ -109,7 +109,7 @@ def test_another_tokenizer_or_model_config_than_the_checkpoint_s_is_refused(dama
     assert "config.json is not the config that" in capsys.readouterr().err
 
 
-def test_a_metrics_file_that_is_lost_comes_back_from_the_checkpoint(damaged, narrow, run):
+def test_a_lost_metrics_file_is_restored_from_the_checkpoint(damaged, narrow, run):
     (damaged / "metrics.jsonl").unlink()
     shutil.rmtree(damaged / "checkpoints" / "20")
     assert train.main([*narrow, "--run-dir", str(damaged)]) == 0
@@ -129,7 +129,7 @@ def test_a_list_that_names_other_files_opens_none(name, damaged, tmp_path):
 
 
 @pytest.mark.parametrize("values", [{"model": "x"}, {"tokenizer": 5}, {"files": [1]}, {"files": {"a\nerror: b": {}}}])
-def test_a_list_of_another_kind_is_damage_in_one_line(values, damaged, capsys):
+def test_a_malformed_list_is_reported_as_damage_in_one_line(values, damaged, capsys):
     newest = damaged / "checkpoints" / "20"
     whole = json.loads((newest / CHECKSUMS_FILE).read_text())["list"] | values
     own = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()

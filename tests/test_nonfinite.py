@@ -33,7 +33,7 @@ from jaxllm.train.step import model_graph, train_step
 
 @pytest.fixture(scope="module")
 def poisoned(run, narrow, tmp_path_factory):
-    """A run that goes on from step 10 of the narrow one, with one row of the embeddings that is not finite."""
+    """A run resumed from step 10 of the narrow one, with one row of the embeddings that is not finite."""
     folder = tmp_path_factory.mktemp("runs") / "poisoned"
     half = shutil.copytree(run, folder.parent / "half")
     shutil.rmtree(half / "checkpoints" / "20")
@@ -56,7 +56,7 @@ def bad_steps(folder) -> list[dict]:
     return [record for record in read_metrics(folder) if "nonfinite_loss" in record]
 
 
-def test_such_steps_are_counted_and_logged_with_their_batch_s_position(poisoned):
+def test_nonfinite_steps_are_counted_and_logged_with_their_position(poisoned):
     poisoned, _ = poisoned
     bad = bad_steps(poisoned)
     assert 2 <= len(bad) <= 5  # the batches that hold the token
@@ -72,7 +72,7 @@ def test_such_steps_are_counted_and_logged_with_their_batch_s_position(poisoned)
         json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
 
 
-def test_such_a_step_changes_nothing_but_the_count_of_steps(run):
+def test_a_nonfinite_step_changes_only_the_step_count(run):
     """Bit for bit, with moments, bias and schedule; the same step on other rows changes all of them."""
     config, token = TrainConfig.from_dict(read_json(run / "train_config.json")), 299
     config = config.with_options(warmup_steps=0)
@@ -95,7 +95,7 @@ def test_such_a_step_changes_nothing_but_the_count_of_steps(run):
             jax.tree.map(np.testing.assert_array_equal, getattr(good, name), getattr(state, name))
 
 
-def test_the_update_is_optax_s():
+def test_the_update_equals_optax():
     """AdamW with decay, over steps of which one is not finite and changes nothing; moments to the last bit."""
     config = TrainConfig.from_options(beta1=0.9, beta2=0.99, max_grad_norm=1e9, weight_decay=0.1, warmup_steps=2)
     facts = {"a": ParameterFacts(("hidden", "latent"), decays=True), "b": ParameterFacts(("norm",), decays=False)}
@@ -117,7 +117,7 @@ def test_the_update_is_optax_s():
         jax.tree.map(np.testing.assert_array_equal, same, (params, state))
 
 
-def test_a_replay_makes_the_same_batch_and_names_where_it_begins(poisoned, capsys):
+def test_a_replay_repeats_the_batch_and_names_the_first_tensor(poisoned, capsys):
     poisoned, poison = poisoned
     shutil.rmtree(poisoned / "checkpoints" / "20")  # from step 10 on, over good and bad steps
     step = bad_steps(poisoned)[-1]["step"]
@@ -143,7 +143,7 @@ def test_a_replay_makes_the_same_batch_and_names_where_it_begins(poisoned, capsy
     assert round(float(said[said.index(": loss ") + 7 :].split()[0]), 4) == logged
 
 
-def test_after_so_many_in_a_row_the_run_stops_and_its_checkpoints_stay(narrow, tmp_path, capsys):
+def test_after_max_nonfinite_steps_the_run_stops_and_keeps_its_checkpoints(narrow, tmp_path, capsys):
     run = tmp_path / "run"
     options = ["--learning-rate", "1e30", "--warmup-steps", "0", "--max-nonfinite", "3", "--save-every", "1"]
     assert train.main([*narrow, *options, "--run-dir", str(run)]) == 2
@@ -158,7 +158,7 @@ def test_after_so_many_in_a_row_the_run_stops_and_its_checkpoints_stay(narrow, t
     assert "The first value that is not finite: " in capsys.readouterr().out
 
 
-def test_a_run_whose_evaluations_are_not_finite_ends_as_others_do(narrow, tmp_path, capsys, monkeypatch):
+def test_a_run_with_nonfinite_evaluations_ends_normally(narrow, tmp_path, capsys, monkeypatch):
     evaluate = Evaluator.__call__
     monkeypatch.setattr(Evaluator, "__call__", lambda *a: evaluate(*a) | {"eval_loss": math.nan})
     for _ in range(2):
@@ -166,7 +166,7 @@ def test_a_run_whose_evaluations_are_not_finite_ends_as_others_do(narrow, tmp_pa
         assert "Evaluation loss nan" in capsys.readouterr().out
 
 
-def test_a_step_that_is_not_left_or_not_there_is_refused(run, tmp_path, capsys):
+def test_a_step_that_cannot_be_replayed_is_refused(run, tmp_path, capsys):
     assert replay.main([str(run), "10"]) == 2
     assert "the oldest checkpoint that is left is that of step 10" in capsys.readouterr().err
     assert replay.main([str(run), "21"]) == 2
@@ -176,7 +176,7 @@ def test_a_step_that_is_not_left_or_not_there_is_refused(run, tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-def test_the_journal_tells_spikes_from_what_is_usual():
+def test_the_history_detects_loss_spikes():
     rng, history = np.random.default_rng(0), History()
     losses = 3 + 2 * np.exp(-np.arange(400) / 50) + 0.05 * rng.standard_normal(400)
     losses[[3, 200, 300]] += 1.0  # the first comes where losses still fall steeply

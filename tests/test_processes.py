@@ -59,8 +59,8 @@ def losses(folder: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in records if "loss" in record}
 
 
-def test_two_processes_train_what_one_does_and_one_goes_on_where_they_stopped(narrow, tmp_path):
-    """Four experts on four devices, two in each process: tokens cross the border. Then pmap in one."""
+def test_two_processes_equal_one_and_one_resumes_their_run(narrow, tmp_path):
+    """Four experts on four devices, two in each process: tokens cross between them. Then pmap in one process."""
     options = [*narrow, "--steps", "6", "--save-every", "2", "--eval-every", "6", "--keep-checkpoints", "3"]
     options += ["--seq-len", "8", "--grad-accum", "2", "--model.n-routed-experts", "4", "--model.dropout", "0.1"]
     mesh = ["--mesh", "expert=4"]
@@ -69,12 +69,12 @@ def test_two_processes_train_what_one_does_and_one_goes_on_where_they_stopped(na
     (first, _), (second, _) = finish(both([*options, *mesh, "--run-dir", str(two)]))
     assert "mesh data=1 x fsdp=1 x expert=4" in first
     assert "Generated Text" in first
-    spoken = {line for line in first.splitlines() if line and "Gloo" not in line and "peer ranks" not in line}
-    assert not spoken & set(second.splitlines())  # gloo's own threads write there, several into one line
+    printed = {line for line in first.splitlines() if line and "Gloo" not in line and "peer ranks" not in line}
+    assert not printed & set(second.splitlines())  # gloo's own threads write there, several into one line
     assert json.loads((two / "train_config.json").read_text())["data_streams"] == 2
     np.testing.assert_allclose([*losses(two).values()], [*losses(one).values()], atol=2e-4)  # as they are printed
 
-    for step in ("4", "6"):  # as if they had been killed behind the second step
+    for step in ("4", "6"):  # as if they had been killed after the second step
         shutil.rmtree(two / "checkpoints" / step)
     ((said, _),) = finish([start([*options, "--parallel", "pmap", "--run-dir", str(two)], 2)])
     assert "pmap over 2 devices" in said
@@ -85,8 +85,8 @@ def test_two_processes_train_what_one_does_and_one_goes_on_where_they_stopped(na
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_one_process_stops_both_behind_the_same_step(number, narrow, tmp_path):
-    """JAX passes the notice on; the run goes on as if it had not been stopped."""
+def test_a_signal_to_one_process_stops_both_after_the_same_step(number, narrow, tmp_path):
+    """JAX passes the notice on; the run resumes as if it had not been stopped."""
     calm, stopped = tmp_path / "calm", tmp_path / "stopped"
     options = [*narrow, "--mesh", "data=4", "--steps", "60", "--sample-tokens", "0"]
     finish(both([*options, "--run-dir", str(calm)]))
@@ -103,7 +103,7 @@ def test_a_signal_to_one_process_stops_both_behind_the_same_step(number, narrow,
     assert fingerprint(stopped) == fingerprint(calm)
 
 
-def test_what_the_first_process_refuses_ends_both(narrow, tmp_path):
+def test_an_error_in_the_primary_process_ends_both(narrow, tmp_path):
     (tmp_path / "file").write_text("not a run")
     options = [*narrow, "--mesh", "data=4", "--run-dir", str(tmp_path)]
     (_, first), (_, second) = finish(both(options), code=2)
@@ -112,8 +112,8 @@ def test_what_the_first_process_refuses_ends_both(narrow, tmp_path):
     assert (tmp_path / "file").read_text() == "not a run"
 
 
-def test_what_only_one_process_lacks_is_said_before_anything_is_deleted(narrow, run, corpus, tmp_path):
-    """The second process was told another batch size; then it does not see the data, which lie in the first's home."""
+def test_a_problem_of_one_process_is_reported_before_anything_is_deleted(narrow, run, corpus, tmp_path):
+    """The second process is given another batch size; then it cannot see the data, in the home of the first."""
     old, home = tmp_path / "old", tmp_path / "home"
     shutil.copytree(run, old)
     shutil.copytree(corpus, home / "corpus")
@@ -137,7 +137,7 @@ class Words:
         return {"input_ids": [hash(word) % 999 + 1 for word in text.split()]}
 
 
-def test_the_batches_depend_on_the_streams_and_not_on_who_reads_them(corpus):
+def test_batches_depend_on_the_streams_and_not_on_the_processes(corpus):
     config = CONFIG.with_options(data=str(corpus), data_streams=4)
     whole = ProcessBatches(config, Words(), 0, 8)
     parts = [ProcessBatches(config, Words(), first, rows) for first, rows in ((0, 3), (3, 1), (4, 4))]
@@ -152,7 +152,7 @@ def test_the_batches_depend_on_the_streams_and_not_on_who_reads_them(corpus):
 
 
 @pytest.mark.parametrize(("files", "rows"), [(3, 40), (25, 3), (50, 40)])
-def test_parts_of_a_corpus_share_nothing_and_leave_nothing_out(tmp_path, files, rows):
+def test_shards_of_a_corpus_are_disjoint_and_complete(tmp_path, files, rows):
     """What is held out does not depend on the parts either: none trains on what another evaluates. Nor do bad rows."""
     for i in range(files):
         lines = [json.dumps({"text": f"{i} {j}"}) for j in range(rows)]
@@ -172,7 +172,7 @@ def test_parts_of_a_corpus_share_nothing_and_leave_nothing_out(tmp_path, files, 
     assert skipped[0] == files == skipped[1] + skipped[2]
 
 
-def test_a_part_without_text_is_refused(tmp_path):
+def test_a_shard_without_text_is_refused(tmp_path):
     (tmp_path / "one.txt").write_text("few words")
     with pytest.raises(UserError, match="data_streams is 2: part 1 of the data has nothing to train on"):
         check_streams(CONFIG.with_options(data=str(tmp_path), data_streams=2))
@@ -189,6 +189,6 @@ def test_a_part_without_text_is_refused(tmp_path):
         ({"data_streams": 3}, "must divide batch_size = 8"),
     ],
 )
-def test_processes_that_cannot_meet_are_refused(changes, message):
+def test_process_options_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         CONFIG.with_options(**changes)

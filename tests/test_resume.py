@@ -1,4 +1,4 @@
-"""A run that is stopped and goes on is the run that was not: bit for bit, log included."""
+"""A run that is stopped and resumed equals the uninterrupted one, bit for bit, log included."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPTIONS = [
 @pytest.mark.parametrize(
     ("data", "mesh"), [pytest.param("folder", "", marks=pytest.mark.slow), ("jsonl", "data=2,fsdp=2")]
 )
-def test_n_steps_and_n_more_are_2n(data, mesh, narrow, corpus, tmp_path):
+def test_n_steps_and_n_more_equal_2n(data, mesh, narrow, corpus, tmp_path):
     arguments = [*narrow, *OPTIONS, "--mesh", mesh]
     if data == "jsonl":
         file = tmp_path / "rows.jsonl"
@@ -34,13 +34,13 @@ def test_n_steps_and_n_more_are_2n(data, mesh, narrow, corpus, tmp_path):
     calm, resumed = tmp_path / "calm", tmp_path / "resumed"
     assert train.main([*arguments, "--run-dir", str(calm)]) == 0
     shutil.copytree(calm, resumed)
-    for step in (11, 10):  # as if it had been killed behind step 5, which has logged beyond it
+    for step in (11, 10):  # as if it had been killed after step 5, with later lines in its log
         shutil.rmtree(resumed / "checkpoints" / str(step))
     assert train.main([*arguments, "--run-dir", str(resumed)]) == 0
     assert fingerprint(resumed) == fingerprint(calm)
 
 
-def test_the_newest_the_regular_and_the_best_checkpoints_stay(narrow, tmp_path, monkeypatch):
+def test_the_newest_the_regular_and_the_best_checkpoints_are_kept(narrow, tmp_path, monkeypatch):
     evaluate = Evaluator.__call__
 
     def best_at_8(evaluator, state, epoch, step, interrupted):
@@ -49,14 +49,14 @@ def test_the_newest_the_regular_and_the_best_checkpoints_stay(narrow, tmp_path, 
     monkeypatch.setattr(Evaluator, "__call__", best_at_8)
     options = ["--save-every", "2", "--eval-every", "4", "--keep-checkpoints", "2", "--keep-every", "6"]
     run = tmp_path / "run"
-    for steps in ("10", "20"):  # what was best before a resume is known behind it
+    for steps in ("10", "20"):  # the best checkpoint before a resume is known after it
         assert train.main([*narrow, *options, "--steps", steps, "--sample-tokens", "0", "--run-dir", str(run)]) == 0
     assert sorted(int(path.name) for path in (run / "checkpoints").iterdir()) == [6, 8, 12, 18, 20]
 
 
 @pytest.mark.slow
-def test_a_resume_says_nothing_on_stderr_but_its_progress(run, narrow, tmp_path):
-    """In a process of its own: what the libraries log reaches the terminal there."""
+def test_a_resume_prints_only_its_progress_on_stderr(run, narrow, tmp_path):
+    """In a separate process, where the libraries' log messages reach the terminal."""
     folder = shutil.copytree(run, tmp_path / "run")
     command = [sys.executable, "train.py", *narrow, "--steps", "21", "--sample-tokens", "0", "--run-dir", str(folder)]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)

@@ -1,4 +1,4 @@
-"""Where a run can start from besides nothing: an interrupted run, and weights that came without a tokenizer."""
+"""Other starts of a run: from an interrupted run, and from weights that came without a tokenizer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def losses(folder):
     return {record["step"]: record["loss"] for record in read_metrics(folder) if "loss" in record}
 
 
-def test_ctrl_c_ends_with_one_line_and_a_run_that_goes_on(narrow, run, tmp_path, capsys, monkeypatch):
+def test_ctrl_c_ends_with_one_line_and_the_run_resumes(narrow, run, tmp_path, capsys, monkeypatch):
     write = RunLog.write
 
     def interrupting(log, record):

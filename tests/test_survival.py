@@ -1,4 +1,4 @@
-"""Signals, full disks, a second process: the run says so in a line, keeps its checkpoints and goes on afterwards."""
+"""Signals, full disks, a second process: the run reports them in a line, keeps its checkpoints and can be resumed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 
 @contextlib.contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """No file of this process grows beyond `size` bytes: what a full disk is to a file, without filling one."""
+    """Limit the files of this process to `size` bytes: the effect of a full disk, without filling one."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -48,7 +48,7 @@ def largest_file(size: int) -> Iterator[None]:
 def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(
     number, code, run, narrow, tmp_path, capsys, monkeypatch
 ):
-    """And the run goes on from there as if it had not been stopped."""
+    """And the run resumes from there as if it had not been stopped."""
     folder, write = tmp_path / "run", RunLog.write
 
     def signalling(log, record):
@@ -71,7 +71,7 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(
 
 
 def test_a_signal_between_two_lines_of_the_log_loses_no_loss(narrow, tmp_path, monkeypatch):
-    """It comes while the step before is waited for, where nothing else is due; the next line's mean knows all steps."""
+    """It arrives while the previous step is awaited; the next line's mean includes all steps."""
     arguments = [*narrow, "--log-every", "7", "--save-every", "50", "--eval-every", "50", "--sample-tokens", "0"]
     calm, stopped, flush = tmp_path / "calm", tmp_path / "stopped", StepMonitor.flush
     assert train.main([*arguments, "--run-dir", str(calm)]) == 0
@@ -93,7 +93,7 @@ def test_a_signal_between_two_lines_of_the_log_loses_no_loss(narrow, tmp_path, m
     assert fingerprint(stopped) == fingerprint(calm)
 
 
-def test_a_signal_while_no_data_come_saves_what_is_done(run, narrow, tmp_path, monkeypatch):
+def test_a_signal_while_waiting_for_data_saves_the_steps_done(run, narrow, tmp_path, monkeypatch):
     folder, next_rows, asked = tmp_path / "run", TokenStream.next_rows, []
     timer = threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM))
 
@@ -113,7 +113,7 @@ def test_a_signal_while_no_data_come_saves_what_is_done(run, narrow, tmp_path, m
     assert fingerprint(folder) == fingerprint(run)
 
 
-def test_an_evaluation_that_a_signal_interrupts_is_made_up_for(run, narrow, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_is_repeated_at_the_next_start(run, narrow, tmp_path, monkeypatch):
     folder, evaluate = tmp_path / "run", Evaluator.__call__
 
     def interrupted(evaluator, state, epoch, step, asked):
@@ -124,7 +124,7 @@ def test_an_evaluation_that_a_signal_interrupts_is_made_up_for(run, narrow, tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(Evaluator, "__call__", interrupted)
-        for _ in range(2):  # the second time it is what is made up for that is interrupted
+        for _ in range(2):  # the second time the repeated evaluation is interrupted
             assert train.main([*narrow, "--run-dir", str(folder)]) == 143
             assert choose_checkpoint(folder).step == 10
     assert "eval_loss" not in (folder / "metrics.jsonl").read_text()
@@ -218,7 +218,7 @@ def test_a_disk_that_is_really_full_ends_the_run_with_a_line(every, narrow, tmp_
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_tensorboard_s_dead_writer_is_an_error_and_no_hang(tmp_path, capsys):
+def test_a_dead_tensorboard_writer_raises_instead_of_hanging(tmp_path, capsys):
     board = TensorBoardWriter(tmp_path, 0)
 
     def write_on() -> None:
@@ -257,7 +257,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_named_before_training(narrow, t
 
 
 @pytest.mark.slow
-def test_killed_three_times_it_ends_as_if_nothing_had_happened(tmp_path):
+def test_a_run_killed_three_times_equals_the_uninterrupted_one(tmp_path):
     """`python -m tests.chaos --kills 30` does it thirty times."""
     moments = chaos(Options(kills=3, steps=40, data="jsonl", seed=1), tmp_path)
     assert moments["while it saved"] >= 1

@@ -103,7 +103,7 @@ def test_it_learns_far_below_a_unigram_model_and_repeats_itself(narrow, tmp_path
     assert evaluation < unigram - 1
 
 
-def test_a_resumed_run_repeats_the_undisturbed_one(run, narrow, tmp_path, capsys):
+def test_a_resumed_run_equals_the_uninterrupted_one(run, narrow, tmp_path, capsys):
     folder = shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(folder / "checkpoints" / "20")
     assert train.main([*narrow, "--run-dir", str(folder)]) == 0
@@ -112,7 +112,7 @@ def test_a_resumed_run_repeats_the_undisturbed_one(run, narrow, tmp_path, capsys
     assert lines(folder, "eval_loss")[-1]["eval_loss"] == lines(run, "eval_loss")[-1]["eval_loss"]
 
 
-def test_a_finished_run_says_so_and_more_steps_go_on(run, narrow, tmp_path, capsys):
+def test_a_finished_run_reports_it_and_more_steps_continue(run, narrow, tmp_path, capsys):
     folder = shutil.copytree(run, tmp_path / "run")
     assert train.main([*narrow, "--run-dir", str(folder)]) == 0
     assert "pass --steps MORE" in capsys.readouterr().out
@@ -120,7 +120,7 @@ def test_a_finished_run_says_so_and_more_steps_go_on(run, narrow, tmp_path, caps
     assert [record["step"] for record in lines(folder, "loss")] == list(range(1, 23))
 
 
-def test_overwrite_starts_anew(run, narrow, tmp_path, capsys):
+def test_overwrite_starts_over(run, narrow, tmp_path, capsys):
     folder = shutil.copytree(run, tmp_path / "run")
     assert train.main([*narrow, "--run-dir", str(folder), "--steps", "2", "--overwrite"]) == 0
     assert [record["step"] for record in lines(folder, "loss")] == [1, 2]

@@ -154,7 +154,7 @@ def quarantine(run: Path, damaged: Sequence[int]) -> None:
     for step in damaged:
         target = (run / "checkpoints").resolve().parent / "damaged" / str(step)  # on the same disk
         target.parent.mkdir(exist_ok=True)
-        if target.exists():  # the same step, damaged once more
+        if target.exists():  # the same step, damaged again
             shutil.rmtree(target)
         os.replace(run / "checkpoints" / str(step), target)
         print(f"Moved the damaged checkpoint of step {step} to {target}")

@@ -58,13 +58,13 @@ def parse_args(argv: Sequence[str] | None, prog: str, description: str | None, k
     first.add_argument("--preset")
     first.add_argument("--recipe")
     first.add_argument("--run-dir", type=Path)
-    first.add_argument("--overwrite", "--no-overwrite", dest="anew", action="store_true")
+    first.add_argument("--overwrite", "--no-overwrite", dest="start_over", action="store_true")
     first.add_argument("--mesh")
     first.add_argument("--parallel")
     chosen, _ = first.parse_known_args(argv)
     default = recipe(chosen.recipe or "default", chosen.preset or "tiny", kind)
     saved = _saved_config(chosen.run_dir or default.folder, kind)
-    if saved is not None and not chosen.anew:
+    if saved is not None and not chosen.start_over:
         same = chosen.preset in (None, saved.preset) and chosen.recipe in (None, saved.recipe)
         default = saved if same else default
         if chosen.mesh is not None or chosen.parallel is not None:  # one choice: the saved half of it does not hold

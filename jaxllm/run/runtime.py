@@ -30,7 +30,7 @@ MIN_COMPILE_SECONDS = 0.05
 def huge_pages_environment() -> dict[str, str]:
     """The variables that a new process needs for huge pages; empty where they are on already, or not available.
 
-    A training step allocates gigabytes anew, and Linux maps them page by page, 4 KiB each, unless a program asks for
+    A training step allocates gigabytes, and Linux maps them page by page, 4 KiB each, unless a program asks for
     pages of 2 MiB, which make a step on a CPU a tenth faster. glibc's malloc asks if a tunable says so (glibc 2.35 or
     later), but reads it only when a process starts.
     """
@@ -73,7 +73,7 @@ def use_compilation_cache() -> None:
     try:
         folder = cache_folder("xla")
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
-        print(f"Programs are compiled anew in each run: the cache cannot be used ({one_line(error)})", file=sys.stderr)
+        print(f"Programs are compiled again in each run: the cache cannot be used ({one_line(error)})", file=sys.stderr)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MAX_CACHE_BYTES)
