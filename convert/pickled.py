@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickletools
 import zipfile
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from jaxllm.errors import UserError, listed
 
@@ -59,11 +59,11 @@ def _of_archive(file: Path) -> set[str]:
     return foreign
 
 
-def _foreign(opened: BinaryIO) -> set[str]:
+def _foreign(opened: IO[bytes]) -> set[str]:
     """Names that the next pickle takes from modules that tensors do not need."""
     found = set()
     for opcode, argument, _ in pickletools.genops(opened):
-        if opcode.name in ("GLOBAL", "INST"):
+        if opcode.name in ("GLOBAL", "INST") and isinstance(argument, str):
             module, _, name = argument.partition(" ")
             if module not in NEEDED:
                 found.add(f"{module}.{name}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +30,7 @@ class Tensor(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    read: object  # () -> np.ndarray
+    read: Callable[[], np.ndarray]
 
 
 def write_safetensors(folder: Path, tensors: Iterable[Tensor], dtype: str) -> None:
@@ -100,7 +100,7 @@ class TensorFiles:
             UserError: there are no weights at `path`, or they cannot be read.
         """
         self._stack = ExitStack()
-        self._readers: dict[str, object] = {}
+        self._readers: dict[str, Callable[[], np.ndarray]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.duplicates: list[str] = []
         self.misplaced: list[str] = []

@@ -50,20 +50,17 @@ def export_training(run: Path, out: Path) -> None:
             f"{str(run)!r} reads {config.data_streams} data streams and PyTorch's Trainer reads one: "
             "leave out --training"
         )
-    if not saved.has_training:
-        raise UserError(f"{str(run)!r} holds weights without a training history: leave out --training")
-    weights = saved.weights(model)
-    checkpoint = out / f"checkpoint-{saved.step}"
-    write_model(model, weights, checkpoint, "float32")
-    del weights  # a model of this size and its moments need not be in memory together
     resumed = saved.resume_state(config)
-    table = {entry.torch_name: entry for entry in entries(model) if entry.tree == PARAMS}
+    if resumed is None:
+        raise UserError(f"{str(run)!r} holds weights without a training history: leave out --training")
+    checkpoint = out / f"checkpoint-{saved.step}"
+    table, moments = {e.torch_name: e for e in entries(model) if e.tree == PARAMS}, resumed.opt_state[1:]
 
     def of_parameter(name: str):
         entry = table[name]
-        return hand_over.Moments(
-            *(entry.to_torch(np.asarray(leaf(tree, entry.path))) for tree in resumed.opt_state[1:])
-        )
+        return hand_over.Moments(*(entry.to_torch(np.asarray(leaf(tree, entry.path))) for tree in moments))
+
+    write_model(model, saved.weights(model), checkpoint, "float32")
 
     (checkpoint / POSITION_FILE).write_bytes(resumed.positions[0].to_bytes())
     torch_config = config.as_type(RunConfig).with_options(run_dir=out)

@@ -229,12 +229,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
     model = load_model(args.run, args.precision)
     tokenizer = load_tokenizer(str(tokenizer_folder(args.run)))
-    eos = None if args.ignore_eos else tokenizer.eos_token_id
+    eos: Any = None if args.ignore_eos else tokenizer.eos_token_id
     ids = [encode_prompt(tokenizer, prompt) for prompt in args.prompt]
     for prompt, new in zip(
         args.prompt, generate(model, ids, args.max_new_tokens, sampling, seed=args.seed, eos_token_id=eos), strict=True
     ):
-        print(prompt + tokenizer.decode(new))
+        print(f"{prompt}{tokenizer.decode(new)}")
 
 
 if __name__ == "__main__":

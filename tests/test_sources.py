@@ -78,7 +78,7 @@ def test_a_prefetcher_raises_its_error_each_time(corpus, tokenizer):
     batches = Prefetcher(TokenStream(source, tokenizer, 32, 0), 1)
     for _ in range(2):
         with pytest.raises(UserError, match="data: gone"):
-            next(batches)
+            batches.take()
     batches.close()
 
 

@@ -28,10 +28,16 @@ class MicroBatches:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         while True:
-            batch = next(self._batches)
+            batch = self._batches.take()
+            assert batch is not None  # nothing interrupts it
             self.position, self.progress = batch.position, batch.progress
             for rows in torch.from_numpy(batch.rows).long().view(self._shape):
                 yield as_inputs(rows)
+
+    def encoded_position(self) -> bytes:
+        """Where the data continues after the batch that is being trained on."""
+        assert self.position is not None  # before the first batch nothing is saved
+        return self.position.to_bytes()
 
     @property
     def skipped_rows(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,8 @@ class ScheduleCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         # The Trainer wants to find this key when it saves; a state that the converter wrote does not have it.
-        state.stateful_callbacks.setdefault("TrainerControl", control.state())
+        callbacks: Any = state.stateful_callbacks
+        callbacks.setdefault("TrainerControl", control.state())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         config, step = self._config, state.global_step
@@ -45,8 +47,8 @@ class RoutingBiasCallback(TrainerCallback):
 
     def __init__(self, rate: float):
         self._rate = rate
-        self._counts: Tensor | None = None  # (L,E), of the step so far
-        self._last: Tensor | None = None  # (L,E), of the step before
+        self._counts: Any = None  # (L,E), of the step so far
+        self._last: Any = None  # (L,E), of the step before
 
     def add(self, router_experts: Sequence[Tensor], n_experts: int) -> None:
         """Count what the routers chose for one micro-batch: L times (B,T,k)."""
@@ -101,7 +103,7 @@ class LogCallback(TrainerCallback):
         self._held_out, self._peak_tflops = held_out, peak_tflops
         self._eval_loss = math.nan
         self._logged_step = self._first_step = 0
-        self._meter: Meter | None = None  # from the first step on
+        self._meter: Any = None  # a Meter, from the first step on
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self._first_step = self._logged_step = state.global_step

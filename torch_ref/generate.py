@@ -45,7 +45,7 @@ def generate(
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}  # the default is 50
     torch.manual_seed(seed)
-    rows = model.generate(
+    rows = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
         ids,
         attention_mask=mask,
         max_new_tokens=max_new_tokens,

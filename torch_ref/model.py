@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -284,6 +284,8 @@ class DeepSeekMoE(nn.Module):
     `routing_bias` steers the choice; it is state, not a parameter: no gradient and no weight decay.
     """
 
+    routing_bias: Tensor  # (E,)
+
     def __init__(self, config: CustomLLMConfig):
         super().__init__()
         self.experts_per_token = config.num_experts_per_tok
@@ -354,22 +356,22 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # for the Trainer: the loss honours num_items_in_batch
     _input_embed_layer = "token_embeddings"
-    _no_split_modules = ("DecoderLayer",)
-    _skip_keys_device_placement = ("past_key_values",)
-    _keep_in_fp32_modules_strict = ("routing_bias",)  # its steps of 1e-3 are lost in bfloat16
-    _keys_to_ignore_on_load_missing = (r"\.routing_bias$",)  # zeros then
+    _no_split_modules: ClassVar = ["DecoderLayer"]
+    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _keep_in_fp32_modules_strict: ClassVar = {"routing_bias"}  # its steps of 1e-3 are lost in bfloat16
+    _keys_to_ignore_on_load_missing: ClassVar = [r"\.routing_bias$"]  # zeros then
 
-    def __init__(self, config: CustomLLMConfig):
-        if not isinstance(config, PretrainedConfig):
-            config = CustomLLMConfig(**config.to_dict())
-        super().__init__(config)
-        D, V = config.hidden_size, config.vocab_size
+    def __init__(self, config: Any):
+        """`config`: a CustomLLMConfig, or anything with a `to_dict` that has its keys."""
+        shape: Any = config if isinstance(config, PretrainedConfig) else CustomLLMConfig(**config.to_dict())
+        super().__init__(shape)
+        D, V = shape.hidden_size, shape.vocab_size
         self.token_embeddings = nn.Embedding(V, D)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, D)
-        self.dropout = nn.Dropout(config.dropout)
-        self.decoder_layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        if config.final_norm:
-            self.final_norm = CustomRMSNorm(D, config.rms_norm_eps)
+        self.position_embeddings = nn.Embedding(shape.max_position_embeddings, D)
+        self.dropout = nn.Dropout(shape.dropout)
+        self.decoder_layers = nn.ModuleList(DecoderLayer(shape, i) for i in range(shape.num_hidden_layers))
+        if shape.final_norm:
+            self.final_norm = CustomRMSNorm(D, shape.rms_norm_eps)
         self.lm_head = nn.Linear(D, V, bias=True)
         self.loss_type = "ForCausalLM"  # else the Trainer counts first labels, which are no targets, among the items
         self.post_init()
@@ -467,7 +469,7 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.bias)  # pyright: ignore[reportArgumentType]
         elif isinstance(module, CustomRMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, DeepSeekMoE):

@@ -7,7 +7,7 @@ are those of `torch_ref.model`, and A for the accumulated micro-batches of a ste
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,13 +15,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
 from jaxllm.config import RunConfig
-from torch_ref.model import IGNORED, CustomLLM, CustomLLMOutput
+from torch_ref.model import IGNORED, CustomLLM
 
 
 class StepMetrics(NamedTuple):
     loss: Tensor  # () mean cross-entropy over the targets of all micro-batches, nats
     grad_norm: Tensor  # () global norm before clipping
-    learning_rate: float  # set for the next update, as the source's log shows it
+    learning_rate: float | Tensor  # set for the next update, as the source's log shows it
     experts: Tensor  # (A,L,B,T,k), what the routers chose
 
 
@@ -67,13 +67,13 @@ def update_routing_bias(model: CustomLLM, counts: Tensor, rate: float) -> None:
         rate: the step, gamma.
     """
     for layer, tokens in zip(model.decoder_layers, counts, strict=True):
-        bias = layer.mlp.routing_bias
+        bias: Any = layer.mlp.routing_bias  # pyright: ignore[reportAttributeAccessIssue]
         tokens = tokens.to(bias.dtype)
         bias += rate * torch.sign(tokens.mean() - tokens)
 
 
-def auxiliary_loss(output: CustomLLMOutput, config: RunConfig) -> Tensor | float:
-    """The weighted sequence-wise balance loss and router z-loss of one micro-batch, summed over the layers."""
+def auxiliary_loss(output: Any, config: RunConfig) -> Tensor | float:
+    """The weighted sequence-wise balance loss and router z-loss of a `CustomLLMOutput`, summed over the layers."""
     if not (config.optim.balance_loss or config.optim.router_z_loss):
         return 0.0
     balance = sum(map(balance_loss, output.router_experts, output.router_scores))
@@ -107,7 +107,8 @@ def accumulate_gradients(model: CustomLLM, config: RunConfig, labels: Tensor) ->
         The mean cross-entropy, and the experts that the routers chose, (A, L, B, T, k).
     """
     targets = count_targets(labels).clamp(min=1)
-    total, chosen = 0.0, []
+    total: Any = 0.0
+    chosen = []
     for micro in labels:
         with torch.autocast(micro.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             output = model(micro.clamp(min=0), labels=micro, num_items_in_batch=targets, output_router=True)

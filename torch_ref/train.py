@@ -69,7 +69,8 @@ def train(
     if checkpoint is not None and first_step >= config.schedule.steps:
         announce_finished(first_step)
         with reading(checkpoint.folder):
-            model = CustomLLM.from_pretrained(checkpoint.folder).to(device)
+            model = CustomLLM.from_pretrained(checkpoint.folder)
+            model.to(device)  # pyright: ignore[reportArgumentType]
         samples.write(model)
         return model
     peak_tflops = config.logging.peak_tflops or measured_peak_tflops(
@@ -87,7 +88,7 @@ def train(
     finally:
         batches.close()
         run_log.close()
-    return trainer.model
+    return model
 
 
 @exit_on_user_error

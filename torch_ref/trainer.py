@@ -31,7 +31,7 @@ def choose_device(config: RunConfig) -> torch.device:
     """
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise UserError(f"WORLD_SIZE is {processes}: the PyTorch path trains in one process; start it without torchrun")
-    device = PartialState().device
+    device: Any = PartialState().device
     if config.precision == "bfloat16" and device.type != "cpu" and not is_torch_bf16_gpu_available():
         raise UserError(f"precision is 'bfloat16': the device {device} does not support it; pass --precision float32")
     return device
@@ -89,13 +89,13 @@ class CustomLLMTrainer(Trainer):
         held_out: np.ndarray,
     ):
         self._config, self._tokenizer, self._batches = config, tokenizer, batches
-        self._cross_entropy: Tensor | None = None  # () share of the last micro-batch in the step's mean
+        self._cross_entropy: Any = None  # () share of the last micro-batch in the step's mean
         self.routing = RoutingBiasCallback(config.optim.bias_update_rate)
         optimizer = make_optimizer(model, config)
         super().__init__(
             model,
             training_arguments(config),
-            eval_dataset=[as_inputs(row) for row in torch.from_numpy(held_out).long()],
+            eval_dataset=[as_inputs(row) for row in torch.from_numpy(held_out).long()],  # pyright: ignore[reportArgumentType]
             callbacks=[ScheduleCallback(config), self.routing, MPSCallback()],
             optimizers=(optimizer, make_schedule(optimizer, config)),
         )
@@ -138,7 +138,7 @@ class CustomLLMTrainer(Trainer):
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed: dropout must not depend on evaluations
             return super().evaluate(*args, **kwargs)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         if "learning_rate" in logs:  # set for the next update, as in the source's log; the Trainer's is the last one's
             logs["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
         super().log(logs, start_time)
@@ -148,11 +148,11 @@ class CustomLLMTrainer(Trainer):
 
         Its `training_args.bin`, a pickle that nothing reads, is left out.
         """
-        folder = Path(output_dir or self.args.output_dir)
+        folder, model = Path(output_dir or str(self.args.output_dir)), self.model
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder)
+        model.save_pretrained(folder)  # pyright: ignore
         self._tokenizer.save_pretrained(str(folder))
-        (folder / POSITION_FILE).write_bytes(self._batches.position.to_bytes())
+        (folder / POSITION_FILE).write_bytes(self._batches.encoded_position())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         with reading(resume_from_checkpoint):
@@ -163,7 +163,7 @@ class CustomLLMTrainer(Trainer):
             raise ValueError(f"its weights are not those of this model: {names[0]} and {len(names) - 1} more")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with reading(checkpoint):
+        with reading(checkpoint or ""):
             super()._load_rng_state(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -172,4 +172,5 @@ class CustomLLMTrainer(Trainer):
         with reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
         # The rate that was saved belongs to the number of steps that was asked for then.
-        self.lr_scheduler = make_schedule(self.optimizer.optimizer, self._config, self.state.global_step)
+        optimizer: Any = self.optimizer
+        self.lr_scheduler = make_schedule(optimizer.optimizer, self._config, self.state.global_step)

@@ -135,7 +135,7 @@ TOKENIZER_SIZED_PRESETS = frozenset({"tiny"})
 """Presets without a vocabulary of their own: train.py gives them the tokenizer's size."""
 
 
-def preset(name: str) -> Self:
+def preset(name: str) -> ModelConfig:
     """Look up a preset by name.
 
     Raises:

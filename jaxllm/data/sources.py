@@ -38,9 +38,16 @@ class TextChunk(NamedTuple):
 class Source(Protocol):
     """An endless series of passes over a corpus."""
 
-    position: dict[str, Any]
-    """Where the next chunk starts, and `skipped`, the rows passed over so far because they held no text; JSON values.
-    To set one that another corpus gave is a UserError."""
+    @property
+    def position(self) -> dict[str, Any]:
+        """Where the next chunk starts, and `skipped`, the number of rows without text so far; JSON values.
+
+        Setting a position that was taken from another corpus raises UserError.
+        """
+        ...
+
+    @position.setter
+    def position(self, position: dict[str, Any]) -> None: ...
 
     def chunks(self) -> Iterator[TextChunk]:
         """Pieces from `position` to the end of the pass; afterwards `position` is the start of the next pass."""
@@ -292,7 +299,7 @@ class HubSource:
     def _newest_revision(self) -> str:
         from huggingface_hub import HfApi
 
-        return HfApi().dataset_info(self._name).sha
+        return str(HfApi().dataset_info(self._name).sha)
 
     def _open(self):
         import datasets
@@ -300,9 +307,10 @@ class HubSource:
         from huggingface_hub.errors import RevisionNotFoundError
 
         # `Patience` is what waits: see there.
-        datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
+        config: Any = datasets.config  # pyright: ignore[reportAttributeAccessIssue]
+        config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = 1
         for name in ("READ", "READ_SERVER_UNAVAILABLE", "READ_RATE_LIMIT", "OPEN"):
-            setattr(datasets.config, f"STREAMING_{name}_RETRY_INTERVAL", 0)
+            setattr(config, f"STREAMING_{name}_RETRY_INTERVAL", 0)
         revision = self._at["revision"]
         try:
             # Not its own cache: where the Hub fails, `datasets` would take whatever commit was once downloaded there.

@@ -201,7 +201,8 @@ class ProcessBatches:
     def progress(self) -> float | None:
         """Passes over the data by the slowest stream; None where its size is not known."""
         done = [stream.progress() for stream in self._streams.values()]
-        return None if None in done else min(done)
+        known = [passes for passes in done if passes is not None]
+        return min(known) if len(known) == len(done) else None
 
     @property
     def skipped_rows(self) -> int:
@@ -268,10 +269,7 @@ class Prefetcher:
         self._thread = threading.Thread(target=self._run, args=(stream, rows), daemon=True, name="prefetch")
         self._thread.start()
 
-    def __next__(self) -> Batch:
-        return self.take(lambda: False)
-
-    def take(self, interrupted: Callable[[], bool]) -> Batch | None:
+    def take(self, interrupted: Callable[[], bool] = lambda: False) -> Batch | None:
         """The next batch; None where `interrupted` while it is waited for."""
         asked, batch = time.perf_counter(), None
         while batch is None:

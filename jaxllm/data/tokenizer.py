@@ -167,7 +167,7 @@ def train_or_recall_tokenizer(source: Source, vocab_size: int, data: str) -> Pre
         with contextlib.suppress(Exception):  # what a damaged file raises; it is made anew
             return _wrap(tokenizers.Tokenizer.from_file(str(file)))
     print(f"Training a tokenizer of {vocab_size} tokens on {data} ...")
-    tokenizer = _train(texts, vocab_size)
+    tokenizer: Any = _train(texts, vocab_size)
     if file is not None:
         with contextlib.suppress(OSError):  # a full disk: the run has its tokenizer all the same
             write_text_atomically(file, tokenizer.backend_tokenizer.to_str())
@@ -246,7 +246,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """
     try:
         with panics_as_errors():
-            ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+            ids: Any = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
     except Exception as error:  # tokenizers raises Exception itself
         raise UserError(f"prompt is {shown(prompt)}: the tokenizer does not take it ({one_line(error)})") from None
     if None in ids:

@@ -66,7 +66,7 @@ class Linear(nnx.Module):
         self,
         in_features: int,
         out_features: int,
-        axes: tuple[str, str],
+        axes: tuple[str, ...],
         *,
         bias: bool = False,
         std: float,

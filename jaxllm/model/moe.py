@@ -6,7 +6,9 @@ or inject a routing. No token is ever dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -73,6 +75,11 @@ def plan_dispatch(experts: Array, n_experts: int) -> Dispatch:
     return Dispatch(order, inverse, tokens_per_expert(experts, n_experts))
 
 
+def add_all(arrays: Iterable[Array]) -> Array:
+    """The sum of some arrays, from left to right."""
+    return functools.reduce(operator.add, arrays)
+
+
 # Dispatch and combine are gathers, in the backward pass too: JAX would scatter there. The k slots of a token are added
 # one by one, which fuses with the gathers: XLA's sum over an axis in the middle is slow on a CPU.
 @jax.custom_vjp
@@ -86,7 +93,7 @@ def _dispatch_fwd(x: Array, plan: Dispatch):
 
 def _dispatch_bwd(saved, d_rows: Array):
     plan, N = saved
-    return sum(d_rows[slot] for slot in plan.slots(N)), None
+    return add_all(d_rows[slot] for slot in plan.slots(N)), None
 
 
 dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
@@ -95,7 +102,7 @@ dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 @jax.custom_vjp
 def combine(rows: Array, gates: Array, plan: Dispatch) -> Array:  # (M,D), (N,k) -> (N,D)
     slots, gates = plan.slots(gates.shape[0]), gates.astype(rows.dtype)
-    return sum(rows[slot] * gate[:, None] for slot, gate in zip(slots, gates.T, strict=True))
+    return add_all(rows[slot] * gate[:, None] for slot, gate in zip(slots, gates.T, strict=True))
 
 
 def _combine_fwd(rows: Array, gates: Array, plan: Dispatch):
@@ -130,15 +137,15 @@ class DeepSeekExpertLayer(nnx.Module):
 
         With `offset`, only the E experts from there on, in a stack of more; without a gradient.
         """
-        weights = (linear.weight[...] for linear in (self.gate_proj, self.up_proj, self.down_proj))
+        gate, up, down = (linear.weight[...] for linear in (self.gate_proj, self.up_proj, self.down_proj))
         if offset is not None:
-            return expert_ffn_of_stack(self.kernels.grouped, rows, *weights, group_sizes, offset)
-        return expert_ffn(self.kernels.grouped, rows, *weights, group_sizes)
+            return expert_ffn_of_stack(self.kernels.grouped, rows, gate, up, down, group_sizes, offset)
+        return expert_ffn(self.kernels.grouped, rows, gate, up, down, group_sizes)
 
     def summed(self, x: Array) -> Array:
         """As a stack of experts that all see every token, summed: (N,D) -> (N,D)."""
         weights = (linear.weight[...].astype(self.dtype) for linear in (self.gate_proj, self.up_proj, self.down_proj))
-        return sum((jax.nn.silu(x @ gate) * (x @ up)) @ down for gate, up, down in zip(*weights, strict=True))
+        return add_all((jax.nn.silu(x @ gate) * (x @ up)) @ down for gate, up, down in zip(*weights, strict=True))
 
 
 class DeepSeekMoE(nnx.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -19,7 +21,7 @@ def module_tree(config: ModelConfig) -> str:
     return "\n".join(lines)
 
 
-def _build(kind: type[nnx.Module], config: ModelConfig) -> nnx.Module:
+def _build(kind: Callable[..., nnx.Module], config: ModelConfig) -> nnx.Module:
     return kind(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
 
 

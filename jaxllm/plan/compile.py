@@ -28,13 +28,13 @@ OUT_OF_MEMORY = "Ran out of memory"
 """XLA's words for a program that cannot fit: a TPU's compiler checks it."""
 
 
-def topology_devices(target: Target, devices: int) -> list[jax.Device]:
+def topology_devices(target: Target, devices: int) -> list[Any]:
     """So many described devices of one node."""
     if target.platform == "cuda":
         options = {"topology": f"1x1x{devices}", "target_config": target.config}
         described = topologies.get_topology_desc(platform="cuda", topology_name=target.name, **options)
     else:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=target.topology)
+        described = topologies.get_topology_desc(platform="tpu", topology_name=target.topology or "")
     return list(described.devices[:devices])
 
 
@@ -50,7 +50,7 @@ def measure(config: TrainConfig, target: Target) -> dict[str, Any]:
     """Compile, and read the program: memory in bytes of each device, its kernels, products and collectives."""
     start = time.perf_counter()
     try:
-        compiled = lower_for(config, target).compile()
+        compiled: Any = lower_for(config, target).compile()
     except jax.errors.JaxRuntimeError as error:
         if OUT_OF_MEMORY in str(error):
             return {"out_of_memory": str(error).splitlines()[0]}

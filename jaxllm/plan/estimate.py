@@ -190,7 +190,7 @@ def meshes(config: TrainConfig) -> list[str]:
             other = config.with_options(mesh=mesh)
         except UserError:  # weights that it cannot cut
             continue
-        if other.mesh_devices == n and not any(several(other) == several(known) for known in found):
+        if other.mesh.devices == n and not any(several(other) == several(known) for known in found):
             found.append(other)
     return [config.mesh.axes for config in found]
 

@@ -33,9 +33,20 @@ class Shape(NamedTuple):
         return math.prod(self.dims)
 
 
+def match(pattern: str, text: str) -> re.Match[str]:
+    """The first match of a pattern that occurs in every program of XLA's.
+
+    Raises:
+        ValueError: it does not occur: the text has another form.
+    """
+    if (found := re.search(pattern, text)) is None:
+        raise ValueError(f"XLA's program has no {pattern} in {text[:200]}")
+    return found
+
+
 def element_bytes(dtype: str) -> float:
     """Of XLA's names: f32 is 4, s4 is 0.5, f8e4m3fn is 1."""
-    return _SIZES[dtype] if dtype in _SIZES else int(re.search(r"\d+", dtype)[0]) / 8
+    return _SIZES[dtype] if dtype in _SIZES else int(match(r"\d+", dtype)[0]) / 8
 
 
 def read_shapes(text: str) -> tuple[Shape, ...]:
@@ -127,7 +138,7 @@ class Program:
             if found.opcode in ("copy", "bitcast", "convert"):
                 return value(found.operands[0], inside)
             if found.opcode == "get-tuple-element" and inside is condition and start and start.opcode == "tuple":
-                return value(start.operands[int(re.search(r"index=(\d+)", found.attributes)[1])], before)
+                return value(start.operands[int(match(r"index=(\d+)", found.attributes)[1])], before)
             return None
 
         first, last = (value(operand, condition) for operand in compare.operands)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxllm.plan.hlo import Instruction, Program, Shape, Step
+from jaxllm.plan.hlo import Instruction, Program, Shape, Step, match
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute")
 
@@ -66,7 +66,7 @@ def matrix_products(program: Program) -> Iterator[Product]:
         elif instruction.opcode == "convolution":  # a TPU's form of a dot
             yield _product(step, _dot_kernel(step), "dot", _convolved(instruction))
         elif instruction.opcode == "custom-call":
-            target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)[1]
+            target = match(r'custom_call_target="([^"]*)"', instruction.attributes)[1]
             if target.startswith("__cublas"):
                 flops = _contracted(instruction, r'"lhs_contracting_dimensions":\[([\d,"]*)\]')
                 yield _product(step, "cuBLAS product", "dot", flops)
@@ -93,13 +93,13 @@ def _dot_kernel(step: Step) -> str:
 
 def _contracted(instruction: Instruction, dimensions: str) -> float:
     left = instruction.inputs[0][0].dims
-    depth = math.prod(left[int(d)] for d in re.findall(r"\d+", re.search(dimensions, instruction.attributes)[1]))
+    depth = math.prod(left[int(d)] for d in re.findall(r"\d+", match(dimensions, instruction.attributes)[1]))
     return 2.0 * instruction.outputs[0].size * depth
 
 
 def _convolved(instruction: Instruction) -> float:
     """FLOPs of the products that do not meet padding or a hole: batches of a dot are dilated dimensions on a TPU."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    labels = match(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     left, right, out = (
         dict(zip(names, shape.dims, strict=True))
         for names, shape in zip(
@@ -124,7 +124,7 @@ def _convolved(instruction: Instruction) -> float:
 
 
 def _attention(instruction: Instruction, products: int) -> float:
-    scores = re.search(r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([^\]]*)\]', instruction.attributes)[1]
+    scores = match(r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([^\]]*)\]', instruction.attributes)[1]
     size = math.prod(int(d) for d in re.findall(r"\d+", scores))
     computed = 0.5 if re.search(r'"mask_type":\s*"CAUSAL"', instruction.attributes) else 1.0
     return computed * products * 2.0 * size * instruction.outputs[0].dims[-1]

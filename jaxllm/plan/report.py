@@ -53,7 +53,7 @@ def print_plan(plan: Plan | Refused, tokens: int, run: str) -> None:
     """The whole answer: a table, then what it assumes."""
     mesh = f", mesh {plan.config.mesh.axes}" if plan.devices > 1 else ""
     print(f"{_describe(plan)} on {plan.devices} x {plan.target.name}{mesh}; all figures of one device")
-    if plan.peak is None:
+    if isinstance(plan, Refused):
         print(f"does not fit: {plan.message}")
         return
     print(f"compiled in {plan.compile_seconds:.0f} s by JAX {plan.jax} for a device that is not here; nothing has run")
@@ -181,8 +181,8 @@ def print_search(found: list[tuple[Plan | Refused, bool]], tokens: int, run: str
         table.add_column(column, justify="left" if column in ("mesh", "remat") else "right")
     for plan, exact in found:
         how = (plan.config.mesh.axes or "one device", "on" if plan.config.remat else "off")
-        if not plan.fits:
-            peak = "" if plan.peak is None else f"{plan.peak / GIB:.1f} GiB"
+        if isinstance(plan, Refused) or not plan.fits:
+            peak = "" if isinstance(plan, Refused) else f"{plan.peak / GIB:.1f} GiB"
             table.add_row(*how, "none", f"{peak} at {plan.config.data.batch_size}", "", "", "", "")
             continue
         seconds = plan.roofline.expected
@@ -196,7 +196,7 @@ def print_search(found: list[tuple[Plan | Refused, bool]], tokens: int, run: str
             _duration(tokens, plan),
         )
     Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
-    for line in next((assumptions(plan) for plan, _ in found if plan.peak is not None), []):
+    for line in next((assumptions(plan) for plan, _ in found if isinstance(plan, Plan)), []):
         print(line)
 
 
@@ -205,7 +205,7 @@ def plan_as_json(plan: Plan | Refused, tokens: int) -> dict[str, Any]:
     config = plan.config.to_dict()
     names = ("preset", "batch_size", "seq_len", "grad_accum", "precision", "remat", "mesh", "model")
     answer = {name: config[name] for name in names} | {"fits": plan.fits}
-    if plan.peak is None:
+    if isinstance(plan, Refused):
         return answer | {"message": plan.message}
     roofline, tokens_per_step = plan.roofline, plan.config.tokens_per_step
     best, expected = run_seconds(plan, tokens)

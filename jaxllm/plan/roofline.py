@@ -36,7 +36,7 @@ class Roofline:
     @property
     def bound_by(self) -> str:
         """The largest: even with all else hidden behind it, a step takes so long."""
-        return max(self.bounds, key=self.bounds.get)
+        return max(self.bounds, key=lambda name: self.bounds[name])
 
     @property
     def at_best(self) -> float:

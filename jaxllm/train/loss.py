@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def _backward(grads, d_loss: Array):
 summed_cross_entropy.defvjp(_forward, _backward)
 
 
-def _scan_chunks(hidden: Array, weight: Array, bias: Array, targets: Array, *, with_grads: bool):
+def _scan_chunks(hidden: Array, weight: Array, bias: Array, targets: Array, *, with_grads: bool) -> tuple[Array, Any]:
     """The loss, and its gradients while the chunk's logits are at hand: the backward pass only has to scale them."""
     N, D = hidden.shape
     rows = min(N, CHUNK_ROWS)
@@ -79,7 +80,7 @@ def _scan_chunks(hidden: Array, weight: Array, bias: Array, targets: Array, *, w
     return loss, (d_hidden.reshape(-1, D)[:N], d_weight, d_bias)
 
 
-def _chunk(weight: Array, bias: Array, with_grads: bool, hidden: Array, targets: Array):
+def _chunk(weight: Array, bias: Array, with_grads: bool, hidden: Array, targets: Array) -> tuple[Any, ...]:
     """One chunk: weight (D,V) in the compute dtype, hidden (rows,D), targets (rows,)."""
     acc_dtype = bias.dtype
     logits = jnp.matmul(hidden, weight, preferred_element_type=acc_dtype) + bias  # (rows,V)

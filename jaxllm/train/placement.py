@@ -157,7 +157,7 @@ class OnMesh:
             """A batch over all processes, of which this one has the rows from `start` on."""
             shape = (*local.shape[:axis], config.data.batch_size, *local.shape[axis + 1 :])
 
-            def part(index: tuple[slice, ...]) -> np.ndarray:
+            def part(index: Any) -> np.ndarray:  # a slice for each axis
                 rows = index[axis]
                 return local[(*index[:axis], slice(rows.start - start, rows.stop - start))]
 

@@ -17,9 +17,9 @@ from jaxllm.model.layout import Layout
 Pytree = Any
 
 
-def make_mesh(devices: Sequence[jax.Device], **sizes: int) -> Layout:
+def make_mesh(devices: Sequence[Any], **sizes: int) -> Layout:
     """A layout on these devices; axes that are not named have one."""
-    layout = Layout(**sizes)
+    layout = Layout(**sizes)  # pyright: ignore[reportArgumentType]
     shape = tuple(getattr(layout, axis) for axis in AXES)
     return dataclasses.replace(layout, mesh=Mesh(np.asarray(devices).reshape(shape), AXES))
 
@@ -49,6 +49,7 @@ def choose_mesh(config: TrainConfig) -> Layout:
 
 def shardings(layout: Layout, specs: Pytree) -> Pytree:
     """Where the mesh of a layout keeps arrays with these specs."""
-    return jax.tree.map(
-        lambda spec: NamedSharding(layout.mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
-    )
+    mesh = layout.mesh
+    if mesh is None:
+        raise ValueError("a layout without a mesh has no shardings")
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))

@@ -60,5 +60,5 @@ def dropout_key(config: RunConfig) -> Array:
 def state_specs(config: RunConfig, layout: Layout) -> TrainState:
     """The PartitionSpec of each array of the state: moments are cut like their parameters."""
     params, routing_bias = jax.tree.map(lambda facts: layout.parameter_spec(facts.axes), model_facts(config.model))
-    whole = PartitionSpec()
+    whole: Any = PartitionSpec()
     return TrainState(params, routing_bias, AdamState(whole, params, params), step=whole, dropout_key=whole)

@@ -177,5 +177,5 @@ def gathered_model(
 def summed_loss(model: CustomLLM, x: Array, labels: Array) -> Array:
     """Summed next-token cross-entropy of labels (B,T), given what the layers made of them: x (B,T,D)."""
     hidden = model.apply_final_norm(x).reshape(-1, x.shape[-1])
-    head = model.lm_head
-    return summed_cross_entropy(hidden, head.weight[...], head.bias[...], next_token_targets(labels).reshape(-1))
+    weight, bias = model.lm_head.weight[...], model.lm_head.bias[...]  # pyright: ignore[reportOptionalSubscript]
+    return summed_cross_entropy(hidden, weight, bias, next_token_targets(labels).reshape(-1))

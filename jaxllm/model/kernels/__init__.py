@@ -71,5 +71,5 @@ def describe_kernels(config: ModelConfig, dtype: jnp.dtype, platform: str | None
     """The choice in words, for a line at start-up."""
     chosen = choose_kernels(config, dtype, platform)
     experts = {grouped_triton: "Triton grouped product", grouped_loop: "loops over the groups there are"}
-    attention = {cudnn_attention: "cuDNN fused kernel", blocked_attention: "blocks of queries"}
+    attention: dict[Callable, str] = {cudnn_attention: "cuDNN fused kernel", blocked_attention: "blocks of queries"}
     return f"experts: {experts[chosen.grouped]}; attention: {attention[chosen.attention]} ({jnp.dtype(dtype).name})"
