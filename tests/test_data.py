@@ -131,7 +131,7 @@ def test_prefetching_gives_the_stream_s_batches_positions_and_errors(corpus, tok
 
     plain, ahead = open_stream(), Prefetcher(open_stream(), 4)
     for _ in range(10):
-        batch = next(ahead)
+        batch = ahead.take()
         np.testing.assert_array_equal(batch.rows, plain.next_rows(4))
         assert batch.position.drawn == plain.position().drawn
         assert batch.position.source == plain.position().source
@@ -140,7 +140,7 @@ def test_prefetching_gives_the_stream_s_batches_positions_and_errors(corpus, tok
     broken = open_stream()
     broken.next_rows = lambda count: (_ for _ in ()).throw(UserError("the disk is gone"))
     with pytest.raises(UserError, match="the disk is gone"):
-        next(Prefetcher(broken, 4))
+        Prefetcher(broken, 4).take()
 
 
 def test_the_standard_library_is_a_corpus_without_tests():
