@@ -163,7 +163,7 @@ def test_a_damaged_shard_ends_the_run_and_not_the_pass(hub, capfd):
 
 def test_a_hub_that_never_answers_ends_in_one_line(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
-    monkeypatch.setattr(patience, "PATIENCE", 0.3)
+    monkeypatch.setattr(patience, "MAX_SECONDS", 0.3)
     source = open_hub()
     hub.fail(".parquet", Fault("silent", seconds=60), 1000)
     with pytest.raises(UserError, match=rf"{NAME}.*has not come for \d+ s \(no answer in time\)") as refused:

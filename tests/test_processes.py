@@ -174,7 +174,7 @@ def test_shards_of_a_corpus_are_disjoint_and_complete(tmp_path, files, rows):
 
 def test_a_shard_without_text_is_refused(tmp_path):
     (tmp_path / "one.txt").write_text("few words")
-    with pytest.raises(UserError, match="data_streams is 2: part 1 of the data has nothing to train on"):
+    with pytest.raises(UserError, match="data_streams is 2: shard 1 of the data has nothing to train on"):
         check_streams(CONFIG.with_options(data=str(tmp_path), data_streams=2))
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from jaxllm.data import reading
 from jaxllm.data import stream as streams
-from jaxllm.data.reading import CHUNK_CHARS, read_parts
+from jaxllm.data.reading import CHUNK_CHARS, read_chunks
 from jaxllm.data.sources import FileSource, TextChunk, local_files, stdlib_files
 from jaxllm.data.stream import Prefetcher, TokenStream
 from jaxllm.data.tokenizer import train_tokenizer
@@ -67,7 +67,7 @@ def test_a_stream_goes_on_from_the_very_end_of_a_pass(corpus, tokenizer):
 def test_held_out_text_alone_is_refused(corpus, tokenizer):
     source = FileSource(local_files(corpus), 0, "text")
     source.chunks = lambda chunks=source.chunks: (chunk._replace(held_out=True) for chunk in chunks())
-    with pytest.raises(UserError, match="nothing is left to train on"):
+    with pytest.raises(UserError, match="there is nothing to train on"):
         TokenStream(source, tokenizer, 32, 0).next_rows(1)
 
 
@@ -96,7 +96,7 @@ def pieces_in_text_mode(file: Path) -> Iterator[tuple[str, bool]]:
 
 
 def parts_of(file: Path, place: int = 0) -> list[reading.Part]:
-    return list(read_parts(file, file.stat().st_size, place, "text"))
+    return list(read_chunks(file, file.stat().st_size, place, "text"))
 
 
 def test_the_standard_library_s_pieces_are_those_of_text_mode():
@@ -123,8 +123,8 @@ def test_any_bytes_have_text_mode_s_pieces_and_go_on_behind_each(bits, tmp_path)
         parts = parts_of(file)
         assert [(part.text, part.ends_document) for part in parts] == list(pieces_in_text_mode(file))
         for at in chosen.choices(range(len(parts)), k=5):
-            assert parts_of(file, parts[at].place) == parts[at + 1 :]
-        assert parts[-1].place == file.stat().st_size
+            assert parts_of(file, parts[at].offset) == parts[at + 1 :]
+        assert parts[-1].offset == file.stat().st_size
 
 
 class CountedReads(io.FileIO):
@@ -198,7 +198,7 @@ CHANGES = {
         lambda folder: (folder / "b.txt").unlink(),
         r"3 then, 2 now; .*: one before c.txt is gone",
     ),
-    "removed at the end": (lambda folder: (folder / "c.txt").unlink(), r"3 then, 2 now; .*one behind b.txt is gone"),
+    "removed at the end": (lambda folder: (folder / "c.txt").unlink(), r"3 then, 2 now; .*one after b.txt is gone"),
     "grown": (lambda folder: (folder / "b.txt").write_text("longer " * 9), r"b.txt is new or has another size"),
     "renamed": (changed_name, r"3 then, 3 now; first difference: bb.txt is new or has another size"),
 }

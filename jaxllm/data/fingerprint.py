@@ -1,7 +1,6 @@
-"""A corpus's files by name and size, in so few characters that every data position holds them.
+"""A corpus's files by name and size, in few enough characters to be part of every data position.
 
-A run goes on with the data that it was started on or not at all: with other files the rest of the pass would be
-another, and nobody would see it.
+A run resumes only with the data that it was started on: other files would silently change the rest of the pass.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from typing import Any
 from jaxllm.errors import UserError
 
 NAMED_FILES = 4096
-"""Files that have characters of their own, by which the first one that differs is found."""
+"""Files with separate characters, which show the first one that differs."""
 
 _CHARS = 4
 
 
 class Fingerprint:
-    """Of files in their order: by their names below the folder that they share."""
+    """Of files in their order, by their names relative to their common folder."""
 
     def __init__(self, files: list[Path], sizes: list[int]):
         self._folder = files[0].parent if len(files) == 1 else Path(os.path.commonpath([file.parent for file in files]))
@@ -34,16 +33,12 @@ class Fingerprint:
         }
 
     def check(self, saved: dict[str, Any]) -> None:
-        """Compare with the value that a data position holds.
-
-        Raises:
-            UserError: the files are others.
-        """
+        """Compare with the value in a data position. Raises UserError if the files are others."""
         if saved["all"] != self.value["all"]:
             raise UserError(
                 f"data: the files of {str(self._folder)!r} are not those that the run was started on "
                 f"({saved['count']} then, {self.value['count']} now; first difference: {self._difference(saved)}): "
-                "pass the old data, or --overwrite to start anew"
+                "pass the old data, or --overwrite to start over"
             )
 
     def _difference(self, saved: dict[str, Any]) -> str:
@@ -52,9 +47,9 @@ class Fingerprint:
         while same < min(len(before), len(now)) and before[same] == now[same]:
             same += 1
         if same == NAMED_FILES:
-            return f"behind the first {same}"
+            return f"after the first {same}"
         if same == len(now):
-            return f"one behind {self._names[-1]} is gone"
+            return f"one after {self._names[-1]} is gone"
         name = self._names[same]
         if len(before) > len(now) and before[same + 1] == now[same]:
             return f"one before {name} is gone"

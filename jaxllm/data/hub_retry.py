@@ -1,12 +1,11 @@
-"""Patience with the Hub: which of its errors pass, how long they are waited for, and that each is said at once.
+"""Retries of requests to the Hub: which errors are transient, how long to wait, and one line for each retry.
 
-Two loops ask again, one inside the other. The Hub's client repeats a request at once, up to five times in about half a
-minute, or when the server's Retry-After says; `watch_the_client` makes that heard. Where it gives up, `Patience` waits,
-and the stream goes on anew behind the last row that came. What `datasets` would add between them is off: it waits
-unheard.
+There are two loops. The Hub's client repeats a request up to five times in about half a minute, or when the server's
+Retry-After says; `report_client_retries` prints these. When it gives up, `RetryPolicy` waits, and the stream is opened
+again after its last row. The retries of `datasets` in between are off, since they wait without a message.
 
-Errors that pass: a lost or refused connection, no answer in time, and the statuses of `PASSING`. A damaged file may
-have been cut on its way, and is read again a few times. Everything else (404, 401, 403) stays however long one waits.
+Transient errors: a lost or refused connection, no answer in time, and the statuses of `TRANSIENT`. A damaged file may
+have been cut in transit, and is read again a few times. All other errors (404, 401, 403) are permanent.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ from tqdm import tqdm
 
 from jaxllm.errors import UserError, one_line
 
-PATIENCE = 900.0
-"""Seconds without a row after which a run ends: rate limits are counted over five minutes, and an outage that has
-lasted a quarter of an hour needs a person. The run goes on from its last checkpoint when it is started again."""
+MAX_SECONDS = 900.0
+"""Seconds without a row after which a run ends: rate limits are counted over five minutes, and an outage of a quarter
+of an hour needs a person. The run can then be resumed from its last checkpoint."""
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
 """Seconds before the stream is opened again; twice as long each time."""
 
 DAMAGED_TRIES = 3
-"""Times that a file is read that cannot be decoded."""
+"""How often a file is read that cannot be decoded."""
 
-PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""Statuses of a server that is busy or being mended."""
+TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""Statuses of a server that is busy or under repair."""
 
 _CLIENT, _READER, _PARQUET = (
     "huggingface_hub.utils._http",
@@ -43,36 +42,36 @@ _CLIENT, _READER, _PARQUET = (
 )
 
 
-class Patience:
-    """With one stream: it is told of every row and every error."""
+class RetryPolicy:
+    """Retries of one stream, which reports every row and every error."""
 
     def __init__(self, what: str):
         self._what = what
-        self.row_came()
+        self.succeeded()
 
-    def row_came(self) -> None:
-        self._since: float | None = None  # when the first of the errors in a row came
+    def succeeded(self) -> None:
+        self._since: float | None = None  # time of the first error in a row
         self._tries = 0
 
     def wait(self, error: Exception) -> None:
         """Wait before the stream is opened again.
 
         Raises:
-            UserError: this error stays, or has stayed too long.
+            UserError: the error is permanent, or has lasted too long.
         """
         now = time.monotonic()
         self._since = self._since or now
         self._tries += 1
-        cause, where = passing_cause(error), _shard(error)
+        cause, where = transient_cause(error), _shard(error)
         if cause is None or (cause == DAMAGED and self._tries >= DAMAGED_TRIES):
             raise UserError(
                 f"data: {self._what}{where} cannot be read ({_innermost(error)}): check that it is still on the Hub "
-                "and that you may read it; started again, the run goes on from its last checkpoint"
+                "and that you may read it; started again, the run resumes from its last checkpoint"
             ) from None
-        if now - self._since > PATIENCE:
+        if now - self._since > MAX_SECONDS:
             raise UserError(
                 f"data: {self._what}{where} has not come for {now - self._since:.0f} s ({cause}): check the network; "
-                "started again, the run goes on from its last checkpoint"
+                "started again, the run resumes from its last checkpoint"
             ) from None
         seconds = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (self._tries - 1))
         _say(cause, f"the stream is opened again in {seconds:.0f} s")
@@ -82,8 +81,8 @@ class Patience:
 DAMAGED = "a damaged file"
 
 
-def passing_cause(error: BaseException) -> str | None:
-    """What is wrong for a while only; None: it stays."""
+def transient_cause(error: BaseException) -> str | None:
+    """The cause of a transient error; None if the error is permanent."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     http_error = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")  # httpx or its successor
@@ -93,7 +92,7 @@ def passing_cause(error: BaseException) -> str | None:
             return None
         if isinstance(one, HfHubHTTPError):
             status = getattr(one.response, "status_code", None)
-            return f"HTTP {status}" if status in PASSING else None
+            return f"HTTP {status}" if status in TRANSIENT else None
         if isinstance(one, http_error):
             return "no answer in time" if "Timeout" in type(one).__name__ else "connection lost"
     for one in chain:
@@ -105,10 +104,10 @@ def passing_cause(error: BaseException) -> str | None:
 
 
 @functools.cache
-def watch_the_client() -> None:
-    """From now on say every request that the client repeats, and let none wait for ever.
+def report_client_retries() -> None:
+    """Print a line for every request that the client repeats, and limit the time of each request.
 
-    The client's and the readers' own words stay off the terminal.
+    Messages of the client and the readers themselves are not shown.
     """
     logger = logging.getLogger(_CLIENT)
     logger.addHandler(_Repeats())
@@ -126,7 +125,7 @@ def watch_the_client() -> None:
 
 
 def _bound_wait(request: Any) -> None:
-    """Questions about a repository come without a time limit: they get the one that downloads have."""
+    """Give requests about a repository, which have no time limit, that of downloads."""
     from huggingface_hub import constants
 
     limits = request.extensions["timeout"]
@@ -136,11 +135,11 @@ def _bound_wait(request: Any) -> None:
 
 
 asked_again: Counter[str] = Counter()
-"""Requests that were repeated in this process, by cause."""
+"""Requests repeated in this process, by cause."""
 
 
 class _Repeats(logging.Handler):
-    """Of the client's two lines for each repeated request the first has the cause, the second the wait."""
+    """The client logs two lines for each repeated request: the first has the cause, the second the wait."""
 
     def __init__(self):
         super().__init__()
@@ -159,14 +158,14 @@ class _Repeats(logging.Handler):
 
 
 def _say(cause: str, what: str) -> None:
-    """One line, at once: around the progress bar, from whichever thread it is that waits."""
+    """Print one line above the progress bar, from the thread that waits."""
     asked_again[cause.partition(":")[0]] += 1
     causes = ", ".join(f"{name} ({count})" for name, count in asked_again.items())
     tqdm.write(f"The Hub: {cause}; {what}. So far the Hub was asked again {asked_again.total()} times: {causes}")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that it comes from, the outermost first."""
+    """An error and its causes, the outermost first."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -178,7 +177,7 @@ def _innermost(error: BaseException) -> str:
 
 
 def _shard(error: BaseException) -> str:
-    """The file that an error is about, where the Hub named it."""
+    """The file that an error is about, if the Hub named it."""
     for one in _chain(error):
         url = str(getattr(getattr(one, "response", None), "url", ""))
         if "/resolve/" in url:

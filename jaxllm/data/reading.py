@@ -1,6 +1,6 @@
-"""One file of text, JSONL or parquet, read from any place in it on: a resumed run reads nothing a second time.
+"""Reading one file of text, JSONL or parquet from any offset, so that a resumed run reads nothing twice.
 
-A place is a byte of a text or JSONL file and a row of a parquet file.
+An offset is a byte of a text or JSONL file, and a row of a parquet file.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from jaxllm.errors import UserError, listed, one_line
 SUFFIXES = {".txt": "text", ".md": "text", ".py": "text", ".text": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 
 CHUNK_CHARS = 4096
-"""A text file is read in chunks of at most this size, so that a file of any size fits in memory."""
+"""Largest chunk of a text file, so that a file of any size can be read."""
 
 MAX_ROW_BYTES = 64 << 20
-"""A longer line of a JSONL file is passed over unread: it is no document, and may not fit in memory."""
+"""A longer line of a JSONL file is skipped: it is no document, and may not fit in memory."""
 
 BLOCK = 1 << 16
 """Bytes that are read at once."""
@@ -32,17 +32,17 @@ BATCH_ROWS = 1024
 _LINE_END = re.compile(rb"\r\n?|\n")
 
 
-class Part(NamedTuple):
-    """What a file yields: a chunk of a text file, or a row."""
+class FileChunk(NamedTuple):
+    """A chunk of a text file, or a row."""
 
     text: str | None  # None: a row without text
     ends_document: bool
-    place: int  # where the next part starts
+    offset: int  # where the next one starts
     done: int  # bytes of the file up to there; of a parquet file, its share of the rows
 
 
-def read_parts(file: Path, size: int, place: int, text_field: str) -> Iterator[Part]:
-    """The parts of a file from a place on.
+def read_chunks(file: Path, size: int, offset: int, text_field: str) -> Iterator[FileChunk]:
+    """The chunks of a file from an offset on.
 
     Raises:
         UserError: it cannot be read, has no such field, or is no longer of the size it had.
@@ -53,27 +53,27 @@ def read_parts(file: Path, size: int, place: int, text_field: str) -> Iterator[P
             if now != size:
                 raise UserError(
                     f"data: {file} has changed since the run read it ({size} bytes, now {now}): "
-                    "put the old file back, or pass --overwrite to start anew"
+                    "put the old file back, or pass --overwrite to start over"
                 )
             kind = SUFFIXES[file.suffix]
             if kind == "text":
-                yield from _chunks(opened, place)
+                yield from _chunks(opened, offset)
             elif kind == "jsonl":
-                yield from _json_rows(opened, place, text_field)
+                yield from _json_rows(opened, offset, text_field)
             else:
-                yield from _parquet_rows(opened, file, size, place, text_field)
+                yield from _parquet_rows(opened, file, size, offset, text_field)
     except OSError as error:
         raise UserError(f"data: cannot read {file}: {one_line(error)}") from None
 
 
 class Lines:
-    """Lines of a file, from a place on. They end as in Python's text mode: at \\n, \\r or \\r\\n."""
+    """Lines of a file from an offset on. They end as in Python's text mode: at \\n, \\r or \\r\\n."""
 
-    def __init__(self, opened: BinaryIO, place: int):
-        self.place = place  # of the next line
+    def __init__(self, opened: BinaryIO, offset: int):
+        self.offset = offset  # of the next line
         self._opened = opened
         self._buffer, self._start = b"", 0  # what is read and not taken begins at `start`
-        opened.seek(place)
+        opened.seek(offset)
 
     def take(self, most: int) -> bytes:
         """The rest of a line with its end, or the first `most` bytes of that; nothing at the end of the file."""
@@ -81,7 +81,7 @@ class Lines:
         while True:
             have = len(self._buffer) - self._start
             found = _LINE_END.search(self._buffer, self._start + searched)
-            # A \r that is the last byte so far may have its \n behind it.
+            # a \r at the end of the buffer may be followed by its \n
             if found and (found.end() < len(self._buffer) or found[0] != b"\r"):
                 return self._advance(min(found.end() - self._start, most))
             if have > most:
@@ -92,34 +92,34 @@ class Lines:
             self._buffer, self._start = self._buffer[self._start :] + block, 0
             searched = max(0, have - 1)
 
-    def give_back(self, count: int) -> None:
-        """The last `count` bytes taken are not used after all."""
+    def unread(self, count: int) -> None:
+        """Return the last `count` bytes, which were not used."""
         self._start -= count
-        self.place -= count
+        self.offset -= count
 
     def _advance(self, count: int) -> bytes:
         taken = self._buffer[self._start : self._start + count]
         self._start += count
-        self.place += count
+        self.offset += count
         return taken
 
 
-def _chunks(opened: BinaryIO, place: int) -> Iterator[Part]:
+def _chunks(opened: BinaryIO, offset: int) -> Iterator[FileChunk]:
     """A text file in chunks that end at line ends, those at characters' ends where a line is too long."""
-    lines = Lines(opened, place)
+    lines = Lines(opened, offset)
     held: list[str] = []
     chars = 0
     while raw := lines.take(4 * CHUNK_CHARS + 2):  # that many characters, and whatever shows where the last one ends
-        start = lines.place - len(raw)
+        start = lines.offset - len(raw)
         text, used = _decoded(raw)
-        lines.give_back(len(raw) - used)
+        lines.unread(len(raw) - used)
         if held and chars + len(text) > CHUNK_CHARS:
-            yield Part("".join(held), False, start, start)
+            yield FileChunk("".join(held), False, start, start)
             held, chars = [], 0
         held.append(text)
         chars += len(text)
     if held:
-        yield Part("".join(held), True, lines.place, lines.place)
+        yield FileChunk("".join(held), True, lines.offset, lines.offset)
 
 
 def _decoded(raw: bytes) -> tuple[str, int]:
@@ -150,15 +150,15 @@ def _mark(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(_MARKED, _mark)
 
 
-def _json_rows(opened: BinaryIO, place: int, field: str) -> Iterator[Part]:
-    lines = Lines(opened, place)
+def _json_rows(opened: BinaryIO, offset: int, field: str) -> Iterator[FileChunk]:
+    lines = Lines(opened, offset)
     while raw := lines.take(MAX_ROW_BYTES):
         if len(raw) == MAX_ROW_BYTES and not _ended(raw):
             while not _ended(lines.take(BLOCK) or b"\n"):
                 pass
-            yield Part(None, True, lines.place, lines.place)
+            yield FileChunk(None, True, lines.offset, lines.offset)
         elif (line := raw.decode("utf-8", "replace")).strip():
-            yield Part(_text_of(line, field), True, lines.place, lines.place)
+            yield FileChunk(_text_of(line, field), True, lines.offset, lines.offset)
 
 
 def _ended(raw: bytes) -> bool:
@@ -183,7 +183,7 @@ def text_in(value: object) -> str | None:
     return valid_unicode(value) if isinstance(value, str) and value else None
 
 
-def _parquet_rows(opened: BinaryIO, file: Path, size: int, place: int, field: str) -> Iterator[Part]:
+def _parquet_rows(opened: BinaryIO, file: Path, size: int, offset: int, field: str) -> Iterator[FileChunk]:
     import pyarrow
     import pyarrow.parquet
 
@@ -194,15 +194,15 @@ def _parquet_rows(opened: BinaryIO, file: Path, size: int, place: int, field: st
             raise UserError(f"data: {file} has no field {field!r}: pass --text-field, one of {listed(names)}")
         groups = range(parquet.metadata.num_row_groups)
         rows = [parquet.metadata.row_group(group).num_rows for group in groups]
-        first = row = 0  # the row group with the place in it, and its first row
-        while first < len(rows) and row + rows[first] <= place:
+        first = row = 0  # the row group with the offset in it, and its first row
+        while first < len(rows) and row + rows[first] <= offset:
             row += rows[first]
             first += 1
         for batch in parquet.iter_batches(BATCH_ROWS, row_groups=groups[first:], columns=[field]):
             for value in batch.column(0):  # one by one: a dictionary's long text may stand in every row
                 row += 1
-                if row > place:
-                    yield Part(text_in(value.as_py()), True, row, size * row // parquet.metadata.num_rows)
+                if row > offset:
+                    yield FileChunk(text_in(value.as_py()), True, row, size * row // parquet.metadata.num_rows)
     except UnicodeDecodeError:
         raise UserError(
             f"data: the field {field!r} of {file} holds bytes that are not UTF-8: write the file again, or leave it out"

@@ -1,7 +1,7 @@
 """Where text comes from: the standard library, files, or the Hugging Face Hub. Each source keeps its position.
 
-A source yields `TextChunk`s: runs of text, of which every `HOLD_OUT`-th belongs to the evaluation set. Its `position`
-is a small JSON value; setting it on a fresh source continues from there without reading what came before.
+A source yields `TextChunk`s, of which every `HOLD_OUT`-th belongs to the evaluation set. Its `position` is a small JSON
+value; a fresh source with this position continues there without reading what came before.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from tqdm import tqdm
 
 from jaxllm.config import RunConfig
 from jaxllm.data.fingerprint import Fingerprint
-from jaxllm.data.hub_retry import Patience, passing_cause, watch_the_client
-from jaxllm.data.reading import SUFFIXES, read_parts, text_in
+from jaxllm.data.hub_retry import RetryPolicy, report_client_retries, transient_cause
+from jaxllm.data.reading import SUFFIXES, read_chunks, text_in
 from jaxllm.errors import UserError, listed, one_line
 
 HOLD_OUT = 20
 """One chunk in twenty is held out for evaluation."""
 
 RUN_OF_CHUNKS = 8
-"""Pieces that follow one another stay together where files are divided among parts."""
+"""Consecutive chunks that stay together where files are divided among shards."""
 
 
 class TextChunk(NamedTuple):
@@ -50,7 +50,7 @@ class Source(Protocol):
     def position(self, position: dict[str, Any]) -> None: ...
 
     def chunks(self) -> Iterator[TextChunk]:
-        """Pieces from `position` to the end of the pass; afterwards `position` is the start of the next pass."""
+        """Chunks from `position` to the end of the pass; afterwards `position` is the start of the next pass."""
         ...
 
     def progress(self) -> float | None:
@@ -58,18 +58,18 @@ class Source(Protocol):
         ...
 
 
-def open_source(config: RunConfig, part: int = 0, parts: int = 1) -> Source:
-    """The source that `config.data.source` names, or one of several parts of it, which have nothing in common.
+def open_source(config: RunConfig, shard: int = 0, num_shards: int = 1) -> Source:
+    """The source that `config.data.source` names, or one of several disjoint shards of it.
 
     Raises:
         UserError: nothing can be read there.
     """
     if config.data.source == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        return FileSource(stdlib_files(root), config.seed, config.data.text_field, part, parts)
+        return FileSource(stdlib_files(root), config.seed, config.data.text_field, shard, num_shards)
     path = Path(config.data.source).expanduser()
     if path.exists():
-        return FileSource(local_files(path), config.seed, config.data.text_field, part, parts)
+        return FileSource(local_files(path), config.seed, config.data.text_field, shard, num_shards)
     if config.data.source.count("/") != 1 or config.data.source.startswith((".", "/", "~")) or path.suffix in SUFFIXES:
         raise UserError(
             f"data is {config.data.source!r}: there is no such file or folder, and it is no Hub name (OWNER/NAME)"
@@ -79,8 +79,8 @@ def open_source(config: RunConfig, part: int = 0, parts: int = 1) -> Source:
         config.data.subset,
         config.data.split,
         config.data.text_field,
-        part,
-        parts,
+        shard,
+        num_shards,
         config.data.revision,
     )
 
@@ -93,7 +93,7 @@ def stdlib_files(root: Path) -> list[Path]:
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
     files = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in skipped]  # installed packages are a long walk
+        subfolders[:] = [name for name in subfolders if name not in skipped]  # do not walk installed packages
         files += [Path(folder, name) for name in names if name.endswith(".py")]
     if not files:
         raise UserError(f"data is 'stdlib', but {root} holds no Python sources: pass --data FILE or --data FOLDER")
@@ -127,18 +127,18 @@ def local_files(path: Path) -> list[Path]:
 
 
 class FileSource:
-    """Text, JSONL and parquet files, in an order that each pass shuffles anew.
+    """Text, JSONL and parquet files, in an order that each pass shuffles.
 
-    A part of several has every so-many-th file of that order where there are enough of them, or else runs of chunks of
-    every file.
+    One of several shards has every n-th file of that order if there are enough files, or else runs of chunks of every
+    file.
     """
 
-    def __init__(self, files: list[Path], seed: int, text_field: str, part: int = 0, parts: int = 1):
-        self._part, self._parts = part, parts
+    def __init__(self, files: list[Path], seed: int, text_field: str, shard: int = 0, num_shards: int = 1):
+        self._shard, self._num_shards = shard, num_shards
         self._files, self._seed, self._text_field = files, seed, text_field
         sizes = [file.stat().st_size for file in files]
         self._total = sum(sizes)
-        self._by_files = len(files) >= HOLD_OUT * parts
+        self._by_files = len(files) >= HOLD_OUT * num_shards
         self._sizes = dict(zip(files, sizes, strict=True))
         self._fingerprint = Fingerprint(files, sizes)
         self._at = self._start_of_pass(0, skipped=0)
@@ -156,21 +156,21 @@ class FileSource:
     def chunks(self) -> Iterator[TextChunk]:
         at = self._at
         if (at["file"], at["chunk"]) == (0, 0):
-            announce_pass(at["pass"], self._part, self._parts)
+            announce_pass(at["pass"], self._shard, self._num_shards)
         order = list(range(len(self._files)))
         random.Random(f"{self._seed}/{at['pass']}").shuffle(order)
         for number in range(at["file"], len(order)):
             index = order[number]
             file = self._files[index]
-            if not self._by_files or number % self._parts == self._part:
+            if not self._by_files or number % self._num_shards == self._shard:
                 for chunk, text, ends in self._chunks_of(file):
-                    if not self._by_files and (index + chunk // RUN_OF_CHUNKS) % self._parts != self._part:
+                    if not self._by_files and (index + chunk // RUN_OF_CHUNKS) % self._num_shards != self._shard:
                         continue
                     # Held out by whole files where there are enough of them, by chunks of the files where not.
                     unit = index if len(order) >= HOLD_OUT else index + chunk
                     yield TextChunk(text, ends, held_out=unit % HOLD_OUT == 1)
             read = self._at["bytes"] + self._sizes[file]
-            self._at = self._at | {"file": number + 1, "chunk": 0, "place": 0, "bytes": read, "within": 0}
+            self._at = self._at | {"file": number + 1, "chunk": 0, "offset": 0, "bytes": read, "within": 0}
         self._at = self._start_of_pass(self._at["pass"] + 1, self._at["skipped"])
 
     def progress(self) -> float:
@@ -178,23 +178,23 @@ class FileSource:
 
     @staticmethod
     def _start_of_pass(number: int, skipped: int) -> dict[str, Any]:
-        """`chunk` and `place` are those of the file `file` where it goes on.
+        """`chunk` and `offset` are where the file number `file` continues.
 
         `bytes`: of the files that are done; `within`: of the one that is being read.
         """
-        return {"pass": number, "file": 0, "chunk": 0, "place": 0, "bytes": 0, "within": 0, "skipped": skipped}
+        return {"pass": number, "file": 0, "chunk": 0, "offset": 0, "bytes": 0, "within": 0, "skipped": skipped}
 
     def _chunks_of(self, file: Path) -> Iterator[tuple[int, str, bool]]:
         """The chunks of a file from where the position is, each with its number; the position goes along."""
-        counts = self._by_files or self._part == 0  # else every part meets a row without text, and one counts
-        for part in read_parts(file, self._sizes[file], self._at["place"], self._text_field):
+        counts = self._by_files or self._shard == 0  # else every shard reads each row without text, and one counts it
+        for read in read_chunks(file, self._sizes[file], self._at["offset"], self._text_field):
             chunk = self._at["chunk"]
-            self._at = self._at | {"place": part.place, "within": part.done}
-            if part.text is None:
+            self._at = self._at | {"offset": read.offset, "within": read.done}
+            if read.text is None:
                 self._at["skipped"] += counts
             else:
                 self._at["chunk"] += 1
-                yield chunk, part.text, part.ends_document
+                yield chunk, read.text, read.ends_document
         if self._at["chunk"] == 0 and SUFFIXES[file.suffix] != "text":  # an empty text is one
             raise UserError(f"data: no row of {file} has a text in the field {self._text_field!r}: pass --text-field")
 
@@ -202,8 +202,8 @@ class FileSource:
 class HubSource:
     """A streamed dataset of the Hugging Face Hub; rows come in the dataset's own order.
 
-    A part of several has its own shards where they divide evenly, or else every so-many-th row. It keeps to one
-    commit: the one it is given, or the newest when it is opened.
+    One of several shards has its own files of the dataset if they divide evenly, or else every n-th row. It keeps one
+    commit: the one it is given, or the newest one when it is opened.
     """
 
     def __init__(
@@ -212,22 +212,22 @@ class HubSource:
         config: str | None,
         split: str,
         text_field: str,
-        part: int = 0,
-        parts: int = 1,
+        shard: int = 0,
+        num_shards: int = 1,
         revision: str | None = None,
     ):
-        self._part, self._parts = part, parts
+        self._shard, self._num_shards = shard, num_shards
         self._name, self._config, self._split, self._text_field = name, config, split, text_field
-        self._patience = Patience(f"the dataset {name!r} on the Hub")
+        self._retry = RetryPolicy(f"the dataset {name!r} on the Hub")
         if not hub_reachable():
             raise UserError(
                 f"data: the Hugging Face Hub, for the dataset {name!r}, could not be reached: check the network, "
                 "or pass --data FILE and --tokenizer FOLDER"
             )
-        revision = revision or self._patiently(self._newest_revision)
+        revision = revision or self._with_retries(self._newest_revision)
         self.position = {"pass": 0, "row": 0, "stream": None, "revision": revision, "skipped": 0}
-        self._opened = self._patiently(self._open)  # now, so that a wrong name is said before anything slow starts
-        self._patience.row_came()
+        self._opened = self._with_retries(self._open)  # now: a wrong name is reported before anything slow
+        self._retry.succeeded()
         names = self._opened.column_names
         if names is not None and text_field not in names:
             raise UserError(f"data: {name!r} has no field {text_field!r}: pass --text-field, one of {listed(names)}")
@@ -240,11 +240,11 @@ class HubSource:
     def position(self, position: dict[str, Any]) -> None:
         check_position(position, {"pass", "row", "stream", "revision", "skipped"})
         self._at = position
-        self._opened = None  # it may be of another commit, and has begun perhaps
+        self._opened = None  # it may be of another commit, or partly read
 
     def chunks(self) -> Iterator[TextChunk]:
         if self._at["row"] == 0:
-            announce_pass(self._at["pass"], self._part, self._parts)
+            announce_pass(self._at["pass"], self._shard, self._num_shards)
         for row, stream_position in self._rows():
             number, text = self._at["row"], text_in(row.get(self._text_field))
             skipped = self._at["skipped"] + (text is None)
@@ -257,28 +257,27 @@ class HubSource:
         return None
 
     def _rows(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """The rest of the pass, each row with where the stream goes on behind it.
+        """The rest of the pass, each row with the stream's position after it.
 
-        Where an error passes, the stream goes on anew behind the last row that came, so that none is lost and none
-        comes twice.
+        After a transient error the stream is opened again after the last row, so that no row is lost or repeated.
         """
-        stream, self._opened = self._opened or self._patiently(self._open), None
+        stream, self._opened = self._opened or self._with_retries(self._open), None
         while True:
             if self._at["stream"] is not None:
                 stream.load_state_dict(self._at["stream"])
             try:
                 for row in stream:
-                    self._patience.row_came()
+                    self._retry.succeeded()
                     yield row, stream.state_dict()
                 return
             except Exception as error:  # the clients raise dozens of kinds, by cause and by version
-                self._patience.wait(error)
+                self._retry.wait(error)
 
-    def _patiently(self, ask: Callable[[], Any]) -> Any:
-        """What `ask` returns, asked again while its error is one that passes.
+    def _with_retries(self, ask: Callable[[], Any]) -> Any:
+        """Call `ask` until it succeeds, as long as its errors are transient.
 
         Raises:
-            UserError: it is one that stays.
+            UserError: an error is permanent.
         """
         while True:
             try:
@@ -286,13 +285,13 @@ class HubSource:
             except UserError:
                 raise
             except Exception as error:
-                if passing_cause(error) is None:
+                if transient_cause(error) is None:
                     raise UserError(
                         f"data: the dataset {self._name!r} (config {self._config!r}, split {self._split!r}) could not "
                         f"be opened on the Hub ({one_line(error)}): check the names and the network, "
                         "or pass --data FILE"
                     ) from None
-                self._patience.wait(error)
+                self._retry.wait(error)
             else:
                 return made
 
@@ -306,14 +305,14 @@ class HubSource:
         from datasets.distributed import split_dataset_by_node
         from huggingface_hub.errors import RevisionNotFoundError
 
-        # `Patience` is what waits: see there.
+        # `RetryPolicy` waits instead
         config: Any = datasets.config  # pyright: ignore[reportAttributeAccessIssue]
         config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = 1
         for name in ("READ", "READ_SERVER_UNAVAILABLE", "READ_RATE_LIMIT", "OPEN"):
             setattr(config, f"STREAMING_{name}_RETRY_INTERVAL", 0)
         revision = self._at["revision"]
         try:
-            # Not its own cache: where the Hub fails, `datasets` would take whatever commit was once downloaded there.
+            # Not its own cache: if the Hub fails, `datasets` would use whatever commit was downloaded there before.
             with tempfile.TemporaryDirectory() as empty:
                 stream = datasets.load_dataset(
                     self._name, self._config, split=self._split, streaming=True, revision=revision, cache_dir=empty
@@ -323,45 +322,47 @@ class HubSource:
                 raise
             raise UserError(
                 f"data: the dataset {self._name!r} no longer has the commit {revision} that the run was started on: "
-                "pass --overwrite to start anew on what it is now"
+                "pass --overwrite to start over with its present state"
             ) from None
-        if self._parts == 1:
+        if self._num_shards == 1:
             return stream
-        return split_dataset_by_node(stream, rank=self._part, world_size=self._parts)
+        return split_dataset_by_node(stream, rank=self._shard, world_size=self._num_shards)
 
 
-def announce_pass(number: int, part: int, parts: int) -> None:
-    """Say that the data begins anew: each of the first passes, then every tenth, every hundredth and so on.
+def announce_pass(number: int, shard: int, num_shards: int) -> None:
+    """Print that a pass over the data begins: each of the first ten, then every tenth, every hundredth and so on.
 
-    At once, around the progress bar: the rows of a pass wait in a pool, and reach the batches by and by.
+    The rows of the pass reach the batches later, through the pool.
     """
     if number > 0 and len(str(number + 1).rstrip("0")) == 1:
-        tqdm.write(f"Pass {number + 1} over the data begins" + (f" in part {part + 1} of {parts}" if parts > 1 else ""))
+        tqdm.write(
+            f"Pass {number + 1} over the data begins"
+            + (f" in shard {shard + 1} of {num_shards}" if num_shards > 1 else "")
+        )
 
 
 def check_position(position: dict[str, Any], names: set[str]) -> None:
-    """Whether a data position has the values that such a source keeps.
+    """Check that a data position has the keys of such a source.
 
     Raises:
-        UserError: it was made of another kind of data, or by an earlier version.
+        UserError: it was taken from another kind of data, or by an earlier version.
     """
     if position.keys() != names:
         raise UserError(
             f"the run's data position has {', '.join(sorted(position))} where {', '.join(sorted(names))} are expected: "
-            "it is of other data or of an earlier version; pass the old data, or --overwrite to start anew"
+            "it is of other data or of an earlier version; pass the old data, or --overwrite to start over"
         )
 
 
 def hub_reachable() -> bool:
     """Whether the Hub answers at all.
 
-    Asked once before its clients are used: they retry for half a minute per file where there is no network. In the
-    middle of a run their patience is right, and stays, though not without an end.
+    Checked once before its clients are used: without a network they retry for half a minute per file.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    watch_the_client()
+    report_client_retries()
     try:
         get_session().head(constants.ENDPOINT)
     except Exception:  # the HTTP library's own kinds, or the client's where HF_HUB_OFFLINE is set

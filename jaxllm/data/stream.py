@@ -29,14 +29,14 @@ MAX_POSITION_BYTES = 2**30
 """Far more than a pool of long rows and the tokens of the longest document take."""
 
 POOL_ROWS = 1024
-"""Rows among which the next one is drawn: neighbours in a file do not meet in a batch."""
+"""Rows among which the next one is drawn, so that neighbours in a file are not in the same batch."""
 
 
 INTERRUPTIBLE = 0.2
-"""Seconds after which somebody who waits for a batch looks whether to leave off."""
+"""Seconds between checks for an interruption while waiting for a batch."""
 
 CLOSING = 5.0
-"""Seconds that the end of a run waits for the batch that is being read."""
+"""Seconds that `close` waits for the batch that is being read."""
 
 
 class Position(NamedTuple):
@@ -94,9 +94,9 @@ def read_position(file: Path, seq_len: int, vocab_size: int) -> Position:
 class TokenStream:
     """An endless stream of rows of `seq_len` tokens from the training part of a source.
 
-    Documents follow one another with the end-of-sequence token behind each; rows ignore their borders, so that no
-    token is padding. The next row is drawn from a pool that is filled up again, with a random number that depends on
-    nothing but the seed and the number of the draw.
+    Documents are concatenated, each followed by the end-of-sequence token, and cut into rows regardless of their
+    borders, so there is no padding. The next row is drawn from a pool, which is then refilled. The random number
+    depends only on the seed and the number of the draw.
     """
 
     def __init__(self, source: Source, tokenizer: PreTrainedTokenizerBase, seq_len: int, seed: int):
@@ -107,11 +107,11 @@ class TokenStream:
         self._rows = self._pack()
 
     def position(self) -> Position:
-        # `tokens` is never written to, only cut: a long document is not copied for each of its rows.
+        # `tokens` is only sliced, never written to, so a long document is not copied for each of its rows
         return Position(copy.deepcopy(self._source.position), self._drawn, self._tokens, self._pool.copy())
 
     def seek(self, position: Position) -> None:
-        """Go on from where `position` was taken, without reading what came before."""
+        """Continue from `position`, without reading what came before."""
         self._source.position = copy.deepcopy(position.source)
         self._drawn, self._tokens, self._pool = position.drawn, position.tokens, position.pool.copy()
         self._rows = self._pack()
@@ -139,9 +139,9 @@ class TokenStream:
         return rows
 
     def _pack(self) -> Iterator[np.ndarray]:
-        yield from self._full_rows()  # what a seek brought along, before another chunk is read
+        yield from self._full_rows()  # tokens of a seek, before another chunk is read
         empty_passes = 0
-        while empty_passes < 2:  # the first may be the end of a pass, where a seek led
+        while empty_passes < 2:  # the first may be the end of a pass, after a seek
             empty_passes += 1
             for chunk in self._source.chunks():
                 if chunk.held_out:
@@ -149,7 +149,7 @@ class TokenStream:
                 empty_passes = 0
                 self._tokens = np.concatenate([self._tokens, encode(self._tokenizer, chunk.text, chunk.ends_document)])
                 yield from self._full_rows()
-        raise UserError("data: nothing is left to train on beside the held-out part: pass more text")
+        raise UserError("data: there is nothing to train on besides the held-out part: pass more text")
 
     def _full_rows(self) -> Iterator[np.ndarray]:
         while len(self._tokens) >= self._seq_len:
@@ -163,18 +163,18 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, ends_document: bool) -
 
 
 class ProcessBatches:
-    """One process's rows of every batch, in a TokenStream's place.
+    """One process's rows of every batch.
 
-    A batch has S = `data_streams` streams side by side: of B rows each gives B/S, in order, so that the batches depend
-    on S and not on how many processes there are. A process reads the streams of its rows; where it has only a part of a
-    stream's rows, others read that stream too.
+    A batch of B rows takes B/S rows, in order, from each of S = `data_streams` streams. So the batches depend on S and
+    not on the number of processes. A process reads the streams of its rows; if it has only some rows of a stream, other
+    processes read that stream too.
     """
 
     def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, first_row: int, rows: int):
         """The rows `first_row` to `first_row + rows - 1` of each micro-batch."""
         S, self._config = config.data_streams, config
         self._each = config.data.batch_size // S  # rows of a stream
-        self._own = range(first_row, first_row + rows)
+        self._local = range(first_row, first_row + rows)
         self._streams = {
             s: TokenStream(open_source(config, s, S), tokenizer, config.data.seq_len, config.seed + (s << 64))
             for s in range(first_row // self._each, -(-(first_row + rows) // self._each))
@@ -186,15 +186,15 @@ class ProcessBatches:
         for s, stream in self._streams.items():
             drawn = stream.next_rows(count * self._each).reshape(count, self._each, -1)
             start = s * self._each
-            parts.append(drawn[:, max(0, self._own.start - start) : self._own.stop - start])
-        return np.concatenate(parts, axis=1).reshape(count * len(self._own), -1)
+            parts.append(drawn[:, max(0, self._local.start - start) : self._local.stop - start])
+        return np.concatenate(parts, axis=1).reshape(count * len(self._local), -1)
 
     def position(self) -> dict[int, Position]:
         """Of each stream that is read here."""
         return {s: stream.position() for s, stream in self._streams.items()}
 
     def seek(self, positions: Sequence[Position]) -> None:
-        """Go on from the positions of all S streams."""
+        """Continue from the positions of all S streams."""
         for s, stream in self._streams.items():
             stream.seek(positions[s])
 
@@ -211,16 +211,16 @@ class ProcessBatches:
 
 
 def check_streams(config: RunConfig) -> None:
-    """Whether each of several data streams has something to read.
+    """Check that each of several data streams has something to read.
 
     Raises:
-        UserError: a part of the data is empty.
+        UserError: a shard of the data is empty.
     """
     S = config.data_streams
     for s in range(S if S > 1 else 0):
         if all(chunk.held_out for chunk in open_source(config, s, S).chunks()):
             raise UserError(
-                f"data_streams is {S}: part {s} of the data has nothing to train on; pass more text or fewer "
+                f"data_streams is {S}: shard {s} of the data has nothing to train on; pass more text or fewer "
                 "--data-streams"
             )
 
@@ -228,7 +228,7 @@ def check_streams(config: RunConfig) -> None:
 def held_out_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """Up to `eval_samples` rows of the held-out part, packed in order: (n, T) int32, n >= 1.
 
-    Of several data streams each gives an equal share, as far as it goes: what is held out of its part.
+    Each of several data streams gives an equal share, if it has that many, of what is held out of its shard.
 
     Raises:
         UserError: the held-out part does not fill one row.
@@ -254,12 +254,12 @@ def held_out_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> np.n
 
 class Batch(NamedTuple):
     rows: np.ndarray  # (n,T) int32
-    position: Any  # of the stream behind this batch
+    position: Any  # of the stream after this batch
     progress: float | None
 
 
 class Prefetcher:
-    """Reads and tokenizes the next batches in a thread, so that the step does not wait for them."""
+    """Reads and tokenizes the next batches in a thread, so that the step does not wait."""
 
     def __init__(self, stream: TokenStream | ProcessBatches, rows: int, depth: int = 4):
         """`rows`: what to ask `stream.next_rows` for."""
@@ -270,7 +270,7 @@ class Prefetcher:
         self._thread.start()
 
     def take(self, interrupted: Callable[[], bool] = lambda: False) -> Batch | None:
-        """The next batch; None where `interrupted` while it is waited for."""
+        """The next batch; None if `interrupted` becomes true while waiting."""
         asked, batch = time.perf_counter(), None
         while batch is None:
             try:
@@ -280,12 +280,12 @@ class Prefetcher:
                     return None
         self.waited += time.perf_counter() - asked
         if isinstance(batch, Exception):
-            self._queue.put(batch)  # the thread has ended: a second call must not wait for it
+            self._queue.put(batch)  # the thread has ended: a second call must not wait
             raise batch
         return batch
 
     def close(self) -> None:
-        """End the thread; one that waits for the Hub, which can take minutes, is left behind."""
+        """End the thread. One that waits for the Hub, which can take minutes, is abandoned."""
         self._stopped.set()
         until = time.monotonic() + CLOSING
         while self._thread.is_alive() and time.monotonic() < until:
@@ -298,7 +298,7 @@ class Prefetcher:
         while not self._stopped.is_set():
             try:
                 batch = Batch(stream.next_rows(rows), stream.position(), stream.progress())
-            except Exception as error:  # raised again where the batch is asked for
+            except Exception as error:  # raised again by `take`
                 self._queue.put(error)
                 return
             self._queue.put(batch)

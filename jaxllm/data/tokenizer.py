@@ -25,21 +25,21 @@ Config = TypeVar("Config", bound=RunConfig)
 END_OF_TEXT = "<|endoftext|>"
 
 TRAINING_CHARS = 20_000_000
-"""As much text as a tokenizer is trained on: beyond it merges change little, and memory grows."""
+"""Text that a tokenizer is trained on: with more, merges change little and memory grows."""
 
 
 TRIAL = "def f(x):\n    return 'Hello, wörld 😀' + str(0)\t\n"
-"""A text that each tokenizer takes; what does not take it is broken."""
+"""A text that every working tokenizer encodes."""
 
 CACHE_FORMAT = 1
-"""To be raised when `train_tokenizer` makes something else of the same text."""
+"""Increase it when `train_tokenizer` gives another result for the same text."""
 
 
 MAX_TOKENIZER_BYTES = 64 * 2**20
-"""Of tokenizer.json: a vocabulary of 250,000 tokens takes 20 MB."""
+"""Largest tokenizer.json: a vocabulary of 250,000 tokens takes 20 MB."""
 
 MAX_GROWTH = 64
-"""How much longer a text may get by all replacements together; known tokenizers replace one letter by one."""
+"""Limit of how much all replacements together lengthen a text; known tokenizers replace one letter by one."""
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
@@ -57,7 +57,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # it would advise installing PyTorch
+    logging.set_verbosity_error()  # else it advises installing PyTorch
     path = Path(name).expanduser()
     if path.exists():
         if not (path / "tokenizer.json").is_file():
@@ -83,7 +83,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
-    """A tokenizer that loads may still be none: better said here than in the middle of the data."""
+    """Check that a tokenizer works before the data is read, since a broken one may still load."""
     ids = tokenizer(TRIAL, add_special_tokens=False)["input_ids"]
     if not isinstance(tokenizer.decode(ids), str) or len(tokenizer) < 1:
         raise ValueError("it makes no text of tokens")
@@ -93,7 +93,7 @@ def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Refuse files that lead elsewhere, or that make far more of a text than it is.
+    """Refuse files that refer to other files, or that lengthen a text far too much.
 
     Raises:
         UserError: one does, or is no JSON object.
@@ -113,12 +113,12 @@ def check_tokenizer_files(folder: Path) -> None:
 
 
 def _is_there(file: Path) -> bool:
-    """Also what is no file, and is refused by whoever reads it."""
+    """Whether anything is there: what is no regular file is refused when it is read."""
     return file.exists() or file.is_symlink()
 
 
 def _growth(part: Any) -> int:
-    """By how much the steps of a tokenizer.json can lengthen a text, one after another."""
+    """The factor by which the steps of a tokenizer.json, one after another, can lengthen a text."""
     growth = 1
     if isinstance(part, dict):
         for key in ("content", "prepend", "replacement"):
@@ -131,7 +131,7 @@ def _growth(part: Any) -> int:
 
 @contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """A panic of a library in Rust is no `Exception` in Python, but ends the work like one."""
+    """Turn a panic of a Rust library, which is no `Exception` in Python, into one."""
     try:
         yield
     except BaseException as error:
@@ -150,7 +150,7 @@ def train_tokenizer(source: Source, vocab_size: int) -> PreTrainedTokenizerBase:
 
 
 def train_or_recall_tokenizer(source: Source, vocab_size: int, data: str) -> PreTrainedTokenizerBase:
-    """`train_tokenizer`, or what it once made of the very same text; `data` is how the source is called."""
+    """`train_tokenizer`, cached by the text; `data` names the source in messages."""
     import tokenizers
 
     texts = list(_training_texts(source))
@@ -161,15 +161,15 @@ def train_or_recall_tokenizer(source: Source, vocab_size: int, data: str) -> Pre
         key.update(encoded)
     try:
         file = cache_folder("tokenizers") / f"{key.hexdigest()}.json"
-    except (OSError, RuntimeError):  # nowhere to write, no home: it is trained each time
+    except (OSError, RuntimeError):  # no place to write, no home: it is trained each time
         file = None
     if file is not None and file.is_file():
-        with contextlib.suppress(Exception):  # what a damaged file raises; it is made anew
+        with contextlib.suppress(Exception):  # a damaged file may raise anything; it is written again
             return _wrap(tokenizers.Tokenizer.from_file(str(file)))
     print(f"Training a tokenizer of {vocab_size} tokens on {data} ...")
     tokenizer: Any = _train(texts, vocab_size)
     if file is not None:
-        with contextlib.suppress(OSError):  # a full disk: the run has its tokenizer all the same
+        with contextlib.suppress(OSError):  # a full disk: the run has its tokenizer anyway
             write_text_atomically(file, tokenizer.backend_tokenizer.to_str())
     return tokenizer
 
