@@ -1,1 +1,1 @@
-"""Speed, compilation and memory, each measured beside its yardstick in one run: `python -m benchmarks`."""
+"""Speed, compilation and memory, each measured with its yardstick in one run: `python -m benchmarks`."""

@@ -1,4 +1,4 @@
-"""Measure the speed, the compilation and the memory of training and decoding, each beside its yardstick.
+"""Measure the speed, the compilation and the memory of training and decoding, each with its yardstick.
 
 python -m benchmarks                          # every row, about twenty minutes on two cores
 python -m benchmarks step-eager experts-dense

@@ -1,4 +1,4 @@
-"""What the JAX worker can be told to run. Each function prepares contenders, and facts about them."""
+"""What the JAX worker runs. Each function prepares contenders, and facts about them."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def peak_memory() -> int:
 
 
 def decoding(name: str, prompt: int, new: int, quick: bool) -> Prepared:
-    """Greedy tokens behind a prompt, its prefill included."""
+    """Greedy tokens after a prompt, its prefill included."""
     config = decode_model(name, quick)
     graph, _, _ = abstract_model(config)
     model: CustomLLM = nnx.merge(graph, *shared_weights(config))

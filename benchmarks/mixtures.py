@@ -1,4 +1,4 @@
-"""Rows of the mixture of experts: what routing costs beside the products that it cannot avoid."""
+"""Rows of the mixture of experts: the cost of routing compared with the products alone."""
 
 from __future__ import annotations
 

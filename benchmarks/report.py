@@ -28,7 +28,7 @@ def verdict(finding: Finding, quick: bool) -> str:
 
 
 def print_table(findings: Findings, quick: bool) -> None:
-    title = "Narrow sizes: only shows that every row runs" if quick else "Each beside its yardstick, in one run"
+    title = "Narrow sizes: only shows that every row runs" if quick else "Each with its yardstick, in one run"
     table = Table(title=title, title_justify="left")
     for column in (
         "row",
@@ -68,7 +68,7 @@ def print_table(findings: Findings, quick: bool) -> None:
     console.print(table)
     loud = [name for name, found in findings.items() if not isinstance(found, str) for f in found if _is_loud(f)]
     if loud and not quick:
-        console.print(f"Other programs kept more than {QUIET:g} cores busy beside: {', '.join(dict.fromkeys(loud))}.")
+        console.print(f"Other programs kept more than {QUIET:g} cores busy: {', '.join(dict.fromkeys(loud))}.")
 
 
 def _is_loud(finding: Finding) -> bool:
@@ -132,7 +132,7 @@ def draw_report(file: Path, findings: Findings, machine: dict[str, Any], quick: 
     axes.set_xlim(0, 1.6 * max([1.0, *(f.target.reached(f.value.median) for _, f in bars)]))
     axes.set_xlabel("reached, as a part of the target (1: all of it; whiskers: quartiles of the pairwise ratios)")
     sets = " ".join(machine["instruction_sets"])
-    title = "Narrow sizes: no times are judged" if quick else "Speed beside its yardsticks"
+    title = "Narrow sizes: no times are judged" if quick else "Speed and its yardsticks"
     versions = machine["versions"]
     about = f"{machine['cpu']}, {machine['cores']} cores ({sets}); JAX {versions['jax']}, PyTorch {versions['torch']}"
     axes.set_title(f"{title}\n{about}", fontsize=9)

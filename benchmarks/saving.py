@@ -1,4 +1,4 @@
-"""The row of what a checkpoint costs a run beside the time that its bytes take."""
+"""The row of what a checkpoint costs a run beyond writing its bytes."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def compile_time(quick: bool, rounds: int) -> list[Finding]:
 
 
 def full_size_memory(quick: bool, rounds: int) -> list[Finding]:
-    """Two steps in a process of its own; `rounds` makes no difference to a peak."""
+    """Two steps in a separate process; `rounds` makes no difference to a peak."""
     if not quick and available_gib() < FULL_SIZE_GIB:
         raise Failure(f"needs {FULL_SIZE_GIB:g} GiB of memory; {available_gib():.1f} GiB are available")
     with Worker("benchmarks.jax_side:full_size", quick=quick) as jax:

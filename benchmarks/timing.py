@@ -72,7 +72,7 @@ def disturbance(runs: Mapping[str, Run]) -> float:
 
 
 def other_load(runs: Runs) -> float:
-    """The largest load of other programs that any kept run had beside it, in cores."""
+    """The largest load of other programs during any kept run, in cores."""
     return max(run.other_load for side in runs.values() for run in side)
 
 

@@ -1,4 +1,4 @@
-"""What the PyTorch worker can be told to run: the yardsticks. Each function prepares contenders, and facts."""
+"""What the PyTorch worker runs: the yardsticks. Each function prepares contenders, and facts."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def deepseek_steps(quick: bool) -> Prepared:
 
 
 def decoding(name: str, prompt: int, new: int, quick: bool) -> Prepared:
-    """Greedy tokens behind a prompt on the cache of full keys and values, its prefill included."""
+    """Greedy tokens after a prompt on the cache of full keys and values, its prefill included."""
     config = decode_model(name, quick)
     model = shared_model(config)
     ids = [np.random.default_rng(2).integers(config.vocab_size, size=prompt).tolist()]

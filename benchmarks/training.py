@@ -92,7 +92,7 @@ def _sides(quick: bool, yardstick: str, **arguments) -> Iterator[tuple[Worker, W
 def _interleave(jax: Worker, torch: Worker, ours: Sequence[str], theirs: Sequence[str], rounds: int) -> Runs:
     contenders = {f"ours {p}": functools.partial(jax.go, p) for p in ours}
     contenders |= {f"yardstick {p}": functools.partial(torch.go, p) for p in theirs}
-    return interleave(contenders, rounds, untimed=1 if rounds > 1 else 0)  # as in training, a step behind a step
+    return interleave(contenders, rounds, untimed=1 if rounds > 1 else 0)  # as in training, a step after a step
 
 
 def _compare(what: str, runs: Runs, ours: Sequence[str], theirs: Sequence[str], target: Target, quick: bool) -> Finding:

@@ -1,4 +1,4 @@
-"""A side of a comparison as a process of its own: it lives through the whole row and runs only when told to.
+"""A side of a comparison as a separate process, which stays for the whole row and runs only in its turn.
 
 JAX's and PyTorch's thread pools spin for a while after their work; in one process each would slow the other down, and
 the peak memory of one would hide in that of the other.
@@ -23,16 +23,16 @@ from jaxllm.run.runtime import huge_pages_environment
 ROOT = Path(__file__).parents[1]
 
 Contender = Callable[[], dict[str, float] | None]
-"""One measured piece of work. It returns figures of its own; `seconds` among them replaces the clock around it."""
+"""One measured piece of work. It returns its own figures; `seconds` among them replaces the clock around it."""
 
 
 class Failure(Exception):
-    """A side could not be measured; the message says why. The other rows go on."""
+    """A side could not be measured; the message gives the reason. The other rows continue."""
 
 
 class Run(NamedTuple):
     seconds: float
-    cpu_seconds: float  # of all threads; tells more than the clock where other programs take the cores
+    cpu_seconds: float  # of all threads; more reliable than the clock if other programs use the cores
     other_load: float  # mean number of cores that other programs kept busy meanwhile
     figures: dict[str, float]
 

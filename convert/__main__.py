@@ -1,13 +1,11 @@
 """Convert between a run of this project and a folder that PyTorch people know.
 
 python -m convert to-torch RUN OUT [--dtype bfloat16]
-python -m convert to-torch RUN TORCH_RUN --training          # to go on with python -m torch_ref.train
+python -m convert to-torch RUN TORCH_RUN --training          # to resume with python -m torch_ref.train
 python -m convert to-flax DIR RUN
-python -m convert to-flax TORCH_RUN RUN                       # to go on with train.py
+python -m convert to-flax TORCH_RUN RUN                       # to resume with train.py
 python -m convert to-flax state_dict.safetensors RUN --preset customllm-1b
 """
-
-from __future__ import annotations
 
 import os
 import sys
@@ -29,7 +27,7 @@ from jaxllm.errors import UserError, exit_on_user_error
 
 @dataclass(frozen=True)
 class ToTorch:
-    """Export the newest weights of a run as a transformers folder, or the run itself to go on in PyTorch."""
+    """Export the newest weights of a run as a transformers folder, or the run itself to resume in PyTorch."""
 
     run: Annotated[Path, tyro.conf.Positional]
     out: Annotated[Path, tyro.conf.Positional]
@@ -52,7 +50,7 @@ class ToFlax:
     run: Annotated[Path, tyro.conf.Positional]
     """A new folder."""
     preset: str | None = None
-    """The model's shape, where no config.json lies beside the weights."""
+    """The model's shape, if there is no config.json next to the weights."""
 
 
 Command = Annotated[ToTorch, tyro.conf.subcommand("to-torch")] | Annotated[ToFlax, tyro.conf.subcommand("to-flax")]
@@ -63,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = tyro.cli(Command, args=argv, prog="python -m convert", description=__doc__)
     if isinstance(command, ToTorch) and command.training:
         export_training(command.run, command.out)
-        print(f"Wrote {command.out}: python -m torch_ref.train --run-dir {command.out} goes on, with the run's options")
+        print(f"Wrote {command.out}: python -m torch_ref.train --run-dir {command.out} resumes it")
     elif isinstance(command, ToTorch):
         export_run(command.run, command.out, dtype=command.dtype)
         print(
@@ -71,9 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     elif is_pytorch_run(command.source):
         if command.preset is not None:
-            raise UserError(f"preset is {command.preset!r}: a PyTorch run has a config of its own, leave it out")
+            raise UserError(f"preset is {command.preset!r}: a PyTorch run has its own config, leave it out")
         import_training(command.source, command.run)
-        print(f"Wrote {command.run}: python train.py --run-dir {command.run} goes on, with the run's options")
+        print(f"Wrote {command.run}: python train.py --run-dir {command.run} resumes it")
     else:
         config = None if command.preset is None else preset(command.preset)
         import_run(command.source, command.run, config)

@@ -4,8 +4,6 @@ Flax stacks the layers, and within them the experts, along leading axes, and kee
 PyTorch has a tensor for each of them, as (out, in).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 

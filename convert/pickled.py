@@ -4,8 +4,6 @@ With `weights_only` it runs no code, but it does make what the pickle asks for: 
 that a few compressed bytes blow up to one. A state_dict needs neither.
 """
 
-from __future__ import annotations
-
 import pickletools
 import zipfile
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import IO
 from jaxllm.errors import UserError, listed
 
 MAX_PICKLE_BYTES = 256 * 2**20
-"""Of the pickle beside the tensors' bytes: names, shapes, and where they lie."""
+"""Largest pickle, which holds the tensors' names, shapes and offsets."""
 
 LEGACY_PICKLES = 5
 """A file from before PyTorch 1.6 starts with: magic number, protocol, system, the object, keys of its storages."""

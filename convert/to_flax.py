@@ -1,7 +1,5 @@
 """PyTorch to Flax: read an exported folder, or a raw state_dict of the source's model, into Flax weights."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from pathlib import Path
@@ -39,7 +37,7 @@ def import_run(source: Path, run: Path, config: ModelConfig | None = None) -> No
     Args:
         source: an exported folder, or a state_dict file.
         run: a new folder.
-        config: the model's shape; None: read it from the config.json beside the weights.
+        config: the model's shape; None: read it from the config.json next to the weights.
 
     Raises:
         UserError: the weights do not fit, or `run` holds something already.
@@ -73,7 +71,7 @@ def read_weights(source: Path, config: ModelConfig) -> Weights:
     """Read PyTorch weights into float32 Flax arrays, one tensor at a time.
 
     Every key is used exactly once. A missing routing bias is zero: the source's own files have none. No memory is taken
-    before the files are known to hold as much as the config says.
+    before the files are known to hold as many values as the config requires.
 
     Raises:
         UserError: keys are unknown, missing, duplicate, misplaced or misshaped, of each of which the first are named.

@@ -1,7 +1,5 @@
 """Flax to PyTorch: write the folder that `AutoModelForCausalLM.from_pretrained` reads. Needs no PyTorch."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shutil
@@ -47,7 +45,7 @@ def export_model(model: CustomLLM, out: str | Path, *, dtype: str = "float32") -
 
 
 def check_new(out: Path) -> None:
-    """Nothing that a user has is overwritten.
+    """Check that nothing would be overwritten.
 
     Raises:
         UserError: `out` is a file, a folder that is not empty, or no place for a folder.
@@ -62,7 +60,7 @@ def check_new(out: Path) -> None:
 
 
 def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The exported `config.json`: the model's shape in transformers' words, and where its code lies."""
+    """The exported `config.json`: the model's shape in transformers' words, and the file of its code."""
     module = Path(MODELING_FILE).stem
     return {
         "architectures": ["CustomLLM"],

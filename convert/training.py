@@ -1,11 +1,9 @@
 """A whole training run from one framework to the other: weights, moments, step count, routing bias, data position.
 
-The PyTorch side is a run of `python -m torch_ref.train`, the JAX side one of `train.py`; either goes on where the other
+The PyTorch side is a run of `python -m torch_ref.train`, the JAX side one of `train.py`; either resumes where the other
 stopped. Only dropout's random numbers do not cross: the frameworks draw different ones. Reading and writing PyTorch's
 files needs PyTorch, which is imported when it is needed.
 """
-
-from __future__ import annotations
 
 import shutil
 from pathlib import Path
@@ -34,10 +32,10 @@ from jaxllm.train.state import dropout_key
 
 
 def export_training(run: Path, out: Path) -> None:
-    """Make a PyTorch run that goes on where a JAX run's newest checkpoint stands.
+    """Make a PyTorch run that resumes from a JAX run's newest checkpoint.
 
     Raises:
-        UserError: `run` has no training to go on with, or `out` holds something already.
+        UserError: `run` has no training to resume, or `out` holds something already.
     """
     hand_over = _pytorch()
     check_new(out)
@@ -72,7 +70,7 @@ def export_training(run: Path, out: Path) -> None:
 
 
 def import_training(source: Path, run: Path) -> None:
-    """Make a JAX run that goes on where a PyTorch run's newest checkpoint stands.
+    """Make a JAX run that resumes from a PyTorch run's newest checkpoint.
 
     Raises:
         UserError: `source` has no complete checkpoint, or `run` holds something already.
@@ -113,7 +111,7 @@ def is_pytorch_run(folder: Path) -> bool:
 
 
 def _check_tokenizer(run: Path) -> None:
-    """Without its own tokenizer a run would go on with another one, under the old weights."""
+    """Without its tokenizer, a run would resume the old weights with another one."""
     if not (run / "tokenizer" / "tokenizer.json").is_file():
         raise UserError(f"{str(run)!r} lacks its tokenizer: put the run's tokenizer.json into {run / 'tokenizer'}")
 

@@ -3,8 +3,6 @@
 python -m jaxllm.generate RUN --prompt "def " --max-new-tokens 100 --temperature 0.8 --top-p 0.95
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Sequence
@@ -155,7 +153,7 @@ def _generate(
 def prefill(model: CustomLLM, prompts: Array, max_new: int) -> tuple[Array, Latents]:
     """One pass over prompts (B,P), padded on the right: what the layers made of them (B,P,D), and the cache.
 
-    The cache has slots for the prompts and `max_new` tokens behind the longest, as far as the position table goes.
+    The cache has slots for the prompts and `max_new` tokens after the longest, as far as the position table goes.
     Padding on the right needs no mask: no token sees what comes after it, and decoding overwrites those slots.
     """
     hidden, record = model.hidden_states(prompts, keep_latents=True)
@@ -196,7 +194,7 @@ def load_model(folder: Path, precision: Precision = "float32") -> CustomLLM:
 
 
 def tokenizer_folder(folder: Path) -> Path:
-    """Where the tokenizer of a run or of an exported folder lies."""
+    """The folder of the tokenizer of a run or of an exported folder."""
     return folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
 
 
@@ -218,7 +216,7 @@ class GenerateArgs:
     """Always the likeliest token."""
     seed: int = 0
     ignore_eos: bool = False
-    """Go on behind an end-of-sequence token."""
+    """Continue after an end-of-sequence token."""
     precision: Precision = "float32"
 
 

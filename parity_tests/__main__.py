@@ -53,7 +53,7 @@ class ParityArgs:
     rungs: tuple[Rung, ...] = RUNGS
     """Which comparisons to make."""
     precision: Literal["float32", "float64", "bfloat16"] = "float32"
-    """float64 tells mistakes from rounding."""
+    """float64 distinguishes mistakes from rounding."""
     seq_len: int = 500
     """Tokens of the forward comparisons; short texts miss faults of positions."""
     steps: int = 50

@@ -38,7 +38,7 @@ class Tolerances(NamedTuple):
         return [part for part in self if isinstance(part, Tolerance)]
 
 
-# Leaves of a gradient differ in scale from element to element (unused vocabulary beside used): only the norm counts.
+# Leaves of a gradient differ in scale from element to element (unused and used vocabulary): only the norm counts.
 _ANY = math.inf
 
 # The gradient of a query's or key's weight can be a millionth of the whole: a small rest of large terms, of which

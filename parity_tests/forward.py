@@ -25,7 +25,7 @@ DTYPES = {"float64": jnp.float64, "float32": jnp.float32, "bfloat16": jnp.bfloat
 """Compute dtypes. Weights are float64 in the first and float32 in both others."""
 
 PARTS = ("input norm", "attention", "post-attention norm", "router scores", "experts", "residual")
-"""The parts of a layer, in the order of the computation; the expert choice stands behind the router scores."""
+"""The parts of a layer, in the order of the computation; the expert choice comes after the router scores."""
 
 
 class Trace(NamedTuple):

@@ -36,14 +36,14 @@ class JaxGeneration:
         with jax_precision(precision):
             graph, _, _ = abstract_model(config, dtype=DTYPES[precision])
             arrays = jax_weights(weights, precision)
-            padded = np.stack([ids[: max(lengths)]] * len(lengths))  # what stands behind a prompt is never seen
+            padded = np.stack([ids[: max(lengths)]] * len(lengths))  # what follows a prompt is never seen
             self.logits = np.asarray(_decode(graph, *arrays, padded, np.asarray(lengths), self.given))  # (B,n,V)
             self.greedy = generate(nnx.merge(graph, *arrays), self.prompts, count)
 
     def compare(self, model: TorchCustomLLM) -> list[Row]:
         """Hold a PyTorch model against it.
 
-        Where greedy tokens part, the PyTorch model's logits must show a near tie; nothing behind it can be compared.
+        Where greedy tokens differ, the PyTorch model's logits must show a near tie; nothing after it can be compared.
         """
         tolerance = TOLERANCES[self.precision].decoding
         logits = _torch_decode(model, self.prompts, self.given, self.precision)
@@ -81,7 +81,7 @@ def _decode(graph: nnx.GraphDef, params, routing_bias, prompts: jax.Array, lengt
 def _torch_decode(
     model: TorchCustomLLM, prompts: list[list[int]], given: np.ndarray, precision: str
 ) -> np.ndarray:  # (B,n,V)
-    width = max(map(len, prompts))  # padding stands in front, so that all rows end with their last token
+    width = max(map(len, prompts))  # pad on the left, so that all rows end with their last token
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     logits = []

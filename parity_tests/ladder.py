@@ -50,7 +50,7 @@ Rung = Literal["weights", "layers", "logits", "loss", "gradients", "step", "traj
 RUNGS: tuple[Rung, ...] = get_args(Rung)
 
 FEWEST_STEPS = 5
-"""With fewer, the step behind the warm-up would stand at the cosine's end, where nothing moves."""
+"""With fewer, the step after the warm-up would be at the cosine's end, where nothing changes."""
 
 ACCUMULATED, ROWS, ROW_TOKENS = 2, 2, 64
 """The training rungs' batches: micro-batches of a step, rows of a micro-batch, tokens of a row."""
@@ -88,7 +88,7 @@ class Curve:
     first_difference: int | None = None
     """The first step (from 1) whose losses differ by more than the tolerance."""
     replayed: bool = False
-    """Whether the Flax side was told PyTorch's choice of experts."""
+    """Whether the Flax side used PyTorch's choice of experts."""
 
 
 class Ladder:
@@ -229,7 +229,7 @@ class Ladder:
 
     @functools.cached_property
     def _moments(self):
-        # behind the warm-up: the first update has the rate 0, and from zero moments hides the gradient's scale
+        # after the warm-up: the first update has the rate 0, and from zero moments hides the gradient's scale
         return random_moments(self.weights, count=self.training.schedule.warmup_steps + 1)
 
     @functools.cached_property
@@ -297,7 +297,7 @@ class Ladder:
         )
 
     def _bias_rows(self, rung: str, ours: Trained, theirs: Trained) -> list[Row]:
-        """The routing bias is a sum of signs: the same choices leave nothing but its own rounding."""
+        """The routing bias is a sum of signs: with the same choices only its rounding differs."""
         return compare_leaves(rung, "routing bias", ours.routing_bias, theirs.routing_bias, self._bias_tolerance)
 
     @property
@@ -320,7 +320,7 @@ class Ladder:
     ) -> list[Row]:
         """The rows of the free run if they pass; else those of the replay, if near ties were decided otherwise.
 
-        In bfloat16 rounding flips a choice in nearly every batch: there only the replay tells anything.
+        In bfloat16 rounding flips a choice in nearly every batch: there only the replay is meaningful.
         """
         if self.precision != "bfloat16":
             rows = free()
@@ -331,7 +331,7 @@ class Ladder:
         choice = self._choice_row(rung, "", total, labels.size * self.config.num_hidden_layers)
         if self.precision == "bfloat16" or (total.count and choice.passed):
             return [choice, *replay()]
-        return [*rows, choice]  # it was no near tie: what differs stands as it is
+        return [*rows, choice]  # it was no near tie: report the differences as they are
 
     def _flips(self, weights: Weights, step: int, experts: np.ndarray) -> Flips:
         """What Flax would choose otherwise, where the experts (A,L,B,T,k) of a step are given."""

@@ -1,15 +1,15 @@
 """Which operators a run dispatches, and whether PyTorch's Metal backend (MPS) has a kernel for each: no Mac needed.
 
 The installed torch carries `native_functions.yaml`, the table from which its dispatcher is generated for all platforms.
-`Recorder` looks each dispatched operator up there as an MPS build would: a kernel of its own, or the MPS kernel of the
-structured operator behind it, or a composite. A composite then runs as the composite that it is on MPS (its parts on
-CPU tensors), with the recorder on, even where the CPU has a kernel of its own: its parts are recorded and checked too.
+`Recorder` looks each dispatched operator up there as an MPS build would: its own kernel, or the MPS kernel of its
+structured operator, or a composite. A composite then runs as the composite that it is on MPS (its parts on
+CPU tensors), with the recorder on, even where the CPU has its own kernel: its parts are recorded and checked too.
 The reverse, what MPS runs whole and a CPU in parts, is `linear` alone in this model: it is recorded in its parts.
 
-An `MpsTensor` says `mps:0` to Python and to the dispatcher and holds its values on the CPU, so every decision about the
+An `MpsTensor` is on `mps:0` for Python and the dispatcher and holds its values on the CPU, so every decision about the
 device (autocast's lists, the branches of transformers, torch.optim and clip_grad_norm_) is the one that a Mac makes.
 Only autograd does not run on it: the engine asks the accelerator for its stream, and a FakeTensorMode with a fake `mps`
-device ends the process for the like reason. `parity_tests.mps_runs` says how training is recorded nevertheless.
+device ends the process for the like reason. `parity_tests.mps_runs` describes how training is recorded.
 
 A breach is an operator that has no kernel, which is an error on a Mac or a fallback to the CPU under
 PYTORCH_ENABLE_MPS_FALLBACK (those that MPSFallback.mm lets fall back silently have none in the table either), and a
@@ -54,7 +54,7 @@ def mps_kernel(name: str) -> str | None:
     """What runs `name` (e.g. "add.Tensor", without a namespace) on MPS.
 
     Returns:
-        "MPS" for a kernel of its own, the dispatch key of a composite, or None: no kernel, a fallback to the CPU.
+        "MPS" for its own kernel, the dispatch key of a composite, or None: no kernel, a fallback to the CPU.
     """
     parsed, functions = _table()
     function = functions.get(name)
@@ -92,7 +92,7 @@ def mps_device() -> Iterator[None]:
 
 
 class MpsTensor(Tensor):
-    """A tensor that is on `mps:0` for whoever asks, and holds its values in a CPU tensor. Without autograd."""
+    """A tensor that reports `mps:0` and holds its values in a CPU tensor. Without autograd."""
 
     @staticmethod
     def __new__(cls, values: Tensor):

@@ -66,32 +66,32 @@ def labels() -> Tensor:  # (A,B,T)
 
 def gradients(precision: str, checkpointing: bool = False) -> tuple[Recorder, CustomLLM]:
     """The forward and backward passes of one step on CPU tensors, and the model with its gradients."""
-    twin = model().train()
+    reference = model().train()
     if checkpointing:
-        twin.gradient_checkpointing_enable()
+        reference.gradient_checkpointing_enable()
     ids = labels()
     torch.manual_seed(0)  # dropout
     with Recorder(everything=True) as recorder:
-        accumulate_gradients(twin, train_config(precision), ids)
-    return recorder, twin
+        accumulate_gradients(reference, train_config(precision), ids)
+    return recorder, reference
 
 
 def step(precision: str, differentiated: CustomLLM | None = None) -> tuple[Recorder, CustomLLM]:
     """One whole step on the device, and the model after it, on the CPU; `differentiated` brings the gradients."""
     source = differentiated or gradients(precision)[1]
-    config, twin = train_config(precision), on_mps(source)
-    optimizer = make_optimizer(twin, config)
+    config, reference = train_config(precision), on_mps(source)
+    optimizer = make_optimizer(reference, config)
     schedule = make_schedule(optimizer, config)
 
     def backward(loss: Tensor) -> None:
-        for parameter, known in zip(twin.parameters(), source.parameters(), strict=True):
+        for parameter, known in zip(reference.parameters(), source.parameters(), strict=True):
             parameter.grad = MpsTensor(known.grad.clone())
 
     torch.manual_seed(0)
     with mps_device(), Recorder() as recorder, torch.no_grad(), mock.patch.object(Tensor, "backward", backward):
-        train_step(twin, optimizer, schedule, config, MpsTensor(labels()))
+        train_step(reference, optimizer, schedule, config, MpsTensor(labels()))
     after = copy.deepcopy(source)
-    after.load_state_dict({name: value.values_on_cpu for name, value in twin.state_dict().items()})
+    after.load_state_dict({name: value.values_on_cpu for name, value in reference.state_dict().items()})
     return recorder, after
 
 
@@ -99,9 +99,9 @@ def evaluation() -> Recorder:
     """The loss of a batch with padding at both ends."""
     ids, mask = tokens(2, 10), torch.ones(2, 10, dtype=torch.int64)
     mask[0, :3] = mask[1, 8:] = 0
-    twin = on_mps(model())
+    reference = on_mps(model())
     with mps_device(), Recorder() as recorder, torch.no_grad():
-        twin(MpsTensor(ids), attention_mask=MpsTensor(mask), labels=MpsTensor(ids.masked_fill(mask == 0, -100)))
+        reference(MpsTensor(ids), attention_mask=MpsTensor(mask), labels=MpsTensor(ids.masked_fill(mask == 0, -100)))
     return recorder
 
 
@@ -109,11 +109,11 @@ def generation(device: Callable[[Tensor], Tensor] = MpsTensor, **options) -> tup
     """Three tokens after two prompts, the first of them padded on the left; `device` puts a tensor where it runs."""
     prompts = tokens(2, 7)
     prompts[0, :3] = 0
-    twin = on_mps(model()) if device is MpsTensor else model()
+    reference = on_mps(model()) if device is MpsTensor else model()
     torch.manual_seed(0)
     with mps_device(), Recorder() as recorder:
         mask = device((prompts != 0).long())
-        out = twin.generate(device(prompts), attention_mask=mask, max_new_tokens=3, **options)
+        out = reference.generate(device(prompts), attention_mask=mask, max_new_tokens=3, **options)
     return recorder, out.values_on_cpu if device is MpsTensor else out
 
 

@@ -139,5 +139,5 @@ def draw_report(file: Path, rows: list[Row], curve: Curve, title: str) -> None:
 
 
 def _drawable(errors) -> np.ndarray:
-    """A logarithmic axis has no zero: no point stands for no error."""
+    """A logarithmic axis has no zero: no error has no point."""
     return np.where(np.asarray(errors) > 0, errors, np.nan)

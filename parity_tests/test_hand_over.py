@@ -1,4 +1,4 @@
-"""A run that changes frameworks goes on as if it had not."""
+"""A run that changes frameworks equals one that does not."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_twenty_steps_in_jax_and_twenty_in_pytorch_are_forty_in_jax(whole, half,
 
 
 def test_a_run_without_its_moments_would_be_seen(whole, half, narrow, tmp_path):
-    """The control of the test above: moments that start anew change the losses far beyond its tolerance."""
+    """The control of the test above: new moments change the losses far beyond its tolerance."""
     folder = tmp_path / "torch"
     assert main(["to-torch", str(half), str(folder), "--training"]) == 0
     file = folder / "checkpoint-20" / "optimizer.pt"

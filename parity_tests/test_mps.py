@@ -1,4 +1,4 @@
-"""What Apple's MPS backend would run of the PyTorch twin, checked without a Mac: see `parity_tests.mps_operators`.
+"""What Apple's MPS backend would run of the PyTorch model, checked without a Mac: see `parity_tests.mps_operators`.
 
 Of MPS's known traps: PyTorch's own attention, which was wrong there with a mask broadcast over heads, NaN for a row
 without keys and fatal with both a mask and `is_causal`, is never called; and no softmax runs over a row without keys.
@@ -97,8 +97,8 @@ def test_the_table_follows_structured_operators_and_composites():
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_both_halves_of_a_recorded_step_agree(precision):
     """The same operators forward, with the same derivatives; and the step's parameters are those that a CPU gives."""
-    whole, twin = mps_runs.gradients(precision)
-    half, after = mps_runs.step(precision, twin)
+    whole, reference = mps_runs.gradients(precision)
+    half, after = mps_runs.step(precision, reference)
     optimizer_s = {"addcdiv_", "addcmul_", "lerp_.Scalar", "mul_.Tensor", "reciprocal", "sqrt", "zeros_like"}
     assert set(half.calls) - set(whole.calls) <= optimizer_s | {"linalg_vector_norm", "sign"}
     for name in set(half.calls) & set(whole.calls):

@@ -1,4 +1,4 @@
-"""The PyTorch twin on a real MPS device, where there is one; `test_mps` checks what can be checked without."""
+"""The PyTorch model on a real MPS device, where there is one; `test_mps` checks what can be checked without."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The PyTorch twin as one graph: torch.compile(fullgraph=True), forward and backward, and torch.export.
+"""The PyTorch model as one graph: torch.compile(fullgraph=True), forward and backward, and torch.export.
 
 What an expert gets is a size that only the data knows; the graph must serve every routing, experts without tokens
 included.
@@ -61,8 +61,8 @@ def assert_same_step(compiled, model: CustomLLM, eager: CustomLLM, ids: Tensor) 
     tolerance = TOLERANCES["float32"].forward
     logits = (out.logits.detach().numpy() for out in (theirs, ours))
     rows = [compare_arrays("logits", "logits", "", *logits, tolerance)]
-    for out, twin in ((ours, model), (theirs, eager)):
-        twin.zero_grad()
+    for out, compared in ((ours, model), (theirs, eager)):
+        compared.zero_grad()
         out.loss.backward()
     for (name, ours), theirs in zip(model.named_parameters(), eager.parameters(), strict=True):
         rows.append(compare_arrays("gradients", "gradients", name, theirs.grad.numpy(), ours.grad.numpy(), tolerance))

@@ -1,4 +1,4 @@
-"""The PyTorch twin: the source's tree, the folders of both frameworks, causality, generation."""
+"""The PyTorch model: the source's tree, the folders of both frameworks, causality, generation."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_both_trees_are_the_source_s():
         tree = str(CustomLLM(PRESETS["customllm-1b"]))
     assert module_tree(PRESETS["customllm-1b"]) == tree
     page = Path(__file__).parents[2] / "shared" / "seed" / "customllm.md"
-    if page.is_file():  # the source's own print, where it lies beside the checkout
+    if page.is_file():  # the source's own print, if it is next to the checkout
         text = page.read_text()
         start = text.index("CustomLLM(\n")
         assert tree == text[start : text.index("```", start)].strip().replace("LlamaMLP", "DeepSeekMoE")

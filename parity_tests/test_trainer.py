@@ -87,7 +87,7 @@ def torch_run(narrow, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def again(narrow, torch_run, tmp_path) -> tuple[Path, list[str]]:
-    """A copy of `torch_run`, and the arguments that go on with it."""
+    """A copy of `torch_run`, and the arguments that resume it."""
     folder = Path(shutil.copytree(torch_run, tmp_path / "again"))
     return folder, [*narrow, "--warmup-steps", "5", "--run-dir", str(folder)]
 
@@ -173,7 +173,7 @@ next_token_loss = torch_ref.model.next_token_loss
 
 
 def shifted(by: int) -> Callable:
-    """The model's loss on labels that are shifted once more, or (-1) not at all."""
+    """The model's loss on labels that are shifted again, or (-1) not at all."""
     return lambda logits, labels, num_items: next_token_loss(logits, labels.roll(-by, dims=1), num_items)
 
 
@@ -251,7 +251,7 @@ def test_evaluation_moves_neither_routing_bias_nor_random_state(narrow, tmp_path
     assert_same_weights(tmp_path / "often" / "checkpoint-4", tmp_path / "once" / "checkpoint-4")
 
 
-# ---- the folder, and going on with it
+# ---- the folder, and resuming it
 
 
 def test_the_folder_and_the_log_are_those_of_train_py(torch_run, run):
@@ -275,7 +275,7 @@ def test_what_is_printed(again, capsys):
     for part in ("Model parameters: 0.05M", "(0-1): 2 x DecoderLayer(", "in float32 on cpu", "Evaluation loss"):
         assert part in out
     assert [record["step"] for record in lines(folder, "loss")] == [1, 2]
-    assert out.count("{'loss'") == 2  # and not once more by the Trainer's own printer
+    assert out.count("{'loss'") == 2  # and not also by the Trainer's printer
     assert out.count("{'eval_loss'") == out.count("{'train_runtime'") == 1
 
 

@@ -36,7 +36,7 @@ class Gradients(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """The state behind one or more steps, and what each of them reported."""
+    """The state after one or more steps, and what each of them reported."""
 
     losses: list[float]
     grad_norms: list[float]

@@ -1,4 +1,4 @@
-"""The PyTorch twin of `jaxllm.model`: plain eager code to compare with, and what an exported folder runs."""
+"""The PyTorch reference of `jaxllm.model`: plain eager code, and what an exported folder runs."""
 
 from torch_ref.model import CustomLLM, CustomLLMConfig
 

@@ -1,7 +1,5 @@
 """The batches of train.py, in the pieces that transformers' Trainer asks for."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch
@@ -14,8 +12,8 @@ from jaxllm.data.stream import Position, Prefetcher, TokenStream
 class MicroBatches:
     """An endless series of micro-batches, A of them for each step; they come in the order of train.py.
 
-    It stands in place of a DataLoader because accelerate's reads one batch ahead: here `position` and `progress` are
-    those behind the batch that is being trained on. The Trainer takes all micro-batches of a step before it trains on
+    It replaces a DataLoader because accelerate's reads one batch ahead: here `position` and `progress` are
+    those after the batch that is being trained on. The Trainer takes all micro-batches of a step before it trains on
     the first, and none of the next step before it has saved.
     """
 

@@ -1,7 +1,5 @@
 """What happens around the Trainer's steps: when to log, evaluate and save; routing bias, log, MPS memory, samples."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence
@@ -43,7 +41,7 @@ class ScheduleCallback(TrainerCallback):
 
 
 class RoutingBiasCallback(TrainerCallback):
-    """Counts the tokens of each expert over the micro-batches of a step, and moves the routing bias behind it."""
+    """Counts the tokens of each expert over the micro-batches of a step, and updates the routing bias after it."""
 
     def __init__(self, rate: float):
         self._rate = rate
@@ -70,7 +68,7 @@ class RoutingBiasCallback(TrainerCallback):
 class MPSCallback(TrainerCallback):
     """Frees the memory that Apple's MPS keeps for nothing, and adds to each training line how much is in use.
 
-    MPS keeps the buffers of every shape it has met, and training, evaluation and the machine share one memory. On
+    MPS keeps the buffers of every shape it has seen, and training, evaluation and the machine share one memory. On
     other devices it does nothing.
     """
 

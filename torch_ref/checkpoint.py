@@ -2,13 +2,11 @@
 
 model.safetensors, config.json, modeling_customllm.py   the model, as `from_pretrained` reads it
 optimizer.pt, scheduler.pt, rng_state.pth               read with `weights_only`: nothing in them is executed
-data_position.safetensors                               where the data goes on (jaxllm.data.position)
+data_position.safetensors                               where the data continues (jaxllm.data.stream)
 trainer_state.json                                      written last: without it the checkpoint is incomplete
 
 Of `trainer_state.json` the Trainer needs `global_step` and `train_batch_size`.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager

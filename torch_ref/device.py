@@ -1,7 +1,5 @@
 """The device that trains, as PyTorch sees it: what `jaxllm.device` is for JAX."""
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Callable

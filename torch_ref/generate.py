@@ -1,7 +1,5 @@
 """Continue prompts with the PyTorch model, on its cache: what `jaxllm.generate` does for the Flax model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -38,7 +36,7 @@ def generate(
     width = max(len(prompt) for prompt in prompts)
     ids = torch.zeros((len(prompts), width), dtype=torch.long, device=model.device)
     mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):  # padding stands in front, so that all rows end with their last token
+    for i, prompt in enumerate(prompts):  # pad on the left, so that all rows end with their last token
         ids[i, width - len(prompt) :] = torch.tensor(prompt, device=model.device)
         mask[i, width - len(prompt) :] = 1
     sampling = {"do_sample": False}

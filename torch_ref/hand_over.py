@@ -3,8 +3,6 @@
 A Trainer checkpoint numbers the parameters in the order of the optimizer's groups; here they have names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -30,9 +28,9 @@ class Moments(NamedTuple):
 def _optimizer(config: RunConfig, model: ModelConfig) -> tuple[torch.optim.AdamW, list[str]]:
     """The run's optimizer, over parameters without memory, and their names in the order of its groups."""
     with torch.device("meta"):
-        twin = CustomLLM(model)
-    optimizer = make_optimizer(twin, config)
-    names = {id(parameter): name for name, parameter in twin.named_parameters()}
+        reference = CustomLLM(model)
+    optimizer = make_optimizer(reference, config)
+    names = {id(parameter): name for name, parameter in reference.named_parameters()}
     return optimizer, [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 

@@ -1,6 +1,6 @@
 """CustomLLM in PyTorch: a decoder with Multi-head Latent Attention and DeepSeekMoE, for CUDA, MPS and CPU.
 
-Plain eager code, written to be compared with. It needs only torch and transformers, because exported folders carry a
+Plain eager code, written as a reference. It needs only torch and transformers, because exported folders carry a
 copy of it as `modeling_customllm.py`. One legend of axis letters holds for all shape comments:
 
     B batch        T time (queries)   S time (keys, cache slots)   N = B*T tokens
@@ -87,7 +87,7 @@ class CustomLLMConfig(PretrainedConfig):
         if k > E:
             raise ValueError(f"num_experts_per_tok is {k}: it must be at most n_routed_experts = {E}")
         if self.tie_word_embeddings:
-            raise ValueError("tie_word_embeddings is True: it must be False, lm_head has a matrix of its own")
+            raise ValueError("tie_word_embeddings is True: it must be False, lm_head has a separate matrix")
 
 
 @dataclass
@@ -119,9 +119,9 @@ class CustomRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
-        wide = x.to(at_least_float32(x.dtype))
-        inverse_rms = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (wide * inverse_rms * self.weight).to(x.dtype)
+        upcast = x.to(at_least_float32(x.dtype))
+        inverse_rms = torch.rsqrt(upcast.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (upcast * inverse_rms * self.weight).to(x.dtype)
 
 
 class RotaryEmbedding(nn.Module):
@@ -132,12 +132,12 @@ class RotaryEmbedding(nn.Module):
         self.features, self.theta = features, theta
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:  # (B,T,H,r), (B|1,T) -> (B,T,H,r)
-        wide = at_least_float32(x.dtype)
+        acc_dtype = at_least_float32(x.dtype)
         # Python floats, rounded once: the same numbers in every framework, and nothing wider than x on the device
         inv_freq = [self.theta ** (-i / self.features) for i in range(0, self.features, 2)]
-        angles = positions[..., None, None].to(wide) * torch.tensor(inv_freq, dtype=wide, device=x.device)
+        angles = positions[..., None, None].to(acc_dtype) * torch.tensor(inv_freq, dtype=acc_dtype, device=x.device)
         cos, sin = angles.cos(), angles.sin()  # (B|1,T,1,r/2)
-        first, second = x.to(wide).chunk(2, dim=-1)
+        first, second = x.to(acc_dtype).chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
@@ -147,15 +147,15 @@ def causal_mask(length: int, past: int, attention_mask: Tensor | None, device: t
     A padded row still sees itself, so that no softmax runs over nothing.
     """
     slots = torch.arange(past + length, device=device)
-    own = slots[past:, None]  # (T,1), the slot of each query
-    causal = (slots <= own)[None, None]
+    query = slots[past:, None]  # (T,1), the slot of each query
+    causal = (slots <= query)[None, None]
     if attention_mask is None:
         return causal
-    return (causal & attention_mask.bool()[:, None, None, :]) | (slots == own)
+    return (causal & attention_mask.bool()[:, None, None, :]) | (slots == query)
 
 
 def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over the last axis, zero where the mask is; in the dtype of the scores, which is wide already."""
+    """Softmax over the last axis, zero where the mask is; in the dtype of the scores, at least float32."""
     return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1)
 
 
@@ -191,10 +191,10 @@ class MultiHeadLatentAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v, self.layer)  # (B,H,S,h)
 
-        wide = at_least_float32(x.dtype)
+        acc_dtype = at_least_float32(x.dtype)
         q = q * q.shape[-1] ** -0.5
         with no_autocast(x):  # products of bfloat16 numbers, summed and kept in float32
-            weights = masked_softmax(q.to(wide) @ k.to(wide).mT, mask)  # (B,H,T,S)
+            weights = masked_softmax(q.to(acc_dtype) @ k.to(acc_dtype).mT, mask)  # (B,H,T,S)
         context = weights.to(v.dtype) @ v  # (B,H,T,h)
         return self.o_proj(context.transpose(1, 2).flatten(2))
 
@@ -211,7 +211,7 @@ class Routing(NamedTuple):
 
 class Dispatch(NamedTuple):
     order: Tensor  # (M,): row i of the sorted rows is slot order[i] of the (N,k) slots, flattened
-    inverse: Tensor  # (M,): the slot j stands in row inverse[j]
+    inverse: Tensor  # (M,): slot j is in row inverse[j]
     group_sizes: list[int]  # E: rows of each expert
 
 
@@ -227,13 +227,13 @@ def route(
         experts_per_token: k.
         experts: (N, k) experts to use instead of the k largest `scores + routing_bias` (ties: lowest index).
     """
-    wide = at_least_float32(x.dtype)
+    acc_dtype = at_least_float32(x.dtype)
     with no_autocast(x):
-        logits = F.linear(x.to(wide), router_weight.to(wide))
+        logits = F.linear(x.to(acc_dtype), router_weight.to(acc_dtype))
     scores = logits.sigmoid()
     if experts is None:
         # a stable sort, because torch.topk promises nothing about ties
-        ranking = (scores.detach() + routing_bias.to(wide)).sort(dim=-1, descending=True, stable=True).indices
+        ranking = (scores.detach() + routing_bias.to(acc_dtype)).sort(dim=-1, descending=True, stable=True).indices
         experts = ranking[:, :experts_per_token]
     chosen = scores.gather(-1, experts)
     gates = chosen / (chosen.sum(dim=-1, keepdim=True) + 1e-20)
@@ -293,8 +293,8 @@ class DeepSeekMoE(nn.Module):
         self.routed_experts = nn.ModuleList(DeepSeekExpertLayer(config) for _ in range(config.n_routed_experts))
         self.router = nn.Linear(config.hidden_size, config.n_routed_experts, bias=False)
         # not in bfloat16, even where transformers makes that the default dtype while it builds the model
-        wide = at_least_float32(torch.get_default_dtype())
-        self.register_buffer("routing_bias", torch.zeros(config.n_routed_experts, dtype=wide))
+        acc_dtype = at_least_float32(torch.get_default_dtype())
+        self.register_buffer("routing_bias", torch.zeros(config.n_routed_experts, dtype=acc_dtype))
 
     def forward(self, x: Tensor, experts: Tensor | None = None) -> tuple[Tensor, Routing]:
         """(B,T,D) -> (B,T,D) and the routing of its N tokens; `experts` (B,T,k) replaces the choice."""
@@ -402,7 +402,7 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
             use_cache: return keys and values, in a new `DynamicCache` where none was given.
             logits_to_keep: logits of the last so many positions, or of these positions; 0: of all.
             num_items_in_batch: targets to divide the summed loss by; None: those of `labels`.
-            output_hidden_states: return `hidden_states`, L+1 of (B,T,D): embeddings, then the residual stream behind
+            output_hidden_states: return `hidden_states`, L+1 of (B,T,D): embeddings, then the residual stream after
                 each layer, before any final norm.
             output_router: return `router_experts`, `router_scores` and `router_logits`.
             expert_indices: (L, B, T, k) experts to use instead of the routers' choice.

@@ -4,8 +4,6 @@ The Trainer path (`torch_ref.train`) and the comparison with JAX (`parity_tests`
 are those of `torch_ref.model`, and A for the accumulated micro-batches of a step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -46,7 +44,7 @@ def make_optimizer(model: CustomLLM, config: RunConfig) -> torch.optim.AdamW:
 def make_schedule(optimizer: torch.optim.Optimizer, config: RunConfig, steps_done: int = 0) -> LambdaLR:
     """The source's schedule: linear from 0 over `warmup_steps`, then half a cosine to 0 at `steps`."""
     if steps_done:
-        for group in optimizer.param_groups:  # a schedule that goes on wants to know where it started
+        for group in optimizer.param_groups:  # a resumed schedule needs the initial rate
             group.setdefault("initial_lr", config.optim.learning_rate)
     return get_cosine_schedule_with_warmup(
         optimizer, config.schedule.warmup_steps, config.schedule.steps, last_epoch=steps_done - 1
@@ -121,8 +119,8 @@ def accumulate_gradients(model: CustomLLM, config: RunConfig, labels: Tensor) ->
 def clip_gradients(model: CustomLLM, max_norm: float) -> Tensor:
     """`torch.nn.utils.clip_grad_norm_`, with a norm that is right to float32's last digits; returns the norm.
 
-    PyTorch's own sums the squares of a leaf one after the other on a CPU, which is 2e-4 off for 800,000 elements and
-    grows with them; the norm of the rows' norms is not. The Trainer clips by PyTorch's own, through accelerate.
+    PyTorch sums the squares of a leaf one after the other on a CPU, which is 2e-4 off for 800,000 elements and
+    grows with them; the norm of the rows' norms is not. The Trainer clips by PyTorch's function, through accelerate.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([torch.linalg.vector_norm(grad, dim=-1) for grad in grads])

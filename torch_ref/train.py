@@ -5,8 +5,6 @@ python -m torch_ref.train --preset customllm-1b --recipe seed     # the source's
 python -m torch_ref.train --help                                  # every option: those of train.py
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +38,7 @@ def train(
     resumes: bool,
     model: CustomLLM | None = None,
 ) -> CustomLLM:
-    """From the last checkpoint, or from scratch, to `config.schedule.steps`, and the samples behind it.
+    """From the last checkpoint, or from scratch, to `config.schedule.steps`, then the samples.
 
     Args:
         config, tokenizer, held_out, resumes: what `jaxllm.run.prepare` returned.
@@ -94,8 +92,8 @@ def train(
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(argv, "python -m torch_ref.train", __doc__, RunConfig)
-    disable_progress_bar()  # of each file that is written: the run has a bar of its own
-    choose_device(config)  # what the device cannot do is said before anything is made or deleted
+    disable_progress_bar()  # of each file that is written: the run has its own bar
+    choose_device(config)  # refused before anything is created or deleted
     with FolderLock(config.folder) as lock:
         config, tokenizer, held_out, resumes = prepare(config, "PyTorch", lock)
         train(config, tokenizer, held_out, resumes)

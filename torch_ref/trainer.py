@@ -1,7 +1,5 @@
 """transformers' Trainer with the data, loss, schedule and checkpoints of this project."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any
@@ -144,7 +142,7 @@ class CustomLLMTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write what belongs to the model, and the data position; the Trainer adds its own files behind it.
+        """Write the model's files and the data position; the Trainer then adds its own files.
 
         Its `training_args.bin`, a pickle that nothing reads, is left out.
         """

@@ -3,8 +3,6 @@
 A run resumes only with the data that it was started on: other files would silently change the rest of the pass.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from pathlib import Path

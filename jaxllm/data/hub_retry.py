@@ -8,8 +8,6 @@ Transient errors: a lost or refused connection, no answer in time, and the statu
 have been cut in transit, and is read again a few times. All other errors (404, 401, 403) are permanent.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import re

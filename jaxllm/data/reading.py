@@ -3,8 +3,6 @@
 An offset is a byte of a text or JSONL file, and a row of a parquet file.
 """
 
-from __future__ import annotations
-
 import codecs
 import json
 import os

@@ -4,8 +4,6 @@ A source yields `TextChunk`s, of which every `HOLD_OUT`-th belongs to the evalua
 value; a fresh source with this position continues there without reading what came before.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import sysconfig

@@ -4,8 +4,6 @@ Training expands keys and values from the latent. Decoding keeps only the latent
 absorbs the expansion into the query and the output instead (the same product, associated the other way round).
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

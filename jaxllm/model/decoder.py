@@ -1,7 +1,5 @@
 """DecoderLayer and CustomLLM: the whole model, its layers stacked along a leading axis and run under one scan."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any, NamedTuple
 
@@ -21,7 +19,7 @@ Pytree = Any
 
 
 class LayerTrace(NamedTuple):
-    """What the parts of a layer made, in the order of the computation."""
+    """The outputs of the parts of a layer, in the order of the computation."""
 
     input_norm: Array  # (B,T,D)
     latents: Latents
@@ -29,11 +27,11 @@ class LayerTrace(NamedTuple):
     post_attn_norm: Array  # (B,T,D)
     routing: Routing
     mixture: Array  # (B,T,D), shared and routed experts summed
-    residual: Array  # (B,T,D), the stream behind the layer
+    residual: Array  # (B,T,D), the residual stream after the layer
 
 
 class LayerAux(NamedTuple):
-    """What each layer did, stacked over the layers. The last two are None unless asked for."""
+    """Auxiliary outputs of the layers, stacked. The last two are None unless requested."""
 
     counts: Array  # (L,E) int32, tokens of each expert
     balance_loss: Array  # (L,)
@@ -140,14 +138,14 @@ class CustomLLM(nnx.Module):
         keep_trace: bool = False,
         layout: Layout = ONE_DEVICE,
     ) -> tuple[Array, LayerAux]:
-        """Everything before `lm_head`: (B,T) -> (B,T,D) and the record of the layers.
+        """Everything before `lm_head`: (B,T) -> (B,T,D) and the layers' auxiliary outputs.
 
         Args:
             input_ids, attention_mask: as in `__call__`.
-            dropout_keys: (B,) random keys, one a row, so that a row drops the same wherever it is; None: no dropout.
+            dropout_keys: (B,) random keys: a row's dropout does not depend on its device. None: no dropout.
             experts: (L,B,T,k) experts to use instead of the router's choice.
-            keep_latents: record the latents, which fill a decoding cache.
-            keep_trace: record what every part of every layer made.
+            keep_latents: return the latents, which fill a decoding cache.
+            keep_trace: return the output of every part of every layer.
             layout: of the devices among which the weights are cut, in a step that runs on each of them.
         """
         batch, length = input_ids.shape
@@ -176,7 +174,7 @@ class CustomLLM(nnx.Module):
 
     def decode(self, token: Array, positions: Array, cache: Latents) -> tuple[Array, Latents]:
         """Logits after one more token of each row: (B,1), (B,1), cache (L,B,S,...) -> (B,1,V) and the cache."""
-        # A scan hands each layer a copy of its part. A token uses few of the routed experts: they stay in one piece.
+        # A scan copies each layer's part. A token uses few of the routed experts, so those stay in one stack.
         graph, experts, stacked = nnx.split(self.decoder_layers, nnx.PathContains("routed_experts"), ...)
         experts = jax.tree.map(lambda weight: weight.reshape(-1, *weight.shape[2:]), experts)
 
@@ -192,7 +190,7 @@ class CustomLLM(nnx.Module):
         return self.token_embeddings(input_ids) + self.position_embeddings(positions)
 
     def apply_final_norm(self, x: Array) -> Array:
-        """What lm_head multiplies: the final norm where the config has one."""
+        """The input of lm_head: normed if the config has a final norm."""
         return x if self.final_norm is None else self.final_norm(x)
 
     def logits(self, x: Array) -> Array:  # (B,T,D) -> (B,T,V)

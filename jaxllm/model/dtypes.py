@@ -1,7 +1,5 @@
 """The dtype in which sums are accumulated."""
 
-from __future__ import annotations
-
 import jax.numpy as jnp
 
 

@@ -3,8 +3,6 @@
 Weights are float32 masters (float64 in a float64 model) and are cast to the compute dtype at each product.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar

@@ -9,8 +9,6 @@ The rows of a batch are spread over all axes. A step is written for one device's
 the collectives in it by name; it runs under `shard_map` on a mesh, under `pmap` with `data` alone, or on one device.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

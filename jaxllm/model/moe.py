@@ -1,10 +1,8 @@
 """DeepSeekMoE (arXiv:2401.06066) with DeepSeek-V3's sigmoid scores and bias-steered choice (arXiv:2412.19437, 2.1.2).
 
-route -> dispatch -> experts -> combine: each is a function that takes what it needs, so that a test can call it alone
-or inject a routing. No token is ever dropped.
+route -> dispatch -> experts -> combine are separate functions, so that a test can call one alone or inject a routing.
+No token is ever dropped.
 """
-
-from __future__ import annotations
 
 import functools
 import operator
@@ -34,11 +32,11 @@ class Routing(NamedTuple):
 
 class Dispatch(NamedTuple):
     order: Array  # (M,): row i of the sorted rows is slot order[i] of the (N,k) slots, flattened
-    inverse: Array  # (M,): the slot j stands in row inverse[j]
+    inverse: Array  # (M,): slot j is in row inverse[j]
     group_sizes: Array  # (E,): rows of each expert
 
     def slots(self, tokens: int) -> Array:
-        """(k,N): the row in which each token's j-th slot stands."""
+        """(k,N): the row of each token's j-th slot."""
         return self.inverse.reshape(tokens, -1).T
 
 
@@ -180,7 +178,7 @@ class DeepSeekMoE(nnx.Module):
         routing = route(tokens, self.router.weight[...], self.routing_bias[...], k, experts)
         if layout.expert > 1:
             local = self.config.n_routed_experts // layout.expert
-            mixed = mix_on_all_devices(self.routed_experts.grouped, tokens, routing, local)
+            mixed = expert_parallel_ffn(self.routed_experts.grouped, tokens, routing, local)
         else:
             plan = plan_dispatch(routing.experts, self.config.n_routed_experts)
             rows = self.routed_experts.grouped(dispatch(tokens, plan), plan.group_sizes, offset)
@@ -188,32 +186,32 @@ class DeepSeekMoE(nnx.Module):
         return (self.shared_experts.summed(tokens) + mixed).reshape(x.shape), routing
 
 
-def mix_on_all_devices(
-    run: Callable[[Array, Array], Array], tokens: Array, routing: Routing, experts_here: int
+def expert_parallel_ffn(
+    run: Callable[[Array, Array], Array], tokens: Array, routing: Routing, local_experts: int
 ) -> Array:
-    """What the routed experts of all devices along `expert` make of this device's tokens: (N,D) -> (N,D).
+    """The output of the routed experts of all devices along `expert` for this device's tokens: (N,D) -> (N,D).
 
-    Every device gathers the others' tokens, runs those rows that its own experts were chosen for, and sums over the
-    devices what came out. No token is dropped, whatever the imbalance: every device has room for all rows. An exchange
-    of the chosen rows alone would move k/n of this where n devices have more than k.
+    Every device gathers the tokens of the others, runs the rows for which its experts were chosen, and the results are
+    summed over the devices. No token is dropped, whatever the imbalance: every device has room for all rows. Exchanging
+    only the chosen rows would move k/n of this on n > k devices.
 
     Args:
         run: this device's experts on rows sorted by expert, and how many of them each has: (M,D), (F,) -> (M,D).
         tokens: (N, D).
         routing: of these tokens, among all experts.
-        experts_here: F.
+        local_experts: F.
     """
 
     def gather(x: Array) -> Array:
         return jax.lax.all_gather(x, "expert", tiled=True)
 
     tokens, experts, gates = gather(tokens), gather(routing.experts), gather(routing.gates)  # of all devices
-    own = experts - jax.lax.axis_index("expert") * experts_here
-    here = (own >= 0) & (own < experts_here)
-    # Rows for other devices stand behind the last group. Nothing computes them, forward or back, and what a kernel
-    # leaves in their memory may be anything: zeros take its place.
-    plan = plan_dispatch(jnp.where(here, own, experts_here), experts_here + 1)
-    sizes = plan.group_sizes[:experts_here]
+    local = experts - jax.lax.axis_index("expert") * local_experts
+    here = (local >= 0) & (local < local_experts)
+    # Rows for other devices come after the last group. They are not computed, forward or backward, and a kernel leaves
+    # arbitrary values there: replace them with zeros.
+    plan = plan_dispatch(jnp.where(here, local, local_experts), local_experts + 1)
+    sizes = plan.group_sizes[:local_experts]
     live = (jnp.arange(plan.order.size) < sizes.sum())[:, None]
     rows = jnp.where(live, run(jnp.where(live, dispatch(tokens, plan), 0), sizes), 0)
     return jax.lax.psum_scatter(combine(rows, jnp.where(here, gates, 0), plan), "expert", tiled=True)

@@ -1,7 +1,5 @@
 """The module tree as PyTorch prints it, so that the two frameworks' trees can be compared line for line."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import jax

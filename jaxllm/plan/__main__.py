@@ -3,11 +3,9 @@
 python -m jaxllm.plan --preset customllm-1b --target h100 --batch-size 8 --seq-len 2048 --remat
 python -m jaxllm.plan --preset customllm-1b --target h100 --mesh fsdp=8 --batch-size 64 --seq-len 2048 --remat
 
-The real step is compiled for a described device, in a process of its own; nothing runs, and no device is touched. Times
+The real step is compiled for a described device, in a separate process; nothing runs, and no device is touched. Times
 are arithmetic on data sheets (`jaxllm.roofline`), not measurements.
 """
-
-from __future__ import annotations
 
 import itertools
 import sys

@@ -1,10 +1,8 @@
-"""Compile the training step for a device that is not here, and say what the program would take.
+"""Compile the training step for a device that is not here, and read the program.
 
-python -m jaxllm.plan.compile REQUEST.json REPLY.json is the process of its own in which `jaxllm.plan` compiles, with an
-environment that hides the devices there are.
+python -m jaxllm.plan.compile REQUEST.json REPLY.json is the separate process in which `jaxllm.plan` compiles, with an
+environment that hides the devices of this machine.
 """
-
-from __future__ import annotations
 
 import sys
 import time
@@ -29,7 +27,7 @@ OUT_OF_MEMORY = "Ran out of memory"
 
 
 def topology_devices(target: Target, devices: int) -> list[Any]:
-    """So many described devices of one node."""
+    """This many described devices of one node."""
     if target.platform == "cuda":
         options = {"topology": f"1x1x{devices}", "target_config": target.config}
         described = topologies.get_topology_desc(platform="cuda", topology_name=target.name, **options)

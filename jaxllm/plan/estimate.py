@@ -1,6 +1,4 @@
-"""The plan of one step: what the compiled program says, and the search for the largest batch that fits."""
-
-from __future__ import annotations
+"""The plan of one step, from its compiled program, and the search for the largest batch that fits."""
 
 import dataclasses
 import importlib.util
@@ -198,8 +196,7 @@ def meshes(config: TrainConfig) -> list[str]:
 def largest_batch(start: int, limit: float, compiled: Callable[[int], Plan | Refused]) -> tuple[Plan | Refused, bool]:
     """The plan of the largest batch size that fits, and whether the next larger one is known not to.
 
-    Doubles from `start`, then halves the interval where memory, which grows by about as much with each row, says that
-    the limit lies.
+    Doubles from `start`, then interpolates: memory grows by about the same amount with each row.
 
     Args:
         start: the first batch size tried, on one device.

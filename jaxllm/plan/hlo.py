@@ -1,10 +1,8 @@
 """A compiled program, read from XLA's text: its instructions, and how often each runs.
 
-Whoever asks what a program does must ask the program: the compiler replaces kernels, fuses, and computes things twice.
+The compiled text is the only reliable source: the compiler replaces kernels, fuses, and recomputes.
 Imports no JAX.
 """
-
-from __future__ import annotations
 
 import math
 import re
@@ -22,7 +20,7 @@ class Shape(NamedTuple):
 
     dtype: str
     dims: tuple[int, ...]
-    on_chip: bool = False  # a TPU's layout puts it beside the cores and not into the device's memory
+    on_chip: bool = False  # a TPU's layout keeps it on the chip and not in the device's memory
 
     @property
     def bytes(self) -> float:
@@ -66,9 +64,9 @@ class Instruction:
     inputs: tuple[tuple[Shape, ...], ...]
     """What each operand holds."""
     argument: str
-    """What stands between the parentheses: a constant's value, a parameter's number."""
+    """The text between the parentheses: a constant's value, a parameter's number."""
     attributes: str
-    """What stands behind them."""
+    """The text after them."""
     is_root: bool
 
     def called(self, *keys: str) -> list[str]:
@@ -82,7 +80,7 @@ class Step(NamedTuple):
 
     instruction: Instruction
     times: int  # in a run of the program
-    fusion: Instruction | None  # the kernel that it is a part of; None: it stands for itself
+    fusion: Instruction | None  # the kernel that it is a part of; None: it is a kernel itself
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ class Program:
         return None if first is None or last is None else max(0, last - first)
 
     def unknown_loops(self) -> int:
-        """Loops that `steps` leaves out, such as walks over the rows that a router sends to an expert."""
+        """Loops that `steps` leaves out, such as loops over the rows that a router sends to an expert."""
         loops = (step.instruction for step in self.steps() if step.instruction.opcode == "while")
         return sum(self.trip_count(loop) is None for loop in loops)
 

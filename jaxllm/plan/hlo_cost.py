@@ -3,8 +3,6 @@
 Everything is of one device, and counts each turn of a loop; loops of unknown length are left out.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections import defaultdict
@@ -30,7 +28,7 @@ class Product(NamedTuple):
     """The matrix products of one kernel at one place of the program."""
 
     site: str  # the kernel's name in the program
-    kernel: str  # what computes them, in words
+    kernel: str  # a description of what computes them
     kind: str  # dot, grouped or attention
     flops: float  # of all calls
     calls: int
@@ -165,7 +163,7 @@ def collectives(program: Program) -> list[Collective]:
 
 def _sent(kind: str, instruction: Instruction, devices: int) -> float:
     """Bytes that one device sends, from what it holds before: a ring passes each part on once."""
-    data = instruction.inputs[:1] if kind == "ragged-all-to-all" else instruction.inputs  # the others say where to
+    data = instruction.inputs[:1] if kind == "ragged-all-to-all" else instruction.inputs  # the rest are offsets
     held = sum(shape.bytes for operand in data for shape in operand)
     if kind == "collective-permute":
         return held

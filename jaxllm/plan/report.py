@@ -1,7 +1,5 @@
 """What `jaxllm.plan` found, for a person (a table) and for a program (JSON)."""
 
-from __future__ import annotations
-
 import sys
 import textwrap
 from collections import defaultdict
@@ -17,7 +15,7 @@ from jaxllm.plan.roofline import ACHIEVED_FLOPS, ACHIEVED_INTERCONNECT, ACHIEVED
 from jaxllm.run.throughput import GIB
 
 DEFAULT_MEMORY = 0.75
-"""The share of a GPU's memory that JAX takes where XLA_PYTHON_CLIENT_MEM_FRACTION does not say."""
+"""The share of a GPU's memory that JAX takes if XLA_PYTHON_CLIENT_MEM_FRACTION is not set."""
 
 WIDTH = 150
 """Columns of what is no terminal."""
@@ -153,7 +151,7 @@ def assumptions(plan: Plan) -> list[str]:
         f"{target.memory_gb_per_s:,g} GB/s, collectives {ACHIEVED_INTERCONNECT} of {target.interconnect_gb_per_s:g} "
         "GB/s; a kernel touches its operands and results once; the grouped products have as many tiles as at worst"
         f"{', and of them those of an even routing multiply' if plan.config.mesh.sizes.get('expert', 1) > 1 else ''}.",
-        "At best: all else hides behind the slowest of compute, memory and collectives. Expected: kernel after kernel, "
+        "At best: compute, memory and collectives overlap, and the slowest one counts. Expected: kernel after kernel, "
         "each bound by its own products or memory, and no collective hidden. Data, evaluation and saving cost nothing.",
     )
     if target.platform == "cuda":

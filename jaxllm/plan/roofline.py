@@ -1,7 +1,5 @@
 """How fast a compiled step can be on a device, by arithmetic: nothing here is measured. Imports no JAX."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -35,7 +33,7 @@ class Roofline:
 
     @property
     def bound_by(self) -> str:
-        """The largest: even with all else hidden behind it, a step takes so long."""
+        """The largest: the time of a step if everything else overlaps with it."""
         return max(self.bounds, key=lambda name: self.bounds[name])
 
     @property
@@ -44,7 +42,7 @@ class Roofline:
 
     @property
     def expected(self) -> float:
-        """One kernel after another, with no collective hidden behind any."""
+        """One kernel after another, with no collective overlapping."""
         return self.kernels + self.collectives
 
 

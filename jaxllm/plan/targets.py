@@ -3,8 +3,6 @@
 A target is a JSON file: those in `jaxllm/plan/devices/` by name, any other by its path. Imports no JAX.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re
@@ -21,7 +19,7 @@ FOLDER = Path(__file__).parent / "devices"
 Platform = Literal["cuda", "tpu"]
 
 SOURCED = ("memory_gib", "peak_tflops", "memory_gb_per_s", "interconnect_gb_per_s")
-"""The facts that must say where they come from."""
+"""The facts that need a source."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Target:
     """What one device sends to others of its node, in one direction."""
     sources: dict[str, str]
     config: str | None = None
-    """CUDA: the text of an xla.gpu.GpuTargetConfigProto; in the file, the name of one beside it."""
+    """CUDA: the text of an xla.gpu.GpuTargetConfigProto; in the file, the name of a file next to it."""
     topology: str | None = None
     """TPU: a slice that holds the device, such as v5e:2x2."""
 

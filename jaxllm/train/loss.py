@@ -1,7 +1,5 @@
 """Next-token cross-entropy in float32, a chunk of tokens at a time: the (N, V) logits never exist at once."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 
@@ -55,7 +53,7 @@ summed_cross_entropy.defvjp(_forward, _backward)
 
 
 def _scan_chunks(hidden: Array, weight: Array, bias: Array, targets: Array, *, with_grads: bool) -> tuple[Array, Any]:
-    """The loss, and its gradients while the chunk's logits are at hand: the backward pass only has to scale them."""
+    """The loss, and its gradients while a chunk's logits are in memory: the backward pass only scales them."""
     N, D = hidden.shape
     rows = min(N, CHUNK_ROWS)
     chunks = -(-N // rows)
@@ -72,7 +70,7 @@ def _scan_chunks(hidden: Array, weight: Array, bias: Array, targets: Array, *, w
         loss, d_hidden, d_weight, d_bias = chunk(*c)
         return (total[0] + loss, total[1] + d_weight, total[2] + d_bias), d_hidden
 
-    if chunks == 1:  # no accumulator beside the gradient
+    if chunks == 1:  # no accumulator besides the gradient
         loss, d_hidden, d_weight, d_bias = chunk(hidden_chunks[0], target_chunks[0])
     else:
         start = (zero, jnp.zeros_like(weight), jnp.zeros_like(bias))

@@ -8,8 +8,6 @@ was trained on. `shard` brings it into the form that the placement's programs ta
     Pmap        each array with a leading axis, one copy a device
 """
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Callable
@@ -46,7 +44,7 @@ class Placement(Protocol):
     layout: Layout
 
     def describe(self) -> str:
-        """The placement in words, for a line at start-up."""
+        """A description of the placement, for a line at start-up."""
         ...
 
     def init(self, config: TrainConfig) -> TrainState:

@@ -1,7 +1,5 @@
 """The mesh that a config asks for, and where it keeps what has a PartitionSpec."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any

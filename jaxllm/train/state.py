@@ -1,7 +1,5 @@
 """The state of a training run: what a step changes, and where a mesh keeps it."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

@@ -1,7 +1,5 @@
 """The one pure training step. Everything that runs it (jit, pmap, accumulation) wraps this function."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any, NamedTuple
 
@@ -66,7 +64,7 @@ def gradients(
         model = gathered_model(graph, params, state.routing_bias, facts, layout)
         keys = dropout_keys(config, state, index, rows, local_rows)
         x, record = model.hidden_states(jnp.maximum(micro, 0), dropout_keys=keys, experts=forced, layout=layout)
-        # Each micro-batch adds its share of the global mean, so that accumulation is no mean of means.
+        # Each micro-batch adds its share of the global mean, so that accumulation is not a mean of means.
         loss = summed_loss(model, x, micro) / targets
         auxiliary = (
             config.optim.balance_loss * record.balance_loss.sum() + config.optim.router_z_loss * record.z_loss.sum()
@@ -79,7 +77,7 @@ def gradients(
     gradient = jax.grad(micro_loss, has_aux=True)
     micro_batches = (labels, jnp.arange(labels.shape[0]), experts)
     first = jax.tree.map(lambda leaf: leaf[0], micro_batches)
-    if labels.shape[0] == 1:  # no accumulator beside the gradient
+    if labels.shape[0] == 1:  # no accumulator besides the gradient
         grads, (loss, counts) = gradient(state.params, *first)
         return over_devices(grads, loss, counts)
 

@@ -1,7 +1,5 @@
 """A run's config, placement, static model and compiled programs, as one object."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

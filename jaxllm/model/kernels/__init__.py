@@ -3,13 +3,11 @@
                               experts                          attention
     NVIDIA GPU, bfloat16      Triton grouped product           cuDNN's fused kernel (padded batches: blocks)
     NVIDIA GPU, float32       Triton grouped product           blocks of queries
-    anything else             loops over the groups there are  blocks of queries
+    anything else             loops over groups with rows      blocks of queries
 
 Rejected: `jax.lax.ragged_dot` is a dense product over all experts on the CPU (five times the time) and on an H100;
 loops with dynamic trip counts wait for the host on a GPU. A TPU takes the last line: correct, and not tuned.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,8 +66,8 @@ def choose_kernels(config: ModelConfig, dtype: jnp.dtype, platform: str | None =
 
 
 def describe_kernels(config: ModelConfig, dtype: jnp.dtype, platform: str | None = None) -> str:
-    """The choice in words, for a line at start-up."""
+    """A description of the choice, for a line at start-up."""
     chosen = choose_kernels(config, dtype, platform)
-    experts = {grouped_triton: "Triton grouped product", grouped_loop: "loops over the groups there are"}
+    experts = {grouped_triton: "Triton grouped product", grouped_loop: "loops over groups with rows"}
     attention: dict[Callable, str] = {cudnn_attention: "cuDNN fused kernel", blocked_attention: "blocks of queries"}
     return f"experts: {experts[chosen.grouped]}; attention: {attention[chosen.attention]} ({jnp.dtype(dtype).name})"

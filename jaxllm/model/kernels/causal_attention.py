@@ -1,9 +1,7 @@
 """Causal softmax attention of whole sequences: by blocks of queries, or by cuDNN's fused kernel on an NVIDIA GPU.
 
-Neither keeps anything that grows with the square of the length for the backward pass.
+For the backward pass, neither keeps anything that grows with the square of the length.
 """
-
-from __future__ import annotations
 
 import functools
 
@@ -15,12 +13,12 @@ from jaxllm.model.dtypes import at_least_float32
 Array = jax.Array
 
 BLOCK_QUERIES = 128
-"""Queries whose weights exist at once."""
+"""Queries whose attention weights are in memory at once."""
 
 MAX_SPANS = 8
-"""A sequence is cut into at most so many spans of queries, each with a program of its own that stops at the span's last
-key, so that up to 7/16 of the scores are never computed. Within a span the blocks are a loop: XLA would otherwise hold
-the scores of all blocks at once, as none waits for another."""
+"""A sequence is cut into at most this many spans of queries, each with a separate program that stops at the span's last
+key, so that up to 7/16 of the scores are never computed. Within a span the blocks are a loop: XLA would otherwise keep
+the scores of all independent blocks at once."""
 
 
 def masked_softmax(scores: Array, mask: Array) -> Array:
@@ -32,7 +30,7 @@ def masked_softmax(scores: Array, mask: Array) -> Array:
 def blocked_attention(q: Array, k: Array, v: Array, attention_mask: Array | None = None) -> Array:
     """A token attends to itself and to what came before, but to no padding. A padded row still sees itself.
 
-    The backward pass keeps q, k and v, and computes each block's weights again.
+    The backward pass keeps q, k and v, and recomputes each block's weights.
 
     Args:
         q, k, v: (B,T,H,h).
@@ -46,7 +44,7 @@ def blocked_attention(q: Array, k: Array, v: Array, attention_mask: Array | None
     span = block * -(-length // (block * MAX_SPANS))
     # heads before time: the products are batched over B,H
     q, k, v = (a.swapaxes(1, 2) for a in (q * q.shape[-1] ** -0.5, k, v))
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, -length % block), (0, 0)))  # queries behind the last are thrown away
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, -length % block), (0, 0)))  # queries after the last are discarded
     spans = []
     for start in range(0, length, span):
         end = min(start + span, q.shape[2])
@@ -59,7 +57,7 @@ def blocked_attention(q: Array, k: Array, v: Array, attention_mask: Array | None
 
 @functools.partial(jax.checkpoint, static_argnums=0)
 def _attend(end: int, k: Array, v: Array, attention_mask: Array | None, start: Array, q: Array) -> Array:
-    """One block of queries, from start on: (B,H,b,h) -> (B,H,b,h). It cuts the keys itself, so that no cut is kept."""
+    """One block of queries, from start on: (B,H,b,h) -> (B,H,b,h). It slices the keys itself: no slice is kept."""
     k, v = k[:, :, :end], v[:, :, :end]
     scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=at_least_float32(q.dtype))
     queries, keys = start + jnp.arange(q.shape[2])[:, None], jnp.arange(end)

@@ -1,12 +1,10 @@
-"""The experts' SwiGLU on rows sorted by expert, with its gradient written out: no row is dropped.
+"""The experts' SwiGLU on rows sorted by expert, with an explicit gradient. No row is dropped.
 
-It stands on three grouped products (`grouped_loop`, `grouped_triton`), which autodiff cannot see through. The backward
-pass keeps the two pre-activations (2*M*F numbers), which saves a quarter of its products, and computes the rest again.
+It uses three grouped products (`grouped_loop`, `grouped_triton`), which autodiff cannot differentiate. The backward
+pass keeps the two pre-activations (2*M*F numbers), which saves a quarter of its products, and recomputes the rest.
 
     M rows, sorted by expert    D hidden    F expert hidden    E experts
 """
-
-from __future__ import annotations
 
 import functools
 from types import ModuleType
@@ -28,8 +26,7 @@ def expert_ffn(grouped: ModuleType, rows: Array, gate: Array, up: Array, down: A
         rows: (M, D), sorted by expert, in the compute dtype.
         gate, up: (E, D, F) masters; they are cast to the compute dtype expert by expert.
         down: (E, F, D), likewise.
-        group_sizes: (E,) int, rows of each expert. Rows behind the last group come out undefined, and so do their
-            gradients.
+        group_sizes: (E,) int, rows of each expert. Rows after the last group have undefined results and gradients.
 
     Returns:
         (M, D). The weights' gradients accumulate in float32 (or wider) and come back in the masters' dtype.
@@ -42,8 +39,8 @@ def expert_ffn_of_stack(
 ) -> Array:
     """`expert_ffn` by the E experts that begin at `offset` in a longer stack. It has no gradient.
 
-    For decoding, where copying a layer's experts costs more than using two of them: the walk leaves them where they are
-    (Triton's products still take the layer's part).
+    For decoding, where copying a layer's experts costs more than using two of them: the loops read them in place
+    (Triton's products still copy the layer's part).
     """
     return _products(grouped, rows, gate, up, down, group_sizes, offset)[0]
 

@@ -1,13 +1,11 @@
-"""Grouped matrix products for any device: loops over the groups that are there, of rows sorted by group.
+"""Grouped matrix products for any device: loops over the groups that have rows; the rows are sorted by group.
 
-A group goes through in one block of the smallest size that holds it, so that its weights are read, and its weight
-gradient is written, once. Only a group above the largest size takes several blocks. The loops' trip counts are dynamic:
-an empty group costs nothing but the zeros of its gradient. On a GPU each of them would wait for the host.
+A group is computed in one block of the smallest size that holds it, so its weights are read once and its weight
+gradient is written once. Only a group above the largest size needs several blocks. The loops' trip counts are dynamic:
+an empty group costs only the zeros of its gradient. On a GPU each such loop would wait for the host.
 
     P rows, the last padding(M) of them padding    E groups    X in    Y out    b rows of a block
 """
-
-from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
@@ -24,7 +22,7 @@ Array = jax.Array
 # to 512 rows are what a thousand tokens on seven experts give; decoding has groups of a row or a few.
 BLOCK_ROWS = (16, 32, 48, 64, 96, 128, 192, 256, 288, 320, 384, 512, 768, 1024)
 FEW_ROWS = 32
-"""Up to so many rows in all, as in decoding, a weight is read for a row or two: small blocks, and no copy of it."""
+"""Up to this many rows in all, as in decoding, a weight is used for a row or two: small blocks, and no copy of it."""
 
 
 def block_sizes(rows: int) -> tuple[int, ...]:
@@ -34,7 +32,7 @@ def block_sizes(rows: int) -> tuple[int, ...]:
 
 
 def padding(most_rows: int) -> int:
-    """Rows that must stand behind the last group: its block may run over, and a slice must never be shifted back."""
+    """Rows of padding after the last group: its block may extend beyond it, and a slice must not be shifted back."""
     sizes = (0, 1, 2, 4, 8, *BLOCK_ROWS)
     return max(size - smaller for smaller, size in itertools.pairwise(sizes) if smaller < most_rows)
 
@@ -43,16 +41,16 @@ def grouped_matmul(rows: Array, weights: tuple[Array, ...], group_sizes: Array, 
     """`rows @ weight[offset + e]`, for each row the e of its group: (P,X), each (>= E,X,Y) -> (P, sum of Y)."""
 
     def group(e: Array, start: Array, end: Array, out: Array) -> Array:
-        if rows.shape[0] > FEW_ROWS:  # one wide product is faster than one for each weight, and pays for a copy of them
+        if rows.shape[0] > FEW_ROWS:  # one product is faster than one for each weight, and worth a copy of them
             weight = _side_by_side(weights, offset + e, rows.dtype)
 
         def block(size: int, e: Array, at: Array, stop: Array, first: bool, out: Array) -> Array:
             x = _rows(rows, at, size)
             if rows.shape[0] > FEW_ROWS:
                 product = x @ weight
-            else:  # sliced here, a weight is read where it lies
+            else:  # sliced here, a weight is read in place
                 product = jnp.concatenate([x @ weight[offset + e].astype(rows.dtype) for weight in weights], axis=1)
-            # A block may run into the next one: that one, walked later, overwrites the surplus.
+            # A block may extend into the next one, which is computed later and overwrites the surplus.
             return _write(out, product, at)
 
         return _loop_blocks(rows, e, start, end, block, out)
@@ -98,7 +96,7 @@ def weight_gradients(rows: Array, d_out: Array, group_sizes: Array, parts: int) 
         return [_write(target, part, e) for target, part in zip(gradients, columns, strict=True)], scratch
 
     gradients = [jnp.zeros((E, X, Y), acc_dtype) for _ in range(parts)]
-    # One buffer for all groups: a group's first block overwrites what the group before left in it.
+    # One buffer for all groups: a group's first block overwrites that of the previous group.
     scratch = jnp.zeros((X, d_out.shape[1]), acc_dtype)
     return _loop_groups(group_sizes, group, (gradients, scratch))[0]
 
@@ -117,7 +115,7 @@ def _loop_groups(group_sizes: Array, group: Callable[..., Any], carry: Any) -> A
 def _loop_blocks(padded: Array, e: Array, start: Array, end: Array, block: Callable[..., Any], carry: Any) -> Any:
     """Fold `block(size, e, start, end, whether it is the first, carry)` over the blocks of a group e that has rows.
 
-    The first block is the remainder, and runs over its end; the others are full, and of the largest size.
+    The first block holds the remainder and may extend beyond it; the others are full, of the largest size.
     """
     sizes = block_sizes(padded.shape[0])
     largest = sizes[-1]
@@ -142,13 +140,13 @@ def _loop_blocks(padded: Array, e: Array, start: Array, end: Array, block: Calla
 def _once_if(condition: Array, body: Callable[[Array, Any], Any], carry: Any) -> Any:
     """`body(0, carry)` or nothing. A loop, where `cond` would copy the carry.
 
-    XLA moves what does not depend on a loop's counter out of the loop, taken or not: so add the zero to what matters.
+    XLA hoists what does not depend on the loop's counter, even if the loop does not run: adding the zero avoids it.
     """
     return jax.lax.fori_loop(0, condition.astype(jnp.int32), body, carry)
 
 
 def _side_by_side(weights: tuple[Array, ...], e: Array, dtype: jnp.dtype) -> Array:
-    """Several weights of one group as one (X, sum of Y): the copy that a dynamic slice takes anyway."""
+    """Several weights of one group as one (X, sum of Y); a dynamic slice copies them anyway."""
     return jnp.concatenate([weight[e].astype(dtype) for weight in weights], axis=1)
 
 

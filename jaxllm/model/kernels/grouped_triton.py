@@ -2,12 +2,10 @@
 
 XLA has none for a GPU that is on by default: it lowers `jax.lax.ragged_dot` to one dense product over all groups. Here
 the tiles of rows are laid out group by group at run time, as many as the worst case needs (`ceil(M/b) + E`); a kernel
-looks up its tile's group, and a tile that holds nothing does nothing.
+looks up its tile's group; an empty tile does nothing.
 
     M rows    E groups    X in    Y out    b rows of a tile
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -30,7 +28,7 @@ _ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
 
 
 def padding(most_rows: int) -> int:
-    """Rows that must stand behind the last group: none, loads and stores are masked."""
+    """Rows of padding needed after the last group: none, since loads and stores are masked."""
     return 0
 
 
@@ -65,14 +63,14 @@ def weight_gradients(
 
 
 def _side_by_side(weights: Sequence[Array], dtype: jnp.dtype) -> Array:
-    """Several weights as one (E, X, sum of Y): the copy that the cast takes anyway."""
+    """Several weights as one (E, X, sum of Y); the cast copies them anyway."""
     return jnp.concatenate([weight.astype(dtype) for weight in weights], axis=-1)
 
 
 class _Tiles(NamedTuple):
     group: Array  # (tiles,) int32
     start: Array  # (tiles,) int32, first row
-    end: Array  # (tiles,) int32, the row behind the group's last; 0 for a tile that holds nothing
+    end: Array  # (tiles,) int32, the row after the group's last; 0 for an empty tile
 
 
 def _lay_out(most_rows: int, group_sizes: Array) -> _Tiles:
@@ -87,12 +85,12 @@ def _lay_out(most_rows: int, group_sizes: Array) -> _Tiles:
 
 
 def _side(features: int, most: int) -> int:
-    """The largest power of two, up to `most`, that divides a dimension: `applies` has seen to 16 at least."""
+    """The largest power of two, up to `most`, that divides a dimension; `applies` ensures at least 16."""
     return min(most, features & -features)
 
 
 def applies(*features: int) -> bool:
-    """Whether these dimensions are cut into whole tiles that the matrix units take."""
+    """Whether tiles of a size that the matrix units accept divide these dimensions."""
     return all(width % 16 == 0 for width in features)
 
 
