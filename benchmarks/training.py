@@ -72,10 +72,7 @@ def against_peak(quick: bool, rounds: int) -> list[Finding]:
             value=Spread.of([rate("float32", step) / rate(best, product) for step, product in pairs]),
             target=at_least(0.65),
             other_load=other_load(runs),
-            details={
-                "flops_per_step": step,
-                "gflops": {name: spread.median / 1e9 for name, spread in medians.items()},
-            },
+            details={"flops_per_step": step, "gflops": {name: spread.median / 1e9 for name, spread in medians.items()}},
         )
     ]
 

@@ -53,7 +53,7 @@ def import_run(source: Path, run: Path, config: ModelConfig | None = None) -> No
     write_run(run, config, weights, files)
 
 
-def import_model(folder: str | Path, *, dtype: jnp.dtype = jnp.float32, remat: bool = False) -> CustomLLM:
+def from_pretrained(folder: str | Path, *, dtype: jnp.dtype = jnp.float32, remat: bool = False) -> CustomLLM:
     """The model of an exported folder.
 
     Raises:

@@ -33,7 +33,7 @@ def export_run(run: Path, out: Path, *, dtype: str = "float32") -> None:
         shutil.copytree(run / "tokenizer", out, dirs_exist_ok=True)
 
 
-def export_model(model: CustomLLM, out: str | Path, *, dtype: str = "float32") -> None:
+def save_pretrained(model: CustomLLM, out: str | Path, *, dtype: str = "float32") -> None:
     """Export a model in memory: config.json, safetensors and the PyTorch modelling code.
 
     Raises:

@@ -6,8 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from convert.to_flax import import_model as from_pretrained
-    from convert.to_torch import export_model as save_pretrained
+    from convert.to_flax import from_pretrained
+    from convert.to_torch import save_pretrained
     from jaxllm.config import PRESETS, ModelConfig, TrainConfig
     from jaxllm.errors import UserError
     from jaxllm.generate import load_model
@@ -19,23 +19,21 @@ __all__ = [
 ]  # fmt: skip
 
 _PLACES = {
-    "PRESETS": ("jaxllm.config", "PRESETS"),
-    "CustomLLM": ("jaxllm.model.decoder", "CustomLLM"),
-    "ModelConfig": ("jaxllm.config", "ModelConfig"),
-    "TrainConfig": ("jaxllm.config", "TrainConfig"),
-    "UserError": ("jaxllm.errors", "UserError"),
-    "from_pretrained": ("convert.to_flax", "import_model"),
-    "load_model": ("jaxllm.generate", "load_model"),
-    "save_pretrained": ("convert.to_torch", "export_model"),
+    "jaxllm.config": ("PRESETS", "ModelConfig", "TrainConfig"),
+    "jaxllm.errors": ("UserError",),
+    "jaxllm.generate": ("load_model",),
+    "jaxllm.model.decoder": ("CustomLLM",),
+    "convert.to_flax": ("from_pretrained",),
+    "convert.to_torch": ("save_pretrained",),
 }
 
 
 def __getattr__(name: str) -> Any:
     # On demand: configurations and error messages need no JAX, whose import takes a second.
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _PLACES[name]
-    return getattr(importlib.import_module(module), attribute)
+    for module, names in _PLACES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

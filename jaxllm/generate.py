@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from convert.to_flax import import_model
+from convert.to_flax import from_pretrained
 from jaxllm.config import Precision
 from jaxllm.data.tokenizer import encode_prompt, load_tokenizer
 from jaxllm.errors import UserError, exit_on_user_error
@@ -187,7 +187,7 @@ def load_model(folder: Path, precision: Precision = "float32") -> CustomLLM:
     """
     dtype = jnp.dtype(precision)
     if not is_run(folder):
-        return import_model(folder, dtype=dtype)
+        return from_pretrained(folder, dtype=dtype)
     config, weights = load_weights(folder)
     graph, _, _ = abstract_model(config, dtype=dtype)
     return nnx.merge(graph, *weights)

@@ -116,13 +116,7 @@ def cosine(reference: np.ndarray, other: np.ndarray) -> float:
 
 
 def compare_arrays(
-    rung: str,
-    what: str,
-    leaf: str,
-    reference: np.ndarray,
-    other: np.ndarray,
-    tolerance: Tolerance,
-    whole: float = 0.0,
+    rung: str, what: str, leaf: str, reference: np.ndarray, other: np.ndarray, tolerance: Tolerance, whole: float = 0.0
 ) -> Row:
     """Compare two arrays of one shape, in float64; a value that is not finite never passes.
 

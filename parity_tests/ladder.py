@@ -36,14 +36,7 @@ from parity_tests.compare import (
 )
 from parity_tests.forward import PARTS, Trace, jax_trace, state_dict_arrays, torch_named, torch_trace
 from parity_tests.generation import JaxGeneration
-from parity_tests.training import (
-    JaxTraining,
-    Named,
-    Trained,
-    random_moments,
-    torch_gradients,
-    torch_train,
-)
+from parity_tests.training import JaxTraining, Named, Trained, random_moments, torch_gradients, torch_train
 from torch_ref import CustomLLM as TorchCustomLLM
 
 Rung = Literal["weights", "layers", "logits", "loss", "gradients", "step", "trajectory", "generation"]
@@ -312,11 +305,7 @@ class Ladder:
         return Curve(ours.losses, theirs.losses, next(apart, None), replayed)
 
     def _free_or_replayed(
-        self,
-        rung: str,
-        free: Callable[[], list[Row]],
-        flips: Callable[[], Flips],
-        replay: Callable[[], list[Row]],
+        self, rung: str, free: Callable[[], list[Row]], flips: Callable[[], Flips], replay: Callable[[], list[Row]]
     ) -> list[Row]:
         """The rows of the free run if they pass; else those of the replay, if near ties were decided otherwise.
 

@@ -109,7 +109,7 @@ def test_a_run_without_its_moments_would_be_seen(whole, half, narrow, tmp_path):
     assert max(abs(theirs[i] / ours[i] - 1) for i in range(21, 41)) > 10 * 2e-5
 
 
-def test_a_run_that_began_in_pytorch_goes_on_in_jax(narrow, tmp_path, capsys):
+def test_a_run_that_began_in_pytorch_resumes_in_jax(narrow, tmp_path, capsys):
     options = [*narrow, *STEPS, "--model.dropout", "0"]
     folder = tmp_path / "torch"
     assert torch_training.main([*options, "--run-dir", str(folder)]) == 0
@@ -123,7 +123,7 @@ def test_a_run_that_began_in_pytorch_goes_on_in_jax(narrow, tmp_path, capsys):
     assert [ours[i] for i in range(1, 41)] == pytest.approx([theirs[i] for i in range(1, 41)], rel=2e-5)
 
 
-def test_a_run_that_went_to_pytorch_and_came_back_goes_on_bit_for_bit(whole, half, narrow, tmp_path, capsys):
+def test_a_run_converted_to_pytorch_and_back_resumes_bit_for_bit(whole, half, narrow, tmp_path, capsys):
     assert main(["to-torch", str(half), str(tmp_path / "torch"), "--training"]) == 0
     assert main(["to-flax", str(tmp_path / "torch"), str(tmp_path / "run")]) == 0
     assert train.main([*narrow, *STEPS, "--model.dropout", "0", "--run-dir", str(tmp_path / "run")]) == 0
@@ -157,7 +157,7 @@ def test_moments_that_do_not_fit_are_refused_in_one_line(half, tmp_path, damage,
     assert not (tmp_path / "run").exists()
 
 
-def test_what_cannot_be_handed_over_is_said(half, tmp_path, capsys):
+def test_a_run_that_cannot_be_converted_is_refused(half, tmp_path, capsys):
     assert main(["to-torch", str(half), str(tmp_path / "out"), "--training", "--dtype", "bfloat16"]) == 2
     assert "dtype is 'bfloat16'" in capsys.readouterr().err
     assert main(["to-torch", str(half), str(tmp_path / "exported")]) == 0

@@ -102,7 +102,7 @@ def test_there_is_a_fault_for_every_rung():
     assert {mutation.rung for mutation in MUTATIONS.values()} == set(RUNGS)
 
 
-def test_near_ties_are_told_from_wrong_choices():
+def test_near_ties_are_distinguished_from_wrong_choices():
     scores = np.asarray([[0.9, 0.5, 0.5 - 1e-7, 0.1]])
     none = np.zeros(4)
     assert expert_flips(scores, none, np.asarray([[1, 0]])).count == 0
@@ -116,7 +116,7 @@ def test_near_ties_are_told_from_wrong_choices():
     assert expert_flips(scores, np.asarray([0, 0, 0, 0.45]), np.asarray([[0, 3]])).count == 0
 
 
-def test_a_near_tie_is_replayed_and_said(tokens):
+def test_a_near_tie_is_replayed_and_reported(tokens):
     """Where rounding decides otherwise, the replay shows that nothing else differs."""
     config = NARROW
     weights = random_weights(config)
@@ -142,7 +142,7 @@ def test_a_near_tie_is_replayed_and_said(tokens):
     assert {row.what for row in rows if not row.passed} == {"gradients"}
 
 
-def test_a_gradient_that_is_all_rounding_is_told_from_a_wrong_one(tokens):
+def test_a_gradient_of_rounding_errors_is_distinguished_from_a_wrong_one(tokens):
     """With nearly equal values everywhere, a query's gradient is a small rest of large terms."""
     weights = random_weights(NARROW)
     for name in ("token_embeddings", "position_embeddings"):

@@ -127,9 +127,7 @@ def test_an_exported_program_computes_the_same_logits(weights, tmp_path, masked)
     axes = {0: Dim("batch", max=64), 1: Dim("time", max=SMALL.max_position_embeddings)}
     mask = torch.ones(2, 9, dtype=torch.int64) if masked else None
     program = torch.export.export(
-        model,
-        (tokens(2, 9), mask),
-        dynamic_shapes={"input_ids": axes, "attention_mask": axes if masked else None},
+        model, (tokens(2, 9), mask), dynamic_shapes={"input_ids": axes, "attention_mask": axes if masked else None}
     )
     torch.export.save(program, tmp_path / "model.pt2")
 

@@ -17,14 +17,7 @@ from jaxllm.generate import generate
 from jaxllm.model.decoder import abstract_model, split_model
 from jaxllm.model.summary import module_tree
 from parity_tests.compare import TOLERANCES, compare_arrays, compare_bits
-from parity_tests.forward import (
-    jax_trace,
-    random_weights,
-    state_dict_arrays,
-    torch_model,
-    torch_named,
-    torch_trace,
-)
+from parity_tests.forward import jax_trace, random_weights, state_dict_arrays, torch_model, torch_named, torch_trace
 from torch_ref import CustomLLM
 
 SMALL = ModelConfig(

@@ -296,7 +296,7 @@ def test_a_resumed_run_repeats_the_undisturbed_one(torch_run, again, only_what_t
     assert_same_weights(folder / "checkpoint-20", torch_run / "checkpoint-20")
 
 
-def test_an_interrupted_run_with_dropout_goes_on_as_if_nothing_had_been(narrow, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_with_dropout_equals_the_uninterrupted_one(narrow, tmp_path, monkeypatch, capsys):
     args = [*narrow, "--model.dropout", "0.1", "--steps", "8", "--save-every", "3", "--sample-tokens", "0"]
     assert torch_ref.train.main([*args, "--run-dir", str(tmp_path / "whole")]) == 0
     write = RunLog.write
@@ -316,7 +316,7 @@ def test_an_interrupted_run_with_dropout_goes_on_as_if_nothing_had_been(narrow, 
     assert_same_weights(tmp_path / "parts" / "checkpoint-8", tmp_path / "whole" / "checkpoint-8")
 
 
-def test_a_finished_run_says_so_and_more_steps_go_on_by_the_new_schedule(again, capsys):
+def test_a_finished_run_reports_it_and_more_steps_follow_the_new_schedule(again, capsys):
     folder, args = again
     (folder / "samples.md").unlink()
     assert torch_ref.train.main(args) == 0

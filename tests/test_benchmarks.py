@@ -57,7 +57,7 @@ def test_list_names_every_row(capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(ROWS)
 
 
-def test_a_side_that_cannot_prepare_says_why():
+def test_a_side_that_cannot_prepare_gives_the_reason():
     with pytest.raises(Failure, match="no_such_function"), Worker("benchmarks.jax_side:no_such_function"):
         pass
 

@@ -519,7 +519,7 @@ def test_a_tokenizer_that_leads_elsewhere_is_refused(changes, exported, tmp_path
     refused(tmp_path / "in", lambda: load_tokenizer(str(folder)), "leave it to tokenizer.json")
 
 
-def test_code_beside_a_tokenizer_stays_where_it_is(exported, tmp_path):
+def test_code_next_to_a_tokenizer_is_not_run(exported, tmp_path):
     """Classes that the folder names, and the templates that it brings, are neither imported nor rendered."""
     folder = Path(shutil.copytree(exported, tmp_path / "copy"))
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'exploded')!r}, 'w')\nclass Evil: pass\n")
@@ -792,7 +792,7 @@ def test_checkpoints(many, run, tmp_path):
 
 
 @FEW_OR_MANY
-def test_what_orbax_is_told_of_the_arrays(many, weights, tmp_path):
+def test_wrong_metadata_of_orbax_arrays(many, weights, tmp_path):
     """Metadata that lies: what restores the arrays must bear it, for a checksum may have been made of the lie."""
     write_run(tmp_path / "saved", MODEL, weights, [])
     files, make = breaking(tmp_path / "saved", tmp_path / "in", below="checkpoints/")

@@ -85,7 +85,7 @@ def test_a_cached_token_is_smaller_than_its_keys_and_values(model):
         (Sampling(temperature=1.0), {0, 1, 2, 3}),
     ],
 )
-def test_choosing_keeps_to_the_likeliest_tokens(sampling, possible):
+def test_sampling_is_limited_to_the_likeliest_tokens(sampling, possible):
     probabilities = jnp.asarray([0.05, 0.1, 0.25, 0.6])
     logits = jnp.broadcast_to(jnp.log(probabilities), (2000, 4))
     chosen = np.asarray(sample_token(sampling, logits, jax.random.key(0)))

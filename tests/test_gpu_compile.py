@@ -73,7 +73,7 @@ def test_no_loop_waits_for_the_host(text):
     assert all("known_trip_count" in line for line in loops)
 
 
-def test_the_program_multiplies_what_the_model_does_and_no_more(text):
+def test_the_program_has_the_products_of_the_model_and_no_more(text):
     E, D, F, R = MODEL.n_routed_experts, MODEL.hidden_size, MODEL.moe_intermediate_size, MODEL.latent_size
     products = [product for product in matrix_products(read_program(text)) if product.kind != "attention"]
     shapes = [shape for product in products if product.kind == "dot" for shape in product.shapes]

@@ -199,7 +199,7 @@ def test_a_field_that_is_no_text_is_skipped_and_counted(hub):
     assert source.position["skipped"] == 2
 
 
-def test_each_pass_is_said_once_and_is_the_same(hub, capsys):
+def test_each_pass_is_printed_once_and_is_the_same(hub, capsys):
     source = open_hub()
     first = texts(source)
     assert capsys.readouterr().out == ""
@@ -217,7 +217,7 @@ def test_two_parts_have_nothing_in_common_and_together_everything(shards, hub):
 
 
 @pytest.mark.parametrize(("shards", "parts"), [(3, 1), (3, 2), (4, 2)])
-def test_a_stream_goes_on_behind_any_row(shards, parts, hub):
+def test_a_stream_continues_after_any_row(shards, parts, hub):
     hub.add("datasets", NAME, corpus_files(shards, rows=12))
     source = open_hub(parts - 1, parts)
     positions, wanted = [], []
@@ -246,7 +246,7 @@ def test_what_was_read_is_not_downloaded_again(hub):
     assert again[2] > 0
 
 
-def test_a_run_keeps_to_its_commit_or_says_that_it_is_gone(hub):
+def test_a_run_keeps_its_commit_or_reports_that_it_is_gone(hub):
     source = open_hub()
     chunks = source.chunks()
     for _ in range(40):
@@ -329,7 +329,7 @@ def test_the_seed_recipe_streams_generates_and_resumes_through_faults(seed_hub, 
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(seed_hub, tmp_path):
+def test_a_killed_run_equals_the_uninterrupted_one(seed_hub, tmp_path):
     options = ("--steps", "60", "--save-every", "5", "--eval-every", "60")
     done = train(seed_hub, tmp_path / "home", tmp_path / "whole", *options)
     assert done.returncode == 0, done.stderr

@@ -80,11 +80,7 @@ def test_the_restart_keeps_the_arguments_and_happens_once(tmp_path):
         text=True,
         check=True,
     )
-    assert done.stdout.splitlines() == [
-        "started",
-        "started",
-        "['--steps', 'two words', ''] glibc.malloc.hugetlb=1",
-    ]
+    assert done.stdout.splitlines() == ["started", "started", "['--steps', 'two words', ''] glibc.malloc.hugetlb=1"]
 
 
 def test_train_py_restarts_before_its_slow_imports():

@@ -285,7 +285,7 @@ def test_products_of_libraries():
     }
 
 
-def test_a_tpu_s_convolution_counts_what_meets_no_hole():
+def test_a_tpu_convolution_counts_products_without_holes():
     """A batch of 16 becomes a dilated dimension, in which one place in 16 holds a number."""
     program = program_of(
         "%a = bf16[16,128,64]{2,1,0:T(8,128)(2,1)} parameter(0)",
@@ -388,7 +388,7 @@ def a_plan(config: TrainConfig = CONFIG, gib: float = 18.0, **changes) -> Plan |
     return read_plan(config, H100, json.loads(json.dumps(reply | changes)))
 
 
-def test_a_plan_says_time_speed_and_whether_it_fits(capsys):
+def test_a_plan_has_time_speed_and_whether_it_fits(capsys):
     plan = a_plan()
     assert plan.roofline.compute == pytest.approx(2)
     assert plan.mfu(2.0, "full") == pytest.approx(

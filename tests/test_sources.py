@@ -52,7 +52,7 @@ def test_progress_grows_within_a_file(tmp_path):
     assert source.progress() == 1.0
 
 
-def test_a_stream_goes_on_from_the_very_end_of_a_pass(corpus, tokenizer):
+def test_a_stream_continues_from_the_end_of_a_pass(corpus, tokenizer):
     def fresh():
         return TokenStream(FileSource(local_files(corpus), 0, "text"), tokenizer, 32, seed=0)
 
@@ -115,7 +115,7 @@ BITS = {
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_any_bytes_have_text_mode_s_pieces_and_go_on_behind_each(bits, tmp_path):
+def test_any_bytes_give_text_mode_s_chunks_and_continue_after_each(bits, tmp_path):
     chosen = random.Random(bits)
     for i, size in enumerate((1, 30, 3000, 30_000)):
         file = tmp_path / f"{i}.txt"
@@ -150,7 +150,7 @@ def write_rows(file: Path, rows: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
-def test_going_on_near_the_end_of_a_big_file_reads_only_the_end(kind, tmp_path, monkeypatch):
+def test_resuming_near_the_end_of_a_large_file_reads_only_the_end(kind, tmp_path, monkeypatch):
     file = tmp_path / f"big.{kind}"
     write_rows(file, 5000)
     source = FileSource([file], 0, "text")
@@ -171,7 +171,7 @@ def test_going_on_near_the_end_of_a_big_file_reads_only_the_end(kind, tmp_path, 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
 @pytest.mark.parametrize("parts", [1, 3])
-def test_a_source_goes_on_behind_any_piece(kind, parts, tmp_path):
+def test_a_source_continues_after_any_chunk(kind, parts, tmp_path):
     for i in range(2):
         write_rows(tmp_path / f"{i}.{kind}", 130)
     for part in range(parts):
@@ -194,10 +194,7 @@ def changed_name(folder: Path) -> None:
 CHANGES = {
     "added": (lambda folder: (folder / "aa.txt").write_text("new"), r"3 then, 4 now; .*: aa.txt is new"),
     "added at the end": (lambda folder: (folder / "d.txt").write_text("new"), r"3 then, 4 now; .*d.txt is new"),
-    "removed": (
-        lambda folder: (folder / "b.txt").unlink(),
-        r"3 then, 2 now; .*: one before c.txt is gone",
-    ),
+    "removed": (lambda folder: (folder / "b.txt").unlink(), r"3 then, 2 now; .*: one before c.txt is gone"),
     "removed at the end": (lambda folder: (folder / "c.txt").unlink(), r"3 then, 2 now; .*one after b.txt is gone"),
     "grown": (lambda folder: (folder / "b.txt").write_text("longer " * 9), r"b.txt is new or has another size"),
     "renamed": (changed_name, r"3 then, 3 now; first difference: bb.txt is new or has another size"),
@@ -205,7 +202,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_run_does_not_go_on_with_other_files(change, tmp_path):
+def test_a_run_does_not_resume_with_other_files(change, tmp_path):
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(f"file {name}\n")
     position = FileSource(local_files(tmp_path), 0, "text").position
@@ -279,7 +276,7 @@ def test_broken_rows_are_skipped_and_broken_bytes_replaced(tmp_path):
     assert source.position["skipped"] == 4
 
 
-def test_passes_are_said_often_at_first_and_then_seldom(tmp_path, capsys):
+def test_new_passes_are_printed_often_at_first_and_then_rarely(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("one\n")
     source = FileSource(local_files(tmp_path), 0, "text")
     for _ in range(25):

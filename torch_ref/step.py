@@ -129,11 +129,7 @@ def clip_gradients(model: CustomLLM, max_norm: float) -> Tensor:
 
 
 def train_step(
-    model: CustomLLM,
-    optimizer: torch.optim.Optimizer,
-    schedule: LambdaLR,
-    config: RunConfig,
-    labels: Tensor,
+    model: CustomLLM, optimizer: torch.optim.Optimizer, schedule: LambdaLR, config: RunConfig, labels: Tensor
 ) -> StepMetrics:
     """One optimizer step, in place. Arguments as in `accumulate_gradients`."""
     loss, chosen = accumulate_gradients(model, config, labels)

@@ -115,19 +115,11 @@ PRESETS: dict[str, ModelConfig] = {
     ),
     # the source's breakdown
     "customllm-768": ModelConfig(
-        vocab_size=49152,
-        hidden_size=768,
-        num_hidden_layers=24,
-        num_attention_heads=12,
-        moe_intermediate_size=1536,
+        vocab_size=49152, hidden_size=768, num_hidden_layers=24, num_attention_heads=12, moe_intermediate_size=1536
     ),
     # the source's printed tree: 1,075,060,736 parameters
     "customllm-1b": ModelConfig(
-        vocab_size=49152,
-        hidden_size=1024,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        moe_intermediate_size=1536,
+        vocab_size=49152, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, moe_intermediate_size=1536
     ),
 }
 

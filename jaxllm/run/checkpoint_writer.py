@@ -68,8 +68,7 @@ class CheckpointWriter:
         kept = [policies.LatestN(keep), self._keep_best]
         kept += [policies.EveryNSteps(keep_every)] if keep_every else []
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(kept),
-            temporary_path_class=_ChecksummedPath,
+            preservation_policy=policies.AnyPreservationPolicy(kept), temporary_path_class=_ChecksummedPath
         )
         self._writing: int | None = None  # the step that is being written
         _silence_duplicate_errors()

@@ -97,9 +97,7 @@ def conclude(config: RunConfig, held_out: np.ndarray, eval_loss: float, skipped_
 
 
 def write_samples(
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    generate: Callable[[list[list[int]], int], list[list[int]]],
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, generate: Callable[[list[list[int]], int], list[list[int]]]
 ) -> None:
     """Continue the config's prompts, if it has any, print them, and write `samples.md`.
 

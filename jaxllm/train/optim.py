@@ -49,13 +49,7 @@ def learning_rate(config: RunConfig, count: Array | int) -> Array:
 
 
 def adamw_update(
-    config: RunConfig,
-    grads: Pytree,
-    grad_norm: Array,
-    state: AdamState,
-    params: Pytree,
-    facts: Pytree,
-    finite: Array,
+    config: RunConfig, grads: Pytree, grad_norm: Array, state: AdamState, params: Pytree, facts: Pytree, finite: Array
 ) -> tuple[Pytree, AdamState]:
     """One update, in the order of PyTorch's AdamW: clip, moments, bias correction, decoupled decay.
 

@@ -10,8 +10,9 @@ was trained on. `shard` brings it into the form that the placement's programs ta
 
 import functools
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,34 +39,34 @@ class Programs(NamedTuple):
     seconds: float  # to trace both and to compile them, or read them from the cache
 
 
-class Placement(Protocol):
+class Placement(ABC):
     """Keeps a state and runs its step. B are a batch's rows of this process."""
 
     layout: Layout
 
+    @abstractmethod
     def describe(self) -> str:
         """A description of the placement, for a line at start-up."""
-        ...
 
-    def init(self, config: TrainConfig) -> TrainState:
-        """A new run's state, in the form that the programs take."""
-        ...
+    @abstractmethod
+    def compile(self, config: TrainConfig, graph: nnx.GraphDef) -> tuple[Callable, Callable]:
+        """`Programs.step` and `Programs.evaluate`."""
 
     def state_shardings(self, config: TrainConfig) -> TrainState | None:
         """Where a checkpoint restores each array of the state; None: on the first device."""
-        ...
+        return None
+
+    def init(self, config: TrainConfig) -> TrainState:
+        """A new run's state, in the form that the programs take."""
+        return jax.jit(functools.partial(init_state, config), out_shardings=self.state_shardings(config))()
 
     def shard(self, state: TrainState) -> TrainState:
         """From the form of one device to the form that the programs take."""
-        ...
+        return state
 
     def unshard(self, state: TrainState) -> TrainState:
         """Back to the form of one device; on a mesh the arrays stay spread over its devices."""
-        ...
-
-    def compile(self, config: TrainConfig, graph: nnx.GraphDef) -> tuple[Callable, Callable]:
-        """`Programs.step` and `Programs.evaluate`."""
-        ...
+        return state
 
 
 def choose_placement(config: TrainConfig) -> Placement:
@@ -87,7 +88,7 @@ def compile_programs(placement: Placement, config: TrainConfig, graph: nnx.Graph
     return Programs(*placement.compile(config, graph), time.perf_counter() - start)
 
 
-class OneDevice:
+class OneDevice(Placement):
     """The first device."""
 
     layout = ONE_DEVICE
@@ -96,28 +97,14 @@ class OneDevice:
         here = len(jax.devices())
         return "one device" + (f" of {here}: pass --mesh or --parallel pmap to use more" if here > 1 else "")
 
-    def init(self, config: TrainConfig) -> TrainState:
-        return jax.jit(functools.partial(init_state, config))()
-
-    def state_shardings(self, config: TrainConfig) -> TrainState | None:
-        return None
-
-    def shard(self, state: TrainState) -> TrainState:
-        return state
-
-    def unshard(self, state: TrainState) -> TrainState:
-        return state
-
     def compile(self, config: TrainConfig, graph: nnx.GraphDef) -> tuple[Callable, Callable]:
-        evaluate = jax.jit(functools.partial(eval_step, config, graph))
-        state = abstract_state(config)
-        evaluate = evaluate.lower(state.params, state.routing_bias, _labels(config)).compile()
+        evaluate = _compile_evaluation(config, graph, ONE_DEVICE)
         step = lower_step(config, graph, ONE_DEVICE).compile()
         return step, lambda state, labels: evaluate(state.params, state.routing_bias, labels)
 
 
-class OnMesh:
-    """A mesh of devices, perhaps of several processes."""
+class OnMesh(Placement):
+    """A mesh of devices, perhaps of several processes. Each part of a state is made and restored where it is kept."""
 
     def __init__(self, layout: Layout):
         self.layout = layout
@@ -125,27 +112,13 @@ class OnMesh:
     def describe(self) -> str:
         return "mesh " + " x ".join(f"{axis}={getattr(self.layout, axis)}" for axis in AXES)
 
-    def init(self, config: TrainConfig) -> TrainState:
-        # each part is made where it is kept
-        return jax.jit(functools.partial(init_state, config), out_shardings=self.state_shardings(config))()
-
     def state_shardings(self, config: TrainConfig) -> TrainState:
         return shardings(self.layout, state_specs(config, self.layout))
 
-    def shard(self, state: TrainState) -> TrainState:
-        return state  # it was restored to where it is kept
-
-    def unshard(self, state: TrainState) -> TrainState:
-        return state
-
     def compile(self, config: TrainConfig, graph: nnx.GraphDef) -> tuple[Callable, Callable]:
         layout, kept = self.layout, self.state_shardings(config)
-        evaluate = jax.jit(
-            functools.partial(eval_step, config, graph, layout=layout),
-            in_shardings=(kept.params, kept.routing_bias, shardings(layout, layout.batch_spec(0))),
-        )
-        state = abstract_state(config)
-        evaluate = evaluate.lower(state.params, state.routing_bias, _labels(config)).compile()
+        rows = shardings(layout, layout.batch_spec(0))
+        evaluate = _compile_evaluation(config, graph, layout, in_shardings=(kept.params, kept.routing_bias, rows))
         step = lower_step(config, graph, layout).compile()
         if jax.process_count() == 1:
             return step, lambda state, labels: evaluate(state.params, state.routing_bias, labels)
@@ -167,7 +140,13 @@ class OnMesh:
         )
 
 
-class Pmap:
+def _compile_evaluation(config: TrainConfig, graph: nnx.GraphDef, layout: Layout, **options: Any) -> Callable:
+    state = abstract_state(config)
+    evaluate = jax.jit(functools.partial(eval_step, config, graph, layout=layout), **options)
+    return evaluate.lower(state.params, state.routing_bias, _labels(config)).compile()
+
+
+class Pmap(Placement):
     """All devices of this process, each with a copy of the model and its own rows of the batch."""
 
     def __init__(self, config: TrainConfig):
@@ -186,9 +165,6 @@ class Pmap:
 
     def init(self, config: TrainConfig) -> TrainState:
         return self.shard(OneDevice().init(config))
-
-    def state_shardings(self, config: TrainConfig) -> TrainState | None:
-        return None
 
     def shard(self, state: TrainState) -> TrainState:
         return jax.pmap(lambda _, state: state, in_axes=(0, None))(np.arange(self.layout.devices), state)

@@ -33,12 +33,7 @@ def padding(most_rows: int) -> int:
 
 
 def grouped_matmul(
-    rows: Array,
-    weights: tuple[Array, ...],
-    group_sizes: Array,
-    offset: Array | int = 0,
-    *,
-    interpret: bool = False,
+    rows: Array, weights: tuple[Array, ...], group_sizes: Array, offset: Array | int = 0, *, interpret: bool = False
 ) -> Array:
     """`rows @ weight[offset + e]`, for each row the e of its group: (M,X), each (>= E,X,Y) -> (M, sum of Y)."""
     local = [jax.lax.dynamic_slice_in_dim(weight, offset, group_sizes.shape[0]) for weight in weights]
