@@ -22,11 +22,9 @@ from jaxllm.data.tokenizer import encode_prompt, load_tokenizer
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.model.attention import Latents
 from jaxllm.model.decoder import CustomLLM, abstract_model, split_model
+from jaxllm.model.dtypes import Array
 from jaxllm.run.checkpoint import is_run, load_weights
 from jaxllm.run.runtime import use_compilation_cache
-
-Array = jax.Array
-Pytree = Any
 
 PROMPT_MULTIPLE = 32
 """Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""

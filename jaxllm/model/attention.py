@@ -6,17 +6,14 @@ absorbs the expansion into the query and the output instead (the same product, a
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.config import ModelConfig
-from jaxllm.model.dtypes import at_least_float32
+from jaxllm.model.dtypes import Array, at_least_float32
 from jaxllm.model.kernels import choose_kernels
 from jaxllm.model.kernels.causal_attention import masked_softmax
 from jaxllm.model.layers import Linear, RotaryEmbedding
-
-Array = jax.Array
 
 
 class Latents(NamedTuple):

@@ -1,7 +1,7 @@
 """DecoderLayer and CustomLLM: the whole model, its layers stacked along a leading axis and run under one scan."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,10 @@ from flax import nnx
 
 from jaxllm.config import ModelConfig
 from jaxllm.model.attention import Latents, MultiHeadLatentAttention
-from jaxllm.model.dtypes import at_least_float32
+from jaxllm.model.dtypes import Array, Pytree, at_least_float32
 from jaxllm.model.layers import CustomRMSNorm, Embedding, Linear, RoutingBias, parameter_facts, stack
 from jaxllm.model.layout import ONE_DEVICE, Layout
 from jaxllm.model.moe import DeepSeekMoE, Routing, balance_loss, tokens_per_expert, z_loss
-
-Array = jax.Array
-Pytree = Any
 
 
 class LayerTrace(NamedTuple):

@@ -1,6 +1,12 @@
-"""The dtype in which sums are accumulated."""
+"""Type aliases, and the dtype in which sums are accumulated."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+
+Array = jax.Array
+Pytree = Any
 
 
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:

@@ -12,10 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxllm.model.dtypes import at_least_float32
+from jaxllm.model.dtypes import Array, Pytree, at_least_float32
 
-Array = jax.Array
-Pytree = Any
 Module = TypeVar("Module", bound=nnx.Module)
 
 

@@ -11,15 +11,12 @@ the collectives in it by name; it runs under `shard_map` on a mesh, under `pmap`
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxllm.config import AXES
-
-Array = jax.Array
-Pytree = Any
+from jaxllm.model.dtypes import Array, Pytree
 
 MESH_AXIS = {"hidden": "fsdp", "heads": "fsdp", "expert": "expert"}
 """Along which axis of the mesh a parameter's axis is cut. A parameter's other axes are whole on every device."""

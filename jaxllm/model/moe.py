@@ -14,13 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.config import ModelConfig
-from jaxllm.model.dtypes import at_least_float32
+from jaxllm.model.dtypes import Array, at_least_float32
 from jaxllm.model.kernels import choose_kernels
 from jaxllm.model.kernels.expert_ffn import expert_ffn, expert_ffn_of_stack
 from jaxllm.model.layers import Linear, RoutingBias, parameter, stack
 from jaxllm.model.layout import ONE_DEVICE, Layout
-
-Array = jax.Array
 
 
 class Routing(NamedTuple):

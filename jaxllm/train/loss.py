@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Array = jax.Array
+from jaxllm.model.dtypes import Array
 
 IGNORED = -100
 """Label of a position that is no target, as in PyTorch and transformers."""

@@ -16,9 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxllm.config import RunConfig
-
-Array = jax.Array
-Pytree = Any
+from jaxllm.model.dtypes import Array, Pytree
 
 
 class AdamState(NamedTuple):

@@ -22,13 +22,11 @@ from jax.sharding import PartitionSpec
 
 from jaxllm.config import AXES, TrainConfig
 from jaxllm.errors import UserError
+from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
 from jaxllm.train.sharding import choose_mesh, shardings
 from jaxllm.train.state import TrainState, abstract_state, init_state, state_specs
 from jaxllm.train.step import StepMetrics, eval_step, train_step
-
-Array = jax.Array
-Pytree = Any
 
 
 class Programs(NamedTuple):

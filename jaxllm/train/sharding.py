@@ -10,9 +10,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.config import AXES, TrainConfig
 from jaxllm.errors import UserError
+from jaxllm.model.dtypes import Pytree
 from jaxllm.model.layout import Layout
-
-Pytree = Any
 
 
 def make_mesh(devices: Sequence[Any], **sizes: int) -> Layout:

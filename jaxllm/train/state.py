@@ -9,11 +9,9 @@ from jax.sharding import PartitionSpec
 
 from jaxllm.config import RunConfig
 from jaxllm.model.decoder import CustomLLM, abstract_model, model_facts, split_model
+from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import Layout
 from jaxllm.train.optim import AdamState
-
-Array = jax.Array
-Pytree = Any
 
 
 class TrainState(NamedTuple):

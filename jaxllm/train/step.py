@@ -1,7 +1,7 @@
 """The one pure training step. Everything that runs it (jit, pmap, accumulation) wraps this function."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,12 @@ from jax.sharding import PartitionSpec
 
 from jaxllm.config import RunConfig
 from jaxllm.model.decoder import CustomLLM, abstract_model, model_facts
+from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
 from jaxllm.model.moe import updated_routing_bias
 from jaxllm.train.loss import count_targets, next_token_targets, summed_cross_entropy
 from jaxllm.train.optim import adamw_update, learning_rate, tree_where
 from jaxllm.train.state import TrainState, state_specs
-
-Array = jax.Array
-Pytree = Any
 
 
 class StepMetrics(NamedTuple):

@@ -1,17 +1,12 @@
 """A run's config, placement, static model and compiled programs, as one object."""
 
-from typing import Any
-
-import jax
 import numpy as np
 
 from jaxllm.config import TrainConfig
+from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.train.placement import Placement, Programs, choose_placement, compile_programs, on_one_device
 from jaxllm.train.state import TrainState
 from jaxllm.train.step import StepMetrics, model_graph
-
-Array = jax.Array
-Pytree = Any
 
 
 class Trainer:

@@ -17,10 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.config import ModelConfig
+from jaxllm.model.dtypes import Array
 from jaxllm.model.kernels import grouped_loop, grouped_triton
 from jaxllm.model.kernels.causal_attention import blocked_attention, cudnn_attention
-
-Array = jax.Array
 
 CUDA, ANY = "cuda", "any"
 """Platforms: an NVIDIA GPU of the Ampere generation or newer, and every other device."""

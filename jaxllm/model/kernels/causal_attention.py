@@ -8,9 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxllm.model.dtypes import at_least_float32
-
-Array = jax.Array
+from jaxllm.model.dtypes import Array, at_least_float32
 
 BLOCK_QUERIES = 128
 """Queries whose attention weights are in memory at once."""

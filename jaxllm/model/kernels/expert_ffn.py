@@ -12,9 +12,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from jaxllm.model.dtypes import at_least_float32
-
-Array = jax.Array
+from jaxllm.model.dtypes import Array, at_least_float32
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -14,9 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxllm.model.dtypes import at_least_float32
-
-Array = jax.Array
+from jaxllm.model.dtypes import Array, at_least_float32
 
 # A size more makes every program longer to compile (it is a loop in each product); a size less pads more. Groups of 128
 # to 512 rows are what a thousand tokens on seven experts give; decoding has groups of a row or a few.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-Array = jax.Array
+from jaxllm.model.dtypes import Array
 
 TILE = 128
 """Rows and columns of an output tile: the largest square that eight warps keep in registers in float32."""
