@@ -71,18 +71,14 @@ def generate(
     """Continue prompts of any lengths, all at once.
 
     Args:
-        model: a CustomLLM.
         prompts: token ids, at least one in each prompt.
         max_new_tokens: most tokens to add.
         sampling: how a token is chosen; greedy by default.
         seed: of the random choices.
         eos_token_id: stops a row when chosen (it is not returned); None: nothing stops it.
 
-    Returns:
-        The new tokens of each prompt.
-
-    Raises:
-        UserError: a prompt is empty, or with its new tokens outgrows the position table.
+    Returns the new tokens of each prompt. Raises a UserError if a prompt is empty, or if it does not fit into the
+    position table with its new tokens.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
@@ -149,7 +145,7 @@ def _generate(
 
 
 def prefill(model: CustomLLM, prompts: Array, max_new: int) -> tuple[Array, Latents]:
-    """One pass over prompts (B,P), padded on the right: what the layers made of them (B,P,D), and the cache.
+    """One pass over prompts (B,P), padded on the right: the layers' output (B,P,D), and the cache.
 
     The cache has slots for the prompts and `max_new` tokens after the longest, as far as the position table goes.
     Padding on the right needs no mask: no token sees what comes after it, and decoding overwrites those slots.
@@ -178,11 +174,7 @@ def sample_token(sampling: Sampling, logits: Array, key: Array) -> Array:
 
 
 def load_model(folder: Path, precision: Precision = "float32") -> CustomLLM:
-    """The model of a run or of an exported folder.
-
-    Raises:
-        UserError: it is neither.
-    """
+    """The model of a run or of an exported folder; raises a UserError if the folder is neither."""
     dtype = jnp.dtype(precision)
     if not is_run(folder):
         return from_pretrained(folder, dtype=dtype)

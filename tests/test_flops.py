@@ -83,7 +83,7 @@ def test_forward_flops_are_the_products_that_jax_traces():
 
 
 def test_forward_flops_are_those_that_pytorch_counts():
-    """All of them: the twin multiplies each expert's own rows, and no others."""
+    """All of them: the reference multiplies each expert's rows, and no others."""
     torch = pytest.importorskip("torch")
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -1,4 +1,4 @@
-"""The source's full-size model really trains: steps in a process of its own, its peak memory as the system saw it."""
+"""The source's full-size model really trains: two steps in a separate process, and its peak memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ SCRIPT = """
 import dataclasses, functools, resource, time
 import jax, numpy as np
 from jaxllm.config import recipe
-from jaxllm.train.step import count_parameters, init_state, model_graph, train_step
+from jaxllm.model.decoder import count_parameters
+from jaxllm.train.state import init_state
+from jaxllm.train.step import model_graph, train_step
 
 config = recipe("seed", "customllm-1b").with_options(grad_accum=1, remat=True)
 state = jax.jit(functools.partial(init_state, config))()

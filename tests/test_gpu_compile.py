@@ -3,7 +3,7 @@
     JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 \\
         python -m pytest -n 0 -m gpu_compile tests/test_gpu_compile.py tests/test_plan.py
 
-in a process of its own, with `pip install -e '.[cuda13,test]'`; about a minute.
+in a separate process, with `pip install -e '.[cuda13,test]'`; about a minute.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ pytestmark = [
     ),
 ]
 
-H100 = Path(jaxllm.__file__).parent / "targets" / "h100_sxm.txtpb"
+H100 = Path(jaxllm.__file__).parent / "plan" / "devices" / "h100_sxm.txtpb"
 MODEL = PRESETS["customllm-1b"]
 CONFIG = TrainConfig.from_options(model=MODEL, seq_len=2048, batch_size=8, precision="bfloat16", remat=True)
 

@@ -226,7 +226,7 @@ def test_a_run_changes_its_layout_from_start_to_start(narrow, tmp_path, capsys):
         capsys.readouterr()
         assert train.main([*options, "--run-dir", str(moved), *way]) == 0
         said.append(capsys.readouterr().out)
-        for folder in (moved / "checkpoints").iterdir():  # as if it had been killed behind that step
+        for folder in (moved / "checkpoints").iterdir():  # as if it had been killed after that step
             if int(folder.name) > steps:
                 shutil.rmtree(folder)
     assert "mesh data=2 x fsdp=1 x expert=2" in said[0]

@@ -146,7 +146,7 @@ def test_gradients_are_clipped_to_the_norm():
 
 
 def logged_learning_rates() -> dict[int, float]:
-    """The source's log where it lies beside the checkout, its key lines elsewhere."""
+    """The source's log if it is next to the checkout, otherwise its key lines."""
     log = Path(__file__).parents[2] / "shared" / "seed" / "customllm.md"
     if not log.is_file():
         return SEED_LOG

@@ -67,13 +67,9 @@ class MultiHeadLatentAttention(nnx.Module):
         q_latent = jnp.einsum("bthn,Rhn->bthR", q_nope, expand_k)
         scores = jnp.einsum("bthR,bsR->bhts", q_latent, cache.kv, preferred_element_type=acc_dtype)
         scores += jnp.einsum("bthr,bshr->bhts", q_rope, cache.k_rope, preferred_element_type=acc_dtype)
-        weights = masked_softmax(scores * self._scale, mask).astype(self.dtype)
+        weights = masked_softmax(scores * self.config.head_dim**-0.5, mask).astype(self.dtype)
         context = jnp.einsum("bhts,bsR->bthR", weights, cache.kv)
         return self.o_proj(jnp.einsum("Rhd,bthR->bthd", expand_v, context).reshape(x.shape))
-
-    @property
-    def _scale(self) -> float:
-        return self.config.head_dim**-0.5
 
     def _heads(self, x: Array) -> Array:  # (B,T,H*d) -> (B,T,H,d)
         return x.reshape(*x.shape[:2], self.config.num_attention_heads, -1)

@@ -45,13 +45,9 @@ class DecoderLayer(nnx.Module):
         self.post_attn_norm = CustomRMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
 
     def __call__(
-        self,
-        x: Array,
-        positions: Array,
-        attention_mask: Array | None,
-        experts: Array | None = None,
-        layout: Layout = ONE_DEVICE,
-    ) -> LayerTrace:  # (B,T,D) -> the residual (B,T,D), and how it came about
+        self, x: Array, positions: Array, attention_mask: Array | None, experts: Array | None, layout: Layout
+    ) -> LayerTrace:
+        """(B,T,D) -> the residual stream (B,T,D), and the outputs of the parts before it."""
         normed = self.input_norm(x)
         attended, latents = self.self_attn(normed, positions, attention_mask)
         x = x + attended
@@ -62,8 +58,8 @@ class DecoderLayer(nnx.Module):
     def decode(self, x: Array, positions: Array, cache: Latents, layer: Array) -> tuple[Array, Latents]:
         """One token of each row on the cache of all layers (L,B,S,...): (B,1,D), positions (B,1) -> (B,1,D), cache.
 
-        A token's cache slot is its position, so a row attends to the slots up to its own position. The routed experts
-        are those of all layers, in one stack (L*E,...).
+        A token's cache slot is its position, so a row attends to the slots up to this position. The routed experts are
+        those of all layers, in one stack (L*E,...).
         """
         normed = self.input_norm(x)
         row = jnp.arange(x.shape[0])
@@ -111,15 +107,11 @@ class CustomLLM(nnx.Module):
         self.lm_head = Linear(D, V, ("hidden", "vocab"), bias=True, std=std, dtype=dtype, rngs=rngs)
 
     def __call__(self, input_ids: Array, attention_mask: Array | None = None, rngs: nnx.Rngs | None = None) -> Array:
-        """Logits of the next token.
+        """Logits of the next token, (B,T) int -> (B,T,V) in float32 (float64 in a float64 model).
 
         Args:
-            input_ids: (B, T) int.
             attention_mask: (B, T), zero at padding; None: no padding.
             rngs: the `dropout` stream in training; None: no dropout.
-
-        Returns:
-            (B, T, V) float32 (float64 in a float64 model).
         """
         keys = None if rngs is None else jax.random.split(rngs.dropout(), input_ids.shape[0])
         return self.logits(self.hidden_states(input_ids, attention_mask, dropout_keys=keys)[0])

@@ -1,6 +1,6 @@
 """The devices that share a step, as the model's code sees them: axes, and the collectives inside a step.
 
-    data     every device along it holds a copy of everything, and its own rows of the batch
+    data     every device along it holds a copy of everything, and local rows of the batch
     fsdp     parameters and optimizer state are cut along it; a layer's weights are gathered while it runs, and their
              gradients summed and cut again (ZeRO stage 3, arXiv:1910.02054)
     expert   the routed experts are spread over it, and every device's tokens reach all of them
@@ -88,10 +88,8 @@ class Layout:
 
     def checkpoint(self, body: Callable, remat: bool) -> Callable:
         """A layer's function of which the backward pass recomputes everything (`remat`), or else only the gathering."""
-        if remat:
-            return jax.checkpoint(body)
-        if self.fsdp > 1:
-            return jax.checkpoint(body, policy=_is_not_gathered)
+        if remat or self.fsdp > 1:
+            return jax.checkpoint(body, policy=None if remat else _is_not_gathered)
         return body
 
     def parameter_spec(self, axes: tuple[str, ...]) -> PartitionSpec:

@@ -41,14 +41,9 @@ class Dispatch(NamedTuple):
 def route(
     x: Array, router_weight: Array, routing_bias: Array, experts_per_token: int, experts: Array | None = None
 ) -> Routing:
-    """Choose experts by biased score, weigh them by unbiased score, all in float32.
+    """Choose experts by biased score, weigh them by unbiased score, all in float32: x (N,D), (D,E), (E,), k.
 
-    Args:
-        x: (N, D) tokens.
-        router_weight: (D, E).
-        routing_bias: (E,).
-        experts_per_token: k.
-        experts: (N, k) experts to use instead of the k largest `scores + routing_bias` (ties: lowest index).
+    `experts` (N,k) are used instead of the k largest `scores + routing_bias` (ties: lowest index).
     """
     acc_dtype = at_least_float32(x.dtype)
     logits = x.astype(acc_dtype) @ router_weight.astype(acc_dtype)
@@ -129,7 +124,7 @@ class DeepSeekExpertLayer(nnx.Module):
         self.down_proj = Linear(F, D, ("expert_hidden", "hidden"), std=std, dtype=dtype, rngs=rngs)
 
     def grouped(self, rows: Array, group_sizes: Array, offset: Array | None = None) -> Array:
-        """As a stack of experts, each on its own group of consecutive rows: (M,D), (E,) -> (M,D).
+        """As a stack of experts, each on a separate group of consecutive rows: (M,D), (E,) -> (M,D).
 
         With `offset`, only the E experts from there on, in a stack of more; without a gradient.
         """
@@ -164,10 +159,9 @@ class DeepSeekMoE(nnx.Module):
         """(B,T,D) -> (B,T,D) and the routing of its N tokens.
 
         Args:
-            x: (B, T, D).
             experts: (B, T, k) experts to use instead of the router's choice.
             layout: with several devices along `expert`, `routed_experts` are those of this device.
-            offset: where the layer's own experts begin in `routed_experts`, if that is the stack of all layers.
+            offset: where the layer's experts begin in `routed_experts`, if that is the stack of all layers.
         """
         tokens = x.reshape(-1, x.shape[-1])  # (N,D)
         if experts is not None:
@@ -195,8 +189,7 @@ def expert_parallel_ffn(
 
     Args:
         run: this device's experts on rows sorted by expert, and how many of them each has: (M,D), (F,) -> (M,D).
-        tokens: (N, D).
-        routing: of these tokens, among all experts.
+        routing: of the tokens, among all experts.
         local_experts: F.
     """
 
@@ -236,10 +229,7 @@ def z_loss(routing: Routing) -> Array:
 def updated_routing_bias(bias: Array, counts: Array, rate: float) -> Array:
     """Auxiliary-loss-free load balancing (arXiv:2408.15664): push the choice away from crowded experts.
 
-    Args:
-        bias: (..., E).
-        counts: (..., E) tokens of each expert over the whole global batch.
-        rate: the step, gamma.
+    bias (..., E), counts (..., E) of each expert's tokens over the whole global batch, and the step gamma -> (..., E).
     """
     counts = counts.astype(bias.dtype)
     return bias + rate * jnp.sign(counts.mean(axis=-1, keepdims=True) - counts)

@@ -4,7 +4,7 @@ python -m jaxllm.plan --preset customllm-1b --target h100 --batch-size 8 --seq-l
 python -m jaxllm.plan --preset customllm-1b --target h100 --mesh fsdp=8 --batch-size 64 --seq-len 2048 --remat
 
 The real step is compiled for a described device, in a separate process; nothing runs, and no device is touched. Times
-are arithmetic on data sheets (`jaxllm.roofline`), not measurements.
+are arithmetic on data sheets (`jaxllm.plan.roofline`), not measurements.
 """
 
 import itertools
@@ -31,7 +31,7 @@ class PlanArgs:
     preset: str = "customllm-1b"
     """Model preset: one of jaxllm.PRESETS."""
     target: str = "h100"
-    """A file of jaxllm/targets by its name (h100, a100-80, l4, rtx4090, tpu-v5p ...), or the path of one's own."""
+    """A file of jaxllm/plan/devices by its name (h100, a100-80, l4, rtx4090, tpu-v5p ...), or the path of another."""
     devices: int | None = None
     """Devices of one node; default: those of the mesh."""
     mesh: str = ""

@@ -45,7 +45,7 @@ MAX_COMPILATIONS = 12
 
 
 class Refused(NamedTuple):
-    """A step that the compiler refused for want of memory."""
+    """A step that the compiler refused: it does not fit into the device's memory."""
 
     config: TrainConfig
     target: Target
@@ -117,13 +117,12 @@ def read_plan(config: TrainConfig, target: Target, reply: dict[str, Any]) -> Pla
         return Refused(config, target, reply["out_of_memory"])
     kernels = [Kernel(*kernel) for kernel in reply["kernels"]]
     products = [Product(*product) for product in reply["products"]]
-    exchanged = [Collective(*collective) for collective in reply["collectives"]]
-    # of the rows that a device of `expert` has room for, those that its experts get where the routing is even
+    collectives = [Collective(*collective) for collective in reply["collectives"]]
+    # count only the rows that a device's experts get if the routing is even, not all that it has room for
     share = 1 / config.mesh.sizes.get("expert", 1)
     products = [p._replace(flops=p.flops * share) if p.kind == "grouped" else p for p in products]
     kernels = [k._replace(flops=k.flops * share) if k.kind == "grouped" else k for k in kernels]
-    touched = sum(kernel.bytes for kernel in kernels)
-    if reply["unknown_loops"]:  # the program's products are not all known: the model's stand in for them
+    if reply["unknown_loops"]:  # not all products are known: use the model's FLOPs instead
         per_token = flops.training_flops_per_token(config.model, config.data.seq_len, "full")
         again = (flops.TRAINING_FACTOR + config.remat) / flops.TRAINING_FACTOR
         kernels = [kernel._replace(kind=None, flops=0.0) for kernel in kernels]
@@ -133,9 +132,9 @@ def read_plan(config: TrainConfig, target: Target, reply: dict[str, Any]) -> Pla
         target=target,
         memory=reply["memory"],
         products=products,
-        collectives=exchanged,
-        roofline=roofline(target, config.precision, kernels, exchanged),
-        touched=touched,
+        collectives=collectives,
+        roofline=roofline(target, config.precision, kernels, collectives),
+        touched=sum(kernel.bytes for kernel in kernels),
         unknown_loops=reply["unknown_loops"],
         compile_seconds=reply["compile_seconds"],
         jax=reply["jax"],
@@ -143,28 +142,19 @@ def read_plan(config: TrainConfig, target: Target, reply: dict[str, Any]) -> Pla
 
 
 def check_extra(name: str, target: Target) -> None:
-    """Whether JAX can compile for the target here.
-
-    Raises:
-        UserError: a package is missing.
-    """
+    """Raise a UserError if a package is missing that JAX needs to compile for the target."""
     modules, needs = EXTRAS[target.platform]
     if not any(importlib.util.find_spec(module) for module in modules):
         raise UserError(f"target is {name!r}: compiling for {needs}")
 
 
 def compile_plan(config: TrainConfig, target: Target) -> Plan | Refused:
-    """Compile the step of a run in a process that sees no device.
-
-    Raises:
-        UserError: the compiler failed.
-    """
+    """Compile the step of a run in a process that sees no device; raises a UserError if the compiler fails."""
     again = (", remat" if config.remat else "") + (f", {config.mesh.axes}" if config.mesh.axes else "")
     print(f"compiling batch size {config.data.batch_size}{again} for {target.name} ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         request, reply = Path(folder) / "request.json", Path(folder) / "reply.json"
-        asked = {"config": config.to_dict(), "target": dataclasses.asdict(target)}
-        write_json(request, asked)
+        write_json(request, {"config": config.to_dict(), "target": dataclasses.asdict(target)})
         command = [sys.executable, "-m", "jaxllm.plan.compile", str(request), str(reply)]
         done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, errors="replace")
         if done.returncode or not reply.exists():
@@ -175,7 +165,7 @@ def compile_plan(config: TrainConfig, target: Target) -> Plan | Refused:
 
 
 def meshes(config: TrainConfig) -> list[str]:
-    """What a search compares on as many devices as the config's mesh has, the config's own mesh first."""
+    """The meshes that a search compares, all with as many devices as the config's mesh, which is first."""
     n, found = config.mesh.devices, [config]
     if n == 1:
         return [config.mesh.axes]
@@ -198,10 +188,8 @@ def largest_batch(start: int, limit: float, compiled: Callable[[int], Plan | Ref
 
     Doubles from `start`, then interpolates: memory grows by about the same amount with each row.
 
-    Args:
-        start: the first batch size tried, on one device.
-        limit: bytes that a program may take.
-        compiled: given the batch size of one device, its plan.
+    `start` is the first batch size tried, `limit` the bytes that a program may take, and `compiled` returns the plan of
+    a batch size; all are of one device.
     """
     best: Plan | Refused | None = None
     low, high, size = 0, None, start  # the largest that fits, the smallest that does not, the next

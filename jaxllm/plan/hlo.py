@@ -12,6 +12,13 @@ from typing import NamedTuple
 
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([^\s,(){}]+)")
+_CALLED = {
+    "call": ("to_apply", "calls"),
+    "async-start": ("to_apply", "calls"),
+    "conditional": ("branch_computations", "true_computation", "false_computation"),
+    "fusion": ("calls",),
+}
+"""Which attributes name the computations that run; the scalar ones of reductions, sorts and scatters count nothing."""
 _SIZES = {"pred": 1.0, "bf16": 2.0, "c64": 8.0, "c128": 16.0, "token": 0.0, "opaque": 0.0}
 
 
@@ -32,11 +39,7 @@ class Shape(NamedTuple):
 
 
 def match(pattern: str, text: str) -> re.Match[str]:
-    """The first match of a pattern that occurs in every program of XLA's.
-
-    Raises:
-        ValueError: it does not occur: the text has another form.
-    """
+    """The first match of a pattern that every program of XLA contains; raises a ValueError if there is none."""
     if (found := re.search(pattern, text)) is None:
         raise ValueError(f"XLA's program has no {pattern} in {text[:200]}")
     return found
@@ -96,29 +99,17 @@ class Program:
     def _visit(self, name: str, times: int, fusion: Instruction | None) -> Iterator[Step]:
         for instruction in self.computations[name]:
             yield Step(instruction, times, fusion)
-            if instruction.opcode == "while":
-                turns = self.trip_count(instruction)
-                if turns is not None:
-                    yield from self._visit(instruction.called("body")[0], times * turns, fusion)
-                continue
-            kernel = fusion
-            if instruction.opcode in ("call", "async-start"):
-                inner = instruction.called("to_apply", "calls")
-            elif instruction.opcode == "conditional":
-                inner = instruction.called("branch_computations", "true_computation", "false_computation")
-            elif instruction.opcode == "fusion":
-                inner, kernel = instruction.called("calls"), fusion or instruction
-            else:  # the scalar computations of reductions, sorts and scatters count nothing
-                inner = []
-            for called in inner:
-                yield from self._visit(called, times, kernel)
+            if instruction.opcode == "while" and (turns := self.trip_count(instruction)) is not None:
+                yield from self._visit(instruction.called("body")[0], times * turns, fusion)
+            elif instruction.opcode in _CALLED:
+                kernel = (fusion or instruction) if instruction.opcode == "fusion" else fusion
+                for called in instruction.called(*_CALLED[instruction.opcode]):
+                    yield from self._visit(called, times, kernel)
 
     def trip_count(self, loop: Instruction) -> int | None:
         """Turns of a `while`, which XLA noted or which a scan's counter makes up to a constant; None: unknown."""
-        noted = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
-        return int(noted[1]) if noted else self._counted(loop)
-
-    def _counted(self, loop: Instruction) -> int | None:
+        if noted := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return int(noted[1])
         condition = {i.name: i for i in self.computations[loop.called("condition")[0]]}
         compare = next(i for i in condition.values() if i.is_root)
         if compare.opcode != "compare" or "direction=LT" not in compare.attributes:

@@ -58,9 +58,8 @@ def matrix_products(program: Program) -> Iterator[Product]:
     for step in program.steps():
         instruction = step.instruction
         if instruction.opcode == "dot":
-            yield _product(
-                step, _dot_kernel(step), "dot", _contracted(instruction, r"lhs_contracting_dims=\{([\d,]*)\}")
-            )
+            flops = _contracted(instruction, r"lhs_contracting_dims=\{([\d,]*)\}")
+            yield _product(step, _dot_kernel(step), "dot", flops)
         elif instruction.opcode == "convolution":  # a TPU's form of a dot
             yield _product(step, _dot_kernel(step), "dot", _convolved(instruction))
         elif instruction.opcode == "custom-call":
@@ -96,29 +95,24 @@ def _contracted(instruction: Instruction, dimensions: str) -> float:
 
 
 def _convolved(instruction: Instruction) -> float:
-    """FLOPs of the products that do not meet padding or a hole: batches of a dot are dilated dimensions on a TPU."""
-    labels = match(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
-    left, right, out = (
-        dict(zip(names, shape.dims, strict=True))
-        for names, shape in zip(
-            labels.groups(), (instruction.inputs[0][0], instruction.inputs[1][0], instruction.outputs[0]), strict=True
-        )
-    )
-    window = dict(
-        re.findall(r"(\w+)=([\d_x-]+)", (re.search(r"window=\{([^}]*)\}", instruction.attributes) or "  ")[1])
-    )
+    """FLOPs without the products of padding and holes: on a TPU, batches of a dot are dilated dimensions."""
+    labels = match(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
+    shapes = (instruction.inputs[0][0], instruction.inputs[1][0], instruction.outputs[0])
+    left, right, out = (dict(zip(names, shape.dims, strict=True)) for names, shape in zip(labels, shapes, strict=True))
+    found = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    window = dict(re.findall(r"(\w+)=([\d_x-]+)", found[1] if found else ""))
     spatial = sorted(name for name in out if name.isdigit())
 
     def option(name: str, axis: int, default: str) -> str:
         return window[name].split("x")[axis] if name in window else default
 
-    met = 1
+    pairs = 1
     for axis, name in enumerate(spatial):
         low = int(option("pad", axis, "0_0").split("_")[0])
         stride, hole, spread = (int(option(key, axis, "1")) for key in ("stride", "lhs_dilate", "rhs_dilate"))
         at = np.add.outer(np.arange(out[name]) * stride - low, np.arange(right[name]) * spread)
-        met *= int(((at >= 0) & (at <= (left[name] - 1) * hole) & (at % hole == 0)).sum())
-    return 2.0 * out["b"] * out["f"] * right["i"] * met
+        pairs *= int(((at >= 0) & (at <= (left[name] - 1) * hole) & (at % hole == 0)).sum())
+    return 2.0 * out["b"] * out["f"] * right["i"] * pairs
 
 
 def _attention(instruction: Instruction, products: int) -> float:
@@ -139,10 +133,10 @@ def _grouped(instruction: Instruction, kind: str) -> float:
 
 
 def collectives(program: Program) -> list[Collective]:
-    """What the program's devices exchange; what is one to a person counts once.
+    """What the program's devices exchange.
 
-    An asynchronous pair counts where it starts. A TPU may spread a collective over a chain of kernels, each of which
-    names it, and makes a scattered sum of a whole one.
+    An asynchronous pair counts once, where it starts. So does a TPU's collective in a chain of kernels, each of which
+    names it. A TPU makes a scattered sum of an all-reduce.
     """
     found, chains = [], set()
     for step in program.steps():
@@ -155,8 +149,7 @@ def collectives(program: Program) -> list[Collective]:
             chains.add(chain.groups())
         if step.fusion and step.fusion.called("calls")[0].startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
-        sent = _sent(kind, instruction, program.devices)
-        if sent:
+        if sent := _sent(kind, instruction, program.devices):
             found.append(Collective(kind, step.times, step.times * sent))
     return found
 
@@ -192,19 +185,17 @@ def kernels(program: Program) -> list[Kernel]:
     Each operand and each result counts once, and of a slice only the slice: a kernel that reads a thing again moves
     more, a cache that still holds a result makes it less. A collective's memory counts too.
     """
-    work = {product.site: product.kind for product in matrix_products(program)}
+    kinds: dict[str, str] = {}
     flops: dict[str, float] = defaultdict(float)
     for product in matrix_products(program):
+        kinds[product.site] = product.kind
         flops[product.site] += product.flops
     moved: dict[str, float] = defaultdict(float)
     for step in program.steps():
-        if step.fusion is None and not _passes(step.instruction.opcode):
+        opcode = step.instruction.opcode
+        if step.fusion is None and opcode not in _NO_KERNEL and not opcode.endswith(("-done", "-update")):
             moved[step.instruction.name] += step.times * _kernel_bytes(program, step.instruction)
-    return [Kernel(work.get(name), flops.get(name, 0.0), size) for name, size in moved.items()]
-
-
-def _passes(opcode: str) -> bool:
-    return opcode in _NO_KERNEL or opcode.endswith(("-done", "-update"))
+    return [Kernel(kinds.get(name), flops.get(name, 0.0), size) for name, size in moved.items()]
 
 
 def _kernel_bytes(program: Program, instruction: Instruction) -> float:

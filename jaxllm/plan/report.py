@@ -18,7 +18,7 @@ DEFAULT_MEMORY = 0.75
 """The share of a GPU's memory that JAX takes if XLA_PYTHON_CLIENT_MEM_FRACTION is not set."""
 
 WIDTH = 150
-"""Columns of what is no terminal."""
+"""Columns of output that does not go to a terminal."""
 
 PART_NAMES = {
     "arguments": "arguments: state and batch",
@@ -49,8 +49,12 @@ def _totals(amount: str, rows: Iterable[tuple[str, int, float]]) -> dict[str, di
 
 def print_plan(plan: Plan | Refused, tokens: int, run: str) -> None:
     """The whole answer: a table, then what it assumes."""
-    mesh = f", mesh {plan.config.mesh.axes}" if plan.devices > 1 else ""
-    print(f"{_describe(plan)} on {plan.devices} x {plan.target.name}{mesh}; all figures of one device")
+    config = plan.config
+    remat = ", remat" if config.remat else ""
+    micro = f"{config.data.grad_accum} x " if config.data.grad_accum > 1 else ""
+    step = f"{config.preset}, {micro}{config.data.batch_size} x {config.data.seq_len} tokens, {config.precision}{remat}"
+    mesh = f", mesh {config.mesh.axes}" if plan.devices > 1 else ""
+    print(f"{step} on {plan.devices} x {plan.target.name}{mesh}; all figures of one device")
     if isinstance(plan, Refused):
         print(f"does not fit: {plan.message}")
         return
@@ -74,17 +78,10 @@ def print_plan(plan: Plan | Refused, tokens: int, run: str) -> None:
     section("FLOPs", _flops_rows(plan))
     section("collectives", _collective_rows(plan))
     section("time", _time_rows(plan))
-    section("run", [(run, f"{_duration(tokens, plan)}", "at best, and expected")])
+    section("run", [(run, _duration(tokens, plan), "at best, and expected")])
     Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
     for line in assumptions(plan):
         print(line)
-
-
-def _describe(plan: Plan | Refused) -> str:
-    config = plan.config
-    again = ", remat" if config.remat else ""
-    micro = f"{config.data.grad_accum} x " if config.data.grad_accum > 1 else ""
-    return f"{config.preset}, {micro}{config.data.batch_size} x {config.data.seq_len} tokens, {config.precision}{again}"
 
 
 def _kernel_rows(plan: Plan) -> Iterable[tuple[str, str, str]]:
@@ -114,9 +111,9 @@ def _collective_rows(plan: Plan) -> Iterable[tuple[str, str, str]]:
 
 def _time_rows(plan: Plan) -> Iterable[tuple[str, str, str]]:
     roofline = plan.roofline
-    notes = {"memory": f"{plan.touched / 1e9:.4g} GB read and written"}
     for name, seconds in roofline.bounds.items():
-        note = [notes.get(name, ""), "bounds the step" if name == roofline.bound_by else ""]
+        touched = f"{plan.touched / 1e9:.4g} GB read and written" if name == "memory" else ""
+        note = [touched, "bounds the step" if name == roofline.bound_by else ""]
         yield name, f"{1e3 * seconds:.1f} ms", "; ".join(filter(None, note))
     for name, seconds in (("step, at best", roofline.at_best), ("step, expected", roofline.expected)):
         yield name, f"{1e3 * seconds:.1f} ms", _speed(plan, seconds)
@@ -137,8 +134,7 @@ def run_seconds(plan: Plan, tokens: int) -> tuple[float, float]:
 def _duration(tokens: int, plan: Plan) -> str:
     best, expected = run_seconds(plan, tokens)
     units = {"days": 86400, "h": 3600, "min": 60, "s": 1}
-    unit = next((unit for unit, seconds in units.items() if expected > seconds), "s")
-    seconds = units[unit]
+    unit, seconds = next(((unit, seconds) for unit, seconds in units.items() if expected > seconds), ("s", 1))
     return f"{best / seconds:.3g} - {expected / seconds:.3g} {unit}"
 
 
@@ -207,9 +203,8 @@ def plan_as_json(plan: Plan | Refused, tokens: int) -> dict[str, Any]:
         return answer | {"message": plan.message}
     roofline, tokens_per_step = plan.roofline, plan.config.tokens_per_step
     best, expected = run_seconds(plan, tokens)
-    target = {name: value for name, value in asdict(plan.target).items() if name != "config"}
     return answer | {
-        "target": target,
+        "target": {name: value for name, value in asdict(plan.target).items() if name != "config"},
         "devices": plan.devices,
         "memory": plan.memory | {"peak": plan.peak, "usable": round(plan.usable)},
         "kernels": kernel_totals(plan),

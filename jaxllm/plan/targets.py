@@ -78,11 +78,7 @@ def target_names() -> list[str]:
 
 
 def load_target(name: str) -> Target:
-    """A target by name, or from a JSON file of one's own.
-
-    Raises:
-        UserError: there is none, or its file lacks something.
-    """
+    """A target by name, or from a JSON file. Raises a UserError if there is none, or if its file is not valid."""
     path = Path(name)
     if path.suffix != ".json":
         if name not in target_names():

@@ -27,15 +27,10 @@ def count_targets(labels: Array) -> Array:
 
 @jax.custom_vjp
 def summed_cross_entropy(hidden: Array, weight: Array, bias: Array, targets: Array) -> Array:
-    """Sum of the cross-entropies of `hidden @ weight + bias` over the targets that are not ignored.
+    """Sum of the cross-entropies of `hidden @ weight + bias` over the targets that are not ignored, in nats.
 
-    Args:
-        hidden: (N, D), in the compute dtype.
-        weight, bias: (D, V), (V,), float32 masters of lm_head.
-        targets: (N,) int.
-
-    Returns:
-        A float32 scalar (float64 in a float64 model), in nats.
+    hidden (N,D) in the compute dtype, lm_head's float32 masters (D,V), (V,), targets (N,) int -> a float32 scalar
+    (float64 in a float64 model).
     """
     return _scan_chunks(hidden, weight, bias, targets, with_grads=False)[0]
 
@@ -86,7 +81,7 @@ def _chunk(weight: Array, bias: Array, with_grads: bool, hidden: Array, targets:
     safe = jnp.where(scored, targets, 0)
     at_target = jnp.take_along_axis(logits, safe[:, None], axis=-1)[:, 0]
     largest = logits.max(axis=-1)
-    # Sums over V or over rows are products with a vector: XLA's own take up to forty times as long on a CPU.
+    # Sums over V or over rows are products with a vector: XLA's reductions take up to forty times as long on a CPU.
     # They are no matrix products that may be rounded to TF32 or bfloat16, hence the precision.
     exps = jnp.exp(logits - largest[:, None])  # (rows,V)
     total = jnp.matmul(exps, jnp.ones(exps.shape[-1], acc_dtype), precision=jax.lax.Precision.HIGHEST)  # (rows,)

@@ -1,15 +1,13 @@
 """AdamW with global-norm clipping, and the source's schedule: linear warm-up, then a half cosine to zero.
 
-The update is written here, with optax's own functions for the moments, for three reasons. Clipping adds PyTorch's 1e-6
+The update is written here, with optax's functions for the moments, for three reasons. Clipping adds PyTorch's 1e-6
 to the norm. A step that is not finite changes nothing, and the updates come from the moments that are kept: selecting
 between old and new moments after optax's update would need both in memory, 4 GiB more for customllm-1b. And optax
 divides every gradient by the norm: XLA does not repeat a division in each place that reads it, and so keeps a second
 copy of all gradients, another 4 GiB.
 """
 
-from __future__ import annotations
-
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +25,7 @@ class AdamState(NamedTuple):
     nu: Pytree  # second moments, likewise
 
     @classmethod
-    def zeros(cls, params: Pytree) -> AdamState:
+    def zeros(cls, params: Pytree) -> Self:
         mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
         return cls(jnp.zeros((), jnp.int32), mu, nu)
 
@@ -36,7 +34,7 @@ def learning_rate(config: RunConfig, count: Array | int) -> Array:
     """Learning rate of update number `count` (from 0): linear from 0 over `warmup_steps`, cosine to 0 at `steps`.
 
     The formula is that of transformers' `get_cosine_schedule_with_warmup`, whose values the source's log shows. optax's
-    own schedule rounds differently where warm-up and cosine meet.
+    schedule rounds differently at the boundary of warm-up and cosine.
     """
     peak, steps, warmup_steps = config.optim.learning_rate, config.schedule.steps, config.schedule.warmup_steps
     count = jnp.asarray(count, jnp.promote_types(jnp.float32, jnp.result_type(float)))
@@ -52,15 +50,9 @@ def adamw_update(
     """One update, in the order of PyTorch's AdamW: clip, moments, bias correction, decoupled decay.
 
     Args:
-        config: its `optim` and `schedule` are used.
-        grads, params: pytrees alike.
+        grads, params, facts: pytrees alike; facts are `ParameterFacts`.
         grad_norm: () global norm of the gradients; above `max_grad_norm` they are scaled down.
-        state: moments, of which none changes where the step is not finite.
-        facts: `ParameterFacts` of each parameter.
-        finite: () bool, whether anything may change.
-
-    Returns:
-        The new parameters and the new state.
+        finite: () bool; where it is False, neither the parameters nor the state change.
     """
     optim = config.optim
     scale = jnp.minimum(1.0, optim.max_grad_norm / (grad_norm + 1e-6))  # torch.nn.utils.clip_grad_norm_
@@ -72,10 +64,8 @@ def adamw_update(
     )
     kept = tree_where(finite, new, state)
     count = jnp.maximum(kept.count, 1)
-    mu, nu = (
-        optax.tree.bias_correction(moments, decay, count)
-        for moments, decay in ((kept.mu, optim.beta1), (kept.nu, optim.beta2))
-    )
+    mu = optax.tree.bias_correction(kept.mu, optim.beta1, count)
+    nu = optax.tree.bias_correction(kept.nu, optim.beta2, count)
     step_size = -learning_rate(config, state.count)
 
     def updated(param: Array, m: Array, v: Array, known: Any) -> Array:

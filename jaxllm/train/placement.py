@@ -70,8 +70,7 @@ class Placement(ABC):
 def choose_placement(config: TrainConfig) -> Placement:
     """The placement that a config asks for, on the devices here.
 
-    Raises:
-        UserError: there are too few devices, or they do not divide the batch.
+    Raises a UserError if there are too few devices, or if they do not divide the batch.
     """
     if config.mesh.parallel == "pmap":
         return Pmap(config)
@@ -145,7 +144,7 @@ def _compile_evaluation(config: TrainConfig, graph: nnx.GraphDef, layout: Layout
 
 
 class Pmap(Placement):
-    """All devices of this process, each with a copy of the model and its own rows of the batch."""
+    """All devices of this process, each with a copy of the model and local rows of the batch."""
 
     def __init__(self, config: TrainConfig):
         devices = len(jax.devices())

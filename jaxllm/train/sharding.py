@@ -24,8 +24,7 @@ def make_mesh(devices: Sequence[Any], **sizes: int) -> Layout:
 def choose_mesh(config: TrainConfig) -> Layout:
     """The mesh that a config asks for, on the devices here.
 
-    Raises:
-        UserError: there are too few devices; or several processes are to run something else than a mesh of all.
+    Raises a UserError if there are too few devices, or if several processes do not use a mesh of all devices.
     """
     devices, wanted, axes = jax.devices(), config.mesh.devices, config.mesh.axes
     if jax.process_count() > 1:

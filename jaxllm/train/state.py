@@ -33,13 +33,8 @@ def init_state(config: RunConfig) -> TrainState:
 
 def start_state(config: RunConfig, params: Pytree, routing_bias: Pytree) -> TrainState:
     """Step 0 on given weights."""
-    return TrainState(
-        params=params,
-        routing_bias=routing_bias,
-        opt_state=AdamState.zeros(params),
-        step=jnp.zeros((), jnp.int32),
-        dropout_key=dropout_key(config),
-    )
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(params, routing_bias, AdamState.zeros(params), step, dropout_key(config))
 
 
 def abstract_state(config: RunConfig) -> TrainState:

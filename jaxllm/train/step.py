@@ -41,8 +41,8 @@ def gradients(
 ) -> tuple[Pytree, Array, Array]:
     """Gradient of the mean loss over all micro-batches, and over all devices.
 
-    On several devices this is what each of them does: the state is its part, B are its own rows, and what is returned
-    are its part of the gradient and the sums of all devices.
+    On several devices each of them runs this: the state and the gradient are its part, B are its local rows, and the
+    other results are sums over all devices.
 
     Args:
         config, graph, layout: static.
@@ -50,8 +50,7 @@ def gradients(
         labels: (A, B, T) int32: A micro-batches of token rows, which are inputs and labels at once (-100: ignored).
         experts: (A, L, B, T, k) experts to use instead of the routers' choice, to replay a step.
 
-    Returns:
-        The gradient, the mean cross-entropy in nats, and the tokens of each expert (L, E).
+    Returns the gradient, the mean cross-entropy in nats, and the tokens of each expert (L, E).
     """
     targets = jnp.maximum(layout.psum(count_targets(labels)), 1)
     facts, _ = model_facts(config.model)
@@ -69,23 +68,20 @@ def gradients(
         )
         return loss + auxiliary / (labels.shape[0] * layout.devices), (loss, record.counts)
 
-    def over_devices(grads: Pytree, loss: Array, counts: Array) -> tuple[Pytree, Array, Array]:
-        return layout.sum_gradients(grads, facts), *layout.psum((loss, counts))
-
     gradient = jax.grad(micro_loss, has_aux=True)
     micro_batches = (labels, jnp.arange(labels.shape[0]), experts)
     first = jax.tree.map(lambda leaf: leaf[0], micro_batches)
     if labels.shape[0] == 1:  # no accumulator besides the gradient
         grads, (loss, counts) = gradient(state.params, *first)
-        return over_devices(grads, loss, counts)
+    else:
 
-    def accumulate(total, micro):
-        return jax.tree.map(jnp.add, total, gradient(state.params, *micro)), None
+        def accumulate(total, micro):
+            return jax.tree.map(jnp.add, total, gradient(state.params, *micro)), None
 
-    shapes = jax.eval_shape(gradient, state.params, *first)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    (grads, (loss, counts)), _ = jax.lax.scan(accumulate, zeros, micro_batches)
-    return over_devices(grads, loss, counts)
+        shapes = jax.eval_shape(gradient, state.params, *first)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        (grads, (loss, counts)), _ = jax.lax.scan(accumulate, zeros, micro_batches)
+    return layout.sum_gradients(grads, facts), *layout.psum((loss, counts))
 
 
 def dropout_keys(config: RunConfig, state: TrainState, index: Array, rows: int, local_rows: Array) -> Array | None:
@@ -104,10 +100,9 @@ def train_step(
     experts: Array | None = None,
     layout: Layout = ONE_DEVICE,
 ) -> tuple[TrainState, StepMetrics]:
-    """One optimizer step. Arguments as in `gradients`, but on a mesh the whole of everything; donate the state.
+    """One optimizer step: the new state, and measurements that stay on the device. Donate the state.
 
-    Returns:
-        The state after, and measurements that stay on the device.
+    Arguments as in `gradients`, but on a mesh they are global arrays.
     """
     specs = state_specs(config, layout)
     facts, _ = model_facts(config.model)
@@ -129,14 +124,8 @@ def train_step(
     new_bias = jax.tree.map(
         lambda bias: updated_routing_bias(bias, counts, config.optim.bias_update_rate), state.routing_bias
     )
-    new_state = TrainState(
-        params=params,
-        routing_bias=tree_where(finite, new_bias, state.routing_bias),
-        opt_state=opt_state,
-        step=state.step + 1,
-        dropout_key=state.dropout_key,
-    )
-    return new_state, metrics
+    routing_bias = tree_where(finite, new_bias, state.routing_bias)
+    return TrainState(params, routing_bias, opt_state, state.step + 1, state.dropout_key), metrics
 
 
 def eval_step(
@@ -163,7 +152,7 @@ def eval_step(
 def gathered_model(
     graph: nnx.GraphDef, params: Pytree, routing_bias: Pytree, facts: Pytree, layout: Layout
 ) -> CustomLLM:
-    """The model on a device's part of the weights. Those outside the layers are gathered here; a layer gathers its own
+    """The model on a device's part of the weights. Those outside the layers are gathered here; a layer's are gathered
     when it runs."""
     outer = {name: part for name, part in params.items() if name != "decoder_layers"}
     outer_facts = {name: facts[name] for name in outer}
@@ -171,7 +160,7 @@ def gathered_model(
 
 
 def summed_loss(model: CustomLLM, x: Array, labels: Array) -> Array:
-    """Summed next-token cross-entropy of labels (B,T), given what the layers made of them: x (B,T,D)."""
+    """Summed next-token cross-entropy of labels (B,T), given the layers' output for them: x (B,T,D)."""
     hidden = model.apply_final_norm(x).reshape(-1, x.shape[-1])
     weight, bias = model.lm_head.weight[...], model.lm_head.bias[...]  # pyright: ignore[reportOptionalSubscript]
     return summed_cross_entropy(hidden, weight, bias, next_token_targets(labels).reshape(-1))

@@ -12,9 +12,7 @@ from jaxllm.train.step import StepMetrics, model_graph
 class Trainer:
     """Computes the steps of a run. A state that it takes or returns has the form of its placement.
 
-    Args:
-        config: of the run.
-        placement: where the state is kept; None: what the config asks for, on the devices here.
+    `placement` is where the state is kept; None: what the config asks for, on the devices here.
     """
 
     def __init__(self, config: TrainConfig, placement: Placement | None = None):

@@ -44,15 +44,9 @@ def platform_here() -> str:
 
 
 def choose_kernels(config: ModelConfig, dtype: jnp.dtype, platform: str | None = None) -> Kernels:
-    """The kernels of a model.
+    """The kernels of a model with this config, whose dimensions decide whether a kernel applies, and compute dtype.
 
-    Args:
-        config: its dimensions decide whether a kernel applies.
-        dtype: compute dtype.
-        platform: CUDA or ANY, to compile for a device that is not here; None: the platform here.
-
-    Raises:
-        ValueError: the platform is neither.
+    `platform` is CUDA or ANY (else ValueError), to compile for a device that is not here; None: the platform here.
     """
     platform = platform_here() if platform is None else platform
     if platform not in (CUDA, ANY):

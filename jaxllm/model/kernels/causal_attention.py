@@ -28,14 +28,8 @@ def masked_softmax(scores: Array, mask: Array) -> Array:
 def blocked_attention(q: Array, k: Array, v: Array, attention_mask: Array | None = None) -> Array:
     """A token attends to itself and to what came before, but to no padding. A padded row still sees itself.
 
-    The backward pass keeps q, k and v, and recomputes each block's weights.
-
-    Args:
-        q, k, v: (B,T,H,h).
-        attention_mask: (B,T), zero at padding; None: no padding.
-
-    Returns:
-        (B,T,H,h).
+    q, k, v (B,T,H,h), attention_mask (B,T), zero at padding, or None: no padding -> (B,T,H,h). The backward pass keeps
+    q, k and v, and recomputes each block's weights.
     """
     length = q.shape[1]
     block = min(BLOCK_QUERIES, length)

@@ -26,8 +26,7 @@ def expert_ffn(grouped: ModuleType, rows: Array, gate: Array, up: Array, down: A
         down: (E, F, D), likewise.
         group_sizes: (E,) int, rows of each expert. Rows after the last group have undefined results and gradients.
 
-    Returns:
-        (M, D). The weights' gradients accumulate in float32 (or wider) and come back in the masters' dtype.
+    Returns (M, D). The weights' gradients accumulate in float32 (or wider) and are returned in the masters' dtype.
     """
     return _forward(grouped, rows, gate, up, down, group_sizes)[0]
 

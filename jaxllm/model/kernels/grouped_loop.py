@@ -43,7 +43,7 @@ def grouped_matmul(rows: Array, weights: tuple[Array, ...], group_sizes: Array, 
             weight = _side_by_side(weights, offset + e, rows.dtype)
 
         def block(size: int, e: Array, at: Array, stop: Array, first: bool, out: Array) -> Array:
-            x = _rows(rows, at, size)
+            x = jax.lax.dynamic_slice_in_dim(rows, at, size)
             if rows.shape[0] > FEW_ROWS:
                 product = x @ weight
             else:  # sliced here, a weight is read in place
@@ -64,7 +64,8 @@ def grouped_matmul_transposed(d_out: Array, weights: tuple[Array, ...], group_si
         weight = _side_by_side(weights, e, d_out.dtype)
 
         def block(size: int, e: Array, at: Array, stop: Array, first: bool, d_rows: Array) -> Array:
-            product = jax.lax.dot_general(_rows(d_out, at, size), weight, (((1,), (1,)), ((), ())))
+            d = jax.lax.dynamic_slice_in_dim(d_out, at, size)
+            product = jax.lax.dot_general(d, weight, (((1,), (1,)), ((), ())))
             return _write(d_rows, product, at)
 
         return _loop_blocks(d_out, e, start, end, block, d_rows)
@@ -73,7 +74,7 @@ def grouped_matmul_transposed(d_out: Array, weights: tuple[Array, ...], group_si
 
 
 def weight_gradients(rows: Array, d_out: Array, group_sizes: Array, parts: int) -> list[Array]:
-    """The gradients of `grouped_matmul` for its weights, of which there are `parts`, equally wide; in float32 or wider.
+    """The gradients of `grouped_matmul` for its weights, of which there are `parts` of equal width; float32 or wider.
 
     (P,X), (P, sum of Y) -> each (E,X,Y).
     """
@@ -83,8 +84,8 @@ def weight_gradients(rows: Array, d_out: Array, group_sizes: Array, parts: int) 
     def group(e: Array, start: Array, end: Array, carry: tuple) -> tuple:
         def block(size: int, e: Array, at: Array, stop: Array, first: bool, total: Array) -> Array:
             in_group = (at + jnp.arange(size) < stop)[:, None]  # not the next block's
-            x = jnp.where(in_group, _rows(rows, at, size), 0)
-            d = _rows(d_out, at, size)
+            x = jnp.where(in_group, jax.lax.dynamic_slice_in_dim(rows, at, size), 0)
+            d = jax.lax.dynamic_slice_in_dim(d_out, at, size)
             product = jax.lax.dot_general(x, d, (((0,), (0,)), ((), ())), preferred_element_type=acc_dtype)
             return product if first else total + product
 
@@ -146,10 +147,6 @@ def _once_if(condition: Array, body: Callable[[Array, Any], Any], carry: Any) ->
 def _side_by_side(weights: tuple[Array, ...], e: Array, dtype: jnp.dtype) -> Array:
     """Several weights of one group as one (X, sum of Y); a dynamic slice copies them anyway."""
     return jnp.concatenate([weight[e].astype(dtype) for weight in weights], axis=1)
-
-
-def _rows(source: Array, start: Array, size: int) -> Array:
-    return jax.lax.dynamic_slice_in_dim(source, start, size)
 
 
 def _write(target: Array, value: Array, start: Array) -> Array:

@@ -50,7 +50,7 @@ def grouped_matmul_transposed(
 def weight_gradients(
     rows: Array, d_out: Array, group_sizes: Array, parts: int, *, interpret: bool = False
 ) -> list[Array]:
-    """The gradients of `grouped_matmul` for its weights, of which there are `parts`, equally wide; in float32.
+    """The gradients of `grouped_matmul` for its weights, of which there are `parts` of equal width; in float32.
 
     (M,X), (M, sum of Y) -> each (E,X,Y).
     """
@@ -125,12 +125,12 @@ def _product(rows: Array, weight: Array, tiles: _Tiles, transposed: bool, interp
 
 def _weight_gradient(rows: Array, d_out: Array, group_sizes: Array, interpret: bool) -> Array:
     (_, X), Y, E = rows.shape, d_out.shape[1], group_sizes.shape[0]
-    high, wide = _side(X, TILE), _side(Y, TILE)
+    height, width = _side(X, TILE), _side(Y, TILE)
 
     def kernel(start_ref, end_ref, rows_ref, d_out_ref, out_ref):
         group = pl.program_id(0)
         start, end = start_ref[group], end_ref[group]
-        down, across = pl.ds(pl.program_id(1) * high, high), pl.ds(pl.program_id(2) * wide, wide)
+        down, across = pl.ds(pl.program_id(1) * height, height), pl.ds(pl.program_id(2) * width, width)
 
         def step(i: Array, total: Array) -> Array:
             at = start + i * DEPTH
@@ -140,13 +140,13 @@ def _weight_gradient(rows: Array, d_out: Array, group_sizes: Array, interpret: b
             return total + triton.dot(x, d, trans_a=True)
 
         steps = (end - start + DEPTH - 1) // DEPTH
-        total = jax.lax.fori_loop(0, steps, step, jnp.zeros((high, wide), jnp.float32))
+        total = jax.lax.fori_loop(0, steps, step, jnp.zeros((height, width), jnp.float32))
         triton.store(out_ref.at[group, down, across], total)
 
     ends = jnp.cumsum(group_sizes).astype(jnp.int32)
     return pl.pallas_call(
         kernel,
-        grid=(E, X // high, Y // wide),
+        grid=(E, X // height, Y // width),
         in_specs=[_ANYWHERE] * 4,
         out_specs=_ANYWHERE,
         out_shape=jax.ShapeDtypeStruct((E, X, Y), jnp.float32),
