@@ -56,7 +56,7 @@ def test_active_parameters_leave_out_the_experts_that_are_not_chosen():
 
 
 def product_flops(jaxpr) -> float:
-    """FLOPs of the products in a jaxpr but those with a vector; a loop of an unknown number of turns counts nothing."""
+    """FLOPs of the products in a jaxpr but those with a vector; a loop of unknown length counts nothing."""
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general" and all(variable.aval.ndim > 1 for variable in equation.invars):
@@ -65,13 +65,13 @@ def product_flops(jaxpr) -> float:
             total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
         if equation.primitive.name == "while":
             continue
-        turns = equation.params["length"] if equation.primitive.name == "scan" else 1
-        total += turns * sum(product_flops(inner) for inner in jaxprs_in_params(equation.params))
+        trips = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += trips * sum(product_flops(inner) for inner in jaxprs_in_params(equation.params))
     return total
 
 
 def test_forward_flops_are_the_products_that_jax_traces():
-    """Except the routed experts': their loops take as many turns as there are rows."""
+    """Except the routed experts': their trip counts depend on the rows."""
     graph, params, bias = abstract_model(ODD)
     rows = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
     traced = jax.make_jaxpr(functools.partial(eval_step, CONFIG, graph))(params, bias, rows)

@@ -1,4 +1,4 @@
-"""The source's full-size model really trains: two steps in a separate process, and its peak memory."""
+"""The source's full-size model trains: two steps in a separate process, and its peak memory."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_the_program_has_the_products_of_the_model_and_no_more(text):
     attention = D * R * 2 + R * H * n * 2 + R * D + D * H * n + R * H * n + D * D
     layer = attention + D * E + 3 * D * F * (k + MODEL.n_shared_experts)
     # Two forward passes (one is the recomputation) and two products for each in the backward pass; lm_head's forward
-    # pass makes its gradients on the way. The attention scores stand in cuDNN's kernel, on neither side.
+    # pass makes its gradients on the way. Neither side counts the attention scores, which cuDNN computes.
     wanted = 2 * tokens * (4 * MODEL.num_hidden_layers * layer + 3 * D * MODEL.vocab_size)
     made = sum(product.flops for product in products)
     print(f"compiled {made:.4g} FLOPs, model {wanted:.4g}: {made / wanted:.3f}")

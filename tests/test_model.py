@@ -92,10 +92,10 @@ def test_padding_changes_nothing_for_real_tokens():
     ids = tokens(20)
     real = model(ids)
     for pads in (np.zeros((2, 0)), np.ones((2, 7))):
-        wide = jnp.concatenate([jnp.zeros((2, pads.shape[1]), ids.dtype), ids], axis=1)
+        padded = jnp.concatenate([jnp.zeros((2, pads.shape[1]), ids.dtype), ids], axis=1)
         mask = jnp.concatenate([jnp.zeros(pads.shape), jnp.ones((2, 20))], axis=1)
-        np.testing.assert_allclose(model(wide, mask)[:, pads.shape[1] :], real, rtol=2e-4, atol=2e-4)
-    assert np.isfinite(model(wide, mask)).all()  # padded rows too
+        np.testing.assert_allclose(model(padded, mask)[:, pads.shape[1] :], real, rtol=2e-4, atol=2e-4)
+    assert np.isfinite(model(padded, mask)).all()  # padded rows too
 
 
 def test_remat_changes_no_gradient():

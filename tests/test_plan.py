@@ -71,7 +71,7 @@ def test_every_description_belongs_to_a_target():
         ({"color": "green"}, ["color is no field"]),
     ],
 )
-def test_a_target_of_one_s_own_is_checked(change, parts, tmp_path):
+def test_a_custom_target_is_checked(change, parts, tmp_path):
     values = json.loads((FOLDER / "h100.json").read_text())
     values["config"] = str(FOLDER / values["config"])
     file = tmp_path / "mine.json"
@@ -115,12 +115,12 @@ def test_bad_options_are_refused_before_anything_is_compiled(options, parts, cap
         assert part in error
 
 
-@pytest.mark.parametrize(("target", "mend"), [("h100", "'.[cuda13]'"), ("tpu-v5e", "pip install 'jax[tpu]'")])
-def test_a_missing_extra_is_named(target, mend, capsys, monkeypatch):
+@pytest.mark.parametrize(("target", "remedy"), [("h100", "'.[cuda13]'"), ("tpu-v5e", "pip install 'jax[tpu]'")])
+def test_a_missing_extra_is_named(target, remedy, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(planning, "compile_plan", None)
     assert main(["--target", target]) == 2
-    assert mend in capsys.readouterr().err
+    assert remedy in capsys.readouterr().err
 
 
 def test_a_compiler_s_failure_is_one_line(monkeypatch):
@@ -171,7 +171,7 @@ else:
 mesh = jax.sharding.Mesh(np.array(devices).reshape(2, 4), ("data", "fsdp"))
 P = jax.sharding.PartitionSpec
 
-def turn(x, _):
+def body(x, _):
     total = jax.lax.psum(x, "data")
     gathered = jax.lax.all_gather(x, "fsdp", tiled=True)
     mine = jax.lax.psum_scatter(gathered * total.sum(), "fsdp", tiled=True)
@@ -179,7 +179,7 @@ def turn(x, _):
     return jnp.sin(jax.lax.ppermute(swapped, "data", [(0, 1), (1, 0)])), None
 
 rows = P(("data", "fsdp"))
-step = jax.shard_map(lambda x: jax.lax.scan(turn, x, length=5)[0], mesh=mesh, in_specs=rows, out_specs=rows)
+step = jax.shard_map(lambda x: jax.lax.scan(body, x, length=5)[0], mesh=mesh, in_specs=rows, out_specs=rows)
 x = jax.ShapeDtypeStruct((8 * 64, 256), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, rows))
 print(jax.jit(step).lower(x).compile().as_text())
 """
@@ -316,7 +316,7 @@ COUNTED = """
 
 
 @pytest.mark.parametrize(
-    ("limit", "note", "turns"),
+    ("limit", "note", "trips"),
     [
         ("constant(6)", "", 6),
         ("get-tuple-element(%t.1), index=0", "", 0),
@@ -324,7 +324,7 @@ COUNTED = """
         ("parameter(1)", 'backend_config={"known_trip_count":{"n":"3"}}', 3),
     ],
 )
-def test_turns_of_a_loop(limit, note, turns):
+def test_trip_counts_of_a_loop(limit, note, trips):
     program = program_of(
         "%zero = s32[] constant(0)",
         "%x.0 = f32[4,4]{1,0} parameter(0)",
@@ -332,8 +332,8 @@ def test_turns_of_a_loop(limit, note, turns):
         f"ROOT %loop = (s32[], f32[4,4]{{1,0}}) while(%start), condition=%condition, body=%body, {note}",
         before=COUNTED.format(limit=limit),
     )
-    assert program.unknown_loops() == (turns is None)
-    assert sum(product.flops for product in matrix_products(program)) == (turns or 0) * 2 * 4**3
+    assert program.unknown_loops() == (trips is None)
+    assert sum(product.flops for product in matrix_products(program)) == (trips or 0) * 2 * 4**3
 
 
 def test_a_slice_of_a_stack_counts_as_a_slice():
@@ -413,7 +413,7 @@ def test_what_the_compiler_refused_does_not_fit(capsys):
     assert plan_as_json(plan, 1)["fits"] is False
 
 
-def test_where_loops_are_not_known_the_model_s_products_stand_in():
+def test_unknown_loops_are_replaced_by_the_model_s_flops():
     plan = a_plan(unknown_loops=4)
     wanted = plan.model_flops("full") / (ACHIEVED_FLOPS["dot"] * 989.4e12)
     assert plan.roofline.compute == pytest.approx(wanted)

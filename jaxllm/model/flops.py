@@ -4,7 +4,7 @@ Operations are those of matrix products, 2*m*n*k for (m,k) @ (k,n); look-ups, no
 of the routed rows are left out, as is usual. They are *model* FLOPs: what the mathematics needs, whatever a program
 pads or computes again. Attention is counted by either of two conventions, and a quoted number must name its convention:
 
-    full      every query meets all T keys, T x T (the convention of PaLM, arXiv:2204.02311, appendix B)
+    full      every query attends to all T keys, T x T (the convention of PaLM, arXiv:2204.02311, appendix B)
     causal    half of that, as a query sees on average half of the keys
 
 Letters as in `jaxllm.model`. Imports neither JAX nor PyTorch.

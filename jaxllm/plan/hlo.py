@@ -99,15 +99,15 @@ class Program:
     def _visit(self, name: str, times: int, fusion: Instruction | None) -> Iterator[Step]:
         for instruction in self.computations[name]:
             yield Step(instruction, times, fusion)
-            if instruction.opcode == "while" and (turns := self.trip_count(instruction)) is not None:
-                yield from self._visit(instruction.called("body")[0], times * turns, fusion)
+            if instruction.opcode == "while" and (trips := self.trip_count(instruction)) is not None:
+                yield from self._visit(instruction.called("body")[0], times * trips, fusion)
             elif instruction.opcode in _CALLED:
                 kernel = (fusion or instruction) if instruction.opcode == "fusion" else fusion
                 for called in instruction.called(*_CALLED[instruction.opcode]):
                     yield from self._visit(called, times, kernel)
 
     def trip_count(self, loop: Instruction) -> int | None:
-        """Turns of a `while`, which XLA noted or which a scan's counter makes up to a constant; None: unknown."""
+        """Iterations of a `while`, which XLA noted or which a scan's counter makes up to a constant; None: unknown."""
         if noted := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(noted[1])
         condition = {i.name: i for i in self.computations[loop.called("condition")[0]]}

@@ -1,6 +1,6 @@
 """What a compiled program does in one run, read from its instructions: products, kernels, collectives, bytes.
 
-Everything is of one device, and counts each turn of a loop; loops of unknown length are left out.
+Everything is of one device, and counts each iteration of a loop; loops of unknown length are left out.
 """
 
 import math
