@@ -1,4 +1,4 @@
-"""Train a CustomLLM in PyTorch, by transformers' Trainer and accelerate, on CUDA, MPS or CPU.
+"""Train a CustomLLM in PyTorch with transformers' Trainer and accelerate, on CUDA, MPS or CPU.
 
 python -m torch_ref.train                                         # train, or resume the last run
 python -m torch_ref.train --preset customllm-1b --recipe seed     # the source's run
@@ -38,17 +38,14 @@ def train(
     resumes: bool,
     model: CustomLLM | None = None,
 ) -> CustomLLM:
-    """From the last checkpoint, or from scratch, to `config.schedule.steps`, then the samples.
+    """Train from the last checkpoint, or from scratch, to `config.schedule.steps`; write the samples; return the model.
 
     Args:
-        config, tokenizer, held_out, resumes: what `jaxllm.run.prepare` returned.
-        model: weights to start from; None: drawn with `config.seed`. A checkpoint goes before both.
-
-    Returns:
-        The trained model.
+        config, tokenizer, held_out, resumes: returned by `jaxllm.run.prepare`.
+        model: weights to start from; None: random, from `config.seed`. A checkpoint takes precedence over both.
 
     Raises:
-        UserError: the checkpoint cannot be read, or the data comes to an end.
+        UserError: the checkpoint cannot be read, or the data end.
     """
     checkpoint = last_checkpoint(config.folder) if resumes else None
     if model is None:
@@ -71,9 +68,8 @@ def train(
             model.to(device)  # pyright: ignore[reportArgumentType]
         samples.write(model)
         return model
-    peak_tflops = config.logging.peak_tflops or measured_peak_tflops(
-        config.precision, device
-    )  # before anything else is busy
+    # measured before other threads use the device
+    peak_tflops = config.logging.peak_tflops or measured_peak_tflops(config.precision, device)
     announce_speed(config, peak_tflops, compile_seconds=None)
     batches = MicroBatches(stream, config)
     trainer = CustomLLMTrainer(config, model, tokenizer, batches, held_out)
@@ -84,7 +80,7 @@ def train(
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
     finally:
-        batches.close()
+        batches.prefetcher.close()
         run_log.close()
     return model
 
@@ -92,8 +88,8 @@ def train(
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(argv, "python -m torch_ref.train", __doc__, RunConfig)
-    disable_progress_bar()  # of each file that is written: the run has its own bar
-    choose_device(config)  # refused before anything is created or deleted
+    disable_progress_bar()  # one for each written file: the run has its own bar
+    choose_device(config)  # an unsuitable device is refused before anything is created or deleted
     with FolderLock(config.folder) as lock:
         config, tokenizer, held_out, resumes = prepare(config, "PyTorch", lock)
         train(config, tokenizer, held_out, resumes)
