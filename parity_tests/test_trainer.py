@@ -140,9 +140,8 @@ class TrainerRun:
             self._history.append(dict(logs))
 
         with mock.patch.object(CustomLLMTrainer, "log", recorded):
-            _, tokenizer, held_out, _ = reference.prepared
-            model = torch_model(config.model, first)
-            self.model = torch_ref.train.train(config, tokenizer, held_out, resumes=False, model=model)
+            prepared = reference.prepared._replace(config=config, resumes=False)
+            self.model = torch_ref.train.train(prepared, torch_model(config.model, first))
 
     def column(self, name: str) -> np.ndarray:
         return np.asarray([record[name] for record in self._history if name in record])

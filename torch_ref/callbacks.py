@@ -5,13 +5,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from jaxllm.config import RunConfig
 from jaxllm.run.metrics import RunLog, end_record, eval_record, step_record
+from jaxllm.run.prepare import Prepared
 from jaxllm.run.reporting import conclude, write_samples
 from jaxllm.run.throughput import GIB, Meter
 from torch_ref.batches import MicroBatches
@@ -45,13 +45,12 @@ class RoutingBiasCallback(TrainerCallback):
 
     def __init__(self, rate: float):
         self._rate = rate
-        self._counts: Any = None  # (L,E), of the current step
+        self._counts: Any = 0  # (L,E), of the current step
         self._last: Any = None  # (L,E), of the last step
 
     def add(self, router_experts: Sequence[Tensor], n_experts: int) -> None:
         """Add the experts that the routers chose for one micro-batch: L times (B,T,k)."""
-        counts = tokens_per_expert(router_experts, n_experts)
-        self._counts = counts if self._counts is None else self._counts + counts
+        self._counts = self._counts + tokens_per_expert(router_experts, n_experts)
 
     def load(self) -> float:
         """Tokens of the most loaded expert over the mean, in the worst layer of the last step; 1 is balanced."""
@@ -60,7 +59,7 @@ class RoutingBiasCallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, model: CustomLLM, **kwargs) -> None:
         update_routing_bias(model, self._counts, self._rate)
-        self._last, self._counts = self._counts, None
+        self._last, self._counts = self._counts, 0
 
 
 class MPSCallback(TrainerCallback):
@@ -85,15 +84,14 @@ class LogCallback(TrainerCallback):
 
     def __init__(
         self,
-        config: RunConfig,
+        prepared: Prepared[RunConfig],
         log: RunLog,
         batches: MicroBatches,
         routing: RoutingBiasCallback,
-        held_out: np.ndarray,
         peak_tflops: float,
     ):
-        self._config, self._log, self._batches, self._routing = config, log, batches, routing
-        self._held_out, self._peak_tflops = held_out, peak_tflops
+        self._config, self._held_out, self._log, self._batches = prepared.config, prepared.held_out, log, batches
+        self._routing, self._peak_tflops = routing, peak_tflops
         self._eval_loss = math.nan
         self._logged_step = self._first_step = 0
         self._meter: Any = None  # a Meter, once training begins
@@ -147,11 +145,9 @@ class LogCallback(TrainerCallback):
             steps_done=steps_done,
             loss=logs["train_loss"],
             epoch=self._epoch(step),
-            nonfinite_steps=None,
             speed=speed,
             memory=peak_memory(),
             peak_tflops=self._peak_tflops,
-            compile_seconds=None,
         )
 
     def _epoch(self, step: int) -> float:

@@ -1,11 +1,9 @@
 """Peak speed and peak memory of the PyTorch device that trains."""
 
-import functools
 import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from jaxllm.config import Precision
 from jaxllm.run.throughput import GIB, host_peak_gib, peak_tflops
@@ -16,20 +14,20 @@ def measured_peak_tflops(precision: Precision, device: torch.device) -> float:
 
     def prepare(side: int) -> Callable[[], float]:
         matrix = torch.ones((side, side), dtype=getattr(torch, precision), device=device)
-        _seconds(matrix)  # warm-up: selects the kernel
-        return functools.partial(_seconds, matrix)
+
+        def seconds() -> float:
+            start = time.perf_counter()
+            torch.matmul(matrix, matrix)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            elif device.type == "mps":
+                torch.mps.synchronize()
+            return time.perf_counter() - start
+
+        seconds()  # warm-up: selects the kernel
+        return seconds
 
     return peak_tflops(prepare)
-
-
-def _seconds(matrix: Tensor) -> float:
-    start = time.perf_counter()
-    product = matrix @ matrix
-    if product.device.type == "cuda":
-        torch.cuda.synchronize()
-    elif product.device.type == "mps":
-        torch.mps.synchronize()
-    return time.perf_counter() - start
 
 
 def peak_memory() -> dict[str, float]:

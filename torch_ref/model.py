@@ -309,9 +309,13 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.post_attn_norm = CustomRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, positions: Tensor, mask: Tensor, experts=None, past_key_values: Cache | None = None
-    ) -> tuple[Tensor, Routing]:
-        """(B,T,D) -> (B,T,D). Under gradient checkpointing transformers drops the cache, by its name."""
+        self,
+        x: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        experts: Tensor | None = None,
+        past_key_values: Cache | None = None,  # transformers finds it by name, and drops it when checkpointing
+    ) -> tuple[Tensor, Routing]:  # (B,T,D) -> (B,T,D)
         x = x + self.self_attn(self.input_norm(x), positions, mask, past_key_values)
         mixed, routing = self.mlp(self.post_attn_norm(x), experts)
         return x + mixed, routing
@@ -422,7 +426,8 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
                 routings.append(Routing(*(part.unflatten(0, input_ids.shape) for part in routing)))
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(self.apply_final_norm(x[:, kept]))
+        last = self.final_norm(x[:, kept]) if self.config.final_norm else x[:, kept]
+        logits = self.lm_head(last)
         logits = logits.to(at_least_float32(logits.dtype))
         return CustomLLMOutput(
             loss=None if labels is None else next_token_loss(logits, labels, num_items_in_batch),
@@ -434,17 +439,10 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
             router_logits=tuple(routing.logits for routing in routings) if output_router else None,
         )
 
-    def apply_final_norm(self, x: Tensor) -> Tensor:
-        """Apply the final norm, if the config has one."""
-        return self.final_norm(x) if self.config.final_norm else x
-
     def save_pretrained(self, save_directory: str | PathLike, *, is_main_process: bool = True, **kwargs) -> None:
         """Write config.json, safetensors and this file, so that the Auto classes can load the folder anywhere."""
-        module = CODE_FILE.removesuffix(".py")
-        self.config.auto_map = {
-            "AutoConfig": f"{module}.{CustomLLMConfig.__name__}",
-            "AutoModelForCausalLM": f"{module}.{CustomLLM.__name__}",
-        }
+        name = CODE_FILE.removesuffix(".py")
+        self.config.auto_map = {"AutoConfig": f"{name}.CustomLLMConfig", "AutoModelForCausalLM": f"{name}.CustomLLM"}
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             code = Path(__file__).read_text(encoding="utf-8")

@@ -4,16 +4,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from jaxllm.config import RunConfig
 from jaxllm.data.stream import POSITION_FILE
 from jaxllm.errors import UserError
+from jaxllm.run.prepare import Prepared
 from torch_ref.batches import MicroBatches, as_inputs
 from torch_ref.callbacks import MPSCallback, RoutingBiasCallback, ScheduleCallback
 from torch_ref.checkpoint import reading
@@ -68,25 +68,19 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
 class CustomLLMTrainer(Trainer):
     """A Trainer that computes train.py's numbers: same batches, same loss, same update, same routing bias.
 
-    The model is trained in place; the tokenizer is saved with each checkpoint; `held_out` (n,T) is evaluated on.
+    The model is trained in place on `batches` and evaluated on `prepared.held_out`.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        model: CustomLLM,
-        tokenizer: PreTrainedTokenizerBase,
-        batches: MicroBatches,
-        held_out: np.ndarray,
-    ):
-        self._config, self._tokenizer, self._batches = config, tokenizer, batches
+    def __init__(self, prepared: Prepared[RunConfig], model: CustomLLM, batches: MicroBatches):
+        config = prepared.config
+        self._config, self._tokenizer, self._batches = config, prepared.tokenizer, batches
         self._cross_entropy: Any = None  # (), the last micro-batch's share of the mean
         self.routing = RoutingBiasCallback(config.optim.bias_update_rate)
         optimizer = make_optimizer(model, config)
         super().__init__(
             model,
             training_arguments(config),
-            eval_dataset=[as_inputs(row) for row in torch.from_numpy(held_out).long()],  # pyright: ignore[reportArgumentType]
+            eval_dataset=[as_inputs(row) for row in torch.from_numpy(prepared.held_out).long()],  # pyright: ignore[reportArgumentType]
             callbacks=[ScheduleCallback(config), self.routing, MPSCallback()],
             optimizers=(optimizer, make_schedule(optimizer, config)),
         )
