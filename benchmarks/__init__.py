@@ -1,1 +1,1 @@
-"""Speed, compilation and memory, each measured with its yardstick in one run: `python -m benchmarks`."""
+"""Speed, compile time and memory, each measured together with its yardstick: `python -m benchmarks`."""

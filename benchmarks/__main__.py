@@ -1,9 +1,9 @@
-"""Measure the speed, the compilation and the memory of training and decoding, each with its yardstick.
+"""Measure the speed, compile time and memory of training and decoding, each together with its yardstick.
 
 python -m benchmarks                          # every row, about twenty minutes on two cores
 python -m benchmarks step-eager experts-dense
 python -m benchmarks --list
-python -m benchmarks --quick                  # narrow sizes: runs the code of every row, judges no time
+python -m benchmarks --quick                  # small sizes: run the code of every row, without verdicts
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ class BenchmarkArgs:
     list: bool = False
     """Print the names of the rows and measure nothing."""
     quick: bool = False
-    """Narrow sizes and one round: shows that every row runs, judges no time."""
+    """Small sizes and one round: check that every row runs; there are no verdicts."""
     rounds: int = 5
-    """Times that the contenders of a row take turns; short ones take three times as many."""
+    """How often each contender of a row runs; short ones run three times as often."""
     out: Path = Path("runs/benchmarks")
-    """Where benchmarks.json and benchmarks.png go."""
+    """The folder for benchmarks.json and benchmarks.png."""
 
     def __post_init__(self) -> None:
         for name in self.rows:
             if name not in ROWS:
-                raise UserError(f"rows has {name!r}: choose of {', '.join(ROWS)}")
+                raise UserError(f"rows has {name!r}: choose from {', '.join(ROWS)}")
         if self.rounds < 1:
             raise UserError(f"rounds is {self.rounds}: it must be at least 1")
         if self.out.exists() and not self.out.is_dir():

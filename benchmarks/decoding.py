@@ -1,4 +1,4 @@
-"""Rows of decoding: tokens a second of one sequence, and what a token leaves in the cache."""
+"""Rows for decoding: tokens per second of one sequence, and cache bytes per token."""
 
 from __future__ import annotations
 

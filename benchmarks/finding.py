@@ -1,4 +1,4 @@
-"""What a row found: a figure, the target that it is held against, and how it came about."""
+"""The result of a row: a value, its target, and how it was measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Target(NamedTuple):
     at_least: bool  # else: at most
 
     def reached(self, value: float) -> float:
-        """How much of the target a value reaches: 1 is all of it, more is better."""
+        """The fraction of the target that a value reaches: 1 or more is a pass."""
         return value / self.limit if self.at_least else self.limit / value
 
     def __str__(self) -> str:
@@ -29,9 +29,9 @@ class Finding:
     target: Target
     unit: str = "x"
     timed: bool = True
-    """Whether other programs can disturb it."""
+    """Whether it is a time, which other programs can disturb."""
     other_load: float = 0.0
-    """Cores that other programs kept busy meanwhile, at worst."""
+    """The largest load of other programs during the measurement, in cores."""
     details: dict[str, Any] = field(default_factory=dict)
 
     @property

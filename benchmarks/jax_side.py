@@ -1,4 +1,4 @@
-"""What the JAX worker runs. Each function prepares contenders, and facts about them."""
+"""The contenders of the JAX worker. Each function returns contenders and facts about them."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ Array = jax.Array
 Prepared = tuple[dict[str, Contender], dict[str, Any]]
 
 PEAK_SIZES = (1024, 2048)
-"""Rows and columns of the square products whose best rate is the peak."""
+"""Sizes of the square matrix products; the fastest one defines the peak."""
 
 
 def shared_weights(config: ModelConfig) -> tuple[Any, Any]:
-    """Parameters and routing bias as the PyTorch worker has them too; the bias is zero, as in a new run."""
-    from parity_tests.forward import random_weights  # imports PyTorch, which the memory row must not
+    """The same parameters and routing bias as in the PyTorch worker; the bias is zero, as in a new run."""
+    from parity_tests.forward import random_weights  # here, because it imports PyTorch, which the memory row must not
 
     params, routing_bias = jax.tree.map(jnp.array, tuple(random_weights(config)))
     return params, jax.tree.map(jnp.zeros_like, routing_bias)
 
 
 def train_steps(quick: bool, peak: bool = False) -> Prepared:
-    """The training step in both precisions, on one state; with `peak` also products of matrices."""
+    """The training step in both precisions, on one state; with `peak`, also matrix products."""
     config = train_config(quick)
     held = [start_state(config, *shared_weights(config.model))]
     labels = jnp.asarray(train_labels(config))
 
     def contender(precision: str) -> Contender:
-        own = config.with_options(precision=precision)
-        step = jax.jit(functools.partial(train_step, own, model_graph(own)), donate_argnums=0)
+        run = config.with_options(precision=precision)
+        step = jax.jit(functools.partial(train_step, run, model_graph(run)), donate_argnums=0)
 
         def go() -> dict[str, float]:
             held[0], metrics = jax.block_until_ready(step(held[0], labels))
@@ -69,7 +69,7 @@ def train_steps(quick: bool, peak: bool = False) -> Prepared:
 
 
 def saving_steps(quick: bool) -> Prepared:
-    """Steps of the default run, with a checkpoint in the middle and without; and as many bytes written to a file."""
+    """Steps of the default run with and without a checkpoint, and the checkpoint's bytes written to a file."""
     config = TrainConfig()
     if quick:
         model = dataclasses.replace(config.model, **NARROW)
@@ -80,7 +80,7 @@ def saving_steps(quick: bool) -> Prepared:
     )
     step = jax.jit(functools.partial(train_step, config, model_graph(config)), donate_argnums=0)
     held = [step(init_state(config), labels)[0]]
-    folder = tempfile.TemporaryDirectory()  # the contenders hold it; it ends with the worker
+    folder = tempfile.TemporaryDirectory()  # the contenders keep it; it is removed when the worker ends
     checkpoints = CheckpointWriter(Path(folder.name), keep=1)
     position = Position({"pass": 0}, 0, np.zeros(0, np.int32), np.zeros((POOL_ROWS, config.data.seq_len), np.int32))
 
@@ -112,7 +112,7 @@ def saving_steps(quick: bool) -> Prepared:
 
 
 def matrix_product(n: int) -> Contender:
-    """Float32 products of (n,n) matrices, for about a second; `seconds` is that of one."""
+    """Float32 products of (n,n) matrices, for about a second; `seconds` is the median of one product."""
     a, b = jax.random.normal(jax.random.key(0), (2, n, n))
     product = jax.jit(jnp.matmul)
     repetitions = max(1, round(64 * (1024 / n) ** 3)) if n >= 512 else 8
@@ -129,20 +129,20 @@ def matrix_product(n: int) -> Contender:
 
 
 def sizes_of(config: ModelConfig, total: int) -> dict[str, Any]:
-    """Parameters, and those of them that a token uses; the embedding tables count whole."""
+    """The number of parameters, and of those that a token uses; embedding tables count in full."""
     return {"parameters": total, "active_parameters": sum(flops.active_parameters(config).values())}
 
 
 def mixtures(cases: list[tuple[list[int], str]]) -> Prepared:
-    """Contenders of several mixtures, each a `MixtureSizes` and a compute dtype; names begin with its number."""
+    """Contenders of several cases, each a `MixtureSizes` and a compute dtype; names begin with the case's index."""
     made = [mixture(MixtureSizes(*sizes), jnp.dtype(dtype)) for sizes, dtype in cases]
     return {f"{i} {name}": go for i, contenders in enumerate(made) for name, go in contenders.items()}, {}
 
 
 def mixture(s: MixtureSizes, dtype: jnp.dtype) -> dict[str, Contender]:
-    """Forward and backward of the routed experts, and of k experts that see every token: the same products.
+    """Forward and backward pass of the routed experts, and of k dense experts with the same number of FLOPs.
 
-    `random` sends a token to k different experts, all equally likely; `skewed` sends all to the same k. Weights are
+    `random` sends each token to k random experts; `skewed` sends all tokens to the same k. Weights are
     float32 masters, cast at each product as in training.
     """
     config = dataclasses.replace(
@@ -186,7 +186,7 @@ def mixture(s: MixtureSizes, dtype: jnp.dtype) -> dict[str, Contender]:
 
         return go
 
-    few = jax.tree.map(lambda leaf: leaf[: s.per_token], weights)  # gradients of the other experts are not its work
+    few = jax.tree.map(lambda leaf: leaf[: s.per_token], weights)  # no gradients for the other experts
     return {
         "random": contender(routed, weights, jnp.asarray(random, jnp.int32)),
         "skewed": contender(routed, weights, jnp.asarray(skewed, jnp.int32)),
@@ -195,7 +195,7 @@ def mixture(s: MixtureSizes, dtype: jnp.dtype) -> dict[str, Contender]:
 
 
 def compilations(quick: bool) -> Prepared:
-    """Tracing, lowering and compiling the training step of a deep and of a shallow model; nothing is kept."""
+    """Trace, lower and compile the training step of a deep and of a shallow model, without a cache."""
     jax.config.update("jax_enable_compilation_cache", False)
 
     def contender(layers: int) -> Contender:
@@ -214,7 +214,7 @@ def compilations(quick: bool) -> Prepared:
 
 
 def full_size(quick: bool) -> Prepared:
-    """Whole steps of customllm-1b with recomputation, from its initialization; `peak` is in bytes."""
+    """Full training steps of customllm-1b with rematerialization, from initialization; `peak` is in bytes."""
     config = train_config(quick, layers=24).with_options(remat=True)
     state = jax.block_until_ready(jax.jit(functools.partial(init_state, config))())
     step = jax.jit(functools.partial(train_step, config, model_graph(config)), donate_argnums=0)
@@ -229,12 +229,12 @@ def full_size(quick: bool) -> Prepared:
 
 
 def peak_memory() -> int:
-    """The most memory that this process ever had resident, in bytes."""
+    """Peak resident memory of this process, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def decoding(name: str, prompt: int, new: int, quick: bool) -> Prepared:
-    """Greedy tokens after a prompt, its prefill included."""
+    """Greedy decoding after a prompt, prefill included."""
     config = decode_model(name, quick)
     graph, _, _ = abstract_model(config)
     model: CustomLLM = nnx.merge(graph, *shared_weights(config))
@@ -247,7 +247,7 @@ def decoding(name: str, prompt: int, new: int, quick: bool) -> Prepared:
 
 
 def cache_bytes(model: CustomLLM) -> float:
-    """Of one token in all layers: what prefilling really keeps."""
+    """Cache bytes per token over all layers, from the shapes of a prefill."""
     tokens = jax.ShapeDtypeStruct((1, 32), jnp.int32)
     _, cache = jax.eval_shape(lambda ids: prefill(model, ids, 0), tokens)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) / tokens.size

@@ -1,4 +1,4 @@
-"""The machine that a measurement was taken on, without its name, and what else it was doing meanwhile."""
+"""The machine of a measurement (without its host name), its free memory and its load."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
 
 INSTRUCTION_SETS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_tile", "amx_bf16")
-"""Those that decide how fast a matrix product can be."""
+"""The instruction sets that determine the speed of matrix products."""
 
 
 def describe_machine() -> dict[str, Any]:
-    """CPU model, cores, memory in GiB, instruction sets, system, and the versions of what was measured."""
+    """CPU model, cores, memory in GiB, instruction sets, system, and package versions."""
     info = _cpu_info()
     flags = set(info.get("flags", info.get("Features", "")).split())
     return {
@@ -31,7 +31,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def available_gib() -> float:
-    """Memory that can be had without swapping; infinite where the system does not say."""
+    """Memory available without swapping, in GiB; infinite if the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -40,9 +40,9 @@ def available_gib() -> float:
 
 
 def busy_seconds() -> float:
-    """CPU seconds that all programs together have used since the start of the machine; 0 where it does not say.
+    """CPU seconds used by all programs since the machine started; 0 if the system does not report them.
 
-    Time that a hypervisor gave to other machines counts too: it was not ours.
+    Includes time that the hypervisor gave to other virtual machines.
     """
     try:
         fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]

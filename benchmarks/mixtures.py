@@ -1,4 +1,4 @@
-"""Rows of the mixture of experts: the cost of routing compared with the products alone."""
+"""Rows for the mixture of experts: the cost of routing relative to dense experts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def against_dense(quick: bool, rounds: int) -> list[Finding]:
 
 
 def many_experts(quick: bool, rounds: int) -> list[Finding]:
-    """From 8 to 64 experts: at the sizes of the row above, and with finer experts and more tokens."""
+    """8 and 64 experts: at the sizes of `against_dense`, and with smaller experts and more tokens."""
     coarse = mixture_sizes(quick)
     fine = coarse if quick else MixtureSizes(tokens=4096, hidden=1024, expert_hidden=512, experts=7, per_token=2)
     findings = []
@@ -70,7 +70,7 @@ def _worker(cases: list[tuple[MixtureSizes, str]]) -> Worker:
 
 
 def _interleave(jax: Worker, names: list[str], rounds: int) -> Runs:
-    """These take a fraction of a second, so they take turns more often."""
+    """These take a fraction of a second, so they run more often."""
     return interleave({name: functools.partial(jax.go, name) for name in names}, 3 * rounds, warmups=2)
 
 

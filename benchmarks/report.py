@@ -1,4 +1,4 @@
-"""What was found, for a person (a table, a picture) and for a program (JSON)."""
+"""Report the results: a table, a picture and JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.rows import ROWS
 from benchmarks.timing import QUIET
 
 Findings = dict[str, list[Finding] | str]
-"""Of each row its findings, or why there are none."""
+"""The findings of each row, or the reason why there are none."""
 
 
 def verdict(finding: Finding, quick: bool) -> str:
@@ -28,7 +28,7 @@ def verdict(finding: Finding, quick: bool) -> str:
 
 
 def print_table(findings: Findings, quick: bool) -> None:
-    title = "Narrow sizes: only shows that every row runs" if quick else "Each with its yardstick, in one run"
+    title = "Small sizes: checks only that every row runs" if quick else "Measurements and their yardsticks"
     table = Table(title=title, title_justify="left")
     for column in (
         "row",
@@ -108,7 +108,7 @@ def _as_json(finding: Finding, quick: bool) -> dict[str, Any]:
 
 
 def draw_report(file: Path, findings: Findings, machine: dict[str, Any], quick: bool) -> None:
-    """Draw `benchmarks.png`: how much of its target each finding reaches, with its spread."""
+    """Draw `benchmarks.png`: the fraction of its target that each finding reaches, with its spread."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -130,9 +130,9 @@ def draw_report(file: Path, findings: Findings, machine: dict[str, Any], quick: 
     axes.set_yticks(range(len(bars)), [label for label, _ in bars])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.6 * max([1.0, *(f.target.reached(f.value.median) for _, f in bars)]))
-    axes.set_xlabel("reached, as a part of the target (1: all of it; whiskers: quartiles of the pairwise ratios)")
+    axes.set_xlabel("fraction of the target reached (whiskers: quartiles of the pairwise ratios)")
     sets = " ".join(machine["instruction_sets"])
-    title = "Narrow sizes: no times are judged" if quick else "Speed and its yardsticks"
+    title = "Small sizes: no verdicts" if quick else "Measurements and their yardsticks"
     versions = machine["versions"]
     about = f"{machine['cpu']}, {machine['cores']} cores ({sets}); JAX {versions['jax']}, PyTorch {versions['torch']}"
     axes.set_title(f"{title}\n{about}", fontsize=9)

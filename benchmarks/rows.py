@@ -1,4 +1,4 @@
-"""The table: what is measured, against which yardstick."""
+"""The rows of the table: what is measured, and its yardstick."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the rows measure: the sizes of a real run, and narrow ones on which the same code takes seconds."""
+"""The sizes of the rows: those of a real run, and small ones (`quick`) that run in seconds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NARROW = {
 
 
 class MixtureSizes(NamedTuple):
-    """Of one mixture of experts, without its shared experts."""
+    """Sizes of one mixture of experts, without shared experts."""
 
     tokens: int  # N
     hidden: int  # D
@@ -30,9 +30,9 @@ class MixtureSizes(NamedTuple):
 
 
 def train_config(quick: bool, layers: int = 6) -> TrainConfig:
-    """A step of 4 x 256 tokens on `layers` layers of customllm-1b, by the source's recipe.
+    """A step of 4 x 256 tokens on `layers` layers of customllm-1b, with the source's recipe.
 
-    No dropout, whose random numbers differ between the frameworks, so that both compute the same loss.
+    Dropout is off, because its random numbers differ between the frameworks and the losses are compared.
     """
     config = recipe("seed", "customllm-1b")
     changes = {**NARROW, "dropout": 0.0} if quick else {"num_hidden_layers": layers, "dropout": 0.0}
@@ -41,7 +41,7 @@ def train_config(quick: bool, layers: int = 6) -> TrainConfig:
 
 
 def train_labels(config: TrainConfig) -> np.ndarray:
-    """(A,B,T) int32 token rows, the same ones in every process."""
+    """(A,B,T) int32 token rows, the same in every process."""
     shape = (config.data.grad_accum, config.data.batch_size, config.data.seq_len)
     return np.random.default_rng(1).integers(config.model.vocab_size, size=shape, dtype=np.int32)
 

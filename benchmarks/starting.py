@@ -1,4 +1,4 @@
-"""Rows of what comes before the first step, and of the memory that the largest model takes."""
+"""Rows for compile time, start-up time and the memory of the largest model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.worker import ROOT, Failure, Worker
 
 GIB = 2**30
 FULL_SIZE_GIB = 19.0
-"""What the full-size step may take before it presses other programs into swap or is killed."""
+"""Memory needed by the full-size step; with less, the machine swaps or kills the process."""
 
 
 def compile_time(quick: bool, rounds: int) -> list[Finding]:
@@ -41,7 +41,7 @@ def compile_time(quick: bool, rounds: int) -> list[Finding]:
 
 
 def full_size_memory(quick: bool, rounds: int) -> list[Finding]:
-    """Two steps in a separate process; `rounds` makes no difference to a peak."""
+    """Two steps in a separate process. `rounds` is ignored: a peak does not vary."""
     if not quick and available_gib() < FULL_SIZE_GIB:
         raise Failure(f"needs {FULL_SIZE_GIB:g} GiB of memory; {available_gib():.1f} GiB are available")
     with Worker("benchmarks.jax_side:full_size", quick=quick) as jax:
@@ -68,7 +68,7 @@ def full_size_memory(quick: bool, rounds: int) -> list[Finding]:
 
 
 def start_up(quick: bool, rounds: int) -> list[Finding]:
-    """New runs of `train.py`, one after the other: the first may fill a compilation cache that the others find warm."""
+    """New runs of `train.py`, one after the other. The first may fill the compilation cache for the others."""
     with tempfile.TemporaryDirectory() as scratch:
         starts = [_first_logged_step(Path(scratch), i, quick) for i in range(2 if quick else 1 + rounds)]
     warm = Spread.of([taken for taken, _ in starts[1:]])
@@ -87,7 +87,7 @@ def start_up(quick: bool, rounds: int) -> list[Finding]:
 
 
 def _first_logged_step(scratch: Path, number: int, quick: bool) -> tuple[float, float]:
-    """Seconds until a new run has logged its first step, and the load of other programs meanwhile, in cores."""
+    """Seconds until a new run logs its first step, and the load of other programs in that time, in cores."""
     command = [sys.executable, "train.py", "--run-dir", str(scratch / str(number)), "--log-every", "1"]
     if quick:
         command += _narrow_options(scratch)

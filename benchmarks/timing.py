@@ -1,4 +1,4 @@
-"""Contenders in turn, A B A B, and the ratio of their times with its spread."""
+"""Interleaved timing (A B A B) of contenders, and the ratio of their times with its spread."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from benchmarks.worker import Run
 Runs = Mapping[str, Sequence[Run]]
 
 QUIET = 0.1
-"""A round is quiet when other programs kept at most this many cores busy in each of its runs."""
+"""A round is quiet if other programs used at most this many cores in each of its runs."""
 
 ATTEMPTS = 2
-"""A row may take this many times its rounds to find quiet ones; a single round is not repeated."""
+"""A row may run this many times its rounds to find quiet ones; a single round is not repeated."""
 
 
 class Spread(NamedTuple):
@@ -34,27 +34,27 @@ class Spread(NamedTuple):
 def interleave(
     contenders: Mapping[str, Callable[[], Run]], rounds: int, warmups: int = 1, untimed: int = 0
 ) -> dict[str, list[Run]]:
-    """Run all contenders in turn, again and again.
+    """Run all contenders in turn, round after round.
 
-    A round that other programs disturbed is repeated, up to a limit; the quietest rounds are kept, chosen by the load
-    of other programs and not by the times.
+    A round that other programs disturbed is repeated, up to a limit. The quietest rounds are kept. They are chosen by
+    the load of other programs, not by their times.
 
     Args:
         contenders: by name.
-        rounds: turns of each that are kept.
-        warmups: turns before the first that counts.
-        untimed: runs at the beginning of each turn that do not count: where memory lay idle, the first run pays for
-            pages that the kernel, or the host of a virtual machine, took back. Work without a pause does not.
+        rounds: the number of rounds to keep.
+        warmups: the number of rounds before the first measured one.
+        untimed: the number of untimed runs at the beginning of each turn. After a pause, the first run is slower: it
+            pays for pages that the kernel, or the host of a virtual machine, has reclaimed.
 
     Returns:
-        Of each contender `rounds` runs; those at one index were neighbours in time.
+        `rounds` runs of each contender; runs with the same index were made in the same round.
     """
     for _ in range(warmups):
         for go in contenders.values():
             go()
     made: list[dict[str, Run]] = []
-    most = ATTEMPTS * rounds if rounds > 1 else 1
-    while len(made) < most and sum(disturbance(runs) <= QUIET for runs in made) < rounds:
+    limit = ATTEMPTS * rounds if rounds > 1 else 1
+    while len(made) < limit and sum(disturbance(runs) <= QUIET for runs in made) < rounds:
         made.append({name: _turn(go, untimed) for name, go in contenders.items()})
     kept = sorted(made, key=disturbance)[:rounds]
     return {name: [runs[name] for runs in kept] for name in contenders}
@@ -81,12 +81,12 @@ def seconds(runs: Sequence[Run]) -> Spread:
 
 
 def ratio(over: Sequence[Run], under: Sequence[Run]) -> Spread:
-    """How many times the time of `under` that `over` took, pair by pair."""
+    """The time of `over` divided by that of `under`, pair by pair."""
     return Spread.of([a.seconds / b.seconds for a, b in zip(over, under, strict=True)])
 
 
 def cpu_ratio(over: Sequence[Run], under: Sequence[Run]) -> float:
-    """The same of the CPU seconds: median only."""
+    """The median of the same ratio for CPU seconds."""
     return Spread.of([a.cpu_seconds / b.cpu_seconds for a, b in zip(over, under, strict=True)]).median
 
 

@@ -1,4 +1,4 @@
-"""What the PyTorch worker runs: the yardsticks. Each function prepares contenders, and facts."""
+"""The contenders of the PyTorch worker, the yardsticks. Each function returns contenders and facts about them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Prepared = tuple[dict[str, Contender], dict[str, Any]]
 
 
 def shared_model(config: ModelConfig) -> CustomLLM:
-    """The model with the weights that the JAX worker has too; the routing bias is zero, as in a new run."""
+    """The model with the same weights as in the JAX worker; the routing bias is zero, as in a new run."""
     model = torch_model(config, random_weights(config))
     for layer in model.decoder_layers:
         layer.mlp.routing_bias.zero_()
@@ -39,17 +39,17 @@ def train_steps(quick: bool, compiled: bool = False) -> Prepared:
     labels = torch.from_numpy(train_labels(config)).long()
 
     def contender(precision: str) -> Contender:
-        own = config.with_options(precision=precision)
-        return lambda: {"loss": float(train_step(model, optimizer, schedule, own, labels).loss)}
+        run = config.with_options(precision=precision)
+        return lambda: {"loss": float(train_step(model, optimizer, schedule, run, labels).loss)}
 
     facts = {"parameters": sum(p.numel() for p in model.parameters())}
     return {precision: contender(precision) for precision in ("float32", "bfloat16")}, facts
 
 
 def deepseek_steps(quick: bool) -> Prepared:
-    """The training step of transformers' DeepSeek-V3 with the sizes of `train_steps`, as its Trainer would do it.
+    """The training step of transformers' DeepSeek-V3, as its Trainer runs it, with the sizes of `train_steps`.
 
-    In both precisions, each with both of transformers' implementations of the experts.
+    Both precisions, each with both implementations of the experts in transformers.
     """
     config = train_config(quick)
     m = config.model
@@ -108,7 +108,7 @@ def deepseek_steps(quick: bool) -> Prepared:
 
 
 def decoding(name: str, prompt: int, new: int, quick: bool) -> Prepared:
-    """Greedy tokens after a prompt on the cache of full keys and values, its prefill included."""
+    """Greedy decoding after a prompt, prefill included; the cache holds full keys and values."""
     config = decode_model(name, quick)
     model = shared_model(config)
     ids = [np.random.default_rng(2).integers(config.vocab_size, size=prompt).tolist()]

@@ -1,4 +1,4 @@
-"""Rows of the whole training step: against both forms of `torch_ref`, against transformers, against the hardware."""
+"""Rows for the full training step, against eager and compiled `torch_ref`, transformers, and the hardware's peak."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.worker import Failure, Run, Worker
 from jaxllm.model.flops import training_flops_per_token
 
 SAME_LOSS = {"float32": 1e-4, "bfloat16": 2e-2}
-"""Relative difference of the losses above which the two sides did not compute the same thing."""
+"""The largest relative difference of the two sides' losses; above it, they did not compute the same."""
 
 BOTH = ("float32", "bfloat16")
 
@@ -50,7 +50,7 @@ def against_transformers(quick: bool, rounds: int) -> list[Finding]:
 
 
 def against_peak(quick: bool, rounds: int) -> list[Finding]:
-    """Model FLOPs a second over those of the best of a few square products, in turn with the steps."""
+    """Model FLOP/s of the step over the FLOP/s of the fastest square product, measured in turn."""
     config = train_config(quick)
     step = config.tokens_per_step * training_flops_per_token(config.model, config.data.seq_len, "causal")
     with Worker("benchmarks.jax_side:train_steps", quick=quick, peak=True) as jax:
@@ -79,7 +79,7 @@ def against_peak(quick: bool, rounds: int) -> list[Finding]:
 
 @contextmanager
 def _sides(quick: bool, yardstick: str, **arguments) -> Iterator[tuple[Worker, Worker]]:
-    """Both workers, which prepare at the same time and then wait for each other."""
+    """Both workers; they prepare in parallel."""
     ours = Worker("benchmarks.jax_side:train_steps", quick=quick)
     theirs = Worker(f"benchmarks.torch_side:{yardstick}", quick=quick, **arguments)
     with ours, theirs:
@@ -89,11 +89,12 @@ def _sides(quick: bool, yardstick: str, **arguments) -> Iterator[tuple[Worker, W
 def _interleave(jax: Worker, torch: Worker, ours: Sequence[str], theirs: Sequence[str], rounds: int) -> Runs:
     contenders = {f"ours {p}": functools.partial(jax.go, p) for p in ours}
     contenders |= {f"yardstick {p}": functools.partial(torch.go, p) for p in theirs}
-    return interleave(contenders, rounds, untimed=1 if rounds > 1 else 0)  # as in training, a step after a step
+    # as in training, each timed step directly follows another step
+    return interleave(contenders, rounds, untimed=1 if rounds > 1 else 0)
 
 
 def _compare(what: str, runs: Runs, ours: Sequence[str], theirs: Sequence[str], target: Target, quick: bool) -> Finding:
-    """Tokens a second of the fastest precision of each side."""
+    """Compare tokens per second in the fastest precision of each side."""
     tokens = train_config(quick).tokens_per_step
     best, yardstick = fastest(runs, [f"ours {p}" for p in ours]), fastest(runs, [f"yardstick {p}" for p in theirs])
     return Finding(
@@ -118,4 +119,4 @@ def _speed(name: str, runs: Runs, tokens: int) -> str:
 def _check_same_loss(runs: Runs, precision: str) -> None:
     ours, theirs = (runs[f"{side} {precision}"][-1].figures["loss"] for side in ("ours", "yardstick"))
     if abs(ours - theirs) > SAME_LOSS[precision] * abs(theirs):
-        raise Failure(f"the sides did not do the same: losses {ours:.6f} and {theirs:.6f} in {precision}")
+        raise Failure(f"the two sides did not compute the same: losses {ours:.6f} and {theirs:.6f} in {precision}")

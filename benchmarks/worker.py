@@ -1,7 +1,7 @@
-"""A side of a comparison as a separate process, which stays for the whole row and runs only in its turn.
+"""One side of a comparison in a separate process, which lives for the whole row and runs only in its turn.
 
-JAX's and PyTorch's thread pools spin for a while after their work; in one process each would slow the other down, and
-the peak memory of one would hide in that of the other.
+The thread pools of JAX and PyTorch spin for a while after their work. In one process they would slow each other down,
+and their peak memory could not be separated.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from jaxllm.run.runtime import huge_pages_environment
 ROOT = Path(__file__).parents[1]
 
 Contender = Callable[[], dict[str, float] | None]
-"""One measured piece of work. It returns its own figures; `seconds` among them replaces the clock around it."""
+"""One measured piece of work. It may return figures; a figure `seconds` replaces the measured wall time."""
 
 
 class Failure(Exception):
-    """A side could not be measured; the message gives the reason. The other rows continue."""
+    """A side could not be measured, for the reason in the message. The other rows continue."""
 
 
 class Run(NamedTuple):
     seconds: float
-    cpu_seconds: float  # of all threads; more reliable than the clock if other programs use the cores
-    other_load: float  # mean number of cores that other programs kept busy meanwhile
+    cpu_seconds: float  # of all threads; more reliable than wall time if other programs use the cores
+    other_load: float  # mean number of cores used by other programs during the run
     figures: dict[str, float]
 
 
 class Worker:
-    """The parent's end. It starts preparing when it is made, is ready when it is entered, and ends when it is left."""
+    """The parent's handle, a context manager: construction starts the process, entering waits until it is ready."""
 
     def __init__(self, prepare: str, **arguments: Any):
-        """Run `prepare` (`module:function`) in a new process; its contenders and facts are there once it is entered."""
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the worker is left
+        """Run `prepare` (`module:function`) in a new process; `contenders` and `facts` are set on entering."""
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed on exit
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", prepare, json.dumps(arguments)],
             cwd=ROOT,
-            # both frameworks on one device, and with the pages that train.py runs on
+            # both frameworks on the CPU, and with the huge pages that train.py uses
             env={"JAX_PLATFORMS": "cpu", **os.environ, **huge_pages_environment()},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -60,7 +60,7 @@ class Worker:
         """Run one contender once.
 
         Raises:
-            Failure: the process ended instead.
+            Failure: the process ended.
         """
         busy = busy_seconds()
         self._process.stdin.write(contender + "\n")
@@ -84,7 +84,7 @@ class Worker:
         """Wait until it is ready.
 
         Raises:
-            Failure: it ended instead.
+            Failure: the process ended.
         """
         self.facts = self._reply()
         self.contenders = self.facts.pop("contenders")
@@ -102,9 +102,9 @@ class Worker:
 
 
 def serve(prepare: str, arguments: dict[str, Any]) -> None:
-    """The child's end: one line of JSON when ready, then one for each contender that a line of stdin names."""
+    """The child process: writes one line of JSON when ready, then one for each contender named on stdin."""
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever the frameworks print goes to the log
+    os.dup2(2, 1)  # output of the frameworks goes to the log
 
     def reply(values: dict[str, Any]) -> None:
         replies.write(json.dumps(values) + "\n")

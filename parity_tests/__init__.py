@@ -1,1 +1,1 @@
-"""Number by number: the Flax model and the PyTorch model compute the same."""
+"""Compares the Flax model and the PyTorch model, from their weights to their training."""

@@ -1,11 +1,11 @@
-"""Climb the ladder on your weights: is this the same model in both frameworks, and does it train the same?
+"""Run the parity ladder: check that both frameworks compute and train the same model.
 
 python -m parity_tests                                      # random weights of `tiny`
 python -m parity_tests RUN                                  # a training run
 python -m parity_tests DIR                                  # an exported folder
 python -m parity_tests --preset customllm-1b --layers 2 --rungs weights layers logits
 python -m parity_tests --precision float64
-python -m parity_tests --mutate rope_halves_swapped         # plant a fault, see which rung catches it
+python -m parity_tests --mutate rope_halves_swapped         # plant a fault; a rung must catch it
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # both frameworks on one device, else it is devices that are compared
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # both frameworks on one device, else the comparison is between devices
 
 from convert.to_flax import read_weights
 from convert.to_torch import export_run
@@ -33,7 +33,7 @@ from jaxllm.generate import tokenizer_folder
 from jaxllm.run.checkpoint import Weights, is_run, load_weights, read_model_config
 from parity_tests.compare import TOLERANCES, Row
 from parity_tests.forward import random_weights, torch_model
-from parity_tests.ladder import FEWEST_STEPS, RUNGS, Ladder, Rung
+from parity_tests.ladder import MIN_STEPS, RUNGS, Ladder, Rung
 from parity_tests.mutations import MUTATIONS
 from parity_tests.report import draw_report, first_divergence, print_table, write_report
 from parity_tests.text import read_tokens
@@ -42,48 +42,48 @@ from torch_ref import CustomLLM as TorchCustomLLM
 
 @dataclass(frozen=True)
 class ParityArgs:
-    """Everything that makes a model in the two frameworks, side by side, from its weights to its training."""
+    """Compare a model in both frameworks, from its weights to its training."""
 
     weights: Annotated[Path | None, tyro.conf.Positional] = None
-    """A run or an exported folder; none: random weights of a preset."""
+    """A run or an exported folder; none: random weights for a preset."""
     preset: str = "tiny"
-    """Whose random weights, where no folder is given."""
+    """The preset, if no folder is given."""
     layers: int | None = None
-    """Only so many layers of the preset."""
+    """The number of layers, instead of the preset's."""
     rungs: tuple[Rung, ...] = RUNGS
-    """Which comparisons to make."""
+    """The comparisons to make."""
     precision: Literal["float32", "float64", "bfloat16"] = "float32"
-    """float64 distinguishes mistakes from rounding."""
+    """float64 distinguishes errors from rounding."""
     seq_len: int = 500
-    """Tokens of the forward comparisons; short texts miss faults of positions."""
+    """Tokens in the forward comparisons; short texts miss position faults."""
     steps: int = 50
-    """Of the training trajectory."""
+    """Steps of the training trajectory."""
     text: Path | None = None
     """A text file to compare on; none: the standard library's source code."""
     tokenizer: Path | None = None
-    """A tokenizer's folder; none: that of the weights, or one that is trained on the text."""
+    """A tokenizer folder; none: that of the weights, or a new one trained on the text."""
     mutate: str | None = None
-    """Plant this fault in the PyTorch model; the ladder must catch it."""
+    """A fault to plant in the PyTorch model; the ladder must catch it."""
     out: Path = Path("runs/parity")
-    """Where parity.json and parity.png go."""
+    """The folder for parity.json and parity.png."""
     seed: int = 0
-    """Of the random weights."""
+    """Seed of the random weights."""
 
     def __post_init__(self) -> None:
-        for name, least in (("layers", 1), ("steps", FEWEST_STEPS), ("seq_len", 2), ("seed", 0)):
+        for name, minimum in (("layers", 1), ("steps", MIN_STEPS), ("seq_len", 2), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name} is {value}: it must be at least {least}")
+            if value is not None and value < minimum:
+                raise UserError(f"{name} is {value}: it must be at least {minimum}")
         if not self.rungs:
-            raise UserError(f"rungs is empty: choose of {', '.join(RUNGS)}")
+            raise UserError(f"rungs is empty: choose from {', '.join(RUNGS)}")
         if self.mutate is not None and self.mutate not in MUTATIONS:
             raise UserError(f"mutate is {self.mutate!r}: choose one of {', '.join(MUTATIONS)}")
         if self.weights is not None and self.layers is not None:
-            raise UserError(f"layers is {self.layers}: it cuts a preset, not given weights")
+            raise UserError(f"layers is {self.layers}: it applies to a preset, not to given weights")
 
 
 def load_pair(args: ParityArgs) -> tuple[ModelConfig, Weights, TorchCustomLLM]:
-    """The Flax weights, and the PyTorch model as its user gets it: from the exported folder. Dropout is off in both.
+    """The Flax weights, and the PyTorch model, loaded as a user loads it from an exported folder. Dropout is off.
 
     Raises:
         UserError: there is no model, or it cannot be read.

@@ -1,4 +1,4 @@
-"""The measures, and every tolerance with a name and a reason."""
+"""Error measures, and all tolerances with their names and reasons."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import numpy as np
 class Tolerance(NamedTuple):
     name: str
     relative_l2: float
-    """Largest norm of the difference over the norm of the reference."""
+    """The largest norm of the difference, relative to the norm of the reference."""
     max_over_std: float
-    """Largest absolute error, in standard deviations of the reference."""
+    """The largest absolute error, in standard deviations of the reference."""
     reason: str
     of_whole: float = 0.0
-    """A leaf that is alike to 1e-2 passes if the difference is at most this share of the norm of all leaves."""
+    """A leaf with a relative error of at most 1e-2 also passes if its difference is at most this fraction of the norm
+    of all leaves together."""
 
 
 class Tolerances(NamedTuple):
-    """What the rungs allow in one precision."""
+    """The tolerances of the rungs in one precision."""
 
     forward: Tolerance
     gradient: Tolerance
@@ -29,22 +30,23 @@ class Tolerances(NamedTuple):
     trajectory: Tolerance
     decoding: Tolerance
     near_tie: float
-    """Two experts whose biased scores (which lie in 0..1) differ by less may be swapped by rounding."""
+    """Rounding may swap two experts whose biased scores differ by less; scores are in 0..1."""
     token_tie: float
-    """Two tokens whose logits differ by less, in standard deviations of the logits, may be swapped by rounding."""
+    """Rounding may swap two tokens whose logits differ by less, in standard deviations of the logits."""
 
     def named(self) -> list[Tolerance]:
-        """Those that have a name and a reason."""
+        """The tolerances that have a name and a reason."""
         return [part for part in self if isinstance(part, Tolerance)]
 
 
-# Leaves of a gradient differ in scale from element to element (unused and used vocabulary): only the norm counts.
+# The elements of a gradient leaf differ in scale (used and unused vocabulary), so only the norm counts.
 _ANY = math.inf
 
-# The gradient of a query's or key's weight can be a millionth of the whole: a small rest of large terms, of which
-# either framework's float32 keeps four digits. They were seen to differ by 1.3e-10 of the whole (roundoff: 6e-8).
+# The gradient of a query or key weight can be a millionth of the whole gradient: a small difference of large terms, of
+# which float32 keeps four digits in either framework. The largest observed difference is 1.3e-10 of the whole gradient
+# (unit roundoff: 6e-8).
 _CANCELLED = 1e-9
-_STILL_ALIKE = 1e-2  # what is further apart than this, of its own norm, is never excused
+_MAX_CANCELLED = 1e-2  # a leaf with a larger relative error never passes
 
 TOLERANCES = {
     "float64": Tolerances(
@@ -80,9 +82,9 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: a rung of the ladder, what was compared, and which leaf or layer of it.
+    """One comparison: the rung, what was compared, and its leaf or layer.
 
-    Where numbers cannot say it (equal bits, equal choices), `note` does and the measures are None.
+    Where no number applies (equal bits, equal choices), the measures are None and `note` describes the result.
     """
 
     rung: str
@@ -108,7 +110,7 @@ def max_over_std(reference: np.ndarray, other: np.ndarray) -> float:
 
 
 def cosine(reference: np.ndarray, other: np.ndarray) -> float:
-    """Of the angle between them; 1 for two zeros."""
+    """Cosine similarity; 1 for two zeros."""
     norms = np.linalg.norm(reference.ravel()) * np.linalg.norm(other.ravel())
     if norms == 0:
         return float((reference == other).all())
@@ -118,10 +120,10 @@ def cosine(reference: np.ndarray, other: np.ndarray) -> float:
 def compare_arrays(
     rung: str, what: str, leaf: str, reference: np.ndarray, other: np.ndarray, tolerance: Tolerance, whole: float = 0.0
 ) -> Row:
-    """Compare two arrays of one shape, in float64; a value that is not finite never passes.
+    """Compare two arrays of the same shape in float64. Values that are not finite never pass.
 
     Args:
-        whole: the norm of all leaves together, of which this is one.
+        whole: the norm of all leaves together, this one included.
     """
     if reference.shape != other.shape:
         note = f"shapes {list(reference.shape)} and {list(other.shape)}"
@@ -132,7 +134,7 @@ def compare_arrays(
     if tolerance.max_over_std != _ANY:
         passed = passed and max_over_std(reference, other) <= tolerance.max_over_std
     note, excused = "", tolerance.of_whole * whole
-    if tolerance.relative_l2 < norm <= _STILL_ALIKE and norm * np.linalg.norm(reference) <= excused < math.inf:
+    if tolerance.relative_l2 < norm <= _MAX_CANCELLED and norm * np.linalg.norm(reference) <= excused < math.inf:
         passed, note = True, f"at most {tolerance.of_whole:g} of all leaves together"
     return Row(rung, what, leaf, bool(passed), tolerance.name, largest, norm, cosine(reference, other), note)
 
@@ -169,7 +171,7 @@ def same_bits(ours: np.ndarray, theirs: np.ndarray) -> bool:
 
 
 def compare_bits(rung: str, what: str, ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> list[Row]:
-    """Compare two dicts of arrays bit for bit, by name, none left over."""
+    """Compare two dicts of arrays bit for bit; both must have the same names."""
     names = list(ours) + sorted(theirs.keys() - ours.keys())
     rows = []
     for name in names:
@@ -183,15 +185,15 @@ def compare_bits(rung: str, what: str, ours: dict[str, np.ndarray], theirs: dict
 
 
 class Flips(NamedTuple):
-    """Tokens for which one framework's scores prefer other experts than the other framework chose."""
+    """Tokens for which the scores of one framework prefer experts that the other framework did not choose."""
 
     count: int
     margin: float
-    """How much less, at most, an expert that was chosen scored than one that was passed over; 0 without flips."""
+    """The largest score difference between a preferred expert and a chosen one; 0 without flips."""
 
 
 def expert_flips(scores: np.ndarray, routing_bias: np.ndarray, chosen: np.ndarray) -> Flips:
-    """Compare a choice with the preference of given scores.
+    """Compare a choice of experts with the choice that given scores prefer.
 
     Args:
         scores: (..., E), without the bias.
@@ -207,9 +209,9 @@ def expert_flips(scores: np.ndarray, routing_bias: np.ndarray, chosen: np.ndarra
     differs = (is_preferred != is_chosen).any(axis=-1)
     if not differs.any():
         return Flips(0, 0.0)
-    passed_over = np.where(is_preferred & ~is_chosen, biased, -np.inf).max(axis=-1)
+    missed = np.where(is_preferred & ~is_chosen, biased, -np.inf).max(axis=-1)
     taken = np.where(is_chosen & ~is_preferred, biased, np.inf).min(axis=-1)
-    return Flips(int(differs.sum()), float((passed_over - taken)[differs].max()))
+    return Flips(int(differs.sum()), float((missed - taken)[differs].max()))
 
 
 def total_flips(parts: list[Flips]) -> Flips:

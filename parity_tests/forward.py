@@ -1,4 +1,4 @@
-"""Run either framework on the same weights and tokens, and keep what every part of every layer makes."""
+"""Run either framework on the same weights and tokens, and record the output of every part of every layer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DTYPES = {"float64": jnp.float64, "float32": jnp.float32, "bfloat16": jnp.bfloat
 """Compute dtypes. Weights are float64 in the first and float32 in both others."""
 
 PARTS = ("input norm", "attention", "post-attention norm", "router scores", "experts", "residual")
-"""The parts of a layer, in the order of the computation; the expert choice comes after the router scores."""
+"""The parts of a layer in computation order; the expert choice comes after the router scores."""
 
 
 class Trace(NamedTuple):
@@ -40,21 +40,21 @@ class Trace(NamedTuple):
 
 @contextmanager
 def jax_precision(precision: str):
-    """float64 where asked for; and no TF32 or bfloat16 products where float32 was asked for, on any device."""
+    """Enable float64 if requested; disable TF32 and bfloat16 products in float32, on any device."""
     with jax.enable_x64(precision == "float64"), jax.default_matmul_precision("highest"):
         yield
 
 
 def torch_precision(precision: str):
-    """bfloat16 as the Trainer computes it: float32 weights under autocast."""
+    """bfloat16 as in the Trainer: float32 weights under autocast."""
     return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
-    """Weights on which a mistake shows: norms that are not one, biases that are not zero, experts that differ.
+    """Weights that reveal errors: norm weights that are not one, biases that are not zero, experts that differ.
 
-    Matrices spread by `initializer_range` around 0, norm weights by 0.2 around 1, lm_head's bias by 0.02 and the
-    routing bias by 0.1, which changes many choices.
+    Standard deviations: `initializer_range` for matrices, 0.2 (around 1) for norm weights, 0.02 for the bias of
+    lm_head, and 0.1 for the routing bias, which changes many choices.
     """
     rng = np.random.default_rng(seed)
 
@@ -72,10 +72,10 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
 
 
 def torch_model(config: ModelConfig, weights: Weights, precision: str = "float32") -> TorchCustomLLM:
-    """The PyTorch model with these weights, through the converter's table."""
+    """The PyTorch model with these weights, mapped by the converter's table."""
     with torch.device("meta"):
         model = TorchCustomLLM(config)
-    # copies: a fault planted in one framework must not reach into the other's memory
+    # copies: a fault planted in one framework must not change the other's weights
     state = {t.name: torch.from_numpy(np.array(t.read(), order="C")) for t in torch_tensors(config, weights)}
     model.load_state_dict(state, strict=True, assign=True)
     return model.to(torch.float64 if precision == "float64" else torch.float32).eval()
@@ -86,14 +86,14 @@ def state_dict_arrays(model: TorchCustomLLM) -> dict[str, np.ndarray]:
 
 
 def torch_named(config: ModelConfig, params, routing_bias=None) -> dict[str, np.ndarray]:
-    """Flax trees under PyTorch's names and in its layout: views, where the leaves are arrays of the host."""
+    """Flax trees with PyTorch's names and layout; views, if the leaves are NumPy arrays."""
     trees = {PARAMS: params, ROUTING_BIAS: routing_bias}
     host = jax.tree.map(np.asarray, {name: tree for name, tree in trees.items() if tree is not None})
     return {e.torch_name: e.to_torch(leaf(host[e.tree], e.path)) for e in entries(config) if e.tree in host}
 
 
 def jax_weights(weights: Weights, precision: str) -> tuple:
-    """Parameters and routing bias as the model keeps them; call it within `jax_precision`."""
+    """Parameters and routing bias in the dtype of the model's weights; call it within `jax_precision`."""
     master = jnp.promote_types(DTYPES[precision], jnp.float32)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, master), tuple(weights))
 
@@ -105,7 +105,7 @@ def jax_trace(
     precision: str = "float32",
     experts: np.ndarray | None = None,
 ) -> Trace:
-    """The Flax model, by the functions that train: ids (B,T); `experts` (L,B,T,k) replaces the routers' choice."""
+    """Run the Flax model with the functions that train: ids (B,T); `experts` (L,B,T,k) replaces the routers' choice."""
     with jax_precision(precision):
         graph, _, _ = abstract_model(config, dtype=DTYPES[precision])
         outputs = _jax_outputs(graph, *jax_weights(weights, precision), jnp.asarray(ids), experts)
@@ -131,7 +131,7 @@ def _jax_outputs(graph: nnx.GraphDef, params, routing_bias, ids: jax.Array, expe
 def torch_trace(
     model: TorchCustomLLM, ids: np.ndarray, precision: str = "float32", experts: np.ndarray | None = None
 ) -> Trace:
-    """The PyTorch model, as a user calls it; hooks look at its parts. Arguments as in `jax_trace`."""
+    """Run the PyTorch model as a user calls it; hooks record its parts. Arguments as in `jax_trace`."""
     tokens = torch.from_numpy(np.asarray(ids, np.int64))
     forced = None if experts is None else torch.from_numpy(np.asarray(experts, np.int64))
     with _recorded_parts(model) as made, torch_precision(precision):
@@ -154,7 +154,7 @@ def _stacked(tensors: list[torch.Tensor]) -> np.ndarray:
 
 @contextmanager
 def _recorded_parts(model: TorchCustomLLM):
-    """What the modules of the layers return while the context lasts: a list, one for each layer, by part."""
+    """Record what the modules of the layers return in this context: for each part, one tensor per layer."""
     made: dict[str, list[torch.Tensor]] = {part: [] for part in PARTS}
     names = {
         "input_norm": "input norm", "self_attn": "attention", "post_attn_norm": "post-attention norm", "mlp": "experts",

@@ -1,4 +1,4 @@
-"""Decoding on the cache in both frameworks: the logits of given tokens, then greedy generation."""
+"""Decoding with the cache in both frameworks: the logits of given tokens, then greedy generation."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from torch_ref import CustomLLM as TorchCustomLLM
 from torch_ref.generate import generate as torch_generate
 
 PROMPT_TOKENS = (24, 9)
-"""A batch of prompts of different lengths: Flax pads them on the right, PyTorch on the left."""
+"""Prompt lengths of the batch. Flax pads on the right, PyTorch on the left."""
 
 NEW_TOKENS = 64
 
 
 class JaxGeneration:
-    """What the Flax model makes of prompts and continuations that are cut from `ids` (n,)."""
+    """The Flax model's results on prompts and continuations taken from `ids` (n,)."""
 
     def __init__(self, config: ModelConfig, weights: Weights, ids: np.ndarray, precision: str):
         self.precision = precision
@@ -36,14 +36,15 @@ class JaxGeneration:
         with jax_precision(precision):
             graph, _, _ = abstract_model(config, dtype=DTYPES[precision])
             arrays = jax_weights(weights, precision)
-            padded = np.stack([ids[: max(lengths)]] * len(lengths))  # what follows a prompt is never seen
+            padded = np.stack([ids[: max(lengths)]] * len(lengths))  # tokens after a prompt are not attended to
             self.logits = np.asarray(_decode(graph, *arrays, padded, np.asarray(lengths), self.given))  # (B,n,V)
             self.greedy = generate(nnx.merge(graph, *arrays), self.prompts, count)
 
     def compare(self, model: TorchCustomLLM) -> list[Row]:
-        """Hold a PyTorch model against it.
+        """Compare a PyTorch model with the Flax model.
 
-        Where greedy tokens differ, the PyTorch model's logits must show a near tie; nothing after it can be compared.
+        At the first different greedy token, the logits of the PyTorch model must be a near tie. Tokens after it are not
+        compared.
         """
         tolerance = TOLERANCES[self.precision].decoding
         logits = _torch_decode(model, self.prompts, self.given, self.precision)
@@ -64,7 +65,7 @@ class JaxGeneration:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(graph: nnx.GraphDef, params, routing_bias, prompts: jax.Array, lengths: jax.Array, given: jax.Array):
-    """Logits of each of the given tokens, one after the other on the cache: (B,P), (B,), (B,n) -> (B,n,V)."""
+    """Logits of the given tokens, decoded one by one with the cache: (B,P), (B,), (B,n) -> (B,n,V)."""
     model = nnx.merge(graph, params, routing_bias)
     _, cache = prefill(model, prompts, given.shape[1])
 
@@ -106,5 +107,5 @@ def _greedy_row(
     with torch.no_grad(), torch_precision(precision):
         logits = model(torch.tensor([prompt + theirs[:first].tolist()])).logits[0, -1].double().numpy()
     margin = float(abs(logits[theirs[first]] - logits[ours[first]]) / logits.std())
-    note = f"the first {first} of {len(ours)} tokens equal; there the two tokens are {margin:.1e} std apart"
+    note = f"the first {first} of {len(ours)} tokens equal; at the next one, the two tokens are {margin:.1e} std apart"
     return Row("generation", "greedy tokens", leaf, margin <= tie, name, max_error=margin, note=note)

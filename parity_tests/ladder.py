@@ -1,10 +1,10 @@
-"""The ladder: from equal weights to equal training, each rung standing on those below.
+"""The ladder of comparisons, from equal weights to equal training; each rung depends on those below.
 
     weights -> layers (every part of each) -> logits -> loss -> gradients -> one step -> a trajectory -> generation
 
-Both frameworks run freely. Where they differ, a router may have been at a near tie that rounding decides: then the Flax
-side runs again with the experts that PyTorch chose. That replay must agree in everything, and each choice that Flax
-itself would have made otherwise must have been a near tie.
+Both frameworks first choose experts freely. If they differ, rounding may have decided a near tie in a router. The Flax
+side then runs again with the experts that PyTorch chose. This replay must agree in everything, and each choice that
+Flax would have made differently must be a near tie.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from torch_ref import CustomLLM as TorchCustomLLM
 Rung = Literal["weights", "layers", "logits", "loss", "gradients", "step", "trajectory", "generation"]
 RUNGS: tuple[Rung, ...] = get_args(Rung)
 
-FEWEST_STEPS = 5
-"""With fewer, the step after the warm-up would be at the cosine's end, where nothing changes."""
+MIN_STEPS = 5
+"""With fewer, the step after the warm-up would be at the end of the cosine, where the learning rate is zero."""
 
 ACCUMULATED, ROWS, ROW_TOKENS = 2, 2, 64
-"""The training rungs' batches: micro-batches of a step, rows of a micro-batch, tokens of a row."""
+"""Batches of the training rungs: micro-batches in a step, rows in a micro-batch, tokens in a row."""
 
 
 def training_config(model: ModelConfig, steps: int, precision: str) -> TrainConfig:
-    """Everything that training has, at work within a few steps: warm-up, cosine, clipping, decay, accumulation."""
+    """All features of training within a few steps: warm-up, cosine, clipping, decay, accumulation."""
     return TrainConfig.from_options(
         model=model,
         seq_len=min(ROW_TOKENS, model.max_position_embeddings),
@@ -79,19 +79,19 @@ class Curve:
     jax: list[float] = field(default_factory=list)
     torch: list[float] = field(default_factory=list)
     first_difference: int | None = None
-    """The first step (from 1) whose losses differ by more than the tolerance."""
+    """The first step, counted from 1, whose losses differ by more than the tolerance."""
     replayed: bool = False
     """Whether the Flax side used PyTorch's choice of experts."""
 
 
 class Ladder:
-    """One comparison of a Flax model with a PyTorch model.
+    """Compares a Flax model with PyTorch models.
 
-    The Flax side of each rung is computed once, so that many PyTorch models can be held against it.
+    The Flax side of each rung is computed once, so that many PyTorch models can be compared with it.
 
     Args:
-        config, weights: the Flax model, without dropout, as the frameworks draw different numbers.
-        tokens: ids of a text, at least `tokens_needed` of them.
+        config, weights: the Flax model, without dropout, because the frameworks draw different numbers.
+        tokens: token ids of a text, at least `tokens_needed`.
         precision: a key of TOLERANCES.
         seq_len: tokens of the forward rungs.
         steps: of the trajectory.
@@ -108,8 +108,8 @@ class Ladder:
     ):
         if config.dropout:
             raise ValueError(f"dropout is {config.dropout}: the frameworks draw different numbers, it must be 0")
-        if steps < FEWEST_STEPS:
-            raise ValueError(f"steps is {steps}: it must be at least {FEWEST_STEPS}")
+        if steps < MIN_STEPS:
+            raise ValueError(f"steps is {steps}: it must be at least {MIN_STEPS}")
         self.config, self.weights, self.precision = config, weights, precision
         self.tolerances: Tolerances = TOLERANCES[precision]
         self.ids = tokens[None, : min(seq_len, config.max_position_embeddings)]  # (1,T)
@@ -123,7 +123,7 @@ class Ladder:
         return max(min(seq_len, config.max_position_embeddings), training.schedule.steps * training.tokens_per_step)
 
     def climb(self, model: TorchCustomLLM, rungs: Iterable[str] = RUNGS) -> Iterator[tuple[str, list[Row]]]:
-        """Compare rung by rung, in the ladder's order; the model is left as it was.
+        """Compare rung by rung, in the order of the ladder; the model is unchanged afterwards.
 
         Args:
             model: the PyTorch model, in eval mode; its parameters in float64 if that is the precision, else float32.
@@ -155,7 +155,7 @@ class Ladder:
         return np.asarray(self.weights.routing_bias["decoder_layers"]["mlp"]["routing_bias"])
 
     def _forward(self, model: TorchCustomLLM) -> tuple[Trace, Trace]:
-        """Both forward passes, with the same experts; made once for a climb."""
+        """Both forward passes with the same experts, computed once per climb."""
         if self._traces is None:
             ours, theirs = self._jax_trace, torch_trace(model, self.ids, self.precision)
             if not _same_choice(ours.experts, theirs.experts):
@@ -181,7 +181,7 @@ class Ladder:
         if flips.count:
             note += f"; replayed: {flips.count} near ties, the widest margin is {flips.margin:.1e}"
         near_tie = self.tolerances.near_tie
-        if rung == "trajectory":  # scores lie apart as far as the weights may
+        if rung == "trajectory":  # the scores may differ as much as the weights
             near_tie = max(near_tie, self.tolerances.trajectory.relative_l2)
         passed, name = flips.margin <= near_tie, f"near tie {near_tie:g}"
         return Row(rung, "expert choice", leaf, passed, name, max_error=flips.margin, note=note)
@@ -222,7 +222,7 @@ class Ladder:
 
     @functools.cached_property
     def _moments(self):
-        # after the warm-up: the first update has the rate 0, and from zero moments hides the gradient's scale
+        # after the warm-up: the first update has the rate 0, and zero moments would hide the scale of the gradient
         return random_moments(self.weights, count=self.training.schedule.warmup_steps + 1)
 
     @functools.cached_property
@@ -277,10 +277,10 @@ class Ladder:
         def replay() -> tuple[Trained, Flips]:
             found: list[Flips] = []
 
-            def look(step: int, weights: Weights) -> None:
+            def record_flips(step: int, weights: Weights) -> None:
                 found.append(self._flips(weights, step, theirs.experts[step]))
 
-            return self._jax.train(self.batches, None, theirs.experts, look), total_flips(found)
+            return self._jax.train(self.batches, None, theirs.experts, record_flips), total_flips(found)
 
         return self._free_or_replayed(
             "trajectory",
@@ -290,7 +290,7 @@ class Ladder:
         )
 
     def _bias_rows(self, rung: str, ours: Trained, theirs: Trained) -> list[Row]:
-        """The routing bias is a sum of signs: with the same choices only its rounding differs."""
+        """The routing bias is a sum of signs: if the choices are the same, only its rounding differs."""
         return compare_leaves(rung, "routing bias", ours.routing_bias, theirs.routing_bias, self._bias_tolerance)
 
     @property
@@ -307,9 +307,9 @@ class Ladder:
     def _free_or_replayed(
         self, rung: str, free: Callable[[], list[Row]], flips: Callable[[], Flips], replay: Callable[[], list[Row]]
     ) -> list[Row]:
-        """The rows of the free run if they pass; else those of the replay, if near ties were decided otherwise.
+        """The rows of the free run if they pass; else those of the replay, if all different choices are near ties.
 
-        In bfloat16 rounding flips a choice in nearly every batch: there only the replay is meaningful.
+        In bfloat16 rounding flips a choice in nearly every batch, so only the replay is meaningful.
         """
         if self.precision != "bfloat16":
             rows = free()
@@ -320,10 +320,10 @@ class Ladder:
         choice = self._choice_row(rung, "", total, labels.size * self.config.num_hidden_layers)
         if self.precision == "bfloat16" or (total.count and choice.passed):
             return [choice, *replay()]
-        return [*rows, choice]  # it was no near tie: report the differences as they are
+        return [*rows, choice]  # not a near tie: report the differences of the free run
 
     def _flips(self, weights: Weights, step: int, experts: np.ndarray) -> Flips:
-        """What Flax would choose otherwise, where the experts (A,L,B,T,k) of a step are given."""
+        """The choices that Flax would make differently from the given experts (A,L,B,T,k) of a step."""
         found = []
         for labels, forced in zip(self.batches[step], experts, strict=True):
             trace = jax_trace(self.config, weights, np.maximum(labels, 0), self.precision, forced)
@@ -344,5 +344,5 @@ def _same_choice(ours: np.ndarray, theirs: np.ndarray) -> bool:
 
 
 def _change(before: Named, after: Trained) -> Named:
-    """How far the parameters moved, in float64: in the parameters themselves a small update would not show."""
+    """The update of the parameters, in float64; a difference in it would be too small to see in the parameters."""
     return {name: values.astype(np.float64) - before[name] for name, values in after.params.items()}

@@ -1,20 +1,21 @@
-"""Which operators a run dispatches, and whether PyTorch's Metal backend (MPS) has a kernel for each: no Mac needed.
+"""Records the operators that a run dispatches and checks, without a Mac, that PyTorch's MPS backend has their kernels.
 
-The installed torch carries `native_functions.yaml`, the table from which its dispatcher is generated for all platforms.
-`Recorder` looks each dispatched operator up there as an MPS build would: its own kernel, or the MPS kernel of its
-structured operator, or a composite. A composite then runs as the composite that it is on MPS (its parts on
-CPU tensors), with the recorder on, even where the CPU has its own kernel: its parts are recorded and checked too.
-The reverse, what MPS runs whole and a CPU in parts, is `linear` alone in this model: it is recorded in its parts.
+The installed torch contains `native_functions.yaml`, the table from which its dispatcher is generated for all
+platforms. `Recorder` looks up each dispatched operator as an MPS build would: an MPS kernel, the MPS kernel of its
+structured operator, or a composite. A composite runs as on MPS: its parts run on CPU tensors, even if the CPU has a
+kernel for the whole operator. The parts are recorded and checked too. In this model, only `linear` is the reverse case:
+MPS has one kernel for it, the CPU runs it in parts, and the parts are recorded.
 
-An `MpsTensor` is on `mps:0` for Python and the dispatcher and holds its values on the CPU, so every decision about the
-device (autocast's lists, the branches of transformers, torch.optim and clip_grad_norm_) is the one that a Mac makes.
-Only autograd does not run on it: the engine asks the accelerator for its stream, and a FakeTensorMode with a fake `mps`
-device ends the process for the like reason. `parity_tests.mps_runs` describes how training is recorded.
+An `MpsTensor` reports the device `mps:0` to Python and to the dispatcher, and holds its values on the CPU. Decisions
+that depend on the device (autocast's lists, branches in transformers, torch.optim and clip_grad_norm_) are therefore
+the same as on a Mac. Autograd does not run on it, because the engine asks the accelerator for its stream. A
+FakeTensorMode with a fake `mps` device ends the process for a similar reason. `parity_tests.mps_runs` describes how
+training is recorded.
 
-A breach is an operator that has no kernel, which is an error on a Mac or a fallback to the CPU under
-PYTORCH_ENABLE_MPS_FALLBACK (those that MPSFallback.mm lets fall back silently have none in the table either), and a
-float64 or complex tensor that goes in or comes out, zero-dimensional ones included. What can't be seen from here:
-whether a Metal kernel computes what it should, and which dtypes and sizes it refuses at run time.
+A breach is one of two things. The first is an operator without a kernel: on a Mac it is an error, or a fallback to the
+CPU under PYTORCH_ENABLE_MPS_FALLBACK. (Operators that MPSFallback.mm lets fall back silently have no kernel in the
+table either.) The second is a float64 or complex input or output, zero-dimensional tensors included. This method cannot
+show whether a Metal kernel is correct, or which dtypes and sizes it refuses at run time.
 """
 
 from __future__ import annotations
@@ -38,23 +39,23 @@ from torchgen.model import DispatchKey
 
 COMPOSITES = ("CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional", "CompositeImplicitAutograd")
 LEAVES = ("copy_", "detach")
-"""Composites to the table, but without parts: copy_'s kernel asks for the device and has a branch for MPS."""
+"""Composites in the table that have no parts: the kernel of copy_ has a branch for MPS."""
 FORBIDDEN = (torch.float64, torch.complex32, torch.complex64, torch.complex128)
 
 
 @functools.cache
 def _table() -> tuple[ParsedYaml, dict[str, object]]:
     folder = Path(torchgen.__file__).parent / "packaged" / "ATen" / "native"
-    parsed = parse_native_yaml(str(folder / "native_functions.yaml"), str(folder / "tags.yaml"))  # autogen'd ones too
+    parsed = parse_native_yaml(str(folder / "native_functions.yaml"), str(folder / "tags.yaml"))  # with autogen
     return parsed, {str(function.func.name): function for function in parsed.native_functions}
 
 
 @functools.cache
 def mps_kernel(name: str) -> str | None:
-    """What runs `name` (e.g. "add.Tensor", without a namespace) on MPS.
+    """The kernel that runs `name` (such as "add.Tensor", without a namespace) on MPS.
 
     Returns:
-        "MPS" for its own kernel, the dispatch key of a composite, or None: no kernel, a fallback to the CPU.
+        "MPS" for an MPS kernel, the dispatch key of a composite, or None: no kernel, a fallback to the CPU.
     """
     parsed, functions = _table()
     function = functions.get(name)
@@ -72,10 +73,10 @@ def mps_kernel(name: str) -> str | None:
 
 @contextmanager
 def mps_device() -> Iterator[None]:
-    """Lets a torch without MPS name the device `mps:0`, for as long as it holds.
+    """A context in which a torch without MPS accepts the device `mps:0`.
 
-    Indexing a tensor asks the guard of its device for the current one: the meta device's guard, which does nothing,
-    stands in. The index is needed, because this guard would name the meta device as the current one.
+    Indexing a tensor asks the device guard for the current device. The guard of the meta device, which does nothing, is
+    used instead. The device needs its index, because this guard reports the meta device as the current one.
     """
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     mps, meta = (getattr(torch._C._autograd.DeviceType, name).value for name in ("MPS", "Meta"))
@@ -84,7 +85,7 @@ def mps_device() -> Iterator[None]:
     guards[mps] = guards[meta]
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(list, device=...): made on the CPU and moved, as on a Mac
     try:
-        with mock.patch("torch.Event"):  # transformers' generate looks one token late whether to stop, on MPS only
+        with mock.patch("torch.Event"):  # on MPS only, transformers' generate checks the stop one token later
             yield
     finally:
         guards[mps] = None
@@ -106,7 +107,7 @@ class MpsTensor(Tensor):
         return f"MpsTensor({self.values_on_cpu})"
 
     def tolist(self) -> list:
-        return self.to("cpu").tolist()  # what torch's own does, which refuses subclasses
+        return self.to("cpu").tolist()  # torch's method does the same but refuses subclasses
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -114,7 +115,7 @@ class MpsTensor(Tensor):
 
 
 def _run_on_values(func, kernel, args: tuple, kwargs: dict):
-    """The results of operator `func`, computed by `kernel` on the CPU and put where `func` would put them."""
+    """Compute the results of operator `func` by `kernel` on the CPU, and return them on the device of `func`."""
     out = kernel(*tree_map(_to_cpu, args), **tree_map(_to_cpu, kwargs))
     if not _goes_to_mps(args, kwargs):
         return out
@@ -141,17 +142,17 @@ def _to_cpu(leaf):
 
 
 def _goes_to_mps(args: tuple, kwargs: dict) -> bool:
-    """Whether an operator's results are on mps: by its `device`, else by its tensors."""
+    """Whether the results of an operator are on MPS: from its `device` argument, else from its tensors."""
     if kwargs.get("device") is not None:
         return torch.device(kwargs["device"]).type == "mps"
     return any(isinstance(leaf, MpsTensor) for leaf in tree_leaves((args, kwargs)))
 
 
 class Recorder(TorchDispatchMode):
-    """Counts the operators that MPS would run, by name, and collects what it would refuse.
+    """Counts the operators that MPS would run, by name, and collects those that it would refuse.
 
     Args:
-        everything: CPU tensors stand for the device; else only an operator that touches an `MpsTensor` counts.
+        everything: treat CPU tensors as on the device; else record only operators with an `MpsTensor`.
     """
 
     def __init__(self, everything: bool = False):
@@ -174,7 +175,7 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _parts(self, func, kernel: str, *args, **kwargs):
-        """Run the composite on CPU tensors; what it is made of counts too."""
+        """Run the composite on CPU tensors and record its parts."""
         outer, self.everything = self.everything, True
         try:
             with self:
@@ -190,7 +191,7 @@ class Recorder(TorchDispatchMode):
                 self.breaches[name] = f"has a {str(leaf.dtype).removeprefix('torch.')} tensor"
 
     def summary(self) -> str:
-        """One line for each kind of kernel: how many operators, and which."""
+        """One line for each kind of kernel: the number of operators and their names."""
         kinds: dict[str, list[str]] = {}
         for name in sorted(self.calls):
             kinds.setdefault(mps_kernel(name) or "no kernel", []).append(name)

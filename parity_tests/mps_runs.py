@@ -1,9 +1,10 @@
-"""What a Mac would be asked to do, recorded: training, evaluation and generation of a tiny model.
+"""Records the operators of training, evaluation and generation of a tiny model, as a Mac would run them.
 
-`python -m parity_tests.mps_runs` prints the operators of each. Autograd needs the device, so a training step is
-recorded in two halves: the forward and backward pass on CPU tensors, and then the whole step, `train_step` itself, on
-tensors that say `mps`, with gradients off and a `backward` that puts down the gradients of the first half. The halves
-check each other: their forward operators must be the same, and the parameters after the step those of the CPU.
+`python -m parity_tests.mps_runs` prints the operators of each. Autograd needs the real device, so a training step is
+recorded in two halves. The first is the forward and backward pass on CPU tensors. The second is the whole `train_step`
+on tensors that report `mps`, with gradients off and a `backward` that copies the gradients of the first half. The
+halves check each other: their forward operators must be the same, and the parameters after the step must be those of
+the CPU.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def labels() -> Tensor:  # (A,B,T)
 
 
 def gradients(precision: str, checkpointing: bool = False) -> tuple[Recorder, CustomLLM]:
-    """The forward and backward passes of one step on CPU tensors, and the model with its gradients."""
+    """Record the forward and backward passes of one step on CPU tensors; return the model with its gradients."""
     reference = model().train()
     if checkpointing:
         reference.gradient_checkpointing_enable()
@@ -77,7 +78,7 @@ def gradients(precision: str, checkpointing: bool = False) -> tuple[Recorder, Cu
 
 
 def step(precision: str, differentiated: CustomLLM | None = None) -> tuple[Recorder, CustomLLM]:
-    """One whole step on the device, and the model after it, on the CPU; `differentiated` brings the gradients."""
+    """Record one whole step on the device; return the model after it on the CPU. `differentiated` has the gradients."""
     source = differentiated or gradients(precision)[1]
     config, reference = train_config(precision), on_mps(source)
     optimizer = make_optimizer(reference, config)
@@ -96,7 +97,7 @@ def step(precision: str, differentiated: CustomLLM | None = None) -> tuple[Recor
 
 
 def evaluation() -> Recorder:
-    """The loss of a batch with padding at both ends."""
+    """Record the loss of a batch with padding at both ends."""
     ids, mask = tokens(2, 10), torch.ones(2, 10, dtype=torch.int64)
     mask[0, :3] = mask[1, 8:] = 0
     reference = on_mps(model())
@@ -106,7 +107,7 @@ def evaluation() -> Recorder:
 
 
 def generation(device: Callable[[Tensor], Tensor] = MpsTensor, **options) -> tuple[Recorder, Tensor]:
-    """Three tokens after two prompts, the first of them padded on the left; `device` puts a tensor where it runs."""
+    """Record three tokens after two prompts, the first padded on the left; `device` moves a tensor to the device."""
     prompts = tokens(2, 7)
     prompts[0, :3] = 0
     reference = on_mps(model()) if device is MpsTensor else model()

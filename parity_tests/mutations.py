@@ -1,4 +1,4 @@
-"""Planted faults: each changes the PyTorch side as a real mistake would, to see which rung of the ladder catches it."""
+"""Planted faults: each changes the PyTorch side like a real mistake, to test which rung of the ladder catches it."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ Plant = Callable[[CustomLLM], AbstractContextManager[None]]
 class Mutation(NamedTuple):
     plant: Plant
     rung: str
-    """The lowest rung that must catch it."""
+    """The lowest rung, which must catch the fault."""
     what: str
-    """And the first comparison of that rung which must fail."""
+    """The first comparison of that rung that must fail."""
 
 
 MUTATIONS: dict[str, Mutation] = {}
 
 
 def _mutation(rung: str, what: str) -> Callable[[Callable], Plant]:
-    """Enter a generator function into the table as a context manager."""
+    """Register a generator function in MUTATIONS as a context manager."""
 
-    def enter(function: Callable) -> Plant:
+    def register(function: Callable) -> Plant:
         plant = contextmanager(function)
         MUTATIONS[function.__name__] = Mutation(plant, rung, what)
         return plant
 
-    return enter
+    return register
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def _changed(tensor: Tensor, value: Tensor) -> Iterator[None]:
 
 @contextmanager
 def _hooked(module: torch.nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """The module returns something else."""
+    """Change the output of the module."""
     handle = module.register_forward_hook(lambda module, args, output: change(output))
     try:
         yield
@@ -68,7 +68,7 @@ def _hooked(module: torch.nn.Module, change: Callable[[Tensor], Tensor]) -> Iter
 
 @_mutation("weights", "weights")
 def weight_transposed(model: CustomLLM) -> Iterator[None]:
-    """A square matrix was copied as (in, out)."""
+    """A square matrix is copied as (in, out)."""
     weight = model.decoder_layers[0].self_attn.o_proj.weight
     with _changed(weight, weight.T.clone()):
         yield
@@ -76,7 +76,7 @@ def weight_transposed(model: CustomLLM) -> Iterator[None]:
 
 @_mutation("weights", "weights")
 def experts_exchanged(model: CustomLLM) -> Iterator[None]:
-    """Two routed experts of the last layer stand in each other's place."""
+    """Two routed experts of the last layer are swapped."""
     experts = model.decoder_layers[-1].mlp.routed_experts
     first, second = experts[0], experts[1]
     experts[0], experts[1] = second, first
@@ -88,7 +88,7 @@ def experts_exchanged(model: CustomLLM) -> Iterator[None]:
 
 @_mutation("weights", "weights")
 def routing_bias_lost(model: CustomLLM) -> Iterator[None]:
-    """The converter forgot the buffers."""
+    """The converter omits the buffers."""
     bias = model.decoder_layers[0].mlp.routing_bias
     with _changed(bias, torch.zeros_like(bias)):
         yield
@@ -99,7 +99,7 @@ def routing_bias_lost(model: CustomLLM) -> Iterator[None]:
 
 @_mutation("layers", "embeddings")
 def position_off_by_one(model: CustomLLM) -> Iterator[None]:
-    """Positions count from one."""
+    """Positions start at one."""
     limit = model.config.max_position_embeddings - 1
     positions = CustomLLM._positions
 
@@ -112,7 +112,7 @@ def position_off_by_one(model: CustomLLM) -> Iterator[None]:
 
 @_mutation("layers", "input norm")
 def norm_weight_dropped(model: CustomLLM) -> Iterator[None]:
-    """The norm forgets to multiply by its weight."""
+    """The norm does not multiply by its weight."""
 
     def plain(self, x: Tensor) -> Tensor:
         return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=self.eps)
@@ -123,7 +123,7 @@ def norm_weight_dropped(model: CustomLLM) -> Iterator[None]:
 
 @_mutation("layers", "post-attention norm")
 def second_norm_unweighted(model: CustomLLM) -> Iterator[None]:
-    """The norm before the experts forgets its weight, the one before attention does not."""
+    """Only the norm before the experts does not multiply by its weight."""
     norm = model.decoder_layers[0].post_attn_norm
     with _hooked(norm, lambda normed: normed / norm.weight):
         yield
@@ -142,7 +142,7 @@ def norm_eps_outside_the_root(model: CustomLLM) -> Iterator[None]:
 
 @_mutation("layers", "attention")
 def rope_halves_swapped(model: CustomLLM) -> Iterator[None]:
-    """The pairs rotate the other way round, as if the two halves of the rotary dimensions were exchanged."""
+    """The pairs rotate in the other direction: the two halves of the rotary dimensions are swapped."""
     rotate = reference.RotaryEmbedding.forward
 
     def swapped(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def rope_halves_swapped(model: CustomLLM) -> Iterator[None]:
 
 @_mutation("layers", "attention")
 def rope_interleaved(model: CustomLLM) -> Iterator[None]:
-    """Neighbouring dimensions form the pairs, as in other models, instead of the two halves."""
+    """The rotated pairs are adjacent dimensions, as in other models, instead of the two halves."""
     rotate = reference.RotaryEmbedding.forward
 
     def interleaved(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ def scale_missing(model: CustomLLM) -> Iterator[None]:
 
 @_mutation("layers", "attention")
 def future_visible(model: CustomLLM) -> Iterator[None]:
-    """The mask lets every token see the one after it."""
+    """The mask lets every token attend to the next one."""
 
     def leaky(length, past, attention_mask, device):
         return torch.ones(1, 1, length, past + length, dtype=torch.bool, device=device).tril(past + 1)
@@ -188,7 +188,7 @@ def future_visible(model: CustomLLM) -> Iterator[None]:
 
 @contextmanager
 def _rerouted(change: Callable[..., reference.Routing]) -> Iterator[None]:
-    """`change` gets what `route` gets, and `route` itself in front."""
+    """Replace `route(*args)` by `change(route, *args)`."""
     route = reference.route
     with mock.patch.object(reference, "route", lambda *args: change(route, *args)):
         yield
@@ -208,7 +208,7 @@ def scores_by_softmax(model: CustomLLM) -> Iterator[None]:
 
 @_mutation("layers", "expert choice")
 def choice_unbiased(model: CustomLLM) -> Iterator[None]:
-    """The routing bias does not steer the choice."""
+    """The routing bias does not affect the choice."""
     with _rerouted(
         lambda route, x, weight, bias, k, experts=None: route(x, weight, torch.zeros_like(bias), k, experts)
     ):
@@ -217,7 +217,7 @@ def choice_unbiased(model: CustomLLM) -> Iterator[None]:
 
 @_mutation("layers", "experts")
 def gate_biased(model: CustomLLM) -> Iterator[None]:
-    """The gates use the score with the routing bias, which may only steer the choice."""
+    """The gates use the score with the routing bias, which should only affect the choice."""
 
     def biased(route, x, router_weight, routing_bias, k, experts=None):
         routing = route(x, router_weight, routing_bias, k, experts)
@@ -242,14 +242,14 @@ def gates_not_normalized(model: CustomLLM) -> Iterator[None]:
 
 @_mutation("layers", "experts")
 def shared_expert_lost(model: CustomLLM) -> Iterator[None]:
-    """A shared expert adds nothing."""
+    """A shared expert returns zeros."""
     with _hooked(model.decoder_layers[0].mlp.shared_experts[0], torch.zeros_like):
         yield
 
 
 @_mutation("layers", "residual")
-def residual_behind_the_norm(model: CustomLLM) -> Iterator[None]:
-    """The experts' output is added to the normed stream instead of the stream itself."""
+def residual_after_the_norm(model: CustomLLM) -> Iterator[None]:
+    """The experts' output is added to the normalized stream instead of the residual stream."""
 
     def post_norm(self, x, positions, mask, experts=None, past_key_values=None):
         x = x + self.self_attn(self.input_norm(x), positions, mask, past_key_values)
@@ -266,14 +266,14 @@ def residual_behind_the_norm(model: CustomLLM) -> Iterator[None]:
 
 @_mutation("logits", "logits")
 def head_bias_dropped(model: CustomLLM) -> Iterator[None]:
-    """lm_head forgets its bias."""
+    """lm_head does not add its bias."""
     with _hooked(model.lm_head, lambda logits: logits - model.lm_head.bias):
         yield
 
 
 @contextmanager
 def _loss(change: Callable[..., Tensor]) -> Iterator[None]:
-    """`change` gets what the loss gets, and the loss itself in front."""
+    """Replace `next_token_loss(*args)` by `change(next_token_loss, *args)`."""
     loss = reference.next_token_loss
     with mock.patch.object(reference, "next_token_loss", lambda *args: change(loss, *args)):
         yield
@@ -281,7 +281,7 @@ def _loss(change: Callable[..., Tensor]) -> Iterator[None]:
 
 @_mutation("loss", "loss")
 def labels_not_shifted(model: CustomLLM) -> Iterator[None]:
-    """The loss scores each position on the token that it has already seen: the source's mistake."""
+    """The loss scores each position on its own input token, the mistake of the source."""
 
     def unshifted(loss, logits, labels, num_items=None):
         return loss(logits, labels.roll(1, dims=1), num_items)
@@ -292,7 +292,7 @@ def labels_not_shifted(model: CustomLLM) -> Iterator[None]:
 
 @_mutation("loss", "loss")
 def labels_shifted_twice(model: CustomLLM) -> Iterator[None]:
-    """The caller shifts the labels, and the loss again."""
+    """The caller and the loss both shift the labels."""
     with _loss(lambda loss, logits, labels, num_items=None: loss(logits, labels.roll(-1, dims=1), num_items)):
         yield
 
@@ -304,23 +304,23 @@ def labels_shifted_twice(model: CustomLLM) -> Iterator[None]:
 def mean_of_means(model: CustomLLM) -> Iterator[None]:
     """Each micro-batch is divided by its own targets, and the sum by the number of micro-batches."""
 
-    def own_mean(loss, logits, labels, num_items=None):
-        return loss(logits, labels) / (1 if num_items is None else 2)  # the ladder accumulates two
+    def mean_of_micro_batch(loss, logits, labels, num_items=None):
+        return loss(logits, labels) / (1 if num_items is None else 2)  # the ladder accumulates two micro-batches
 
-    with _loss(own_mean):
+    with _loss(mean_of_micro_batch):
         yield
 
 
 @_mutation("gradients", "training loss")
 def dropout_left_on(model: CustomLLM) -> Iterator[None]:
-    """Training drops embeddings that it should not."""
+    """Dropout is on in training, although its rate should be zero."""
     with mock.patch.object(model.dropout, "p", 0.1):
         yield
 
 
 @_mutation("gradients", "gradients")
 def gates_detached(model: CustomLLM) -> Iterator[None]:
-    """No gradient flows through the gates, so that the router does not learn."""
+    """No gradient flows through the gates, so the router is not trained."""
 
     def detached(route, *args):
         routing = route(*args)
@@ -342,12 +342,12 @@ def micro_batch_lost(model: CustomLLM) -> Iterator[None]:
     """The second micro-batch's gradient replaces the first one's instead of adding to it."""
     forward = CustomLLM.forward
 
-    def forgetful(self, *args, **kwargs):
+    def resetting(self, *args, **kwargs):
         if self.training:
             self.zero_grad()
         return forward(self, *args, **kwargs)
 
-    with mock.patch.object(CustomLLM, "forward", forgetful):
+    with mock.patch.object(CustomLLM, "forward", resetting):
         yield
 
 
@@ -355,7 +355,7 @@ def micro_batch_lost(model: CustomLLM) -> Iterator[None]:
 
 
 class FaultyAdamW(torch.optim.AdamW):
-    """AdamW written out, with one of two mistakes."""
+    """AdamW written out, with one of two optional mistakes."""
 
     eps_inside = False
     corrected = True
@@ -387,14 +387,14 @@ def adam_eps_inside_the_root(model: CustomLLM) -> Iterator[None]:
 
 @_mutation("step", "update")
 def adam_not_corrected(model: CustomLLM) -> Iterator[None]:
-    """The moments are not corrected for their start at zero."""
+    """The moments have no bias correction."""
     with mock.patch.object(torch.optim, "AdamW", type("Uncorrected", (FaultyAdamW,), {"corrected": False})):
         yield
 
 
 @_mutation("step", "second moments")
 def adam_beta2_default(model: CustomLLM) -> Iterator[None]:
-    """The optimizer has PyTorch's beta2 instead of the config's."""
+    """The optimizer uses PyTorch's default beta2 instead of the config's."""
     adamw = torch.optim.AdamW
 
     def with_default(groups, lr, betas, eps):
@@ -420,7 +420,7 @@ def decay_on_norms(model: CustomLLM) -> Iterator[None]:
 
 @_mutation("step", "first moments")
 def clipping_missing(model: CustomLLM) -> Iterator[None]:
-    """The gradient's norm is measured and not limited."""
+    """The gradient norm is measured but not clipped."""
     clip = stepping.clip_gradients
     with mock.patch.object(stepping, "clip_gradients", lambda model, limit: clip(model, 1e9)):
         yield
@@ -438,7 +438,7 @@ def schedule_off_by_one(model: CustomLLM) -> Iterator[None]:
 
 @contextmanager
 def _bias_update(change: Callable[..., None]) -> Iterator[None]:
-    """`change` gets what the update of the routing bias gets, and the update itself in front."""
+    """Replace `update_routing_bias(*args)` by `change(update_routing_bias, *args)`."""
     update = stepping.update_routing_bias
     with mock.patch.object(stepping, "update_routing_bias", lambda *args: change(update, *args)):
         yield
@@ -446,14 +446,14 @@ def _bias_update(change: Callable[..., None]) -> Iterator[None]:
 
 @_mutation("step", "routing bias")
 def bias_update_reversed(model: CustomLLM) -> Iterator[None]:
-    """The routing bias pushes towards crowded experts."""
+    """The routing bias steers towards overloaded experts."""
     with _bias_update(lambda update, model, counts, rate: update(model, counts, -rate)):
         yield
 
 
 @_mutation("step", "routing bias")
 def bias_decays(model: CustomLLM) -> Iterator[None]:
-    """The routing bias is among the parameters that decay: by learning rate times weight decay, 1e-4 a step."""
+    """The routing bias decays too, by learning rate times weight decay: 1e-4 per step."""
 
     def decaying(update, model, counts, rate):
         for layer in model.decoder_layers:
@@ -466,7 +466,7 @@ def bias_decays(model: CustomLLM) -> Iterator[None]:
 
 @_mutation("step", "routing bias")
 def bias_update_summed(model: CustomLLM) -> Iterator[None]:
-    """Accumulation adds up the sign of each micro-batch instead of taking the sign of their sum."""
+    """Accumulation sums the sign of each micro-batch instead of taking the sign of the sum."""
     count, update = stepping.tokens_per_expert, stepping.update_routing_bias
 
     def of_each(router_experts, n_experts):
@@ -483,12 +483,12 @@ def bias_update_summed(model: CustomLLM) -> Iterator[None]:
         yield
 
 
-# what only many steps show
+# visible only after many steps
 
 
 @_mutation("trajectory", "losses")
 def gradients_not_zeroed(model: CustomLLM) -> Iterator[None]:
-    """Each step's gradient adds to those of the steps before."""
+    """Gradients accumulate over the steps."""
     with mock.patch.object(torch.optim.Optimizer, "zero_grad"):
         yield
 
@@ -512,12 +512,12 @@ def cosine_with_a_floor(model: CustomLLM) -> Iterator[None]:
         yield
 
 
-# what only decoding shows
+# visible only in decoding
 
 
 @_mutation("generation", "cached logits")
 def cached_position_off_by_one(model: CustomLLM) -> Iterator[None]:
-    """A token that follows cached ones counts its position from one."""
+    """The position of a token after cached ones is too large by one."""
     positions = CustomLLM._positions
 
     def late(past, *args) -> Tensor:
@@ -529,7 +529,7 @@ def cached_position_off_by_one(model: CustomLLM) -> Iterator[None]:
 
 @_mutation("generation", "greedy tokens")
 def padding_attended(model: CustomLLM) -> Iterator[None]:
-    """Generation from prompts of different lengths lets the shorter ones see their padding."""
+    """In a batch of prompts of different lengths, the shorter ones attend to their padding."""
     generate = CustomLLM.generate
 
     def unmasked(self, ids, attention_mask, **options):

@@ -1,4 +1,4 @@
-"""What the ladder found, for a person (a table, a picture) and for a program (JSON)."""
+"""Report the results of the ladder: a table, a picture and JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = ("jax", "flax", "optax", "torch", "transformers", "numpy")
 
 
 def group_rows(rows: list[Row]) -> list[list[Row]]:
-    """The rows of each comparison (one for each leaf or layer), in order."""
+    """Group the rows by comparison, in order; a group has one row for each leaf or layer."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.rung, row.what), []).append(row)
@@ -30,13 +30,13 @@ def group_rows(rows: list[Row]) -> list[list[Row]]:
 
 
 def worst_row(rows: list[Row]) -> Row:
-    """The first that failed, else the one with the largest relative error."""
+    """The first failed row, or else the one with the largest relative error."""
     failed = [row for row in rows if not row.passed]
     return failed[0] if failed else max(rows, key=lambda row: (row.relative_l2 or 0.0, row.max_error or 0.0))
 
 
 def print_table(rows: list[Row], title: str) -> None:
-    """A line for each comparison: the largest errors over its leaves, and the worst of them by name."""
+    """Print one line for each comparison: the largest errors over its leaves, and the name of the worst leaf."""
     table = Table(title=title, title_justify="left")
     for column in ("rung", "compared", "max error", "relative L2", "1 - cosine", "tolerance", "verdict"):
         right = column in ("max error", "relative L2", "1 - cosine")
@@ -75,7 +75,7 @@ def _limit(row: Row) -> str:
 
 
 def first_divergence(rows: list[Row]) -> str | None:
-    """The first comparison that failed, in the order of the computation: its layer and part, or its leaf."""
+    """The first failed comparison in computation order: its layer and part, or its leaf."""
     failed = next((row for row in rows if not row.passed), None)
     if failed is None:
         return None
@@ -100,12 +100,12 @@ def write_report(file: Path, rows: list[Row], curve: Curve, seconds: dict[str, f
 
 
 def _number(value: Any) -> Any:
-    """JSON has neither infinities nor not-a-number: as text, they stay visible."""
+    """Infinities and NaN as text, because JSON has no numbers for them."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def draw_report(file: Path, rows: list[Row], curve: Curve, title: str) -> None:
-    """Draw `parity.png`: the error of each part by depth, both loss curves, and the distance between them."""
+    """Draw `parity.png`: the error of each part by depth, both loss curves, and their difference."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -127,7 +127,7 @@ def draw_report(file: Path, rows: list[Row], curve: Curve, title: str) -> None:
     steps = range(1, len(curve.jax) + 1)
     losses.plot(steps, curve.jax, label="JAX", linewidth=3, alpha=0.5)
     losses.plot(steps, curve.torch, "--", label="PyTorch" + (", its experts replayed in JAX" if curve.replayed else ""))
-    losses.set(xlabel="step", ylabel="cross-entropy (nats per token)", title="The same training, twice")
+    losses.set(xlabel="step", ylabel="cross-entropy (nats per token)", title="Training loss in both frameworks")
     losses.grid(alpha=0.3)
     if curve.jax:
         losses.legend(loc="upper right", fontsize=8)
@@ -139,5 +139,5 @@ def draw_report(file: Path, rows: list[Row], curve: Curve, title: str) -> None:
 
 
 def _drawable(errors) -> np.ndarray:
-    """A logarithmic axis has no zero: no error has no point."""
+    """Replace zeros by NaN, because a logarithmic axis cannot show them."""
     return np.where(np.asarray(errors) > 0, errors, np.nan)

@@ -78,10 +78,10 @@ def test_twenty_steps_in_jax_and_twenty_in_pytorch_are_forty_in_jax(whole, half,
     assert "Resuming from step 20" in capsys.readouterr().out
     ours, theirs = losses(whole), losses(folder)
     assert theirs.keys() == ours.keys() == set(range(1, 41))
-    assert [theirs[i] for i in range(1, 21)] == [ours[i] for i in range(1, 21)]  # the log came along
+    assert [theirs[i] for i in range(1, 21)] == [ours[i] for i in range(1, 21)]  # the log was converted too
     assert [theirs[i] for i in range(21, 41)] == pytest.approx([ours[i] for i in range(21, 41)], rel=2e-5)
     assert evaluations(folder)[40] == pytest.approx(evaluations(whole)[40], rel=1e-5)
-    # and the whole state is the one that JAX comes to alone
+    # and the final state is the one of the JAX run
     assert main(["to-flax", str(folder), str(tmp_path / "back")]) == 0
     (state, position), (other, other_position) = restored(whole), restored(tmp_path / "back")
     for tree, of_other, limit in (
@@ -95,8 +95,8 @@ def test_twenty_steps_in_jax_and_twenty_in_pytorch_are_forty_in_jax(whole, half,
     assert_same_bits(position[2:], other_position[2:])
 
 
-def test_a_run_without_its_moments_would_be_seen(whole, half, narrow, tmp_path):
-    """The control of the test above: new moments change the losses far beyond its tolerance."""
+def test_a_run_without_its_moments_is_detected(whole, half, narrow, tmp_path):
+    """The control of the test above: zero moments change the losses far beyond its tolerance."""
     folder = tmp_path / "torch"
     assert main(["to-torch", str(half), str(folder), "--training"]) == 0
     file = folder / "checkpoint-20" / "optimizer.pt"
@@ -109,7 +109,7 @@ def test_a_run_without_its_moments_would_be_seen(whole, half, narrow, tmp_path):
     assert max(abs(theirs[i] / ours[i] - 1) for i in range(21, 41)) > 10 * 2e-5
 
 
-def test_a_run_that_began_in_pytorch_resumes_in_jax(narrow, tmp_path, capsys):
+def test_a_pytorch_run_resumes_in_jax(narrow, tmp_path, capsys):
     options = [*narrow, *STEPS, "--model.dropout", "0"]
     folder = tmp_path / "torch"
     assert torch_training.main([*options, "--run-dir", str(folder)]) == 0

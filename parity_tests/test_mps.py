@@ -1,7 +1,8 @@
-"""What Apple's MPS backend would run of the PyTorch model, checked without a Mac: see `parity_tests.mps_operators`.
+"""The operators of the PyTorch model on Apple's MPS backend, checked without a Mac: see `parity_tests.mps_operators`.
 
-Of MPS's known traps: PyTorch's own attention, which was wrong there with a mask broadcast over heads, NaN for a row
-without keys and fatal with both a mask and `is_causal`, is never called; and no softmax runs over a row without keys.
+Known problems of MPS are avoided. PyTorch's scaled_dot_product_attention is never called: on MPS it was wrong for a
+mask broadcast over heads, NaN for a row without keys, and crashed with both a mask and `is_causal`. No softmax runs
+over a row without keys.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from parity_tests import mps_runs
 from parity_tests.mps_operators import mps_kernel
 from torch_ref.step import make_optimizer, make_schedule, train_step
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the imitated device lives in Linux's libc10.so")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the imitated device needs libc10.so of Linux")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Thousands of tiny operators: handing them to threads takes longer than they do."""
+    """For thousands of tiny operators, several threads are slower than one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -30,7 +31,7 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True)
-def no_attention_of_torch(monkeypatch):
+def no_scaled_dot_product_attention(monkeypatch):
     def called(*args, **kwargs):
         pytest.fail("scaled_dot_product_attention was called")
 
@@ -56,22 +57,22 @@ def renormed(x):
     return x + 0 * rows.sum().to(x.dtype)
 
 
-def wide_scalar(x):
+def float64_scalar(x):
     return (x + torch.zeros((), dtype=torch.float64, device=x.device)).to(x.dtype)
 
 
 PLANTED = {
     "_linalg_eigh": (eigenvalues, "has no MPS kernel"),
-    "embedding_renorm_": (renormed, "has no MPS kernel"),  # one of those that fall back without a word
+    "embedding_renorm_": (renormed, "has no MPS kernel"),  # one of those that fall back silently
     "_to_copy": (lambda x: x.double().to(x.dtype), "has a float64 tensor"),
-    "add.Tensor": (wide_scalar, "has a float64 tensor"),
+    "add.Tensor": (float64_scalar, "has a float64 tensor"),
     "complex": (lambda x: torch.complex(x.float(), x.float()).real.to(x.dtype), "has a complex64 tensor"),
 }
 
 
 @pytest.mark.parametrize("run", ["forward and backward, float32", "greedy generation"])
 @pytest.mark.parametrize("operator", PLANTED)
-def test_a_planted_fault_is_seen(monkeypatch, operator, run):
+def test_a_planted_fault_is_detected(monkeypatch, operator, run):
     plant, reason = PLANTED[operator]
     forward = reference.CustomRMSNorm.forward
     monkeypatch.setattr(reference.CustomRMSNorm, "forward", lambda self, x: plant(forward(self, x)))
@@ -80,23 +81,21 @@ def test_a_planted_fault_is_seen(monkeypatch, operator, run):
 
 
 @pytest.mark.parametrize("name", ["linalg_eig", "_linalg_eigh", "embedding_renorm_", "geqrf", "no_such_operator"])
-def test_the_table_knows_what_mps_lacks(name):
+def test_operators_without_an_mps_kernel_are_known(name):
     assert mps_kernel(name) is None
 
 
 def test_the_table_follows_structured_operators_and_composites():
-    assert (
-        mps_kernel("mm") == mps_kernel("mm.out") == mps_kernel("add_.Tensor") == "MPS"
-    )  # by way of mm.out and add.out
-    # MPS runs nn.Linear whole, where the CPU has t, addmm and mm
+    assert mps_kernel("mm") == mps_kernel("mm.out") == mps_kernel("add_.Tensor") == "MPS"  # through mm.out and add.out
+    # MPS has one kernel for nn.Linear, the CPU uses t, addmm and mm
     assert mps_kernel("linear") == mps_kernel("linear_backward") == "MPS"
-    assert mps_kernel("ones_like") == mps_kernel("ones_like.out") == "CompositeExplicitAutograd"  # the latter autogen'd
+    assert mps_kernel("ones_like") == mps_kernel("ones_like.out") == "CompositeExplicitAutograd"  # the latter: autogen
     assert mps_kernel("dropout") == "CompositeImplicitAutograd"
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_both_halves_of_a_recorded_step_agree(precision):
-    """The same operators forward, with the same derivatives; and the step's parameters are those that a CPU gives."""
+    """The forward operators and their derivatives are the same, and the step gives the parameters of a CPU step."""
     whole, reference = mps_runs.gradients(precision)
     half, after = mps_runs.step(precision, reference)
     optimizer_s = {"addcdiv_", "addcmul_", "lerp_.Scalar", "mul_.Tensor", "reciprocal", "sqrt", "zeros_like"}
@@ -116,20 +115,20 @@ def test_both_halves_of_a_recorded_step_agree(precision):
         assert not torch.equal(value, before[name]) or name.endswith("norm.weight"), name
 
 
-def test_the_imitated_device_writes_what_the_cpu_writes():
+def test_the_imitated_device_generates_the_tokens_of_the_cpu():
     for options in ({"do_sample": False}, {"do_sample": True, "temperature": 0.7, "top_p": 0.9}):
         assert torch.equal(mps_runs.generation(**options)[1], mps_runs.generation(torch.Tensor.clone, **options)[1])
 
 
 def test_no_dropout_is_recomputed():
-    """Checkpointing on MPS restores the CPU's random numbers only: a layer that it recomputes may not draw any."""
-    assert not hasattr(torch.mps, "_initialized")  # what torch.utils.checkpoint asks for before it saves the device's
+    """On MPS, checkpointing restores only the CPU's random state, so a recomputed layer must not use dropout."""
+    assert not hasattr(torch.mps, "_initialized")  # torch.utils.checkpoint requires it to save the device's state
     layers = mps_runs.model().decoder_layers
     assert not [module for module in layers.modules() if "Dropout" in type(module).__name__]
 
 
-def test_no_softmax_runs_over_nothing(monkeypatch):
-    """Also for rows that are nothing but padding."""
+def test_no_softmax_runs_over_an_empty_row(monkeypatch):
+    """Not even for rows that contain only padding."""
     seen = []
 
     def watched(scores, mask):

@@ -1,4 +1,4 @@
-"""The PyTorch model on a real MPS device, where there is one; `test_mps` checks what can be checked without."""
+"""The PyTorch model on a real MPS device, if there is one; `test_mps` needs none."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch_ref.step import make_optimizer, make_schedule, train_step
 
 
 @pytest.mark.skipif(not torch.backends.mps.is_available(), reason="needs a Mac")
-def test_steps_on_mps_lose_what_they_lose_on_the_cpu():
+def test_steps_on_mps_have_the_losses_of_the_cpu():
     config = mps_runs.train_config("float32")
     losses = {}
     for device in ("cpu", "mps"):
         model = mps_runs.model().train().to(device)
-        model.dropout.p = 0.0  # the two devices draw other numbers
+        model.dropout.p = 0.0  # the two devices draw different numbers
         optimizer = make_optimizer(model, config)
         schedule = make_schedule(optimizer, config)
         losses[device] = [

@@ -18,9 +18,9 @@ from parity_tests.mutations import MUTATIONS, FaultyAdamW
 from parity_tests.text import read_tokens
 
 TINY = PRESETS["tiny"]
-# where many models are compared: the same parts, narrow
+# for tests with many models: the same parts, smaller
 NARROW = dataclasses.replace(TINY, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, moe_intermediate_size=48)
-# several shared experts, more of each latent, no final norm: what tiny does not cover
+# not covered by tiny: several shared experts, larger latents, no final norm
 OTHER = dataclasses.replace(
     NARROW, n_shared_experts=2, n_routed_experts=5, num_experts_per_tok=3, compression_ratio=2, final_norm=False
 )
@@ -52,15 +52,15 @@ def narrow(tokens):
     return ladder_of(NARROW, tokens, "float32", seq_len=200, steps=15)
 
 
-@pytest.mark.slow  # `.ci/run` climbs the whole ladder on a trained run of `tiny`
+@pytest.mark.slow  # `.ci/run` runs the whole ladder on a trained run of `tiny`
 def test_tiny_in_float32(tokens):
     ladder, model = ladder_of(TINY, tokens, "float32")
     assert failures(ladder, model) == []
     assert len(ladder.curve.jax) == len(ladder.curve.torch) == 50
-    assert ladder.curve.jax[-1] < ladder.curve.jax[0] - 1  # it learned something on the way
+    assert ladder.curve.jax[-1] < ladder.curve.jax[0] - 1  # training reduced the loss
 
 
-def test_float64_leaves_no_room_for_another_formula(tokens):
+def test_float64_agrees_to_its_precision(tokens):
     assert failures(*ladder_of(NARROW, tokens, "float64", seq_len=200, steps=15)) == []
 
 
@@ -88,12 +88,12 @@ def test_a_planted_fault_is_caught_by_the_lowest_rung_that_can_see_it(narrow, na
         caught = next(breaches, None)
     assert caught is not None, "nothing was caught"
     assert (caught.rung, caught.what) == (mutation.rung, mutation.what)
-    # and the fault is gone again, so that the next one stands alone
+    # the fault is removed again, so that the next one is tested alone
     assert failures(ladder, model, FORWARD) == []
 
 
-def test_the_written_out_adamw_is_right_without_its_mistakes(narrow, monkeypatch):
-    """So that its mutations are caught for their mistake and not for being another optimizer."""
+def test_faulty_adamw_without_a_mistake_is_adamw(narrow, monkeypatch):
+    """Its mutations must be caught for their mistake, not because the optimizer is a different one."""
     monkeypatch.setattr(torch.optim, "AdamW", FaultyAdamW)
     assert failures(*narrow, rungs=("step",)) == []
 
@@ -110,19 +110,19 @@ def test_near_ties_are_distinguished_from_wrong_choices():
     assert tie.count == 1
     assert tie.margin == pytest.approx(1e-7)
     assert expert_flips(scores, none, np.asarray([[0, 3]])).margin == pytest.approx(0.4)
-    # the best expert was left out: that the two worst are a tie excuses nothing
+    # the best expert is missing: a tie between the two worst is no excuse
     assert expert_flips(scores, none, np.asarray([[1, 2]])).margin == pytest.approx(0.4)
     # the bias decides the choice
     assert expert_flips(scores, np.asarray([0, 0, 0, 0.45]), np.asarray([[0, 3]])).count == 0
 
 
 def test_a_near_tie_is_replayed_and_reported(tokens):
-    """Where rounding decides otherwise, the replay shows that nothing else differs."""
+    """If rounding changes a choice, the replay shows that nothing else differs."""
     config = NARROW
     weights = random_weights(config)
     router = weights.params["decoder_layers"]["mlp"]["router"]["weight"]  # (L,D,E)
     bias = weights.routing_bias["decoder_layers"]["mlp"]["routing_bias"]
-    # everywhere, two experts compete for the second place and are a near tie
+    # in every layer, two experts are a near tie for the second place
     router[..., 1], bias[...] = router[..., 0], [1, 1 - 1e-6, 2, 0, 0, 0, 0]
     model = torch_model(config, weights)
     for layer in model.decoder_layers:
@@ -136,14 +136,14 @@ def test_a_near_tie_is_replayed_and_reported(tokens):
     for rung in ("gradients", "step", "trajectory"):
         assert found[rung][0].what == "expert choice"
     assert ladder.curve.replayed
-    # and the replay hides no fault
+    # the replay hides no fault
     with MUTATIONS["gates_detached"].plant(model):
         (_, rows), *_ = ladder.climb(model, ("gradients",))
     assert {row.what for row in rows if not row.passed} == {"gradients"}
 
 
-def test_a_gradient_of_rounding_errors_is_distinguished_from_a_wrong_one(tokens):
-    """With nearly equal values everywhere, a query's gradient is a small rest of large terms."""
+def test_a_cancelled_gradient_is_distinguished_from_a_wrong_one(tokens):
+    """With nearly equal values everywhere, the gradient of a query is a small difference of large terms."""
     weights = random_weights(NARROW)
     for name in ("token_embeddings", "position_embeddings"):
         table = weights.params[name]["weight"]  # (V|P,D)
@@ -178,7 +178,7 @@ def test_the_whole_customllm_1b(tokens):
     assert failures(*ladder_of(PRESETS["customllm-1b"], tokens, "float32"), rungs=FORWARD) == []
 
 
-def test_not_a_number_never_passes():
+def test_nan_never_passes():
     values, tolerance = np.arange(3.0), TOLERANCES["float32"].forward
     assert compare_arrays("", "", "", values, values, tolerance).passed
     assert not compare_arrays("", "", "", values, np.full((3,), np.nan), tolerance).passed
@@ -193,7 +193,7 @@ def test_an_infinite_gradient_excuses_nothing():
 
 def test_the_command_reports_a_planted_fault(tmp_path, capsys):
     text = tmp_path / "text.txt"
-    text.write_text("a short text of one's own, repeated as often as it takes\n" * 40)
+    text.write_text("a short text, repeated as often as necessary\n" * 40)
     arguments = ["--rungs", "weights", "layers", "--text", str(text), "--out", str(tmp_path / "out"), "--seq-len", "60"]
     assert main(arguments) == 0
     assert "The two frameworks agree." in capsys.readouterr().out
@@ -218,7 +218,7 @@ def test_the_command_reports_a_planted_fault(tmp_path, capsys):
         (["nowhere"], "'nowhere' is no run and no exported model"),
     ],
 )
-def test_what_the_command_refuses(options, part, capsys, tmp_path):
+def test_bad_input_is_refused_in_one_line(options, part, capsys, tmp_path):
     assert main([*options, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert part in error

@@ -1,7 +1,7 @@
 """The PyTorch model as one graph: torch.compile(fullgraph=True), forward and backward, and torch.export.
 
-What an expert gets is a size that only the data knows; the graph must serve every routing, experts without tokens
-included.
+The number of tokens of an expert depends on the data. The graph must serve every routing, including experts without
+tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SMALL = ModelConfig(
     dropout=0.0,
     final_norm=True,
 )
-CROWDED = torch.tensor([1.0, 2.0, -9.0])  # a routing bias that sends every token to two experts, and none to the third
+CROWDED = torch.tensor([1.0, 2.0, -9.0])  # a routing bias that sends every token to two experts and none to the third
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def crowd(model: CustomLLM) -> None:
 
 
 def assert_same_step(compiled, model: CustomLLM, eager: CustomLLM, ids: Tensor) -> None:
-    """Logits and every gradient of the compiled model are the eager one's, within the float32 tolerance."""
+    """Logits and gradients of the compiled and the eager model agree within the float32 tolerance."""
     ours, theirs = compiled(ids, labels=ids), eager(ids, labels=ids)
     tolerance = TOLERANCES["float32"].forward
     logits = (out.logits.detach().numpy() for out in (theirs, ours))
@@ -105,8 +105,8 @@ def test_one_graph_evaluates(weights):
 
 
 @torch.no_grad()
-def test_a_graph_that_leaves_experts_out_is_refused(weights, monkeypatch):
-    """The control: what eager evaluation does, to skip an expert without tokens, cannot be one graph."""
+def test_a_graph_that_skips_experts_is_refused(weights, monkeypatch):
+    """The control: eager evaluation skips experts without tokens, which cannot be one graph."""
 
     def skipping(rows, layers, plan, experts_per_token):
         groups = rows.index_select(0, plan.order // experts_per_token).split(plan.group_sizes)

@@ -1,4 +1,4 @@
-"""The PyTorch model: the source's tree, the folders of both frameworks, causality, generation."""
+"""The PyTorch model: the module tree of the source, the folders of both frameworks, causality, generation."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def test_presets_have_exactly_their_parameters(name, count):
         assert sum(p.numel() for p in CustomLLM(PRESETS[name]).parameters()) == count
 
 
-def test_both_trees_are_the_source_s():
+def test_both_trees_are_those_of_the_source():
     with torch.device("meta"):
         tree = str(CustomLLM(PRESETS["customllm-1b"]))
     assert module_tree(PRESETS["customllm-1b"]) == tree
     page = Path(__file__).parents[2] / "shared" / "seed" / "customllm.md"
-    if page.is_file():  # the source's own print, if it is next to the checkout
+    if page.is_file():  # the tree that the source prints, if the page is next to the checkout
         text = page.read_text()
         start = text.index("CustomLLM(\n")
         assert tree == text[start : text.index("```", start)].strip().replace("LlamaMLP", "DeepSeekMoE")
@@ -89,7 +89,7 @@ def test_greedy_generation_agrees_cached_and_uncached_and_across_frameworks(weig
 
 
 def test_padding_agrees(weights):
-    """Left and right padding, and rows that are nothing but padding at the start."""
+    """Left and right padding; with left padding, the first rows contain only padding."""
     ids = np.random.default_rng(1).integers(311, size=(2, 20), dtype=np.int32)
     mask = np.ones((2, 20), np.int32)
     mask[0, :6] = 0

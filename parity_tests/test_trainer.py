@@ -1,4 +1,4 @@
-"""The Trainer path of PyTorch: it computes what the step of JAX computes, resumes, and refuses what would not."""
+"""The PyTorch Trainer: it computes the steps of JAX, resumes, and refuses what would change the numbers."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ from torch_ref.generate import generate
 from torch_ref.model import MultiHeadLatentAttention
 from torch_ref.trainer import CustomLLMTrainer
 
-# Accumulation, warm-up and cosine, clipping at a norm below most gradients', decay, routing bias; no dropout.
+# Accumulation, warm-up and cosine, clipping at a norm below most gradient norms, decay, routing bias; no dropout.
 EVERYTHING = (
     "--steps", "30", "--grad-accum", "2", "--warmup-steps", "10", "--max-grad-norm", "1.0", "--weight-decay", "0.1",
     "--bias-update-rate", "1e-3", "--balance-loss", "0.01", "--router-z-loss", "0.001", "--eval-every", "30",
     "--save-every", "30", "--sample-tokens", "0",
 )  # fmt: skip
 
-LOSS_TOLERANCE = 1e-5  # relative; float32 leaves 2e-7 on two cores
+LOSS_TOLERANCE = 1e-5  # relative; float32 gives 2e-7 on two cores
 NORM_TOLERANCE = 1e-4
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
-    """These models are too small to share out; on a busy machine the threads wait for each other."""
+    """These models are too small for several threads, which wait for each other on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -96,7 +96,7 @@ def again(narrow, torch_run, tmp_path) -> tuple[Path, list[str]]:
 
 
 class Reference:
-    """The step of JAX, on what train.py prepares: its first weights, and what steps from them measure."""
+    """The JAX step on the data of train.py: its initial weights, and the metrics of steps from them."""
 
     def __init__(self, prepared: Prepared):
         self.prepared, self.config = prepared, prepared.config
@@ -105,7 +105,7 @@ class Reference:
         self._step = jax.jit(functools.partial(train_step, self.config, self.graph))
 
     def steps(self, count: int) -> tuple[TrainState, StepMetrics]:
-        """The state after, and the measurements of each step: (count,) float64 each."""
+        """The state after `count` steps, and their metrics: (count,) float64 each."""
         config, state, measured = self.config, self.first, []
         stream = TokenStream(open_source(config), self.prepared.tokenizer, config.data.seq_len, config.seed)
         for _ in range(count):
@@ -126,7 +126,7 @@ def reference(narrow, tmp_path_factory) -> Reference:
 
 
 class TrainerRun:
-    """The Trainer from the reference's weights on the reference's data: its unrounded log, and the model."""
+    """A run of the Trainer from the weights and on the data of the reference: its unrounded log, and the model."""
 
     def __init__(self, reference: Reference, folder: Path, steps: int):
         folder.mkdir()
@@ -140,9 +140,8 @@ class TrainerRun:
             self._history.append(dict(logs))
 
         with mock.patch.object(CustomLLMTrainer, "log", recorded):
-            _, tokenizer, held_out, _ = reference.prepared
-            model = torch_model(config.model, first)
-            self.model = torch_ref.train.train(config, tokenizer, held_out, resumes=False, model=model)
+            prepared = reference.prepared._replace(config=config, resumes=False)
+            self.model = torch_ref.train.train(prepared, torch_model(config.model, first))
 
     def column(self, name: str) -> np.ndarray:
         return np.asarray([record[name] for record in self._history if name in record])
@@ -151,7 +150,7 @@ class TrainerRun:
 def test_thirty_steps_of_the_trainer_are_those_of_jax(reference, tmp_path):
     state, ours = reference.steps(30)
     theirs = TrainerRun(reference, tmp_path / "run", 30)
-    assert (ours.grad_norm > reference.config.optim.max_grad_norm).sum() > 20  # clipping was at work
+    assert (ours.grad_norm > reference.config.optim.max_grad_norm).sum() > 20  # most steps were clipped
     np.testing.assert_allclose(theirs.column("loss"), ours.loss, rtol=LOSS_TOLERANCE)
     np.testing.assert_allclose(theirs.column("grad_norm"), ours.grad_norm, rtol=NORM_TOLERANCE)
     # JAX evaluates the schedule in float32
@@ -173,7 +172,7 @@ next_token_loss = torch_ref.model.next_token_loss
 
 
 def shifted(by: int) -> Callable:
-    """The model's loss on labels that are shifted again, or (-1) not at all."""
+    """The loss on labels that are shifted twice (1) or not at all (-1)."""
     return lambda logits, labels, num_items: next_token_loss(logits, labels.roll(-by, dims=1), num_items)
 
 
@@ -195,8 +194,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_ragged_micro_batches_agree_and_a_fault_shows(reference, fault, tmp_path, monkeypatch):
-    """Micro-batches of a step with different numbers of targets: the mean is over all of them."""
+def test_ragged_micro_batches_agree_and_a_fault_is_detected(reference, fault, tmp_path, monkeypatch):
+    """If the micro-batches of a step have different numbers of targets, the mean is over all targets."""
     next_rows = TokenStream.next_rows
 
     def ragged(stream: TokenStream, count: int) -> np.ndarray:
@@ -233,7 +232,7 @@ def test_routing_counts_are_not_doubled_by_recomputed_layers(narrow, tmp_path, m
 
 
 def test_bfloat16_and_remat_compute_nearly_the_same(reference, tmp_path):
-    """The first losses: recomputed layers to the last digit, bfloat16 to its own precision and no further."""
+    """The first losses: equal with recomputed layers, and equal to bfloat16's precision in bfloat16."""
     losses = {}
     for name, options in {"plain": {}, "remat": {"remat": True}, "narrow": {"precision": "bfloat16"}}.items():
         changed = mock.Mock(wraps=reference, first=reference.first, prepared=reference.prepared)
@@ -261,21 +260,21 @@ def test_the_folder_and_the_log_are_those_of_train_py(torch_run, run):
     assert not list(torch_run.rglob("training_args.bin"))
     columns = [[list(record) for record in read_metrics(folder)] for folder in (run, torch_run)]
     columns[0][-1].remove("compile_seconds")  # PyTorch runs eager: nothing is compiled
-    columns[0][-1].remove("nonfinite_steps")  # transformers' Trainer passes over none
+    columns[0][-1].remove("nonfinite_steps")  # transformers' Trainer skips no step
     assert columns[0] == columns[1]
     epochs = [[(record["step"], record["epoch"]) for record in read_metrics(folder)] for folder in (run, torch_run)]
     assert epochs[0] == epochs[1]
     assert (torch_run / "samples.md").read_text().count("## ") == 5
 
 
-def test_what_is_printed(again, capsys):
+def test_the_printed_output(again, capsys):
     folder, args = again
     assert torch_ref.train.main([*args, "--steps", "2", "--overwrite"]) == 0
     out = capsys.readouterr().out
     for part in ("Model parameters: 0.05M", "(0-1): 2 x DecoderLayer(", "in float32 on cpu", "Evaluation loss"):
         assert part in out
     assert [record["step"] for record in lines(folder, "loss")] == [1, 2]
-    assert out.count("{'loss'") == 2  # and not also by the Trainer's printer
+    assert out.count("{'loss'") == 2  # the Trainer's printer is removed
     assert out.count("{'eval_loss'") == out.count("{'train_runtime'") == 1
 
 
@@ -325,10 +324,10 @@ def test_a_finished_run_reports_it_and_more_steps_follow_the_new_schedule(again,
     assert torch_ref.train.main([*args, "--steps", "21"]) == 0
     assert [record["step"] for record in lines(folder, "loss")] == list(range(1, 22))
     before, after = (load_file(folder / f"checkpoint-{step}" / "model.safetensors") for step in (20, 21))
-    assert (before["lm_head.weight"] != after["lm_head.weight"]).any()  # the rate that was saved is 0
+    assert (before["lm_head.weight"] != after["lm_head.weight"]).any()  # the saved rate is 0
 
 
-def test_a_checkpoint_that_was_being_written_is_passed_over(again, torch_run, capsys):
+def test_a_partly_written_checkpoint_is_skipped(again, torch_run, capsys):
     folder, args = again
     state = folder / "checkpoint-20" / "trainer_state.json"
     state.write_bytes(state.read_bytes()[:100])
@@ -382,19 +381,19 @@ def refused(arguments: list[str], capsys, *parts: str, main: Callable = torch_re
     capsys.readouterr()
     assert main(arguments) == 2
     error = capsys.readouterr().err
-    message = error[error.rindex("error: ") :]  # a bar may stand before it
+    message = error[error.rindex("error: ") :]  # a progress bar may precede it
     assert message.count("\n") == 1, error
     for part in parts:
         assert part in message, error
 
 
-def test_each_framework_refuses_the_other_s_run_and_names_the_converter(narrow, run, again, capsys):
+def test_each_framework_refuses_runs_of_the_other_and_names_the_converter(narrow, run, again, capsys):
     refused([*narrow, "--run-dir", str(run)], capsys, "it holds a JAX run", f"convert to-torch {run} OUT --training")
     folder, args = again
     refused(args, capsys, "it holds a PyTorch run", f"python -m convert to-flax {folder} OUT", main=train.main)
 
 
-def test_what_would_change_the_numbers_or_is_no_run_is_refused(again, narrow, tmp_path, capsys):
+def test_options_that_change_the_numbers_and_other_folders_are_refused(again, narrow, tmp_path, capsys):
     folder, args = again
     before = (folder / "metrics.jsonl").read_bytes()
     refused([*args, "--learning-rate", "0.5"], capsys, "learning_rate is 0.5", "leave the option out")
@@ -405,7 +404,7 @@ def test_what_would_change_the_numbers_or_is_no_run_is_refused(again, narrow, tm
     refused([*narrow, "--preset", "huge"], capsys, "preset is 'huge'")
 
 
-def test_what_the_device_cannot_do_is_refused_before_anything_is_deleted(again, capsys, monkeypatch):
+def test_an_unsuitable_device_is_refused_before_anything_is_deleted(again, capsys, monkeypatch):
     folder, args = again
     with monkeypatch.context() as patch:
         patch.setattr("torch_ref.trainer.PartialState", lambda: SimpleNamespace(device=torch.device("cuda:0")))

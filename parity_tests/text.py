@@ -1,4 +1,4 @@
-"""Real text as token ids, for the comparison."""
+"""Token ids of real text, for the comparison."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxllm.data.tokenizer import load_tokenizer, train_tokenizer
 from jaxllm.errors import UserError
 
 MAX_WORDS = 4096
-"""A tokenizer that is trained for the comparison has at most so many tokens: more take long and show nothing more."""
+"""The maximum vocabulary of a tokenizer trained for the comparison; a larger one only takes longer."""
 
 
 def read_tokens(config: ModelConfig, count: int, text: Path | None, tokenizer: Path | None) -> np.ndarray:
@@ -40,7 +40,7 @@ def read_tokens(config: ModelConfig, count: int, text: Path | None, tokenizer: P
             break
     ids = np.concatenate(parts) if parts else np.zeros((0,), np.int32)
     if not len(ids):
-        raise UserError(f"text is {str(text)!r}: it holds nothing to compare on")
+        raise UserError(f"text is {str(text)!r}: it has no tokens to compare on")
     if ids.max() >= config.vocab_size:
         raise UserError(
             f"tokenizer {str(tokenizer)!r} has the token {ids.max()}, but the model's vocab_size is {config.vocab_size}"

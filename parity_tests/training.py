@@ -1,6 +1,6 @@
-"""Train in either framework from the same weights and moments, and keep everything that a step changes.
+"""Train in either framework from the same weights and moments, and record everything that a step changes.
 
-Both sides are the functions that train: `jaxllm.train.step` and `torch_ref.step`. Arrays have PyTorch's names.
+Both sides are the functions used for training: `jaxllm.train.step` and `torch_ref.step`. Arrays have PyTorch's names.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ Named = dict[str, np.ndarray]
 class Gradients(NamedTuple):
     loss: float
     grads: Named
-    experts: np.ndarray | None  # (A,L,B,T,k), what PyTorch's routers chose
+    experts: np.ndarray | None  # (A,L,B,T,k), chosen by PyTorch's routers; None from JAX
 
 
 class Trained(NamedTuple):
-    """The state after one or more steps, and what each of them reported."""
+    """The state after one or more steps, and the metrics of each step."""
 
     losses: list[float]
     grad_norms: list[float]
@@ -44,11 +44,11 @@ class Trained(NamedTuple):
     mu: Named
     nu: Named
     routing_bias: Named
-    experts: list[np.ndarray]  # for each step (A,L,B,T,k), what PyTorch's routers chose; empty from JAX
+    experts: list[np.ndarray]  # for each step (A,L,B,T,k), chosen by PyTorch's routers; empty from JAX
 
 
 def random_moments(weights: Weights, count: int, seed: int = 0) -> AdamState:
-    """Moments as of a run under way: small first moments, second moments that are larger than their squares."""
+    """Moments as in the middle of a run: small first moments, second moments larger than their squares."""
     rng = np.random.default_rng(seed)
     mu = jax.tree.map(lambda leaf: 1e-3 * rng.standard_normal(leaf.shape, np.float32), weights.params)
     nu = jax.tree.map(lambda m: np.square(m) + np.square(1e-3 * rng.standard_normal(m.shape, np.float32)), mu)
@@ -66,7 +66,7 @@ class JaxTraining:
         self._step = jax.jit(functools.partial(jax_step.train_step, config, graph), donate_argnums=0)
 
     def gradients(self, labels: np.ndarray, experts: np.ndarray | None = None) -> Gradients:
-        """Of the mean loss over micro-batches (A,B,T); `experts` (A,L,B,T,k) replaces the routers' choice."""
+        """Gradients of the mean loss over micro-batches (A,B,T); `experts` (A,L,B,T,k) replaces the routers' choice."""
         with jax_precision(self.precision):
             grads, loss, _ = self._gradients(self._start(), jnp.asarray(labels), experts)
         return Gradients(float(loss), torch_named(self.config.model, grads), None)
@@ -78,11 +78,11 @@ class JaxTraining:
         experts: list[np.ndarray] | None = None,
         before_step: Callable[[int, Weights], None] = lambda i, weights: None,
     ) -> Trained:
-        """Steps on batches (steps,A,B,T) from the weights, and from moments where given.
+        """Train on batches (steps,A,B,T) from the weights and, if given, from moments.
 
         Args:
-            experts: for each step (A,L,B,T,k), replaces the routers' choice.
-            before_step: called with the step's number and the weights before it.
+            experts: for each step (A,L,B,T,k), used instead of the routers' choice.
+            before_step: called with the index of the step and the weights before it.
         """
         reports: list[StepMetrics] = []
         with jax_precision(self.precision):
@@ -118,7 +118,7 @@ class JaxTraining:
 
 @contextmanager
 def _training(model: TorchCustomLLM) -> Iterator[None]:
-    """Train mode for a while; the weights are as before afterwards."""
+    """Train mode in this context; the weights are restored afterwards."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.train()
     try:
@@ -133,7 +133,7 @@ def torch_gradients(model: TorchCustomLLM, config: TrainConfig, labels: np.ndarr
     """The PyTorch model's gradients; arguments as in `JaxTraining.gradients`."""
     with _training(model):
         loss, experts = torch_step.accumulate_gradients(model, config, torch.from_numpy(labels).long())
-        # an unused parameter has no gradient: it must not pass for a zero one
+        # an unused parameter has no gradient, which is not the same as a zero gradient
         grads = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
     return Gradients(float(loss), grads, experts.numpy())
 
@@ -141,7 +141,7 @@ def torch_gradients(model: TorchCustomLLM, config: TrainConfig, labels: np.ndarr
 def torch_train(
     model: TorchCustomLLM, config: TrainConfig, batches: np.ndarray, moments: AdamState | None = None
 ) -> Trained:
-    """Steps of the PyTorch model; arguments as in `JaxTraining.train`."""
+    """Train the PyTorch model; arguments as in `JaxTraining.train`."""
     with _training(model):
         optimizer = torch_step.make_optimizer(model, config)
         schedule = torch_step.make_schedule(optimizer, config, 0 if moments is None else int(moments.count))

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: every row runs on narrow sizes and reports; what is refused; how verdicts are computed."""
+"""`python -m benchmarks`: every row runs on small sizes and reports; bad input is refused; verdicts are right."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FEW = ("decode",)  # both sides
 
 @pytest.mark.parametrize("rows", [FEW, pytest.param((*ROWS,), marks=pytest.mark.slow)], ids=["few", "all"])
 def test_every_row_runs(rows, tmp_path):
-    """In a separate process, as a user starts it; its sides share this session's compiled programs."""
+    """In a separate process, as a user starts it; its workers share this session's compilation cache."""
     command = [sys.executable, "-m", "benchmarks", *rows, "--quick", "--out", str(tmp_path)]
     cache = {
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
@@ -62,18 +62,18 @@ def test_a_side_that_cannot_prepare_gives_the_reason():
         pass
 
 
-def test_disturbed_rounds_are_repeated_and_the_quiet_ones_kept():
+def test_disturbed_rounds_are_repeated_and_quiet_ones_are_kept():
     loads = iter([1.0, 0.0, 0.5, 0.0])
     runs = interleave({"a": lambda: Run(1.0, 1.0, next(loads), {})}, rounds=2, warmups=0)
     assert [run.other_load for run in runs["a"]] == [0.0, 0.0]
 
 
-def test_ratios_are_of_neighbours():
+def test_ratios_are_computed_within_a_round():
     def runs(*seconds):
         return [Run(s, s, 0.0, {}) for s in seconds]
 
     assert ratio(runs(2, 30, 4), runs(1, 10, 1)).median == 3  # the machine was ten times slower in the second round
 
 
-def test_reached_is_a_part_of_the_target_in_either_direction():
+def test_reached_is_a_fraction_of_the_target_in_either_direction():
     assert at_least(2.0).reached(1.0) == at_most(1.0).reached(2.0) == 0.5

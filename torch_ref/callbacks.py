@@ -1,17 +1,17 @@
-"""What happens around the Trainer's steps: when to log, evaluate and save; routing bias, log, MPS memory, samples."""
+"""The Trainer's callbacks: schedule of logging, evaluation and saving; routing bias; MPS memory; log; samples."""
 
 import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from jaxllm.config import RunConfig
 from jaxllm.run.metrics import RunLog, end_record, eval_record, step_record
+from jaxllm.run.prepare import Prepared
 from jaxllm.run.reporting import conclude, write_samples
 from jaxllm.run.throughput import GIB, Meter
 from torch_ref.batches import MicroBatches
@@ -22,17 +22,17 @@ from torch_ref.step import tokens_per_expert, update_routing_bias
 
 
 class ScheduleCallback(TrainerCallback):
-    """Logs, evaluates and saves at train.py's steps: every so many of them, and at the last."""
+    """Logs, evaluates and saves at the steps of train.py: at each interval, and at the last step."""
 
     def __init__(self, config: RunConfig):
         self._config = config
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        # The Trainer wants to find this key when it saves; a state that the converter wrote does not have it.
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
         callbacks: Any = state.stateful_callbacks
+        # The Trainer reads this key when it saves; the state of a converted run lacks it.
         callbacks.setdefault("TrainerControl", control.state())
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_step_end(self, args, state, control, **kwargs) -> None:
         config, step = self._config, state.global_step
         last = step >= config.schedule.steps
         control.should_log = last or step % config.logging.log_every == 0
@@ -41,90 +41,81 @@ class ScheduleCallback(TrainerCallback):
 
 
 class RoutingBiasCallback(TrainerCallback):
-    """Counts the tokens of each expert over the micro-batches of a step, and updates the routing bias after it."""
+    """Counts the tokens of each expert over the micro-batches of a step, then updates the routing bias."""
 
     def __init__(self, rate: float):
         self._rate = rate
-        self._counts: Any = None  # (L,E), of the step so far
-        self._last: Any = None  # (L,E), of the step before
+        self._counts: Any = 0  # (L,E), of the current step
+        self._last: Any = None  # (L,E), of the last step
 
     def add(self, router_experts: Sequence[Tensor], n_experts: int) -> None:
-        """Count what the routers chose for one micro-batch: L times (B,T,k)."""
-        counts = tokens_per_expert(router_experts, n_experts)
-        self._counts = counts if self._counts is None else self._counts + counts
+        """Add the experts that the routers chose for one micro-batch: L times (B,T,k)."""
+        self._counts = self._counts + tokens_per_expert(router_experts, n_experts)
 
     def load(self) -> float:
-        """Tokens of the fullest expert over the mean, in the worst layer of the last step; 1 is even."""
+        """Tokens of the most loaded expert over the mean, in the worst layer of the last step; 1 is balanced."""
         counts = self._last.cpu().double()  # MPS has no float64
         return float((counts.amax(dim=-1) / counts.mean(dim=-1)).max())
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: CustomLLM, **kwargs
-    ) -> None:
+    def on_optimizer_step(self, args, state, control, model: CustomLLM, **kwargs) -> None:
         update_routing_bias(model, self._counts, self._rate)
-        self._last, self._counts = self._counts, None
+        self._last, self._counts = self._counts, 0
 
 
 class MPSCallback(TrainerCallback):
-    """Frees the memory that Apple's MPS keeps for nothing, and adds to each training line how much is in use.
+    """On Apple's MPS, empties the buffer cache and adds the memory in use to each training line.
 
-    MPS keeps the buffers of every shape it has seen, and training, evaluation and the machine share one memory. On
-    other devices it does nothing.
+    MPS caches the buffers of every shape it has seen, and shares one memory with the rest of the machine.
     """
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **kwargs
-    ) -> None:
+    def on_log(self, args, state, control, logs: dict[str, Any], **kwargs) -> None:
         if args.device.type == "mps" and "loss" in logs:
             torch.mps.empty_cache()
             logs["mps_allocated_gib"] = round(torch.mps.current_allocated_memory() / GIB, 3)
             logs["mps_driver_gib"] = round(torch.mps.driver_allocated_memory() / GIB, 3)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
         if args.device.type == "mps":
             torch.mps.empty_cache()
 
 
 class LogCallback(TrainerCallback):
-    """Writes the Trainer's three kinds of lines as train.py does: same columns, same files; then the run's verdict."""
+    """Writes the Trainer's logs as the records of train.py (same columns, same files), then the result of the run."""
 
     def __init__(
         self,
-        config: RunConfig,
+        prepared: Prepared[RunConfig],
         log: RunLog,
         batches: MicroBatches,
         routing: RoutingBiasCallback,
-        held_out: np.ndarray,
         peak_tflops: float,
     ):
-        self._config, self._log, self._batches, self._routing = config, log, batches, routing
-        self._held_out, self._peak_tflops = held_out, peak_tflops
+        self._config, self._held_out, self._log, self._batches = prepared.config, prepared.held_out, log, batches
+        self._routing, self._peak_tflops = routing, peak_tflops
         self._eval_loss = math.nan
         self._logged_step = self._first_step = 0
-        self._meter: Any = None  # a Meter, from the first step on
+        self._meter: Any = None  # a Meter, once training begins
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
         self._first_step = self._logged_step = state.global_step
-        self._meter = Meter(self._config, self._peak_tflops, lambda: self._batches.waited)
+        self._meter = Meter(self._config, self._peak_tflops, lambda: self._batches.prefetcher.waited)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_step_end(self, args, state, control, **kwargs) -> None:
         self._log.bar.update()
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **kwargs
-    ) -> None:
+    def on_log(self, args, state, control, logs: dict[str, Any], **kwargs) -> None:
         if "loss" in logs:
-            self._log.write(self._training_line(logs, state.global_step))
+            self._log.write(self._training_record(logs, state.global_step))
         elif "eval_loss" in logs:
-            self._log.write(self._evaluation_line(logs, state.global_step))
+            self._log.write(self._evaluation_record(logs, state.global_step))
         elif "train_runtime" in logs:
-            self._log.write(self._end_line(logs, state.global_step))
+            self._log.write(self._end_record(logs, state.global_step))
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self._log.close()  # the bar must not stand among what is printed next
-        conclude(self._config, self._held_out, self._eval_loss, self._batches.skipped_rows)
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self._log.close()  # so that the bar does not mix with the lines printed next
+        conclude(self._config, self._held_out, self._eval_loss, self._batches.stream.skipped_rows)
 
-    def _training_line(self, logs: dict, step: int) -> dict:
+    def _training_record(self, logs: dict, step: int) -> dict:
         record = step_record(
             loss=logs["loss"],
             grad_norm=logs["grad_norm"],
@@ -138,14 +129,14 @@ class LogCallback(TrainerCallback):
         self._logged_step = step
         return record | {name: value for name, value in logs.items() if name.startswith("mps_")}
 
-    def _evaluation_line(self, logs: dict, step: int) -> dict:
+    def _evaluation_record(self, logs: dict, step: int) -> dict:
         self._eval_loss = logs["eval_loss"]
         self._meter.exclude(logs["eval_runtime"])
         samples = len(self._held_out)
         batches = math.ceil(samples / self._config.data.batch_size)
         return eval_record(self._eval_loss, logs["eval_runtime"], samples, batches, self._epoch(step), step)
 
-    def _end_line(self, logs: dict, step: int) -> dict:
+    def _end_record(self, logs: dict, step: int) -> dict:
         steps_done = step - self._first_step
         seconds, speed = self._meter.whole(steps_done)
         return end_record(
@@ -154,38 +145,28 @@ class LogCallback(TrainerCallback):
             steps_done=steps_done,
             loss=logs["train_loss"],
             epoch=self._epoch(step),
-            nonfinite_steps=None,
             speed=speed,
             memory=peak_memory(),
             peak_tflops=self._peak_tflops,
-            compile_seconds=None,
         )
 
     def _epoch(self, step: int) -> float:
-        """Passes over the data; the Trainer counts from the start of the process instead."""
-        progress = self._batches.progress
-        return step / self._config.schedule.steps if progress is None else progress
+        """Passes over the data since step 0; the Trainer would count from the start of the process."""
+        batch = self._batches.batch
+        return step / self._config.schedule.steps if batch is None or batch.progress is None else batch.progress
 
 
 class TextGenerationCallback(TrainerCallback):
-    """At the end, continues the config's prompts on the cache and writes `samples.md`."""
+    """After training, continues the config's prompts and writes `samples.md`."""
 
     def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase):
         self._config, self._tokenizer = config, tokenizer
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: CustomLLM, **kwargs
-    ) -> None:
+    def on_train_end(self, args, state, control, model: CustomLLM, **kwargs) -> None:
         self.write(model)
 
     def write(self, model: CustomLLM) -> None:
-        config = self._config
-        new_tokens = functools.partial(
-            generate,
-            model,
-            temperature=config.sampling.temperature,
-            top_p=config.sampling.top_p,
-            seed=config.seed,
-            eos_token_id=config.model.eos_token_id,
-        )
+        config, sampling = self._config, self._config.sampling
+        options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": config.seed}
+        new_tokens = functools.partial(generate, model, **options, eos_token_id=config.model.eos_token_id)
         write_samples(config, self._tokenizer, new_tokens)

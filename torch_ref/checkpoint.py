@@ -1,8 +1,8 @@
-"""The checkpoints of a PyTorch run: the folders `checkpoint-STEP` that transformers' Trainer writes, found and checked.
+"""Finds and checks the checkpoints of a PyTorch run: the folders `checkpoint-STEP` that transformers' Trainer writes.
 
 model.safetensors, config.json, modeling_customllm.py   the model, as `from_pretrained` reads it
-optimizer.pt, scheduler.pt, rng_state.pth               read with `weights_only`: nothing in them is executed
-data_position.safetensors                               where the data continues (jaxllm.data.stream)
+optimizer.pt, scheduler.pt, rng_state.pth               read with `weights_only`: no code in them is executed
+data_position.safetensors                               the position in the data (jaxllm.data.stream)
 trainer_state.json                                      written last: without it the checkpoint is incomplete
 
 Of `trainer_state.json` the Trainer needs `global_step` and `train_batch_size`.
@@ -20,12 +20,9 @@ from jaxllm.files import read_json
 
 OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE = "optimizer.pt", "scheduler.pt", "trainer_state.json"
 
-# Without one of these the numbers of a resumed run would be others; the random state is missing after a conversion.
+# Without any of these a resumed run would change its numbers. A converted run has no random state.
 NEEDED = ("config.json", OPTIMIZER_FILE, SCHEDULER_FILE, POSITION_FILE)
-
-
-MAX_STATE_BYTES = 64 * 2**20
-"""Of `trainer_state.json`: it grows with each line of a Trainer's log."""
+MAX_STATE_BYTES = 64 * 2**20  # of `trainer_state.json`, which grows with each log record
 
 
 class Checkpoint(NamedTuple):
@@ -34,11 +31,7 @@ class Checkpoint(NamedTuple):
 
 
 def last_checkpoint(run: Path) -> Checkpoint | None:
-    """The newest complete checkpoint of a run; one that a killed process left half written is passed over.
-
-    Raises:
-        UserError: it lacks a file.
-    """
+    """The newest complete checkpoint of a run; a partly written one is skipped. Raises UserError if it lacks a file."""
     states = [(folder, trainer_state(folder)) for folder in run.glob("checkpoint-*/")]
     complete = [(state["global_step"], folder, state) for folder, state in states if state is not None]
     if not complete:
@@ -54,7 +47,7 @@ def last_checkpoint(run: Path) -> Checkpoint | None:
 
 
 def trainer_state(folder: Path) -> dict[str, Any] | None:
-    """A checkpoint's `trainer_state.json`; None where it is not there, not whole, or does not count the steps."""
+    """A checkpoint's `trainer_state.json`; None if it is missing, incomplete or without a step count."""
     try:
         state = read_json(folder / STATE_FILE, MAX_STATE_BYTES)
     except UserError:
@@ -68,16 +61,12 @@ def _is_count(value: Any) -> bool:
 
 @contextmanager
 def reading(folder: str | Path) -> Iterator[None]:
-    """Turns whatever goes wrong while a checkpoint is read into one line.
-
-    Raises:
-        UserError: something went wrong.
-    """
+    """Turns any error while a checkpoint is read into a UserError of one line."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # torch, pickle, safetensors and the file system raise kinds of their own
+    except Exception as error:  # torch, pickle, safetensors and the file system raise different types
         raise UserError(
             f"the checkpoint {folder} cannot be read ({one_line(error)}): delete that folder to use the one before it"
         ) from None

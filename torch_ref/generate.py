@@ -1,4 +1,4 @@
-"""Continue prompts with the PyTorch model, on its cache: what `jaxllm.generate` does for the Flax model."""
+"""Text generation with the PyTorch model and its cache, as `jaxllm.generate` does with the Flax model."""
 
 from collections.abc import Sequence
 
@@ -21,13 +21,13 @@ def generate(
     """Continue prompts of any lengths, all at once.
 
     Args:
-        model: it is left in evaluation mode.
-        prompts: token ids, at least one in each prompt; with the new tokens they fit the position table.
-        max_new_tokens: most tokens to add.
+        model: left in evaluation mode.
+        prompts: token ids, at least one in each prompt; with the new tokens they must fit the position table.
+        max_new_tokens: the maximum number of tokens to add.
         temperature: divides the logits; 0 is greedy.
-        top_p: only the likeliest tokens that together reach this probability.
-        seed: of the random choices.
-        eos_token_id: stops a row when chosen (it is not returned); None: nothing stops it.
+        top_p: sample only from the most likely tokens that together reach this probability.
+        seed: of the sampling.
+        eos_token_id: ends a row and is not returned; None: rows end at `max_new_tokens`.
 
     Returns:
         The new tokens of each prompt.
@@ -39,15 +39,14 @@ def generate(
     for i, prompt in enumerate(prompts):  # pad on the left, so that all rows end with their last token
         ids[i, width - len(prompt) :] = torch.tensor(prompt, device=model.device)
         mask[i, width - len(prompt) :] = 1
-    sampling = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}  # the default is 50
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}  # top_k: default 50
     torch.manual_seed(seed)
     rows = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
         ids,
         attention_mask=mask,
         max_new_tokens=max_new_tokens,
         use_cache=True,
+        do_sample=temperature > 0,
         eos_token_id=eos_token_id,
         pad_token_id=0 if eos_token_id is None else eos_token_id,
         **sampling,

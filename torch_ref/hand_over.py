@@ -1,6 +1,6 @@
-"""The optimizer's part of a Trainer checkpoint, written and read by parameter name: for `python -m convert`.
+"""Write and read the optimizer state of a Trainer checkpoint by parameter name, for `python -m convert`.
 
-A Trainer checkpoint numbers the parameters in the order of the optimizer's groups; here they have names.
+The checkpoint itself numbers the parameters in the order of the optimizer's groups.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import TrainerState
 
-from jaxllm.config import ModelConfig, RunConfig
+from jaxllm.config import RunConfig
 from jaxllm.errors import UserError
 from torch_ref.checkpoint import OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE, reading, trainer_state
 from torch_ref.model import CustomLLM
@@ -19,34 +19,34 @@ from torch_ref.step import make_optimizer, make_schedule
 
 
 class Moments(NamedTuple):
-    """AdamW's memory of one parameter, in its shape."""
+    """AdamW's moments of one parameter, in its shape."""
 
     mu: np.ndarray
     nu: np.ndarray
 
 
-def _optimizer(config: RunConfig, model: ModelConfig) -> tuple[torch.optim.AdamW, list[str]]:
-    """The run's optimizer, over parameters without memory, and their names in the order of its groups."""
+def _optimizer(config: RunConfig) -> tuple[torch.optim.AdamW, dict[str, torch.Size]]:
+    """The run's optimizer over meta parameters, and their names and shapes in the order of its groups."""
     with torch.device("meta"):
-        reference = CustomLLM(model)
+        reference = CustomLLM(config.model)
     optimizer = make_optimizer(reference, config)
-    names = {id(parameter): name for name, parameter in reference.named_parameters()}
-    return optimizer, [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    names = {parameter: name for name, parameter in reference.named_parameters()}
+    return optimizer, {names[p]: p.shape for group in optimizer.param_groups for p in group["params"]}
 
 
 def write_training(folder: Path, config: RunConfig, step: int, moments: Callable[[str], Moments]) -> None:
     """Write `optimizer.pt`, `scheduler.pt` and, last, `trainer_state.json`.
 
     Args:
-        folder: a checkpoint's, with its weights in it.
+        folder: the checkpoint, which holds the weights already.
         config: of the run.
         step: updates done.
-        moments: those of a parameter by its name.
+        moments: returns a parameter's moments, given its name.
     """
-    optimizer, names = _optimizer(config, config.model)
+    optimizer, shapes = _optimizer(config)
     schedule = make_schedule(optimizer, config, step)
     state = {}
-    for i, name in enumerate(names):
+    for i, name in enumerate(shapes):
         mu, nu = (torch.from_numpy(np.array(values, order="C")) for values in moments(name))
         state[i] = {"step": torch.tensor(float(step)), "exp_avg": mu, "exp_avg_sq": nu}
     torch.save(optimizer.state_dict() | {"state": state}, folder / OPTIMIZER_FILE)
@@ -60,24 +60,23 @@ def write_training(folder: Path, config: RunConfig, step: int, moments: Callable
 
 
 def read_training(folder: Path, config: RunConfig) -> tuple[int, dict[str, Moments]]:
-    """The updates done and each parameter's moments; nothing in the files is executed.
+    """The updates done and each parameter's moments. No code in the files is executed.
 
     Raises:
-        UserError: the files cannot be read, or are those of another model.
+        UserError: the files cannot be read, or belong to another model.
     """
     file = folder / OPTIMIZER_FILE
     state = trainer_state(folder)
     if state is None:
-        raise UserError(f"{folder / STATE_FILE} is missing or does not say how many steps were done")
+        raise UserError(f"{folder / STATE_FILE} is missing or has no step count")
     with reading(folder):
         saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    optimizer, names = _optimizer(config, config.model)
-    shapes = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"]]
+    _, shapes = _optimizer(config)
     found = saved.get("state") if isinstance(saved, dict) else None
-    if not isinstance(found, dict) or found.keys() != set(range(len(names))):
-        raise UserError(f"{file} does not hold the moments of this model's {len(names)} parameters")
+    if not isinstance(found, dict) or found.keys() != set(range(len(shapes))):
+        raise UserError(f"{file} does not hold the moments of this model's {len(shapes)} parameters")
     moments = {}
-    for i, (name, shape) in enumerate(zip(names, shapes, strict=True)):
+    for i, (name, shape) in enumerate(shapes.items()):
         tensors = [found[i].get(key) for key in ("step", "exp_avg", "exp_avg_sq")] if isinstance(found[i], dict) else []
         if not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
             raise UserError(f"{file}: the parameter {name} has no moments of AdamW")

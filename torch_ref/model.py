@@ -1,7 +1,7 @@
 """CustomLLM in PyTorch: a decoder with Multi-head Latent Attention and DeepSeekMoE, for CUDA, MPS and CPU.
 
-Plain eager code, written as a reference. It needs only torch and transformers, because exported folders carry a
-copy of it as `modeling_customllm.py`. One legend of axis letters holds for all shape comments:
+A reference in plain eager code. It imports only torch and transformers, because exported folders contain a copy of it
+as `modeling_customllm.py`. All shape comments use these axis letters:
 
     B batch        T time (queries)   S time (keys, cache slots)   N = B*T tokens
     D hidden       H heads            h head size                  n = r = h/2 (no position | rotary)
@@ -25,12 +25,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-IGNORED = -100
-"""Label of a position that is no target."""
-
-CODE_FILE = "modeling_customllm.py"
-"""The name of this file in an exported folder."""
-
+IGNORED = -100  # the label of a position that is not a target
+CODE_FILE = "modeling_customllm.py"  # the name of this file in an exported folder
 COUNTS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "moe_intermediate_size",
     "compression_ratio", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "max_position_embeddings",
@@ -38,10 +34,9 @@ COUNTS = (
 
 
 class CustomLLMConfig(PretrainedConfig):
-    """The shape of a CustomLLM: the keys of its config.json. Sizes default to the preset `customllm-1b`.
+    """The keys of a CustomLLM's config.json; the defaults are the preset `customllm-1b`.
 
-    Raises:
-        ValueError: sizes that do not fit each other.
+    Raises ValueError for sizes that do not fit each other.
     """
 
     model_type = "customllm"
@@ -92,7 +87,7 @@ class CustomLLMConfig(PretrainedConfig):
 
 @dataclass
 class CustomLLMOutput(CausalLMOutputWithPast):
-    """transformers' output, and with `output_router=True` what the routers did, one tensor for each layer."""
+    """transformers' output; with `output_router=True` also the routing, one tensor for each layer."""
 
     router_experts: tuple[Tensor, ...] | None = None  # L times (B,T,k) int64
     router_scores: tuple[Tensor, ...] | None = None  # L times (B,T,E), without the bias
@@ -105,7 +100,7 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager:
-    """Where products keep the dtype of their factors, whatever autocast surrounds them."""
+    """A context in which products keep the dtype of their factors, even inside autocast."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
@@ -133,7 +128,7 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:  # (B,T,H,r), (B|1,T) -> (B,T,H,r)
         acc_dtype = at_least_float32(x.dtype)
-        # Python floats, rounded once: the same numbers in every framework, and nothing wider than x on the device
+        # Python floats, rounded once: the same numbers in both frameworks, and no float64 tensor on the device
         inv_freq = [self.theta ** (-i / self.features) for i in range(0, self.features, 2)]
         angles = positions[..., None, None].to(acc_dtype) * torch.tensor(inv_freq, dtype=acc_dtype, device=x.device)
         cos, sin = angles.cos(), angles.sin()  # (B|1,T,1,r/2)
@@ -142,9 +137,9 @@ class RotaryEmbedding(nn.Module):
 
 
 def causal_mask(length: int, past: int, attention_mask: Tensor | None, device: torch.device) -> Tensor:
-    """(1|B, 1, T, S) booleans, S = past + T: a token sees itself and what came before, but no padding.
+    """(1|B, 1, T, S) booleans, S = past + T: a token attends to itself and to earlier tokens, but not to padding.
 
-    A padded row still sees itself, so that no softmax runs over nothing.
+    Padding attends to itself, so that no softmax runs over an empty row.
     """
     slots = torch.arange(past + length, device=device)
     query = slots[past:, None]  # (T,1), the slot of each query
@@ -193,7 +188,7 @@ class MultiHeadLatentAttention(nn.Module):
 
         acc_dtype = at_least_float32(x.dtype)
         q = q * q.shape[-1] ** -0.5
-        with no_autocast(x):  # products of bfloat16 numbers, summed and kept in float32
+        with no_autocast(x):  # the products of bfloat16 numbers are accumulated and kept in float32
             weights = masked_softmax(q.to(acc_dtype) @ k.to(acc_dtype).mT, mask)  # (B,H,T,S)
         context = weights.to(v.dtype) @ v  # (B,H,T,h)
         return self.o_proj(context.transpose(1, 2).flatten(2))
@@ -218,21 +213,19 @@ class Dispatch(NamedTuple):
 def route(
     x: Tensor, router_weight: Tensor, routing_bias: Tensor, experts_per_token: int, experts: Tensor | None = None
 ) -> Routing:
-    """Choose experts by biased score, weigh them by unbiased score, all in float32 (DeepSeek-V3, arXiv:2412.19437).
+    """Choose experts by biased score, weight them by unbiased score, all in float32 (DeepSeek-V3, arXiv:2412.19437).
 
     Args:
-        x: (N, D) tokens.
-        router_weight: (E, D).
-        routing_bias: (E,).
+        x, router_weight, routing_bias: (N,D), (E,D) and (E,).
         experts_per_token: k.
-        experts: (N, k) experts to use instead of the k largest `scores + routing_bias` (ties: lowest index).
+        experts: (N,k) experts to use instead of the k largest `scores + routing_bias` (ties: lowest index).
     """
     acc_dtype = at_least_float32(x.dtype)
     with no_autocast(x):
         logits = F.linear(x.to(acc_dtype), router_weight.to(acc_dtype))
     scores = logits.sigmoid()
     if experts is None:
-        # a stable sort, because torch.topk promises nothing about ties
+        # a stable sort, because torch.topk does not specify the order of ties
         ranking = (scores.detach() + routing_bias.to(acc_dtype)).sort(dim=-1, descending=True, stable=True).indices
         experts = ranking[:, :experts_per_token]
     chosen = scores.gather(-1, experts)
@@ -241,7 +234,7 @@ def route(
 
 
 def plan_dispatch(experts: Tensor, n_experts: int) -> Dispatch:
-    """Sort the (N,k) slots by expert, keeping the order of tokens within an expert."""
+    """Sort the (N,k) slots by expert; tokens of one expert keep their order."""
     slots = experts.flatten()
     order = slots.argsort(stable=True)
     counts = (slots[:, None] == torch.arange(n_experts, device=slots.device)).sum(dim=0)
@@ -249,11 +242,11 @@ def plan_dispatch(experts: Tensor, n_experts: int) -> Dispatch:
 
 
 def run_experts(tokens: Tensor, layers: nn.ModuleList, plan: Dispatch, experts_per_token: int) -> Tensor:
-    """Each expert on its own tokens: (N,D) -> (M,D), rows sorted by expert. No token is dropped."""
+    """Run each expert on its tokens: (N,D) -> (M,D), rows sorted by expert. No token is dropped."""
     groups = tokens.index_select(0, plan.order // experts_per_token).split(plan.group_sizes)
-    # In training an expert without tokens runs on an empty batch: it costs nothing and leaves zero gradients instead
-    # of none, which optimizers and DistributedDataParallel treat as a different thing. A compiled or exported graph
-    # serves every routing, so it can't leave experts out either.
+    # In training, an expert without tokens runs on an empty batch: its gradients are then zero, not None, which
+    # optimizers and DistributedDataParallel treat differently. A compiled or exported graph also runs all experts,
+    # because it must serve every routing.
     keep_all = torch.is_grad_enabled() or torch.compiler.is_compiling()
     return torch.cat([layer(rows) for layer, rows in zip(layers, groups, strict=True) if keep_all or len(rows)])
 
@@ -279,9 +272,9 @@ class DeepSeekExpertLayer(nn.Module):
 
 
 class DeepSeekMoE(nn.Module):
-    """Shared experts for every token, routed experts for some (DeepSeekMoE, arXiv:2401.06066).
+    """Shared experts for every token, k routed experts for each token (DeepSeekMoE, arXiv:2401.06066).
 
-    `routing_bias` steers the choice; it is state, not a parameter: no gradient and no weight decay.
+    `routing_bias` steers the choice. It is a buffer, not a parameter: no gradient and no weight decay.
     """
 
     routing_bias: Tensor  # (E,)
@@ -292,15 +285,14 @@ class DeepSeekMoE(nn.Module):
         self.shared_experts = nn.ModuleList(DeepSeekExpertLayer(config) for _ in range(config.n_shared_experts))
         self.routed_experts = nn.ModuleList(DeepSeekExpertLayer(config) for _ in range(config.n_routed_experts))
         self.router = nn.Linear(config.hidden_size, config.n_routed_experts, bias=False)
-        # not in bfloat16, even where transformers makes that the default dtype while it builds the model
+        # never bfloat16, which may be the default dtype while transformers builds the model
         acc_dtype = at_least_float32(torch.get_default_dtype())
         self.register_buffer("routing_bias", torch.zeros(config.n_routed_experts, dtype=acc_dtype))
 
     def forward(self, x: Tensor, experts: Tensor | None = None) -> tuple[Tensor, Routing]:
         """(B,T,D) -> (B,T,D) and the routing of its N tokens; `experts` (B,T,k) replaces the choice."""
         tokens = x.flatten(0, 1)  # (N,D)
-        if experts is not None:
-            experts = experts.flatten(0, 1)
+        experts = None if experts is None else experts.flatten(0, 1)
         routing = route(tokens, self.router.weight, self.routing_bias, self.experts_per_token, experts)
         plan = plan_dispatch(routing.experts, len(self.routed_experts))
         rows = run_experts(tokens, self.routed_experts, plan, routing.experts.shape[-1])
@@ -322,7 +314,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         positions: Tensor,
         mask: Tensor,
         experts: Tensor | None = None,
-        past_key_values: Cache | None = None,  # by this name, transformers drops it under gradient checkpointing
+        past_key_values: Cache | None = None,  # transformers finds it by name, and drops it when checkpointing
     ) -> tuple[Tensor, Routing]:  # (B,T,D) -> (B,T,D)
         x = x + self.self_attn(self.input_norm(x), positions, mask, past_key_values)
         mixed, routing = self.mlp(self.post_attn_norm(x), experts)
@@ -330,13 +322,13 @@ class DecoderLayer(GradientCheckpointingLayer):
 
 
 def next_token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
-    """Cross-entropy in nats, labels shifted here and nowhere else: position t is scored on label t+1.
+    """Cross-entropy in nats. Only this function shifts the labels: position t is scored on label t+1.
 
     Args:
         logits: (B, T, V), float32 or float64.
-        labels: (B, T); `IGNORED` is no target.
-        num_items: targets to divide the sum by, which the Trainer counts over all accumulated micro-batches;
-            None: the targets of these labels.
+        labels: (B, T); `IGNORED` is not a target.
+        num_items: the number of targets to divide by, counted by the Trainer over all accumulated micro-batches;
+            None: that of these labels.
     """
     targets = labels[:, 1:].flatten().to(logits.device)
     total = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
@@ -354,15 +346,14 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
 
     config_class = CustomLLMConfig
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True  # for the Trainer: the loss honours num_items_in_batch
+    accepts_loss_kwargs = True  # for the Trainer: the loss uses num_items_in_batch
     _input_embed_layer = "token_embeddings"
     _no_split_modules: ClassVar = ["DecoderLayer"]
     _skip_keys_device_placement: ClassVar = ["past_key_values"]
-    _keep_in_fp32_modules_strict: ClassVar = {"routing_bias"}  # its steps of 1e-3 are lost in bfloat16
-    _keys_to_ignore_on_load_missing: ClassVar = [r"\.routing_bias$"]  # zeros then
+    _keep_in_fp32_modules_strict: ClassVar = {"routing_bias"}  # bfloat16 would lose updates of 1e-3
+    _keys_to_ignore_on_load_missing: ClassVar = [r"\.routing_bias$"]  # it is then zero
 
     def __init__(self, config: Any):
-        """`config`: a CustomLLMConfig, or anything with a `to_dict` that has its keys."""
         shape: Any = config if isinstance(config, PretrainedConfig) else CustomLLMConfig(**config.to_dict())
         super().__init__(shape)
         D, V = shape.hidden_size, shape.vocab_size
@@ -373,7 +364,7 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
         if shape.final_norm:
             self.final_norm = CustomRMSNorm(D, shape.rms_norm_eps)
         self.lm_head = nn.Linear(D, V, bias=True)
-        self.loss_type = "ForCausalLM"  # else the Trainer counts first labels, which are no targets, among the items
+        self.loss_type = "ForCausalLM"  # else the Trainer counts first labels, which are not targets
         self.post_init()
 
     @can_return_tuple
@@ -396,12 +387,12 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, T) int.
             attention_mask: (B, S), zero at padding, S = cached tokens + T; None: no padding.
-            position_ids: (B|1, T); None: counted over the tokens that are no padding.
-            past_key_values: keys and values of the tokens before these; it grows in place.
-            labels: (B, T), as long as input_ids: the shift happens here. -100 is ignored.
-            use_cache: return keys and values, in a new `DynamicCache` where none was given.
-            logits_to_keep: logits of the last so many positions, or of these positions; 0: of all.
-            num_items_in_batch: targets to divide the summed loss by; None: those of `labels`.
+            position_ids: (B|1, T); None: counted without padding.
+            past_key_values: the cached keys and values of earlier tokens; extended in place.
+            labels: (B, T), not shifted: the model shifts them. -100 is ignored.
+            use_cache: return keys and values, in a new `DynamicCache` if none is given.
+            logits_to_keep: a number of last positions, or the positions, whose logits to return; 0: all.
+            num_items_in_batch: the number of targets to divide the summed loss by; None: that of `labels`.
             output_hidden_states: return `hidden_states`, L+1 of (B,T,D): embeddings, then the residual stream after
                 each layer, before any final norm.
             output_router: return `router_experts`, `router_scores` and `router_logits`.
@@ -435,7 +426,8 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
                 routings.append(Routing(*(part.unflatten(0, input_ids.shape) for part in routing)))
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(self.apply_final_norm(x[:, kept]))
+        last = self.final_norm(x[:, kept]) if self.config.final_norm else x[:, kept]
+        logits = self.lm_head(last)
         logits = logits.to(at_least_float32(logits.dtype))
         return CustomLLMOutput(
             loss=None if labels is None else next_token_loss(logits, labels, num_items_in_batch),
@@ -447,17 +439,10 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
             router_logits=tuple(routing.logits for routing in routings) if output_router else None,
         )
 
-    def apply_final_norm(self, x: Tensor) -> Tensor:
-        """What lm_head multiplies: the final norm where the config has one."""
-        return self.final_norm(x) if self.config.final_norm else x
-
     def save_pretrained(self, save_directory: str | PathLike, *, is_main_process: bool = True, **kwargs) -> None:
-        """Write config.json, safetensors and this file, so that the Auto classes load the folder anywhere."""
-        module = CODE_FILE.removesuffix(".py")
-        self.config.auto_map = {
-            "AutoConfig": f"{module}.{CustomLLMConfig.__name__}",
-            "AutoModelForCausalLM": f"{module}.{CustomLLM.__name__}",
-        }
+        """Write config.json, safetensors and this file, so that the Auto classes can load the folder anywhere."""
+        name = CODE_FILE.removesuffix(".py")
+        self.config.auto_map = {"AutoConfig": f"{name}.CustomLLMConfig", "AutoModelForCausalLM": f"{name}.CustomLLM"}
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             code = Path(__file__).read_text(encoding="utf-8")
@@ -465,7 +450,7 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # transformers guards nn.init while it loads: weights that a file gave are left alone
+        # while transformers loads a file, nn.init does not change the loaded weights
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if getattr(module, "bias", None) is not None:
@@ -489,7 +474,7 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
 
     @staticmethod
     def _positions(past: int, length: int, attention_mask: Tensor | None, device: torch.device) -> Tensor:
-        """(B|1, T): how many real tokens stand before each of the last T."""
+        """(B|1, T): the number of tokens before each of the last T, without padding."""
         if attention_mask is None:
             return torch.arange(past, past + length, device=device)[None]
         counted = attention_mask.bool().cumsum(dim=-1, dtype=torch.int32) - 1

@@ -1,7 +1,7 @@
-"""The training step in plain PyTorch: what `jaxllm.step` computes, made of torch.optim's and transformers' parts.
+"""The training step in plain PyTorch: that of `jaxllm.train.step`, with the parts of torch.optim and transformers.
 
-The Trainer path (`torch_ref.train`) and the comparison with JAX (`parity_tests`) both use these functions. Axis letters
-are those of `torch_ref.model`, and A for the accumulated micro-batches of a step.
+The Trainer path (`torch_ref.train`) and the comparison with JAX (`parity_tests`) both use these functions. The axis
+letters are those of `torch_ref.model`, and A is the number of micro-batches in a step.
 """
 
 from collections.abc import Sequence
@@ -19,36 +19,33 @@ from torch_ref.model import IGNORED, CustomLLM
 class StepMetrics(NamedTuple):
     loss: Tensor  # () mean cross-entropy over the targets of all micro-batches, nats
     grad_norm: Tensor  # () global norm before clipping
-    learning_rate: float | Tensor  # set for the next update, as the source's log shows it
-    experts: Tensor  # (A,L,B,T,k), what the routers chose
+    learning_rate: float | Tensor  # that of the next update, as in the source's log
+    experts: Tensor  # (A,L,B,T,k), chosen by the routers
 
 
 def decays(name: str) -> bool:
-    """Whether weight decay applies to the parameter: to matrices and embeddings, not to norms and biases."""
+    """Whether weight decay applies to the parameter: matrices and embeddings decay, norms and biases do not."""
     *path, last = name.split(".")
     return last == "weight" and not path[-1].endswith("norm")
 
 
 def make_optimizer(model: CustomLLM, config: RunConfig) -> torch.optim.AdamW:
     """AdamW over two groups of parameters: those that decay, and those that do not."""
-    named = list(model.named_parameters())
+    optim, named = config.optim, list(model.named_parameters())
     groups = [
-        {"params": [p for name, p in named if decays(name)], "weight_decay": config.optim.weight_decay},
+        {"params": [p for name, p in named if decays(name)], "weight_decay": optim.weight_decay},
         {"params": [p for name, p in named if not decays(name)], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        groups, lr=config.optim.learning_rate, betas=(config.optim.beta1, config.optim.beta2), eps=config.optim.adam_eps
-    )
+    return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), eps=optim.adam_eps)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: RunConfig, steps_done: int = 0) -> LambdaLR:
     """The source's schedule: linear from 0 over `warmup_steps`, then half a cosine to 0 at `steps`."""
     if steps_done:
-        for group in optimizer.param_groups:  # a resumed schedule needs the initial rate
+        for group in optimizer.param_groups:  # LambdaLR requires it to resume
             group.setdefault("initial_lr", config.optim.learning_rate)
-    return get_cosine_schedule_with_warmup(
-        optimizer, config.schedule.warmup_steps, config.schedule.steps, last_epoch=steps_done - 1
-    )
+    schedule = config.schedule
+    return get_cosine_schedule_with_warmup(optimizer, schedule.warmup_steps, schedule.steps, last_epoch=steps_done - 1)
 
 
 def tokens_per_expert(router_experts: Sequence[Tensor], n_experts: int) -> Tensor:  # L times (B,T,k) -> (L,E) int64
@@ -58,11 +55,11 @@ def tokens_per_expert(router_experts: Sequence[Tensor], n_experts: int) -> Tenso
 
 @torch.no_grad()
 def update_routing_bias(model: CustomLLM, counts: Tensor, rate: float) -> None:
-    """Auxiliary-loss-free load balancing (arXiv:2408.15664): push the choice away from crowded experts.
+    """Auxiliary-loss-free load balancing (arXiv:2408.15664): steer the choice away from overloaded experts.
 
     Args:
-        counts: (L,E) tokens of each expert over the whole global batch.
-        rate: the step, gamma.
+        counts: (L,E) tokens of each expert in the global batch.
+        rate: the size of the update, gamma.
     """
     for layer, tokens in zip(model.decoder_layers, counts, strict=True):
         bias: Any = layer.mlp.routing_bias  # pyright: ignore[reportAttributeAccessIssue]
@@ -88,23 +85,18 @@ def balance_loss(experts: Tensor, scores: Tensor) -> Tensor:  # (B,T,k), (B,T,E)
     return (fraction * normalized.mean(dim=1)).sum(dim=-1).mean()
 
 
-def count_targets(labels: Tensor) -> Tensor:
-    """How many positions of (..., T) labels are scored."""
-    return (labels[..., 1:] != IGNORED).sum()
-
-
 def accumulate_gradients(model: CustomLLM, config: RunConfig, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Add the gradient of the mean loss over all micro-batches to the parameters' `.grad`.
 
     Args:
-        model: in train mode, its parameters in float32 (or float64).
+        model: in train mode, with float32 (or float64) parameters.
         config: `precision` bfloat16 runs the forward pass under autocast.
-        labels: (A, B, T) int64: token rows, inputs and labels at once (-100: ignored).
+        labels: (A, B, T) int64 token rows, used as inputs and labels (-100: ignored).
 
     Returns:
         The mean cross-entropy, and the experts that the routers chose, (A, L, B, T, k).
     """
-    targets = count_targets(labels).clamp(min=1)
+    targets = (labels[..., 1:] != IGNORED).sum().clamp(min=1)
     total: Any = 0.0
     chosen = []
     for micro in labels:
@@ -117,10 +109,10 @@ def accumulate_gradients(model: CustomLLM, config: RunConfig, labels: Tensor) ->
 
 
 def clip_gradients(model: CustomLLM, max_norm: float) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_`, with a norm that is right to float32's last digits; returns the norm.
+    """`torch.nn.utils.clip_grad_norm_` with a norm accurate to float32's last digits; returns the norm.
 
-    PyTorch sums the squares of a leaf one after the other on a CPU, which is 2e-4 off for 800,000 elements and
-    grows with them; the norm of the rows' norms is not. The Trainer clips by PyTorch's function, through accelerate.
+    On a CPU, PyTorch sums the squares of a tensor sequentially: the error is 2e-4 for 800,000 elements and grows with
+    their number. The norm of the rows' norms avoids it. The Trainer uses PyTorch's function, through accelerate.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([torch.linalg.vector_norm(grad, dim=-1) for grad in grads])

@@ -1,4 +1,4 @@
-"""Train a CustomLLM in PyTorch, by transformers' Trainer and accelerate, on CUDA, MPS or CPU.
+"""Train a CustomLLM in PyTorch with transformers' Trainer and accelerate, on CUDA, MPS or CPU.
 
 python -m torch_ref.train                                         # train, or resume the last run
 python -m torch_ref.train --preset customllm-1b --recipe seed     # the source's run
@@ -9,9 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from jaxllm.config import RunConfig
@@ -21,7 +19,7 @@ from jaxllm.errors import exit_on_user_error
 from jaxllm.run.history import History
 from jaxllm.run.lock import FolderLock
 from jaxllm.run.metrics import RunLog, read_metrics
-from jaxllm.run.prepare import parse_args, prepare
+from jaxllm.run.prepare import Prepared, parse_args, prepare
 from jaxllm.run.reporting import announce, announce_finished, announce_speed
 from torch_ref.batches import MicroBatches
 from torch_ref.callbacks import LogCallback, TextGenerationCallback
@@ -31,30 +29,22 @@ from torch_ref.model import CustomLLM
 from torch_ref.trainer import CustomLLMTrainer, choose_device
 
 
-def train(
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    held_out: np.ndarray,
-    resumes: bool,
-    model: CustomLLM | None = None,
-) -> CustomLLM:
-    """From the last checkpoint, or from scratch, to `config.schedule.steps`, then the samples.
+def train(prepared: Prepared[RunConfig], model: CustomLLM | None = None) -> CustomLLM:
+    """Train from the last checkpoint, or from scratch, to `config.schedule.steps`; write the samples; return the model.
 
     Args:
-        config, tokenizer, held_out, resumes: what `jaxllm.run.prepare` returned.
-        model: weights to start from; None: drawn with `config.seed`. A checkpoint goes before both.
-
-    Returns:
-        The trained model.
+        prepared: returned by `jaxllm.run.prepare`.
+        model: weights to start from; None: random, from `config.seed`. A checkpoint takes precedence over both.
 
     Raises:
-        UserError: the checkpoint cannot be read, or the data comes to an end.
+        UserError: the checkpoint cannot be read, or the data end.
     """
-    checkpoint = last_checkpoint(config.folder) if resumes else None
+    config = prepared.config
+    checkpoint = last_checkpoint(config.folder) if prepared.resumes else None
     if model is None:
         torch.manual_seed(config.seed % 2**32)
         model = CustomLLM(config.model)
-    stream = TokenStream(open_source(config), tokenizer, config.data.seq_len, config.seed)
+    stream = TokenStream(open_source(config), prepared.tokenizer, config.data.seq_len, config.seed)
     first_step = 0
     if checkpoint is not None:
         first_step = checkpoint.step
@@ -63,7 +53,7 @@ def train(
     device = choose_device(config)
     announce(config, sum(p.numel() for p in model.parameters()), str(model), str(device))
 
-    samples = TextGenerationCallback(config, tokenizer)
+    samples = TextGenerationCallback(config, prepared.tokenizer)
     if checkpoint is not None and first_step >= config.schedule.steps:
         announce_finished(first_step)
         with reading(checkpoint.folder):
@@ -71,20 +61,19 @@ def train(
             model.to(device)  # pyright: ignore[reportArgumentType]
         samples.write(model)
         return model
-    peak_tflops = config.logging.peak_tflops or measured_peak_tflops(
-        config.precision, device
-    )  # before anything else is busy
+    # measured before other threads use the device
+    peak_tflops = config.logging.peak_tflops or measured_peak_tflops(config.precision, device)
     announce_speed(config, peak_tflops, compile_seconds=None)
     batches = MicroBatches(stream, config)
-    trainer = CustomLLMTrainer(config, model, tokenizer, batches, held_out)
+    trainer = CustomLLMTrainer(prepared, model, batches)
     history = History.from_records([record for record in read_metrics(config.folder) if record["step"] <= first_step])
     run_log = RunLog(config.folder, history, first_step, config.schedule.steps)
-    trainer.add_callback(LogCallback(config, run_log, batches, trainer.routing, held_out, peak_tflops))
+    trainer.add_callback(LogCallback(prepared, run_log, batches, trainer.routing, peak_tflops))
     trainer.add_callback(samples)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
     finally:
-        batches.close()
+        batches.prefetcher.close()
         run_log.close()
     return model
 
@@ -92,11 +81,10 @@ def train(
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(argv, "python -m torch_ref.train", __doc__, RunConfig)
-    disable_progress_bar()  # of each file that is written: the run has its own bar
-    choose_device(config)  # refused before anything is created or deleted
+    disable_progress_bar()  # one for each written file: the run has its own bar
+    choose_device(config)  # an unsuitable device is refused before anything is created or deleted
     with FolderLock(config.folder) as lock:
-        config, tokenizer, held_out, resumes = prepare(config, "PyTorch", lock)
-        train(config, tokenizer, held_out, resumes)
+        train(prepare(config, "PyTorch", lock))
     print(f"\nEverything is in {Path(config.folder)}")
 
 

@@ -4,16 +4,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from jaxllm.config import RunConfig
 from jaxllm.data.stream import POSITION_FILE
 from jaxllm.errors import UserError
+from jaxllm.run.prepare import Prepared
 from torch_ref.batches import MicroBatches, as_inputs
 from torch_ref.callbacks import MPSCallback, RoutingBiasCallback, ScheduleCallback
 from torch_ref.checkpoint import reading
@@ -36,7 +36,7 @@ def choose_device(config: RunConfig) -> torch.device:
 
 
 def training_arguments(config: RunConfig) -> TrainingArguments:
-    """The config in the Trainer's words. When to log, evaluate and save is `ScheduleCallback`'s business."""
+    """Translate the config. `ScheduleCallback` decides when to log, evaluate and save."""
     args = TrainingArguments(
         output_dir=str(config.folder),
         max_steps=config.schedule.steps,
@@ -47,19 +47,17 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         max_grad_norm=config.optim.max_grad_norm,
         bf16=config.precision == "bfloat16",
         use_cpu=choose_device(config).type == "cpu",
-        seed=config.seed % 2**32,  # numpy takes no more
+        seed=config.seed % 2**32,  # NumPy's limit
         logging_strategy="no",
-        eval_strategy="no",
         save_strategy="no",
         save_total_limit=config.checkpoint.keep_checkpoints,
-        ignore_data_skip=True,  # the stream seeks
-        logging_nan_inf_filter=False,  # a loss that is no number is shown
-        use_cache=True,  # else the saved config.json would turn the cache off
+        ignore_data_skip=True,  # the stream seeks to its position
+        logging_nan_inf_filter=False,  # show a loss that is not finite
+        use_cache=True,  # False would turn the cache off in the saved config.json
         dataloader_pin_memory=False,
         disable_tqdm=True,
         log_level="error",
         report_to="none",
-        push_to_hub=False,
     )
     args.mixed_precision = "bf16" if args.bf16 else "no"  # the config decides, not an environment variable
     if args.device.type == "cuda":
@@ -70,49 +68,32 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
 class CustomLLMTrainer(Trainer):
     """A Trainer that computes train.py's numbers: same batches, same loss, same update, same routing bias.
 
-    Args:
-        config: of the run.
-        model: its weights are trained in place.
-        tokenizer: saved with each checkpoint.
-        batches: what to train on.
-        held_out: (n,T), what to evaluate on.
+    The model is trained in place on `batches` and evaluated on `prepared.held_out`.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        model: CustomLLM,
-        tokenizer: PreTrainedTokenizerBase,
-        batches: MicroBatches,
-        held_out: np.ndarray,
-    ):
-        self._config, self._tokenizer, self._batches = config, tokenizer, batches
-        self._cross_entropy: Any = None  # () share of the last micro-batch in the step's mean
+    def __init__(self, prepared: Prepared[RunConfig], model: CustomLLM, batches: MicroBatches):
+        config = prepared.config
+        self._config, self._tokenizer, self._batches = config, prepared.tokenizer, batches
+        self._cross_entropy: Any = None  # (), the last micro-batch's share of the mean
         self.routing = RoutingBiasCallback(config.optim.bias_update_rate)
         optimizer = make_optimizer(model, config)
         super().__init__(
             model,
             training_arguments(config),
-            eval_dataset=[as_inputs(row) for row in torch.from_numpy(held_out).long()],  # pyright: ignore[reportArgumentType]
+            eval_dataset=[as_inputs(row) for row in torch.from_numpy(prepared.held_out).long()],  # pyright: ignore[reportArgumentType]
             callbacks=[ScheduleCallback(config), self.routing, MPSCallback()],
             optimizers=(optimizer, make_schedule(optimizer, config)),
         )
-        self.remove_callback(PrinterCallback)  # the log is `LogCallback`'s
+        self.remove_callback(PrinterCallback)  # `LogCallback` writes the log
 
     def get_train_dataloader(self) -> MicroBatches:
         return self._batches
 
-    def compute_loss(
-        self,
-        model: CustomLLM,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
-    ):
-        """This micro-batch's share of the step's loss: its summed cross-entropy over the targets of all of them.
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """This micro-batch's share of the step's loss: its summed cross-entropy over all targets of the step.
 
-        The labels are shifted in the model and nowhere else. The experts are counted from what the forward pass
-        returns, so that a layer that is computed again in the backward pass is not counted again.
+        Only the model shifts the labels. The experts are counted from the output of the forward pass, so that a layer
+        recomputed in the backward pass does not count twice.
         """
         config, labels = self._config, inputs["labels"]
         output = model(
@@ -127,30 +108,31 @@ class CustomLLMTrainer(Trainer):
 
     def training_step(self, *args, **kwargs) -> Tensor:
         super().training_step(*args, **kwargs)
-        return self._cross_entropy  # what is logged has no auxiliary losses in it
+        return self._cross_entropy  # the logged loss excludes the auxiliary losses
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return 0  # nothing shows them, and to count them takes a walk through all modules for each micro-batch
+        return 0  # unused; counting them would loop over all modules for each micro-batch
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed: dropout must not depend on evaluations
+        with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed, which would change dropout
             return super().evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        if "learning_rate" in logs:  # set for the next update, as in the source's log; the Trainer's is the last one's
+        if "learning_rate" in logs:  # that of the next update, as in the source's log; the Trainer gives the last one
             logs["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model's files and the data position; the Trainer then adds its own files.
+        """Write the model, the tokenizer and the data position, but not `training_args.bin`, an unused pickle.
 
-        Its `training_args.bin`, a pickle that nothing reads, is left out.
+        The Trainer then adds its own files.
         """
-        folder, model = Path(output_dir or str(self.args.output_dir)), self.model
+        folder, batch, model = Path(output_dir or str(self.args.output_dir)), self._batches.batch, self.model
+        assert batch is not None  # nothing is saved before the first batch
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder)  # pyright: ignore
         self._tokenizer.save_pretrained(str(folder))
-        (folder / POSITION_FILE).write_bytes(self._batches.encoded_position())
+        (folder / POSITION_FILE).write_bytes(batch.position.to_bytes())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         with reading(resume_from_checkpoint):
@@ -166,9 +148,9 @@ class CustomLLMTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
-            return  # a new run
+            return  # no checkpoint: a new run
         with reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
-        # The rate that was saved belongs to the number of steps that was asked for then.
+        # the saved schedule belongs to the number of steps at that time
         optimizer: Any = self.optimizer
         self.lr_scheduler = make_schedule(optimizer.optimizer, self._config, self.state.global_step)
