@@ -2,10 +2,10 @@
 
 from jaxllm.config.fields import MAX_INT
 from jaxllm.config.groups import AXES
-from jaxllm.config.model import PRESETS, SPECIAL_TOKENS, TOKENIZER_SIZED_PRESETS, ModelConfig, preset
+from jaxllm.config.model import PRESETS, SPECIAL_TOKENS, TOKENIZER_SIZED_PRESETS, ModelConfig, RouterConfig, YarnConfig, preset
 from jaxllm.config.train import FORMAT, Precision, RunConfig, TrainConfig, changed_options, recipe
 
 __all__ = [
     "AXES", "FORMAT", "MAX_INT", "PRESETS", "SPECIAL_TOKENS", "TOKENIZER_SIZED_PRESETS", "ModelConfig",
-    "Precision", "RunConfig", "TrainConfig", "changed_options", "preset", "recipe",
+    "Precision", "RouterConfig", "RunConfig", "TrainConfig", "YarnConfig", "changed_options", "preset", "recipe",
 ]  # fmt: skip

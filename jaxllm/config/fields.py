@@ -93,7 +93,7 @@ def _matches(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+        return isinstance(value, tuple) and all(_matches(item, typing.get_args(hint)[0]) for item in value)
     if hint is float:  # no NaN, no infinity
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     return isinstance(value, hint) and (hint is not int or not isinstance(value, bool))

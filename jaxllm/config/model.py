@@ -1,9 +1,10 @@
 """The shape of a model, and the presets."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
 
 from jaxllm.config.fields import check_fields, option
 from jaxllm.errors import UserError, shown
@@ -13,8 +14,73 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
+class YarnConfig:
+    """YaRN's change of the rotary frequencies (arXiv:2309.00071), in the words of `rope_scaling` in a config.json."""
+
+    factor: float = option(1.0, ge=1)
+    """By how much the context is longer than the one of the first training; 1: plain rotary embedding."""
+    original_max_position_embeddings: int = option(4096, ge=1)
+    beta_fast: float = option(32.0, gt=0)
+    beta_slow: float = option(1.0, gt=0)
+    mscale: float = option(0.0, ge=0)
+    mscale_all_dim: float = option(0.0, ge=0)
+    """Above 0, the attention scale grows with the factor (the non-rotary part included)."""
+    attention_factor: float | None = option(None, gt=0)
+    """Multiplies the turned queries and keys; None: it follows from `mscale` and `mscale_all_dim`."""
+    truncate: bool = True
+    """Whether the bounds of the ramp between the two betas are whole numbers."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def mscale_of(self, weight: float) -> float:
+        """YaRN's growth of the attention with the factor, weighted."""
+        return 1.0 if self.factor <= 1 else 0.1 * weight * math.log(self.factor) + 1.0
+
+    @property
+    def rotation_scale(self) -> float:
+        """Multiplies the turned queries and keys; 1 in all public models."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return self.mscale_of(self.mscale) / self.mscale_of(self.mscale_all_dim)
+        return self.mscale_of(1.0)
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """How experts are chosen and weighed, in transformers' words. The defaults are CustomLLM's."""
+
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    """What makes scores of the router's logits."""
+    topk_method: Literal["noaux_tc", "greedy", "group_limited_greedy"] = "noaux_tc"
+    """How they are ranked. noaux_tc adds the routing bias, and a group is worth its two best experts; greedy and
+    group_limited_greedy have no bias, and a group is worth its best expert."""
+    n_group: int = option(1, ge=1, le=2**14)
+    """Groups of consecutive experts; 1: none."""
+    topk_group: int = option(1, ge=1)
+    """How many of the groups a token may choose from."""
+    norm_topk_prob: bool = True
+    """Whether the gates of a token are normalized to the sum 1."""
+    routed_scaling_factor: float = option(1.0, gt=0)
+    """Multiplies the gates, after the normalization."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.topk_group > self.n_group:
+            raise UserError(f"topk_group is {self.topk_group}: it must be at most n_group = {self.n_group}")
+        if self.topk_method == "greedy" and self.n_group > self.topk_group:
+            raise UserError(f"n_group is {self.n_group}: topk_method greedy has no groups, it must be 1")
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether a routing bias steers the choice."""
+        return self.topk_method == "noaux_tc"
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a CustomLLM, in transformers' words (the keys of an exported config.json).
+    """The shape of a decoder, in transformers' words. The defaults are CustomLLM's.
 
     Derived sizes are properties. Nothing about devices or precision belongs here. Upper bounds are far beyond any
     model: a config may come from anywhere, and must not make a loop or an allocation absurdly large.
@@ -26,80 +92,206 @@ class ModelConfig:
     num_attention_heads: int = option(ge=1, le=2**16)
     moe_intermediate_size: int = option(ge=1, le=2**20)
     compression_ratio: int = option(4, ge=1)
-    """Hidden size over the size of each attention latent."""
+    """Hidden size over the size of each attention latent whose rank is not given."""
+    q_lora_rank: int | None = option(None, ge=0, le=2**20)
+    """Size of the queries' latent; 0: queries are not compressed; None: hidden_size / compression_ratio."""
+    kv_lora_rank: int | None = option(None, ge=1, le=2**20)
+    """Size of the latent of keys and values; None: hidden_size / compression_ratio."""
+    qk_nope_head_dim: int | None = option(None, ge=1, le=2**20)
+    """Dimensions of a query head without position; None: half of hidden_size / num_attention_heads."""
+    qk_rope_head_dim: int | None = option(None, ge=2, le=2**20)
+    """Rotary dimensions of a query head; None: the other half."""
+    v_head_dim: int | None = option(None, ge=1, le=2**20)
+    """Size of a value head; None: hidden_size / num_attention_heads."""
+    shared_rope_key: bool = False
+    """Whether all heads share one rotary key."""
+    latent_norm: bool = False
+    """Whether the latents are normed."""
+    latent_norm_eps: float = option(1e-6, ge=0)
+    attention_bias: bool = False
+    """Whether the projections to the latents and the output projection have biases."""
     n_routed_experts: int = option(7, ge=1, le=2**14)
     n_shared_experts: int = option(1, ge=1, le=2**14)
     num_experts_per_tok: int = option(2, ge=1)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    first_k_dense_replace: int = option(0, ge=0)
+    """The first layers, this many, have a dense feed-forward network instead of experts."""
+    intermediate_size: int | None = option(None, ge=1, le=2**20)
+    """Hidden size of those."""
     max_position_embeddings: int = option(2048, ge=1)
+    learned_positions: bool = True
+    """Whether a table of positions is added to the embeddings."""
     rms_norm_eps: float = option(1e-5, ge=0)
     rope_theta: float = option(10000.0, gt=1)
+    rope_scaling: YarnConfig = field(default_factory=YarnConfig)
     dropout: float = option(0.1, ge=0, lt=1)
     """Dropout rate on the embeddings, in training only."""
     final_norm: bool = False
     """Whether a norm precedes lm_head (the source has none)."""
+    lm_head_bias: bool = True
+    tie_word_embeddings: bool = False
+    """Whether lm_head is the table of token embeddings."""
     initializer_range: float = option(0.02, ge=0)
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    """The token, or each of the tokens, that ends a text."""
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.hidden_size % self.num_attention_heads:
+        derived = (self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim)
+        if None in derived and self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"hidden_size is {self.hidden_size}: it must be a multiple of "
                 f"num_attention_heads = {self.num_attention_heads}"
             )
-        if self.head_dim % 4:
+        if self.rope_head_dim % 2 or (derived == (None, None, None) and self.head_dim % 4):
+            if self.qk_rope_head_dim is not None:
+                raise UserError(f"qk_rope_head_dim is {self.rope_head_dim}: it must be even, rotation is in pairs")
             raise UserError(
                 f"num_attention_heads is {self.num_attention_heads}: hidden_size / num_attention_heads = "
                 f"{self.head_dim} must be a multiple of 4, because half of each head rotates in pairs"
             )
-        if self.hidden_size % self.compression_ratio:
+        if None in (self.q_lora_rank, self.kv_lora_rank) and self.hidden_size % self.compression_ratio:
             raise UserError(
                 f"compression_ratio is {self.compression_ratio}: it must divide hidden_size = {self.hidden_size}"
             )
-        if self.num_experts_per_tok > self.n_routed_experts:
+        self._check_experts()
+        if self.first_k_dense_replace > self.num_hidden_layers:
             raise UserError(
-                f"num_experts_per_tok is {self.num_experts_per_tok}: it must be at most "
-                f"n_routed_experts = {self.n_routed_experts}"
+                f"first_k_dense_replace is {self.first_k_dense_replace}: it must be at most "
+                f"num_hidden_layers = {self.num_hidden_layers}"
             )
+        if self.first_k_dense_replace and self.intermediate_size is None:
+            raise UserError("intermediate_size is None: the dense layers (first_k_dense_replace) need it")
+        if self.tie_word_embeddings and self.lm_head_bias:
+            raise UserError("lm_head_bias is True: with tie_word_embeddings it must be False")
         for name in SPECIAL_TOKENS:
             value = getattr(self, name)
-            if value is not None and not 0 <= value < self.vocab_size:
-                raise UserError(f"{name} is {shown(value)}: it must be below vocab_size = {self.vocab_size}")
+            for token in value if isinstance(value, tuple) else () if value is None else (value,):
+                if not 0 <= token < self.vocab_size:
+                    raise UserError(f"{name} is {shown(value)}: it must be below vocab_size = {self.vocab_size}")
+
+    def _check_experts(self) -> None:
+        E, k, router = self.n_routed_experts, self.num_experts_per_tok, self.router
+        if k > E:
+            raise UserError(f"num_experts_per_tok is {k}: it must be at most n_routed_experts = {E}")
+        if E % router.n_group:
+            raise UserError(f"n_group is {router.n_group}: it must divide n_routed_experts = {E}")
+        in_group = E // router.n_group
+        if k > router.topk_group * in_group:
+            raise UserError(
+                f"num_experts_per_tok is {k}: it must be at most {router.topk_group * in_group}, the experts in "
+                f"topk_group = {router.topk_group} groups"
+            )
+        if router.n_group > 1 and router.has_bias and in_group < 2:
+            raise UserError(
+                f"n_group is {router.n_group}: with topk_method noaux_tc a group must have at least two of the "
+                f"{E} experts, as its two best ones rank it"
+            )
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
     @property
-    def rope_head_dim(self) -> int:
-        """Rotary dimensions of a head; the other half carries no position."""
-        return self.head_dim // 2
-
-    @property
     def nope_head_dim(self) -> int:
-        return self.head_dim - self.rope_head_dim
+        return self.qk_nope_head_dim or self.head_dim - self.head_dim // 2
 
     @property
-    def latent_size(self) -> int:
-        return self.hidden_size // self.compression_ratio
+    def rope_head_dim(self) -> int:
+        return self.qk_rope_head_dim or self.head_dim // 2
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.nope_head_dim + self.rope_head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        return self.v_head_dim or self.head_dim
+
+    @property
+    def rope_key_heads(self) -> int:
+        """Rotary keys of a token: one for each head, or one for all."""
+        return 1 if self.shared_rope_key else self.num_attention_heads
+
+    @property
+    def kv_latent_size(self) -> int:
+        return self.kv_lora_rank or self.hidden_size // self.compression_ratio
+
+    @property
+    def q_latent_size(self) -> int:
+        """0: queries are not compressed."""
+        return self.hidden_size // self.compression_ratio if self.q_lora_rank is None else self.q_lora_rank
+
+    @property
+    def softmax_scale(self) -> float:
+        """Multiplies the products of queries and keys."""
+        return self.qk_head_dim**-0.5 * self.rope_scaling.mscale_of(self.rope_scaling.mscale_all_dim) ** 2
+
+    @property
+    def dense_layers(self) -> int:
+        return self.first_k_dense_replace
+
+    @property
+    def moe_layers(self) -> int:
+        return self.num_hidden_layers - self.first_k_dense_replace
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        eos = self.eos_token_id
+        return eos if isinstance(eos, tuple) else () if eos is None else (eos,)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """JSON values."""
+        eos = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
+        return dataclasses.asdict(self) | {"eos_token_id": eos}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build from a mapping such as a config.json; keys that belong to transformers are ignored.
+        """The inverse of `to_dict`. Fields that did not exist when it was written have their defaults, and unknown
+        keys are ignored.
 
         Raises:
             UserError: a required key is missing, or a value is out of range.
         """
-        required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+        required = {f.name for f in dataclasses.fields(cls) if _is_required(f)}
         if missing := sorted(required - values.keys()):
             raise UserError(f"the model config lacks {', '.join(missing)}")
-        return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+        known = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
+        for name, kind in (("router", RouterConfig), ("rope_scaling", YarnConfig)):
+            if isinstance(part := known.get(name), Mapping):
+                known[name] = kind(**{f.name: part[f.name] for f in dataclasses.fields(kind) if f.name in part})
+        if isinstance(eos := known.get("eos_token_id"), list):
+            known["eos_token_id"] = tuple(eos)
+        return cls(**known)
 
+
+def _is_required(declared: dataclasses.Field) -> bool:
+    return declared.default is dataclasses.MISSING and declared.default_factory is dataclasses.MISSING
+
+
+def deepseek(**shape: Any) -> ModelConfig:
+    """A decoder of the DeepSeek family: latents with norms, one rotary key, no table of positions, a final norm."""
+    return ModelConfig(
+        shared_rope_key=True, latent_norm=True, learned_positions=False, dropout=0.0, final_norm=True,
+        lm_head_bias=False, **shape,
+    )  # fmt: skip
+
+
+_V2_LITE = deepseek(
+    vocab_size=102400, hidden_size=2048, num_hidden_layers=27, num_attention_heads=16, q_lora_rank=0, kv_lora_rank=512,
+    qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, first_k_dense_replace=1, intermediate_size=10944,
+    moe_intermediate_size=1408, n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6,
+    router=RouterConfig("softmax", "greedy", norm_topk_prob=False), max_position_embeddings=163840, rms_norm_eps=1e-6,
+    rope_scaling=YarnConfig(40.0, mscale=0.707, mscale_all_dim=0.707),
+)  # fmt: skip
+_V3 = dataclasses.replace(
+    _V2_LITE, vocab_size=129280, hidden_size=7168, num_hidden_layers=61, num_attention_heads=128, q_lora_rank=1536,
+    first_k_dense_replace=3, intermediate_size=18432, moe_intermediate_size=2048, n_routed_experts=256,
+    n_shared_experts=1, num_experts_per_tok=8, router=RouterConfig(n_group=8, topk_group=4, routed_scaling_factor=2.5),
+    rope_scaling=YarnConfig(40.0, mscale=1.0, mscale_all_dim=1.0),
+)  # fmt: skip
 
 PRESETS: dict[str, ModelConfig] = {
     # the default of train.py: trains in minutes on two cores; its vocabulary is the tokenizer's
@@ -121,9 +313,40 @@ PRESETS: dict[str, ModelConfig] = {
     "customllm-1b": ModelConfig(
         vocab_size=49152, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, moe_intermediate_size=1536
     ),
-}
+    # all that DeepSeek-V3 has, in a size that trains in minutes; its vocabulary is the tokenizer's
+    "tiny-deepseek": deepseek(
+        vocab_size=4096, hidden_size=192, num_hidden_layers=3, num_attention_heads=4, q_lora_rank=96, kv_lora_rank=64,
+        qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, first_k_dense_replace=1, intermediate_size=512,
+        moe_intermediate_size=128, n_routed_experts=16, num_experts_per_tok=4, max_position_embeddings=512,
+        router=RouterConfig(n_group=4, topk_group=2, routed_scaling_factor=1.5), rms_norm_eps=1e-6,
+    ),
+    # the public models: arXiv:2405.04434, arXiv:2412.19437, arXiv:2502.16982, arXiv:2507.20534
+    "deepseek-v2-lite": _V2_LITE,
+    "deepseek-v2": dataclasses.replace(
+        _V2_LITE, hidden_size=5120, num_hidden_layers=60, num_attention_heads=128, q_lora_rank=1536,
+        intermediate_size=12288, moe_intermediate_size=1536, n_routed_experts=160,
+        router=RouterConfig("softmax", "group_limited_greedy", 8, 3, False, 16.0),
+    ),
+    "deepseek-v3": _V3,
+    "moonlight-16b": dataclasses.replace(
+        _V2_LITE, vocab_size=163840, intermediate_size=11264, router=RouterConfig(routed_scaling_factor=2.446),
+        max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=50000.0, rope_scaling=YarnConfig(),
+    ),
+    "kimi-k2": dataclasses.replace(
+        _V3, vocab_size=163840, num_attention_heads=64, first_k_dense_replace=1, n_routed_experts=384,
+        router=RouterConfig(routed_scaling_factor=2.827), max_position_embeddings=131072, rope_theta=50000.0,
+        rope_scaling=YarnConfig(32.0, beta_fast=1.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0),
+    ),
+    "glm-4.7-flash": dataclasses.replace(
+        _V3, vocab_size=154880, hidden_size=2048, num_hidden_layers=47, num_attention_heads=20, q_lora_rank=768,
+        qk_nope_head_dim=192, v_head_dim=256, first_k_dense_replace=1, intermediate_size=10240,
+        moe_intermediate_size=1536, n_routed_experts=64, num_experts_per_tok=4,
+        router=RouterConfig(routed_scaling_factor=1.8), max_position_embeddings=202752, rms_norm_eps=1e-5,
+        rope_theta=1000000.0, rope_scaling=YarnConfig(),
+    ),
+}  # fmt: skip
 
-TOKENIZER_SIZED_PRESETS = frozenset({"tiny"})
+TOKENIZER_SIZED_PRESETS = frozenset({"tiny", "tiny-deepseek"})
 """Presets without a vocabulary of their own: train.py gives them the tokenizer's size."""
 
 

@@ -143,14 +143,16 @@ class TrainConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         rows, model, mesh = self.data.batch_size, self.model, f"mesh is {shown(self.mesh.axes)}: "
-        rotary = math.gcd(model.hidden_size, model.num_attention_heads * model.rope_head_dim)
+        heads = [model.nope_head_dim, model.value_head_dim] + [model.rope_head_dim] * bool(model.q_latent_size)
+        cut = math.gcd(model.hidden_size, *(model.num_attention_heads * size for size in heads))
         _check_divides(
             rows, self.mesh.devices, f"{mesh}its {self.mesh.devices} devices must divide batch_size = {rows}"
         )
         _check_divides(
-            rotary,
+            cut,
             self.mesh.sizes.get("fsdp", 1),
-            f"{mesh}fsdp must divide hidden_size = {model.hidden_size} and half of it, along which weights are cut",
+            f"{mesh}fsdp must divide hidden_size = {model.hidden_size} and the sizes of all heads together (largest "
+            f"common divisor {cut}), along which weights are cut",
         )
         _check_divides(
             model.n_routed_experts,
@@ -203,6 +205,7 @@ def changed_options(saved: Mapping[str, Any], now: RunConfig) -> list[tuple[str,
         outer = {name: value for name, value in values.items() if name != "model" and name not in resumable}
         return outer | {f"model.{name}": value for name, value in values["model"].items()}
 
+    saved = {**saved, "model": ModelConfig.from_dict(saved["model"]).to_dict()}  # with the defaults of later fields
     before, after = flat(saved), flat(now.to_dict())
     return [(k, before.get(k), after.get(k)) for k in sorted(before | after) if before.get(k) != after.get(k)]
 

@@ -4,7 +4,8 @@ Read in this order: layers, attention, moe, decoder; the kernels that they call 
 letters holds for all shape comments:
 
     B batch        T time (queries)   S time (keys, cache slots)   N = B*T tokens
-    D hidden       H heads            h head size                  n = r = h/2 (no position | rotary)
-    R latent       F expert hidden    E routed experts             k experts of a token   M = N*k rows
+    D hidden       H heads            h = n + r query head (n without position, r rotary)    v value head
+    R latent       Q query latent     G rotary keys of a token (H, or 1 for all heads)
+    F expert hidden                   E routed experts             k experts of a token   M = N*k rows
     L layers       V vocabulary       A micro-batches of a step
 """

@@ -13,63 +13,82 @@ from jaxllm.config import ModelConfig
 from jaxllm.model.dtypes import Array, at_least_float32
 from jaxllm.model.kernels import choose_kernels
 from jaxllm.model.kernels.causal_attention import masked_softmax
-from jaxllm.model.layers import Linear, RotaryEmbedding
+from jaxllm.model.layers import CustomRMSNorm, Linear, RotaryEmbedding
 
 
 class Latents(NamedTuple):
-    """What attention must remember of a token: R + H*h/2 numbers instead of the 2*D of full keys and values."""
+    """What attention must remember of a token: R + G*r numbers instead of full keys and values."""
 
-    kv: Array  # (..., B,S,R)
-    k_rope: Array  # (..., B,S,H,r), already rotated
+    kv: Array  # (..., B,S,R), after its norm where it has one
+    k_rope: Array  # (..., B,S,G,r), already rotated
 
 
 class MultiHeadLatentAttention(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, platform: str | None = None):
         self.config, self.dtype = config, dtype
         self.kernels = choose_kernels(config, dtype, platform)
-        D, R, H = config.hidden_size, config.latent_size, config.num_attention_heads
+        D, R, Q, H = config.hidden_size, config.kv_latent_size, config.q_latent_size, config.num_attention_heads
+        queries = (Q, "latent", "heads") if Q else (D, "hidden", "query")  # what queries are made of, and the axes
 
-        def linear(in_features: int, out_features: int, *axes: str) -> Linear:
-            return Linear(in_features, out_features, axes, std=config.initializer_range, dtype=dtype, rngs=rngs)
+        def linear(in_features: int, out_features: int, *axes: str, bias: bool = False) -> Linear:
+            std = config.initializer_range
+            return Linear(in_features, out_features, axes, bias=bias, std=std, dtype=dtype, rngs=rngs)
 
-        self.kv_proj_d = linear(D, R, "hidden", "latent")
-        self.q_proj_d = linear(D, R, "hidden", "latent")
+        def latent_norm(features: int) -> CustomRMSNorm | None:
+            if not (features and config.latent_norm):
+                return None
+            return CustomRMSNorm(features, eps=config.latent_norm_eps, dtype=dtype)
+
+        self.kv_proj_d = linear(D, R, "hidden", "latent", bias=config.attention_bias)
+        self.q_proj_d = linear(D, Q, "hidden", "latent", bias=config.attention_bias) if Q else None
         self.k_proj_u = linear(R, H * config.nope_head_dim, "latent", "heads")
-        self.v_proj_u = linear(R, D, "latent", "heads")
-        self.q_proj_u = linear(R, H * config.nope_head_dim, "latent", "heads")
-        self.rope_k = linear(D, H * config.rope_head_dim, "hidden", "rotary")
-        self.rope_q = linear(R, H * config.rope_head_dim, "latent", "heads")
-        self.o_proj = linear(D, D, "context", "hidden")
-        self.rotary_emb = RotaryEmbedding(config.rope_head_dim, theta=config.rope_theta)
+        self.v_proj_u = linear(R, H * config.value_head_dim, "latent", "heads")
+        self.q_proj_u = linear(queries[0], H * config.nope_head_dim, *queries[1:])
+        rotary = config.rope_key_heads * config.rope_head_dim
+        self.rope_k = linear(D, rotary, "hidden", "rotary", bias=config.attention_bias)
+        self.rope_q = linear(queries[0], H * config.rope_head_dim, *queries[1:])
+        self.o_proj = linear(H * config.value_head_dim, D, "context", "hidden", bias=config.attention_bias)
+        self.kv_norm, self.q_norm = latent_norm(R), latent_norm(Q)
+        self.rotary_emb = RotaryEmbedding(config)
 
     def latents(self, x: Array, positions: Array) -> Latents:  # (B,T,D), (B|1,T)
-        return Latents(self.kv_proj_d(x), self.rotary_emb(self._heads(self.rope_k(x)), positions))
+        kv = self.kv_proj_d(x)
+        k_rope = self.rope_k(x).reshape(*x.shape[:2], self.config.rope_key_heads, -1)
+        return Latents(kv if self.kv_norm is None else self.kv_norm(kv), self.rotary_emb(k_rope, positions))
 
     def queries(self, x: Array, positions: Array) -> tuple[Array, Array]:  # -> (B,T,H,n), (B,T,H,r)
-        latent = self.q_proj_d(x)  # (B,T,R)
+        latent = x if self.q_proj_d is None else self.q_proj_d(x)  # (B,T,Q)
+        if self.q_norm is not None:
+            latent = self.q_norm(latent)
         return self._heads(self.q_proj_u(latent)), self.rotary_emb(self._heads(self.rope_q(latent)), positions)
 
     def __call__(self, x: Array, positions: Array, attention_mask: Array | None) -> tuple[Array, Latents]:
         """Attend within x: (B,T,D), positions (B|1,T), mask (B,T) or None -> (B,T,D) and the latents to cache."""
         latents = self.latents(x, positions)
-        q = jnp.concatenate(self.queries(x, positions), axis=-1)  # (B,T,H,h)
-        k = jnp.concatenate([self._heads(self.k_proj_u(latents.kv)), latents.k_rope], axis=-1)
+        q_nope, q_rope = self.queries(x, positions)
+        q = jnp.concatenate([q_nope, q_rope], axis=-1)  # (B,T,H,n+r)
+        k_rope = jnp.broadcast_to(latents.k_rope, q_rope.shape)
+        k = jnp.concatenate([self._heads(self.k_proj_u(latents.kv)), k_rope], axis=-1)
         v = self._heads(self.v_proj_u(latents.kv))
-        context = self.kernels.attention(q, k, v, attention_mask)
-        return self.o_proj(context.reshape(x.shape)), latents
+        context = self.kernels.attention(q, k, v, attention_mask, self.config.softmax_scale)  # (B,T,H,v)
+        return self.o_proj(context.reshape(*x.shape[:2], -1)), latents
 
     def attend_latents(self, x: Array, positions: Array, cache: Latents, mask: Array) -> Array:
         """Attend to cached latents without expanding them: (B,T,D), cache of (B,S,...), mask (B,1,T,S) -> (B,T,D)."""
         acc_dtype = at_least_float32(self.dtype)
         q_nope, q_rope = self.queries(x, positions)
         expand_k = self._per_head(self.k_proj_u)  # (R,H,n)
-        expand_v = self._per_head(self.v_proj_u)  # (R,H,h)
+        expand_v = self._per_head(self.v_proj_u)  # (R,H,v)
         q_latent = jnp.einsum("bthn,Rhn->bthR", q_nope, expand_k)
         scores = jnp.einsum("bthR,bsR->bhts", q_latent, cache.kv, preferred_element_type=acc_dtype)
-        scores += jnp.einsum("bthr,bshr->bhts", q_rope, cache.k_rope, preferred_element_type=acc_dtype)
-        weights = masked_softmax(scores * self.config.head_dim**-0.5, mask).astype(self.dtype)
+        if self.config.shared_rope_key:
+            k_rope = cache.k_rope[..., 0, :]
+            scores += jnp.einsum("bthr,bsr->bhts", q_rope, k_rope, preferred_element_type=acc_dtype)
+        else:
+            scores += jnp.einsum("bthr,bshr->bhts", q_rope, cache.k_rope, preferred_element_type=acc_dtype)
+        weights = masked_softmax(scores * self.config.softmax_scale, mask).astype(self.dtype)
         context = jnp.einsum("bhts,bsR->bthR", weights, cache.kv)
-        return self.o_proj(jnp.einsum("Rhd,bthR->bthd", expand_v, context).reshape(x.shape))
+        return self.o_proj(jnp.einsum("Rhd,bthR->bthd", expand_v, context).reshape(*x.shape[:2], -1))
 
     def _heads(self, x: Array) -> Array:  # (B,T,H*d) -> (B,T,H,d)
         return x.reshape(*x.shape[:2], self.config.num_attention_heads, -1)

@@ -3,6 +3,7 @@
 Weights are float32 masters (float64 in a float64 model) and are cast to the compute dtype at each product.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxllm.config import ModelConfig
 from jaxllm.model.dtypes import Array, Pytree, at_least_float32
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -105,17 +107,39 @@ class CustomRMSNorm(nnx.Module):
         return (upcast * inverse_rms * self.weight[...]).astype(x.dtype)
 
 
+def rotary_frequencies(config: ModelConfig) -> np.ndarray:
+    """Angle of each rotary pair from one position to the next, (r/2,) in radians.
+
+    In double precision on the host, so that both frameworks round the same numbers. YaRN (arXiv:2309.00071, section
+    3.2) leaves fast pairs as they are, divides slow ones by its factor, and has a ramp between them.
+    """
+    r, yarn = config.rope_head_dim, config.rope_scaling
+    frequencies = config.rope_theta ** (-np.arange(0, r, 2) / r)
+    if yarn.factor == 1:
+        return frequencies
+
+    def pair(turns: float) -> float:  # that turns this often in the original context
+        context = yarn.original_max_position_embeddings
+        return r * math.log(context / (2 * math.pi * turns)) / (2 * math.log(config.rope_theta))
+
+    low, high = pair(yarn.beta_fast), pair(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, r - 1)
+    ramp = np.clip((np.arange(r // 2) - low) / (high - low if high != low else 0.001), 0, 1)
+    return frequencies * ((1 - ramp) + ramp / yarn.factor)
+
+
 class RotaryEmbedding(nnx.Module):
     """Rotary position embedding (Su et al. 2021, section 3.4), rotate-half convention; it has no weights."""
 
-    def __init__(self, features: int, *, theta: float):
-        self.features, self.theta = features, theta
+    def __init__(self, config: ModelConfig):
+        self.config = config
 
     def __call__(self, x: Array, positions: Array) -> Array:  # (B,T,H,r), (B|1,T) -> (B,T,H,r)
         acc_dtype = at_least_float32(x.dtype)
-        # in double precision on the host, so that both frameworks round the same numbers
-        inv_freq = self.theta ** (-np.arange(0, self.features, 2) / self.features)  # (r/2,)
-        angles = positions[..., None, None].astype(acc_dtype) * inv_freq.astype(acc_dtype)  # (B|1,T,1,r/2)
-        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        frequencies = rotary_frequencies(self.config).astype(acc_dtype)  # (r/2,)
+        angles = positions[..., None, None].astype(acc_dtype) * frequencies  # (B|1,T,1,r/2)
+        cos, sin = (f(angles) * self.config.rope_scaling.rotation_scale for f in (jnp.cos, jnp.sin))
         first, second = jnp.split(x.astype(acc_dtype), 2, axis=-1)
         return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,4 +1,5 @@
-"""DeepSeekMoE (arXiv:2401.06066) with DeepSeek-V3's sigmoid scores and bias-steered choice (arXiv:2412.19437, 2.1.2).
+"""DeepSeekMoE (arXiv:2401.06066) with the routers of DeepSeek-V2 (arXiv:2405.04434, 2.2) and of DeepSeek-V3, whose
+choice a bias steers (arXiv:2412.19437, 2.1.2).
 
 route -> dispatch -> experts -> combine are separate functions, so that a test can call one alone or inject a routing.
 No token is ever dropped.
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxllm.config import ModelConfig
+from jaxllm.config import ModelConfig, RouterConfig
 from jaxllm.model.dtypes import Array, at_least_float32
 from jaxllm.model.kernels import choose_kernels
 from jaxllm.model.kernels.expert_ffn import expert_ffn, expert_ffn_of_stack
@@ -23,8 +24,8 @@ from jaxllm.model.layout import ONE_DEVICE, Layout
 
 class Routing(NamedTuple):
     experts: Array  # (N,k) int32, the chosen experts
-    gates: Array  # (N,k), their weights, which sum to 1
-    scores: Array  # (N,E), sigmoid scores without the bias
+    gates: Array  # (N,k), their weights
+    scores: Array  # (N,E), without the bias
     logits: Array  # (N,E)
 
 
@@ -39,20 +40,40 @@ class Dispatch(NamedTuple):
 
 
 def route(
-    x: Array, router_weight: Array, routing_bias: Array, experts_per_token: int, experts: Array | None = None
+    x: Array,
+    router_weight: Array,
+    routing_bias: Array | None,
+    experts_per_token: int,
+    experts: Array | None = None,
+    router: RouterConfig = RouterConfig(),
 ) -> Routing:
-    """Choose experts by biased score, weigh them by unbiased score, all in float32: x (N,D), (D,E), (E,), k.
+    """Choose experts by rank, weigh them by score, all in float32: x (N,D), (D,E), (E,) or None, k.
 
-    `experts` (N,k) are used instead of the k largest `scores + routing_bias` (ties: lowest index).
+    `experts` (N,k) are used instead of the k best ranked (ties: lowest index).
     """
     acc_dtype = at_least_float32(x.dtype)
     logits = x.astype(acc_dtype) @ router_weight.astype(acc_dtype)
-    scores = jax.nn.sigmoid(logits)
+    scores = jax.nn.sigmoid(logits) if router.scoring_func == "sigmoid" else jax.nn.softmax(logits, axis=-1)
     if experts is None:
-        _, experts = jax.lax.top_k(jax.lax.stop_gradient(scores) + routing_bias.astype(acc_dtype), experts_per_token)
-    chosen = jnp.take_along_axis(scores, experts, axis=-1)
-    gates = chosen / (chosen.sum(axis=-1, keepdims=True) + 1e-20)
-    return Routing(experts, gates, scores, logits)
+        ranks = jax.lax.stop_gradient(scores)
+        if routing_bias is not None:
+            ranks += routing_bias.astype(acc_dtype)
+        _, experts = jax.lax.top_k(close_groups(ranks, router), experts_per_token)
+    gates = jnp.take_along_axis(scores, experts, axis=-1)
+    if router.norm_topk_prob:
+        gates = gates / (gates.sum(axis=-1, keepdims=True) + 1e-20)
+    return Routing(experts, gates * router.routed_scaling_factor, scores, logits)
+
+
+def close_groups(ranks: Array, router: RouterConfig) -> Array:
+    """Ranks (N,E) in which only the experts of the `topk_group` best groups can be chosen (arXiv:2412.19437, 2.1.2)."""
+    if router.n_group == router.topk_group:
+        return ranks
+    grouped = ranks.reshape(ranks.shape[0], router.n_group, -1)  # (N,groups,E/groups)
+    best = jax.lax.top_k(grouped, 2 if router.has_bias else 1)[0].sum(axis=-1)  # (N,groups)
+    _, chosen = jax.lax.top_k(best, router.topk_group)
+    is_open = (chosen[..., None] == jnp.arange(router.n_group)).any(axis=1)  # (N,groups)
+    return jnp.where(is_open[..., None], grouped, -jnp.inf if router.has_bias else 0).reshape(ranks.shape)
 
 
 def tokens_per_expert(experts: Array, n_experts: int) -> Array:  # (N,k) -> (E,) int32
@@ -114,14 +135,28 @@ combine.defvjp(_combine_fwd, _combine_bwd)
 
 
 class DeepSeekExpertLayer(nnx.Module):
-    """A SwiGLU feed-forward layer. The shared and the routed experts are stacks of it along a leading axis."""
+    """A SwiGLU feed-forward layer. The shared and the routed experts are stacks of it along a leading axis.
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, platform: str | None = None):
+    Alone, with a hidden size of its own, it is the feed-forward network of a dense layer.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        platform: str | None = None,
+        hidden: int | None = None,
+    ):
         self.dtype, self.kernels = dtype, choose_kernels(config, dtype, platform)
-        D, F, std = config.hidden_size, config.moe_intermediate_size, config.initializer_range
+        D, F, std = config.hidden_size, hidden or config.moe_intermediate_size, config.initializer_range
         self.gate_proj = Linear(D, F, ("hidden", "expert_hidden"), std=std, dtype=dtype, rngs=rngs)
         self.up_proj = Linear(D, F, ("hidden", "expert_hidden"), std=std, dtype=dtype, rngs=rngs)
         self.down_proj = Linear(F, D, ("expert_hidden", "hidden"), std=std, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:  # (..., D) -> (..., D)
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
     def grouped(self, rows: Array, group_sizes: Array, offset: Array | None = None) -> Array:
         """As a stack of experts, each on a separate group of consecutive rows: (M,D), (E,) -> (M,D).
@@ -150,8 +185,10 @@ class DeepSeekMoE(nnx.Module):
         self.shared_experts = stack(expert, config.n_shared_experts, "shared_expert", rngs)
         self.routed_experts = stack(expert, E, "expert", rngs)
         self.router = Linear(D, E, ("hidden", "score"), std=config.initializer_range, dtype=dtype, rngs=rngs)
-        zeros = jnp.zeros((E,), at_least_float32(dtype))
-        self.routing_bias = parameter(zeros, ("score",), decays=False, kind=RoutingBias)
+        self.routing_bias = None
+        if config.router.has_bias:
+            zeros = jnp.zeros((E,), at_least_float32(dtype))
+            self.routing_bias = parameter(zeros, ("score",), decays=False, kind=RoutingBias)
 
     def __call__(
         self, x: Array, experts: Array | None = None, layout: Layout = ONE_DEVICE, offset: Array | None = None
@@ -166,8 +203,9 @@ class DeepSeekMoE(nnx.Module):
         tokens = x.reshape(-1, x.shape[-1])  # (N,D)
         if experts is not None:
             experts = experts.reshape(tokens.shape[0], -1)
-        k = self.config.num_experts_per_tok
-        routing = route(tokens, self.router.weight[...], self.routing_bias[...], k, experts)
+        bias = None if self.routing_bias is None else self.routing_bias[...]
+        k, router = self.config.num_experts_per_tok, self.config.router
+        routing = route(tokens, self.router.weight[...], bias, k, experts, router)
         if layout.expert > 1:
             local = self.config.n_routed_experts // layout.expert
             mixed = expert_parallel_ffn(self.routed_experts.grouped, tokens, routing, local)

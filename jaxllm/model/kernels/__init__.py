@@ -31,8 +31,8 @@ class Kernels:
 
     grouped: ModuleType
     """A module with `grouped_matmul`, `grouped_matmul_transposed`, `weight_gradients` and `padding`."""
-    attention: Callable[[Array, Array, Array, Array | None], Array]
-    """q, k, v (B,T,H,h) and the attention mask (B,T) or None -> (B,T,H,h)."""
+    attention: Callable[[Array, Array, Array, Array | None, float], Array]
+    """q, k (B,T,H,h), v (B,T,H,v), the attention mask (B,T) or None, and the scale of the scores -> (B,T,H,v)."""
 
 
 def platform_here() -> str:
@@ -54,7 +54,8 @@ def choose_kernels(config: ModelConfig, dtype: jnp.dtype, platform: str | None =
     dtype, on_cuda = jnp.dtype(dtype), platform == CUDA
     tiled = grouped_triton.applies(config.hidden_size, config.moe_intermediate_size)
     triton = on_cuda and dtype in (jnp.bfloat16, jnp.float32) and tiled
-    cudnn = on_cuda and dtype == jnp.bfloat16 and config.head_dim % 8 == 0 and config.head_dim <= 128
+    h = config.qk_head_dim
+    cudnn = on_cuda and dtype == jnp.bfloat16 and h == config.value_head_dim and h % 8 == 0 and h <= 128
     return Kernels(grouped_triton if triton else grouped_loop, cudnn_attention if cudnn else blocked_attention)
 
 

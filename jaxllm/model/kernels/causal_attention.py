@@ -25,17 +25,17 @@ def masked_softmax(scores: Array, mask: Array) -> Array:
     return jax.nn.softmax(jnp.where(mask, upcast, jnp.finfo(upcast.dtype).min), axis=-1)
 
 
-def blocked_attention(q: Array, k: Array, v: Array, attention_mask: Array | None = None) -> Array:
+def blocked_attention(q: Array, k: Array, v: Array, attention_mask: Array | None, scale: float) -> Array:
     """A token attends to itself and to what came before, but to no padding. A padded row still sees itself.
 
-    q, k, v (B,T,H,h), attention_mask (B,T), zero at padding, or None: no padding -> (B,T,H,h). The backward pass keeps
-    q, k and v, and recomputes each block's weights.
+    q, k (B,T,H,h), v (B,T,H,v), attention_mask (B,T), zero at padding, or None: no padding; `scale` multiplies the
+    scores -> (B,T,H,v). The backward pass keeps q, k and v, and recomputes each block's weights.
     """
     length = q.shape[1]
     block = min(BLOCK_QUERIES, length)
     span = block * -(-length // (block * MAX_SPANS))
     # heads before time: the products are batched over B,H
-    q, k, v = (a.swapaxes(1, 2) for a in (q * q.shape[-1] ** -0.5, k, v))
+    q, k, v = (a.swapaxes(1, 2) for a in (q * scale, k, v))
     q = jnp.pad(q, ((0, 0), (0, 0), (0, -length % block), (0, 0)))  # queries after the last are discarded
     spans = []
     for start in range(0, length, span):
@@ -49,7 +49,7 @@ def blocked_attention(q: Array, k: Array, v: Array, attention_mask: Array | None
 
 @functools.partial(jax.checkpoint, static_argnums=0)
 def _attend(end: int, k: Array, v: Array, attention_mask: Array | None, start: Array, q: Array) -> Array:
-    """One block of queries, from start on: (B,H,b,h) -> (B,H,b,h). It slices the keys itself: no slice is kept."""
+    """One block of queries, from start on: (B,H,b,h) -> (B,H,b,v). It slices the keys itself: no slice is kept."""
     k, v = k[:, :, :end], v[:, :, :end]
     scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=at_least_float32(q.dtype))
     queries, keys = start + jnp.arange(q.shape[2])[:, None], jnp.arange(end)
@@ -60,8 +60,8 @@ def _attend(end: int, k: Array, v: Array, attention_mask: Array | None, start: A
     return jnp.einsum("bhts,bhsd->bhtd", masked_softmax(scores, mask).astype(q.dtype), v)
 
 
-def cudnn_attention(q: Array, k: Array, v: Array, attention_mask: Array | None = None) -> Array:
+def cudnn_attention(q: Array, k: Array, v: Array, attention_mask: Array | None, scale: float) -> Array:
     """`blocked_attention` by cuDNN's fused kernel, where it can: no padding, an even length."""
     if attention_mask is not None or q.shape[1] % 2:
-        return blocked_attention(q, k, v, attention_mask)
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+        return blocked_attention(q, k, v, attention_mask, scale)
+    return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
