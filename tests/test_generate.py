@@ -70,7 +70,7 @@ def test_a_cached_token_is_smaller_than_its_keys_and_values(model):
     _, record = model.hidden_states(jnp.zeros((1, 10), jnp.int32), keep_latents=True)
     assert isinstance(record.latents, Latents)
     numbers = sum(leaf.size for leaf in record.latents) / (10 * SMALL.num_hidden_layers)
-    assert numbers == SMALL.latent_size + SMALL.num_attention_heads * SMALL.rope_head_dim
+    assert numbers == SMALL.kv_latent_size + SMALL.num_attention_heads * SMALL.rope_head_dim
     assert numbers <= 0.4 * 2 * SMALL.hidden_size
 
 

@@ -74,7 +74,7 @@ def test_no_loop_waits_for_the_host(text):
 
 
 def test_the_program_has_the_products_of_the_model_and_no_more(text):
-    E, D, F, R = MODEL.n_routed_experts, MODEL.hidden_size, MODEL.moe_intermediate_size, MODEL.latent_size
+    E, D, F, R = MODEL.n_routed_experts, MODEL.hidden_size, MODEL.moe_intermediate_size, MODEL.kv_latent_size
     products = [product for product in matrix_products(read_program(text)) if product.kind != "attention"]
     shapes = [shape for product in products if product.kind == "dot" for shape in product.shapes]
     dense = [shape for shape in shapes if {E, E * D, E * F} & {*shape} and math.prod(shape) >= E * D * F]

@@ -248,7 +248,7 @@ def test_a_run_changes_its_layout_from_start_to_start(narrow, tmp_path, capsys):
         ({"mesh": "data=2,data=2"}, "at most once"),
         ({"mesh": "data=0"}, "it must be AXIS=DEVICES"),
         ({"mesh": "data=3"}, "its 3 devices must divide batch_size = 32"),
-        ({"mesh": "fsdp=32"}, r"fsdp must divide hidden_size = 32 and half of it.*1, 2, 4, 8, 16\)"),
+        ({"mesh": "fsdp=32"}, r"fsdp must divide hidden_size = 32 and the sizes of all heads.*1, 2, 4, 8, 16\)"),
         (
             {"mesh": "expert=3", "batch_size": 6},
             r"expert must divide n_routed_experts = 8 \(sizes that do: 1, 2, 4, 8\)",

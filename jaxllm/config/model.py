@@ -9,6 +9,14 @@ from typing import Any, Literal, Self
 from jaxllm.config.fields import check_fields, option
 from jaxllm.errors import UserError, shown
 
+CUSTOMLLM_FIELDS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "moe_intermediate_size",
+    "compression_ratio", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "max_position_embeddings",
+    "rms_norm_eps", "rope_theta", "dropout", "final_norm", "initializer_range", "bos_token_id", "eos_token_id",
+    "pad_token_id",
+)  # fmt: skip
+"""The fields of a CustomLLM. In one, every other field has its default."""
+
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """The fields that name tokens. Weights that came without their tokenizer have none of them."""
 
@@ -156,7 +164,8 @@ class ModelConfig:
             raise UserError(
                 f"compression_ratio is {self.compression_ratio}: it must divide hidden_size = {self.hidden_size}"
             )
-        self._check_experts()
+        if self.moe_layers:
+            self._check_experts()
         if self.first_k_dense_replace > self.num_hidden_layers:
             raise UserError(
                 f"first_k_dense_replace is {self.first_k_dense_replace}: it must be at most "
@@ -243,9 +252,18 @@ class ModelConfig:
         return eos if isinstance(eos, tuple) else () if eos is None else (eos,)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """JSON values of the fields of a CustomLLM, and of all others that differ from their defaults."""
         eos = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
-        return dataclasses.asdict(self) | {"eos_token_id": eos}
+        kept = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != _default(f)} | {*CUSTOMLLM_FIELDS}
+        values = dataclasses.asdict(self) | {"eos_token_id": eos}
+        return {name: value for name, value in values.items() if name in kept}
+
+    def resolved(self) -> Self:
+        """The same model, with the numbers in place of what is derived where a field is None."""
+        return dataclasses.replace(
+            self, q_lora_rank=self.q_latent_size, kv_lora_rank=self.kv_latent_size, qk_nope_head_dim=self.nope_head_dim,
+            qk_rope_head_dim=self.rope_head_dim, v_head_dim=self.value_head_dim, compression_ratio=1,
+        )  # fmt: skip
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -255,7 +273,7 @@ class ModelConfig:
         Raises:
             UserError: a required key is missing, or a value is out of range.
         """
-        required = {f.name for f in dataclasses.fields(cls) if _is_required(f)}
+        required = {f.name for f in dataclasses.fields(cls) if _default(f) is dataclasses.MISSING}
         if missing := sorted(required - values.keys()):
             raise UserError(f"the model config lacks {', '.join(missing)}")
         known = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
@@ -267,8 +285,8 @@ class ModelConfig:
         return cls(**known)
 
 
-def _is_required(declared: dataclasses.Field) -> bool:
-    return declared.default is dataclasses.MISSING and declared.default_factory is dataclasses.MISSING
+def _default(declared: dataclasses.Field) -> Any:
+    return declared.default if declared.default_factory is dataclasses.MISSING else declared.default_factory()
 
 
 def deepseek(**shape: Any) -> ModelConfig:

@@ -203,9 +203,12 @@ def changed_options(saved: Mapping[str, Any], now: RunConfig) -> list[tuple[str,
 
     def flat(values: Mapping[str, Any]) -> dict[str, Any]:
         outer = {name: value for name, value in values.items() if name != "model" and name not in resumable}
-        return outer | {f"model.{name}": value for name, value in values["model"].items()}
+        model = dataclasses.asdict(ModelConfig.from_dict(values["model"]))  # with the defaults of later fields
+        parts = {
+            f"{name}.{key}": value for name in ("router", "rope_scaling") for key, value in model.pop(name).items()
+        }
+        return outer | {f"model.{name}": value for name, value in (model | parts).items()}
 
-    saved = {**saved, "model": ModelConfig.from_dict(saved["model"]).to_dict()}  # with the defaults of later fields
     before, after = flat(saved), flat(now.to_dict())
     return [(k, before.get(k), after.get(k)) for k in sorted(before | after) if before.get(k) != after.get(k)]
 

@@ -1,7 +1,11 @@
-"""DecoderLayer and CustomLLM: the whole model, its layers stacked along a leading axis and run under one scan."""
+"""DecoderLayer and CustomLLM: the whole model, its layers stacked along a leading axis and run under a scan.
+
+There are two stacks: the first layers, which may have a dense feed-forward network, and the others with experts.
+"""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +16,10 @@ from jaxllm.model.attention import Latents, MultiHeadLatentAttention
 from jaxllm.model.dtypes import Array, Pytree, at_least_float32
 from jaxllm.model.layers import CustomRMSNorm, Embedding, Linear, RoutingBias, parameter_facts, stack
 from jaxllm.model.layout import ONE_DEVICE, Layout
-from jaxllm.model.moe import DeepSeekMoE, Routing, balance_loss, tokens_per_expert, z_loss
+from jaxllm.model.moe import DeepSeekExpertLayer, DeepSeekMoE, Routing, balance_loss, tokens_per_expert, z_loss
+
+STACKS = ("dense_layers", "decoder_layers")
+"""The attributes of a model that are stacks of layers, in their order; a stack without layers is None."""
 
 
 class LayerTrace(NamedTuple):
@@ -22,13 +29,16 @@ class LayerTrace(NamedTuple):
     latents: Latents
     attention: Array  # (B,T,D)
     post_attn_norm: Array  # (B,T,D)
-    routing: Routing
-    mixture: Array  # (B,T,D), shared and routed experts summed
+    routing: Routing | None  # None: the layer has no experts
+    mixture: Array  # (B,T,D), the feed-forward network's output: shared and routed experts summed
     residual: Array  # (B,T,D), the residual stream after the layer
 
 
 class LayerAux(NamedTuple):
-    """Auxiliary outputs of the layers, stacked. The last two are None unless requested."""
+    """Auxiliary outputs of the layers, stacked. The last two are None unless requested.
+
+    Those of a router (counts, losses and the trace's routing) are of the layers with experts alone.
+    """
 
     counts: Array  # (L,E) int32, tokens of each expert
     balance_loss: Array  # (L,)
@@ -38,9 +48,17 @@ class LayerAux(NamedTuple):
 
 
 class DecoderLayer(nnx.Module):
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, platform: str | None = None):
-        self.self_attn = MultiHeadLatentAttention(config, dtype=dtype, rngs=rngs, platform=platform)
-        self.mlp = DeepSeekMoE(config, dtype=dtype, rngs=rngs, platform=platform)
+    """Attention and a feed-forward network: experts, or with `dense` a single one."""
+
+    def __init__(
+        self, config: ModelConfig, dense: bool, *, dtype: jnp.dtype, rngs: nnx.Rngs, platform: str | None = None
+    ):
+        options: Any = {"dtype": dtype, "rngs": rngs, "platform": platform}
+        self.self_attn = MultiHeadLatentAttention(config, **options)
+        if dense:
+            self.mlp = DeepSeekExpertLayer(config, hidden=config.intermediate_size, **options)
+        else:
+            self.mlp = DeepSeekMoE(config, **options)
         self.input_norm = CustomRMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.post_attn_norm = CustomRMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
 
@@ -52,14 +70,21 @@ class DecoderLayer(nnx.Module):
         attended, latents = self.self_attn(normed, positions, attention_mask)
         x = x + attended
         normed_again = self.post_attn_norm(x)
-        mixed, routing = self.mlp(normed_again, experts, layout)
+        mixed, routing = self.feed_forward(normed_again, experts, layout)
         return LayerTrace(normed, latents, attended, normed_again, routing, mixed, residual=x + mixed)
 
-    def decode(self, x: Array, positions: Array, cache: Latents, layer: Array) -> tuple[Array, Latents]:
+    def feed_forward(
+        self, x: Array, experts: Array | None = None, layout: Layout = ONE_DEVICE, offset: Array | None = None
+    ) -> tuple[Array, Routing | None]:  # arguments as in DeepSeekMoE
+        if isinstance(self.mlp, DeepSeekMoE):
+            return self.mlp(x, experts, layout, offset)
+        return self.mlp(x), None
+
+    def decode(self, x: Array, positions: Array, cache: Latents, layer: Array, offset: Array) -> tuple[Array, Latents]:
         """One token of each row on the cache of all layers (L,B,S,...): (B,1,D), positions (B,1) -> (B,1,D), cache.
 
         A token's cache slot is its position, so a row attends to the slots up to this position. The routed experts are
-        those of all layers, in one stack (L*E,...).
+        those of all layers in one stack, and this layer's begin at `offset`.
         """
         normed = self.input_norm(x)
         row = jnp.arange(x.shape[0])
@@ -68,7 +93,7 @@ class DecoderLayer(nnx.Module):
         mask = jnp.arange(cache.kv.shape[2]) <= positions[:, :, None]  # (B,1,S)
         local = jax.tree.map(lambda slots: slots[layer], cache)
         x = x + self.self_attn.attend_latents(normed, positions, local, mask[:, None])
-        mixed, _ = self.mlp(self.post_attn_norm(x), offset=layer * self.mlp.config.n_routed_experts)
+        mixed, _ = self.feed_forward(self.post_attn_norm(x), offset=offset)
         return x + mixed, cache
 
 
@@ -95,16 +120,24 @@ class CustomLLM(nnx.Module):
         self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
         D, V, std = config.hidden_size, config.vocab_size, config.initializer_range
         positions = config.max_position_embeddings
-        self.token_embeddings = Embedding(V, D, "vocab", std=std, dtype=dtype, rngs=rngs)
-        self.position_embeddings = Embedding(positions, D, "position", std=std, dtype=dtype, rngs=rngs)
+        init: Any = {"std": std, "dtype": dtype, "rngs": rngs}
+        self.token_embeddings = Embedding(V, D, "vocab", **init)
+        self.position_embeddings = Embedding(positions, D, "position", **init) if config.learned_positions else None
         self.dropout = nnx.Dropout(config.dropout)
 
-        def layer(rngs: nnx.Rngs) -> DecoderLayer:
-            return DecoderLayer(config, dtype=dtype, rngs=rngs, platform=platform)
+        def layers(count: int, dense: bool) -> DecoderLayer | None:
+            def layer(rngs: nnx.Rngs) -> DecoderLayer:
+                return DecoderLayer(config, dense, dtype=dtype, rngs=rngs, platform=platform)
 
-        self.decoder_layers = stack(layer, config.num_hidden_layers, "layer", rngs)
+            return stack(layer, count, "layer", rngs) if count else None
+
+        self.dense_layers = layers(config.dense_layers, True)
+        self.decoder_layers = layers(config.moe_layers, False)
         self.final_norm = CustomRMSNorm(D, eps=config.rms_norm_eps, dtype=dtype) if config.final_norm else None
-        self.lm_head = Linear(D, V, ("hidden", "vocab"), bias=True, std=std, dtype=dtype, rngs=rngs)
+        head = (
+            None if config.tie_word_embeddings else Linear(D, V, ("hidden", "vocab"), bias=config.lm_head_bias, **init)
+        )
+        self.lm_head = head  # None: the table of token embeddings
 
     def __call__(self, input_ids: Array, attention_mask: Array | None = None, rngs: nnx.Rngs | None = None) -> Array:
         """Logits of the next token, (B,T) int -> (B,T,V) in float32 (float64 in a float64 model).
@@ -132,7 +165,7 @@ class CustomLLM(nnx.Module):
         Args:
             input_ids, attention_mask: as in `__call__`.
             dropout_keys: (B,) random keys: a row's dropout does not depend on its device. None: no dropout.
-            experts: (L,B,T,k) experts to use instead of the router's choice.
+            experts: (L,B,T,k) experts to use instead of the router's choice, of the layers that have experts.
             keep_latents: return the latents, which fill a decoding cache.
             keep_trace: return the output of every part of every layer.
             layout: of the devices among which the weights are cut, in a step that runs on each of them.
@@ -142,48 +175,89 @@ class CustomLLM(nnx.Module):
             positions = jnp.arange(length)[None]
         else:
             positions = jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=-1) - 1, 0)
-        graph, stacked = nnx.split(self.decoder_layers)
-        facts = parameter_facts(stacked)
 
-        def body(x: Array, layer_inputs) -> tuple[Array, LayerAux]:
-            state, forced = layer_inputs
-            trace = nnx.merge(graph, layout.gather(state, facts))(x, positions, attention_mask, forced, layout)
-            return trace.residual, LayerAux(
-                counts=tokens_per_expert(trace.routing.experts, self.config.n_routed_experts),
-                balance_loss=balance_loss(trace.routing, batch),
-                z_loss=z_loss(trace.routing),
-                latents=trace.latents if keep_latents else None,
-                trace=trace if keep_trace else None,
-            )
+        def run(layers: DecoderLayer, x: Array, experts: Array | None) -> tuple[Array, LayerAux]:
+            graph, stacked = nnx.split(layers)
+            facts = parameter_facts(stacked)
+
+            def body(x: Array, layer_inputs) -> tuple[Array, LayerAux]:
+                state, forced = layer_inputs
+                trace = nnx.merge(graph, layout.gather(state, facts))(x, positions, attention_mask, forced, layout)
+                routing = trace.routing
+                return trace.residual, LayerAux(
+                    counts=routing and tokens_per_expert(routing.experts, self.config.n_routed_experts),
+                    balance_loss=routing and balance_loss(routing, batch),
+                    z_loss=routing and z_loss(routing),
+                    latents=trace.latents if keep_latents else None,
+                    trace=trace if keep_trace else None,
+                )
+
+            return jax.lax.scan(layout.checkpoint(body, self.remat), x, (nnx.to_pure_dict(stacked), experts))
 
         x = self.embed(input_ids, positions)
         if dropout_keys is not None:
             x = jax.vmap(lambda row, key: self.dropout(row, rngs=key))(x, dropout_keys)
-        return jax.lax.scan(layout.checkpoint(body, self.remat), x, (nnx.to_pure_dict(stacked), experts))
+        records = []
+        for layers, forced in ((self.dense_layers, None), (self.decoder_layers, experts)):
+            if layers is not None:
+                x, record = run(layers, x, forced)
+                records.append(record)
+        return x, _joined(records, self.config.n_routed_experts)
 
     def decode(self, token: Array, positions: Array, cache: Latents) -> tuple[Array, Latents]:
         """Logits after one more token of each row: (B,1), (B,1), cache (L,B,S,...) -> (B,1,V) and the cache."""
-        # A scan copies each layer's part. A token uses few of the routed experts, so those stay in one stack.
-        graph, experts, stacked = nnx.split(self.decoder_layers, nnx.PathContains("routed_experts"), ...)
-        experts = jax.tree.map(lambda weight: weight.reshape(-1, *weight.shape[2:]), experts)
+        x, first = self.embed(token, positions), 0
+        for name in STACKS:
+            if (layers := getattr(self, name)) is None:
+                continue
+            # A scan copies each layer's part. A token uses few of the routed experts, so those stay in one stack.
+            graph, experts, stacked = nnx.split(layers, nnx.PathContains("routed_experts"), ...)
+            experts = jax.tree.map(lambda weight: weight.reshape(-1, *weight.shape[2:]), experts)
 
-        def body(carry: tuple[Array, Latents], layer_inputs) -> tuple[tuple[Array, Latents], None]:
-            state, layer = layer_inputs
-            return nnx.merge(graph, experts, state).decode(carry[0], positions, carry[1], layer), None
+            def body(carry: tuple[Array, Latents], layer_inputs, graph=graph, experts=experts, first=first):
+                state, index = layer_inputs
+                layer = nnx.merge(graph, experts, state)
+                offset = index * self.config.n_routed_experts
+                return layer.decode(carry[0], positions, carry[1], first + index, offset), None
 
-        layers = jnp.arange(self.config.num_hidden_layers)
-        (x, cache), _ = jax.lax.scan(body, (self.embed(token, positions), cache), (stacked, layers))
+            count = len(jax.tree.leaves(stacked)[0])
+            (x, cache), _ = jax.lax.scan(body, (x, cache), (stacked, jnp.arange(count)))
+            first += count
         return self.logits(x), cache
 
     def embed(self, input_ids: Array, positions: Array) -> Array:  # (B,T), (B|1,T) -> (B,T,D)
-        return self.token_embeddings(input_ids) + self.position_embeddings(positions)
+        x = self.token_embeddings(input_ids)
+        return x if self.position_embeddings is None else x + self.position_embeddings(positions)
 
     def apply_final_norm(self, x: Array) -> Array:
         """The input of lm_head: normed if the config has a final norm."""
         return x if self.final_norm is None else self.final_norm(x)
 
     def logits(self, x: Array) -> Array:  # (B,T,D) -> (B,T,V)
-        return self.lm_head(self.apply_final_norm(x), out_dtype=at_least_float32(self.dtype))
+        weight, bias = self.head()
+        hidden, weight = self.apply_final_norm(x).astype(self.dtype), weight.astype(self.dtype)
+        logits = jnp.matmul(hidden, weight, preferred_element_type=at_least_float32(self.dtype))
+        return logits if bias is None else logits + bias
+
+    def head(self) -> tuple[Array, Array | None]:
+        """The weight (D,V) and the bias (V,) of the output layer, as float32 masters."""
+        if self.lm_head is None:
+            return self.token_embeddings.weight[...].T, None
+        return self.lm_head.weight[...], None if self.lm_head.bias is None else self.lm_head.bias[...]
+
+
+def _joined(records: Sequence[LayerAux], n_experts: int) -> LayerAux:
+    """The auxiliary outputs of all stacks, in the order of the layers."""
+
+    def join(*stacks):
+        there = [stack for stack in stacks if stack is not None]
+        return jnp.concatenate(there) if len(there) > 1 else there[0] if there else None
+
+    record = jax.tree.map(join, *records, is_leaf=lambda x: x is None)
+    if record.counts is None:  # no layer has experts
+        nothing = jnp.zeros((0,))
+        record = record._replace(counts=jnp.zeros((0, n_experts), jnp.int32), balance_loss=nothing, z_loss=nothing)
+    return record
 
 
 def split_model(model: CustomLLM) -> tuple[nnx.GraphDef, Pytree, Pytree]:

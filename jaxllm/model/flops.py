@@ -29,15 +29,18 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     The tables of token and position embeddings count whole.
     """
     D, V, L, E = config.hidden_size, config.vocab_size, config.num_hidden_layers, config.n_routed_experts
+    R, Q, rotary = config.kv_latent_size, config.q_latent_size, config.rope_key_heads * config.rope_head_dim
+    biases = (R + Q + rotary + D) * config.attention_bias
     return {
         "token_embeddings": V * D,
-        "position_embeddings": config.max_position_embeddings * D,
-        "attention": L * _attention_weights(config),
-        "router": L * D * E,
-        "shared_experts": L * config.n_shared_experts * _expert_weights(config),
-        "routed_experts": L * E * _expert_weights(config),
-        "norms": (2 * L + config.final_norm) * D,
-        "lm_head": D * V + V,
+        "position_embeddings": config.max_position_embeddings * D * config.learned_positions,
+        "attention": L * (_attention_weights(config) + biases),
+        "dense_layers": config.dense_layers * _dense_weights(config),
+        "router": config.moe_layers * D * E,
+        "shared_experts": config.moe_layers * config.n_shared_experts * _expert_weights(config),
+        "routed_experts": config.moe_layers * E * _expert_weights(config),
+        "norms": L * (2 * D + (R + Q) * config.latent_norm) + config.final_norm * D,
+        "lm_head": (not config.tie_word_embeddings) * (D * V + V * config.lm_head_bias),
     }
 
 
@@ -59,11 +62,12 @@ def forward_flops(config: ModelConfig, length: int, attention: Attention) -> dic
     keys = {"full": length, "causal": length / 2}[attention]
     return {
         "attention_projections": 2 * L * _attention_weights(config),
-        "attention_scores": 2 * L * D * keys,  # H heads of h = D/H
-        "attention_values": 2 * L * D * keys,
-        "router": 2 * L * D * config.n_routed_experts,
-        "shared_experts": 2 * L * config.n_shared_experts * _expert_weights(config),
-        "routed_experts": 2 * L * config.num_experts_per_tok * _expert_weights(config),
+        "attention_scores": 2 * L * config.num_attention_heads * config.qk_head_dim * keys,
+        "attention_values": 2 * L * config.num_attention_heads * config.value_head_dim * keys,
+        "dense_layers": 2 * config.dense_layers * _dense_weights(config),
+        "router": 2 * config.moe_layers * D * config.n_routed_experts,
+        "shared_experts": 2 * config.moe_layers * config.n_shared_experts * _expert_weights(config),
+        "routed_experts": 2 * config.moe_layers * config.num_experts_per_tok * _expert_weights(config),
         "lm_head": 2 * D * V,
     }
 
@@ -74,11 +78,15 @@ def training_flops_per_token(config: ModelConfig, length: int, attention: Attent
 
 
 def _attention_weights(config: ModelConfig) -> int:
-    D, R, H = config.hidden_size, config.latent_size, config.num_attention_heads
-    nope, rope = H * config.nope_head_dim, H * config.rope_head_dim
-    down = 2 * D * R  # kv_proj_d, q_proj_d
-    up = 2 * R * nope + R * D  # k_proj_u, q_proj_u, v_proj_u
-    return down + up + D * rope + R * rope + D * D  # rope_k, rope_q, o_proj
+    D, R, Q, H = config.hidden_size, config.kv_latent_size, config.q_latent_size, config.num_attention_heads
+    values = H * config.value_head_dim
+    keys = D * (R + config.rope_key_heads * config.rope_head_dim)  # kv_proj_d, rope_k
+    queries = D * Q + (Q or D) * H * config.qk_head_dim  # q_proj_d; q_proj_u and rope_q
+    return keys + queries + R * (H * config.nope_head_dim + values) + values * D  # k_proj_u, v_proj_u; o_proj
+
+
+def _dense_weights(config: ModelConfig) -> int:
+    return 3 * config.hidden_size * (config.intermediate_size or 0)
 
 
 def _expert_weights(config: ModelConfig) -> int:

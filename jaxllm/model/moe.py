@@ -185,10 +185,9 @@ class DeepSeekMoE(nnx.Module):
         self.shared_experts = stack(expert, config.n_shared_experts, "shared_expert", rngs)
         self.routed_experts = stack(expert, E, "expert", rngs)
         self.router = Linear(D, E, ("hidden", "score"), std=config.initializer_range, dtype=dtype, rngs=rngs)
-        self.routing_bias = None
-        if config.router.has_bias:
-            zeros = jnp.zeros((E,), at_least_float32(dtype))
-            self.routing_bias = parameter(zeros, ("score",), decays=False, kind=RoutingBias)
+        zeros = jnp.zeros((E,), at_least_float32(dtype))
+        bias = parameter(zeros, ("score",), decays=False, kind=RoutingBias)
+        self.routing_bias = bias if config.router.has_bias else None
 
     def __call__(
         self, x: Array, experts: Array | None = None, layout: Layout = ONE_DEVICE, offset: Array | None = None

@@ -1,5 +1,6 @@
 """The module tree as PyTorch prints it, so that the two frameworks' trees can be compared line for line."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -15,12 +16,8 @@ from jaxllm.model.moe import DeepSeekExpertLayer
 def module_tree(config: ModelConfig) -> str:
     """The tree of a CustomLLM in the style of `print(torch_module)`; takes no memory."""
     lines: list[str] = []
-    jax.eval_shape(lambda: lines.extend(_render(_build(CustomLLM, config), config)))
+    jax.eval_shape(lambda: lines.extend(_render(CustomLLM(config, rngs=nnx.Rngs(0)), config)))
     return "\n".join(lines)
-
-
-def _build(kind: Callable[..., nnx.Module], config: ModelConfig) -> nnx.Module:
-    return kind(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
 
 
 def _render(module: nnx.Module, config: ModelConfig) -> list[str]:
@@ -32,16 +29,17 @@ def _render(module: nnx.Module, config: ModelConfig) -> list[str]:
     if isinstance(module, nnx.Dropout):
         return [f"Dropout(p={module.rate}, inplace=False)"]
     # A stack has lost the order of its attributes, so one fresh element of it is rendered.
-    stacks = {
-        "decoder_layers": (config.num_hidden_layers, DecoderLayer),
-        "shared_experts": (config.n_shared_experts, DeepSeekExpertLayer),
-        "routed_experts": (config.n_routed_experts, DeepSeekExpertLayer),
+    stacks: dict[str, tuple[int, Callable[..., nnx.Module]]] = {
+        "dense_layers": (config.dense_layers, functools.partial(DecoderLayer, config, True)),
+        "decoder_layers": (config.moe_layers, functools.partial(DecoderLayer, config, False)),
+        "shared_experts": (config.n_shared_experts, functools.partial(DeepSeekExpertLayer, config)),
+        "routed_experts": (config.n_routed_experts, functools.partial(DeepSeekExpertLayer, config)),
     }
     lines: list[str] = []
     for name, child in vars(module).items():
-        if name in stacks:
-            count, kind = stacks[name]
-            element = _render(_build(kind, config), config)
+        if name in stacks and child is not None:
+            count, build = stacks[name]
+            element = _render(build(dtype=jnp.float32, rngs=nnx.Rngs(0)), config)
             label = "(0): " if count == 1 else f"(0-{count - 1}): {count} x "
             lines += _indented(f"({name}): ", ["ModuleList(", *_indented(label, element), ")"])
         elif isinstance(child, nnx.Module):

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxllm.model.dtypes import Array
+from jaxllm.model.dtypes import Array, at_least_float32
 
 IGNORED = -100
 """Label of a position that is no target, as in PyTorch and transformers."""
@@ -26,28 +26,31 @@ def count_targets(labels: Array) -> Array:
 
 
 @jax.custom_vjp
-def summed_cross_entropy(hidden: Array, weight: Array, bias: Array, targets: Array) -> Array:
+def summed_cross_entropy(hidden: Array, weight: Array, bias: Array | None, targets: Array) -> Array:
     """Sum of the cross-entropies of `hidden @ weight + bias` over the targets that are not ignored, in nats.
 
-    hidden (N,D) in the compute dtype, lm_head's float32 masters (D,V), (V,), targets (N,) int -> a float32 scalar
+    hidden (N,D) in the compute dtype, the head's float32 masters (D,V), (V,) or None, targets (N,) int -> a float32 scalar
     (float64 in a float64 model).
     """
     return _scan_chunks(hidden, weight, bias, targets, with_grads=False)[0]
 
 
-def _forward(hidden: Array, weight: Array, bias: Array, targets: Array):
+def _forward(hidden: Array, weight: Array, bias: Array | None, targets: Array):
     return _scan_chunks(hidden, weight, bias, targets, with_grads=True)
 
 
 def _backward(grads, d_loss: Array):
     d_hidden, d_weight, d_bias = grads
-    return (d_hidden * d_loss).astype(d_hidden.dtype), d_weight * d_loss, d_bias * d_loss, None
+    d_weight, d_bias = jax.tree.map(lambda gradient: gradient * d_loss, (d_weight, d_bias))
+    return (d_hidden * d_loss).astype(d_hidden.dtype), d_weight, d_bias, None
 
 
 summed_cross_entropy.defvjp(_forward, _backward)
 
 
-def _scan_chunks(hidden: Array, weight: Array, bias: Array, targets: Array, *, with_grads: bool) -> tuple[Array, Any]:
+def _scan_chunks(
+    hidden: Array, weight: Array, bias: Array | None, targets: Array, *, with_grads: bool
+) -> tuple[Array, Any]:
     """The loss, and its gradients while a chunk's logits are in memory: the backward pass only scales them."""
     N, D = hidden.shape
     rows = min(N, CHUNK_ROWS)
@@ -62,21 +65,23 @@ def _scan_chunks(hidden: Array, weight: Array, bias: Array, targets: Array, *, w
         return jax.lax.scan(lambda loss, c: (loss + chunk(*c)[0], None), zero, (hidden_chunks, target_chunks))[0], None
 
     def body(total, c):
-        loss, d_hidden, d_weight, d_bias = chunk(*c)
-        return (total[0] + loss, total[1] + d_weight, total[2] + d_bias), d_hidden
+        loss, d_hidden, *d_head = chunk(*c)
+        return jax.tree.map(jnp.add, total, (loss, *d_head)), d_hidden
 
     if chunks == 1:  # no accumulator besides the gradient
         loss, d_hidden, d_weight, d_bias = chunk(hidden_chunks[0], target_chunks[0])
     else:
-        start = (zero, jnp.zeros_like(weight), jnp.zeros_like(bias))
+        start = (zero, *jax.tree.map(jnp.zeros_like, (weight, bias)))
         (loss, d_weight, d_bias), d_hidden = jax.lax.scan(body, start, (hidden_chunks, target_chunks))
     return loss, (d_hidden.reshape(-1, D)[:N], d_weight, d_bias)
 
 
-def _chunk(weight: Array, bias: Array, with_grads: bool, hidden: Array, targets: Array) -> tuple[Any, ...]:
+def _chunk(weight: Array, bias: Array | None, with_grads: bool, hidden: Array, targets: Array) -> tuple[Any, ...]:
     """One chunk: weight (D,V) in the compute dtype, hidden (rows,D), targets (rows,)."""
-    acc_dtype = bias.dtype
-    logits = jnp.matmul(hidden, weight, preferred_element_type=acc_dtype) + bias  # (rows,V)
+    acc_dtype = at_least_float32(weight.dtype)
+    logits = jnp.matmul(hidden, weight, preferred_element_type=acc_dtype)  # (rows,V)
+    if bias is not None:
+        logits += bias
     scored = targets != IGNORED
     safe = jnp.where(scored, targets, 0)
     at_target = jnp.take_along_axis(logits, safe[:, None], axis=-1)[:, 0]
@@ -95,5 +100,5 @@ def _chunk(weight: Array, bias: Array, with_grads: bool, hidden: Array, targets:
     narrow = unscaled.astype(hidden.dtype)
     d_hidden = jnp.matmul(narrow, weight.T) * scale[:, None]
     d_weight = jnp.matmul((hidden * scale[:, None]).astype(hidden.dtype).T, narrow, preferred_element_type=acc_dtype)
-    d_bias = jnp.matmul(scale, unscaled, precision=jax.lax.Precision.HIGHEST)
+    d_bias = None if bias is None else jnp.matmul(scale, unscaled, precision=jax.lax.Precision.HIGHEST)
     return loss, d_hidden.astype(hidden.dtype), d_weight, d_bias

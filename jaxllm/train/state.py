@@ -18,7 +18,7 @@ class TrainState(NamedTuple):
     """All that a step changes; a plain pytree of arrays."""
 
     params: Pytree  # nested dict of float32 masters, stacked over layers and experts
-    routing_bias: Pytree  # nested dict with one (L,E) leaf
+    routing_bias: Pytree  # nested dict with one (L,E) leaf, or none where no bias steers the choice
     opt_state: AdamState
     step: Array  # () int32, steps done, including those that were not finite and changed nothing else
     dropout_key: Array  # raw key data, uint32; each step and micro-batch folds its number in

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxllm.config import RunConfig
-from jaxllm.model.decoder import CustomLLM, abstract_model, model_facts
+from jaxllm.model.decoder import STACKS, CustomLLM, abstract_model, model_facts
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
 from jaxllm.model.moe import updated_routing_bias
@@ -48,7 +48,8 @@ def gradients(
         config, graph, layout: static.
         state: its parameters, routing bias, step and dropout key are read.
         labels: (A, B, T) int32: A micro-batches of token rows, which are inputs and labels at once (-100: ignored).
-        experts: (A, L, B, T, k) experts to use instead of the routers' choice, to replay a step.
+        experts: (A, L, B, T, k) experts to use instead of the routers' choice, to replay a step. L are here the layers
+            that have experts.
 
     Returns the gradient, the mean cross-entropy in nats, and the tokens of each expert (L, E).
     """
@@ -119,7 +120,7 @@ def train_step(
         loss=loss,
         grad_norm=grad_norm,
         learning_rate=learning_rate(config, opt_state.count),
-        expert_load=(counts.max(axis=-1) / counts.mean(axis=-1)).max(),
+        expert_load=(counts.max(axis=-1) / counts.mean(axis=-1)).max(initial=1.0),
     )
     new_bias = jax.tree.map(
         lambda bias: updated_routing_bias(bias, counts, config.optim.bias_update_rate), state.routing_bias
@@ -154,7 +155,7 @@ def gathered_model(
 ) -> CustomLLM:
     """The model on a device's part of the weights. Those outside the layers are gathered here; a layer's are gathered
     when it runs."""
-    outer = {name: part for name, part in params.items() if name != "decoder_layers"}
+    outer = {name: part for name, part in params.items() if name not in STACKS}
     outer_facts = {name: facts[name] for name in outer}
     return nnx.merge(graph, params | layout.gather(outer, outer_facts), routing_bias)
 
@@ -162,5 +163,4 @@ def gathered_model(
 def summed_loss(model: CustomLLM, x: Array, labels: Array) -> Array:
     """Summed next-token cross-entropy of labels (B,T), given the layers' output for them: x (B,T,D)."""
     hidden = model.apply_final_norm(x).reshape(-1, x.shape[-1])
-    weight, bias = model.lm_head.weight[...], model.lm_head.bias[...]  # pyright: ignore[reportOptionalSubscript]
-    return summed_cross_entropy(hidden, weight, bias, next_token_targets(labels).reshape(-1))
+    return summed_cross_entropy(hidden, *model.head(), next_token_targets(labels).reshape(-1))
