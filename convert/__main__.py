@@ -5,6 +5,7 @@ python -m convert to-torch RUN TORCH_RUN --training          # to resume with py
 python -m convert to-flax DIR RUN
 python -m convert to-flax TORCH_RUN RUN                       # to resume with train.py
 python -m convert to-flax state_dict.safetensors RUN --preset customllm-1b
+python -m convert to-flax DEEPSEEK_DIR RUN --layers 4          # a piece of a large model
 """
 
 import os
@@ -19,7 +20,7 @@ import tyro
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only moves bytes: no accelerator's memory is needed
 
 from convert.to_flax import import_run
-from convert.to_torch import export_run
+from convert.to_torch import MODELING_FILE, export_run
 from convert.training import export_training, import_training, is_pytorch_run
 from jaxllm.config import preset
 from jaxllm.errors import UserError, exit_on_user_error
@@ -32,13 +33,13 @@ class ToTorch:
     run: Annotated[Path, tyro.conf.Positional]
     out: Annotated[Path, tyro.conf.Positional]
     """A new folder."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the written weights."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the written weights; none: that of the folder that the run was made from, or float32."""
     training: bool = False
     """Hand over the run: moments, step count and data position too, for python -m torch_ref.train."""
 
     def __post_init__(self) -> None:
-        if self.training and self.dtype != "float32":
+        if self.training and self.dtype not in (None, "float32"):
             raise UserError(f"dtype is {self.dtype!r}: a run to train on is handed over in float32")
 
 
@@ -51,6 +52,8 @@ class ToFlax:
     """A new folder."""
     preset: str | None = None
     """The model's shape, if there is no config.json next to the weights."""
+    layers: int | None = None
+    """Only this many of the first layers."""
 
 
 Command = Annotated[ToTorch, tyro.conf.subcommand("to-torch")] | Annotated[ToFlax, tyro.conf.subcommand("to-flax")]
@@ -64,17 +67,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"Wrote {command.out}: python -m torch_ref.train --run-dir {command.out} resumes it")
     elif isinstance(command, ToTorch):
         export_run(command.run, command.out, dtype=command.dtype)
-        print(
-            f"Wrote {command.out}: AutoModelForCausalLM.from_pretrained({str(command.out)!r}, trust_remote_code=True)"
-        )
+        code = ", trust_remote_code=True" if (command.out / MODELING_FILE).exists() else ""
+        print(f"Wrote {command.out}: AutoModelForCausalLM.from_pretrained({str(command.out)!r}{code})")
     elif is_pytorch_run(command.source):
         if command.preset is not None:
             raise UserError(f"preset is {command.preset!r}: a PyTorch run has its own config, leave it out")
+        if command.layers is not None:
+            raise UserError(f"layers is {command.layers}: a PyTorch run is taken whole, leave it out")
         import_training(command.source, command.run)
         print(f"Wrote {command.run}: python train.py --run-dir {command.run} resumes it")
     else:
         config = None if command.preset is None else preset(command.preset)
-        import_run(command.source, command.run, config)
+        if config is not None and command.layers is not None:
+            raise UserError(f"layers is {command.layers}: it needs the config.json of a folder, leave out --preset")
+        import_run(command.source, command.run, config, command.layers)
         print(f"Wrote {command.run}: python -m jaxllm.generate {command.run}")
 
 

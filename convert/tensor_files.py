@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -15,14 +15,18 @@ from safetensors import SafetensorError, safe_open
 
 from convert.pickled import check_pickled
 from jaxllm.errors import UserError, listed, one_line, shown
-from jaxllm.files import MAX_JSON_BYTES, read_json, unique_keys, write_json
+from jaxllm.files import read_json, unique_keys, write_json
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 64 * 2**20
+"""Largest index, or header of a file, that is read: one with a million tensors."""
 MAX_SHARD_BYTES = 5_000_000_000
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16"}
+_FP8_DTYPES = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu)}
+"""Which the `safetensors` package does not give as NumPy arrays."""
 
 
 class Tensor(NamedTuple):
@@ -31,9 +35,11 @@ class Tensor(NamedTuple):
     name: str
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    dtype: str
+    """In the words of the safetensors format; of one to be written, a key of DTYPES."""
 
 
-def write_safetensors(folder: Path, tensors: Iterable[Tensor], dtype: str) -> None:
+def write_safetensors(folder: Path, tensors: Iterable[Tensor]) -> None:
     """Write `model.safetensors`, or shards with an index past 5 GB, holding one tensor in memory at a time.
 
     The `safetensors` package can only write from a dict of all tensors; the format is simple enough to stream: the
@@ -42,7 +48,7 @@ def write_safetensors(folder: Path, tensors: Iterable[Tensor], dtype: str) -> No
     shards: list[list[Tensor]] = [[]]
     filled = 0
     for tensor in tensors:
-        size = _bytes(tensor, dtype)
+        size = _bytes(tensor)
         if shards[-1] and filled + size > MAX_SHARD_BYTES:
             shards.append([])
             filled = 0
@@ -52,24 +58,24 @@ def write_safetensors(folder: Path, tensors: Iterable[Tensor], dtype: str) -> No
     if len(shards) > 1:
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
-        _write_file(folder / name, shard, dtype)
+        _write_file(folder / name, shard)
     if len(shards) > 1:
-        total = sum(_bytes(tensor, dtype) for shard in shards for tensor in shard)
+        total = sum(_bytes(tensor) for shard in shards for tensor in shard)
         weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _bytes(tensor: Tensor, dtype: str) -> int:
-    return int(np.prod(tensor.shape)) * DTYPES[dtype].itemsize
+def _bytes(tensor: Tensor) -> int:
+    return int(np.prod(tensor.shape)) * DTYPES[tensor.dtype].itemsize
 
 
-def _write_file(path: Path, tensors: list[Tensor], dtype: str) -> None:
+def _write_file(path: Path, tensors: list[Tensor]) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
-        end = offset + _bytes(tensor, dtype)
+        end = offset + _bytes(tensor)
         header[tensor.name] = {
-            "dtype": _SAFETENSORS_NAMES[dtype],
+            "dtype": _SAFETENSORS_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }
@@ -80,7 +86,7 @@ def _write_file(path: Path, tensors: list[Tensor], dtype: str) -> None:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
         for tensor in tensors:
-            values = np.ascontiguousarray(tensor.read(), DTYPES[dtype])
+            values = np.ascontiguousarray(tensor.read(), DTYPES[tensor.dtype])
             file.write(values.reshape(-1).view(np.uint8).data)
 
 
@@ -89,6 +95,7 @@ class TensorFiles:
 
     Attributes:
         shapes: each name with its shape.
+        dtypes: each name with its dtype, in the words of the safetensors format.
         duplicates: names that more than one file holds.
         misplaced: names that the index puts into a file that does not hold them.
         size: bytes of all files.
@@ -102,6 +109,7 @@ class TensorFiles:
         self._stack = ExitStack()
         self._readers: dict[str, Callable[[], np.ndarray]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
         self.duplicates: list[str] = []
         self.misplaced: list[str] = []
         self.size = 0
@@ -112,7 +120,7 @@ class TensorFiles:
                 for tensor in self._open(file):
                     if tensor.name in self.shapes:
                         self.duplicates.append(tensor.name)
-                    self.shapes[tensor.name] = tensor.shape
+                    self.shapes[tensor.name], self.dtypes[tensor.name] = tensor.shape, tensor.dtype
                     self._readers[tensor.name] = tensor.read
                     held.add(tensor.name)
                 self.misplaced += sorted(expected - held)
@@ -143,7 +151,7 @@ class TensorFiles:
         return self._open_torch(file)
 
     def _open_safetensors(self, file: Path) -> Iterator[Tensor]:
-        _check_header(file)
+        header, start = _read_header(file)
         try:
             opened = self._stack.enter_context(safe_open(file, "numpy"))
         except (SafetensorError, OSError) as error:
@@ -151,7 +159,12 @@ class TensorFiles:
                 f"{file} is no complete safetensors file ({one_line(error)}): copy or export it again"
             ) from None
         for name in opened.keys():  # noqa: SIM118, it is no dict
-            yield Tensor(name, tuple(opened.get_slice(name).get_shape()), lambda name=name: opened.get_tensor(name))
+            shape, dtype = tuple(header[name]["shape"]), header[name]["dtype"]
+            if dtype in _FP8_DTYPES:
+                place = {"offset": start + header[name]["data_offsets"][0], "shape": shape, "dtype": _FP8_DTYPES[dtype]}
+                yield Tensor(name, shape, lambda place=place: np.memmap(file, mode="r", **place), dtype)
+            else:
+                yield Tensor(name, shape, lambda name=name: opened.get_tensor(name), dtype)
 
     def _open_torch(self, file: Path) -> Iterator[Tensor]:
         try:
@@ -170,7 +183,7 @@ class TensorFiles:
         if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
             raise UserError(f"{file} holds no state_dict: a dict of names and tensors is expected")
         for name, value in state.items():
-            yield Tensor(str(name), tuple(value.shape), lambda value=value: _torch_to_numpy(value))
+            yield Tensor(str(name), tuple(value.shape), lambda value=value: _torch_to_numpy(value), str(value.dtype))
 
 
 def _torch_to_numpy(value) -> np.ndarray:
@@ -182,14 +195,15 @@ def _torch_to_numpy(value) -> np.ndarray:
     return value.numpy()
 
 
-def _check_header(file: Path) -> None:
-    """What the `safetensors` package lets pass: a header of any size, and a tensor that has two places in it."""
+def _read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """The header, and where the data begin. The `safetensors` package checks the rest, but lets pass what this refuses:
+    a header of any size, and a tensor that has two places in it."""
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
-            if length > MAX_JSON_BYTES:
+            if length > MAX_INDEX_BYTES:
                 raise _incomplete(file, f"its header claims {length} bytes")
-            json.loads(opened.read(length), object_pairs_hook=unique_keys)
+            return json.loads(opened.read(length), object_pairs_hook=unique_keys), 8 + length
     except (OSError, ValueError, RecursionError) as error:
         raise _incomplete(file, one_line(error)) from None
 
@@ -215,7 +229,7 @@ def _weight_files(path: Path) -> dict[Path, set[str]]:
 
 
 def _indexed_files(path: Path) -> dict[Path, set[str]]:
-    weight_map = read_json(path / INDEX_NAME).get("weight_map")
+    weight_map = read_json(path / INDEX_NAME, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{path / INDEX_NAME} has no weight_map")
     held = {file.name for file in path.iterdir() if file.is_file()}  # so that no name leads elsewhere

@@ -1,40 +1,54 @@
-"""Flax to PyTorch: write the folder that `AutoModelForCausalLM.from_pretrained` reads. Needs no PyTorch."""
+"""Flax to PyTorch: write the folder that `AutoModelForCausalLM.from_pretrained` reads. Needs no PyTorch.
+
+A CustomLLM comes with its code; a model of the DeepSeek family is of a class that transformers has.
+"""
 
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from convert.mapping import PARAMS, ROUTING_BIAS, entries, leaf, torch_shape
+from convert.mapping import PARAMS, ROUTING_BIAS, entries
 from convert.tensor_files import DTYPES, Tensor, write_safetensors
 from jaxllm.config import SPECIAL_TOKENS, ModelConfig
+from jaxllm.config.families import is_interleaved, names_of, write_config
 from jaxllm.errors import UserError
-from jaxllm.files import write_json
+from jaxllm.files import read_json, write_json
 from jaxllm.model.decoder import CustomLLM, split_model
 from jaxllm.run.checkpoint import Weights, load_weights
 
 MODELING_FILE = "modeling_customllm.py"
+GENERATION_CONFIG = "generation_config.json"
 
 
-def export_run(run: Path, out: Path, *, dtype: str = "float32") -> None:
+SOURCE_CONFIG = "source_config.json"
+"""In a run, the config.json that its weights came with."""
+
+
+def export_run(run: Path, out: Path, *, dtype: str | None = None) -> None:
     """Export the newest weights of a run, with its tokenizer.
+
+    Args:
+        dtype: of the weights; None: that of the folder that they came from, or float32.
 
     Raises:
         UserError: `run` is no run, or `out` holds something already.
     """
     check_new(out)
     config, weights = load_weights(run)
-    write_model(config, weights, out, dtype)
+    source = read_json(run / SOURCE_CONFIG) if (run / SOURCE_CONFIG).is_file() else None
+    given = (source or {}).get("dtype") or (source or {}).get("torch_dtype")
+    write_model(config, weights, out, dtype or (given if given in DTYPES else "float32"), source)
+    if (run / GENERATION_CONFIG).is_file():
+        shutil.copyfile(run / GENERATION_CONFIG, out / GENERATION_CONFIG)
     if (run / "tokenizer").is_dir():
         shutil.copytree(run / "tokenizer", out, dirs_exist_ok=True)
 
 
 def save_pretrained(model: CustomLLM, out: str | Path, *, dtype: str = "float32") -> None:
-    """Export a model in memory: config.json, safetensors and the PyTorch modelling code.
+    """Export a model in memory: config.json, safetensors and, for a CustomLLM, the PyTorch modelling code.
 
     Raises:
         UserError: `out` holds something already.
@@ -59,25 +73,14 @@ def check_new(out: Path) -> None:
         raise UserError(f"{out} cannot be made: {parent} is no folder that can be written to")
 
 
-def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The exported `config.json`: the model's shape in transformers' words, and the file of its code."""
-    module = Path(MODELING_FILE).stem
-    return {
-        "architectures": ["CustomLLM"],
-        "model_type": "customllm",
-        "auto_map": {"AutoConfig": f"{module}.CustomLLMConfig", "AutoModelForCausalLM": f"{module}.CustomLLM"},
-        "dtype": dtype,
-        **config.to_dict(),
-    }
-
-
-def torch_tensors(config: ModelConfig, weights: Weights) -> Iterator[Tensor]:
+def torch_tensors(
+    config: ModelConfig, weights: Weights, dtype: str = "float32", interleaved: bool = True
+) -> Iterator[Tensor]:
     """The PyTorch state_dict of given weights, each tensor made when it is read."""
     trees = {PARAMS: weights.params, ROUTING_BIAS: weights.routing_bias}
-    for entry in entries(config):
-        array = np.asarray(leaf(trees[entry.tree], entry.path))  # a view of a CPU array
-        shape = torch_shape(entry, array.shape)
-        yield Tensor(entry.torch_name, shape, lambda entry=entry, array=array: entry.to_torch(array))
+    for entry in entries(config, interleaved):
+        own = "float32" if entry.float32 else dtype
+        yield Tensor(entry.torch_name, entry.shape(trees), lambda entry=entry: entry.to_torch(trees), own)
 
 
 def modeling_source() -> Path:
@@ -88,17 +91,23 @@ def modeling_source() -> Path:
     return Path(package.origin).parent / "model.py"
 
 
-def write_model(config: ModelConfig, weights: Weights, out: Path, dtype: str) -> None:
-    """Write config.json, safetensors and the modelling code into a folder.
+def write_model(
+    config: ModelConfig, weights: Weights, out: Path, dtype: str, source: Mapping[str, Any] | None = None
+) -> None:
+    """Write config.json, safetensors and, for a CustomLLM, the modelling code into a folder.
+
+    Args:
+        source: the config.json that the weights came with.
 
     Raises:
-        UserError: there is no such dtype.
+        UserError: there is no such dtype, or no PyTorch model has all options of the config.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
+    values = write_config(config, dtype, source)
     out.mkdir(parents=True, exist_ok=True)
-    write_safetensors(out, torch_tensors(config, weights), dtype)
-    shutil.copyfile(modeling_source(), out / MODELING_FILE)
-    generation = {name: getattr(config, name) for name in SPECIAL_TOKENS}
-    write_json(out / "generation_config.json", generation)
-    write_json(out / "config.json", hf_config(config, dtype))  # last: it makes the folder a model
+    write_safetensors(out, torch_tensors(config, weights, dtype, is_interleaved(source)))
+    if names_of(config) == "customllm":
+        shutil.copyfile(modeling_source(), out / MODELING_FILE)
+    write_json(out / GENERATION_CONFIG, {name: config.to_dict()[name] for name in SPECIAL_TOKENS})
+    write_json(out / "config.json", values)  # last: it makes the folder a model

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.mapping import PARAMS, entries, leaf
+from convert.mapping import PARAMS, entries
 from convert.pickled import check_pickled
 from convert.to_flax import TOKENIZER_FILES, read_weights
 from convert.to_torch import check_new, write_model
 from jaxllm.config import RunConfig, TrainConfig
+from jaxllm.config.families import names_of
 from jaxllm.data.stream import POSITION_FILE, read_position
 from jaxllm.errors import UserError
 from jaxllm.files import write_json
@@ -42,6 +43,8 @@ def export_training(run: Path, out: Path) -> None:
     saved = newest_checkpoint(run)
     _check_tokenizer(run)
     model = read_model_config(run)
+    if names_of(model) != "customllm":
+        raise UserError(f"{str(run)!r} is no CustomLLM, which torch_ref trains alone: leave out --training")
     config = read_config(run, TrainConfig)
     if config.data_streams != 1:
         raise UserError(
@@ -52,11 +55,10 @@ def export_training(run: Path, out: Path) -> None:
     if resumed is None:
         raise UserError(f"{str(run)!r} holds weights without a training history: leave out --training")
     checkpoint = out / f"checkpoint-{saved.step}"
-    table, moments = {e.torch_name: e for e in entries(model) if e.tree == PARAMS}, resumed.opt_state[1:]
+    table, moments = {entry.torch_name: entry for entry in entries(model)}, resumed.opt_state[1:]
 
     def of_parameter(name: str):
-        entry = table[name]
-        return hand_over.Moments(*(entry.to_torch(np.asarray(leaf(tree, entry.path))) for tree in moments))
+        return hand_over.Moments(*(table[name].to_torch({PARAMS: tree}) for tree in moments))
 
     write_model(model, saved.weights(model), checkpoint, "float32")
 
@@ -92,9 +94,9 @@ def import_training(source: Path, run: Path) -> None:
     shapes = abstract_model(model)[1]
     mu, nu = (jax.tree.map(lambda shape: np.zeros(shape.shape, np.float32), shapes) for _ in range(2))
     for entry in entries(model):
-        if entry.tree == PARAMS:
-            entry.write(leaf(mu, entry.path), moments[entry.torch_name].mu)
-            entry.write(leaf(nu, entry.path), moments[entry.torch_name].nu)
+        if entry.is_parameter:
+            entry.write({PARAMS: mu}, moments[entry.torch_name].mu)
+            entry.write({PARAMS: nu}, moments[entry.torch_name].nu)
     count = jnp.asarray(step, jnp.int32)
     history = History.from_records([record for record in read_metrics(source) if record["step"] <= step])
     position = read_position(checkpoint.folder / POSITION_FILE, config.data.seq_len, model.vocab_size)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+
+from jaxllm.config import RouterConfig
 
 
 class Tolerance(NamedTuple):
@@ -188,31 +191,61 @@ class Flips(NamedTuple):
     """Tokens for which the scores of one framework prefer experts that the other framework did not choose."""
 
     count: int
+    groups: int
+    """Of them, those for which it preferred another group of experts."""
     margin: float
-    """The largest score difference between a preferred expert and a chosen one; 0 without flips."""
+    """The largest difference between what it preferred and what was chosen, of scores or of the worth of two groups; 0
+    without flips."""
 
 
-def expert_flips(scores: np.ndarray, routing_bias: np.ndarray, chosen: np.ndarray) -> Flips:
+def expert_flips(scores: np.ndarray, routing_bias: np.ndarray, chosen: np.ndarray, router: RouterConfig) -> Flips:
     """Compare a choice of experts with the choice that given scores prefer.
 
     Args:
         scores: (..., E), without the bias.
-        routing_bias: (E,).
+        routing_bias: (E,), or broadcastable to the scores.
         chosen: (..., k), the other framework's choice.
+        router: the rule of the choice.
     """
-    biased = scores + routing_bias
-    k = chosen.shape[-1]
-    preferred = np.argsort(-biased, axis=-1, kind="stable")[..., :k]
-    experts = np.arange(biased.shape[-1])
-    is_preferred = (preferred[..., None] == experts).any(axis=-2)  # (...,E)
-    is_chosen = (chosen[..., None] == experts).any(axis=-2)
-    differs = (is_preferred != is_chosen).any(axis=-1)
-    if not differs.any():
-        return Flips(0, 0.0)
-    missed = np.where(is_preferred & ~is_chosen, biased, -np.inf).max(axis=-1)
-    taken = np.where(is_chosen & ~is_preferred, biased, np.inf).min(axis=-1)
-    return Flips(int(differs.sum()), float((missed - taken)[differs].max()))
+    ranks = (scores + routing_bias).reshape(-1, scores.shape[-1]).astype(np.float64)  # (N,E)
+    chosen = chosen.reshape(len(ranks), -1)
+    worth = group_worth(ranks, router)  # (N,groups)
+    is_open = _is_best(worth, router.topk_group)
+    open_ranks = np.where(np.repeat(is_open, ranks.shape[1] // router.n_group, axis=1), ranks, -np.inf)
+    is_chosen = (chosen[..., None] == np.arange(ranks.shape[1])).any(axis=1)
+    differs = np.flatnonzero((_is_best(open_ranks, chosen.shape[1]) != is_chosen).any(axis=1))
+    found = [_choice_margin(ranks[i], worth[i], is_chosen[i], router.topk_group) for i in differs]
+    return Flips(len(found), sum(group for _, group in found), max((margin for margin, _ in found), default=0.0))
+
+
+def group_worth(ranks: np.ndarray, router: RouterConfig) -> np.ndarray:  # (N,E) -> (N,groups)
+    grouped = np.sort(ranks.reshape(len(ranks), router.n_group, -1), axis=-1)
+    return grouped[..., -2 if router.has_bias else -1 :].sum(axis=-1)
+
+
+def _is_best(values: np.ndarray, count: int) -> np.ndarray:  # (N,n) -> (N,n), true for the largest; ties: the first
+    best = np.argsort(-values, axis=-1, kind="stable")[:, :count]
+    return (best[..., None] == np.arange(values.shape[1])).any(axis=1)
+
+
+def _choice_margin(ranks: np.ndarray, worth: np.ndarray, is_chosen: np.ndarray, topk_group: int) -> tuple[float, bool]:
+    """How far one token's choice is from the rule, and whether a group had to be chosen otherwise: (E,), (G,), (E,).
+
+    Which groups the other framework opened is not known, only that they hold the chosen experts: of all such sets, the
+    one nearest to the rule counts.
+    """
+    grouped, in_group = ranks.reshape(len(worth), -1), is_chosen.reshape(len(worth), -1)
+    used = set(np.flatnonzero(in_group.any(axis=1)).tolist())
+    others = sorted(set(range(len(worth))) - used)
+    margins = []
+    for added in itertools.combinations(others, topk_group - len(used)) if len(used) <= topk_group else ():
+        is_open = np.isin(np.arange(len(worth)), [*used, *added])
+        missed = grouped[is_open][~in_group[is_open]].max(initial=-np.inf) - ranks[is_chosen].min()
+        closed = worth[~is_open].max(initial=-np.inf) - worth[is_open].min()
+        margins.append((float(max(missed, closed, 0.0)), bool(closed > 0)))
+    return min(margins, default=(math.inf, True))
 
 
 def total_flips(parts: list[Flips]) -> Flips:
-    return Flips(sum(part.count for part in parts), max(part.margin for part in parts))
+    counts, groups, margins = zip(*parts, strict=True)
+    return Flips(sum(counts), sum(groups), max(margins))

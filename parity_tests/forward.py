@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,28 +13,36 @@ import numpy as np
 import torch
 from flax import nnx
 
-from convert.mapping import PARAMS, ROUTING_BIAS, entries, leaf
+from convert.mapping import PARAMS, ROUTING_BIAS, entries
 from convert.to_torch import torch_tensors
 from jaxllm.config import ModelConfig
+from jaxllm.config.families import names_of
 from jaxllm.model.decoder import abstract_model
 from jaxllm.run.checkpoint import Weights
 from jaxllm.train.loss import count_targets
 from jaxllm.train.step import summed_loss
+from parity_tests import hf_side
 from torch_ref import CustomLLM as TorchCustomLLM
 
 DTYPES = {"float64": jnp.float64, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
 """Compute dtypes. Weights are float64 in the first and float32 in both others."""
 
 PARTS = ("input norm", "attention", "post-attention norm", "router scores", "experts", "residual")
-"""The parts of a layer in computation order; the expert choice comes after the router scores."""
+"""The parts of a layer of CustomLLM in computation order; the expert choice comes after the router scores."""
+
+STOCK_PARTS = ("input norm", "attention", "post-attention norm", "router logits", "gates", "experts", "residual")
+"""Those of a transformers model, whose router returns gates and no scores."""
+
+ROUTER_PARTS = ("router logits", "router scores", "gates")
+"""Parts of the layers that have experts alone."""
 
 
 class Trace(NamedTuple):
     """A forward pass on tokens (B,T)."""
 
     embeddings: np.ndarray  # (B,T,D)
-    parts: dict[str, np.ndarray]  # of PARTS, each (L,B,T,D|E)
-    experts: np.ndarray  # (L,B,T,k), the choice
+    parts: dict[str, np.ndarray]  # each (L,B,T,D|E); the router's are of the layers that have experts
+    experts: np.ndarray  # (L,B,T,k), the choice in the layers that have experts
     logits: np.ndarray  # (B,T,V)
     loss: float
 
@@ -54,25 +63,39 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
     """Weights that reveal errors: norm weights that are not one, biases that are not zero, experts that differ.
 
     Standard deviations: `initializer_range` for matrices, 0.2 (around 1) for norm weights, 0.02 for the bias of
-    lm_head, and 0.1 for the routing bias, which changes many choices.
+    lm_head, and 0.1 for the routing bias, which changes many choices. In the DeepSeek family matrices keep the size of
+    their input, so that attention and the router are far from even, and biases have 0.3.
     """
     rng = np.random.default_rng(seed)
+    deepseek = names_of(config) == "deepseek"
 
     def drawn(path, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         keys = [str(getattr(key, "key", "")) for key in path]
         values = rng.standard_normal(leaf.shape, np.float32)
         if any(key.endswith("norm") for key in keys):
             return 1 + 0.2 * values
+        if deepseek and "bias" in keys[-1]:
+            return 0.3 * values
         if keys[-1] == "routing_bias":
             return 0.1 * values
+        if deepseek:
+            return values * (1 if keys[0] == "token_embeddings" else leaf.shape[-2] ** -0.5)
         return (0.02 if keys[-1] == "bias" else config.initializer_range) * values
 
     _, params, routing_bias = abstract_model(config)
     return Weights(*jax.tree_util.tree_map_with_path(drawn, (params, routing_bias)))
 
 
-def torch_model(config: ModelConfig, weights: Weights, precision: str = "float32") -> TorchCustomLLM:
-    """The PyTorch model with these weights, mapped by the converter's table."""
+def torch_model(
+    config: ModelConfig, weights: Weights, precision: str = "float32", source: Mapping[str, Any] | None = None
+) -> Any:
+    """The PyTorch model with these weights: torch_ref's CustomLLM, mapped by the converter's table, or transformers'.
+
+    Args:
+        source: the config.json that the weights came with.
+    """
+    if names_of(config) == "deepseek":
+        return hf_side.stock_model(config, weights, precision, source)
     with torch.device("meta"):
         model = TorchCustomLLM(config)
     # copies: a fault planted in one framework must not change the other's weights
@@ -82,14 +105,17 @@ def torch_model(config: ModelConfig, weights: Weights, precision: str = "float32
 
 
 def state_dict_arrays(model: TorchCustomLLM) -> dict[str, np.ndarray]:
-    return {name: value.numpy() for name, value in model.state_dict().items()}
+    """The model's state with the names of files, without names that share a tensor."""
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    state = {name: value.numpy() for name, value in model.state_dict().items() if name not in tied}
+    return hf_side.in_file(state) if hf_side.is_stock(model) else state
 
 
-def torch_named(config: ModelConfig, params, routing_bias=None) -> dict[str, np.ndarray]:
+def torch_named(config: ModelConfig, params, routing_bias=None, interleaved: bool = True) -> dict[str, np.ndarray]:
     """Flax trees with PyTorch's names and layout; views, if the leaves are NumPy arrays."""
     trees = {PARAMS: params, ROUTING_BIAS: routing_bias}
     host = jax.tree.map(np.asarray, {name: tree for name, tree in trees.items() if tree is not None})
-    return {e.torch_name: e.to_torch(leaf(host[e.tree], e.path)) for e in entries(config) if e.tree in host}
+    return {e.torch_name: e.to_torch(host) for e in entries(config, interleaved) if e.parts[0].tree in host}
 
 
 def jax_weights(weights: Weights, precision: str) -> tuple:
@@ -110,13 +136,20 @@ def jax_trace(
         graph, _, _ = abstract_model(config, dtype=DTYPES[precision])
         outputs = _jax_outputs(graph, *jax_weights(weights, precision), jnp.asarray(ids), experts)
         embeddings, trace, logits, loss = jax.device_get(outputs)
-    in_time = (config.num_hidden_layers, *ids.shape, -1)
-    parts = (
-        trace.input_norm, trace.attention, trace.post_attn_norm, trace.routing.scores.reshape(in_time), trace.mixture,
-        trace.residual,
-    )  # fmt: skip
-    parts = dict(zip(PARTS, parts, strict=True))
-    return Trace(embeddings, parts, trace.routing.experts.reshape(in_time), logits, float(loss))
+    parts = {
+        "input norm": trace.input_norm, "attention": trace.attention, "post-attention norm": trace.post_attn_norm,
+        "experts": trace.mixture, "residual": trace.residual,
+    }  # fmt: skip
+    chosen = np.zeros((0, *ids.shape, config.num_experts_per_tok), np.int32)
+    if trace.routing is not None:
+        in_time = (config.moe_layers, *ids.shape, -1)
+        routing = trace.routing
+        gates = np.zeros_like(routing.scores)
+        np.put_along_axis(gates, routing.experts, routing.gates, axis=-1)
+        router = {"router scores": routing.scores, "router logits": routing.logits, "gates": gates}
+        parts |= {name: values.reshape(in_time) for name, values in router.items()}
+        chosen = routing.experts.reshape(in_time)
+    return Trace(embeddings, parts, chosen, logits, float(loss))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -133,6 +166,8 @@ def torch_trace(
 ) -> Trace:
     """Run the PyTorch model as a user calls it; hooks record its parts. Arguments as in `jax_trace`."""
     tokens = torch.from_numpy(np.asarray(ids, np.int64))
+    if hf_side.is_stock(model):
+        return _stock_trace(model, tokens, precision)
     forced = None if experts is None else torch.from_numpy(np.asarray(experts, np.int64))
     with _recorded_parts(model) as made, torch_precision(precision):
         out = model(tokens, labels=tokens, output_hidden_states=True, output_router=True, expert_indices=forced)
@@ -145,6 +180,20 @@ def torch_trace(
         logits=out.logits.numpy(),
         loss=float(out.loss),
     )
+
+
+def _stock_trace(model: Any, tokens: torch.Tensor, precision: str) -> Trace:
+    with torch.no_grad(), hf_side.recorded_parts(model) as made, torch_precision(precision):
+        out = model(tokens, labels=tokens)
+    routing, E = made.pop("routing"), getattr(model.config, "n_routed_experts", 0)
+    made["router logits"] = [logits for logits, _, _ in routing]
+    made["gates"] = [hf_side.dense_gates(gates, experts, E) for _, gates, experts in routing]
+    parts = {
+        part: _stacked(made[part]).reshape(len(made[part]), *tokens.shape, -1) for part in STOCK_PARTS if made[part]
+    }
+    experts = [experts.reshape(*tokens.shape, -1) for _, _, experts in routing]
+    chosen = torch.stack(experts).numpy() if experts else np.zeros((0, *tokens.shape, 1), np.int64)
+    return Trace(_stacked(made["embeddings"])[0], parts, chosen, _stacked([out.logits])[0], float(out.loss))
 
 
 def _stacked(tensors: list[torch.Tensor]) -> np.ndarray:

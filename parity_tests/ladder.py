@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+import jax
 import numpy as np
 
 from jaxllm.config import ModelConfig, TrainConfig
@@ -34,7 +35,7 @@ from parity_tests.compare import (
     expert_flips,
     total_flips,
 )
-from parity_tests.forward import PARTS, Trace, jax_trace, state_dict_arrays, torch_named, torch_trace
+from parity_tests.forward import ROUTER_PARTS, Trace, jax_trace, state_dict_arrays, torch_named, torch_trace
 from parity_tests.generation import JaxGeneration
 from parity_tests.training import JaxTraining, Named, Trained, random_moments, torch_gradients, torch_train
 from torch_ref import CustomLLM as TorchCustomLLM
@@ -95,6 +96,7 @@ class Ladder:
         precision: a key of TOLERANCES.
         seq_len: tokens of the forward rungs.
         steps: of the trajectory.
+        interleaved: as in `convert.mapping.entries`.
     """
 
     def __init__(
@@ -105,12 +107,13 @@ class Ladder:
         precision: str = "float32",
         seq_len: int = 500,
         steps: int = 50,
+        interleaved: bool = True,
     ):
         if config.dropout:
             raise ValueError(f"dropout is {config.dropout}: the frameworks draw different numbers, it must be 0")
         if steps < MIN_STEPS:
             raise ValueError(f"steps is {steps}: it must be at least {MIN_STEPS}")
-        self.config, self.weights, self.precision = config, weights, precision
+        self.config, self.weights, self.precision, self.interleaved = config, weights, precision, interleaved
         self.tolerances: Tolerances = TOLERANCES[precision]
         self.ids = tokens[None, : min(seq_len, config.max_position_embeddings)]  # (1,T)
         self.training = training_config(config, steps, precision)
@@ -139,7 +142,7 @@ class Ladder:
                 yield rung, climbers[rung](model)
 
     def _weights(self, model: TorchCustomLLM) -> list[Row]:
-        ours = torch_named(self.config, *self.weights)
+        ours = torch_named(self.config, *self.weights, interleaved=self.interleaved)
         theirs = {name: values.astype(ours[name].dtype) if name in ours else values
                   for name, values in state_dict_arrays(model).items()}  # fmt: skip
         return compare_bits("weights", "weights", ours, theirs)
@@ -152,7 +155,7 @@ class Ladder:
 
     @functools.cached_property
     def _routing_bias(self) -> np.ndarray:  # (L,E)
-        return np.asarray(self.weights.routing_bias["decoder_layers"]["mlp"]["routing_bias"])
+        return routing_bias_of(self.config, self.weights)
 
     def _forward(self, model: TorchCustomLLM) -> tuple[Trace, Trace]:
         """Both forward passes with the same experts, computed once per climb."""
@@ -168,11 +171,15 @@ class Ladder:
         tolerance = self.tolerances.forward
         rows = [compare_arrays("layers", "embeddings", "", ours.embeddings, theirs.embeddings, tolerance)]
         for i in range(self.config.num_hidden_layers):
-            leaf = f"layer {i}"
-            for part in PARTS:
-                rows.append(compare_arrays("layers", part, leaf, ours.parts[part][i], theirs.parts[part][i], tolerance))
-                if part == "router scores":
-                    flips = expert_flips(ours.parts[part][i], self._routing_bias[i], theirs.experts[i])
+            leaf, routed = f"layer {i}", i - self.config.dense_layers
+            for part, values in theirs.parts.items():
+                index = routed if part in ROUTER_PARTS else i
+                if index < 0:
+                    continue
+                rows.append(compare_arrays("layers", part, leaf, ours.parts[part][index], values[index], tolerance))
+                if part in ("router scores", "router logits"):
+                    scores, bias = ours.parts["router scores"][index], self._routing_bias[index]
+                    flips = expert_flips(scores, bias, theirs.experts[index], self.config.router)
                     rows.append(self._choice_row("layers", leaf, flips, self.ids.size))
         return rows
 
@@ -180,6 +187,8 @@ class Ladder:
         note = f"{tokens - flips.count} of {tokens} tokens choose the same experts"
         if flips.count:
             note += f"; replayed: {flips.count} near ties, the widest margin is {flips.margin:.1e}"
+        if flips.groups:
+            note += f"; {flips.groups} of them between groups"
         near_tie = self.tolerances.near_tie
         if rung == "trajectory":  # the scores may differ as much as the weights
             near_tie = max(near_tie, self.tolerances.trajectory.relative_l2)
@@ -198,7 +207,7 @@ class Ladder:
 
     @functools.cached_property
     def _jax(self) -> JaxTraining:
-        return JaxTraining(self.training, self.weights, self.precision)
+        return JaxTraining(self.training, self.weights, self.precision, self.interleaved)
 
     @functools.cached_property
     def _jax_gradients(self):
@@ -231,7 +240,7 @@ class Ladder:
 
     def _step(self, model: TorchCustomLLM) -> list[Row]:
         theirs = torch_train(model, self.training, self.batches[:1], self._moments)
-        before = torch_named(self.config, self.weights.params)
+        before = torch_named(self.config, self.weights.params, interleaved=self.interleaved)
         tolerance = self.tolerances.update
 
         def compare(ours: Trained) -> list[Row]:
@@ -317,7 +326,7 @@ class Ladder:
                 return rows
         total = flips()
         labels = self.batches if rung == "trajectory" else self.batches[:1]
-        choice = self._choice_row(rung, "", total, labels.size * self.config.num_hidden_layers)
+        choice = self._choice_row(rung, "", total, labels.size * self.config.moe_layers)
         if self.precision == "bfloat16" or (total.count and choice.passed):
             return [choice, *replay()]
         return [*rows, choice]  # not a near tie: report the differences of the free run
@@ -327,9 +336,10 @@ class Ladder:
         found = []
         for labels, forced in zip(self.batches[step], experts, strict=True):
             trace = jax_trace(self.config, weights, np.maximum(labels, 0), self.precision, forced)
-            bias = np.asarray(weights.routing_bias["decoder_layers"]["mlp"]["routing_bias"])  # (L,E)
-            found.append(expert_flips(trace.parts["router scores"], bias[:, None, None], forced))
-        return total_flips(found)
+            if self.config.moe_layers:
+                bias = routing_bias_of(self.config, weights)[:, None, None]
+                found.append(expert_flips(trace.parts["router scores"], bias, forced, self.config.router))
+        return total_flips(found or [Flips(0, 0, 0.0)])
 
     @functools.cached_property
     def _jax_generation(self) -> JaxGeneration:
@@ -337,6 +347,13 @@ class Ladder:
 
     def _generation(self, model: TorchCustomLLM) -> list[Row]:
         return self._jax_generation.compare(model)
+
+
+def routing_bias_of(config: ModelConfig, weights: Weights) -> np.ndarray:
+    """The routing bias of all layers that have experts, (L,E); zero where none steers the choice."""
+    for bias in jax.tree.leaves(weights.routing_bias):
+        return np.asarray(bias)
+    return np.zeros((config.moe_layers, config.n_routed_experts))
 
 
 def _same_choice(ours: np.ndarray, theirs: np.ndarray) -> bool:

@@ -17,13 +17,15 @@ import torch
 
 import torch_ref.step as torch_step
 from jaxllm.config import TrainConfig
+from jaxllm.config.families import is_interleaved
 from jaxllm.model.decoder import abstract_model
 from jaxllm.run.checkpoint import Weights
 from jaxllm.train import step as jax_step
 from jaxllm.train.optim import AdamState
 from jaxllm.train.state import TrainState, start_state
 from jaxllm.train.step import StepMetrics
-from parity_tests.forward import DTYPES, jax_precision, jax_weights, torch_named
+from parity_tests import hf_side
+from parity_tests.forward import DTYPES, jax_precision, jax_weights, state_dict_arrays, torch_named
 from torch_ref import CustomLLM as TorchCustomLLM
 
 Named = dict[str, np.ndarray]
@@ -58,8 +60,9 @@ def random_moments(weights: Weights, count: int, seed: int = 0) -> AdamState:
 class JaxTraining:
     """Gradients and steps of the Flax model in one precision; each is compiled once."""
 
-    def __init__(self, config: TrainConfig, weights: Weights, precision: str):
+    def __init__(self, config: TrainConfig, weights: Weights, precision: str, interleaved: bool = True):
         self.config, self.weights, self.precision = config, weights, precision
+        self._named = functools.partial(torch_named, config.model, interleaved=interleaved)
         with jax_precision(precision):
             graph, _, _ = abstract_model(config.model, dtype=DTYPES[precision])
         self._gradients = jax.jit(functools.partial(jax_step.gradients, config, graph))
@@ -69,7 +72,7 @@ class JaxTraining:
         """Gradients of the mean loss over micro-batches (A,B,T); `experts` (A,L,B,T,k) replaces the routers' choice."""
         with jax_precision(self.precision):
             grads, loss, _ = self._gradients(self._start(), jnp.asarray(labels), experts)
-        return Gradients(float(loss), torch_named(self.config.model, grads), None)
+        return Gradients(float(loss), self._named(grads), None)
 
     def train(
         self,
@@ -92,8 +95,7 @@ class JaxTraining:
                 state, metrics = self._step(state, jnp.asarray(labels), None if experts is None else experts[i])
                 reports.append(metrics)
             reports = jax.device_get(reports)
-        after = state.opt_state
-        named = functools.partial(torch_named, self.config.model)
+        after, named = state.opt_state, self._named
         return Trained(
             losses=[float(report.loss) for report in reports],
             grad_norms=[float(report.grad_norm) for report in reports],
@@ -135,7 +137,7 @@ def torch_gradients(model: TorchCustomLLM, config: TrainConfig, labels: np.ndarr
         loss, experts = torch_step.accumulate_gradients(model, config, torch.from_numpy(labels).long())
         # an unused parameter has no gradient, which is not the same as a zero gradient
         grads = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
-    return Gradients(float(loss), grads, experts.numpy())
+    return Gradients(float(loss), hf_side.in_file(grads), experts.numpy())
 
 
 def torch_train(
@@ -146,30 +148,30 @@ def torch_train(
         optimizer = torch_step.make_optimizer(model, config)
         schedule = torch_step.make_schedule(optimizer, config, 0 if moments is None else int(moments.count))
         if moments is not None:
-            mu, nu = (torch_named(config.model, tree) for tree in moments[1:])
-            for name, parameter in model.named_parameters():
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(float(moments.count)),
-                    "exp_avg": torch.from_numpy(mu[name].copy()).to(parameter.dtype),
-                    "exp_avg_sq": torch.from_numpy(nu[name].copy()).to(parameter.dtype),
-                }
+            interleaved, E = is_interleaved(model.config.to_dict()), config.model.n_routed_experts
+            for kind, tree in zip(("exp_avg", "exp_avg_sq"), moments[1:], strict=True):
+                named = torch_named(config.model, tree, interleaved=interleaved)
+                for name, parameter in model.named_parameters():
+                    moment = hf_side.in_memory(name, named, E).copy()
+                    state = optimizer.state.setdefault(parameter, {"step": torch.tensor(float(moments.count))})
+                    state[kind] = torch.from_numpy(moment).to(parameter.dtype)
         reports = [
             torch_step.train_step(model, optimizer, schedule, config, torch.from_numpy(labels).long())
             for labels in batches
         ]
         moments_of = {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
-        state = {name: value.numpy().copy() for name, value in model.state_dict().items()}
+        state = {name: value.copy() for name, value in state_dict_arrays(model).items()}
     biases = _routing_bias(state)
     return Trained(
         losses=[float(report.loss) for report in reports],
         grad_norms=[float(report.grad_norm) for report in reports],
         params={name: value for name, value in state.items() if name not in biases},
-        mu={name: moment["exp_avg"].numpy() for name, moment in moments_of.items()},
-        nu={name: moment["exp_avg_sq"].numpy() for name, moment in moments_of.items()},
+        mu=hf_side.in_file({name: moment["exp_avg"].numpy() for name, moment in moments_of.items()}),
+        nu=hf_side.in_file({name: moment["exp_avg_sq"].numpy() for name, moment in moments_of.items()}),
         routing_bias=biases,
         experts=[report.experts.numpy() for report in reports],
     )
 
 
 def _routing_bias(named: Named) -> Named:
-    return {name: value for name, value in named.items() if name.endswith("routing_bias")}
+    return {name: value for name, value in named.items() if name.endswith(torch_step.ROUTING_BIASES)}

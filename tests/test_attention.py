@@ -12,14 +12,16 @@ from jaxllm.model.kernels import ANY, CUDA, choose_kernels, describe_kernels, gr
 from jaxllm.model.kernels import grouped_loop as grouped_loop
 from jaxllm.model.kernels.causal_attention import blocked_attention, cudnn_attention
 
+SCALE = 0.3
 
-def plain_attention(q, k, v, attention_mask=None):
-    """The definition, in one piece: (B,T,H,h)."""
+
+def plain_attention(q, k, v, attention_mask, scale):
+    """The definition, in one piece: (B,T,H,h), (B,T,H,h), (B,T,H,v) -> (B,T,H,v)."""
     length = q.shape[1]
     mask = jnp.tril(jnp.ones((length, length), bool))
     if attention_mask is not None:
         mask = (mask & attention_mask.astype(bool)[:, None, None]) | jnp.eye(length, dtype=bool)
-    scores = jnp.einsum("bthd,bshd->bhts", q, k) / np.sqrt(q.shape[-1])
+    scores = jnp.einsum("bthd,bshd->bhts", q, k) * scale
     weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
     return jnp.einsum("bhts,bshd->bthd", weights, v)
 
@@ -30,12 +32,13 @@ def plain_attention(q, k, v, attention_mask=None):
 def test_blocks_equal_the_plain_formula_to_rounding(length, padding):
     with jax.enable_x64(True):
         q, k, v, cotangent = jax.random.normal(jax.random.key(0), (4, 2, length, 2, 6), jnp.float64)
+        v, cotangent = v[..., :4], cotangent[..., :4]  # the value heads have another size
         mask = None if padding == "none" else jnp.ones((2, length)).at[0, : length // 3].set(0)
         if padding == "right":
             mask = mask[:, ::-1]
         results = []
         for attention in (blocked_attention, plain_attention):
-            out, pullback = jax.vjp(lambda *a, attend=attention: attend(*a, mask), q, k, v)
+            out, pullback = jax.vjp(lambda *a, attend=attention: attend(*a, mask, SCALE), q, k, v)
             results.append((out, *pullback(cotangent)))
         for ours, theirs in zip(*results, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -44,7 +47,7 @@ def test_blocks_equal_the_plain_formula_to_rounding(length, padding):
 def test_memory_grows_with_the_length_and_not_its_square():
     def temporaries(length: int) -> int:
         def loss(q, k, v):
-            return blocked_attention(q, k, v).sum()
+            return blocked_attention(q, k, v, None, SCALE).sum()
 
         shape = jax.ShapeDtypeStruct((1, length, 4, 16), jnp.float32)
         program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape).compile()

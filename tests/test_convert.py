@@ -20,7 +20,6 @@ from safetensors.numpy import load_file, save_file
 import train
 from convert import tensor_files
 from convert.__main__ import main
-from convert.mapping import entries
 from convert.to_flax import read_weights
 from jaxllm import UserError, from_pretrained, save_pretrained
 from jaxllm import generate as generation
@@ -44,22 +43,6 @@ def copy(exported, tmp_path) -> Path:
 def assert_same_weights(one, other) -> None:
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
-
-
-def test_the_table_names_every_leaf_exactly_once(run):
-    config, weights = load_weights(run)
-    covered = jax.tree.map(
-        lambda leaf: np.zeros(leaf.shape, int), {"params": weights.params, "routing_bias": weights.routing_bias}
-    )
-    names = []
-    for entry in entries(config):
-        leaf = covered[entry.tree]
-        for key in entry.path:
-            leaf = leaf[key]
-        leaf[entry.index] += 1
-        names.append(entry.torch_name)
-    assert all((leaf == 1).all() for leaf in jax.tree.leaves(covered))
-    assert len(set(names)) == len(names)
 
 
 def test_the_exported_folder_is_what_pytorch_people_know(exported, run):

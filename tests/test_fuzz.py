@@ -29,7 +29,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from convert.mapping import entries, leaf, torch_shape
+from convert.mapping import entries
 from convert.tensor_files import TensorFiles
 from convert.to_flax import import_run, read_weights
 from convert.to_torch import write_model
@@ -451,10 +451,7 @@ def test_few_bytes_that_pose_as_a_large_model_take_no_memory(tmp_path):
     _, params, bias = abstract_model(large)
     one = torch.zeros(1)
     trees = {"params": params, "routing_bias": bias}
-    state = {
-        entry.torch_name: one.expand(torch_shape(entry, leaf(trees[entry.tree], entry.path).shape))
-        for entry in entries(large)
-    }
+    state = {entry.torch_name: one.expand(entry.shape(trees)) for entry in entries(large)}
     torch.save(state, tmp_path / "state.bin")
     with in_memory(2**27):
         refused(tmp_path, lambda: read_weights(tmp_path / "state.bin", large), "do not hold")

@@ -15,6 +15,9 @@ from transformers import get_cosine_schedule_with_warmup
 from jaxllm.config import RunConfig
 from torch_ref.model import IGNORED, CustomLLM
 
+ROUTING_BIASES = (".routing_bias", ".e_score_correction_bias")
+"""How the names of routing biases end: CustomLLM's, and transformers' for DeepSeek-V3."""
+
 
 class StepMetrics(NamedTuple):
     loss: Tensor  # () mean cross-entropy over the targets of all micro-batches, nats
@@ -26,7 +29,7 @@ class StepMetrics(NamedTuple):
 def decays(name: str) -> bool:
     """Whether weight decay applies to the parameter: matrices and embeddings decay, norms and biases do not."""
     *path, last = name.split(".")
-    return last == "weight" and not path[-1].endswith("norm")
+    return last != "bias" and not path[-1].endswith("norm")
 
 
 def make_optimizer(model: CustomLLM, config: RunConfig) -> torch.optim.AdamW:
@@ -61,8 +64,10 @@ def update_routing_bias(model: CustomLLM, counts: Tensor, rate: float) -> None:
         counts: (L,E) tokens of each expert in the global batch.
         rate: the size of the update, gamma.
     """
-    for layer, tokens in zip(model.decoder_layers, counts, strict=True):
-        bias: Any = layer.mlp.routing_bias  # pyright: ignore[reportAttributeAccessIssue]
+    biases = [buffer for name, buffer in model.named_buffers() if name.endswith(ROUTING_BIASES)]
+    if not biases:  # DeepSeek-V2 has none
+        return
+    for bias, tokens in zip(biases, counts, strict=True):
         tokens = tokens.to(bias.dtype)
         bias += rate * torch.sign(tokens.mean() - tokens)
 
@@ -104,7 +109,10 @@ def accumulate_gradients(model: CustomLLM, config: RunConfig, labels: Tensor) ->
             output = model(micro.clamp(min=0), labels=micro, num_items_in_batch=targets, output_router=True)
         (output.loss + auxiliary_loss(output, config) / len(labels)).backward()
         total = total + output.loss.detach()
-        chosen.append(torch.stack(output.router_experts))
+        experts = output.router_experts
+        chosen.append(
+            torch.stack(experts) if experts else micro.new_zeros((0, *micro.shape, 1))
+        )  # no layer has experts
     return total, torch.stack(chosen)
 
 
@@ -129,6 +137,7 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad()
     schedule.step()
-    counts = tokens_per_expert(list(chosen.swapaxes(0, 1)), model.config.n_routed_experts)
-    update_routing_bias(model, counts, config.optim.bias_update_rate)
+    if chosen.shape[1]:
+        counts = tokens_per_expert(list(chosen.swapaxes(0, 1)), model.config.n_routed_experts)
+        update_routing_bias(model, counts, config.optim.bias_update_rate)
     return StepMetrics(loss, grad_norm, schedule.get_last_lr()[0], chosen)

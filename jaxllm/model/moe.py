@@ -21,6 +21,8 @@ from jaxllm.model.kernels.expert_ffn import expert_ffn, expert_ffn_of_stack
 from jaxllm.model.layers import Linear, RoutingBias, parameter, stack
 from jaxllm.model.layout import ONE_DEVICE, Layout
 
+CUSTOMLLM_ROUTER = RouterConfig()
+
 
 class Routing(NamedTuple):
     experts: Array  # (N,k) int32, the chosen experts
@@ -45,7 +47,7 @@ def route(
     routing_bias: Array | None,
     experts_per_token: int,
     experts: Array | None = None,
-    router: RouterConfig = RouterConfig(),
+    router: RouterConfig = CUSTOMLLM_ROUTER,
 ) -> Routing:
     """Choose experts by rank, weigh them by score, all in float32: x (N,D), (D,E), (E,) or None, k.
 

@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxllm.config import FORMAT, SPECIAL_TOKENS, ModelConfig, RunConfig
+from jaxllm.config.families import read_config
 from jaxllm.data.stream import MAX_POSITION_BYTES, Position
 from jaxllm.errors import UserError, one_line
 from jaxllm.files import read_json
@@ -72,7 +73,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     if not (folder / "config.json").is_file():
         raise UserError(f"{str(folder)!r} is no run and no exported model: it holds no config.json")
     try:
-        return ModelConfig.from_dict(read_json(folder / "config.json"))
+        return read_config(read_json(folder / "config.json"))
     except UserError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
 
@@ -145,7 +146,7 @@ def _check_context(run: Path, checkpoint: Path) -> None:
     model = read_model_config(run)
     # weights that came without a tokenizer name no special tokens, until they are trained with one
     unset = {name: getattr(model, name) for name in SPECIAL_TOKENS if written["model"].get(name) is None}
-    if ModelConfig.from_dict(written["model"] | unset) != model:
+    if read_config(written["model"] | unset) != model:
         raise UserError(f"{run / 'config.json'} is not the config that {checkpoint} was written with: put it back")
 
 

@@ -7,8 +7,9 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -166,9 +167,15 @@ def write_run(
     weights: Weights,
     tokenizer_files: list[Path],
     training: tuple[RunConfig, ResumeState] | None = None,
+    kept: Mapping[str, Any] | None = None,
 ) -> None:
-    """Create a run folder that starts from given weights or, with `training`, resumes where they were reached."""
+    """Create a run folder that starts from given weights or, with `training`, resumes where they were reached.
+
+    `kept` are the names and contents of JSON files to keep in it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    for name, values in (kept or {}).items():
+        write_json(folder / name, values)
     write_json(folder / "config.json", model.to_dict())
     if tokenizer_files:
         (folder / "tokenizer").mkdir(exist_ok=True)

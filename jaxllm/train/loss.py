@@ -29,8 +29,8 @@ def count_targets(labels: Array) -> Array:
 def summed_cross_entropy(hidden: Array, weight: Array, bias: Array | None, targets: Array) -> Array:
     """Sum of the cross-entropies of `hidden @ weight + bias` over the targets that are not ignored, in nats.
 
-    hidden (N,D) in the compute dtype, the head's float32 masters (D,V), (V,) or None, targets (N,) int -> a float32 scalar
-    (float64 in a float64 model).
+    hidden (N,D) in the compute dtype, the head's float32 masters (D,V) and (V,) or None, targets (N,) int -> a float32
+    scalar (float64 in a float64 model).
     """
     return _scan_chunks(hidden, weight, bias, targets, with_grads=False)[0]
 

@@ -1,0 +1,34 @@
+"""FP8 files of the DeepSeek family: each block of 128 x 128 values of a weight has one scale (arXiv:2412.19437, 3.3.2).
+
+A weight of F8_E4M3 has a sibling tensor NAME_scale_inv, of one number for each block, the last blocks being partial.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from jaxllm.config.families import FP8_BLOCK
+
+SCALE_SUFFIX = "_scale_inv"
+FP8 = "F8_E4M3"
+"""The name of the dtype in a safetensors file."""
+
+Shape = tuple[int, ...]
+
+
+def scales_of(dtypes: Mapping[str, str]) -> dict[str, str]:
+    """The name of the scale of each FP8 tensor, given all tensors' dtypes."""
+    return {name: name + SCALE_SUFFIX for name, dtype in dtypes.items() if dtype == FP8}
+
+
+def scale_shape(shape: Shape) -> Shape:
+    """The shape of the scales of a weight (out, in)."""
+    return tuple(-(-size // FP8_BLOCK) for size in shape)
+
+
+def dequantize(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """values[a, b] * scales[a // 128, b // 128] in float32."""
+    result, scales = values.astype(np.float32), scales.astype(np.float32)
+    for block, row in enumerate(scales):
+        result[block * FP8_BLOCK : (block + 1) * FP8_BLOCK] *= np.repeat(row, FP8_BLOCK)[: result.shape[1]]
+    return result

@@ -1,0 +1,213 @@
+"""transformers' own models of the DeepSeek family, with what the ladder uses of `torch_ref.CustomLLM`.
+
+Nothing of their mathematics is replaced. What transformers computes in float32 whatever the model's dtype is (norms,
+router, softmax, angles, loss) is float64 in a float64 model here, else no comparison would be better than 2e-7.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel, modeling_rope_utils
+
+from convert.to_torch import write_model
+from jaxllm.config import ModelConfig
+from jaxllm.config.families import family_of
+from jaxllm.run.checkpoint import Weights
+from torch_ref.model import no_autocast
+
+Named = dict[str, np.ndarray]
+
+LAYER_PARTS = {
+    "input_layernorm": "input norm", "self_attn": "attention", "post_attention_layernorm": "post-attention norm",
+    "mlp": "experts",
+}  # fmt: skip
+
+
+class _Float64Torch:
+    """`torch`, whose float32 is float64."""
+
+    float = float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@contextmanager
+def float32_is_float64(kind: type) -> Iterator[None]:
+    """What the module of a model's class asks for in float32 is float64 in this context."""
+    proxy = _Float64Torch()
+    with (
+        mock.patch.object(sys.modules[kind.__module__], "torch", proxy),
+        mock.patch.object(modeling_rope_utils, "torch", proxy),
+        mock.patch.object(Tensor, "float", Tensor.double),
+    ):
+        yield
+
+
+def stock_model(
+    config: ModelConfig, weights: Weights, precision: str = "float32", source: Mapping[str, Any] | None = None
+) -> Any:
+    """The stock transformers model with these weights, loaded from an exported folder as a user loads it.
+
+    Args:
+        source: the config.json that the weights came with.
+
+    Raises:
+        RuntimeError: transformers finds keys that are missing, unexpected or mismatched.
+    """
+    kind = getattr(transformers, family_of(config, source).architecture)
+    options: Any = {"attn_implementation": "eager", "experts_implementation": "eager", "output_loading_info": True}
+    with tempfile.TemporaryDirectory() as scratch, _lifted(kind, precision == "float64"):
+        write_model(config, weights, Path(scratch), "float32", source)
+        dtype = torch.float64 if precision == "float64" else torch.float32
+        model, info = kind.from_pretrained(scratch, dtype=dtype, **options)
+    if faults := {name: keys for name, keys in info.items() if keys}:
+        raise RuntimeError(f"{kind.__name__}.from_pretrained: {faults}")
+    model.model.embed_tokens.padding_idx = None  # else that row takes no gradient
+    _adapt(model, config)
+    return model.eval()
+
+
+def is_stock(model: Any) -> bool:
+    return isinstance(model, PreTrainedModel) and type(model).__module__.startswith("transformers.")
+
+
+@contextmanager
+def _lifted(kind: type, float64: bool) -> Iterator[None]:
+    if not float64:
+        yield
+        return
+    with float32_is_float64(kind):
+        yield
+
+
+def routers(model: Any) -> list[Any]:
+    """The routers of the layers that have experts."""
+    return [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+
+
+def _adapt(model: Any, config: ModelConfig) -> None:
+    """Let `forward` take a mask without positions, and return the routing with `output_router`, as CustomLLM's does."""
+    run = model.forward
+    for router in routers(model):
+        router.forward = _without_autocast(router.forward)
+
+    @functools.wraps(run)
+    def forward(input_ids=None, attention_mask=None, position_ids=None, output_router=False, **options):
+        if attention_mask is not None and attention_mask.ndim == 2 and position_ids is None:
+            position_ids = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        double = model.dtype == torch.float64
+        with _recorded_routing(model) as routing, _lifted(type(model), double):
+            output = run(input_ids, attention_mask=attention_mask, position_ids=position_ids, **options)
+        if output_router:
+            in_time = (*input_ids.shape, -1)
+            logits = tuple(logits.reshape(in_time) for logits, _, _ in routing)
+            output.router_logits = logits
+            sigmoid = config.router.scoring_func == "sigmoid"
+            output.router_scores = tuple(z.sigmoid() if sigmoid else z.softmax(dim=-1) for z in logits)
+            output.router_experts = tuple(experts.reshape(in_time) for _, _, experts in routing)
+        return output
+
+    model.forward = forward
+
+
+def _without_autocast(run):
+    """Under autocast, as without it, the router is computed in float32."""
+
+    @functools.wraps(run)
+    def forward(x: Tensor):
+        with no_autocast(x):
+            return run(x)
+
+    return forward
+
+
+@contextmanager
+def _recorded_routing(model: Any) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
+    """Record logits (N,E), gates (N,k) and experts (N,k) of each router."""
+    made: list[tuple[Tensor, Tensor, Tensor]] = []
+    handles = [
+        router.register_forward_hook(lambda module, args, output: made.append(output)) for router in routers(model)
+    ]
+    try:
+        yield made
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def recorded_parts(model: Any) -> Iterator[dict[str, list[Any]]]:
+    """Record what the modules return in this context: for each part, one output per layer."""
+    made: dict[str, list[Any]] = {"embeddings": [], "residual": [], "routing": []}
+    made |= {part: [] for part in LAYER_PARTS.values()}
+    modules = [(model.model.embed_tokens, "embeddings"), *((layer, "residual") for layer in model.model.layers)]
+    modules += [(getattr(layer, name), part) for layer in model.model.layers for name, part in LAYER_PARTS.items()]
+    modules += [(router, "routing") for router in routers(model)]
+    handles = []
+    for module, part in modules:
+
+        def keep(module, args, output, part=part):
+            made[part].append(output[0] if isinstance(output, tuple) and part != "routing" else output)
+
+        handles.append(module.register_forward_hook(keep))
+    try:
+        yield made
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def dense_gates(gates: Tensor, experts: Tensor, n_experts: int) -> Tensor:
+    """(N,k) gates of (N,k) experts as (N,E), zero where an expert is not chosen."""
+    return gates.new_zeros(len(gates), n_experts).scatter(-1, experts, gates)
+
+
+def in_file(values: Named) -> Named:
+    """Arrays by their names in memory -> by their names in files, where each expert has its own."""
+    named: Named = {}
+    for name, value in values.items():
+        base, _, last = name.rpartition(".")
+        if not base.endswith(".experts"):
+            named[name] = value
+            continue
+        for j, expert in enumerate(value):
+            if last == "down_proj":
+                named[f"{base}.{j}.down_proj.weight"] = expert
+            else:
+                gate, up = np.split(expert, 2)
+                named |= {f"{base}.{j}.gate_proj.weight": gate, f"{base}.{j}.up_proj.weight": up}
+    return named
+
+
+def in_memory(name: str, values: Named, experts: int) -> np.ndarray:
+    """One array by its name in memory, of arrays by their names in files: the inverse of `in_file`."""
+    base, _, last = name.rpartition(".")
+    if not base.endswith(".experts"):
+        return values[name]
+    parts = ("down_proj",) if last == "down_proj" else ("gate_proj", "up_proj")
+    return np.stack([np.concatenate([values[f"{base}.{j}.{part}.weight"] for part in parts]) for j in range(experts)])
+
+
+def cached_latents(model: Any, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What transformers caches of tokens (B,T): latents (L,B,T,R) and rotated keys (L,B,T,r), pairs (i, i + r/2)."""
+    with torch.no_grad():
+        cache = model(torch.from_numpy(np.asarray(ids, np.int64)), use_cache=True).past_key_values
+    latents, keys = (
+        np.stack([getattr(layer, kind)[:, 0].numpy() for layer in cache.layers]) for kind in ("keys", "values")
+    )
+    if model.config.model_type == "deepseek_v2":  # it leaves the rotated pairs where they were
+        keys = np.concatenate([keys[..., ::2], keys[..., 1::2]], axis=-1)
+    return latents, keys
