@@ -38,13 +38,19 @@ def export_run(run: Path, out: Path, *, dtype: str | None = None) -> None:
     """
     check_new(out)
     config, weights = load_weights(run)
-    source = read_json(run / SOURCE_CONFIG) if (run / SOURCE_CONFIG).is_file() else None
+    source = read_source(run)
     given = (source or {}).get("dtype") or (source or {}).get("torch_dtype")
     write_model(config, weights, out, dtype or (given if given in DTYPES else "float32"), source)
     if (run / GENERATION_CONFIG).is_file():
         shutil.copyfile(run / GENERATION_CONFIG, out / GENERATION_CONFIG)
     if (run / "tokenizer").is_dir():
         shutil.copytree(run / "tokenizer", out, dirs_exist_ok=True)
+
+
+def read_source(run: Path) -> dict[str, Any] | None:
+    """The config.json that a run's weights came with; None: they are of no folder of the DeepSeek family."""
+    file = run / SOURCE_CONFIG
+    return read_json(file) if file.is_file() else None
 
 
 def save_pretrained(model: CustomLLM, out: str | Path, *, dtype: str = "float32") -> None:

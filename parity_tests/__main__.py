@@ -2,7 +2,8 @@
 
 python -m parity_tests                                      # random weights of `tiny`
 python -m parity_tests RUN                                  # a training run
-python -m parity_tests DIR                                  # an exported folder
+python -m parity_tests DIR                                  # an exported folder, or one of the DeepSeek family
+python -m parity_tests --preset tiny-deepseek --seq-len 90  # against transformers' DeepseekV3ForCausalLM
 python -m parity_tests --preset customllm-1b --layers 2 --rungs weights layers logits
 python -m parity_tests --precision float64
 python -m parity_tests --mutate rope_halves_swapped         # plant a fault; a rung must catch it
@@ -19,18 +20,19 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # both frameworks on one device, else the comparison is between devices
 
-from convert.to_flax import read_weights
-from convert.to_torch import export_run
+from convert.to_flax import read_folder_config, read_weights
+from convert.to_torch import export_run, read_source
 from jaxllm.config import ModelConfig, preset
+from jaxllm.config.families import is_interleaved, names_of
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.generate import tokenizer_folder
-from jaxllm.run.checkpoint import Weights, is_run, load_weights, read_model_config
+from jaxllm.run.checkpoint import Weights, is_run, load_weights
 from parity_tests.compare import TOLERANCES, Row
 from parity_tests.forward import random_weights, torch_model
 from parity_tests.ladder import MIN_STEPS, RUNGS, Ladder, Rung
@@ -82,7 +84,16 @@ class ParityArgs:
             raise UserError(f"layers is {self.layers}: it applies to a preset, not to given weights")
 
 
-def load_pair(args: ParityArgs) -> tuple[ModelConfig, Weights, TorchCustomLLM]:
+class Pair(NamedTuple):
+    config: ModelConfig
+    weights: Weights
+    model: Any
+    """CustomLLM in PyTorch, or transformers' model of the DeepSeek family."""
+    source: dict[str, Any] | None = None
+    """The config.json that weights of the DeepSeek family came with."""
+
+
+def load_pair(args: ParityArgs) -> Pair:
     """The Flax weights, and the PyTorch model, loaded as a user loads it from an exported folder. Dropout is off.
 
     Raises:
@@ -93,19 +104,28 @@ def load_pair(args: ParityArgs) -> tuple[ModelConfig, Weights, TorchCustomLLM]:
         if args.layers is not None:
             config = dataclasses.replace(config, num_hidden_layers=args.layers)
         weights = random_weights(config, args.seed)
-        return config, weights, torch_model(config, weights, args.precision)
+        return Pair(config, weights, torch_model(config, weights, args.precision))
     if is_run(args.weights):
         config, weights = load_weights(args.weights)
+        if names_of(config) == "deepseek":
+            return _deepseek_pair(args, config, weights, read_source(args.weights))
         with tempfile.TemporaryDirectory() as scratch:
             export_run(args.weights, Path(scratch) / "exported")
             model = TorchCustomLLM.from_pretrained(Path(scratch) / "exported")
     else:
-        config = read_model_config(args.weights)
-        weights = read_weights(args.weights, config)
+        config, source = read_folder_config(args.weights)
+        weights = read_weights(args.weights, config, is_interleaved(source))
+        if names_of(config) == "deepseek":
+            return _deepseek_pair(args, config, weights, source)
         model = TorchCustomLLM.from_pretrained(args.weights)
     model.dropout.p = 0.0
     config = dataclasses.replace(config, dropout=0.0)
-    return config, weights, (model.double() if args.precision == "float64" else model.float()).eval()
+    return Pair(config, weights, (model.double() if args.precision == "float64" else model.float()).eval())
+
+
+def _deepseek_pair(args: ParityArgs, config: ModelConfig, weights: Weights, source: dict[str, Any] | None) -> Pair:
+    config = dataclasses.replace(config, dropout=0.0)
+    return Pair(config, weights, torch_model(config, weights, args.precision, source), source)
 
 
 def find_tokenizer(args: ParityArgs) -> Path | None:
@@ -122,11 +142,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"out is {str(args.out)!r}: it must be a folder that can be made ({error.strerror})") from None
-    config, weights, model = load_pair(args)
+    config, weights, model, source = load_pair(args)
     tokens = read_tokens(
         config, Ladder.tokens_needed(config, args.seq_len, args.steps), args.text, find_tokenizer(args)
     )
-    ladder = Ladder(config, weights, tokens, args.precision, args.seq_len, args.steps)
+    interleaved = is_interleaved(source)
+    ladder = Ladder(config, weights, tokens, args.precision, args.seq_len, args.steps, interleaved)
     rows: list[Row] = []
     seconds: dict[str, float] = {}
     plant = nullcontext() if args.mutate is None else MUTATIONS[args.mutate].plant(model)

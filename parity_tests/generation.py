@@ -11,9 +11,11 @@ from flax import nnx
 
 from jaxllm.config import ModelConfig
 from jaxllm.generate import generate, prefill
+from jaxllm.model.attention import Latents
 from jaxllm.model.decoder import abstract_model
 from jaxllm.run.checkpoint import Weights
-from parity_tests.compare import TOLERANCES, Row, compare_arrays
+from parity_tests import hf_side
+from parity_tests.compare import TOLERANCES, Row, Tolerance, compare_arrays
 from parity_tests.forward import DTYPES, jax_precision, jax_weights, torch_precision
 from torch_ref import CustomLLM as TorchCustomLLM
 from torch_ref.generate import generate as torch_generate
@@ -38,10 +40,13 @@ class JaxGeneration:
             arrays = jax_weights(weights, precision)
             padded = np.stack([ids[: max(lengths)]] * len(lengths))  # tokens after a prompt are not attended to
             self.logits = np.asarray(_decode(graph, *arrays, padded, np.asarray(lengths), self.given))  # (B,n,V)
-            self.greedy = generate(nnx.merge(graph, *arrays), self.prompts, count)
+            model = nnx.merge(graph, *arrays)
+            self.greedy = generate(model, self.prompts, count)
+            self.cache: Latents = jax.device_get(_latents(graph, *arrays, padded[:1]))
+            self.cached_ids = padded[:1]
 
     def compare(self, model: TorchCustomLLM) -> list[Row]:
-        """Compare a PyTorch model with the Flax model.
+        """Compare a PyTorch model with the Flax model; a transformers model's cache too, which holds the same numbers.
 
         At the first different greedy token, the logits of the PyTorch model must be a near tie. Tokens after it are not
         compared.
@@ -52,6 +57,7 @@ class JaxGeneration:
             greedy = torch_generate(model, self.prompts, self.given.shape[1])
         named = [f"prompt of {len(prompt)}" for prompt in self.prompts]
         return [
+            *(self._cache_rows(model, tolerance) if hf_side.is_stock(model) else ()),
             *(
                 compare_arrays("generation", "cached logits", *row, tolerance)
                 for row in zip(named, self.logits, logits, strict=True)
@@ -61,6 +67,21 @@ class JaxGeneration:
                 for name, prompt, ours, theirs in zip(named, self.prompts, self.greedy, greedy, strict=True)
             ),
         ]
+
+    def _cache_rows(self, model: TorchCustomLLM, tolerance: Tolerance) -> list[Row]:
+        with torch_precision(self.precision):
+            theirs = hf_side.cached_latents(model, self.cached_ids)
+        ours = (self.cache.kv, self.cache.k_rope[..., 0, :])  # (L,B,T,R), (L,B,T,r)
+        return [
+            compare_arrays("generation", what, f"layer {i}", one[i], other[i], tolerance)
+            for what, one, other in zip(("cached latents", "cached rotary keys"), ours, theirs, strict=True)
+            for i in range(len(one))
+        ]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _latents(graph: nnx.GraphDef, params, routing_bias, ids: jax.Array) -> Latents:
+    return prefill(nnx.merge(graph, params, routing_bias), ids, 0)[1]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 
 from jaxllm.config import PRESETS, ModelConfig, TrainConfig
 from jaxllm.model import flops
-from jaxllm.model.decoder import abstract_model, count_parameters
+from jaxllm.model.decoder import STACKS, abstract_model, count_parameters
 from jaxllm.run.throughput import Meter
 from jaxllm.train.step import eval_step
 
@@ -45,7 +45,24 @@ def test_parameters_are_those_of_the_model(config):
     parts = flops.parameters(config)
     assert sum(parts.values()) == count_parameters(params)
     assert parts["routed_experts"] == count_parameters(params["decoder_layers"]["mlp"]["routed_experts"])
-    assert parts["attention"] == count_parameters(params["decoder_layers"]["self_attn"])
+    stacks = [params[name] for name in STACKS if name in params]
+    assert parts["attention"] == sum(count_parameters(layers["self_attn"]) for layers in stacks)
+
+
+# those of transformers' models on the meta device, without the routing bias and multi-token prediction
+@pytest.mark.parametrize(
+    ("preset", "total"),
+    [
+        ("deepseek-v2-lite", 15_706_484_224),
+        ("deepseek-v2", 235_741_434_880),
+        ("deepseek-v3", 671_026_404_352),
+        ("moonlight-16b", 15_960_108_544),
+        ("kimi-k2", 1_026_408_209_408),
+        ("glm-4.7-flash", 29_943_390_976),
+    ],
+)
+def test_the_public_models_sizes(preset, total):
+    assert sum(flops.parameters(PRESETS[preset]).values()) == total
 
 
 def test_active_parameters_leave_out_the_experts_that_are_not_chosen():

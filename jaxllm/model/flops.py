@@ -34,12 +34,12 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     return {
         "token_embeddings": V * D,
         "position_embeddings": config.max_position_embeddings * D * config.learned_positions,
-        "attention": L * (_attention_weights(config) + biases),
+        "attention": L * (_attention_weights(config) + (R + Q) * config.latent_norm + biases),
         "dense_layers": config.dense_layers * _dense_weights(config),
         "router": config.moe_layers * D * E,
         "shared_experts": config.moe_layers * config.n_shared_experts * _expert_weights(config),
         "routed_experts": config.moe_layers * E * _expert_weights(config),
-        "norms": L * (2 * D + (R + Q) * config.latent_norm) + config.final_norm * D,
+        "norms": (2 * L + config.final_norm) * D,
         "lm_head": (not config.tie_word_embeddings) * (D * V + V * config.lm_head_bias),
     }
 
