@@ -33,7 +33,7 @@ from jaxllm.config.families import is_interleaved, names_of
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.generate import tokenizer_folder
 from jaxllm.run.checkpoint import Weights, is_run, load_weights
-from parity_tests.compare import TOLERANCES, Row
+from parity_tests.compare import Row
 from parity_tests.forward import random_weights, torch_model
 from parity_tests.ladder import MIN_STEPS, RUNGS, Ladder, Rung
 from parity_tests.mutations import MUTATIONS
@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = {"model": name, "precision": args.precision, "mutation": args.mutate, "config": config.to_dict()}
     write_report(args.out / "parity.json", rows, ladder.curve, seconds, about)
     draw_report(args.out / "parity.png", rows, ladder.curve, title)
-    for tolerance in TOLERANCES[args.precision].named():
+    for tolerance in ladder.tolerances.named():
         print(f"{tolerance.name}: relative L2 at most {tolerance.relative_l2:g} ({tolerance.reason})")
     divergence = first_divergence(rows)
     print(f"\nThe report is in {args.out}: parity.json, parity.png")

@@ -63,7 +63,7 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
     """Weights that reveal errors: norm weights that are not one, biases that are not zero, experts that differ.
 
     Standard deviations: `initializer_range` for matrices, 0.2 (around 1) for norm weights, 0.02 for the bias of
-    lm_head, and 0.1 for the routing bias, which changes many choices. In the DeepSeek family matrices keep the size of
+    lm_head, and 0.1 for the routing bias, which changes many choices. In the DeepSeek family matrices halve the size of
     their input, so that attention and the router are far from even, and biases have 0.3.
     """
     rng = np.random.default_rng(seed)
@@ -79,7 +79,7 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
         if keys[-1] == "routing_bias":
             return 0.1 * values
         if deepseek:
-            return values * (1 if keys[0] == "token_embeddings" else leaf.shape[-2] ** -0.5)
+            return values * (1 if keys[0] == "token_embeddings" else 0.5 * leaf.shape[-2] ** -0.5)
         return (0.02 if keys[-1] == "bias" else config.initializer_range) * values
 
     _, params, routing_bias = abstract_model(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from jaxllm.model.attention import Latents
 from jaxllm.model.decoder import abstract_model
 from jaxllm.run.checkpoint import Weights
 from parity_tests import hf_side
-from parity_tests.compare import TOLERANCES, Row, Tolerance, compare_arrays
+from parity_tests.compare import TOLERANCES, Row, compare_arrays
 from parity_tests.forward import DTYPES, jax_precision, jax_weights, torch_precision
 from torch_ref import CustomLLM as TorchCustomLLM
 from torch_ref.generate import generate as torch_generate
@@ -42,8 +43,7 @@ class JaxGeneration:
             self.logits = np.asarray(_decode(graph, *arrays, padded, np.asarray(lengths), self.given))  # (B,n,V)
             model = nnx.merge(graph, *arrays)
             self.greedy = generate(model, self.prompts, count)
-            self.cache: Latents = jax.device_get(_latents(graph, *arrays, padded[:1]))
-            self.cached_ids = padded[:1]
+            self._cached_ids, self._latents = padded[:1], functools.partial(_latents, graph, *arrays)
 
     def compare(self, model: TorchCustomLLM) -> list[Row]:
         """Compare a PyTorch model with the Flax model; a transformers model's cache too, which holds the same numbers.
@@ -57,7 +57,7 @@ class JaxGeneration:
             greedy = torch_generate(model, self.prompts, self.given.shape[1])
         named = [f"prompt of {len(prompt)}" for prompt in self.prompts]
         return [
-            *(self._cache_rows(model, tolerance) if hf_side.is_stock(model) else ()),
+            *(self._cache_rows(model) if hf_side.is_stock(model) else ()),
             *(
                 compare_arrays("generation", "cached logits", *row, tolerance)
                 for row in zip(named, self.logits, logits, strict=True)
@@ -68,20 +68,26 @@ class JaxGeneration:
             ),
         ]
 
-    def _cache_rows(self, model: TorchCustomLLM, tolerance: Tolerance) -> list[Row]:
+    def _cache_rows(self, model: TorchCustomLLM) -> list[Row]:
+        """Compare the caches of a prompt, computed with the experts that PyTorch chose."""
         with torch_precision(self.precision):
-            theirs = hf_side.cached_latents(model, self.cached_ids)
-        ours = (self.cache.kv, self.cache.k_rope[..., 0, :])  # (L,B,T,R), (L,B,T,r)
+            theirs = hf_side.cached_latents(model, self._cached_ids)
+        with jax_precision(self.precision):
+            ours: Latents = jax.device_get(self._latents(self._cached_ids, theirs.experts))
+        pairs = {
+            "cached latents": (ours.kv, theirs.latents),
+            "cached rotary keys": (ours.k_rope[..., 0, :], theirs.keys),
+        }
         return [
-            compare_arrays("generation", what, f"layer {i}", one[i], other[i], tolerance)
-            for what, one, other in zip(("cached latents", "cached rotary keys"), ours, theirs, strict=True)
+            compare_arrays("generation", what, f"layer {i}", one[i], other[i], TOLERANCES[self.precision].forward)
+            for what, (one, other) in pairs.items()
             for i in range(len(one))
         ]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _latents(graph: nnx.GraphDef, params, routing_bias, ids: jax.Array) -> Latents:
-    return prefill(nnx.merge(graph, params, routing_bias), ids, 0)[1]
+def _latents(graph: nnx.GraphDef, params, routing_bias, ids: jax.Array, experts: jax.Array | None) -> Any:
+    return nnx.merge(graph, params, routing_bias).hidden_states(ids, experts=experts, keep_latents=True)[1].latents
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -113,7 +119,7 @@ def _torch_decode(
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             out = model(token[:, None], attention_mask=mask, past_key_values=cache, use_cache=True)
             logits.append(out.logits[:, 0])
-    return torch.stack(logits, dim=1).numpy()
+    return torch.stack(logits, dim=1).float().numpy() if precision == "bfloat16" else torch.stack(logits, dim=1).numpy()
 
 
 def _greedy_row(

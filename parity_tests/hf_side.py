@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -201,13 +201,19 @@ def in_memory(name: str, values: Named, experts: int) -> np.ndarray:
     return np.stack([np.concatenate([values[f"{base}.{j}.{part}.weight"] for part in parts]) for j in range(experts)])
 
 
-def cached_latents(model: Any, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What transformers caches of tokens (B,T): latents (L,B,T,R) and rotated keys (L,B,T,r), pairs (i, i + r/2)."""
+class Cached(NamedTuple):
+    """What transformers caches of tokens (B,T), rotary pairs being (i, i + r/2), and the experts that were chosen."""
+
+    latents: np.ndarray  # (L,B,T,R)
+    keys: np.ndarray  # (L,B,T,r)
+    experts: np.ndarray | None  # (L,B,T,k)
+
+
+def cached_latents(model: Any, ids: np.ndarray) -> Cached:
     with torch.no_grad():
-        cache = model(torch.from_numpy(np.asarray(ids, np.int64)), use_cache=True).past_key_values
-    latents, keys = (
-        np.stack([getattr(layer, kind)[:, 0].numpy() for layer in cache.layers]) for kind in ("keys", "values")
-    )
+        out = model(torch.from_numpy(np.asarray(ids, np.int64)), use_cache=True, output_router=True)
+    cached = ([getattr(layer, kind)[:, 0] for layer in out.past_key_values.layers] for kind in ("keys", "values"))
+    latents, keys = (torch.stack(layers).to(model.dtype).numpy() for layers in cached)
     if model.config.model_type == "deepseek_v2":  # it leaves the rotated pairs where they were
         keys = np.concatenate([keys[..., ::2], keys[..., 1::2]], axis=-1)
-    return latents, keys
+    return Cached(latents, keys, torch.stack(out.router_experts).numpy() if out.router_experts else None)

@@ -20,9 +20,11 @@ import jax
 import numpy as np
 
 from jaxllm.config import ModelConfig, TrainConfig
+from jaxllm.config.families import names_of
 from jaxllm.run.checkpoint import Weights
 from jaxllm.train.loss import IGNORED
 from parity_tests.compare import (
+    DEEPSEEK_BFLOAT16,
     TOLERANCES,
     Flips,
     Row,
@@ -114,7 +116,8 @@ class Ladder:
         if steps < MIN_STEPS:
             raise ValueError(f"steps is {steps}: it must be at least {MIN_STEPS}")
         self.config, self.weights, self.precision, self.interleaved = config, weights, precision, interleaved
-        self.tolerances: Tolerances = TOLERANCES[precision]
+        deepseek = names_of(config) == "deepseek" and precision == "bfloat16"
+        self.tolerances: Tolerances = DEEPSEEK_BFLOAT16 if deepseek else TOLERANCES[precision]
         self.ids = tokens[None, : min(seq_len, config.max_position_embeddings)]  # (1,T)
         self.training = training_config(config, steps, precision)
         self.batches = training_batches(self.training, tokens)
