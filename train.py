@@ -16,6 +16,7 @@ from typing import Any
 
 from flax import nnx
 
+from convert.to_flax import read_folder
 from jaxllm.config import TrainConfig
 from jaxllm.errors import exit_on_user_error
 from jaxllm.generate import Sampling, generate
@@ -25,6 +26,7 @@ from jaxllm.run.reporting import write_samples
 from jaxllm.run.run import Run
 from jaxllm.run.runtime import use_compilation_cache
 from jaxllm.train.placement import choose_placement
+from jaxllm.train.state import TrainState
 from jaxllm.train.trainer import Trainer
 
 
@@ -36,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     placement = choose_placement(config)  # refused before the run's folder is touched
     with Run.open(config) as run:
         trainer = Trainer(run.config, placement)
-        state = run.restore(trainer) or trainer.init()
+        state = run.restore(trainer) or first_state(trainer)
 
         for batch in run.batches(trainer, state):
             state, metrics = trainer.step(state, batch.rows)
@@ -59,6 +61,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\nEverything is in {run.config.folder}")
 
 
+def first_state(trainer: Trainer) -> TrainState:
+    """The state of a new run: fresh weights, or with --init those of a folder."""
+    folder = trainer.config.init
+    return trainer.init(None if folder is None else read_folder(folder)[1])
+
+
 def sample(run: Run, trainer: Trainer, params: Any, routing_bias: Any) -> None:
     """Continue the config's prompts with the trained model."""
     config = run.config
@@ -66,8 +74,8 @@ def sample(run: Run, trainer: Trainer, params: Any, routing_bias: Any) -> None:
     def new_tokens(prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         model = nnx.merge(trainer.graph, params, routing_bias)
         sampling = Sampling(temperature=config.sampling.temperature, top_p=config.sampling.top_p)
-        eos = config.model.eos_token_id
-        return generate(model, prompts, max_new_tokens, sampling, seed=config.seed, eos_token_id=eos)
+        eos = config.model.eos_token_ids
+        return generate(model, prompts, max_new_tokens, sampling, seed=config.seed, eos_token_ids=eos)
 
     write_samples(config, run.tokenizer, new_tokens)
 

@@ -17,14 +17,15 @@ from flax import nnx
 from convert import fp8
 from convert.mapping import PARAMS, ROUTING_BIAS, entries
 from convert.tensor_files import TensorFiles
-from convert.to_torch import GENERATION_CONFIG, SOURCE_CONFIG, check_new
+from convert.to_torch import check_new
 from jaxllm.config import ModelConfig
 from jaxllm.config.families import is_interleaved, names_of
 from jaxllm.errors import UserError, listed
 from jaxllm.files import read_json
 from jaxllm.model.decoder import CustomLLM, abstract_model
-from jaxllm.run.checkpoint import Weights, read_model_config
+from jaxllm.run.checkpoint import Weights
 from jaxllm.run.checkpoint_writer import write_run
+from jaxllm.run.prepare import GENERATION_CONFIG, SOURCE_CONFIG, read_model_config
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -59,6 +60,12 @@ def read_folder_config(folder: Path, layers: int | None = None) -> tuple[ModelCo
     return config, source
 
 
+def read_folder(folder: Path, layers: int | None = None) -> tuple[ModelConfig, Weights, dict[str, Any]]:
+    """The model's shape, the weights and the config.json of a folder; errors as in the functions that it calls."""
+    config, source = read_folder_config(folder, layers)
+    return config, read_weights(folder, config, is_interleaved(source), pass_over=layers is not None or None), source
+
+
 def import_run(source: Path, run: Path, config: ModelConfig | None = None, layers: int | None = None) -> None:
     """Make a run folder from PyTorch weights.
 
@@ -75,10 +82,11 @@ def import_run(source: Path, run: Path, config: ModelConfig | None = None, layer
     folder = source if source.is_dir() else source.parent
     if config is None and not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json: name the model's shape with --preset")
-    values = None
     if config is None:
         config, values = read_folder_config(folder, layers)
-    weights = read_weights(source, config, is_interleaved(values), pass_over=layers is not None)
+        weights = read_weights(source, config, is_interleaved(values), pass_over=layers is not None or None)
+    else:
+        values, weights = None, read_weights(source, config)
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     generation = folder / GENERATION_CONFIG
     kept = {SOURCE_CONFIG: values} if values and names_of(config) != "customllm" else {}

@@ -18,13 +18,9 @@ from jaxllm.errors import UserError
 from jaxllm.files import read_json, write_json
 from jaxllm.model.decoder import CustomLLM, split_model
 from jaxllm.run.checkpoint import Weights, load_weights
+from jaxllm.run.prepare import GENERATION_CONFIG, SOURCE_CONFIG
 
 MODELING_FILE = "modeling_customllm.py"
-GENERATION_CONFIG = "generation_config.json"
-
-
-SOURCE_CONFIG = "source_config.json"
-"""In a run, the config.json that its weights came with."""
 
 
 def export_run(run: Path, out: Path, *, dtype: str | None = None) -> None:

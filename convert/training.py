@@ -23,11 +23,11 @@ from jaxllm.data.stream import POSITION_FILE, read_position
 from jaxllm.errors import UserError
 from jaxllm.files import write_json
 from jaxllm.model.decoder import abstract_model
-from jaxllm.run.checkpoint import ResumeState, newest_checkpoint, read_model_config
+from jaxllm.run.checkpoint import ResumeState, newest_checkpoint
 from jaxllm.run.checkpoint_writer import write_run
 from jaxllm.run.history import History
 from jaxllm.run.metrics import read_metrics, write_metrics
-from jaxllm.run.prepare import CONFIG_FILE, checkpoint_owner, read_config
+from jaxllm.run.prepare import CONFIG_FILE, checkpoint_owner, read_config, read_model_config
 from jaxllm.train.optim import AdamState
 from jaxllm.train.state import dropout_key
 

@@ -4,6 +4,7 @@ python -m jaxllm.generate RUN --prompt "def " --max-new-tokens 100 --temperature
 """
 
 import functools
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def generate(
     sampling: Sampling = Sampling(temperature=0.0),
     *,
     seed: int = 0,
-    eos_token_id: int | None = None,
+    eos_token_ids: Sequence[int] = (),
 ) -> list[list[int]]:
     """Continue prompts of any lengths, all at once.
 
@@ -75,7 +76,7 @@ def generate(
         max_new_tokens: most tokens to add.
         sampling: how a token is chosen; greedy by default.
         seed: of the random choices.
-        eos_token_id: stops a row when chosen (it is not returned); None: nothing stops it.
+        eos_token_ids: each stops a row when chosen, and is not returned.
 
     Returns the new tokens of each prompt. Raises a UserError if a prompt is empty, or if it does not fit into the
     position table with its new tokens.
@@ -96,12 +97,12 @@ def generate(
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
     graph, params, bias = split_model(model)
-    eos = -1 if eos_token_id is None else eos_token_id
+    eos = np.asarray([-1, *eos_token_ids], np.int32)
     tokens, count = _generate(
         graph, sampling, max_new_tokens, params, bias, padded, np.asarray(lengths), eos, jax.random.key(seed)
     )
     rows = np.asarray(tokens)[:, : int(count)].tolist()
-    return [row[: row.index(eos)] if eos in row else row for row in rows]
+    return [list(itertools.takewhile(lambda token: token not in eos_token_ids, row)) for row in rows]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -116,7 +117,10 @@ def _generate(
     eos: Array,
     key: Array,
 ) -> tuple[Array, Array]:
-    """Prompts (B,P), padded on the right, and their lengths (B,) -> (B, max_new) tokens and how many count."""
+    """Prompts (B,P), padded on the right, and their lengths (B,) -> (B, max_new) tokens and how many count.
+
+    `eos` are the tokens that end a row.
+    """
     model = nnx.merge(graph, params, bias)
     batch = prompts.shape[0]
     hidden, cache = prefill(model, prompts, max_new)
@@ -135,11 +139,11 @@ def _generate(
             tokens=now.tokens.at[:, now.count].set(token),
             token=token,
             positions=now.positions + 1,
-            done=now.done | (token == eos),
+            done=now.done | jnp.isin(token, eos),
             cache=cache,
         )
 
-    start = _Decoding(jnp.ones((), jnp.int32), tokens, first, lengths, first == eos, cache)
+    start = _Decoding(jnp.ones((), jnp.int32), tokens, first, lengths, jnp.isin(first, eos), cache)
     end = jax.lax.while_loop(unfinished, next_token, start)
     return end.tokens, end.count
 
@@ -217,11 +221,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
     model = load_model(args.run, args.precision)
     tokenizer = load_tokenizer(str(tokenizer_folder(args.run)))
-    eos: Any = None if args.ignore_eos else tokenizer.eos_token_id
+    own: Any = tokenizer.eos_token_id
+    eos = () if args.ignore_eos else tuple({own, *model.config.eos_token_ids} - {None})
     ids = [encode_prompt(tokenizer, prompt) for prompt in args.prompt]
-    for prompt, new in zip(
-        args.prompt, generate(model, ids, args.max_new_tokens, sampling, seed=args.seed, eos_token_id=eos), strict=True
-    ):
+    rows = generate(model, ids, args.max_new_tokens, sampling, seed=args.seed, eos_token_ids=eos)
+    for prompt, new in zip(args.prompt, rows, strict=True):
         print(f"{prompt}{tokenizer.decode(new)}")
 
 

@@ -42,9 +42,9 @@ from jaxllm.data.tokenizer import align, encode_prompt, load_tokenizer, train_to
 from jaxllm.errors import UserError
 from jaxllm.files import read_json, write_json
 from jaxllm.model.decoder import abstract_model
-from jaxllm.run.checkpoint import CheckpointReader, Weights, load_weights, read_model_config
+from jaxllm.run.checkpoint import CheckpointReader, Weights, load_weights
 from jaxllm.run.checkpoint_writer import write_run
-from jaxllm.run.prepare import check_resumable
+from jaxllm.run.prepare import check_resumable, read_model_config
 from jaxllm.train.state import init_state
 
 MODEL = ModelConfig(

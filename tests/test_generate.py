@@ -56,7 +56,7 @@ def test_prompts_of_different_lengths_do_not_disturb_each_other(model):
 def test_stops_at_the_end_of_sequence(model):
     plain = generate(model, [[5, 17, 300]], 30)[0]
     end = plain[10]
-    assert generate(model, [[5, 17, 300]], 30, eos_token_id=end)[0] == plain[: plain.index(end)]
+    assert generate(model, [[5, 17, 300]], 30, eos_token_ids=[end])[0] == plain[: plain.index(end)]
 
 
 def test_a_seed_repeats_and_another_differs(model):

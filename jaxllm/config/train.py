@@ -137,6 +137,9 @@ Config = TypeVar("Config", bound=RunConfig)
 class TrainConfig(RunConfig):
     """Everything that decides a run of train.py. `train.py --help` is this class."""
 
+    init: Path | None = option(None, resumable=True, saved=False)
+    """Start a new run from the weights of this folder: of the DeepSeek family, or an exported CustomLLM. It gives the
+    model and, where it has one, the tokenizer. The learning rate is then 2e-5, and the run's folder runs/NAME."""
     checkpoint: Flat[groups.CheckpointConfig] = field(default_factory=groups.CheckpointConfig)
     mesh: Flat[groups.MeshConfig] = field(default_factory=groups.MeshConfig)
 
@@ -161,6 +164,10 @@ class TrainConfig(RunConfig):
         )
         streams = self.data_streams
         _check_divides(rows, streams, f"data_streams is {streams}: it must divide batch_size = {rows}")
+
+    @property
+    def folder(self) -> Path:
+        return super().folder if self.init is None or self.run_dir else Path("runs") / self.init.absolute().name
 
     @property
     def data_streams(self) -> int:

@@ -232,7 +232,7 @@ def align(config: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     special = {
         "bos_token_id": eos if bos is None else bos,
-        "eos_token_id": eos,
+        "eos_token_id": model.eos_token_id if eos in model.eos_token_ids else eos,  # a model may have several
         "pad_token_id": eos if pad is None else pad,
     }
     return config.with_options(model=dataclasses.replace(model, vocab_size=vocab_size, **special))

@@ -183,7 +183,7 @@ class CustomLLM(nnx.Module):
             def body(x: Array, layer_inputs) -> tuple[Array, LayerAux]:
                 state, forced = layer_inputs
                 trace = nnx.merge(graph, layout.gather(state, facts))(x, positions, attention_mask, forced, layout)
-                routing = trace.routing
+                routing: Any = trace.routing
                 return trace.residual, LayerAux(
                     counts=routing and tokens_per_expert(routing.experts, self.config.n_routed_experts),
                     balance_loss=routing and balance_loss(routing, batch),

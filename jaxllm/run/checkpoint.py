@@ -30,6 +30,7 @@ from jaxllm.files import read_json
 from jaxllm.model.decoder import abstract_model
 from jaxllm.run.checksums import find_damage, read_list
 from jaxllm.run.history import History
+from jaxllm.run.prepare import read_model_config
 from jaxllm.train.optim import AdamState
 from jaxllm.train.state import TrainState, abstract_state, start_state
 
@@ -62,20 +63,6 @@ class Choice(NamedTuple):
 
 def is_run(folder: Path) -> bool:
     return (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
-
-
-def read_model_config(folder: Path) -> ModelConfig:
-    """The model's shape from a run or an exported folder.
-
-    Raises:
-        UserError: there is none, or it is not valid.
-    """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{str(folder)!r} is no run and no exported model: it holds no config.json")
-    try:
-        return read_config(read_json(folder / "config.json"))
-    except UserError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from None
 
 
 def choose_checkpoint(run: Path, *, strict: bool = False, before: int | None = None) -> Choice:

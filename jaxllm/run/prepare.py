@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 import numpy as np
 import tyro
 
-from jaxllm.config import SPECIAL_TOKENS, RunConfig, changed_options, recipe
+from jaxllm.config import SPECIAL_TOKENS, ModelConfig, RunConfig, TrainConfig, changed_options, families, recipe
 from jaxllm.data.sources import open_source
 from jaxllm.data.stream import check_streams, held_out_rows
 from jaxllm.data.tokenizer import align, encode_prompt, load_tokenizer, train_or_recall_tokenizer
@@ -29,6 +29,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONFIG_FILE = "train_config.json"
+SOURCE_CONFIG = "source_config.json"
+"""In a run, the config.json that its weights came with."""
+GENERATION_CONFIG = "generation_config.json"
+
+INIT_LEARNING_RATE = 2e-5
+"""Peak learning rate of a run that starts from trained weights."""
 
 Framework = Literal["JAX", "PyTorch"]
 
@@ -61,15 +67,49 @@ def parse_args(argv: Sequence[str] | None, prog: str, description: str | None, k
     first.add_argument("--overwrite", "--no-overwrite", dest="start_over", action="store_true")
     first.add_argument("--mesh")
     first.add_argument("--parallel")
+    if kind is TrainConfig:
+        first.add_argument("--init", type=Path)
     chosen, _ = first.parse_known_args(argv)
     default = recipe(chosen.recipe or "default", chosen.preset or "tiny", kind)
-    saved = _saved_config(chosen.run_dir or default.folder, kind)
+    start: Path | None = getattr(chosen, "init", None)
+    if start is not None:
+        if chosen.preset is not None:
+            raise UserError(f"preset is {shown(chosen.preset)}: --init gives the model, leave out one of the two")
+        has_tokenizer = (start / "tokenizer.json").is_file()
+        default = default.with_options(
+            init=start, model=read_model_config(start), learning_rate=INIT_LEARNING_RATE,
+            tokenizer=str(start) if has_tokenizer else None,
+        )  # fmt: skip
+    folder = chosen.run_dir or default.folder
+    saved = _saved_config(folder, kind)
+    if saved is None and chosen.preset is None and start is None and not chosen.start_over and _is_converted(folder):
+        default = default.with_options(model=read_model_config(folder))
     if saved is not None and not chosen.start_over:
         same = chosen.preset in (None, saved.preset) and chosen.recipe in (None, saved.recipe)
         default = saved if same else default
         if chosen.mesh is not None or chosen.parallel is not None:  # one choice: the saved half of it does not hold
             default = default.with_options(mesh="", parallel="jit")
     return tyro.cli(kind, args=argv, default=default, prog=prog, description=description)
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """The model's shape from the config.json of a run or of a folder with weights.
+
+    Raises:
+        UserError: there is none, its family is not known, or it is not valid.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{str(folder)!r} is no run and no exported model: it holds no config.json")
+    try:
+        return families.read_config(read_json(file))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def _is_converted(folder: Path) -> bool:
+    """Whether it is a run's folder that the converter made: weights without a training history."""
+    return (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
 
 
 def _saved_config(folder: Path, kind: type[Config]) -> Config | None:
@@ -121,8 +161,7 @@ def check_folder(config: RunConfig, framework: Framework) -> bool:
         raise UserError(f"run_dir is {str(folder)!r}: that is a file")
     owner = checkpoint_owner(folder)
     # Not `checkpoint-*`: any project's Trainer writes such folders, next to any config.json.
-    converted = (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
-    ours = (folder / CONFIG_FILE).is_file() or converted
+    ours = (folder / CONFIG_FILE).is_file() or _is_converted(folder)
     if not ours and not all(path.name.startswith((LOCK_FILE, f".{CONFIG_FILE}.")) for path in folder.iterdir()):
         raise UserError(f"run_dir is {str(folder)!r}: the folder holds something else; pass another --run-dir")
     if not ours or config.overwrite:
@@ -170,12 +209,16 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
     Raises:
         UserError: the folder, the data, the tokenizer or a prompt does not fit the config.
     """
+    if framework == "PyTorch" and families.names_of(config.model) != "customllm":
+        raise UserError(f"preset is {shown(config.preset)}: python -m torch_ref.train trains CustomLLM alone")
     check_folder(config, framework)  # before anything is written there
     lock.take()
     resumes = check_folder(config, framework)
     file = config.folder / CONFIG_FILE
     saved = read_json(file) if resumes and file.is_file() else {}
     config = _with_kept_options(config, saved, processes)
+    kept = _kept_files(config, resumes)
+    families.check_trainable(kept.get(SOURCE_CONFIG, {}))
     source = open_source(config)
     if config.data.revision is None:
         config = config.with_options(data_revision=source.position.get("revision"))
@@ -199,12 +242,23 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
     held_out = held_out_rows(config, tokenizer)
     if not resumes:
         _clear(config.folder)
+        for name, values in kept.items():
+            write_json(config.folder / name, values)
     # First what identifies the folder as ours: a process may be killed between any two lines.
     write_json(file, config.to_dict())
     write_json(config.folder / "config.json", config.model.to_dict())
     if not (config.folder / "tokenizer").is_dir():
         _save_tokenizer(tokenizer, config.folder / "tokenizer")
     return Prepared(config, tokenizer, held_out, resumes)
+
+
+def _kept_files(config: RunConfig, resumes: bool) -> dict[str, Any]:
+    """The JSON files that a run keeps of the folder that its weights came from; only those that are there."""
+    folder = config.folder if resumes else getattr(config, "init", None)
+    if folder is None or (not resumes and families.names_of(config.model) == "customllm"):
+        return {}
+    sources = {SOURCE_CONFIG: SOURCE_CONFIG if resumes else "config.json", GENERATION_CONFIG: GENERATION_CONFIG}
+    return {name: read_json(folder / file) for name, file in sources.items() if (folder / file).is_file()}
 
 
 def _with_kept_options(config: Config, saved: dict[str, Any], processes: int) -> Config:

@@ -1,11 +1,12 @@
 """A run's config, placement, static model and compiled programs, as one object."""
 
+import jax
 import numpy as np
 
 from jaxllm.config import TrainConfig
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.train.placement import Placement, Programs, choose_placement, compile_programs, on_one_device
-from jaxllm.train.state import TrainState
+from jaxllm.train.state import TrainState, start_state
 from jaxllm.train.step import StepMetrics, model_graph
 
 
@@ -21,9 +22,13 @@ class Trainer:
         self.graph = model_graph(config)
         self._programs: Programs | None = None
 
-    def init(self) -> TrainState:
-        """A new run's state."""
-        return self.placement.init(self.config)
+    def init(self, weights: tuple[Pytree, Pytree] | None = None) -> TrainState:
+        """A new run's state: with these parameters and routing bias, or fresh ones."""
+        if weights is None:
+            return self.placement.init(self.config)
+        where = self.placement.state_shardings(self.config)
+        state = jax.device_put(start_state(self.config, *weights), where)
+        return self.placement.shard(state)
 
     def compile(self) -> float:
         """Compile the programs, unless that is done; returns the seconds it took."""
