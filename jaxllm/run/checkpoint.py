@@ -131,9 +131,9 @@ def _check_context(run: Path, checkpoint: Path) -> None:
     if written.get("model") is None:
         return
     model = read_model_config(run)
-    # weights that came without a tokenizer name no special tokens, until they are trained with one
-    unset = {name: getattr(model, name) for name in SPECIAL_TOKENS if written["model"].get(name) is None}
-    if read_config(written["model"] | unset) != model:
+    # weights that came without a tokenizer have the special tokens of the one that they are trained with
+    free = SPECIAL_TOKENS if written.get("tokenizer") is None else ()
+    if read_config(written["model"] | {name: model.to_dict()[name] for name in free}) != model:
         raise UserError(f"{run / 'config.json'} is not the config that {checkpoint} was written with: put it back")
 
 

@@ -185,8 +185,8 @@ def check_resumable(config: RunConfig) -> None:
         saved |= {"data_streams": saved.get("data_streams") or 1} if "data_streams" in saved else {}
     else:  # made by the converter: weights without a training history
         model = read_json(config.folder / "config.json")
-        unset = {name for name in SPECIAL_TOKENS if model.get(name) is None}
-        model |= {name: getattr(config.model, name) for name in unset}  # a raw state_dict names no special tokens
+        if not (config.folder / "tokenizer").is_dir():  # weights without their tokenizer take the new one's tokens
+            model |= {name: config.model.to_dict()[name] for name in SPECIAL_TOKENS}
         saved = config.to_dict() | {"model": model}
     if changed := changed_options(saved, config):
         was = "; ".join(f"{name} is {shown(now)}, and the run has {shown(before)}" for name, before, now in changed)
