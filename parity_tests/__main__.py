@@ -35,8 +35,9 @@ from jaxllm.generate import tokenizer_folder
 from jaxllm.run.checkpoint import Weights, is_run, load_weights
 from parity_tests.compare import Row
 from parity_tests.forward import random_weights, torch_model
+from parity_tests.hf_mutations import STOCK_MUTATIONS
 from parity_tests.ladder import MIN_STEPS, RUNGS, Ladder, Rung
-from parity_tests.mutations import MUTATIONS
+from parity_tests.mutations import MUTATIONS, Mutation
 from parity_tests.report import draw_report, first_divergence, print_table, write_report
 from parity_tests.text import read_tokens
 from torch_ref import CustomLLM as TorchCustomLLM
@@ -78,8 +79,9 @@ class ParityArgs:
                 raise UserError(f"{name} is {value}: it must be at least {minimum}")
         if not self.rungs:
             raise UserError(f"rungs is empty: choose from {', '.join(RUNGS)}")
-        if self.mutate is not None and self.mutate not in MUTATIONS:
-            raise UserError(f"mutate is {self.mutate!r}: choose one of {', '.join(MUTATIONS)}")
+        known = [*MUTATIONS, *STOCK_MUTATIONS]
+        if self.mutate is not None and self.mutate not in known:
+            raise UserError(f"mutate is {self.mutate!r}: choose one of {', '.join(known)}")
         if self.weights is not None and self.layers is not None:
             raise UserError(f"layers is {self.layers}: it applies to a preset, not to given weights")
 
@@ -128,6 +130,20 @@ def _deepseek_pair(args: ParityArgs, config: ModelConfig, weights: Weights, sour
     return Pair(config, weights, torch_model(config, weights, args.precision, source), source)
 
 
+def find_mutation(name: str, config: ModelConfig) -> Mutation:
+    """
+    Raises:
+        UserError: the model cannot have this fault.
+    """
+    if names_of(config) == "deepseek":
+        possible = {name: known.mutation for name, known in STOCK_MUTATIONS.items() if known.applies(config)}
+    else:
+        possible = MUTATIONS
+    if name not in possible:
+        raise UserError(f"mutate is {name!r}: this model can have one of {', '.join(possible)}")
+    return possible[name]
+
+
 def find_tokenizer(args: ParityArgs) -> Path | None:
     if args.tokenizer is not None or args.weights is None:
         return args.tokenizer
@@ -150,8 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ladder = Ladder(config, weights, tokens, args.precision, args.seq_len, args.steps, interleaved)
     rows: list[Row] = []
     seconds: dict[str, float] = {}
-    plant = nullcontext() if args.mutate is None else MUTATIONS[args.mutate].plant(model)
-    with plant:
+    with nullcontext() if args.mutate is None else find_mutation(args.mutate, config).plant(model):
         started = time.perf_counter()
         for rung, found in ladder.climb(model, args.rungs):
             rows += found

@@ -75,9 +75,9 @@ def _holds(family: Family, config: ModelConfig) -> bool:
         without |= _NO_EXPERTS
     try:
         back = family.read(family.write(config))
+        one, other = (dataclasses.replace(c.resolved(), **without) for c in (config, back))
     except UserError:
         return False
-    one, other = (dataclasses.replace(c.resolved(), **without) for c in (config, back))
     return one == other
 
 
