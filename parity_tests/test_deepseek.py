@@ -3,7 +3,6 @@ frameworks. `python -m parity_tests FOLDER` is the same on any folder."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -15,6 +14,7 @@ from convert.mapping import PARAMS, ROUTING_BIAS, entries
 from jaxllm.config.families import is_interleaved, read_config
 from jaxllm.run.checkpoint import Weights
 from jaxllm.train.optim import AdamState
+from parity_tests import hf_side
 from parity_tests.compare import Flips, Row, expert_flips
 from parity_tests.deepseek_cases import CASES, V3, Json, respelled, yarn
 from parity_tests.forward import random_weights, torch_model
@@ -23,6 +23,9 @@ from parity_tests.ladder import Ladder, training_batches, training_config
 from parity_tests.training import JaxTraining, torch_train
 
 TOKENS = np.random.default_rng(0).integers(0, 97, 90 + 50 * 2 * 2 * 64)
+QUICK = ("v3-halves", "kimi-yarn", "v2", "v2-attention-bias", "glm", "youtu")
+"""Cases that have each option of the mathematics at least once; the slow test runs all."""
+
 LENGTH = 90
 """Position 0 sees no fault of the attention, and few tokens see few of the router's."""
 
@@ -41,7 +44,7 @@ def assert_passed(rows: list[Row]) -> None:
 
 
 # float64, lifted: beyond rounding is another formula; expected 2e-15
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", [CASES[name] for name in QUICK], ids=QUICK)
 def test_weights_and_logits_are_transformers_s(case):
     rows = climb(case, "float64", "weights", "logits", "loss")
     assert_passed(rows)
@@ -57,14 +60,12 @@ def test_the_other_spelling_s_logits_are_transformers_s():
     assert_passed(climb(respelled(CASES["v3-yarn"]), "float64", "weights", "logits"))
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_ladder_in_training_precision(precision):
-    rows = climb(CASES["v3-yarn"], precision, "weights", "layers", "logits", "loss", "gradients", "step", "generation")
-    assert_passed(rows)
+def test_training_and_cached_decoding_are_transformers_s():
+    assert_passed(climb(CASES["v3-yarn"], "float64", "gradients", "step", "trajectory", "generation"))
 
 
-def test_the_whole_ladder_in_float64():
-    assert_passed(climb(CASES["v2"], "float64", "layers", "gradients", "step", "trajectory", "generation"))
+def test_bfloat16_with_replayed_experts_is_transformers_s():
+    assert_passed(climb(CASES["v2-lite"], "bfloat16", "layers", "logits", "loss"))
 
 
 @pytest.mark.slow
@@ -129,7 +130,7 @@ def test_steps_here_and_there_are_steps_here():
     """Some steps here and some in PyTorch on transformers' model are as many here: weights, moments and bias."""
     case, half = CASES["v3"], 5
     config = read_config(case)
-    training = dataclasses.replace(training_config(config, 2 * half, "float64"))
+    training = training_config(config, 2 * half, "float64")
     batches, weights = training_batches(training, TOKENS), random_weights(config)
     ours = JaxTraining(training, weights, "float64")
     whole, first = ours.train(batches), ours.train(batches[:half])
@@ -146,8 +147,6 @@ def test_steps_here_and_there_are_steps_here():
     reached = tree_of(first.params | first.routing_bias, weights)
     model = torch_model(config, weights, "float64", case)
     state = model.state_dict()
-    from parity_tests import hf_side
-
     named = first.params | first.routing_bias
     for name, value in state.items():
         value.copy_(torch.from_numpy(hf_side.in_memory(name, named, config.n_routed_experts).copy()))
