@@ -114,9 +114,8 @@ class CustomLLMModelOutput(BaseModelOutputWithPast):
 
 @dataclass
 class CustomLLMOutput(CausalLMOutputWithPast):
-    """As `CustomLLMModelOutput`, after loss and logits."""
+    """As `CustomLLMModelOutput`, with loss and logits in place of the last hidden state."""
 
-    last_hidden_state: Tensor | None = None
     router_experts: tuple[Tensor, ...] | None = None
     router_scores: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
@@ -325,9 +324,9 @@ def run_experts(tokens: Tensor, layers: nn.ModuleList, plan: Dispatch, experts_p
         # optimizers and DistributedDataParallel treat differently. A compiled or exported graph also runs all experts,
         # because it must serve every routing.
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())
-        return trained or torch.compiler.is_compiling()
+        return torch.compiler.is_compiling() or trained
 
-    return torch.cat([layer(rows) for layer, rows in zip(layers, groups, strict=True) if len(rows) or needed(layer)])
+    return torch.cat([layer(rows) for layer, rows in zip(layers, groups, strict=True) if needed(layer) or len(rows)])
 
 
 def combine(rows: Tensor, gates: Tensor, plan: Dispatch) -> Tensor:  # (M,D), (N,k) -> (N,D)
@@ -679,10 +678,11 @@ class CustomLLM(CustomLLMModel, GenerationMixin):
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(out.last_hidden_state[:, kept])
+        logits = self.lm_head(out.last_hidden_state[:, kept].contiguous())
         logits = logits.to(at_least_float32(logits.dtype))
         loss = None if labels is None else next_token_loss(logits, labels, num_items_in_batch)
-        return CustomLLMOutput(**{**out, "loss": loss, "logits": logits})
+        others = {name: value for name, value in out.items() if name != "last_hidden_state"}
+        return CustomLLMOutput(loss=loss, logits=logits, **others)
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args, stopping_criteria: Any = None, **kwargs):
