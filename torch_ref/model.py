@@ -311,7 +311,7 @@ def plan_dispatch(experts: Tensor, n_experts: int) -> Dispatch:
     counts = chosen.sum(dim=0)
     place = chosen.cumsum(dim=0) - 1 + (counts.cumsum(dim=0) - counts)  # (M,E), the slot's row if it chose E
     inverse = place.gather(1, slots[:, None])[:, 0]
-    order = torch.zeros_like(inverse).scatter(0, inverse, torch.arange(len(slots), device=slots.device))
+    order = torch.zeros_like(inverse).scatter(0, inverse, torch.arange(slots.numel(), device=slots.device))
     return Dispatch(order, inverse, counts.tolist())
 
 
@@ -515,13 +515,14 @@ class CustomLLMModel(CustomLLMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_router: bool = False,
         expert_indices: Tensor | None = None,
         **kwargs,
     ) -> CustomLLMModelOutput:
-        """The last hidden state: the input of lm_head, after any final norm.
+        """The input of lm_head, (B, T, D), after any final norm.
 
         Args:
             input_ids: (B, T) int.
@@ -533,6 +534,7 @@ class CustomLLMModel(CustomLLMPreTrainedModel):
             inputs_embeds: (B, T, D) in place of the embeddings of `input_ids`.
             use_cache: return keys and values, in a new `DynamicCache` if none is given; None: as the config says, but
                 not in training.
+            logits_to_keep: a number of last positions, or the positions, to return; 0: all.
             output_hidden_states: return `hidden_states`, L+1 of (B,T,D): embeddings, then the residual stream after
                 each layer, before any final norm.
             output_attentions: return `attentions`, L of (B,H,T,S), from `eager`.
@@ -577,6 +579,7 @@ class CustomLLMModel(CustomLLMPreTrainedModel):
                 attentions.append(weights)
             if output_router:
                 routings.append(Routing(*(part.unflatten(0, tokens.shape[:2]) for part in routing)))
+        x = x[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
         return CustomLLMModelOutput(
             last_hidden_state=self.final_norm(x) if config.final_norm else x,
             past_key_values=past_key_values,
@@ -665,20 +668,17 @@ class CustomLLM(CustomLLMModel, GenerationMixin):
         """Logits of the next token.
 
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs: as in
-                `CustomLLMModel.run_layers`.
             labels: (B, T), not shifted: the model shifts them. -100 is ignored.
-            logits_to_keep: a number of last positions, or the positions, whose logits to return; 0: all.
             num_items_in_batch: the number of targets to divide the summed loss by; None: that of `labels`.
+            others: as in `CustomLLMModel.run_layers`.
 
         Returns:
             `CustomLLMOutput`; its logits are (B, T, V) float32 (float64 in a float64 model).
         """
         out = self.run_layers(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, logits_to_keep, **kwargs
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(out.last_hidden_state[:, kept].contiguous())
+        logits = self.lm_head(out.last_hidden_state)
         logits = logits.to(at_least_float32(logits.dtype))
         loss = None if labels is None else next_token_loss(logits, labels, num_items_in_batch)
         others = {name: value for name, value in out.items() if name != "last_hidden_state"}
