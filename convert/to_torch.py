@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,21 @@ import numpy as np
 from convert.mapping import PARAMS, ROUTING_BIAS, entries, leaf, torch_shape
 from convert.tensor_files import DTYPES, Tensor, write_safetensors
 from jaxllm.config import SPECIAL_TOKENS, ModelConfig
+from jaxllm.data.tokenizer import export_tokenizer, load_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.files import write_json
 from jaxllm.model.decoder import CustomLLM, split_model
 from jaxllm.run.checkpoint import Weights, load_weights
 
 MODELING_FILE = "modeling_customllm.py"
+AUTO_CLASSES = {
+    "AutoConfig": "CustomLLMConfig",
+    "AutoModel": "CustomLLMModel",
+    "AutoModelForCausalLM": "CustomLLM",
+    "AutoModelForSequenceClassification": "CustomLLMForSequenceClassification",
+    "AutoModelForTokenClassification": "CustomLLMForTokenClassification",
+}
+"""As in `torch_ref.model`, whose import needs PyTorch."""
 
 
 def export_run(run: Path, out: Path, *, dtype: str = "float32") -> None:
@@ -29,8 +39,8 @@ def export_run(run: Path, out: Path, *, dtype: str = "float32") -> None:
     check_new(out)
     config, weights = load_weights(run)
     write_model(config, weights, out, dtype)
-    if (run / "tokenizer").is_dir():
-        shutil.copytree(run / "tokenizer", out, dirs_exist_ok=True)
+    if (run / "tokenizer" / "tokenizer.json").is_file():
+        export_tokenizer(load_tokenizer(str(run / "tokenizer")), config, out)
 
 
 def save_pretrained(model: CustomLLM, out: str | Path, *, dtype: str = "float32") -> None:
@@ -65,8 +75,10 @@ def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     return {
         "architectures": ["CustomLLM"],
         "model_type": "customllm",
-        "auto_map": {"AutoConfig": f"{module}.CustomLLMConfig", "AutoModelForCausalLM": f"{module}.CustomLLM"},
+        "auto_map": {auto: f"{module}.{own}" for auto, own in AUTO_CLASSES.items()},
         "dtype": dtype,
+        "transformers_version": version("transformers"),
+        "use_cache": True,
         **config.to_dict(),
     }
 
@@ -100,5 +112,6 @@ def write_model(config: ModelConfig, weights: Weights, out: Path, dtype: str) ->
     write_safetensors(out, torch_tensors(config, weights), dtype)
     shutil.copyfile(modeling_source(), out / MODELING_FILE)
     generation = {name: getattr(config, name) for name in SPECIAL_TOKENS}
+    generation["transformers_version"] = version("transformers")
     write_json(out / "generation_config.json", generation)
     write_json(out / "config.json", hf_config(config, dtype))  # last: it makes the folder a model

@@ -18,7 +18,7 @@ from flax import nnx
 
 from convert.to_flax import from_pretrained
 from jaxllm.config import Precision
-from jaxllm.data.tokenizer import encode_prompt, load_tokenizer
+from jaxllm.data.tokenizer import decode_after, encode_prompt, load_tokenizer
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.model.attention import Latents
 from jaxllm.model.decoder import CustomLLM, abstract_model, split_model
@@ -218,11 +218,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load_model(args.run, args.precision)
     tokenizer = load_tokenizer(str(tokenizer_folder(args.run)))
     eos: Any = None if args.ignore_eos else tokenizer.eos_token_id
-    ids = [encode_prompt(tokenizer, prompt) for prompt in args.prompt]
-    for prompt, new in zip(
-        args.prompt, generate(model, ids, args.max_new_tokens, sampling, seed=args.seed, eos_token_id=eos), strict=True
-    ):
-        print(f"{prompt}{tokenizer.decode(new)}")
+    prompts = [encode_prompt(tokenizer, prompt) for prompt in args.prompt]
+    made = generate(model, prompts, args.max_new_tokens, sampling, seed=args.seed, eos_token_id=eos)
+    for text, prompt, new in zip(args.prompt, prompts, made, strict=True):
+        print(text + decode_after(tokenizer, prompt, new))
 
 
 if __name__ == "__main__":

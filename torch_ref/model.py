@@ -684,6 +684,11 @@ class CustomLLM(CustomLLMModel, GenerationMixin):
         others = {name: value for name, value in out.items() if name != "last_hidden_state"}
         return CustomLLMOutput(loss=loss, logits=logits, **others)
 
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args, tokenizer: Any = None, assistant_tokenizer: Any = None, **kwargs):
+        """transformers', without what `generate` was given for `stop_strings`: it would pass that on to `forward`."""
+        return super().prepare_inputs_for_generation(*args, **kwargs)
+
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args, stopping_criteria: Any = None, **kwargs):
         mask, embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")

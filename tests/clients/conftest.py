@@ -22,7 +22,7 @@ def export(out: Path) -> None:
     from convert.to_torch import save_pretrained
     from jaxllm.config import ModelConfig
     from jaxllm.data.sources import FileSource
-    from jaxllm.data.tokenizer import train_tokenizer
+    from jaxllm.data.tokenizer import export_tokenizer, train_tokenizer
     from jaxllm.model.decoder import CustomLLM
 
     text = out.parent / "text.txt"
@@ -41,10 +41,10 @@ def export(out: Path) -> None:
         initializer_range=0.1,
         bos_token_id=eos,
         eos_token_id=eos,
-        pad_token_id=eos,
+        pad_token_id=tokenizer.pad_token_id,
     )
     save_pretrained(CustomLLM(config, rngs=nnx.Rngs(0)), out)
-    tokenizer.save_pretrained(out)
+    export_tokenizer(tokenizer, config, out)
 
 
 def make_control(exported: Path, out: Path) -> None:

@@ -14,7 +14,7 @@ def offloaded(client, way: str, folder):
         layers = {name for name, m in client.load().named_modules() if type(m).__name__.endswith("DecoderLayer")}
         names = {name for name, p in client.load().named_parameters()}
         names |= {name for name, _ in client.load().named_buffers()}
-        places = {layer: "disk" for layer in layers}
+        places = dict.fromkeys(layers, "disk")
         others = {n.rpartition(".")[0] for n in names if not any(n.startswith(f"{layer}.") for layer in layers)}
         return client.load(device_map=places | dict.fromkeys(others, "cpu"), offload_folder=folder)
     model = client.load()
@@ -72,6 +72,8 @@ def test_a_merged_adapter_computes_the_same(client, peft, tmp_path):
 
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
 def test_virtual_tokens(client, peft, kind):
+    if kind == "PrefixTuningConfig" and not client.is_ours:
+        pytest.skip("PEFT has no prefix of latents")
     options = {"num_virtual_tokens": 5, "task_type": "CAUSAL_LM"}
     model, batch = peft.get_peft_model(client.load(), getattr(peft, kind)(**options)), client.padded()
     model(**batch, labels=batch["input_ids"]).loss.backward()

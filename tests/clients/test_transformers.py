@@ -76,7 +76,8 @@ def test_other_heads(client, tmp_path, auto):
     loss.backward()
     assert all(p.grad is not None for p in model.score.parameters())
     model.save_pretrained(tmp_path / "head")
-    again = auto.from_pretrained(tmp_path / "head", trust_remote_code=True).eval()
+    options = {"trust_remote_code": True, "attn_implementation": "eager"}
+    again = auto.from_pretrained(tmp_path / "head", **options).eval()
     assert torch.equal(again(**batch).logits, model(**batch).logits)
 
 
@@ -229,7 +230,9 @@ def test_stop_strings(client):
     model, text = client.load(), "def f(x):\n"
     inputs = client.tokenizer(text, return_tensors="pt")
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    free = client.tokenizer.decode(model.generate(**inputs, max_new_tokens=12, **options)[0, inputs.input_ids.shape[1] :])
+    free = client.tokenizer.decode(
+        model.generate(**inputs, max_new_tokens=12, **options)[0, inputs.input_ids.shape[1] :]
+    )
     stop = free[len(free) // 2 :][:2]
     rows = model.generate(**inputs, max_new_tokens=12, stop_strings=stop, tokenizer=client.tokenizer, **options)
     new = client.tokenizer.decode(rows[0, inputs.input_ids.shape[1] :])
@@ -257,7 +260,7 @@ def test_the_tokenizer_belongs_to_the_model(ours):
     assert tokenizer.pad_token_id == config.pad_token_id == ours.load().generation_config.pad_token_id
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert tokenizer.padding_side == "left"
-    ids = [tokenizer("def f(x):").input_ids + [tokenizer.eos_token_id], tokenizer("x").input_ids]
+    ids = [[*tokenizer("def f(x):").input_ids, tokenizer.eos_token_id], tokenizer("x").input_ids]
     batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)([{"input_ids": row} for row in ids])
     assert batch["labels"][0].tolist() == ids[0]  # the end of a text is a target
     assert batch["labels"][1, :-1].eq(-100).all()
