@@ -15,15 +15,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 
 
+torch.set_num_threads(1)  # the models are small
+
+
 def export(out: Path) -> None:
     """Export random weights of a small model, with a tokenizer, as `convert to-torch` does."""
-    from flax import nnx
-
-    from convert.to_torch import save_pretrained
+    from convert.to_torch import write_model
     from jaxllm.config import ModelConfig
     from jaxllm.data.sources import FileSource
     from jaxllm.data.tokenizer import export_tokenizer, train_tokenizer
-    from jaxllm.model.decoder import CustomLLM
+    from parity_tests.forward import random_weights
 
     text = out.parent / "text.txt"
     text.write_text("\n".join(f"def f{i}(x):\n    return x + {i * i}\n" for i in range(500)))
@@ -43,7 +44,7 @@ def export(out: Path) -> None:
         eos_token_id=eos,
         pad_token_id=tokenizer.pad_token_id,
     )
-    save_pretrained(CustomLLM(config, rngs=nnx.Rngs(0)), out)
+    write_model(config, random_weights(config), out, "float32")
     export_tokenizer(tokenizer, config, out)
 
 

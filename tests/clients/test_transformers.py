@@ -227,18 +227,20 @@ def test_generation_from_embeddings(client):
 
 
 def test_stop_strings(client):
-    model, text = client.load(), "def f(x):\n"
-    inputs = client.tokenizer(text, return_tensors="pt")
-    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    free = client.tokenizer.decode(
-        model.generate(**inputs, max_new_tokens=12, **options)[0, inputs.input_ids.shape[1] :]
-    )
-    stop = free[len(free) // 2 :][:2]
-    rows = model.generate(**inputs, max_new_tokens=12, stop_strings=stop, tokenizer=client.tokenizer, **options)
-    new = client.tokenizer.decode(rows[0, inputs.input_ids.shape[1] :])
-    assert free.startswith(new)
-    assert stop in new
-    assert len(new) < len(free)
+    model, inputs = client.load(), client.tokenizer("def f(x):\n", return_tensors="pt")
+
+    def text(**options) -> str:
+        rows = model.generate(
+            **inputs, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0, **options
+        )
+        return client.tokenizer.decode(rows[0, inputs.input_ids.shape[1] :])
+
+    free = text()
+    stop = next(letter for letter in free[1:-5] if letter.isascii() and letter.isprintable())
+    stopped = text(stop_strings=stop, tokenizer=client.tokenizer)
+    assert free.startswith(stopped)
+    assert stop in stopped
+    assert len(stopped) < len(free)
 
 
 @pytest.mark.parametrize("padding", [0, 7])
