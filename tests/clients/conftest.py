@@ -14,7 +14,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 
-
 torch.set_num_threads(1)  # the models are small
 
 
