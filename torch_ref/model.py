@@ -34,6 +34,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
+# The rows of each expert are a number that only the data know; else torch.compile breaks the graph at each layer.
+torch._dynamo.config.capture_scalar_outputs = True  # pyright: ignore[reportAttributeAccessIssue]
+
 IGNORED = -100  # the label of a position that is not a target
 CODE_FILE = "modeling_customllm.py"  # the name of this file in an exported folder
 AUTO_CLASSES = {
@@ -353,6 +356,10 @@ class RoutedExperts(nn.ModuleList):
     """The routed experts; printed as the ModuleList that it is."""
 
     def forward(self, tokens: Tensor, experts: Tensor, gates: Tensor) -> Tensor:  # (N,D), twice (N,k) -> (N,D)
+        if torch.jit.is_tracing():  # it would keep the group sizes that it saw: each expert runs on every token
+            chosen = experts[..., None] == torch.arange(len(self), device=experts.device)  # (N,k,E)
+            weights = (gates[..., None] * chosen).sum(dim=1).to(tokens.dtype)  # (N,E)
+            return sum(weight[:, None] * layer(tokens) for layer, weight in zip(self, weights.T, strict=True))
         plan = plan_dispatch(experts, len(self))
         return combine(run_experts(tokens, self, plan, experts.shape[-1]), gates, plan)
 
@@ -596,7 +603,8 @@ class CustomLLMModel(CustomLLMPreTrainedModel):
         given = [name for name, value in kwargs.items() if value is not None]
         if position_ids is not None:
             given = [name for name in given if name not in PACKING]
-        if given and self.config._attn_implementation in ("eager", "sdpa", "flex_attention"):
+        paged = self.config._attn_implementation == "sdpa" and kwargs.get("cache") is not None  # continuous batching
+        if given and not paged and self.config._attn_implementation in ("eager", "sdpa", "flex_attention"):
             raise TypeError(
                 f"{type(self).__name__} does not use {', '.join(given)}"
                 + (": pass position_ids to pack documents" if PACKING & set(given) else "")
