@@ -241,7 +241,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.rotary_emb = RotaryEmbedding(half, config.rope_theta)
 
     def forward(
-        self, x: Tensor, positions: Tensor, mask: Any, cache: Cache | None = None, **kwargs
+        self, x: Tensor, positions: Tensor, mask: Any, past_key_values: Cache | None = None, **kwargs
     ) -> tuple[Tensor, Tensor | None]:
         """(B,T,D), positions (B|1,T), mask (B|1,1,T,S) -> (B,T,D) and, from `eager`, the attention weights (B,H,T,S).
 
@@ -254,8 +254,8 @@ class MultiHeadLatentAttention(nn.Module):
         k = torch.cat([self.k_proj_u(kv).unflatten(-1, (-1, half)), k_rope], dim=-1).transpose(1, 2)  # (B,H,T,h)
         q = torch.cat([self.q_proj_u(q_latent).unflatten(-1, (-1, half)), q_rope], dim=-1).transpose(1, 2)
         v = self.v_proj_u(kv).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)  # (B,H,S,h)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)  # (B,H,S,h)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         context, weights = attention(self, q, k, v, mask, scaling=self.scaling, position_ids=positions, **kwargs)
         return self.o_proj(context.flatten(2)), weights  # context (B,T,H,h)
