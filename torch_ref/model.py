@@ -33,6 +33,9 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
+from transformers.utils.versions import require_version
+
+require_version("transformers>=5.4", "To load this model: pip install -U transformers")
 
 # The rows of each expert are a number that only the data know; else torch.compile breaks the graph at each layer.
 torch._dynamo.config.capture_scalar_outputs = True  # pyright: ignore[reportAttributeAccessIssue]
@@ -256,7 +259,7 @@ class MultiHeadLatentAttention(nn.Module):
         v = self.v_proj_u(kv).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)  # (B,H,S,h)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(str(self.config._attn_implementation), eager_attention)
         context, weights = attention(self, q, k, v, mask, scaling=self.scaling, position_ids=positions, **kwargs)
         return self.o_proj(context.flatten(2)), weights  # context (B,T,H,h)
 
@@ -359,7 +362,8 @@ class RoutedExperts(nn.ModuleList):
         if torch.jit.is_tracing():  # it would keep the group sizes that it saw: each expert runs on every token
             chosen = experts[..., None] == torch.arange(len(self), device=experts.device)  # (N,k,E)
             weights = (gates[..., None] * chosen).sum(dim=1).to(tokens.dtype)  # (N,E)
-            return sum(weight[:, None] * layer(tokens) for layer, weight in zip(self, weights.T, strict=True))
+            rows = [weight[:, None] * layer(tokens) for layer, weight in zip(self, weights.T, strict=True)]
+            return torch.stack(rows).sum(dim=0)
         plan = plan_dispatch(experts, len(self))
         return combine(run_experts(tokens, self, plan, experts.shape[-1]), gates, plan)
 
@@ -503,14 +507,15 @@ class CustomLLMModel(CustomLLMPreTrainedModel):
 
     def __init__(self, config: Any):
         super().__init__(config)
-        D, V = self.config.hidden_size, self.config.vocab_size
-        self.token_embeddings = nn.Embedding(V, D)
-        self.position_embeddings = nn.Embedding(self.config.max_position_embeddings, D)
-        self.dropout = nn.Dropout(self.config.dropout)
-        layers = (DecoderLayer(self.config, i) for i in range(self.config.num_hidden_layers))
+        shape: Any = self.config
+        D = shape.hidden_size
+        self.token_embeddings = nn.Embedding(shape.vocab_size, D)
+        self.position_embeddings = nn.Embedding(shape.max_position_embeddings, D)
+        self.dropout = nn.Dropout(shape.dropout)
+        layers = (DecoderLayer(shape, i) for i in range(shape.num_hidden_layers))
         self.decoder_layers = nn.ModuleList(layers)
-        if self.config.final_norm:
-            self.final_norm = CustomRMSNorm(D, self.config.rms_norm_eps)
+        if shape.final_norm:
+            self.final_norm = CustomRMSNorm(D, shape.rms_norm_eps)
         if type(self) is CustomLLMModel:
             self.post_init()
 
@@ -557,7 +562,7 @@ class CustomLLMModel(CustomLLMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
         self._check_arguments(kwargs, position_ids)
-        config = self.config
+        config: Any = self.config
         tokens: Any = self.token_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         length, past = tokens.shape[1], 0 if past_key_values is None else past_key_values.get_seq_length()
         positions = position_ids
@@ -692,21 +697,22 @@ class CustomLLM(CustomLLMModel, GenerationMixin):
         others = {name: value for name, value in out.items() if name != "last_hidden_state"}
         return CustomLLMOutput(loss=loss, logits=logits, **others)
 
-    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # pyright: ignore[reportAttributeAccessIssue]
     def prepare_inputs_for_generation(self, *args, tokenizer: Any = None, assistant_tokenizer: Any = None, **kwargs):
         """transformers', without what `generate` was given for `stop_strings`: it would pass that on to `forward`."""
-        return super().prepare_inputs_for_generation(*args, **kwargs)
+        return super().prepare_inputs_for_generation(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
-    @functools.wraps(GenerationMixin.generate)
-    def generate(self, *args, stopping_criteria: Any = None, **kwargs):
+    @functools.wraps(GenerationMixin.generate)  # pyright: ignore[reportAttributeAccessIssue]
+    def generate(self, *args, stopping_criteria: Any = None, **kwargs) -> Any:
+        """transformers'; it ends where the position table does, with a warning and what there is."""
         mask, embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
         length = self.config.max_position_embeddings
         if isinstance(mask, Tensor) and mask.dim() == 2:
             length += int((mask == 0).sum(dim=-1).min())
-        if embeds is not None and kwargs.get("input_ids") is None:
+        if embeds is not None and not args and kwargs.get("input_ids") is None:
             length -= embeds.shape[1]  # only the new tokens are counted
         criteria = StoppingCriteriaList([*(stopping_criteria or ()), PositionLimit(length)])
-        return super().generate(*args, stopping_criteria=criteria, **kwargs)
+        return super().generate(*args, stopping_criteria=criteria, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class CustomLLMForSequenceClassification(GenericForSequenceClassification, CustomLLMPreTrainedModel):

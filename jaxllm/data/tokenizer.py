@@ -279,9 +279,9 @@ def export_tokenizer(tokenizer: PreTrainedTokenizerBase, model: ModelConfig, out
 
 def decode_after(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], new: Sequence[int]) -> str:
     """The text that new tokens add to a prompt's; some decoders strip the space that a text begins with."""
-    before, whole = str(tokenizer.decode(prompt)), str(tokenizer.decode([*prompt, *new]))
+    before, whole = str(tokenizer.decode([*prompt])), str(tokenizer.decode([*prompt, *new]))
     # a prompt may end within a character
-    return whole.removeprefix(before) if whole.startswith(before) else str(tokenizer.decode(new))
+    return whole.removeprefix(before) if whole.startswith(before) else str(tokenizer.decode([*new]))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

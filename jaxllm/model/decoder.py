@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
 from jaxllm.config import ModelConfig
 from jaxllm.model.attention import Latents, MultiHeadLatentAttention
@@ -203,7 +204,7 @@ def check_inputs(config: ModelConfig, input_ids: Array, attention_mask: Array | 
         raise ValueError(
             f"attention_mask has the shape {jnp.shape(attention_mask)}: it must be that of input_ids, {shape}"
         )
-    if not isinstance(input_ids, jax.core.Tracer) and math.prod(shape):
+    if not isinstance(input_ids, Tracer) and math.prod(shape):
         lowest, highest = int(jnp.min(input_ids)), int(jnp.max(input_ids))
         if lowest < 0 or highest >= V:
             token = lowest if lowest < 0 else highest

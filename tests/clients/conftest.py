@@ -14,8 +14,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 
-torch.set_num_threads(1)  # the models are small
-
 
 def export(out: Path) -> None:
     """Export random weights of a small model, with a tokenizer, as `convert to-torch` does."""
@@ -72,6 +70,15 @@ def make_control(exported: Path, out: Path) -> None:
     DeepseekV3ForCausalLM(stock).save_pretrained(out)
     for file in exported.glob("*token*"):
         shutil.copy(file, out)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The models are small: threads that wait for each other cost more than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

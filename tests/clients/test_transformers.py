@@ -192,7 +192,7 @@ MODES = {
 def test_greedy_generation_is_the_same_in_every_mode(client, mode):
     plain = generated(client)
     if mode == "prompt lookup":
-        options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        options = {"max_new_tokens": 20, "do_sample": False}  # transformers 5.4 needs an end of text here
         ids = client.ids(1, 24)
         model = client.load()
         assert torch.equal(model.generate(ids, **options), model.generate(ids, **options, **MODES[mode]))
