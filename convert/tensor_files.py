@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -22,6 +23,14 @@ INDEX_NAME = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64 * 2**20
 """Largest index, or header of a file, that is read: one with a million tensors."""
 MAX_SHARD_BYTES = 5_000_000_000
+
+WRAPPERS = re.compile(
+    r"^(module\.)+|(?<![^.])(_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.)+(module\.)?"
+)
+"""What torch.compile, DataParallel, FSDP and checkpointing put into the names of a model that they wrap."""
+
+NESTED = ("state_dict", "model_state_dict", "model", "module")
+"""Keys under which training scripts save a state_dict."""
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16"}
@@ -115,16 +124,21 @@ class TensorFiles:
         self.size = 0
         self._path = path
         try:
+            wrapped = 0
             for file, expected in _weight_files(path).items():
                 held = set()
                 for tensor in self._open(file):
-                    if tensor.name in self.shapes:
-                        self.duplicates.append(tensor.name)
-                    self.shapes[tensor.name], self.dtypes[tensor.name] = tensor.shape, tensor.dtype
-                    self._readers[tensor.name] = tensor.read
+                    name = WRAPPERS.sub("", tensor.name)
+                    wrapped += name != tensor.name
+                    if name in self.shapes:
+                        self.duplicates.append(name)
+                    self.shapes[name], self.dtypes[name] = tensor.shape, tensor.dtype
+                    self._readers[name] = tensor.read
                     held.add(tensor.name)
                 self.misplaced += sorted(expected - held)
                 self.size += file.stat().st_size
+            if wrapped:
+                print(f"{path}: {wrapped} names are read without what torch.compile or another wrapper put into them")
         except BaseException:
             self._stack.close()
             raise
@@ -178,8 +192,9 @@ class TensorFiles:
             state = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
         except Exception as error:  # the unpickler raises whatever the bytes make it raise
             raise UserError(f"{file} is no file of PyTorch tensors that is safe to read ({one_line(error)})") from None
-        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-            state = state["state_dict"]
+        while isinstance(state, dict) and (key := next((k for k in NESTED if isinstance(state.get(k), dict)), None)):
+            print(f"{file}: the weights are read from its entry {key!r}")
+            state = state[key]
         if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
             raise UserError(f"{file} holds no state_dict: a dict of names and tensors is expected")
         for name, value in state.items():

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from convert.mapping import PARAMS, ROUTING_BIAS, entries
 from convert.tensor_files import DTYPES, Tensor, write_safetensors
 from jaxllm.config import SPECIAL_TOKENS, ModelConfig
 from jaxllm.config.families import is_interleaved, names_of, write_config
+from jaxllm.data.tokenizer import export_tokenizer, load_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.files import read_json, write_json
 from jaxllm.model.decoder import CustomLLM, split_model
@@ -21,6 +23,14 @@ from jaxllm.run.checkpoint import Weights, load_weights
 from jaxllm.run.prepare import GENERATION_CONFIG, SOURCE_CONFIG
 
 MODELING_FILE = "modeling_customllm.py"
+AUTO_CLASSES = {
+    "AutoConfig": "CustomLLMConfig",
+    "AutoModel": "CustomLLMModel",
+    "AutoModelForCausalLM": "CustomLLM",
+    "AutoModelForSequenceClassification": "CustomLLMForSequenceClassification",
+    "AutoModelForTokenClassification": "CustomLLMForTokenClassification",
+}
+"""As in `torch_ref.model`, whose import needs PyTorch."""
 
 
 def export_run(run: Path, out: Path, *, dtype: str | None = None) -> None:
@@ -39,8 +49,10 @@ def export_run(run: Path, out: Path, *, dtype: str | None = None) -> None:
     write_model(config, weights, out, dtype or (given if given in DTYPES else "float32"), source)
     if (run / GENERATION_CONFIG).is_file():
         shutil.copyfile(run / GENERATION_CONFIG, out / GENERATION_CONFIG)
-    if (run / "tokenizer").is_dir():
+    if source is not None and (run / "tokenizer").is_dir():  # it came with the weights
         shutil.copytree(run / "tokenizer", out, dirs_exist_ok=True)
+    elif (run / "tokenizer" / "tokenizer.json").is_file():
+        export_tokenizer(load_tokenizer(str(run / "tokenizer")), config, out)
 
 
 def read_source(run: Path) -> dict[str, Any] | None:
@@ -109,7 +121,11 @@ def write_model(
     values = write_config(config, dtype, source)
     out.mkdir(parents=True, exist_ok=True)
     write_safetensors(out, torch_tensors(config, weights, dtype, is_interleaved(source)))
+    generation = {name: config.to_dict()[name] for name in SPECIAL_TOKENS}
     if names_of(config) == "customllm":
         shutil.copyfile(modeling_source(), out / MODELING_FILE)
-    write_json(out / GENERATION_CONFIG, {name: config.to_dict()[name] for name in SPECIAL_TOKENS})
+        module, made_with = Path(MODELING_FILE).stem, {"transformers_version": version("transformers")}
+        values |= {"auto_map": {auto: f"{module}.{own}" for auto, own in AUTO_CLASSES.items()}, "use_cache": True}
+        values, generation = values | made_with, generation | made_with
+    write_json(out / GENERATION_CONFIG, generation)
     write_json(out / "config.json", values)  # last: it makes the folder a model

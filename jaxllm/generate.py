@@ -19,7 +19,7 @@ from flax import nnx
 
 from convert.to_flax import from_pretrained
 from jaxllm.config import Precision
-from jaxllm.data.tokenizer import encode_prompt, load_tokenizer
+from jaxllm.data.tokenizer import decode_after, encode_prompt, load_tokenizer
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.model.attention import Latents
 from jaxllm.model.decoder import CustomLLM, abstract_model, split_model
@@ -223,10 +223,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = load_tokenizer(str(tokenizer_folder(args.run)))
     own: Any = tokenizer.eos_token_id
     eos = () if args.ignore_eos else tuple({own, *model.config.eos_token_ids} - {None})
-    ids = [encode_prompt(tokenizer, prompt) for prompt in args.prompt]
-    rows = generate(model, ids, args.max_new_tokens, sampling, seed=args.seed, eos_token_ids=eos)
-    for prompt, new in zip(args.prompt, rows, strict=True):
-        print(f"{prompt}{tokenizer.decode(new)}")
+    prompts = [encode_prompt(tokenizer, prompt) for prompt in args.prompt]
+    made = generate(model, prompts, args.max_new_tokens, sampling, seed=args.seed, eos_token_ids=eos)
+    for text, prompt, new in zip(args.prompt, prompts, made, strict=True):
+        print(text + decode_after(tokenizer, prompt, new))
 
 
 if __name__ == "__main__":

@@ -179,8 +179,9 @@ def scale_missing(model: CustomLLM) -> Iterator[None]:
 def future_visible(model: CustomLLM) -> Iterator[None]:
     """The mask lets every token attend to the next one."""
 
-    def leaky(length, past, attention_mask, device):
-        return torch.ones(1, 1, length, past + length, dtype=torch.bool, device=device).tril(past + 1)
+    def leaky(config, x, attention_mask, cache, position_ids):
+        length, past = x.shape[1], 0 if cache is None else cache.get_seq_length()
+        return torch.ones(1, 1, length, past + length, dtype=torch.bool, device=x.device).tril(past + 1)
 
     with mock.patch.object(reference, "causal_mask", leaky):
         yield
@@ -198,8 +199,8 @@ def _rerouted(change: Callable[..., reference.Routing]) -> Iterator[None]:
 def scores_by_softmax(model: CustomLLM) -> Iterator[None]:
     """The router's scores are a softmax, as in DeepSeek-V2, instead of sigmoids."""
 
-    def by_softmax(route, x, router_weight, routing_bias, k, experts=None):
-        routing = route(x, router_weight, routing_bias, k, experts)
+    def by_softmax(route, *args):
+        routing = route(*args)
         return routing._replace(scores=routing.logits.softmax(dim=-1))
 
     with _rerouted(by_softmax):
@@ -209,9 +210,7 @@ def scores_by_softmax(model: CustomLLM) -> Iterator[None]:
 @_mutation("layers", "expert choice")
 def choice_unbiased(model: CustomLLM) -> Iterator[None]:
     """The routing bias does not affect the choice."""
-    with _rerouted(
-        lambda route, x, weight, bias, k, experts=None: route(x, weight, torch.zeros_like(bias), k, experts)
-    ):
+    with _rerouted(lambda route, logits, bias, *rest: route(logits, torch.zeros_like(bias), *rest)):
         yield
 
 
@@ -219,8 +218,8 @@ def choice_unbiased(model: CustomLLM) -> Iterator[None]:
 def gate_biased(model: CustomLLM) -> Iterator[None]:
     """The gates use the score with the routing bias, which should only affect the choice."""
 
-    def biased(route, x, router_weight, routing_bias, k, experts=None):
-        routing = route(x, router_weight, routing_bias, k, experts)
+    def biased(route, logits, routing_bias, *rest):
+        routing = route(logits, routing_bias, *rest)
         chosen = (routing.scores + routing_bias).gather(-1, routing.experts)
         return routing._replace(gates=chosen / chosen.sum(dim=-1, keepdim=True))
 
@@ -251,11 +250,11 @@ def shared_expert_lost(model: CustomLLM) -> Iterator[None]:
 def residual_after_the_norm(model: CustomLLM) -> Iterator[None]:
     """The experts' output is added to the normalized stream instead of the residual stream."""
 
-    def post_norm(self, x, positions, mask, experts=None, past_key_values=None):
-        x = x + self.self_attn(self.input_norm(x), positions, mask, past_key_values)
+    def post_norm(self, x, positions, mask, experts=None, past_key_values=None, **kwargs):
+        x = x + self.self_attn(self.input_norm(x), positions, mask, past_key_values)[0]
         normed = self.post_attn_norm(x)
         mixed, routing = self.mlp(normed, experts)
-        return normed + mixed, routing
+        return normed + mixed, routing, None
 
     with mock.patch.object(reference.DecoderLayer, "forward", post_norm):
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -65,10 +66,9 @@ def test_the_exported_folder_is_what_pytorch_people_know(exported, run):
 def test_exporting_needs_no_pytorch(run, tmp_path):
     script = (
         "import sys\n"
-        "class Blocked:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'torch': raise ImportError('no torch here')\n"
-        "sys.meta_path.insert(0, Blocked())\n"
+        "from importlib.machinery import PathFinder\n"
+        "found = PathFinder.find_spec\n"
+        "PathFinder.find_spec = lambda name, *rest: None if name == 'torch' else found(name, *rest)\n"
         "from convert.__main__ import main\n"
         f"sys.exit(main(['to-torch', {str(run)!r}, {str(tmp_path / 'out')!r}]))\n"
     )
@@ -139,6 +139,38 @@ def test_a_raw_state_dict_of_the_source_loads(run, exported, tmp_path, ending):
     _, weights = load_weights(tmp_path / "run")
     assert_same_weights(load_weights(run)[1].params, weights.params)
     assert not np.asarray(jax.tree.leaves(weights.routing_bias)[0]).any()  # the source has none: zeros
+
+
+WRAPPED = {
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "parallel": lambda name: f"module.{name}",
+    "parallel, compiled": lambda name: f"module._orig_mod.{name}",
+    "compiled, parallel": lambda name: f"_orig_mod.module.{name}",
+    "layers compiled and checkpointed": lambda name: re.sub(
+        r"(decoder_layers\.\d\.)", r"\1_orig_mod._checkpoint_wrapped_module.", name
+    ),
+    "experts compiled": lambda name: re.sub(r"(routed_experts\.\d\.)", r"\1_orig_mod.", name),
+    "plain": lambda name: name,
+}
+NESTS = (("model",), ("state_dict",), ("module",), ("model", "state_dict"))
+
+
+@pytest.mark.parametrize(("wrapped", "nest"), [*((name, ()) for name in WRAPPED), *(("plain", nest) for nest in NESTS)])
+def test_a_wrapped_state_dict_is_unwrapped_and_that_is_said(run, exported, tmp_path, wrapped, nest, capsys):
+    torch = pytest.importorskip("torch")
+    state = {
+        WRAPPED[wrapped](name): torch.from_numpy(v) for name, v in load_file(exported / "model.safetensors").items()
+    }
+    for key in reversed(nest):
+        state = {"epoch": 3, key: state, "optimizer": {"state": {}}}
+    torch.save(state, tmp_path / "saved.pt")
+    shutil.copy(exported / "config.json", tmp_path)
+    assert main(["to-flax", str(tmp_path / "saved.pt"), str(tmp_path / "run")]) == 0
+    assert_same_weights(load_weights(run)[1], load_weights(tmp_path / "run")[1])
+    said = capsys.readouterr().out
+    assert ("or another wrapper" in said) == (wrapped != "plain")
+    assert said.count("read from its entry") == len(nest)
+    assert all(repr(key) in said for key in nest)
 
 
 class Bomb:

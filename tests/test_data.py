@@ -164,12 +164,9 @@ def test_any_text_round_trips(tokenizer, text):
 def test_config_and_tokenizer_are_aligned(tokenizer):
     aligned = align(TrainConfig(), tokenizer).model
     end = tokenizer.eos_token_id
-    assert (aligned.vocab_size, aligned.bos_token_id, aligned.eos_token_id, aligned.pad_token_id) == (
-        300,
-        end,
-        end,
-        end,
-    )
+    special = (aligned.bos_token_id, aligned.eos_token_id, aligned.pad_token_id)
+    assert (aligned.vocab_size, *special) == (300, end, end, tokenizer.pad_token_id)
+    assert tokenizer.pad_token_id != end
     seed = align(recipe("seed", "customllm-768"), tokenizer).model
     assert seed.vocab_size == PRESETS["customllm-768"].vocab_size  # a published shape stays as it is
 

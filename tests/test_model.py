@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -136,3 +138,42 @@ def test_dropout_needs_a_key_and_uses_it():
     one, two = (model(ids, rngs=nnx.Rngs(dropout=seed)) for seed in (1, 2))
     assert not np.allclose(one, still)
     assert not np.allclose(one, two)
+
+
+@pytest.mark.parametrize("token", [-1, SMALL.vocab_size, 10**6])
+def test_a_token_without_a_row_is_refused_outside_jit(token):
+    """JAX reads the nearest row, or one from the end."""
+    with pytest.raises(ValueError, match=f"the token {token}: .*vocab_size - 1 = {SMALL.vocab_size - 1}"):
+        small_model()(tokens(9).at[1, 4].set(token))
+
+
+@pytest.mark.parametrize(
+    ("shape", "mask", "message"),
+    [
+        ((1, SMALL.max_position_embeddings + 1), None, "max_position_embeddings = 64"),
+        ((9,), None, r"input_ids has the shape \(9,\)"),
+        ((2, 9), (2, 8), r"attention_mask has the shape \(2, 8\).*\(2, 9\)"),
+        ((2, 9), (1, 9), r"attention_mask has the shape \(1, 9\).*\(2, 9\)"),
+    ],
+)
+@pytest.mark.parametrize("under", [lambda f: f, jax.jit, jax.make_jaxpr], ids=["eager", "jit", "jaxpr"])
+def test_shapes_are_checked_everywhere(shape, mask, message, under):
+    graph, *state = split_model(small_model())
+    ids, mask = jnp.zeros(shape, jnp.int32), None if mask is None else jnp.ones(mask, jnp.int32)
+    with pytest.raises(ValueError, match=message):
+        under(lambda state, ids, mask: nnx.merge(graph, *state)(ids, mask))(state, ids, mask)
+
+
+def test_the_table_s_last_position_and_token_are_accepted():
+    full = jnp.full((1, SMALL.max_position_embeddings), SMALL.vocab_size - 1)
+    assert bool(jnp.isfinite(small_model()(full)).all())
+
+
+@pytest.mark.parametrize("made", [copy.deepcopy, nnx.clone, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_computes_the_same_and_is_apart(made):
+    model = small_model()
+    other = made(model)
+    wanted = model(tokens(9))
+    np.testing.assert_array_equal(other(tokens(9)), wanted)
+    other.lm_head.weight[...] = jnp.zeros_like(other.lm_head.weight[...])
+    np.testing.assert_array_equal(model(tokens(9)), wanted)

@@ -41,8 +41,8 @@ def generate(
         mask[i, width - len(prompt) :] = 1
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}  # top_k: default 50
     torch.manual_seed(seed)
-    rows = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
-        ids,
+    rows = model.generate(
+        ids,  # pyright: ignore[reportArgumentType]
         attention_mask=mask,
         max_new_tokens=max_new_tokens,
         use_cache=True,

@@ -11,6 +11,8 @@ as `modeling_customllm.py`. All shape comments use these axis letters:
 
 from __future__ import annotations
 
+import functools
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
@@ -20,13 +22,34 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import AutoModel, Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.generation import StoppingCriteria, StoppingCriteriaList
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
+from transformers.utils.versions import require_version
+
+require_version("transformers>=5.4", "To load this model: pip install -U transformers")
+
+# The rows of each expert are a number that only the data know; else torch.compile breaks the graph at each layer.
+torch._dynamo.config.capture_scalar_outputs = True  # pyright: ignore[reportAttributeAccessIssue]
 
 IGNORED = -100  # the label of a position that is not a target
 CODE_FILE = "modeling_customllm.py"  # the name of this file in an exported folder
+AUTO_CLASSES = {
+    "AutoConfig": "CustomLLMConfig",
+    "AutoModel": "CustomLLMModel",
+    "AutoModelForCausalLM": "CustomLLM",
+    "AutoModelForSequenceClassification": "CustomLLMForSequenceClassification",
+    "AutoModelForTokenClassification": "CustomLLMForTokenClassification",
+}
+PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}  # repeat what position_ids say
 COUNTS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "moe_intermediate_size",
     "compression_ratio", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "max_position_embeddings",
@@ -61,6 +84,7 @@ class CustomLLMConfig(PretrainedConfig):
     eos_token_id: int | None = None
     pad_token_id: int | None = None
     tie_word_embeddings: bool = False
+    use_cache: bool = True
 
     def __post_init__(self, **kwargs) -> None:
         super().__post_init__(**kwargs)
@@ -86,12 +110,21 @@ class CustomLLMConfig(PretrainedConfig):
 
 
 @dataclass
-class CustomLLMOutput(CausalLMOutputWithPast):
+class CustomLLMModelOutput(BaseModelOutputWithPast):
     """transformers' output; with `output_router=True` also the routing, one tensor for each layer."""
 
     router_experts: tuple[Tensor, ...] | None = None  # L times (B,T,k) int64
     router_scores: tuple[Tensor, ...] | None = None  # L times (B,T,E), without the bias
     router_logits: tuple[Tensor, ...] | None = None  # L times (B,T,E)
+
+
+@dataclass
+class CustomLLMOutput(CausalLMOutputWithPast):
+    """As `CustomLLMModelOutput`, with loss and logits in place of the last hidden state."""
+
+    router_experts: tuple[Tensor, ...] | None = None
+    router_scores: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -136,22 +169,54 @@ class RotaryEmbedding(nn.Module):
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def causal_mask(length: int, past: int, attention_mask: Tensor | None, device: torch.device) -> Tensor:
-    """(1|B, 1, T, S) booleans, S = past + T: a token attends to itself and to earlier tokens, but not to padding.
+def causal_mask(
+    config: CustomLLMConfig,
+    x: Tensor,
+    attention_mask: Tensor | None,
+    cache: Cache | None = None,
+    position_ids: Tensor | None = None,
+) -> Any:
+    """transformers' mask for the attention function of the config: (1|B,1,T,S), or what else that function takes.
 
-    Padding attends to itself, so that no softmax runs over an empty row.
+    A token attends to itself and to earlier tokens of its document, but not to padding. Padding attends to itself, so
+    that no softmax runs over an empty row. Documents are packed in a row where `position_ids` start again.
     """
-    slots = torch.arange(past + length, device=device)
-    query = slots[past:, None]  # (T,1), the slot of each query
-    causal = (slots <= query)[None, None]
-    if attention_mask is None:
-        return causal
-    return (causal & attention_mask.bool()[:, None, None, :]) | (slots == query)
+    if attention_mask is None and position_ids is None:  # one mask for all rows; only shape, dtype and device are read
+        x = x.new_empty((1, x.shape[1], 0))
+    mask = create_causal_mask(
+        config=config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=cache, position_ids=position_ids
+    )
+    if isinstance(mask, Tensor) and isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        past = 0 if cache is None else cache.get_seq_length()
+        query = torch.arange(x.shape[1], device=x.device)[:, None] + past  # (T,1), the slot of each query
+        itself = torch.arange(mask.shape[-1], device=x.device) == query
+        mask = mask.masked_fill(itself, True if mask.dtype == torch.bool else 0.0)
+    return mask
 
 
 def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over the last axis, zero where the mask is; in the dtype of the scores, at least float32."""
-    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1)
+    """Softmax over the last axis, in the dtype of the scores; the mask is boolean, or is added to the scores."""
+    lowest = torch.finfo(scores.dtype).min
+    scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(dim=-1)
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """The reference among transformers' attention functions: (B,H,T,h), twice (B,H,S,h) -> (B,T,H,h), (B,H,T,S)."""
+    acc_dtype = at_least_float32(query.dtype)
+    query = query * scaling
+    with no_autocast(query):  # the products of bfloat16 numbers are accumulated and kept in float32
+        weights = masked_softmax(query.to(acc_dtype) @ key.to(acc_dtype).mT, attention_mask)
+    return (weights.to(value.dtype) @ value).transpose(1, 2), weights
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -160,11 +225,14 @@ class MultiHeadLatentAttention(nn.Module):
     The cache holds full keys and values, keys after rotation.
     """
 
+    is_causal = True  # these names are read by transformers' attention functions
+    num_key_value_groups = 1
+
     def __init__(self, config: CustomLLMConfig, layer: int):
         super().__init__()
         D, H = config.hidden_size, config.num_attention_heads
         R, half = D // config.compression_ratio, D // H // 2
-        self.heads, self.layer = H, layer
+        self.config, self.layer_idx, self.head_dim, self.scaling = config, layer, 2 * half, (2 * half) ** -0.5
         self.kv_proj_d = nn.Linear(D, R, bias=False)
         self.q_proj_d = nn.Linear(D, R, bias=False)
         self.k_proj_u = nn.Linear(R, H * half, bias=False)
@@ -175,26 +243,25 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = nn.Linear(D, D, bias=False)
         self.rotary_emb = RotaryEmbedding(half, config.rope_theta)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, cache: Cache | None = None) -> Tensor:
-        """(B,T,D), positions (B|1,T), mask (B|1,1,T,S) -> (B,T,D); the cache grows from S-T to S slots."""
+    def forward(
+        self, x: Tensor, positions: Tensor, mask: Any, past_key_values: Cache | None = None, **kwargs
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B,T,D), positions (B|1,T), mask (B|1,1,T,S) -> (B,T,D) and, from `eager`, the attention weights (B,H,T,S).
+
+        The cache grows from S-T to S slots. `kwargs` go to the attention function.
+        """
         kv, q_latent = self.kv_proj_d(x), self.q_proj_d(x)  # (B,T,R)
-        k_rope = self.rotary_emb(self._split(self.rope_k(x)), positions)
-        q_rope = self.rotary_emb(self._split(self.rope_q(q_latent)), positions)
-        k = torch.cat([self._split(self.k_proj_u(kv)), k_rope], dim=-1).transpose(1, 2)  # (B,H,T,h)
-        q = torch.cat([self._split(self.q_proj_u(q_latent)), q_rope], dim=-1).transpose(1, 2)
-        v = self._split(self.v_proj_u(kv)).transpose(1, 2)
-        if cache is not None:
-            k, v = cache.update(k, v, self.layer)  # (B,H,S,h)
-
-        acc_dtype = at_least_float32(x.dtype)
-        q = q * q.shape[-1] ** -0.5
-        with no_autocast(x):  # the products of bfloat16 numbers are accumulated and kept in float32
-            weights = masked_softmax(q.to(acc_dtype) @ k.to(acc_dtype).mT, mask)  # (B,H,T,S)
-        context = weights.to(v.dtype) @ v  # (B,H,T,h)
-        return self.o_proj(context.transpose(1, 2).flatten(2))
-
-    def _split(self, x: Tensor) -> Tensor:  # (B,T,H*d) -> (B,T,H,d)
-        return x.unflatten(-1, (self.heads, -1))
+        half = self.head_dim // 2
+        k_rope = self.rotary_emb(self.rope_k(x).unflatten(-1, (-1, half)), positions)
+        q_rope = self.rotary_emb(self.rope_q(q_latent).unflatten(-1, (-1, half)), positions)
+        k = torch.cat([self.k_proj_u(kv).unflatten(-1, (-1, half)), k_rope], dim=-1).transpose(1, 2)  # (B,H,T,h)
+        q = torch.cat([self.q_proj_u(q_latent).unflatten(-1, (-1, half)), q_rope], dim=-1).transpose(1, 2)
+        v = self.v_proj_u(kv).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)  # (B,H,S,h)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(str(self.config._attn_implementation), eager_attention)
+        context, weights = attention(self, q, k, v, mask, scaling=self.scaling, position_ids=positions, **kwargs)
+        return self.o_proj(context.flatten(2)), weights  # context (B,T,H,h)
 
 
 class Routing(NamedTuple):
@@ -210,45 +277,62 @@ class Dispatch(NamedTuple):
     group_sizes: list[int]  # E: rows of each expert
 
 
-def route(
-    x: Tensor, router_weight: Tensor, routing_bias: Tensor, experts_per_token: int, experts: Tensor | None = None
-) -> Routing:
-    """Choose experts by biased score, weight them by unbiased score, all in float32 (DeepSeek-V3, arXiv:2412.19437).
+class Router(nn.Linear):
+    """`nn.Linear` in float32, whatever the dtype of its input and of autocast; printed as the Linear that it is."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (N,D) -> (N,E)
+        acc_dtype = at_least_float32(x.dtype)
+        with no_autocast(x):
+            return F.linear(x.to(acc_dtype), self.weight.to(acc_dtype))
+
+    def _get_name(self) -> str:
+        return "Linear"
+
+
+def route(logits: Tensor, routing_bias: Tensor, experts_per_token: int, experts: Tensor | None = None) -> Routing:
+    """Choose experts by biased score, weight them by unbiased score (DeepSeek-V3, arXiv:2412.19437).
 
     Args:
-        x, router_weight, routing_bias: (N,D), (E,D) and (E,).
+        logits, routing_bias: (N,E), at least float32, and (E,).
         experts_per_token: k.
         experts: (N,k) experts to use instead of the k largest `scores + routing_bias` (ties: lowest index).
     """
-    acc_dtype = at_least_float32(x.dtype)
-    with no_autocast(x):
-        logits = F.linear(x.to(acc_dtype), router_weight.to(acc_dtype))
     scores = logits.sigmoid()
     if experts is None:
-        # a stable sort, because torch.topk does not specify the order of ties
-        ranking = (scores.detach() + routing_bias.to(acc_dtype)).sort(dim=-1, descending=True, stable=True).indices
-        experts = ranking[:, :experts_per_token]
+        # k times argmax: torch.topk does not specify the order of ties, and ONNX has no stable sort
+        left, choice = scores.detach() + routing_bias.to(logits.dtype), []
+        for _ in range(experts_per_token):
+            choice.append(left.argmax(dim=-1, keepdim=True))
+            left = left.scatter(-1, choice[-1], float("-inf"))
+        experts = torch.cat(choice, dim=-1)
     chosen = scores.gather(-1, experts)
     gates = chosen / (chosen.sum(dim=-1, keepdim=True) + 1e-20)
     return Routing(experts, gates, scores, logits)
 
 
 def plan_dispatch(experts: Tensor, n_experts: int) -> Dispatch:
-    """Sort the (N,k) slots by expert; tokens of one expert keep their order."""
+    """Sort the (N,k) slots by expert; tokens of one expert keep their order. A counting sort, as ONNX has no other."""
     slots = experts.flatten()
-    order = slots.argsort(stable=True)
-    counts = (slots[:, None] == torch.arange(n_experts, device=slots.device)).sum(dim=0)
-    return Dispatch(order, order.argsort(), counts.tolist())
+    chosen = slots[:, None] == torch.arange(n_experts, device=slots.device)  # (M,E)
+    counts = chosen.sum(dim=0)
+    place = chosen.cumsum(dim=0) - 1 + (counts.cumsum(dim=0) - counts)  # (M,E), the slot's row if it chose E
+    inverse = place.gather(1, slots[:, None])[:, 0]
+    order = torch.zeros_like(inverse).scatter(0, inverse, torch.arange(slots.numel(), device=slots.device))
+    return Dispatch(order, inverse, counts.tolist())
 
 
 def run_experts(tokens: Tensor, layers: nn.ModuleList, plan: Dispatch, experts_per_token: int) -> Tensor:
     """Run each expert on its tokens: (N,D) -> (M,D), rows sorted by expert. No token is dropped."""
     groups = tokens.index_select(0, plan.order // experts_per_token).split(plan.group_sizes)
-    # In training, an expert without tokens runs on an empty batch: its gradients are then zero, not None, which
-    # optimizers and DistributedDataParallel treat differently. A compiled or exported graph also runs all experts,
-    # because it must serve every routing.
-    keep_all = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    return torch.cat([layer(rows) for layer, rows in zip(layers, groups, strict=True) if keep_all or len(rows)])
+
+    def needed(layer: nn.Module) -> bool:
+        # In training, an expert without tokens runs on an empty batch: its gradients are then zero, not None, which
+        # optimizers and DistributedDataParallel treat differently. A compiled or exported graph also runs all experts,
+        # because it must serve every routing.
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())
+        return torch.compiler.is_compiling() or trained
+
+    return torch.cat([layer(rows) for layer, rows in zip(layers, groups, strict=True) if needed(layer) or len(rows)])
 
 
 def combine(rows: Tensor, gates: Tensor, plan: Dispatch) -> Tensor:  # (M,D), (N,k) -> (N,D)
@@ -271,6 +355,22 @@ class DeepSeekExpertLayer(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+class RoutedExperts(nn.ModuleList):
+    """The routed experts; printed as the ModuleList that it is."""
+
+    def forward(self, tokens: Tensor, experts: Tensor, gates: Tensor) -> Tensor:  # (N,D), twice (N,k) -> (N,D)
+        if torch.jit.is_tracing():  # it would keep the group sizes that it saw: each expert runs on every token
+            chosen = experts[..., None] == torch.arange(len(self), device=experts.device)  # (N,k,E)
+            weights = (gates[..., None] * chosen).sum(dim=1).to(tokens.dtype)  # (N,E)
+            rows = [weight[:, None] * layer(tokens) for layer, weight in zip(self, weights.T, strict=True)]
+            return torch.stack(rows).sum(dim=0)
+        plan = plan_dispatch(experts, len(self))
+        return combine(run_experts(tokens, self, plan, experts.shape[-1]), gates, plan)
+
+    def _get_name(self) -> str:
+        return "ModuleList"
+
+
 class DeepSeekMoE(nn.Module):
     """Shared experts for every token, k routed experts for each token (DeepSeekMoE, arXiv:2401.06066).
 
@@ -283,8 +383,8 @@ class DeepSeekMoE(nn.Module):
         super().__init__()
         self.experts_per_token = config.num_experts_per_tok
         self.shared_experts = nn.ModuleList(DeepSeekExpertLayer(config) for _ in range(config.n_shared_experts))
-        self.routed_experts = nn.ModuleList(DeepSeekExpertLayer(config) for _ in range(config.n_routed_experts))
-        self.router = nn.Linear(config.hidden_size, config.n_routed_experts, bias=False)
+        self.routed_experts = RoutedExperts(DeepSeekExpertLayer(config) for _ in range(config.n_routed_experts))
+        self.router = Router(config.hidden_size, config.n_routed_experts, bias=False)
         # never bfloat16, which may be the default dtype while transformers builds the model
         acc_dtype = at_least_float32(torch.get_default_dtype())
         self.register_buffer("routing_bias", torch.zeros(config.n_routed_experts, dtype=acc_dtype))
@@ -293,11 +393,9 @@ class DeepSeekMoE(nn.Module):
         """(B,T,D) -> (B,T,D) and the routing of its N tokens; `experts` (B,T,k) replaces the choice."""
         tokens = x.flatten(0, 1)  # (N,D)
         experts = None if experts is None else experts.flatten(0, 1)
-        routing = route(tokens, self.router.weight, self.routing_bias, self.experts_per_token, experts)
-        plan = plan_dispatch(routing.experts, len(self.routed_experts))
-        rows = run_experts(tokens, self.routed_experts, plan, routing.experts.shape[-1])
-        out = sum(expert(tokens) for expert in self.shared_experts) + combine(rows, routing.gates, plan)
-        return out.view_as(x), routing
+        routing = route(self.router(tokens), self.routing_bias, self.experts_per_token, experts)
+        routed = self.routed_experts(tokens, routing.experts, routing.gates)
+        return (sum(expert(tokens) for expert in self.shared_experts) + routed).view_as(x), routing
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -312,13 +410,16 @@ class DecoderLayer(GradientCheckpointingLayer):
         self,
         x: Tensor,
         positions: Tensor,
-        mask: Tensor,
+        mask: Any,
         experts: Tensor | None = None,
         past_key_values: Cache | None = None,  # transformers finds it by name, and drops it when checkpointing
-    ) -> tuple[Tensor, Routing]:  # (B,T,D) -> (B,T,D)
-        x = x + self.self_attn(self.input_norm(x), positions, mask, past_key_values)
+        output_attentions: bool = False,
+        **kwargs,
+    ) -> tuple[Tensor, Routing, Tensor | None]:  # (B,T,D) -> (B,T,D), and (B,H,T,S) if asked for
+        attended, weights = self.self_attn(self.input_norm(x), positions, mask, past_key_values, **kwargs)
+        x = x + attended
         mixed, routing = self.mlp(self.post_attn_norm(x), experts)
-        return x + mixed, routing
+        return x + mixed, routing, weights if output_attentions else None
 
 
 def next_token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
@@ -337,112 +438,52 @@ def next_token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | No
     return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
 
 
-class CustomLLM(PreTrainedModel, GenerationMixin):
-    """Decoder-only language model with Multi-head Latent Attention and DeepSeekMoE.
+class PositionLimit(StoppingCriteria):
+    """Ends a generation at `length` tokens, where the position table ends, with a warning."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs) -> Tensor:
+        full = input_ids.shape[1] >= self.length
+        if full:
+            warnings.warn("generation stops: max_position_embeddings is reached", stacklevel=2)
+        return torch.full((len(input_ids),), full, device=input_ids.device)
+
+
+class CustomLLMPreTrainedModel(PreTrainedModel):
+    """What all models of this file have in common.
 
     Args:
         config: a `CustomLLMConfig`, or any object whose `to_dict()` has its fields.
     """
 
     config_class = CustomLLMConfig
+    base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True  # for the Trainer: the loss uses num_items_in_batch
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
     _input_embed_layer = "token_embeddings"
     _no_split_modules: ClassVar = ["DecoderLayer"]
     _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _keep_in_fp32_modules: ClassVar = ["router"]  # in float16; and no quantizer takes it
     _keep_in_fp32_modules_strict: ClassVar = {"routing_bias"}  # bfloat16 would lose updates of 1e-3
     _keys_to_ignore_on_load_missing: ClassVar = [r"\.routing_bias$"]  # it is then zero
 
     def __init__(self, config: Any):
-        shape: Any = config if isinstance(config, PretrainedConfig) else CustomLLMConfig(**config.to_dict())
-        super().__init__(shape)
-        D, V = shape.hidden_size, shape.vocab_size
-        self.token_embeddings = nn.Embedding(V, D)
-        self.position_embeddings = nn.Embedding(shape.max_position_embeddings, D)
-        self.dropout = nn.Dropout(shape.dropout)
-        self.decoder_layers = nn.ModuleList(DecoderLayer(shape, i) for i in range(shape.num_hidden_layers))
-        if shape.final_norm:
-            self.final_norm = CustomRMSNorm(D, shape.rms_norm_eps)
-        self.lm_head = nn.Linear(D, V, bias=True)
-        self.loss_type = "ForCausalLM"  # else the Trainer counts first labels, which are not targets
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        num_items_in_batch: Tensor | int | None = None,
-        output_hidden_states: bool | None = None,
-        output_router: bool = False,
-        expert_indices: Tensor | None = None,
-    ) -> CustomLLMOutput:
-        """Logits of the next token.
-
-        Args:
-            input_ids: (B, T) int.
-            attention_mask: (B, S), zero at padding, S = cached tokens + T; None: no padding.
-            position_ids: (B|1, T); None: counted without padding.
-            past_key_values: the cached keys and values of earlier tokens; extended in place.
-            labels: (B, T), not shifted: the model shifts them. -100 is ignored.
-            use_cache: return keys and values, in a new `DynamicCache` if none is given.
-            logits_to_keep: a number of last positions, or the positions, whose logits to return; 0: all.
-            num_items_in_batch: the number of targets to divide the summed loss by; None: that of `labels`.
-            output_hidden_states: return `hidden_states`, L+1 of (B,T,D): embeddings, then the residual stream after
-                each layer, before any final norm.
-            output_router: return `router_experts`, `router_scores` and `router_logits`.
-            expert_indices: (L, B, T, k) experts to use instead of the routers' choice.
-
-        Returns:
-            `CustomLLMOutput`; its logits are (B, T, V) float32 (float64 in a float64 model).
-
-        Raises:
-            ValueError: the sequence is longer than the position table, or the mask does not fit it.
-        """
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        length = input_ids.shape[1]
-        self._check_lengths(past, length, attention_mask)
-        if position_ids is None:
-            position_ids = self._positions(past, length, attention_mask, input_ids.device)
-        mask = causal_mask(length, past, attention_mask, input_ids.device)
-
-        x = self.dropout(self.token_embeddings(input_ids) + self.position_embeddings(position_ids))
-        hidden_states, routings = [x], []
-        for i, layer in enumerate(self.decoder_layers):
-            forced = None if expert_indices is None else expert_indices[i]
-            x, routing = layer(x, position_ids, mask, forced, past_key_values=past_key_values)
-            if output_hidden_states:
-                hidden_states.append(x)
-            if output_router:
-                routings.append(Routing(*(part.unflatten(0, input_ids.shape) for part in routing)))
-
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        last = self.final_norm(x[:, kept]) if self.config.final_norm else x[:, kept]
-        logits = self.lm_head(last)
-        logits = logits.to(at_least_float32(logits.dtype))
-        return CustomLLMOutput(
-            loss=None if labels is None else next_token_loss(logits, labels, num_items_in_batch),
-            logits=logits,
-            past_key_values=past_key_values,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            router_experts=tuple(routing.experts for routing in routings) if output_router else None,
-            router_scores=tuple(routing.scores for routing in routings) if output_router else None,
-            router_logits=tuple(routing.logits for routing in routings) if output_router else None,
-        )
+        if not isinstance(config, PretrainedConfig):
+            config = CustomLLMConfig(**config.to_dict())
+        if config._attn_implementation is None:
+            config._attn_implementation = "eager"  # the reference; transformers would choose sdpa
+        super().__init__(config)
 
     def save_pretrained(self, save_directory: str | PathLike, *, is_main_process: bool = True, **kwargs) -> None:
         """Write config.json, safetensors and this file, so that the Auto classes can load the folder anywhere."""
         name = CODE_FILE.removesuffix(".py")
-        self.config.auto_map = {"AutoConfig": f"{name}.CustomLLMConfig", "AutoModelForCausalLM": f"{name}.CustomLLM"}
+        self.config.auto_map = {auto: f"{name}.{own}" for auto, own in AUTO_CLASSES.items()}
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             code = Path(__file__).read_text(encoding="utf-8")
@@ -460,22 +501,226 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
         elif isinstance(module, DeepSeekMoE):
             nn.init.zeros_(module.routing_bias)
 
-    def _check_lengths(self, past: int, length: int, attention_mask: Tensor | None) -> None:
-        limit = self.config.max_position_embeddings
-        if past + length > limit:
-            raise ValueError(
-                f"the sequence has {past + length} tokens: it must have at most max_position_embeddings = {limit}"
+
+class CustomLLMModel(CustomLLMPreTrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        shape: Any = self.config
+        D = shape.hidden_size
+        self.token_embeddings = nn.Embedding(shape.vocab_size, D)
+        self.position_embeddings = nn.Embedding(shape.max_position_embeddings, D)
+        self.dropout = nn.Dropout(shape.dropout)
+        layers = (DecoderLayer(shape, i) for i in range(shape.num_hidden_layers))
+        self.decoder_layers = nn.ModuleList(layers)
+        if shape.final_norm:
+            self.final_norm = CustomRMSNorm(D, shape.rms_norm_eps)
+        if type(self) is CustomLLMModel:
+            self.post_init()
+
+    def run_layers(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_router: bool = False,
+        expert_indices: Tensor | None = None,
+        **kwargs,
+    ) -> CustomLLMModelOutput:
+        """The input of lm_head, (B, T, D), after any final norm.
+
+        Args:
+            input_ids: (B, T) int.
+            attention_mask: (B, S), zero at padding, S = cached tokens + T; or (1|B, 1|H, T, S), boolean or added to the
+                scores; None: no padding.
+            position_ids: (B|1, T); None: counted without padding. Without a mask and a cache, a document begins
+                wherever they do not go on by one, and no token attends to another document.
+            past_key_values: the cached keys and values of earlier tokens; extended in place.
+            inputs_embeds: (B, T, D) in place of the embeddings of `input_ids`.
+            use_cache: return keys and values, in a new `DynamicCache` if none is given; None: as the config says, but
+                not in training.
+            logits_to_keep: a number of last positions, or the positions, to return; 0: all.
+            output_hidden_states: return `hidden_states`, L+1 of (B,T,D): embeddings, then the residual stream after
+                each layer, before any final norm.
+            output_attentions: return `attentions`, L of (B,H,T,S), from `eager`.
+            output_router: return `router_experts`, `router_scores` and `router_logits`.
+            expert_indices: (L, B, T, k) experts to use instead of the routers' choice.
+            kwargs: go to the attention function.
+
+        Raises:
+            ValueError: a position is not in the position table, the mask does not fit, or there are not exactly one of
+                `input_ids` and `inputs_embeds`.
+            TypeError: another argument has a value that the attention function does not use.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds")
+        self._check_arguments(kwargs, position_ids)
+        config: Any = self.config
+        tokens: Any = self.token_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        length, past = tokens.shape[1], 0 if past_key_values is None else past_key_values.get_seq_length()
+        positions = position_ids
+        if positions is None:
+            positions = self._positions(past, length, attention_mask, tokens.device)
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # which cannot look at values
+            self._check_mask(past, length, attention_mask)
+            if position_ids is not None or past + length > config.max_position_embeddings:
+                self._check_positions(positions)
+        mask = causal_mask(config, tokens, attention_mask, past_key_values, position_ids)
+        if use_cache is None:
+            use_cache = config.use_cache and not self.training and not torch.compiler.is_exporting()
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=config)
+        hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        kwargs["output_attentions"] = config.output_attentions if output_attentions is None else output_attentions
+
+        x = self.dropout(tokens + self.position_embeddings(positions))
+        hidden_states, routings, attentions = [x], [], []
+        for i, layer in enumerate(self.decoder_layers):
+            forced = None if expert_indices is None else expert_indices[i]
+            x, routing, weights = layer(x, positions, mask, forced, past_key_values=past_key_values, **kwargs)
+            if hidden:
+                hidden_states.append(x)
+            if kwargs["output_attentions"]:
+                attentions.append(weights)
+            if output_router:
+                routings.append(Routing(*(part.unflatten(0, tokens.shape[:2]) for part in routing)))
+        x = x[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+        return CustomLLMModelOutput(
+            last_hidden_state=self.final_norm(x) if config.final_norm else x,
+            past_key_values=past_key_values,
+            hidden_states=tuple(hidden_states) if hidden else None,
+            attentions=tuple(attentions) or None,
+            router_experts=tuple(routing.experts for routing in routings) or None,
+            router_scores=tuple(routing.scores for routing in routings) or None,
+            router_logits=tuple(routing.logits for routing in routings) or None,
+        )
+
+    forward = can_return_tuple(run_layers)
+
+    def _check_arguments(self, kwargs: dict[str, Any], position_ids: Tensor | None) -> None:
+        given = [name for name, value in kwargs.items() if value is not None]
+        if position_ids is not None:
+            given = [name for name in given if name not in PACKING]
+        paged = self.config._attn_implementation == "sdpa" and kwargs.get("cache") is not None  # continuous batching
+        if given and not paged and self.config._attn_implementation in ("eager", "sdpa", "flex_attention"):
+            raise TypeError(
+                f"{type(self).__name__} does not use {', '.join(given)}"
+                + (": pass position_ids to pack documents" if PACKING & set(given) else "")
             )
-        if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.shape[1] != past + length):
+
+    def _check_positions(self, positions: Tensor) -> None:
+        limit, last = self.config.max_position_embeddings, int(positions.max())
+        if last >= limit:
             raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}: it must be (batch, {past + length}), "
-                "one column for each cached and each new token"
+                f"the sequence has {last + 1} tokens: it must have at most max_position_embeddings = {limit}"
             )
 
     @staticmethod
-    def _positions(past: int, length: int, attention_mask: Tensor | None, device: torch.device) -> Tensor:
+    def _check_mask(past: int | Tensor, length: int, mask: Any) -> None:
+        fits = not isinstance(mask, Tensor) or mask.dim() == 4 or (mask.dim() == 2 and mask.shape[1] == past + length)
+        if not fits:
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}: it must be (batch, {int(past + length)}), "
+                "one column for each cached and each new token, or have four axes"
+            )
+
+    @staticmethod
+    def _positions(past: int | Tensor, length: int, attention_mask: Any, device: torch.device) -> Tensor:
         """(B|1, T): the number of tokens before each of the last T, without padding."""
-        if attention_mask is None:
-            return torch.arange(past, past + length, device=device)[None]
+        slots = torch.arange(length, device=device) + past
+        if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+            return slots[None]
         counted = attention_mask.bool().cumsum(dim=-1, dtype=torch.int32) - 1
-        return counted.clamp(min=0)[:, past:]
+        return counted.clamp(min=0)[:, slots]
+
+
+class CustomLLM(CustomLLMModel, GenerationMixin):
+    """Decoder-only language model with Multi-head Latent Attention and DeepSeekMoE.
+
+    It has the modules of its backbone as its own, so that the printed tree and the keys are those of the source.
+    """
+
+    accepts_loss_kwargs = True  # for the Trainer: the loss uses num_items_in_batch
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=True)
+        self.loss_type = "ForCausalLM"  # else the Trainer counts first labels, which are not targets
+        self.post_init()
+
+    @property
+    def model(self) -> CustomLLMModel:
+        """The backbone, for clients that run it without the head: a new object of the same modules."""
+        backbone = CustomLLMModel.__new__(CustomLLMModel)
+        nn.Module.__init__(backbone)
+        backbone.config, backbone.training = self.config, self.training
+        backbone._modules.update({name: module for name, module in self._modules.items() if name != "lm_head"})
+        return backbone
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ) -> CustomLLMOutput:
+        """Logits of the next token.
+
+        Args:
+            labels: (B, T), not shifted: the model shifts them. -100 is ignored.
+            num_items_in_batch: the number of targets to divide the summed loss by; None: that of `labels`.
+            others: as in `CustomLLMModel.run_layers`.
+
+        Returns:
+            `CustomLLMOutput`; its logits are (B, T, V) float32 (float64 in a float64 model).
+        """
+        out = self.run_layers(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, logits_to_keep, **kwargs
+        )
+        logits = self.lm_head(out.last_hidden_state)
+        logits = logits.to(at_least_float32(logits.dtype))
+        loss = None if labels is None else next_token_loss(logits, labels, num_items_in_batch)
+        others = {name: value for name, value in out.items() if name != "last_hidden_state"}
+        return CustomLLMOutput(loss=loss, logits=logits, **others)
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # pyright: ignore[reportAttributeAccessIssue]
+    def prepare_inputs_for_generation(self, *args, tokenizer: Any = None, assistant_tokenizer: Any = None, **kwargs):
+        """transformers', without what `generate` was given for `stop_strings`: it would pass that on to `forward`."""
+        return super().prepare_inputs_for_generation(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    @functools.wraps(GenerationMixin.generate)  # pyright: ignore[reportAttributeAccessIssue]
+    def generate(self, *args, stopping_criteria: Any = None, **kwargs) -> Any:
+        """transformers'; it ends where the position table does, with a warning and what there is."""
+        mask, embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
+        length = self.config.max_position_embeddings
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            length += int((mask == 0).sum(dim=-1).min())
+        if embeds is not None and not args and kwargs.get("input_ids") is None:
+            length -= embeds.shape[1]  # only the new tokens are counted
+        criteria = StoppingCriteriaList([*(stopping_criteria or ()), PositionLimit(length)])
+        return super().generate(*args, stopping_criteria=criteria, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class CustomLLMForSequenceClassification(GenericForSequenceClassification, CustomLLMPreTrainedModel):
+    pass
+
+
+class CustomLLMForTokenClassification(GenericForTokenClassification, CustomLLMPreTrainedModel):
+    pass
+
+
+AutoModel.register(CustomLLMConfig, CustomLLMModel, exist_ok=True)  # the last two build their backbone by it

@@ -12,6 +12,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from jaxllm.config import RunConfig
 from jaxllm.data.stream import POSITION_FILE
+from jaxllm.data.tokenizer import export_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.run.prepare import Prepared
 from torch_ref.batches import MicroBatches, as_inputs
@@ -131,7 +132,7 @@ class CustomLLMTrainer(Trainer):
         assert batch is not None  # nothing is saved before the first batch
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder)  # pyright: ignore
-        self._tokenizer.save_pretrained(str(folder))
+        export_tokenizer(self._tokenizer, self._config.model, folder)
         (folder / POSITION_FILE).write_bytes(batch.position.to_bytes())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:

@@ -105,11 +105,7 @@ def write_config(config: ModelConfig, dtype: str, source: Json | None = None) ->
     head = {"architectures": [family.architecture], "model_type": family.model_type, "dtype": dtype}
     written = family.write(config)
     if family.names == "customllm":
-        code = {
-            "AutoConfig": "modeling_customllm.CustomLLMConfig",
-            "AutoModelForCausalLM": "modeling_customllm.CustomLLM",
-        }
-        return {"architectures": ["CustomLLM"], "model_type": "customllm", "auto_map": code, "dtype": dtype, **written}
+        return head | written
     kept = dict(source or {})
     for key in ("quantization_config", "auto_map"):
         kept.pop(key, None)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jaxllm.config import PRESETS, TOKENIZER_SIZED_PRESETS, RunConfig
+from jaxllm.config import PRESETS, TOKENIZER_SIZED_PRESETS, ModelConfig, RunConfig
 from jaxllm.data.sources import Source, hub_reachable
 from jaxllm.errors import UserError, listed, one_line, shown
 from jaxllm.files import cache_folder, check_file, read_json, write_text_atomically
@@ -24,6 +25,9 @@ Config = TypeVar("Config", bound=RunConfig)
 
 END_OF_TEXT = "<|endoftext|>"
 
+PAD = "<|pad|>"
+"""Not the end of a text: clients ignore padding in the loss, and would ignore the ends too."""
+
 TRAINING_CHARS = 20_000_000
 """Text that a tokenizer is trained on: with more, merges change little and memory grows."""
 
@@ -31,7 +35,7 @@ TRAINING_CHARS = 20_000_000
 TRIAL = "def f(x):\n    return 'Hello, wörld 😀' + str(0)\t\n"
 """A text that every working tokenizer encodes."""
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 """Increase it when `train_tokenizer` gives another result for the same text."""
 
 
@@ -177,18 +181,19 @@ def train_or_recall_tokenizer(source: Source, vocab_size: int, data: str) -> Pre
 def _train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < 257:
-        raise UserError(f"vocab_size is {vocab_size}: a byte-level tokenizer needs at least 257, or pass --tokenizer")
+    if vocab_size < 258:
+        raise UserError(f"vocab_size is {vocab_size}: a byte-level tokenizer needs at least 258, or pass --tokenizer")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - 1,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
+    bpe.add_special_tokens([PAD])  # behind the others
     return _wrap(bpe)
 
 
@@ -196,7 +201,11 @@ def _wrap(bpe: Tokenizer) -> PreTrainedTokenizerBase:
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+        tokenizer_object=bpe,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -210,18 +219,31 @@ def _training_texts(source: Source) -> Iterator[str]:
                 return
 
 
+def _size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that a model needs for it."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+
+
+def _takes_its_size(config: RunConfig) -> bool:
+    sized = config.preset in TOKENIZER_SIZED_PRESETS
+    return sized and config.model.vocab_size == PRESETS[config.preset].vocab_size
+
+
+def with_pad_token(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> PreTrainedTokenizerBase:
+    """Add the pad token that a tokenizer lacks, if the model has a row for it."""
+    if tokenizer.pad_token_id is None and (_takes_its_size(config) or _size(tokenizer) < config.model.vocab_size):
+        tokenizer.add_special_tokens({"pad_token": PAD})
+    return tokenizer
+
+
 def align(config: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
     """Give the model's config the tokenizer's special tokens, and a tokenizer-sized preset its vocabulary.
 
     Raises:
         UserError: the tokenizer has tokens for which the model has no row.
     """
-    size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
-    model = config.model
-    if config.preset in TOKENIZER_SIZED_PRESETS and model.vocab_size == PRESETS[config.preset].vocab_size:
-        vocab_size = size
-    else:
-        vocab_size = model.vocab_size
+    model, size = config.model, _size(tokenizer)
+    vocab_size = size if _takes_its_size(config) else model.vocab_size
     if size > vocab_size:
         raise UserError(
             f"vocab_size is {vocab_size}, but the tokenizer has {size} tokens: "
@@ -236,6 +258,30 @@ def align(config: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
         "pad_token_id": eos if pad is None else pad,
     }
     return config.with_options(model=dataclasses.replace(model, vocab_size=vocab_size, **special))
+
+
+def export_tokenizer(tokenizer: PreTrainedTokenizerBase, model: ModelConfig, out: Path) -> None:
+    """Save a tokenizer for a model's clients: with the model's length and pad token, and encoding as in training.
+
+    Training encodes without the special tokens that a template would add. Padding is on the left, for generation.
+    """
+    made: Any = copy.deepcopy(tokenizer)
+    if made.num_special_tokens_to_add():
+        made.backend_tokenizer.post_processor = None
+        made.init_kwargs |= {"add_bos_token": False, "add_eos_token": False}
+    if made.pad_token_id is None:
+        pad = model.pad_token_id
+        made.pad_token = made.eos_token if pad is None else made.convert_ids_to_tokens(pad)
+    made.model_max_length = model.max_position_embeddings
+    made.padding_side = made.init_kwargs["padding_side"] = "left"
+    made.save_pretrained(str(out))
+
+
+def decode_after(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], new: Sequence[int]) -> str:
+    """The text that new tokens add to a prompt's; some decoders strip the space that a text begins with."""
+    before, whole = str(tokenizer.decode([*prompt])), str(tokenizer.decode([*prompt, *new]))
+    # a prompt may end within a character
+    return whole.removeprefix(before) if whole.startswith(before) else str(tokenizer.decode([*new]))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

@@ -4,12 +4,14 @@ There are two stacks: the first layers, which may have a dense feed-forward netw
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
 from jaxllm.config import ModelConfig
 from jaxllm.model.attention import Latents, MultiHeadLatentAttention
@@ -170,6 +172,7 @@ class CustomLLM(nnx.Module):
             keep_trace: return the output of every part of every layer.
             layout: of the devices among which the weights are cut, in a step that runs on each of them.
         """
+        check_inputs(self.config, input_ids, attention_mask)
         batch, length = input_ids.shape
         if attention_mask is None:
             positions = jnp.arange(length)[None]
@@ -258,6 +261,28 @@ def _joined(records: Sequence[LayerAux], n_experts: int) -> LayerAux:
         nothing = jnp.zeros((0,))
         record = record._replace(counts=jnp.zeros((0, n_experts), jnp.int32), balance_loss=nothing, z_loss=nothing)
     return record
+
+
+def check_inputs(config: ModelConfig, input_ids: Array, attention_mask: Array | None) -> None:
+    """Check the shapes, which are always known, and outside jit the tokens: JAX would read another row of a table.
+
+    Raises:
+        ValueError: the model has no row for a token or a position, or the shapes do not fit.
+    """
+    shape, limit, V = jnp.shape(input_ids), config.max_position_embeddings, config.vocab_size
+    if len(shape) != 2 or not all(isinstance(size, int) for size in shape):
+        raise ValueError(f"input_ids has the shape {shape}: it must be (batch, time), two numbers")
+    if shape[1] > limit:
+        raise ValueError(f"input_ids has {shape[1]} tokens in a row: max_position_embeddings = {limit} is the most")
+    if attention_mask is not None and jnp.shape(attention_mask) != shape:
+        raise ValueError(
+            f"attention_mask has the shape {jnp.shape(attention_mask)}: it must be that of input_ids, {shape}"
+        )
+    if not isinstance(input_ids, Tracer) and math.prod(shape):
+        lowest, highest = int(jnp.min(input_ids)), int(jnp.max(input_ids))
+        if lowest < 0 or highest >= V:
+            token = lowest if lowest < 0 else highest
+            raise ValueError(f"input_ids has the token {token}: it must be from 0 to vocab_size - 1 = {V - 1}")
 
 
 def split_model(model: CustomLLM) -> tuple[nnx.GraphDef, Pytree, Pytree]:

@@ -20,7 +20,7 @@ import tyro
 from jaxllm.config import SPECIAL_TOKENS, ModelConfig, RunConfig, TrainConfig, changed_options, families, recipe
 from jaxllm.data.sources import open_source
 from jaxllm.data.stream import check_streams, held_out_rows
-from jaxllm.data.tokenizer import align, encode_prompt, load_tokenizer, train_or_recall_tokenizer
+from jaxllm.data.tokenizer import align, encode_prompt, load_tokenizer, train_or_recall_tokenizer, with_pad_token
 from jaxllm.errors import UserError, shown
 from jaxllm.files import read_json, rename_durably, write_json
 from jaxllm.run.lock import LOCK_FILE, FolderLock
@@ -225,7 +225,7 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
     if resumes and (config.folder / "tokenizer").is_dir():
         tokenizer = load_tokenizer(str(config.folder / "tokenizer"))
     elif config.data.tokenizer is not None:
-        tokenizer = load_tokenizer(config.data.tokenizer)
+        tokenizer = with_pad_token(load_tokenizer(config.data.tokenizer), config)
     else:
         tokenizer = train_or_recall_tokenizer(source, config.model.vocab_size, config.data.source)
     config = align(config, tokenizer)

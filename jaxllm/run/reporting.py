@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxllm.config import RunConfig
-from jaxllm.data.tokenizer import encode_prompt
+from jaxllm.data.tokenizer import decode_after, encode_prompt
 from jaxllm.model import flops
 from jaxllm.run.metrics import read_metrics
 
@@ -109,8 +109,8 @@ def write_samples(
     room = config.model.max_position_embeddings - max(len(prompt) for prompt in prompts)
     new = generate(prompts, min(config.sampling.sample_tokens, room))
     sections = []
-    for prompt, tokens in zip(config.sampling.prompts, new, strict=True):
-        text = f"{prompt}{tokenizer.decode(tokens)}"
+    for prompt, ids, tokens in zip(config.sampling.prompts, prompts, new, strict=True):
+        text = prompt + decode_after(tokenizer, ids, tokens)
         print(f"\nPrompt: {prompt}\nGenerated Text: {text}")
         fence = "`" * 4
         sections.append(f"## {prompt.strip()!r}\n\n{fence}\n{text}\n{fence}\n")

@@ -9,6 +9,7 @@ Rejected: `jax.lax.ragged_dot` is a dense product over all experts on the CPU (f
 loops with dynamic trip counts wait for the host on a GPU. A TPU takes the last line: correct, and not tuned.
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -33,6 +34,13 @@ class Kernels:
     """A module with `grouped_matmul`, `grouped_matmul_transposed`, `weight_gradients` and `padding`."""
     attention: Callable[[Array, Array, Array, Array | None, float], Array]
     """q, k (B,T,H,h), v (B,T,H,v), the attention mask (B,T) or None, and the scale of the scores -> (B,T,H,v)."""
+
+    def __reduce__(self):  # to copy and pickle a model: a module is found by its name
+        return _kernels, (self.grouped.__name__, self.attention)
+
+
+def _kernels(grouped: str, attention: Callable) -> Kernels:
+    return Kernels(importlib.import_module(grouped), attention)
 
 
 def platform_here() -> str:

@@ -1,0 +1,288 @@
+"""transformers itself: loading, signature, masks, attention functions, caches, generation, tokenizer files."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    DataCollatorForLanguageModeling,
+    DataCollatorWithFlattening,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+@torch.no_grad()
+def test_the_model_is_the_exported_file(ours):
+    model = ours.load(attn_implementation=None)
+    assert type(model).__module__.startswith("transformers_modules.")
+    assert model.config._attn_implementation == "eager"  # the reference, unless another one is asked for
+
+
+@torch.no_grad()
+def test_embeddings_in_place_of_tokens(client):
+    model, ids = client.load(), client.ids(2, 9)
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model(inputs_embeds=embeds).logits, model(ids).logits)
+    with pytest.raises(ValueError, match="input_ids"):
+        model(input_ids=ids, inputs_embeds=embeds)
+    with pytest.raises(ValueError, match="input_ids"):
+        model()
+
+
+@torch.no_grad()
+def test_outputs(client):
+    model, batch = client.load(), client.padded()
+    out = model(**batch, output_attentions=True, output_hidden_states=True)
+    layers, rows, length = client.config.num_hidden_layers, *batch["input_ids"].shape
+    assert len(out.hidden_states) == layers + 1
+    assert [w.shape for w in out.attentions] == [(rows, client.config.num_attention_heads, length, length)] * layers
+    for weights in out.attentions:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+        real = batch["attention_mask"].bool()
+        assert not weights.triu(1)[real[:, None, :, None].expand_as(weights)].any()
+    assert out.past_key_values.get_seq_length() == length  # as the config's use_cache says
+    assert isinstance(model(**batch, return_dict=False), tuple)
+
+
+@torch.no_grad()
+def test_the_backbone(client):
+    model, batch = client.load(), client.padded()
+    assert model.base_model is not model
+    last = model.base_model(**batch).last_hidden_state
+    assert torch.equal(model.lm_head(last), model(**batch).logits)
+    assert torch.equal(client.load(AutoModel)(**batch).last_hidden_state, last)
+    replaced = torch.nn.Embedding(client.config.vocab_size, client.config.hidden_size)
+    model.set_input_embeddings(replaced)
+    changed = model.base_model(**batch).last_hidden_state
+    assert torch.equal(model.lm_head(changed), model(**batch).logits)
+    assert not torch.equal(changed, last)
+
+
+@pytest.mark.parametrize("auto", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+def test_other_heads(client, tmp_path, auto):
+    model, batch = client.load(auto, num_labels=3), client.padded()
+    body = getattr(model, model.base_model_prefix)
+    with torch.no_grad():
+        assert torch.equal(body(**batch).last_hidden_state, client.load(AutoModel)(**batch).last_hidden_state)
+    labels = torch.zeros(len(model(**batch).logits.flatten(0, -2)), dtype=torch.long)
+    loss = model(**batch, labels=labels.view(model(**batch).logits.shape[:-1])).loss
+    loss.backward()
+    assert all(p.grad is not None for p in model.score.parameters())
+    model.save_pretrained(tmp_path / "head")
+    options = {"trust_remote_code": True, "attn_implementation": "eager"}
+    again = auto.from_pretrained(tmp_path / "head", **options).eval()
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+
+@torch.no_grad()
+def test_masks_of_four_axes(client):
+    model, batch = client.load(), client.padded()
+    ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    plain = model(ids, attention_mask=mask.long(), position_ids=positions).logits
+    visible = (mask[:, None, None, :] & torch.ones(24, 24, dtype=torch.bool).tril()) | torch.eye(24, dtype=torch.bool)
+    added = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+    for four in [added, visible] if client.is_ours else [added]:  # the control's eager adds booleans: a silent error
+        torch.testing.assert_close(model(ids, attention_mask=four, position_ids=positions).logits[mask], plain[mask])
+
+
+@torch.no_grad()
+def test_unknown_arguments_are_refused(ours):
+    """The control swallows them."""
+    model, ids = ours.load(), ours.ids(1, 9)
+    for name in ("cu_seq_lens_q", "is_causal", "atention_mask", "token_type_ids"):
+        with pytest.raises(TypeError, match=name):
+            model(ids, **{name: torch.zeros(2, dtype=torch.int32)})
+        with pytest.raises(TypeError, match=name):
+            model.base_model(ids, **{name: False})
+        model(ids, **{name: None})
+
+
+def documents(client, lengths=(5, 17, 10)) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    docs = [client.ids(1, n, seed=n) for n in lengths]
+    return docs, torch.cat(docs, dim=1), torch.cat([torch.arange(n) for n in lengths])[None]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other(client, attention):
+    model = client.load(attn_implementation=attention)
+    docs, row, positions = documents(client)
+    apart = torch.cat([model(doc).logits for doc in docs], dim=1)
+    for options in ({}, {"use_cache": False}) if client.is_ours else ({"use_cache": False},):
+        packed = model(row, position_ids=positions, **options).logits
+        torch.testing.assert_close(packed, apart, rtol=0, atol=1e-5)
+    assert (model(row).logits - apart).abs().max() > 0.1
+    features = [{"input_ids": doc[0].tolist()} for doc in docs]
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_tensors="pt")(features)
+    batch.pop("labels")
+    torch.testing.assert_close(model(**batch, use_cache=False).logits, apart, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_limit_counts_positions(client):
+    model = client.load()
+    limit = client.config.max_position_embeddings
+    docs, row, positions = documents(client, (40,) * (limit // 40 + 2))
+    assert row.shape[1] > limit
+    apart = torch.cat([model(doc).logits for doc in docs], dim=1)
+    packed = model(row, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(packed, apart, rtol=0, atol=1e-5)
+    mask = torch.ones(1, limit + 20, dtype=torch.long)
+    mask[0, :20] = 0
+    ids = client.ids(1, limit + 20)
+    padded = model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits[:, 20:]
+    torch.testing.assert_close(padded, model(ids[:, 20:]).logits, rtol=0, atol=1e-5)
+    if client.is_ours:
+        with pytest.raises(ValueError, match=f"max_position_embeddings = {limit}"):
+            model(client.ids(1, limit + 1))
+        with pytest.raises(ValueError, match=f"max_position_embeddings = {limit}"):
+            model(client.ids(1, 2), position_ids=torch.tensor([[5, limit]]))
+
+
+@torch.no_grad()
+def attention_difference(client, attention: str) -> float:
+    batch, steps = client.padded(), client.ids(3, 4, seed=1)
+    logits = []
+    for implementation in ("eager", attention):
+        model = client.load(attn_implementation=implementation)
+        out = model(**batch, use_cache=True)
+        parts, mask = [out.logits], batch["attention_mask"]
+        for token in steps.split(1, dim=1):
+            mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], dim=1)
+            positions = mask.sum(-1, keepdim=True) - 1
+            out = model(token, attention_mask=mask, position_ids=positions, past_key_values=out.past_key_values)
+            parts.append(out.logits)
+        logits.append(torch.cat(parts, dim=1))
+    real = torch.cat([batch["attention_mask"], torch.ones(3, 4)], dim=1).bool()
+    return float((logits[0] - logits[1])[real].abs().max())
+
+
+def test_sdpa_equals_eager(client):
+    assert attention_difference(client, "sdpa") < 1e-5
+
+
+@pytest.mark.slow
+def test_flex_attention_equals_eager(client):
+    assert attention_difference(client, "flex_attention") < 1e-5
+
+
+def generated(client, model=None, **options) -> torch.Tensor:
+    model = client.load() if model is None else model
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0} | options
+    return model.generate(**client.padded(), **options)
+
+
+MODES = {
+    "uncached": {"use_cache": False},
+    "static cache": {"cache_implementation": "static", "disable_compile": True},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "chunked prefill": {"prefill_chunk_size": 8},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_greedy_generation_is_the_same_in_every_mode(client, mode):
+    plain = generated(client)
+    if mode == "prompt lookup":
+        options = {"max_new_tokens": 20, "do_sample": False}  # transformers 5.4 needs an end of text here
+        ids = client.ids(1, 24)
+        model = client.load()
+        assert torch.equal(model.generate(ids, **options), model.generate(ids, **options, **MODES[mode]))
+    else:
+        assert torch.equal(generated(client, **MODES[mode]), plain)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"do_sample": True, "top_k": 7}, {"num_beams": 2, "do_sample": True, "num_return_sequences": 2}],
+    ids=["beams", "sampling", "sampled beams"],
+)
+def test_generation_repeats(client, options):
+    runs = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        runs.append(generated(client, use_cache=use_cache, **options))
+    assert torch.equal(*runs)
+
+
+def test_assisted_generation(client):
+    model, ids = client.load(), client.ids(1, 12)
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **options, assistant_model=client.load()), model.generate(ids, **options))
+
+
+def test_generation_from_embeddings(client):
+    model, ids = client.load(), client.ids(2, 12)
+    options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    new = model.generate(inputs_embeds=model.get_input_embeddings()(ids), **options)
+    assert torch.equal(new, model.generate(ids, **options)[:, 12:])
+
+
+def test_stop_strings(client):
+    model, inputs = client.load(), client.tokenizer("def f(x):\n", return_tensors="pt")
+
+    def text(**options) -> str:
+        rows = model.generate(
+            **inputs, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0, **options
+        )
+        return client.tokenizer.decode(rows[0, inputs.input_ids.shape[1] :])
+
+    free = text()
+    stop = next(letter for letter in free[1:-5] if letter.isascii() and letter.isprintable())
+    stopped = text(stop_strings=stop, tokenizer=client.tokenizer)
+    assert free.startswith(stopped)
+    assert stop in stopped
+    assert len(stopped) < len(free)
+
+
+@pytest.mark.parametrize("padding", [0, 7])
+def test_generation_stops_at_the_position_table(ours, padding):
+    """The control has no table, and goes on."""
+    model, limit = ours.load(), ours.config.max_position_embeddings
+    mask = torch.ones(2, 16, dtype=torch.long)
+    mask[:, :padding] = 0
+    options = {"max_new_tokens": 10_000, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for inputs in ({"input_ids": ours.ids(2, 16)}, {"inputs_embeds": model.get_input_embeddings()(ours.ids(2, 16))}):
+        with pytest.warns(UserWarning, match="max_position_embeddings"):
+            rows = model.generate(**inputs, attention_mask=mask, **options)
+        assert rows.shape[1] == limit + padding - (16 if "inputs_embeds" in inputs else 0)
+
+
+def test_the_tokenizer_belongs_to_the_model(ours):
+    tokenizer, config = ours.tokenizer, ours.config
+    assert tokenizer.model_max_length == config.max_position_embeddings
+    assert tokenizer.pad_token_id == config.pad_token_id == ours.load().generation_config.pad_token_id
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert tokenizer.padding_side == "left"
+    ids = [[*tokenizer("def f(x):").input_ids, tokenizer.eos_token_id], tokenizer("x").input_ids]
+    batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)([{"input_ids": row} for row in ids])
+    assert batch["labels"][0].tolist() == ids[0]  # the end of a text is a target
+    assert batch["labels"][1, :-1].eq(-100).all()
+    assert batch["attention_mask"][1].tolist() == [0] * (len(ids[0]) - len(ids[1])) + [1] * len(ids[1])
+
+
+def test_the_config_names_its_writer(ours):
+    import json
+
+    written = json.loads((ours.folder / "config.json").read_text())
+    assert written["transformers_version"]
+    assert json.loads((ours.folder / "generation_config.json").read_text())["transformers_version"]
+    assert written["use_cache"] is True
+
+
+@torch.no_grad()
+def test_copies(client):
+    model, batch = client.load(), client.padded()
+    wanted = model(**batch).logits
+    for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(made(**batch).logits, wanted)
+        made.lm_head.weight.zero_()
+    assert torch.equal(model(**batch).logits, wanted)

@@ -1,0 +1,108 @@
+"""What was trained is what is exported and printed, whatever a tokenizer adds, strips or lacks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from jaxllm.config import RunConfig
+from jaxllm.data.stream import encode
+from jaxllm.data.tokenizer import (
+    PAD,
+    _train,
+    align,
+    decode_after,
+    encode_prompt,
+    export_tokenizer,
+    load_tokenizer,
+    with_pad_token,
+)
+
+TEXTS = ["the under world is under the sun", "  two spaces", "wörld 😀 under", "x"]
+BOS_EOS = ["<unk>", "<s>", "</s>"]
+
+
+def llama_like(template: str) -> PreTrainedTokenizerFast:
+    """A space becomes a part of the next token, and the decoder strips the first."""
+    made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(steps)
+    special = BOS_EOS + [f"<0x{i:02X}>" for i in range(256)]
+    return finished(made, special, template)
+
+
+def byte_level(template: str) -> PreTrainedTokenizerFast:
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return finished(made, BOS_EOS, template)
+
+
+def finished(made: Tokenizer, special: list[str], template: str) -> PreTrainedTokenizerFast:
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, initial_alphabet=alphabet)
+    made.train_from_iterator(TEXTS * 20, trainer)
+    if template:
+        ids: list = [(name, made.token_to_id(name)) for name in ("<s>", "</s>") if name in template]
+        made.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+KINDS = {
+    "trained here": lambda: _train(TEXTS * 20, 300),
+    "byte-level": lambda: byte_level(""),
+    "byte-level with a template": lambda: byte_level("<s> $A </s>"),
+    "strips a space": lambda: llama_like(""),
+    "strips a space, with a template": lambda: llama_like("<s> $A"),
+}
+
+
+@pytest.fixture(params=KINDS)
+def tokenizer(request, tmp_path):
+    KINDS[request.param]().save_pretrained(str(tmp_path / "given"))
+    return load_tokenizer(str(tmp_path / "given"))
+
+
+@pytest.mark.parametrize("preset", ["tiny", "customllm-1b"])
+def test_an_exported_tokenizer_encodes_as_in_training_and_pads_apart(tokenizer, tmp_path, preset):
+    config = RunConfig.from_options(preset=preset)
+    tokenizer = with_pad_token(tokenizer, config)
+    model = align(config, tokenizer).model
+    trained = [encode(tokenizer, text, False).tolist() for text in TEXTS]
+    export_tokenizer(tokenizer, model, tmp_path / "out")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert [exported(text)["input_ids"] for text in TEXTS] == trained
+    assert exported.model_max_length == model.max_position_embeddings
+    assert exported.pad_token == PAD
+    assert exported.pad_token_id == model.pad_token_id < model.vocab_size
+    width = max(map(len, trained))
+    padded = [[model.pad_token_id] * (width - len(row)) + row for row in trained]
+    assert exported(TEXTS, padding=True)["input_ids"] == padded
+    assert [encode(tokenizer, text, False).tolist() for text in TEXTS] == trained  # the run's own is as it was
+
+
+def test_without_a_free_row_the_end_of_text_pads(tokenizer, tmp_path):
+    if tokenizer.pad_token is not None:
+        pytest.skip("it has its own")
+    model = RunConfig.from_options(preset="customllm-1b").model
+    config = RunConfig.from_options(preset="customllm-1b", model=dataclasses.replace(model, vocab_size=len(tokenizer)))
+    assert len(with_pad_token(tokenizer, config)) == config.model.vocab_size
+    model = align(config, tokenizer).model
+    export_tokenizer(tokenizer, model, tmp_path / "out")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert exported.pad_token_id == model.pad_token_id == exported.eos_token_id
+    assert len({len(row) for row in exported(TEXTS, padding=True)["input_ids"]}) == 1
+
+
+def test_a_continuation_is_printed_as_the_tokenizer_decodes_the_whole(tokenizer):
+    for text in TEXTS:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        for cut in range(1, len(ids)):
+            prompt = tokenizer.decode(ids[:cut])
+            if "\ufffd" not in prompt:  # else it ends within a character
+                assert prompt + decode_after(tokenizer, ids[:cut], ids[cut:]) == tokenizer.decode(ids)
+    assert decode_after(tokenizer, encode_prompt(tokenizer, ""), ids).strip() == text
