@@ -37,7 +37,7 @@ class RunConfig:
     """Training recipe: `default` (minutes on a CPU) or `seed` (the source's run)."""
     model: ModelConfig = field(default_factory=lambda: PRESETS["tiny"])
     """Single values of the preset can be overridden, e.g. --model.num-hidden-layers 2."""
-    run_dir: Path | None = option(None, resumable=True)
+    run_dir: Path | None = option(None, resumable=True, saved=False)
     """Folder of the run; default: runs/PRESET."""
     overwrite: bool = option(False, resumable=True, saved=False)
     """Delete the earlier run in the folder and start over."""
@@ -120,8 +120,7 @@ class RunConfig:
         values["model"] = ModelConfig.from_dict(values["model"])
         if isinstance(prompts := values.get("prompts"), list):
             values["prompts"] = tuple(prompts)
-        if isinstance(run_dir := values.get("run_dir"), str):
-            values["run_dir"] = Path(run_dir)
+        values.pop("run_dir", None)  # of an earlier version: a run is where it is found
         return cls.from_options(**values)
 
     def as_type(self, cls: type[Config]) -> Config:

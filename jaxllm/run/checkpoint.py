@@ -25,7 +25,7 @@ from etils import epath
 from jaxllm.config import FORMAT, SPECIAL_TOKENS, ModelConfig, RunConfig
 from jaxllm.data.stream import MAX_POSITION_BYTES, Position
 from jaxllm.errors import UserError, one_line
-from jaxllm.files import read_json
+from jaxllm.files import plain_path, read_json
 from jaxllm.model.decoder import abstract_model
 from jaxllm.run.checksums import find_damage, read_list
 from jaxllm.run.history import History
@@ -108,8 +108,8 @@ def choose_checkpoint(run: Path, *, strict: bool = False, before: int | None = N
     if damaged:
         earlier = "" if before is None else f" before step {before}"
         raise UserError(
-            f"{folder} holds no checkpoint{earlier} that is not damaged: put the files back, or pass --overwrite to "
-            "start over"
+            f"{folder} holds no checkpoint{earlier} that is not damaged: put the files back, or start "
+            "over in another --run-dir"
         )
     return Choice(None, damaged)
 
@@ -236,7 +236,8 @@ class CheckpointReader:
         A few bytes can claim any shape: it is checked before memory is allocated for it.
         """
         try:
-            found: Any = ocp.StandardCheckpointHandler().metadata(epath.Path((self._folder / "positions").absolute()))
+            with plain_path(self._folder) as folder:
+                found: Any = ocp.StandardCheckpointHandler().metadata(epath.Path(folder / "positions"))
             shapes = {name: tuple(leaf.shape) for name, leaf in dict(found).items()}
         except Exception as error:  # as in `_restore`
             raise self._unreadable(error) from None
@@ -251,15 +252,15 @@ class CheckpointReader:
             for name, target in targets.items()
         }
         try:
-            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-                return dict(checkpointer.restore(self._folder.absolute(), args=ocp.args.Composite(**args)))
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer, plain_path(self._folder) as folder:
+                return dict(checkpointer.restore(folder, args=ocp.args.Composite(**args)))
         except Exception as error:  # orbax, tensorstore and the file system raise kinds of their own
             raise self._unreadable(error) from None
 
     def _unreadable(self, error: Exception) -> UserError:
         return UserError(
-            f"the checkpoint {self._folder} cannot be read ({one_line(error)}): "
-            "delete that folder to use the one before it"
+            f"the checkpoint {self._folder} cannot be read ({one_line(error)}): it is what was written, so try with "
+            "the versions that wrote it; move the folder elsewhere to use the one before it"
         )
 
 

@@ -22,7 +22,7 @@ from jaxllm.data.sources import open_source
 from jaxllm.data.stream import check_streams, held_out_rows
 from jaxllm.data.tokenizer import align, encode_prompt, load_tokenizer, train_or_recall_tokenizer
 from jaxllm.errors import UserError, shown
-from jaxllm.files import read_json, rename_durably, write_json
+from jaxllm.files import plain_path, read_json, rename_durably, write_json
 from jaxllm.run.lock import LOCK_FILE, FolderLock
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _saved_config(folder: Path, kind: type[Config]) -> Config | None:
     if not values.keys() <= known:
         return None  # `check_folder` refuses it with a better message
     try:
-        return kind.from_dict(values)
+        return kind.from_dict(values).with_options(run_dir=folder)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 
@@ -94,7 +94,7 @@ def read_config(run: Path, kind: type[Config]) -> Config:
         UserError: there is none, or it is not valid.
     """
     try:
-        return kind.from_dict(read_json(run / CONFIG_FILE))
+        return kind.from_dict(read_json(run / CONFIG_FILE)).with_options(run_dir=run)
     except UserError as error:
         raise UserError(f"{str(run)!r} is no training run: {error}") from None
 
@@ -231,7 +231,9 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tokenizer-") as scratch:
         made = Path(scratch) / folder.name
         try:
-            tokenizer.save_pretrained(str(made))
+            made.mkdir()
+            with plain_path(made) as plain:
+                tokenizer.save_pretrained(str(plain))
         except Exception as error:  # tokenizers passes on the system's error as text
             if not (code := re.search(r"os error (\d+)", str(error))):
                 raise

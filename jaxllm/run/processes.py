@@ -80,7 +80,7 @@ def silence_non_primary() -> Iterator[None]:
     if is_primary():
         yield
         return
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+    with open(os.devnull, "w", encoding="utf-8", errors="ignore") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
 
 

@@ -77,7 +77,7 @@ def replay(folder: Path, step: int) -> None:
     Raises:
         UserError: there is no such run, no checkpoint before that step is left, or the step is beyond the run's end.
     """
-    config = read_config(folder, TrainConfig).with_options(run_dir=folder)
+    config = read_config(folder, TrainConfig)
     if step > config.schedule.steps:
         raise UserError(f"step is {step}: the run in {folder} has {config.schedule.steps} steps")
     with FolderLock(folder) as lock:

@@ -318,7 +318,7 @@ def _prepare_together(config: TrainConfig, lock: FolderLock) -> tuple[Prepared[T
         return {"config": made.config.to_dict(), "held_out": held_out, "resumes": made.resumes, "step": step}
 
     made = primary_result(work)
-    config = TrainConfig.from_dict(made["config"])
+    config = TrainConfig.from_dict(made["config"]).with_options(run_dir=config.folder)
     tokenizer = load_tokenizer(str(config.folder / "tokenizer"))
     return Prepared(config, tokenizer, np.asarray(made["held_out"], np.int32), made["resumes"]), made["step"]
 
