@@ -218,19 +218,16 @@ def test_a_disk_that_is_really_full_ends_the_run_with_a_line(every, narrow, tmp_
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_a_dead_tensorboard_writer_raises_instead_of_hanging(tmp_path, capsys):
+def test_a_dead_tensorboard_writer_is_done_without(tmp_path, capsys):
     board = TensorBoardWriter(tmp_path, 0)
-
-    def write_on() -> None:
-        for step in range(5000):
+    with largest_file(1000):
+        for step in range(2000):
             board.write({"step": step, "loss": 1.0})
             time.sleep(0.001)
-
-    with largest_file(1000), pytest.raises(OSError, match=str(tmp_path)):
-        write_on()
-    assert "Traceback" not in capsys.readouterr().err
-    with pytest.raises(OSError, match=str(tmp_path)):
         board.close()
+    assert (
+        capsys.readouterr().err == "warning: TensorBoard's events are no longer written ([Errno 27] File too large)\n"
+    )
 
 
 def test_a_second_process_on_the_folder_is_refused_with_the_first_one_s_name(run, narrow, tmp_path, capsys):

@@ -37,8 +37,7 @@ class RunLog:
             OSError: it cannot be written to the disk.
         """
         self._history.add_record(record)
-        with contextlib.suppress(OSError):  # the console may be closed: Ctrl-C also ends what it is piped into
-            tqdm.write(str(record))
+        tqdm.write(str(record))
         try:
             self._file.write(json_line(record))
         except OSError as error:

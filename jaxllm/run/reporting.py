@@ -5,18 +5,23 @@ Imports neither JAX nor PyTorch.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxllm.config import RunConfig
 from jaxllm.data.tokenizer import encode_prompt
+from jaxllm.errors import optional
 from jaxllm.model import flops
 from jaxllm.run.metrics import read_metrics
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
 
 
@@ -65,14 +70,26 @@ def unigram_loss(rows: np.ndarray) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
+def new_figure(**options: Any) -> Figure:
+    """A matplotlib figure to save, without pyplot."""
+    if "matplotlib" not in sys.modules and (backend := os.environ.pop("MPLBACKEND", None)):
+        import matplotlib  # its import fails where MPLBACKEND names a backend that is not installed
+
+        os.environ["MPLBACKEND"] = backend
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+    from matplotlib.figure import Figure
+
+    return Figure(**options)
+
+
+@optional("drawing loss.png")
 def draw_losses(folder: Path, unigram: float) -> None:
     """Draw `loss.png`: training and evaluation loss, and the learning rate, over the steps."""
-    from matplotlib.figure import Figure  # without pyplot, whose backend the environment chooses
-
     records = read_metrics(folder)
     train = [record for record in records if record.get("loss") is not None]
     evaluated = [record for record in records if record.get("eval_loss") is not None]
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    figure = new_figure(figsize=(8, 6), layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     losses.plot([r["step"] for r in train], [r["loss"] for r in train], label="training")
     if evaluated:
@@ -96,6 +113,7 @@ def conclude(config: RunConfig, held_out: np.ndarray, eval_loss: float, skipped_
     draw_losses(config.folder, unigram)
 
 
+@optional("writing samples.md")
 def write_samples(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, generate: Callable[[list[list[int]], int], list[list[int]]]
 ) -> None:
