@@ -24,6 +24,7 @@ from jaxllm.run.evaluation import Evaluator
 from jaxllm.run.lock import LOCK_FILE, FolderLock
 from jaxllm.run.metrics import RunLog
 from jaxllm.run.monitor import StepMonitor
+from jaxllm.run.signals import STOPPING, stop_on_signals
 from jaxllm.run.tensorboard import TensorBoardWriter
 from tests.chaos import Options, chaos
 from tests.fingerprint import fingerprint
@@ -43,7 +44,15 @@ def largest_file(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGINT, 130)]
+    ("number", "code"),
+    [
+        (signal.SIGINT, 130),
+        (signal.SIGHUP, 129),
+        *(
+            pytest.param(number, 128 + number, marks=pytest.mark.slow)
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+        ),
+    ],
 )
 def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(
     number, code, run, narrow, tmp_path, capsys, monkeypatch
@@ -68,6 +77,28 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(
     assert train.main([*narrow, "--run-dir", str(folder)]) == 0
     assert f"Resuming from step {newest}" in capsys.readouterr().out
     assert fingerprint(folder) == fingerprint(run)
+
+
+def test_every_stopping_signal_asks_to_stop_unless_it_is_ignored():
+    """`nohup` and background jobs ignore some: those stay ignored."""
+    before = [signal.getsignal(number) for number in STOPPING]
+    for number in STOPPING:
+        with stop_on_signals() as request:
+            os.kill(os.getpid(), number)
+            _until(lambda request=request: request.signal is not None)
+        assert request.exit_code == 128 + number
+    assert [signal.getsignal(number) for number in STOPPING] == before
+    try:
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_IGN)
+        with stop_on_signals() as request:
+            for number in STOPPING:
+                os.kill(os.getpid(), number)
+            time.sleep(0.1)
+        assert request.signal is None
+    finally:
+        for number, handler in zip(STOPPING, before, strict=True):
+            signal.signal(number, handler)
 
 
 def test_a_signal_between_two_lines_of_the_log_loses_no_loss(narrow, tmp_path, monkeypatch):
