@@ -13,9 +13,9 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -33,6 +33,11 @@ from jaxllm.train.optim import AdamState
 from jaxllm.train.state import TrainState, abstract_state, start_state
 
 Pytree = Any
+
+T = TypeVar("T")
+
+MAX_LOOKS = 10
+"""How often a checkpoint that is removed while it is read may be replaced by a newer one."""
 
 
 class Weights(NamedTuple):
@@ -80,6 +85,8 @@ def read_model_config(folder: Path) -> ModelConfig:
 def choose_checkpoint(run: Path, *, strict: bool = False, before: int | None = None) -> Choice:
     """The newest checkpoint whose checksums agree; each damaged one that is newer is named in a line on stderr.
 
+    A run that is training may remove a checkpoint while it is read, because it has saved a newer one: that is read.
+
     Args:
         run: the run's folder.
         strict: refuse to use an older checkpoint in place of a damaged one.
@@ -89,7 +96,7 @@ def choose_checkpoint(run: Path, *, strict: bool = False, before: int | None = N
         UserError: all are damaged, or one is and `strict` is set; or the model's config or the tokenizer is not the
             one that the checkpoint was written with.
     """
-    folder = run / "checkpoints"
+    folder, newest = run / "checkpoints", _newest_step(run)
     damaged: list[int] = []
     for step in sorted(_steps(run), reverse=True):
         if before is not None and step >= before:
@@ -98,6 +105,8 @@ def choose_checkpoint(run: Path, *, strict: bool = False, before: int | None = N
         if damage is None:
             _check_context(run, folder / str(step))
             return Choice(step, damaged)
+        if _newest_step(run) > newest:
+            return choose_checkpoint(run, strict=strict, before=before)
         if strict:
             raise UserError(
                 f"the checkpoint {folder / str(step)} is damaged ({damage}): "
@@ -122,6 +131,10 @@ def _steps(run: Path) -> list[int]:
 
 def oldest_step(run: Path) -> int | None:
     return min(_steps(run), default=None)
+
+
+def _newest_step(run: Path) -> int:
+    return max(_steps(run), default=-1)
 
 
 def checkpoint_context(run: Path) -> dict[str, Any]:
@@ -288,6 +301,25 @@ def newest_checkpoint(run: Path) -> CheckpointReader:
     return CheckpointReader(run, step)
 
 
+def read_newest(run: Path, read: Callable[[CheckpointReader], T]) -> T:
+    """What `read` makes of the newest undamaged checkpoint. It is called again if a training run removes that one.
+
+    Raises:
+        UserError: as `newest_checkpoint` and `read`; or new checkpoints come faster than one is read.
+    """
+    for _ in range(MAX_LOOKS):
+        newest = _newest_step(run)
+        try:
+            return read(newest_checkpoint(run))
+        except UserError:
+            if _newest_step(run) <= newest:
+                raise
+    raise UserError(
+        f"{run / 'checkpoints'}: the run that trains there removes each checkpoint before it is read: resume it with "
+        "a larger --keep-checkpoints or --save-every"
+    )
+
+
 def load_weights(run: Path) -> tuple[ModelConfig, Weights]:
     """Model config and newest weights of a run folder.
 
@@ -295,4 +327,4 @@ def load_weights(run: Path) -> tuple[ModelConfig, Weights]:
         UserError: it is no run, or the checkpoint cannot be read.
     """
     config = read_model_config(run)
-    return config, newest_checkpoint(run).weights(config)
+    return config, read_newest(run, lambda saved: saved.weights(config))
