@@ -23,6 +23,7 @@ from convert.to_torch import export_run
 from convert.training import export_training, import_training, is_pytorch_run
 from jaxllm.config import preset
 from jaxllm.errors import UserError, exit_on_user_error
+from jaxllm.run.runtime import check_devices
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ Command = Annotated[ToTorch, tyro.conf.subcommand("to-torch")] | Annotated[ToFla
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     command = tyro.cli(Command, args=argv, prog="python -m convert", description=__doc__)
+    check_devices()
     if isinstance(command, ToTorch) and command.training:
         export_training(command.run, command.out)
         print(f"Wrote {command.out}: python -m torch_ref.train --run-dir {command.out} resumes it")

@@ -24,7 +24,7 @@ from jaxllm.model.attention import Latents
 from jaxllm.model.decoder import CustomLLM, abstract_model, split_model
 from jaxllm.model.dtypes import Array
 from jaxllm.run.checkpoint import is_run, load_weights
-from jaxllm.run.runtime import use_compilation_cache
+from jaxllm.run.runtime import check_devices, use_compilation_cache
 
 PROMPT_MULTIPLE = 32
 """Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""
@@ -213,6 +213,7 @@ class GenerateArgs:
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     args = tyro.cli(GenerateArgs, args=argv, prog="python -m jaxllm.generate")
+    check_devices()
     use_compilation_cache()
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
     model = load_model(args.run, args.precision)

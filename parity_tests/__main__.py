@@ -31,6 +31,7 @@ from jaxllm.config import ModelConfig, preset
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.generate import tokenizer_folder
 from jaxllm.run.checkpoint import Weights, is_run, load_weights, read_model_config
+from jaxllm.run.runtime import check_devices
 from parity_tests.compare import TOLERANCES, Row
 from parity_tests.forward import random_weights, torch_model
 from parity_tests.ladder import MIN_STEPS, RUNGS, Ladder, Rung
@@ -118,6 +119,7 @@ def find_tokenizer(args: ParityArgs) -> Path | None:
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> int:
     args = tyro.cli(ParityArgs, args=argv, prog="python -m parity_tests", description=__doc__)
+    check_devices()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

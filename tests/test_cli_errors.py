@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 import train
@@ -9,6 +14,8 @@ from convert import __main__ as convert
 from jaxllm import generate as generation
 from jaxllm.data import sources as corpora
 from jaxllm.data import tokenizer as tokenizers
+
+ROOT = Path(__file__).parents[1]
 
 
 def refused(main, arguments: list[str], capsys, *parts: str) -> None:
@@ -85,4 +92,23 @@ def test_generate_and_convert_refuse_a_folder_that_is_no_run(run, tmp_path, caps
     refused(convert.main, ["to-flax", str(tmp_path / "x.bin"), str(tmp_path / "out")], capsys)
     refused(generation.main, [str(run), "--max-new-tokens", "500"], capsys, "max_new_tokens is 500", "64 rows")
     refused(generation.main, [str(run), "--top-p", "1.5"], capsys, "top_p is 1.5")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu", "nonsense"])
+def test_a_device_that_is_not_here_is_named_in_a_line(platform, run, tmp_path):
+    program = (
+        "import sys, train; from convert import __main__ as convert; from jaxllm import generate\n"
+        "from jaxllm.run import replay\n"
+        f"generate.main([{str(run)!r}]); replay.main([{str(run)!r}, '12'])\n"
+        f"convert.main(['to-torch', {str(run)!r}, {str(tmp_path / 'out')!r}])\n"
+        f"sys.exit(train.main(['--run-dir', {str(tmp_path / 'run')!r}]))"
+    )
+    command = [sys.executable, "-c", program]
+    environment = os.environ | {"JAX_PLATFORMS": platform}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    errors = done.stderr.splitlines()
+    assert len(errors) == 4, done.stderr
+    assert all(line.startswith(f"error: JAX_PLATFORMS is '{platform}': ") for line in errors)
     assert list(tmp_path.iterdir()) == []

@@ -33,7 +33,7 @@ from jaxllm.files import write_text_atomically
 from jaxllm.run.checkpoint import CheckpointReader, choose_checkpoint, oldest_step
 from jaxllm.run.lock import FolderLock
 from jaxllm.run.prepare import read_config
-from jaxllm.run.runtime import use_compilation_cache
+from jaxllm.run.runtime import check_devices, use_compilation_cache
 from jaxllm.train.placement import local_rows, on_one_device
 from jaxllm.train.state import TrainState
 from jaxllm.train.step import dropout_keys, gradients
@@ -232,6 +232,7 @@ def _report(
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     args = tyro.cli(ReplayArgs, args=argv, prog="python -m jaxllm.run.replay")
+    check_devices()
     use_compilation_cache()
     replay(args.run, args.step)
 
