@@ -21,6 +21,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only moves bytes: no accelerato
 from convert.to_flax import import_run
 from convert.to_torch import export_run
 from convert.training import export_training, import_training, is_pytorch_run
+from jaxllm.command_line import parse
 from jaxllm.config import preset
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.run.runtime import check_devices
@@ -59,7 +60,7 @@ Command = Annotated[ToTorch, tyro.conf.subcommand("to-torch")] | Annotated[ToFla
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    command = tyro.cli(Command, args=argv, prog="python -m convert", description=__doc__)
+    command: ToTorch | ToFlax = parse(Command, argv, "python -m convert", __doc__)
     check_devices()
     if isinstance(command, ToTorch) and command.training:
         export_training(command.run, command.out)

@@ -17,6 +17,7 @@ import tyro
 from flax import nnx
 
 from convert.to_flax import from_pretrained
+from jaxllm.command_line import parse
 from jaxllm.config import Precision
 from jaxllm.data.tokenizer import encode_prompt, load_tokenizer
 from jaxllm.errors import UserError, exit_on_user_error
@@ -86,6 +87,10 @@ def generate(
     if not lengths or min(lengths) < 1:
         raise UserError("prompt is empty: it must have at least one token")
     limit = model.config.max_position_embeddings
+    if max(lengths) >= limit:
+        raise UserError(
+            f"prompt has {max(lengths)} tokens: it must have at most {limit - 1}, for a position table of {limit} rows"
+        )
     if max(lengths) + max_new_tokens > limit:
         raise UserError(
             f"max_new_tokens is {max_new_tokens}: with a prompt of {max(lengths)} tokens it must be at most "
@@ -212,7 +217,7 @@ class GenerateArgs:
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    args = tyro.cli(GenerateArgs, args=argv, prog="python -m jaxllm.generate")
+    args: GenerateArgs = parse(GenerateArgs, argv, "python -m jaxllm.generate", __doc__)
     check_devices()
     use_compilation_cache()
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)

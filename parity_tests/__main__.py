@@ -27,6 +27,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # both frameworks on one device, 
 
 from convert.to_flax import read_weights
 from convert.to_torch import export_run
+from jaxllm.command_line import parse
 from jaxllm.config import ModelConfig, preset
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.generate import tokenizer_folder
@@ -118,7 +119,7 @@ def find_tokenizer(args: ParityArgs) -> Path | None:
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> int:
-    args = tyro.cli(ParityArgs, args=argv, prog="python -m parity_tests", description=__doc__)
+    args: ParityArgs = parse(ParityArgs, argv, "python -m parity_tests", __doc__)
     check_devices()
     try:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -6,14 +6,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 import train
 from convert import __main__ as convert
 from jaxllm import generate as generation
+from jaxllm.command_line import parse
+from jaxllm.config import TrainConfig
 from jaxllm.data import sources as corpora
 from jaxllm.data import tokenizer as tokenizers
+from jaxllm.plan.__main__ import PlanArgs
+from jaxllm.run.replay import ReplayArgs
 
 ROOT = Path(__file__).parents[1]
 
@@ -93,6 +98,26 @@ def test_generate_and_convert_refuse_a_folder_that_is_no_run(run, tmp_path, caps
     refused(generation.main, [str(run), "--max-new-tokens", "500"], capsys, "max_new_tokens is 500", "64 rows")
     refused(generation.main, [str(run), "--top-p", "1.5"], capsys, "top_p is 1.5")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tilde_in_any_path_option_is_the_home_folder(tmp_path, monkeypatch):
+    """The shell leaves it in `--run-dir=~/run`. Each path of each command is given as `~/NAME`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen = 0
+    for kind in (TrainConfig, generation.GenerateArgs, ReplayArgs, PlanArgs, convert.ToTorch, convert.ToFlax):
+        hints = {name: hint for name, hint in get_type_hints(kind, include_extras=True).items() if "Path" in str(hint)}
+        flags = [name for name, hint in hints.items() if "Positional" not in str(hint)]
+        arguments = [f"--{name.replace('_', '-')}=~/{name}" for name in flags]
+        arguments += [f"~/{name}" for name in hints if name not in flags]
+        parsed = parse(kind, [*arguments, *(["1"] if kind is ReplayArgs else [])], "test")
+        assert {name: str(getattr(parsed, name)) for name in hints} == {name: f"{tmp_path}/{name}" for name in hints}
+        seen += len(hints)
+    assert seen >= 8
+
+
+def test_every_command_line_is_read_in_one_place():
+    sources = [file for room in ("jaxllm", "convert", "torch_ref") for file in (ROOT / room).rglob("*.py")]
+    assert [file.name for file in sources if "tyro.cli(" in file.read_text()] == ["command_line.py"]
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu", "nonsense"])

@@ -16,6 +16,7 @@ from typing import Annotated
 
 import tyro
 
+from jaxllm.command_line import parse
 from jaxllm.config import Precision, TrainConfig, preset, recipe
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.files import write_json
@@ -65,7 +66,7 @@ class PlanArgs:
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> int:
-    args = tyro.cli(PlanArgs, args=argv, prog="python -m jaxllm.plan")
+    args: PlanArgs = parse(PlanArgs, argv, "python -m jaxllm.plan", __doc__)
     target = load_target(args.target)
     config = TrainConfig.from_options(
         preset=args.preset,

@@ -6,6 +6,7 @@ Everything that can be refused is refused here. Imports neither JAX nor PyTorch.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -15,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
-import tyro
 
+from jaxllm.command_line import expanded, parse
 from jaxllm.config import SPECIAL_TOKENS, RunConfig, changed_options, recipe
 from jaxllm.data.sources import open_source
 from jaxllm.data.stream import check_streams, held_out_rows
@@ -57,7 +58,7 @@ def parse_args(argv: Sequence[str] | None, prog: str, description: str | None, k
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
     first.add_argument("--recipe")
-    first.add_argument("--run-dir", type=Path)
+    first.add_argument("--run-dir", type=expanded)
     first.add_argument("--overwrite", "--no-overwrite", dest="start_over", action="store_true")
     first.add_argument("--mesh")
     first.add_argument("--parallel")
@@ -69,7 +70,7 @@ def parse_args(argv: Sequence[str] | None, prog: str, description: str | None, k
         default = saved if same else default
         if chosen.mesh is not None or chosen.parallel is not None:  # one choice: the saved half of it does not hold
             default = default.with_options(mesh="", parallel="jit")
-    return tyro.cli(kind, args=argv, default=default, prog=prog, description=description)
+    return parse(kind, argv, prog, description, default=default)
 
 
 def _saved_config(folder: Path, kind: type[Config]) -> Config | None:
@@ -153,8 +154,8 @@ def check_resumable(config: RunConfig) -> None:
         was = "; ".join(f"{name} is {shown(now)}, and the run has {shown(before)}" for name, before, now in changed)
         raise UserError(
             f"{was}: the run in {config.folder} cannot be resumed with "
-            f"{'that' if len(changed) == 1 else 'these'}; leave the option out, pass --overwrite to start over, or "
-            "another --run-dir"
+            f"{'that' if len(changed) == 1 else 'these'}; leave the option out, or "
+            "pass another --run-dir"
         )
 
 
@@ -176,14 +177,18 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
     file = config.folder / CONFIG_FILE
     saved = read_json(file) if resumes and file.is_file() else {}
     config = _with_kept_options(config, saved, processes)
+    kept = config.folder / "tokenizer"
+    tokenizer = load_tokenizer(str(kept)) if resumes and kept.is_dir() else None
+    if tokenizer is not None:  # before anything else is refused: one message names all options that were changed
+        with contextlib.suppress(UserError):  # a vocabulary that is too small is one of them
+            config = align(config, tokenizer)
+        check_resumable(config)
     source = open_source(config)
     if config.data.revision is None:
         config = config.with_options(data_revision=source.position.get("revision"))
-    if resumes and (config.folder / "tokenizer").is_dir():
-        tokenizer = load_tokenizer(str(config.folder / "tokenizer"))
-    elif config.data.tokenizer is not None:
+    if tokenizer is None and config.data.tokenizer is not None:
         tokenizer = load_tokenizer(config.data.tokenizer)
-    else:
+    elif tokenizer is None:
         tokenizer = train_or_recall_tokenizer(source, config.model.vocab_size, config.data.source)
     config = align(config, tokenizer)
     if resumes:

@@ -25,6 +25,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from jaxllm.command_line import parse
 from jaxllm.config import TrainConfig
 from jaxllm.data.stream import ProcessBatches
 from jaxllm.data.tokenizer import load_tokenizer
@@ -231,7 +232,7 @@ def _report(
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    args = tyro.cli(ReplayArgs, args=argv, prog="python -m jaxllm.run.replay")
+    args: ReplayArgs = parse(ReplayArgs, argv, "python -m jaxllm.run.replay", __doc__)
     check_devices()
     use_compilation_cache()
     replay(args.run, args.step)

@@ -35,6 +35,12 @@ def announce(config: RunConfig, parameters: int, tree: str, device: str) -> None
         f"{model.num_experts_per_tok} that a token uses; embeddings count whole)"
     )
     print(tree)
+    steps, warmup = config.schedule.steps, config.schedule.warmup_steps
+    if warmup >= steps:
+        print(
+            f"The warm-up of {warmup} steps is not shorter than the run of {steps}: the learning rate never reaches "
+            f"{config.optim.learning_rate:g}; pass a smaller --warmup-steps or more --steps"
+        )
     print(
         f"Training for {config.schedule.steps} steps of {config.tokens_per_step} tokens in {config.precision} on "
         f"{device}; everything goes to {config.folder}"
