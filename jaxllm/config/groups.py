@@ -181,7 +181,13 @@ class LoggingConfig(_Checked):
     """What is measured and reported."""
 
     log_every: int = option(25, ge=1, resumable=True)
+    """Steps between two lines of the log."""
+    log_format: Literal["text", "dict"] = option("text", resumable=True)
+    """Lines of the console: `text` to read, or `dict` with every value, as the source prints them."""
+    log_to: Literal["none", "wandb", "trackio"] = option("none", resumable=True)
+    """Send the log to Weights & Biases or trackio as well, through their own library."""
     eval_every: int = option(100, ge=1, resumable=True)
+    """Steps between two evaluations."""
     eval_samples: int = option(100, ge=1, resumable=True)
     """Rows of the held-out part that an evaluation reads."""
     peak_tflops: float | None = option(None, gt=0, resumable=True)

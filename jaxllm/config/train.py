@@ -210,6 +210,7 @@ SEED_RECIPE = {
     "recipe": "seed", "data": "HuggingFaceTB/smollm-corpus", "data_config": "cosmopedia-v2",
     "tokenizer": "HuggingFaceTB/cosmo2-tokenizer", "seq_len": 256, "batch_size": 4, "grad_accum": 8, "steps": 10_000,
     "learning_rate": 2e-5, "warmup_steps": 2_000, "weight_decay": 0.0, "beta2": 0.999, "log_every": 100,
+    "log_format": "dict",
     "eval_every": 1_000, "save_every": 1_000, "prompts": groups.STORY_PROMPTS,
 }  # fmt: skip
 """What the source's run has other than the defaults."""

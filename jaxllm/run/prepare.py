@@ -25,6 +25,7 @@ from jaxllm.data.tokenizer import align, encode_prompt, load_tokenizer, train_or
 from jaxllm.errors import UserError, shown
 from jaxllm.files import plain_path, read_json, rename_durably, write_json
 from jaxllm.run.lock import LOCK_FILE, FolderLock
+from jaxllm.run.trackers import check_tracker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -171,6 +172,7 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
     Raises:
         UserError: the folder, the data, the tokenizer or a prompt does not fit the config.
     """
+    check_tracker(config)
     check_folder(config, framework)  # before anything is written there
     lock.take()
     resumes = check_folder(config, framework)

@@ -105,7 +105,7 @@ def _replay(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, step: int, 
             stream.seek(resumed.positions)
     print(f"Replaying step {step} of {config.folder} from step {saved or 0}")
     if steps := range((saved or 0) + 1, step):
-        for _ in tqdm(steps, unit="step", dynamic_ncols=True):
+        for _ in tqdm(steps, unit="step", dynamic_ncols=True, disable=None):
             state, _ = trainer.step(state, stream.next_rows(config.data.grad_accum))
     labels = stream.next_rows(config.data.grad_accum).reshape(config.data.grad_accum, -1, config.data.seq_len)
     found, loss = examine(

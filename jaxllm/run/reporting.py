@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def announce(config: RunConfig, parameters: int, tree: str, device: str) -> None:
-    """Print the model's size and tree, and what is trained where."""
+def announce(config: RunConfig, parameters: int, tree: str | None, device: str) -> None:
+    """Print the model's size and, at the first start, its tree; and what is trained where."""
     model = config.model
     active = sum(flops.active_parameters(model).values())
     print(f"Model parameters: {parameters / 1e6:.2f}M")
@@ -34,7 +34,8 @@ def announce(config: RunConfig, parameters: int, tree: str, device: str) -> None
         f"Active parameters: {active / 1e6:.2f}M (of the {model.n_routed_experts} routed experts the "
         f"{model.num_experts_per_tok} that a token uses; embeddings count whole)"
     )
-    print(tree)
+    if tree is not None:
+        print(tree)
     steps, warmup = config.schedule.steps, config.schedule.warmup_steps
     if warmup >= steps:
         print(

@@ -11,6 +11,20 @@ from typing import Any
 from jaxllm.errors import optional
 
 
+def scalars(record: dict[str, Any]) -> dict[str, float]:
+    """The finite numbers of a record by their names in a tracker: `train/`, `eval/`, or `end/` for the last line.
+
+    The last line holds means of the whole run: among the training lines they would look like a spike.
+    """
+    closing, found = "train_runtime" in record, {}
+    for name, value in record.items():
+        if name not in ("step", "epoch") and isinstance(value, int | float) and math.isfinite(value):
+            group, _, rest = name.partition("_")
+            rest = rest if group in ("eval", "train") else name
+            found[f"{'end' if closing else 'eval' if group == 'eval' else 'train'}/{rest}"] = value
+    return found
+
+
 class TensorBoardWriter:
     """Writes the numbers of each record, as long as the disk takes them.
 
@@ -38,9 +52,8 @@ class TensorBoardWriter:
                 self._writer = None
         if self._writer is None:
             return
-        for name, value in record.items():
-            if name not in ("step", "epoch") and isinstance(value, int | float) and math.isfinite(value):
-                self._writer.add_scalar(_tag(name), value, record["step"])
+        for name, value in scalars(record).items():
+            self._writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
         if self._writer is not None and all(thread.is_alive() for thread in self._threads):
@@ -86,8 +99,3 @@ def _summary_writer() -> type:
         if hide:
             del modules["torch"]
     return SummaryWriter
-
-
-def _tag(name: str) -> str:
-    group, _, rest = name.partition("_")
-    return f"{group}/{rest}" if group in ("eval", "train") else f"train/{name}"
