@@ -32,6 +32,7 @@ class ToTorch:
     """Export the newest weights of a run as a transformers folder, or the run itself to resume in PyTorch."""
 
     run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run."""
     out: Annotated[Path, tyro.conf.Positional]
     """A new folder."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -49,6 +50,7 @@ class ToFlax:
     """Make a run from a transformers folder, a state_dict file (.safetensors, .bin, .pt) or a PyTorch run."""
 
     source: Annotated[Path, tyro.conf.Positional]
+    """What is converted."""
     run: Annotated[Path, tyro.conf.Positional]
     """A new folder."""
     preset: str | None = None

@@ -202,17 +202,21 @@ class GenerateArgs:
     prompt: tuple[str, ...] = ("",)
     """One or more prompts."""
     max_new_tokens: int = 100
+    """Most tokens to add to a prompt."""
     temperature: float = 0.8
     """0 is greedy."""
     top_k: int = 0
     """0: all tokens."""
     top_p: float = 0.95
+    """Only the likeliest tokens that together reach this probability."""
     greedy: bool = False
     """Always the likeliest token."""
     seed: int = 0
+    """Of the random choices."""
     ignore_eos: bool = False
     """Continue after an end-of-sequence token."""
     precision: Precision = "float32"
+    """Compute precision."""
 
 
 @exit_on_user_error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,11 @@ import train
 from convert import __main__ as convert
 from jaxllm import generate as generation
 from jaxllm.command_line import parse
-from jaxllm.config import TrainConfig
+from jaxllm.config import PRESETS, TrainConfig
 from jaxllm.data import sources as corpora
 from jaxllm.data import tokenizer as tokenizers
-from jaxllm.plan.__main__ import PlanArgs
-from jaxllm.run.replay import ReplayArgs
+from jaxllm.plan import __main__ as plan
+from jaxllm.run import replay
 
 ROOT = Path(__file__).parents[1]
 
@@ -104,12 +105,19 @@ def test_a_tilde_in_any_path_option_is_the_home_folder(tmp_path, monkeypatch):
     """The shell leaves it in `--run-dir=~/run`. Each path of each command is given as `~/NAME`."""
     monkeypatch.setenv("HOME", str(tmp_path))
     seen = 0
-    for kind in (TrainConfig, generation.GenerateArgs, ReplayArgs, PlanArgs, convert.ToTorch, convert.ToFlax):
+    for kind in (
+        TrainConfig,
+        generation.GenerateArgs,
+        replay.ReplayArgs,
+        plan.PlanArgs,
+        convert.ToTorch,
+        convert.ToFlax,
+    ):
         hints = {name: hint for name, hint in get_type_hints(kind, include_extras=True).items() if "Path" in str(hint)}
         flags = [name for name, hint in hints.items() if "Positional" not in str(hint)]
         arguments = [f"--{name.replace('_', '-')}=~/{name}" for name in flags]
         arguments += [f"~/{name}" for name in hints if name not in flags]
-        parsed = parse(kind, [*arguments, *(["1"] if kind is ReplayArgs else [])], "test")
+        parsed = parse(kind, [*arguments, *(["1"] if kind is replay.ReplayArgs else [])], "test")
         assert {name: str(getattr(parsed, name)) for name in hints} == {name: f"{tmp_path}/{name}" for name in hints}
         seen += len(hints)
     assert seen >= 8
@@ -137,3 +145,22 @@ def test_a_device_that_is_not_here_is_named_in_a_line(platform, run, tmp_path):
     assert len(errors) == 4, done.stderr
     assert all(line.startswith(f"error: JAX_PLATFORMS is '{platform}': ") for line in errors)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("main", [train.main, generation.main, plan.main, replay.main])
+def test_the_help_explains_every_option_and_names_the_presets(main, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")  # one column
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    if main in (train.main, plan.main):
+        assert f"one of {', '.join(PRESETS)}." in " ".join(said.replace("│", " ").split())
+    examples = [line.strip() for line in said.splitlines() if "python " in line and not line.startswith(("usage", "│"))]
+    assert examples
+    assert all(line.startswith("python ") and line.count("python ") == 1 for line in examples)
+    options = re.split(r"│ (?=-)", said)[1:]
+    for option in options:
+        words = re.sub(r"[│─╭╮╰╯].*?options.*", "", option).replace("│", " ")
+        explanation = words.partition("(default")[0].split(maxsplit=1)[-1]
+        if not option.startswith("--model."):  # their names are transformers'
+            assert re.search(r"[a-z]{2,}[a-z :;,`.()-]* [a-z]+", explanation), option

@@ -31,8 +31,9 @@ Flat = Annotated[Group, tyro.conf.OmitArgPrefixes]
 class RunConfig:
     """What decides a training run in either framework: all that `python -m torch_ref.train` takes."""
 
-    preset: str = option("tiny", resumable=True)
-    """Model preset: one of jaxllm.PRESETS."""
+    preset: Annotated[str, tyro.conf.arg(help=f"The model's shape: one of {', '.join(PRESETS)}.")] = option(
+        "tiny", resumable=True
+    )
     recipe: str = option("default", resumable=True)
     """Training recipe: `default` (minutes on a CPU) or `seed` (the source's run)."""
     model: ModelConfig = field(default_factory=lambda: PRESETS["tiny"])
@@ -46,6 +47,7 @@ class RunConfig:
     remat: bool = option(False, resumable=True)
     """Recompute each layer in the backward pass instead of keeping its activations."""
     seed: int = option(0, ge=0, le=2**63 - 1)
+    """Of the weights, the order of the data, dropout and the samples."""
     data: Flat[groups.DataConfig] = field(default_factory=groups.DataConfig)
     optim: Flat[groups.OptimConfig] = field(default_factory=groups.OptimConfig)
     schedule: Flat[groups.ScheduleConfig] = field(default_factory=groups.ScheduleConfig)
