@@ -21,6 +21,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.report import Findings, draw_report, print_table, write_report
 from benchmarks.rows import ROWS
 from benchmarks.worker import Failure
+from jaxllm.command_line import parse
 from jaxllm.errors import UserError, exit_on_user_error
 
 
@@ -51,7 +52,7 @@ class BenchmarkArgs:
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> int:
-    args = tyro.cli(BenchmarkArgs, args=argv, prog="python -m benchmarks", description=__doc__)
+    args: BenchmarkArgs = parse(BenchmarkArgs, argv, "python -m benchmarks", __doc__)
     if args.list:
         for name, row in ROWS.items():
             print(f"{name:18} {row.what}, against: {row.yardstick}")

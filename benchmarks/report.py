@@ -14,6 +14,7 @@ from rich.table import Table
 from benchmarks.finding import Finding
 from benchmarks.rows import ROWS
 from benchmarks.timing import QUIET
+from jaxllm.run.reporting import new_figure
 
 Findings = dict[str, list[Finding] | str]
 """The findings of each row, or the reason why there are none."""
@@ -109,18 +110,14 @@ def _as_json(finding: Finding, quick: bool) -> dict[str, Any]:
 
 def draw_report(file: Path, findings: Findings, machine: dict[str, Any], quick: bool) -> None:
     """Draw `benchmarks.png`: the fraction of its target that each finding reaches, with its spread."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     bars = [
         (f"{name}: {finding.what}", finding)
         for name, found in findings.items()
         if not isinstance(found, str)
         for finding in found
     ]
-    figure, axes = plt.subplots(figsize=(10, 1.2 + 0.4 * max(1, len(bars))), layout="constrained")
+    figure = new_figure(figsize=(10, 1.2 + 0.4 * max(1, len(bars))), layout="constrained")
+    axes = figure.subplots()
     for i, (_, finding) in enumerate(bars):
         middle, *ends = (finding.target.reached(value) for value in finding.value)
         color = "lightgray" if quick else "tab:green" if finding.passed else "tab:orange"
@@ -137,4 +134,3 @@ def draw_report(file: Path, findings: Findings, machine: dict[str, Any], quick: 
     about = f"{machine['cpu']}, {machine['cores']} cores ({sets}); JAX {versions['jax']}, PyTorch {versions['torch']}"
     axes.set_title(f"{title}\n{about}", fontsize=9)
     figure.savefig(file, dpi=100)
-    plt.close(figure)

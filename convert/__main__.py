@@ -22,8 +22,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only moves bytes: no accelerato
 from convert.to_flax import import_run
 from convert.to_torch import MODELING_FILE, export_run
 from convert.training import export_training, import_training, is_pytorch_run
+from jaxllm.command_line import parse
 from jaxllm.config import preset
 from jaxllm.errors import UserError, exit_on_user_error
+from jaxllm.run.runtime import check_devices
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class ToTorch:
     """Export the newest weights of a run as a transformers folder, or the run itself to resume in PyTorch."""
 
     run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run."""
     out: Annotated[Path, tyro.conf.Positional]
     """A new folder."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -48,6 +51,7 @@ class ToFlax:
     """Make a run from a transformers folder, a state_dict file (.safetensors, .bin, .pt) or a PyTorch run."""
 
     source: Annotated[Path, tyro.conf.Positional]
+    """What is converted."""
     run: Annotated[Path, tyro.conf.Positional]
     """A new folder."""
     preset: str | None = None
@@ -61,7 +65,8 @@ Command = Annotated[ToTorch, tyro.conf.subcommand("to-torch")] | Annotated[ToFla
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    command = tyro.cli(Command, args=argv, prog="python -m convert", description=__doc__)
+    command: ToTorch | ToFlax = parse(Command, argv, "python -m convert", __doc__)
+    check_devices()
     if isinstance(command, ToTorch) and command.training:
         export_training(command.run, command.out)
         print(f"Wrote {command.out}: python -m torch_ref.train --run-dir {command.out} resumes it")

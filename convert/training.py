@@ -23,7 +23,7 @@ from jaxllm.data.stream import POSITION_FILE, read_position
 from jaxllm.errors import UserError
 from jaxllm.files import write_json
 from jaxllm.model.decoder import abstract_model
-from jaxllm.run.checkpoint import ResumeState, newest_checkpoint
+from jaxllm.run.checkpoint import CheckpointReader, ResumeState, Weights, read_newest
 from jaxllm.run.checkpoint_writer import write_run
 from jaxllm.run.history import History
 from jaxllm.run.metrics import read_metrics, write_metrics
@@ -40,28 +40,30 @@ def export_training(run: Path, out: Path) -> None:
     """
     hand_over = _pytorch()
     check_new(out)
-    saved = newest_checkpoint(run)
-    _check_tokenizer(run)
     model = read_model_config(run)
     if names_of(model) != "customllm":
         raise UserError(f"{str(run)!r} is no CustomLLM, which torch_ref trains alone: leave out --training")
+    _check_tokenizer(run)
     config = read_config(run, TrainConfig)
     if config.data_streams != 1:
         raise UserError(
             f"{str(run)!r} reads {config.data_streams} data streams and PyTorch's Trainer reads one: "
             "leave out --training"
         )
-    resumed = saved.resume_state(config)
-    if resumed is None:
-        raise UserError(f"{str(run)!r} holds weights without a training history: leave out --training")
-    checkpoint = out / f"checkpoint-{saved.step}"
+
+    def read(saved: CheckpointReader) -> tuple[Weights, ResumeState]:
+        if (resumed := saved.resume_state(config)) is None:
+            raise UserError(f"{str(run)!r} holds weights without a training history: leave out --training")
+        return saved.weights(model), resumed
+
+    weights, resumed = read_newest(run, read)
+    checkpoint = out / f"checkpoint-{int(resumed.step)}"
     table, moments = {entry.torch_name: entry for entry in entries(model)}, resumed.opt_state[1:]
 
     def of_parameter(name: str):
         return hand_over.Moments(*(table[name].to_torch({PARAMS: tree}) for tree in moments))
 
-    write_model(model, saved.weights(model), checkpoint, "float32")
-
+    write_model(model, weights, checkpoint, "float32")
     (checkpoint / POSITION_FILE).write_bytes(resumed.positions[0].to_bytes())
     torch_config = config.as_type(RunConfig).with_options(run_dir=out)
     hand_over.write_training(checkpoint, torch_config, int(resumed.step), of_parameter)

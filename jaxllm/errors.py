@@ -1,11 +1,14 @@
 """Errors that a user can fix, how a command line shows them, and how a value appears in a one-line message."""
 
+import contextlib
 import errno
 import functools
 import reprlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+from jaxllm.console import forgiving_console
 
 
 class UserError(Exception):
@@ -33,6 +36,7 @@ def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wrap a command's `main`: an error that the user can fix becomes one line on stderr and exit code 2."""
 
     @functools.wraps(main)
+    @forgiving_console()
     def wrapped(*args, **kwargs) -> int:
         try:
             return main(*args, **kwargs) or 0
@@ -54,6 +58,15 @@ def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int]:
             return 130  # the shells' code for Ctrl-C
 
     return wrapped
+
+
+@contextlib.contextmanager
+def optional(what: str) -> Iterator[None]:
+    """Within it an error becomes a line on stderr: for what a run does without, such as its picture."""
+    try:
+        yield
+    except Exception as error:
+        print(f"warning: {what} failed ({type(error).__name__}: {one_line(error)})", file=sys.stderr)
 
 
 _repr = reprlib.Repr()

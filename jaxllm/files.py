@@ -1,15 +1,18 @@
 """Files: written whole or not at all, read only within bounds; JSON; the cache folder."""
 
+import contextlib
 import json
 import os
 import re
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxllm.errors import UserError, shown
+
+_PLAIN = re.compile(r"[\w/.,=+@~-]*", re.ASCII)
 
 MAX_JSON_BYTES = 8 * 2**20
 """Largest config file or weights index that is read."""
@@ -53,6 +56,23 @@ def fsync_folder(folder: Path) -> None:
             os.fsync(opened)
         finally:
             os.close(opened)
+
+
+@contextlib.contextmanager
+def plain_path(folder: Path) -> Iterator[Path]:
+    """An absolute path of a folder, for libraries that find wildcards in a path or need it to be UTF-8.
+
+    It is a symbolic link in a temporary folder where the path has other characters than those of `_PLAIN`.
+    """
+    folder = folder.absolute()
+    if _PLAIN.fullmatch(str(folder)):
+        yield folder
+        return
+    plain_root = tempfile.gettempdir() if _PLAIN.fullmatch(tempfile.gettempdir()) else "/tmp"
+    with tempfile.TemporaryDirectory(prefix="jaxllm-", dir=plain_root) as private:
+        link = Path(private) / "folder"
+        link.symlink_to(folder, target_is_directory=True)
+        yield link
 
 
 def check_file(path: Path, max_bytes: int | None = None) -> None:

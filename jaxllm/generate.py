@@ -18,6 +18,7 @@ import tyro
 from flax import nnx
 
 from convert.to_flax import from_pretrained
+from jaxllm.command_line import parse
 from jaxllm.config import Precision
 from jaxllm.data.tokenizer import decode_after, encode_prompt, load_tokenizer
 from jaxllm.errors import UserError, exit_on_user_error
@@ -25,7 +26,7 @@ from jaxllm.model.attention import Latents
 from jaxllm.model.decoder import CustomLLM, abstract_model, split_model
 from jaxllm.model.dtypes import Array
 from jaxllm.run.checkpoint import is_run, load_weights
-from jaxllm.run.runtime import use_compilation_cache
+from jaxllm.run.runtime import check_devices, use_compilation_cache
 
 PROMPT_MULTIPLE = 32
 """Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""
@@ -87,6 +88,10 @@ def generate(
     if not lengths or min(lengths) < 1:
         raise UserError("prompt is empty: it must have at least one token")
     limit = model.config.max_position_embeddings
+    if max(lengths) >= limit:
+        raise UserError(
+            f"prompt has {max(lengths)} tokens: it must have at most {limit - 1}, for a position table of {limit} rows"
+        )
     if max(lengths) + max_new_tokens > limit:
         raise UserError(
             f"max_new_tokens is {max_new_tokens}: with a prompt of {max(lengths)} tokens it must be at most "
@@ -201,22 +206,27 @@ class GenerateArgs:
     prompt: tuple[str, ...] = ("",)
     """One or more prompts."""
     max_new_tokens: int = 100
+    """Most tokens to add to a prompt."""
     temperature: float = 0.8
     """0 is greedy."""
     top_k: int = 0
     """0: all tokens."""
     top_p: float = 0.95
+    """Only the likeliest tokens that together reach this probability."""
     greedy: bool = False
     """Always the likeliest token."""
     seed: int = 0
+    """Of the random choices."""
     ignore_eos: bool = False
     """Continue after an end-of-sequence token."""
     precision: Precision = "float32"
+    """Compute precision."""
 
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    args = tyro.cli(GenerateArgs, args=argv, prog="python -m jaxllm.generate")
+    args: GenerateArgs = parse(GenerateArgs, argv, "python -m jaxllm.generate", __doc__)
+    check_devices()
     use_compilation_cache()
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
     model = load_model(args.run, args.precision)

@@ -28,11 +28,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # both frameworks on one device, 
 
 from convert.to_flax import read_folder_config, read_weights
 from convert.to_torch import export_run, read_source
+from jaxllm.command_line import parse
 from jaxllm.config import ModelConfig, preset
 from jaxllm.config.families import is_interleaved, names_of
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.generate import tokenizer_folder
 from jaxllm.run.checkpoint import Weights, is_run, load_weights
+from jaxllm.run.runtime import check_devices
 from parity_tests.compare import Row
 from parity_tests.forward import random_weights, torch_model
 from parity_tests.hf_mutations import STOCK_MUTATIONS
@@ -153,7 +155,8 @@ def find_tokenizer(args: ParityArgs) -> Path | None:
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> int:
-    args = tyro.cli(ParityArgs, args=argv, prog="python -m parity_tests", description=__doc__)
+    args: ParityArgs = parse(ParityArgs, argv, "python -m parity_tests", __doc__)
+    check_devices()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

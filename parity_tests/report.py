@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from jaxllm.run.reporting import new_figure
 from parity_tests.compare import TOLERANCES, Row
 from parity_tests.forward import PARTS
 from parity_tests.ladder import Curve
@@ -106,12 +107,8 @@ def _number(value: Any) -> Any:
 
 def draw_report(file: Path, rows: list[Row], curve: Curve, title: str) -> None:
     """Draw `parity.png`: the error of each part by depth, both loss curves, and their difference."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (depth, losses) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure = new_figure(figsize=(12, 4.5), layout="constrained")
+    depth, losses = figure.subplots(1, 2)
     figure.suptitle(title)
     for part in PARTS:
         errors = [row.relative_l2 for row in rows if row.rung == "layers" and row.what == part]
@@ -135,7 +132,6 @@ def draw_report(file: Path, rows: list[Row], curve: Curve, title: str) -> None:
         apart.plot(steps, _drawable(np.abs(np.subtract(curve.jax, curve.torch))), ".", color="gray", markersize=3)
         apart.set(ylabel="difference (dots)", yscale="log")
     figure.savefig(file, dpi=100)
-    plt.close(figure)
 
 
 def _drawable(errors) -> np.ndarray:

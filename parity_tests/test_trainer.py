@@ -269,7 +269,7 @@ def test_the_folder_and_the_log_are_those_of_train_py(torch_run, run):
 
 def test_the_printed_output(again, capsys):
     folder, args = again
-    assert torch_ref.train.main([*args, "--steps", "2", "--overwrite"]) == 0
+    assert torch_ref.train.main([*args, "--steps", "2", "--overwrite", "--log-format", "dict"]) == 0
     out = capsys.readouterr().out
     for part in ("Model parameters: 0.05M", "(0-1): 2 x DecoderLayer(", "in float32 on cpu", "Evaluation loss"):
         assert part in out

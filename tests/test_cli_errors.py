@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_type_hints
+
 import pytest
 
 import train
 from convert import __main__ as convert
 from jaxllm import generate as generation
+from jaxllm.command_line import parse
+from jaxllm.config import PRESETS, TrainConfig
 from jaxllm.data import sources as corpora
 from jaxllm.data import tokenizer as tokenizers
+from jaxllm.plan import __main__ as plan
+from jaxllm.run import replay
+
+ROOT = Path(__file__).parents[1]
 
 
 def refused(main, arguments: list[str], capsys, *parts: str) -> None:
@@ -86,3 +99,68 @@ def test_generate_and_convert_refuse_a_folder_that_is_no_run(run, tmp_path, caps
     refused(generation.main, [str(run), "--max-new-tokens", "500"], capsys, "max_new_tokens is 500", "64 rows")
     refused(generation.main, [str(run), "--top-p", "1.5"], capsys, "top_p is 1.5")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tilde_in_any_path_option_is_the_home_folder(tmp_path, monkeypatch):
+    """The shell leaves it in `--run-dir=~/run`. Each path of each command is given as `~/NAME`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen = 0
+    for kind in (
+        TrainConfig,
+        generation.GenerateArgs,
+        replay.ReplayArgs,
+        plan.PlanArgs,
+        convert.ToTorch,
+        convert.ToFlax,
+    ):
+        hints = {name: hint for name, hint in get_type_hints(kind, include_extras=True).items() if "Path" in str(hint)}
+        flags = [name for name, hint in hints.items() if "Positional" not in str(hint)]
+        arguments = [f"--{name.replace('_', '-')}=~/{name}" for name in flags]
+        arguments += [f"~/{name}" for name in hints if name not in flags]
+        parsed = parse(kind, [*arguments, *(["1"] if kind is replay.ReplayArgs else [])], "test")
+        assert {name: str(getattr(parsed, name)) for name in hints} == {name: f"{tmp_path}/{name}" for name in hints}
+        seen += len(hints)
+    assert seen >= 8
+
+
+def test_every_command_line_is_read_in_one_place():
+    sources = [file for room in ("jaxllm", "convert", "torch_ref") for file in (ROOT / room).rglob("*.py")]
+    assert [file.name for file in sources if "tyro.cli(" in file.read_text()] == ["command_line.py"]
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu", "nonsense"])
+def test_a_device_that_is_not_here_is_named_in_a_line(platform, run, tmp_path):
+    program = (
+        "import sys, train; from convert import __main__ as convert; from jaxllm import generate\n"
+        "from jaxllm.run import replay\n"
+        f"generate.main([{str(run)!r}]); replay.main([{str(run)!r}, '12'])\n"
+        f"convert.main(['to-torch', {str(run)!r}, {str(tmp_path / 'out')!r}])\n"
+        f"sys.exit(train.main(['--run-dir', {str(tmp_path / 'run')!r}]))"
+    )
+    command = [sys.executable, "-c", program]
+    environment = os.environ | {"JAX_PLATFORMS": platform}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    errors = done.stderr.splitlines()
+    assert len(errors) == 4, done.stderr
+    assert all(line.startswith(f"error: JAX_PLATFORMS is '{platform}': ") for line in errors)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("main", [train.main, generation.main, plan.main, replay.main])
+def test_the_help_explains_every_option_and_names_the_presets(main, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")  # one column
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    if main in (train.main, plan.main):
+        assert f"one of {', '.join(PRESETS)}." in " ".join(said.replace("│", " ").split())
+    examples = [line.strip() for line in said.splitlines() if "python " in line and not line.startswith(("usage", "│"))]
+    assert examples
+    assert all(line.startswith("python ") and line.count("python ") == 1 for line in examples)
+    options = re.split(r"│ (?=-)", said)[1:]
+    for option in options:
+        words = re.sub(r"[│─╭╮╰╯].*?options.*", "", option).replace("│", " ")
+        explanation = words.partition("(default")[0].split(maxsplit=1)[-1]
+        if not option.startswith("--model."):  # their names are transformers'
+            assert re.search(r"[a-z]{2,}[a-z :;,`.()-]* [a-z]+", explanation), option

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 import train
+from convert import __main__ as convert
 from jaxllm import generate as generation
 from jaxllm.errors import UserError
-from jaxllm.run.checkpoint import choose_checkpoint, load_weights
+from jaxllm.run import checkpoint
+from jaxllm.run.checkpoint import CheckpointReader, choose_checkpoint, load_weights
 from jaxllm.run.checksums import CHECKSUMS_FILE, find_damage
 from tests.fingerprint import fingerprint
 
@@ -136,3 +138,44 @@ def test_a_malformed_list_is_reported_as_damage_in_one_line(values, damaged, cap
     (newest / CHECKSUMS_FILE).write_text(json.dumps({"sha256": own, "list": whole}))
     assert choose_checkpoint(damaged) == (10, [20])
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["generate", "to-torch", "to-torch --training"])
+@pytest.mark.parametrize("moment", ["checksums", "restore"])
+def test_a_checkpoint_that_the_trainer_removes_while_it_is_read_is_looked_for_again(
+    command, moment, run, tmp_path, capsys, monkeypatch
+):
+    """As with --keep-checkpoints 1: another one is there before the one that is being read goes."""
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    (folder / "checkpoints" / "20").rename(tmp_path / "20")
+    where, name = (checkpoint, "find_damage") if moment == "checksums" else (CheckpointReader, "_restore")
+    original = getattr(where, name)
+
+    def removing(*args, **kwargs):
+        if (tmp_path / "20").exists():
+            (tmp_path / "20").rename(folder / "checkpoints" / "20")
+            shutil.rmtree(folder / "checkpoints" / "10" / "weights")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(where, name, removing)
+    if command == "generate":
+        assert generation.main([str(folder), "--max-new-tokens", "2"]) == 0
+    else:
+        name, *options = command.split()
+        assert convert.main([name, str(folder), str(tmp_path / "out"), *options]) == 0
+    assert capsys.readouterr().err == ""
+    if "--training" in command:
+        assert (tmp_path / "out" / "checkpoint-20").is_dir()
+
+
+def test_checkpoints_that_are_removed_faster_than_they_are_read_end_in_a_line(run, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+
+    def removing(reader, **targets):
+        newest = folder / "checkpoints" / str(reader.step)
+        newest.rename(newest.with_name(str(reader.step + 1)))
+        raise UserError("cannot be read")
+
+    monkeypatch.setattr(CheckpointReader, "_restore", removing)
+    with pytest.raises(UserError, match="larger --keep-checkpoints"):
+        load_weights(folder)

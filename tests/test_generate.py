@@ -97,6 +97,9 @@ def test_sampling_is_limited_to_the_likeliest_tokens(sampling, possible):
 def test_too_long_is_refused(model):
     with pytest.raises(UserError, match=r"max_new_tokens is 250.*at most 246"):
         generate(model, [[1] * 10], 250)
+    for length in (256, 473):
+        with pytest.raises(UserError, match=f"prompt has {length} tokens.*at most 255"):
+            generate(model, [[1] * length], 1)
     with pytest.raises(UserError, match="prompt is empty"):
         generate(model, [[]], 5)
 

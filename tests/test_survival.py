@@ -24,6 +24,7 @@ from jaxllm.run.evaluation import Evaluator
 from jaxllm.run.lock import LOCK_FILE, FolderLock
 from jaxllm.run.metrics import RunLog
 from jaxllm.run.monitor import StepMonitor
+from jaxllm.run.signals import STOPPING, stop_on_signals
 from jaxllm.run.tensorboard import TensorBoardWriter
 from tests.chaos import Options, chaos
 from tests.fingerprint import fingerprint
@@ -43,7 +44,15 @@ def largest_file(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGINT, 130)]
+    ("number", "code"),
+    [
+        (signal.SIGINT, 130),
+        (signal.SIGHUP, 129),
+        *(
+            pytest.param(number, 128 + number, marks=pytest.mark.slow)
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+        ),
+    ],
 )
 def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(
     number, code, run, narrow, tmp_path, capsys, monkeypatch
@@ -68,6 +77,28 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(
     assert train.main([*narrow, "--run-dir", str(folder)]) == 0
     assert f"Resuming from step {newest}" in capsys.readouterr().out
     assert fingerprint(folder) == fingerprint(run)
+
+
+def test_every_stopping_signal_asks_to_stop_unless_it_is_ignored():
+    """`nohup` and background jobs ignore some: those stay ignored."""
+    before = [signal.getsignal(number) for number in STOPPING]
+    for number in STOPPING:
+        with stop_on_signals() as request:
+            os.kill(os.getpid(), number)
+            _until(lambda request=request: request.signal is not None)
+        assert request.exit_code == 128 + number
+    assert [signal.getsignal(number) for number in STOPPING] == before
+    try:
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_IGN)
+        with stop_on_signals() as request:
+            for number in STOPPING:
+                os.kill(os.getpid(), number)
+            time.sleep(0.1)
+        assert request.signal is None
+    finally:
+        for number, handler in zip(STOPPING, before, strict=True):
+            signal.signal(number, handler)
 
 
 def test_a_signal_between_two_lines_of_the_log_loses_no_loss(narrow, tmp_path, monkeypatch):
@@ -218,19 +249,16 @@ def test_a_disk_that_is_really_full_ends_the_run_with_a_line(every, narrow, tmp_
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_a_dead_tensorboard_writer_raises_instead_of_hanging(tmp_path, capsys):
+def test_a_dead_tensorboard_writer_is_done_without(tmp_path, capsys):
     board = TensorBoardWriter(tmp_path, 0)
-
-    def write_on() -> None:
-        for step in range(5000):
+    with largest_file(1000):
+        for step in range(2000):
             board.write({"step": step, "loss": 1.0})
             time.sleep(0.001)
-
-    with largest_file(1000), pytest.raises(OSError, match=str(tmp_path)):
-        write_on()
-    assert "Traceback" not in capsys.readouterr().err
-    with pytest.raises(OSError, match=str(tmp_path)):
         board.close()
+    assert (
+        capsys.readouterr().err == "warning: TensorBoard's events are no longer written ([Errno 27] File too large)\n"
+    )
 
 
 def test_a_second_process_on_the_folder_is_refused_with_the_first_one_s_name(run, narrow, tmp_path, capsys):

@@ -120,6 +120,13 @@ def test_a_finished_run_reports_it_and_more_steps_continue(run, narrow, tmp_path
     assert [record["step"] for record in lines(folder, "loss")] == list(range(1, 23))
 
 
+@pytest.mark.parametrize(("steps", "said"), [("2", True), ("3", False)])
+def test_a_warm_up_that_is_not_shorter_than_the_run_is_said(steps, said, narrow, tmp_path, capsys):
+    arguments = ["--steps", steps, "--warmup-steps", "2", "--sample-tokens", "0", "--run-dir", str(tmp_path / "run")]
+    assert train.main([*narrow, *arguments]) == 0
+    assert ("The warm-up of 2 steps is not shorter than the run of 2" in capsys.readouterr().out) == said
+
+
 def test_overwrite_starts_over(run, narrow, tmp_path, capsys):
     folder = shutil.copytree(run, tmp_path / "run")
     assert train.main([*narrow, "--run-dir", str(folder), "--steps", "2", "--overwrite"]) == 0
@@ -147,6 +154,24 @@ def test_all_options_that_forbid_a_resume_are_named_at_once(run, narrow, capsys)
     error = capsys.readouterr().err.splitlines()[-1]
     assert "beta1 is 0.5, and the run has 0.9; seed is 7, and the run has 0" in error
     assert "steps" not in error  # this one may change
+    assert "--overwrite" not in error  # nothing is wrong with the run
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("data", "--data", "no/such/folder"),  # each of these is refused on its own, in another place
+        ("text_field", "--text-field", "body"),
+        ("model.vocab_size", "--model.vocab-size", "100"),
+        ("tokenizer", "--tokenizer", "./nowhere"),
+    ],
+)
+def test_a_changed_option_that_is_also_wrong_is_named_with_the_others(change, run, narrow, capsys):
+    name, *options = change
+    assert train.main([*narrow, "--seed", "7", *options, "--run-dir", str(run)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{name} is " in error
+    assert "seed is 7, and the run has 0" in error
 
 
 def test_a_bare_resume_takes_its_options_from_the_run(run, tmp_path, capsys):
@@ -156,14 +181,20 @@ def test_a_bare_resume_takes_its_options_from_the_run(run, tmp_path, capsys):
     assert "Resuming from step 20" in capsys.readouterr().out
     after = read_json(folder / "train_config.json")
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"run_dir", "steps"}
+    assert changed == {"steps"}
 
 
 def test_options_of_one_start_are_not_kept(narrow, tmp_path):
     folder = tmp_path / "run"
     arguments = [*narrow, "--steps", "1", "--sample-tokens", "0", "--run-dir", str(folder)]
     assert train.main([*arguments, "--overwrite", "--strict"]) == 0
-    assert not read_json(folder / "train_config.json").keys() & {"overwrite", "strict", "coordinator", "process_id"}
+    assert not read_json(folder / "train_config.json").keys() & {
+        "overwrite",
+        "strict",
+        "coordinator",
+        "process_id",
+        "run_dir",
+    }
     assert train.main(["--run-dir", str(folder), "--steps", "2"]) == 0  # it does not start over
     assert [record["step"] for record in lines(folder, "loss")] == [1, 2]
 

@@ -41,7 +41,7 @@ def last_checkpoint(run: Path) -> Checkpoint | None:
     missing += [] if _is_count(state.get("train_batch_size")) else ["train_batch_size in trainer_state.json"]
     if missing:
         raise UserError(
-            f"the checkpoint {folder} lacks {', '.join(missing)}: delete that folder to use the one before it"
+            f"the checkpoint {folder} lacks {', '.join(missing)}: move the folder elsewhere to use the one before it"
         )
     return Checkpoint(folder, step)
 
@@ -68,5 +68,6 @@ def reading(folder: str | Path) -> Iterator[None]:
         raise
     except Exception as error:  # torch, pickle, safetensors and the file system raise different types
         raise UserError(
-            f"the checkpoint {folder} cannot be read ({one_line(error)}): delete that folder to use the one before it"
+            f"the checkpoint {folder} cannot be read ({one_line(error)}): "
+            "move the folder elsewhere to use the one before it"
         ) from None

@@ -51,7 +51,7 @@ def train(prepared: Prepared[RunConfig], model: CustomLLM | None = None) -> Cust
         stream.seek(read_position(checkpoint.folder / POSITION_FILE, config.data.seq_len, config.model.vocab_size))
         print(f"Resuming from step {first_step} of {config.folder}")
     device = choose_device(config)
-    announce(config, sum(p.numel() for p in model.parameters()), str(model), str(device))
+    announce(config, sum(p.numel() for p in model.parameters()), None if first_step else str(model), str(device))
 
     samples = TextGenerationCallback(config, prepared.tokenizer)
     if checkpoint is not None and first_step >= config.schedule.steps:
@@ -67,7 +67,7 @@ def train(prepared: Prepared[RunConfig], model: CustomLLM | None = None) -> Cust
     batches = MicroBatches(stream, config)
     trainer = CustomLLMTrainer(prepared, model, batches)
     history = History.from_records([record for record in read_metrics(config.folder) if record["step"] <= first_step])
-    run_log = RunLog(config.folder, history, first_step, config.schedule.steps)
+    run_log = RunLog(config, history, first_step)
     trainer.add_callback(LogCallback(prepared, run_log, batches, trainer.routing, peak_tflops))
     trainer.add_callback(samples)
     try:

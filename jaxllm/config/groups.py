@@ -70,8 +70,11 @@ class OptimConfig(_Checked):
     weight_decay: float = option(0.1, ge=0)
     """Decoupled decay of the matrices; norms, biases and the routing bias have none."""
     beta1: float = option(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
     beta2: float = option(0.95, ge=0, lt=1)
+    """Decay of the second moment."""
     adam_eps: float = option(1e-8, gt=0)
+    """Added to the root of the second moment."""
     max_grad_norm: float = option(1.0, gt=0)
     """Global gradient norm above which gradients are scaled down."""
     bias_update_rate: float = option(1e-3, ge=0)
@@ -89,6 +92,7 @@ class ScheduleConfig(_Checked):
     steps: int = option(600, ge=1, resumable=True)
     """Optimizer steps."""
     warmup_steps: int = option(50, ge=0)
+    """Steps over which the learning rate rises from 0 to its peak."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,7 @@ class SaveConfig(_Checked):
     """Which checkpoints a run writes and keeps."""
 
     save_every: int = option(200, ge=1, resumable=True)
+    """Steps between two checkpoints."""
     keep_checkpoints: int = option(2, ge=1, resumable=True)
     """How many of the newest checkpoints are kept; train.py also keeps the one with the lowest evaluation loss."""
 
@@ -181,7 +186,13 @@ class LoggingConfig(_Checked):
     """What is measured and reported."""
 
     log_every: int = option(25, ge=1, resumable=True)
+    """Steps between two lines of the log."""
+    log_format: Literal["text", "dict"] = option("text", resumable=True)
+    """Lines of the console: `text` to read, or `dict` with every value, as the source prints them."""
+    log_to: Literal["none", "wandb", "trackio"] = option("none", resumable=True)
+    """Send the log to Weights & Biases or trackio as well, through their own library."""
     eval_every: int = option(100, ge=1, resumable=True)
+    """Steps between two evaluations."""
     eval_samples: int = option(100, ge=1, resumable=True)
     """Rows of the held-out part that an evaluation reads."""
     peak_tflops: float | None = option(None, gt=0, resumable=True)
@@ -198,4 +209,6 @@ class SamplingConfig(_Checked):
     sample_tokens: int = option(96, ge=0, resumable=True)
     """New tokens for each of these prompts; 0 generates nothing."""
     temperature: float = option(0.5, ge=0, resumable=True)
+    """Divides the logits of the samples; 0 is greedy."""
     top_p: float = option(0.95, gt=0, le=1, resumable=True)
+    """Only the likeliest tokens that together reach this probability."""

@@ -31,13 +31,14 @@ Flat = Annotated[Group, tyro.conf.OmitArgPrefixes]
 class RunConfig:
     """What decides a training run in either framework: all that `python -m torch_ref.train` takes."""
 
-    preset: str = option("tiny", resumable=True)
-    """Model preset: one of jaxllm.PRESETS."""
+    preset: Annotated[str, tyro.conf.arg(help=f"The model's shape: one of {', '.join(PRESETS)}.")] = option(
+        "tiny", resumable=True
+    )
     recipe: str = option("default", resumable=True)
     """Training recipe: `default` (minutes on a CPU) or `seed` (the source's run)."""
     model: ModelConfig = field(default_factory=lambda: PRESETS["tiny"])
     """Single values of the preset can be overridden, e.g. --model.num-hidden-layers 2."""
-    run_dir: Path | None = option(None, resumable=True)
+    run_dir: Path | None = option(None, resumable=True, saved=False)
     """Folder of the run; default: runs/PRESET."""
     overwrite: bool = option(False, resumable=True, saved=False)
     """Delete the earlier run in the folder and start over."""
@@ -46,6 +47,7 @@ class RunConfig:
     remat: bool = option(False, resumable=True)
     """Recompute each layer in the backward pass instead of keeping its activations."""
     seed: int = option(0, ge=0, le=2**63 - 1)
+    """Of the weights, the order of the data, dropout and the samples."""
     data: Flat[groups.DataConfig] = field(default_factory=groups.DataConfig)
     optim: Flat[groups.OptimConfig] = field(default_factory=groups.OptimConfig)
     schedule: Flat[groups.ScheduleConfig] = field(default_factory=groups.ScheduleConfig)
@@ -120,8 +122,7 @@ class RunConfig:
         values["model"] = ModelConfig.from_dict(values["model"])
         if isinstance(prompts := values.get("prompts"), list):
             values["prompts"] = tuple(prompts)
-        if isinstance(run_dir := values.get("run_dir"), str):
-            values["run_dir"] = Path(run_dir)
+        values.pop("run_dir", None)  # of an earlier version: a run is where it is found
         return cls.from_options(**values)
 
     def as_type(self, cls: type[Config]) -> Config:
@@ -224,6 +225,7 @@ SEED_RECIPE = {
     "recipe": "seed", "data": "HuggingFaceTB/smollm-corpus", "data_config": "cosmopedia-v2",
     "tokenizer": "HuggingFaceTB/cosmo2-tokenizer", "seq_len": 256, "batch_size": 4, "grad_accum": 8, "steps": 10_000,
     "learning_rate": 2e-5, "warmup_steps": 2_000, "weight_decay": 0.0, "beta2": 0.999, "log_every": 100,
+    "log_format": "dict",
     "eval_every": 1_000, "save_every": 1_000, "prompts": groups.STORY_PROMPTS,
 }  # fmt: skip
 """What the source's run has other than the defaults."""

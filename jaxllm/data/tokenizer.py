@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from jaxllm.config import PRESETS, TOKENIZER_SIZED_PRESETS, ModelConfig, RunConfig
 from jaxllm.data.sources import Source, hub_reachable
 from jaxllm.errors import UserError, listed, one_line, shown
-from jaxllm.files import cache_folder, check_file, read_json, write_text_atomically
+from jaxllm.files import cache_folder, check_file, plain_path, read_json, write_text_atomically
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -73,7 +73,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         with panics_as_errors():
             if path.exists():  # not by AutoTokenizer: it would offer to run the code of an exported folder
-                tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path))
+                with plain_path(path) as plain:
+                    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(plain))
             else:
                 from transformers import AutoTokenizer  # here: where PyTorch is installed, its import takes seconds
 

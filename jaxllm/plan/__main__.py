@@ -16,7 +16,8 @@ from typing import Annotated
 
 import tyro
 
-from jaxllm.config import Precision, TrainConfig, preset, recipe
+from jaxllm.command_line import parse
+from jaxllm.config import PRESETS, Precision, TrainConfig, preset, recipe
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.files import write_json
 from jaxllm.plan.estimate import Plan, Refused, check_extra, compile_plan, largest_batch, meshes, usable_bytes
@@ -28,8 +29,7 @@ from jaxllm.plan.targets import load_target
 class PlanArgs:
     """Compile the training step for a device that is not here. Exits with 1 where it does not fit."""
 
-    preset: str = "customllm-1b"
-    """Model preset: one of jaxllm.PRESETS."""
+    preset: Annotated[str, tyro.conf.arg(help=f"The model's shape: one of {', '.join(PRESETS)}.")] = "customllm-1b"
     target: str = "h100"
     """A file of jaxllm/plan/devices by its name (h100, a100-80, l4, rtx4090, tpu-v5p ...), or the path of another."""
     devices: int | None = None
@@ -43,6 +43,7 @@ class PlanArgs:
     grad_accum: int = 1
     """Micro-batches in a step."""
     precision: Precision = "bfloat16"
+    """Compute precision."""
     remat: bool = False
     """Recompute each layer in the backward pass; a search tries both."""
     tokens: int | None = None
@@ -65,7 +66,7 @@ class PlanArgs:
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> int:
-    args = tyro.cli(PlanArgs, args=argv, prog="python -m jaxllm.plan")
+    args: PlanArgs = parse(PlanArgs, argv, "python -m jaxllm.plan", __doc__)
     target = load_target(args.target)
     config = TrainConfig.from_options(
         preset=args.preset,

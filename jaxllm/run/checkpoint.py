@@ -13,9 +13,9 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ from jaxllm.config import FORMAT, SPECIAL_TOKENS, ModelConfig, RunConfig
 from jaxllm.config.families import read_config
 from jaxllm.data.stream import MAX_POSITION_BYTES, Position
 from jaxllm.errors import UserError, one_line
-from jaxllm.files import read_json
+from jaxllm.files import plain_path, read_json
 from jaxllm.model.decoder import abstract_model
 from jaxllm.run.checksums import find_damage, read_list
 from jaxllm.run.history import History
@@ -35,6 +35,11 @@ from jaxllm.train.optim import AdamState
 from jaxllm.train.state import TrainState, abstract_state, start_state
 
 Pytree = Any
+
+T = TypeVar("T")
+
+MAX_LOOKS = 10
+"""How often a checkpoint that is removed while it is read may be replaced by a newer one."""
 
 
 class Weights(NamedTuple):
@@ -68,6 +73,8 @@ def is_run(folder: Path) -> bool:
 def choose_checkpoint(run: Path, *, strict: bool = False, before: int | None = None) -> Choice:
     """The newest checkpoint whose checksums agree; each damaged one that is newer is named in a line on stderr.
 
+    A run that is training may remove a checkpoint while it is read, because it has saved a newer one: that is read.
+
     Args:
         run: the run's folder.
         strict: refuse to use an older checkpoint in place of a damaged one.
@@ -77,7 +84,7 @@ def choose_checkpoint(run: Path, *, strict: bool = False, before: int | None = N
         UserError: all are damaged, or one is and `strict` is set; or the model's config or the tokenizer is not the
             one that the checkpoint was written with.
     """
-    folder = run / "checkpoints"
+    folder, newest = run / "checkpoints", _newest_step(run)
     damaged: list[int] = []
     for step in sorted(_steps(run), reverse=True):
         if before is not None and step >= before:
@@ -86,6 +93,8 @@ def choose_checkpoint(run: Path, *, strict: bool = False, before: int | None = N
         if damage is None:
             _check_context(run, folder / str(step))
             return Choice(step, damaged)
+        if _newest_step(run) > newest:
+            return choose_checkpoint(run, strict=strict, before=before)
         if strict:
             raise UserError(
                 f"the checkpoint {folder / str(step)} is damaged ({damage}): "
@@ -96,8 +105,8 @@ def choose_checkpoint(run: Path, *, strict: bool = False, before: int | None = N
     if damaged:
         earlier = "" if before is None else f" before step {before}"
         raise UserError(
-            f"{folder} holds no checkpoint{earlier} that is not damaged: put the files back, or pass --overwrite to "
-            "start over"
+            f"{folder} holds no checkpoint{earlier} that is not damaged: put the files back, or start "
+            "over in another --run-dir"
         )
     return Choice(None, damaged)
 
@@ -110,6 +119,10 @@ def _steps(run: Path) -> list[int]:
 
 def oldest_step(run: Path) -> int | None:
     return min(_steps(run), default=None)
+
+
+def _newest_step(run: Path) -> int:
+    return max(_steps(run), default=-1)
 
 
 def checkpoint_context(run: Path) -> dict[str, Any]:
@@ -224,7 +237,8 @@ class CheckpointReader:
         A few bytes can claim any shape: it is checked before memory is allocated for it.
         """
         try:
-            found: Any = ocp.StandardCheckpointHandler().metadata(epath.Path((self._folder / "positions").absolute()))
+            with plain_path(self._folder) as folder:
+                found: Any = ocp.StandardCheckpointHandler().metadata(epath.Path(folder / "positions"))
             shapes = {name: tuple(leaf.shape) for name, leaf in dict(found).items()}
         except Exception as error:  # as in `_restore`
             raise self._unreadable(error) from None
@@ -239,15 +253,15 @@ class CheckpointReader:
             for name, target in targets.items()
         }
         try:
-            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-                return dict(checkpointer.restore(self._folder.absolute(), args=ocp.args.Composite(**args)))
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer, plain_path(self._folder) as folder:
+                return dict(checkpointer.restore(folder, args=ocp.args.Composite(**args)))
         except Exception as error:  # orbax, tensorstore and the file system raise kinds of their own
             raise self._unreadable(error) from None
 
     def _unreadable(self, error: Exception) -> UserError:
         return UserError(
-            f"the checkpoint {self._folder} cannot be read ({one_line(error)}): "
-            "delete that folder to use the one before it"
+            f"the checkpoint {self._folder} cannot be read ({one_line(error)}): it is what was written, so try with "
+            "the versions that wrote it; move the folder elsewhere to use the one before it"
         )
 
 
@@ -275,6 +289,25 @@ def newest_checkpoint(run: Path) -> CheckpointReader:
     return CheckpointReader(run, step)
 
 
+def read_newest(run: Path, read: Callable[[CheckpointReader], T]) -> T:
+    """What `read` makes of the newest undamaged checkpoint. It is called again if a training run removes that one.
+
+    Raises:
+        UserError: as `newest_checkpoint` and `read`; or new checkpoints come faster than one is read.
+    """
+    for _ in range(MAX_LOOKS):
+        newest = _newest_step(run)
+        try:
+            return read(newest_checkpoint(run))
+        except UserError:
+            if _newest_step(run) <= newest:
+                raise
+    raise UserError(
+        f"{run / 'checkpoints'}: the run that trains there removes each checkpoint before it is read: resume it with "
+        "a larger --keep-checkpoints or --save-every"
+    )
+
+
 def load_weights(run: Path) -> tuple[ModelConfig, Weights]:
     """Model config and newest weights of a run folder.
 
@@ -282,4 +315,4 @@ def load_weights(run: Path) -> tuple[ModelConfig, Weights]:
         UserError: it is no run, or the checkpoint cannot be read.
     """
     config = read_model_config(run)
-    return config, newest_checkpoint(run).weights(config)
+    return config, read_newest(run, lambda saved: saved.weights(config))

@@ -1,5 +1,6 @@
 """Writing the checkpoints of a run in the background: each is whole, on disk and checksummed before it has its name."""
 
+import asyncio
 import contextlib
 import functools
 import logging
@@ -20,21 +21,24 @@ from orbax.checkpoint.path import atomicity
 
 from jaxllm.config import ModelConfig, RunConfig
 from jaxllm.errors import UserError, one_line
-from jaxllm.files import rename_durably, write_json
+from jaxllm.files import plain_path, rename_durably, write_json
 from jaxllm.run.checkpoint import ResumeState, Weights, checkpoint_context
 from jaxllm.run.checksums import write_checksums
 from jaxllm.run.history import History
 from jaxllm.train.state import TrainState, abstract_state
 
 
-class _ChecksummedPath(atomicity.AtomicRenameTemporaryPath):
-    """The folder that a checkpoint is written to: its checksums are written, then it gets its name."""
+class _ChecksummedFolder(atomicity.AtomicRenameTemporaryPath):
+    """The folder that a checkpoint is written to: it is found to be readable, gets its checksums, then its name."""
 
     async def finalize(self) -> None:
         made, final = Path(self.get()), Path(self.get_final())
         if not final.name.isdecimal():  # an item within it
             await super().finalize()
             return
+        # Where orbax could not merge what the processes wrote, it says nothing: open every array.
+        for item in {part.parent for part in made.glob("*/ocdbt.process_*/")}:
+            await asyncio.to_thread(ocp.StandardCheckpointHandler().metadata, epath.Path(item))
         write_checksums(made, checkpoint_context(final.parent.parent))
         rename_durably(made, final)
 
@@ -69,12 +73,14 @@ class CheckpointWriter:
         kept = [policies.LatestN(keep), self._keep_best]
         kept += [policies.EveryNSteps(keep_every)] if keep_every else []
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(kept), temporary_path_class=_ChecksummedPath
+            preservation_policy=policies.AnyPreservationPolicy(kept), temporary_path_class=_ChecksummedFolder
         )
         self._writing: int | None = None  # the step that is being written
         _silence_duplicate_errors()
+        self._cleanup = contextlib.ExitStack()
         with self._storage_errors():
-            self._manager = ocp.CheckpointManager(epath.Path(self._folder.absolute()), options=options)
+            alias = self._cleanup.enter_context(plain_path(run))
+            self._manager = ocp.CheckpointManager(epath.Path(alias / "checkpoints"), options=options)
 
     def save(self, step: int, state: TrainState, positions: Sequence[bytes], history: History) -> None:
         """Save a state in the form of one device (`Trainer.unshard`), over however many devices it is spread.
@@ -118,6 +124,7 @@ class CheckpointWriter:
             self.wait()
         with contextlib.suppress(Exception):  # orbax re-raises the error
             self._manager.close()
+        self._cleanup.close()
 
     def _save(self, step: int, **items: ocp.args.CheckpointArgs) -> None:
         self.wait()
@@ -142,8 +149,8 @@ class CheckpointWriter:
 
 def _reason(error: Exception) -> str:
     """The system's message, where tensorstore has its code at the end of a long one; or the first line."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    return os.strerror(int(code[1])) if code else one_line(error)
+    code = re.search(r"os_error_code='(\d+)'|\[Errno (\d+)\]", str(error))
+    return os.strerror(int(code[1] or code[2])) if code else one_line(error)
 
 
 @functools.cache

@@ -50,7 +50,7 @@ def _list_checksum(whole: dict[str, Any]) -> str:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with the first file that has changed since it was written; None if none has."""
+    """What is wrong with the first file that has changed since it was written, or never was; None if nothing is."""
     if not (folder / CHECKSUMS_FILE).exists():
         return f"{CHECKSUMS_FILE} is missing: it was never finished, or is of an earlier version"
     whole = read_list(folder)
@@ -71,6 +71,10 @@ def find_damage(folder: Path) -> str | None:
                     return f"{name} has another checksum than when it was written"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
+    # Each process writes a database; an item is read through the one that merges them.
+    for part in folder.glob("*/ocdbt.process_*/"):
+        if not (part.parent / "manifest.ocdbt").is_file():
+            return f"{part.parent.name}/manifest.ocdbt was never written"
     return None
 
 

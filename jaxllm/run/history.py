@@ -95,7 +95,7 @@ class History:
         """
         names = [f.name for f in dataclasses.fields(cls)]
         if not isinstance(values, dict) or not all(_fits(name, values.get(name)) for name in names):
-            raise UserError("the checkpoint's history has another form: delete that checkpoint to use another")
+            raise UserError("the checkpoint's history has another form: move that checkpoint elsewhere to use another")
         return cls(**{name: values[name] for name in names})
 
     @classmethod

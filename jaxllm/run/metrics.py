@@ -1,8 +1,9 @@
-"""What a run reports: console lines in the source's form, metrics.jsonl, TensorBoard events, the loss picture."""
+"""What a run reports while it trains: console lines, metrics.jsonl, TensorBoard events, and other trackers."""
 
 import contextlib
 import json
 import math
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,25 @@ from jaxllm.model import flops
 from jaxllm.run.history import History
 from jaxllm.run.tensorboard import TensorBoardWriter
 from jaxllm.run.throughput import Speed
+from jaxllm.run.trackers import Tracker
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class RunLog:
-    """Writes each record to the console (around the progress bar), to `metrics.jsonl` and to TensorBoard."""
+    """Writes each record to the console (around the progress bar), to `metrics.jsonl` and to the trackers.
 
-    def __init__(self, folder: Path, history: History, first_step: int, last_step: int):
+    There is no bar where stderr is no terminal.
+    """
+
+    def __init__(self, config: RunConfig, history: History, first_step: int):
         """`metrics.jsonl` is rewritten from the history: what an earlier process logged beyond it is dropped."""
-        self._history = history
-        self._path = folder / METRICS_FILE
-        write_metrics(folder, history.records)
+        self._config, self._history = config, history
+        self._path = config.folder / METRICS_FILE
+        write_metrics(config.folder, history.records)
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
-        self._tensorboard = TensorBoardWriter(folder / "tensorboard", first_step)
-        self.bar = tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True)
+        self._trackers = [TensorBoardWriter(config.folder / "tensorboard", first_step), Tracker(config)]
+        self.bar = tqdm(total=config.schedule.steps, initial=first_step, unit="step", dynamic_ncols=True, disable=None)
 
     def write(self, record: dict[str, Any]) -> None:
         """Log one record, which has a `step`.
@@ -37,18 +42,19 @@ class RunLog:
             OSError: it cannot be written to the disk.
         """
         self._history.add_record(record)
-        with contextlib.suppress(OSError):  # the console may be closed: Ctrl-C also ends what it is piped into
-            tqdm.write(str(record))
+        tqdm.write(console_line(self._config, record) if self._config.logging.log_format == "text" else str(record))
         try:
             self._file.write(json_line(record))
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from None
-        self._tensorboard.write(record)
+        for each in self._trackers:
+            each.write(record)
 
     def close(self) -> None:
         self.bar.close()
         self._file.close()
-        self._tensorboard.close()
+        for each in self._trackers:
+            each.close()
 
 
 class NoLog(RunLog):
@@ -63,6 +69,34 @@ class NoLog(RunLog):
 
     def close(self) -> None:
         pass
+
+
+def console_line(config: RunConfig, record: dict[str, Any]) -> str:
+    """A record as a line to read; training lines are aligned."""
+    last = config.schedule.steps
+    where = f"step {record['step']:>{len(str(last))}}/{last}"
+    if "loss" in record:
+        rate = record["tokens_per_second"]
+        seconds = (last - record["step"]) * config.tokens_per_step / rate if rate else 0
+        left = str(timedelta(seconds=round(seconds)))
+        return (
+            f"{where}  loss {record['loss']:8.4f}  lr {record['learning_rate']:.2e}  {rate:10,.0f} tokens/s  "
+            f"expert load {record['expert_load']:5.2f}  left {left:>8}"
+        )
+    if "eval_loss" in record:
+        return f"{where}  evaluation loss {record['eval_loss']:.4f}, in {record['eval_runtime']:.1f} s"
+    if "loss_spike" in record:
+        return f"{where}  loss {record['loss_spike']} is far above the usual {record['usual_loss']}"
+    if "nonfinite_loss" in record:
+        return (
+            f"{where}  loss {record['nonfinite_loss']}, gradient norm {record['nonfinite_grad_norm']}: not finite, so "
+            "the step changed nothing"
+        )
+    return (
+        f"{where}  the run took {timedelta(seconds=round(record['train_runtime']))}; mean loss "
+        f"{record['train_loss']:.4f}, {record['train_tokens_per_second']:,.0f} tokens/s, at most "
+        f"{record['host_peak_gib']:.1f} GiB of memory"
+    )
 
 
 def write_metrics(folder: Path, records: list[dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@ Everything that can be refused is refused here. Imports neither JAX nor PyTorch.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -15,15 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
-import tyro
 
+from jaxllm.command_line import expanded, parse
 from jaxllm.config import SPECIAL_TOKENS, ModelConfig, RunConfig, TrainConfig, changed_options, families, recipe
 from jaxllm.data.sources import open_source
 from jaxllm.data.stream import check_streams, held_out_rows
 from jaxllm.data.tokenizer import align, encode_prompt, load_tokenizer, train_or_recall_tokenizer, with_pad_token
 from jaxllm.errors import UserError, shown
-from jaxllm.files import read_json, rename_durably, write_json
+from jaxllm.files import plain_path, read_json, rename_durably, write_json
 from jaxllm.run.lock import LOCK_FILE, FolderLock
+from jaxllm.run.trackers import check_tracker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,12 +65,12 @@ def parse_args(argv: Sequence[str] | None, prog: str, description: str | None, k
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
     first.add_argument("--recipe")
-    first.add_argument("--run-dir", type=Path)
+    first.add_argument("--run-dir", type=expanded)
     first.add_argument("--overwrite", "--no-overwrite", dest="start_over", action="store_true")
     first.add_argument("--mesh")
     first.add_argument("--parallel")
     if kind is TrainConfig:
-        first.add_argument("--init", type=Path)
+        first.add_argument("--init", type=expanded)
     chosen, _ = first.parse_known_args(argv)
     default = recipe(chosen.recipe or "default", chosen.preset or "tiny", kind)
     start: Path | None = getattr(chosen, "init", None)
@@ -89,7 +91,7 @@ def parse_args(argv: Sequence[str] | None, prog: str, description: str | None, k
         default = saved if same else default
         if chosen.mesh is not None or chosen.parallel is not None:  # one choice: the saved half of it does not hold
             default = default.with_options(mesh="", parallel="jit")
-    return tyro.cli(kind, args=argv, default=default, prog=prog, description=description)
+    return parse(kind, argv, prog, description, default=default)
 
 
 def read_model_config(folder: Path) -> ModelConfig:
@@ -122,7 +124,7 @@ def _saved_config(folder: Path, kind: type[Config]) -> Config | None:
     if not values.keys() <= known:
         return None  # `check_folder` refuses it with a better message
     try:
-        return kind.from_dict(values)
+        return kind.from_dict(values).with_options(run_dir=folder)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 
@@ -134,7 +136,7 @@ def read_config(run: Path, kind: type[Config]) -> Config:
         UserError: there is none, or it is not valid.
     """
     try:
-        return kind.from_dict(read_json(run / CONFIG_FILE))
+        return kind.from_dict(read_json(run / CONFIG_FILE)).with_options(run_dir=run)
     except UserError as error:
         raise UserError(f"{str(run)!r} is no training run: {error}") from None
 
@@ -192,8 +194,8 @@ def check_resumable(config: RunConfig) -> None:
         was = "; ".join(f"{name} is {shown(now)}, and the run has {shown(before)}" for name, before, now in changed)
         raise UserError(
             f"{was}: the run in {config.folder} cannot be resumed with "
-            f"{'that' if len(changed) == 1 else 'these'}; leave the option out, pass --overwrite to start over, or "
-            "another --run-dir"
+            f"{'that' if len(changed) == 1 else 'these'}; leave the option out, or "
+            "pass another --run-dir"
         )
 
 
@@ -211,6 +213,7 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
     """
     if framework == "PyTorch" and families.names_of(config.model) != "customllm":
         raise UserError(f"preset is {shown(config.preset)}: python -m torch_ref.train trains CustomLLM alone")
+    check_tracker(config)
     check_folder(config, framework)  # before anything is written there
     lock.take()
     resumes = check_folder(config, framework)
@@ -219,14 +222,18 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
     config = _with_kept_options(config, saved, processes)
     kept = _kept_files(config, resumes)
     families.check_trainable(kept.get(SOURCE_CONFIG, {}))
+    own_tokenizer = config.folder / "tokenizer"
+    tokenizer = load_tokenizer(str(own_tokenizer)) if resumes and own_tokenizer.is_dir() else None
+    if tokenizer is not None:  # before anything else is refused: one message names all options that were changed
+        with contextlib.suppress(UserError):  # a vocabulary that is too small is one of them
+            config = align(config, tokenizer)
+        check_resumable(config)
     source = open_source(config)
     if config.data.revision is None:
         config = config.with_options(data_revision=source.position.get("revision"))
-    if resumes and (config.folder / "tokenizer").is_dir():
-        tokenizer = load_tokenizer(str(config.folder / "tokenizer"))
-    elif config.data.tokenizer is not None:
+    if tokenizer is None and config.data.tokenizer is not None:
         tokenizer = with_pad_token(load_tokenizer(config.data.tokenizer), config)
-    else:
+    elif tokenizer is None:
         tokenizer = train_or_recall_tokenizer(source, config.model.vocab_size, config.data.source)
     config = align(config, tokenizer)
     if resumes:
@@ -285,7 +292,9 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tokenizer-") as scratch:
         made = Path(scratch) / folder.name
         try:
-            tokenizer.save_pretrained(str(made))
+            made.mkdir()
+            with plain_path(made) as plain:
+                tokenizer.save_pretrained(str(plain))
         except Exception as error:  # tokenizers passes on the system's error as text
             if not (code := re.search(r"os error (\d+)", str(error))):
                 raise

@@ -22,6 +22,7 @@ from orbax.checkpoint import multihost
 from jaxllm.config import TrainConfig
 from jaxllm.data.stream import Position
 from jaxllm.errors import UserError, one_line
+from jaxllm.run.runtime import check_devices
 
 BARRIER_SECONDS = 24 * 3600
 """How long processes wait for one that reads data or compiles. If one dies, the coordinator ends the others."""
@@ -30,13 +31,14 @@ _counter = itertools.count()
 
 
 def init_distributed(config: TrainConfig) -> None:
-    """Connect to the run's other processes, before anything asks for a device; does nothing in a run of one process.
+    """Connect to the run's other processes, if it has any, before anything asks for a device.
 
     Raises:
-        UserError: they cannot connect, or were given different options.
+        UserError: they cannot connect, or were given different options; or JAX finds no device.
     """
     mesh = config.mesh
     if mesh.coordinator is None:
+        check_devices()
         return
     automatic = mesh.coordinator == "auto"
     try:
@@ -49,6 +51,7 @@ def init_distributed(config: TrainConfig) -> None:
         raise UserError(
             f"coordinator is {mesh.coordinator!r}{rest}: the processes could not connect ({one_line(error)})"
         ) from None
+    check_devices()
     given = _from_each(config.options() | {"process_id": None})
     for process, other in enumerate(given):
         for name, value in other.items():
@@ -80,7 +83,7 @@ def silence_non_primary() -> Iterator[None]:
     if is_primary():
         yield
         return
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+    with open(os.devnull, "w", encoding="utf-8", errors="ignore") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
 
 

@@ -25,6 +25,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from jaxllm.command_line import parse
 from jaxllm.config import TrainConfig
 from jaxllm.data.stream import ProcessBatches
 from jaxllm.data.tokenizer import load_tokenizer
@@ -33,7 +34,7 @@ from jaxllm.files import write_text_atomically
 from jaxllm.run.checkpoint import CheckpointReader, choose_checkpoint, oldest_step
 from jaxllm.run.lock import FolderLock
 from jaxllm.run.prepare import read_config
-from jaxllm.run.runtime import use_compilation_cache
+from jaxllm.run.runtime import check_devices, use_compilation_cache
 from jaxllm.train.placement import local_rows, on_one_device
 from jaxllm.train.state import TrainState
 from jaxllm.train.step import dropout_keys, gradients
@@ -77,7 +78,7 @@ def replay(folder: Path, step: int) -> None:
     Raises:
         UserError: there is no such run, no checkpoint before that step is left, or the step is beyond the run's end.
     """
-    config = read_config(folder, TrainConfig).with_options(run_dir=folder)
+    config = read_config(folder, TrainConfig)
     if step > config.schedule.steps:
         raise UserError(f"step is {step}: the run in {folder} has {config.schedule.steps} steps")
     with FolderLock(folder) as lock:
@@ -104,7 +105,7 @@ def _replay(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, step: int, 
             stream.seek(resumed.positions)
     print(f"Replaying step {step} of {config.folder} from step {saved or 0}")
     if steps := range((saved or 0) + 1, step):
-        for _ in tqdm(steps, unit="step", dynamic_ncols=True):
+        for _ in tqdm(steps, unit="step", dynamic_ncols=True, disable=None):
             state, _ = trainer.step(state, stream.next_rows(config.data.grad_accum))
     labels = stream.next_rows(config.data.grad_accum).reshape(config.data.grad_accum, -1, config.data.seq_len)
     found, loss = examine(
@@ -231,7 +232,8 @@ def _report(
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    args = tyro.cli(ReplayArgs, args=argv, prog="python -m jaxllm.run.replay")
+    args: ReplayArgs = parse(ReplayArgs, argv, "python -m jaxllm.run.replay", __doc__)
+    check_devices()
     use_compilation_cache()
     replay(args.run, args.step)
 

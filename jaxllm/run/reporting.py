@@ -5,23 +5,28 @@ Imports neither JAX nor PyTorch.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxllm.config import RunConfig
 from jaxllm.data.tokenizer import decode_after, encode_prompt
+from jaxllm.errors import optional
 from jaxllm.model import flops
 from jaxllm.run.metrics import read_metrics
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
 
 
-def announce(config: RunConfig, parameters: int, tree: str, device: str) -> None:
-    """Print the model's size and tree, and what is trained where."""
+def announce(config: RunConfig, parameters: int, tree: str | None, device: str) -> None:
+    """Print the model's size and, at the first start, its tree; and what is trained where."""
     model = config.model
     active = sum(flops.active_parameters(model).values())
     print(f"Model parameters: {parameters / 1e6:.2f}M")
@@ -29,7 +34,14 @@ def announce(config: RunConfig, parameters: int, tree: str, device: str) -> None
         f"Active parameters: {active / 1e6:.2f}M (of the {model.n_routed_experts} routed experts the "
         f"{model.num_experts_per_tok} that a token uses; embeddings count whole)"
     )
-    print(tree)
+    if tree is not None:
+        print(tree)
+    steps, warmup = config.schedule.steps, config.schedule.warmup_steps
+    if warmup >= steps:
+        print(
+            f"The warm-up of {warmup} steps is not shorter than the run of {steps}: the learning rate never reaches "
+            f"{config.optim.learning_rate:g}; pass a smaller --warmup-steps or more --steps"
+        )
     print(
         f"Training for {config.schedule.steps} steps of {config.tokens_per_step} tokens in {config.precision} on "
         f"{device}; everything goes to {config.folder}"
@@ -65,14 +77,26 @@ def unigram_loss(rows: np.ndarray) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
+def new_figure(**options: Any) -> Figure:
+    """A matplotlib figure to save, without pyplot."""
+    if "matplotlib" not in sys.modules and (backend := os.environ.pop("MPLBACKEND", None)):
+        import matplotlib  # its import fails where MPLBACKEND names a backend that is not installed
+
+        os.environ["MPLBACKEND"] = backend
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+    from matplotlib.figure import Figure
+
+    return Figure(**options)
+
+
+@optional("drawing loss.png")
 def draw_losses(folder: Path, unigram: float) -> None:
     """Draw `loss.png`: training and evaluation loss, and the learning rate, over the steps."""
-    from matplotlib.figure import Figure  # without pyplot, whose backend the environment chooses
-
     records = read_metrics(folder)
     train = [record for record in records if record.get("loss") is not None]
     evaluated = [record for record in records if record.get("eval_loss") is not None]
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    figure = new_figure(figsize=(8, 6), layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     losses.plot([r["step"] for r in train], [r["loss"] for r in train], label="training")
     if evaluated:
@@ -96,6 +120,7 @@ def conclude(config: RunConfig, held_out: np.ndarray, eval_loss: float, skipped_
     draw_losses(config.folder, unigram)
 
 
+@optional("writing samples.md")
 def write_samples(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, generate: Callable[[list[list[int]], int], list[list[int]]]
 ) -> None:

@@ -110,7 +110,8 @@ class Run:
         Before the first one, the run's facts are printed and the programs are compiled.
         """
         config = self.config
-        announce(config, sum(flops.parameters(config.model).values()), module_tree(config.model), device_name())
+        tree = module_tree(config.model) if self.step == 0 else None
+        announce(config, sum(flops.parameters(config.model).values()), tree, device_name())
         print(f"Layout: {trainer.placement.describe()}")
         print(f"Kernels: {describe_kernels(config.model, jnp.dtype(config.precision))}")
         if self.step >= config.schedule.steps:
@@ -138,7 +139,7 @@ class Run:
         barrier("compiled")
         announce_speed(config, self._peak_tflops, self._compile_seconds)
         if is_primary():
-            self._log = RunLog(config.folder, self._history, self.step, config.schedule.steps)
+            self._log = RunLog(config, self._history, self.step)
         else:
             self._log = NoLog(self._history)
         self._cleanup.push(self._close_log)
@@ -318,7 +319,7 @@ def _prepare_together(config: TrainConfig, lock: FolderLock) -> tuple[Prepared[T
         return {"config": made.config.to_dict(), "held_out": held_out, "resumes": made.resumes, "step": step}
 
     made = primary_result(work)
-    config = TrainConfig.from_dict(made["config"])
+    config = TrainConfig.from_dict(made["config"]).with_options(run_dir=config.folder)
     tokenizer = load_tokenizer(str(config.folder / "tokenizer"))
     return Prepared(config, tokenizer, np.asarray(made["held_out"], np.int32), made["resumes"]), made["step"]
 

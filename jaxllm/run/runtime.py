@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jaxllm.config import Precision
-from jaxllm.errors import one_line
+from jaxllm.errors import UserError, one_line
 from jaxllm.files import cache_folder
 from jaxllm.run.throughput import GIB, host_peak_gib, peak_tflops
 
@@ -78,6 +78,24 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MAX_CACHE_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
+
+
+def check_devices() -> None:
+    """Check that JAX finds the devices that it is asked to use.
+
+    Raises:
+        UserError: it finds none, or cannot start them.
+    """
+    import jax
+
+    try:
+        jax.devices()
+    except Exception as error:  # also an AssertionError without a message
+        wanted = jax.config.values["jax_platforms"]
+        raise UserError(
+            f"JAX_PLATFORMS is {wanted!r}: JAX cannot use such a device here ({one_line(error)}); install its support "
+            "(for NVIDIA GPUs: pip install 'jaxllm[cuda13]'), or unset JAX_PLATFORMS"
+        ) from None
 
 
 def device_name() -> str:

@@ -1,7 +1,7 @@
 """Signals that stop a run: it finishes its step, saves, and exits with its own code. A second Ctrl-C stops at once.
 
 Several processes must stop after the same step. There SIGTERM is JAX's preemption notice, which its coordination
-service passes on to all of them, and Ctrl-C in any one is turned into it.
+service passes on to all of them, and any other of these signals is turned into it.
 """
 
 import contextlib
@@ -13,6 +13,9 @@ from collections.abc import Iterator
 
 import jax
 from jax.experimental import multihost_utils
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""SIGHUP: the terminal was closed. SIGUSR1 and SIGUSR2: what batch systems send before the time limit."""
 
 
 class StopRequest:
@@ -40,7 +43,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Within it SIGTERM and SIGINT ask to stop instead of ending the process.
+    """Within it the signals of `STOPPING` ask to stop instead of ending the process. Those that were ignored stay so.
 
     The main thread may be waiting for the device, where Python handles no signal, so a separate thread is notified. In
     threads other than the main one, where Python accepts no handlers, signals keep their effect.
@@ -50,7 +53,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
         yield request
         return
     multiprocess = jax.process_count() > 1
-    handled = [signal.SIGINT] if multiprocess else [signal.SIGINT, signal.SIGTERM]
+    handled = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]  # `nohup` ignores SIGHUP
+    handled = [number for number in handled if not (multiprocess and number == signal.SIGTERM)]
     receiver, sender = os.pipe()
     os.set_blocking(sender, False)
 
@@ -60,10 +64,10 @@ def stop_on_signals() -> Iterator[StopRequest]:
             if number not in handled:
                 continue
             if request.signal is not None and number == signal.SIGINT:
-                _print("stopped at once; the checkpoints are unchanged")
+                print("\nstopped at once; the checkpoints are unchanged", file=sys.stderr, flush=True)
                 os._exit(128 + number)
             request.signal = request.signal or number
-            _print(f"{number.name}: finishing the step and saving (Ctrl-C again: stop at once)")
+            print(f"\n{number.name}: finishing the step and saving (Ctrl-C again: stop at once)", file=sys.stderr)
             if multiprocess:
                 os.kill(os.getpid(), signal.SIGTERM)
 
@@ -80,9 +84,3 @@ def stop_on_signals() -> Iterator[StopRequest]:
         os.close(sender)
         listener.join()
         os.close(receiver)
-
-
-def _print(line: str) -> None:
-    """To the console, which may be closed: Ctrl-C also ends what it is piped into."""
-    with contextlib.suppress(OSError, ValueError):
-        print(f"\n{line}", file=sys.stderr, flush=True)

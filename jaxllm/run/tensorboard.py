@@ -1,50 +1,64 @@
 """TensorBoard events of a run, written by tensorboardX in a background thread."""
 
-import errno
 import functools
 import math
-import os
 import sys
 import threading
 import weakref
 from pathlib import Path
 from typing import Any
 
+from jaxllm.errors import optional
+
+
+def scalars(record: dict[str, Any]) -> dict[str, float]:
+    """The finite numbers of a record by their names in a tracker: `train/`, `eval/`, or `end/` for the last line.
+
+    The last line holds means of the whole run: among the training lines they would look like a spike.
+    """
+    closing, found = "train_runtime" in record, {}
+    for name, value in record.items():
+        if name not in ("step", "epoch") and isinstance(value, int | float) and math.isfinite(value):
+            group, _, rest = name.partition("_")
+            rest = rest if group in ("eval", "train") else name
+            found[f"{'end' if closing else 'eval' if group == 'eval' else 'train'}/{rest}"] = value
+    return found
+
 
 class TensorBoardWriter:
-    """Writes the numbers of each record.
+    """Writes the numbers of each record, as long as the disk takes them.
 
-    tensorboardX's thread dies on a full disk, and adding more events then blocks forever. Here it raises the error.
+    tensorboardX's thread dies on a full disk, and adding more events then blocks forever.
     """
 
     def __init__(self, folder: Path, first_step: int):
         """`first_step`: events of later steps, from a process that was killed, are hidden."""
         _record_thread_errors()
-        self._folder, self._closed = folder, False
+        self._writer, self._threads = None, []
         before = set(threading.enumerate())
-        # The queue has room for the events of many records, so that none blocks before `_check` finds the thread dead.
-        self._writer = _summary_writer()(str(folder), purge_step=first_step + 1, max_queue=1000)
+        with optional(f"writing {folder}"):
+            # The queue has room for the events of many records, so that none blocks before the thread is found dead.
+            self._writer = _summary_writer()(str(folder), purge_step=first_step + 1, max_queue=1000)
         self._threads = [thread for thread in threading.enumerate() if thread not in before and _is_writer(thread)]
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write a record. Raises OSError if the disk refused what was written before."""
-        self._check()
-        for name, value in record.items():
-            if name not in ("step", "epoch") and isinstance(value, int | float) and math.isfinite(value):
-                self._writer.add_scalar(_tag(name), value, record["step"])
+        """Write a record, unless an earlier one could not be written."""
+        for thread in self._threads:
+            if not thread.is_alive() and self._writer is not None:
+                print(
+                    f"warning: TensorBoard's events are no longer written ({_thread_errors.get(thread)})",
+                    file=sys.stderr,
+                )
+                self._writer = None
+        if self._writer is None:
+            return
+        for name, value in scalars(record).items():
+            self._writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
-        """Close the file. Raises OSError as `write` does."""
-        if not self._closed:
-            self._closed = True
-            self._check()
+        if self._writer is not None and all(thread.is_alive() for thread in self._threads):
             self._writer.close()
-
-    def _check(self) -> None:
-        for thread in self._threads:
-            if not thread.is_alive():
-                code = getattr(_thread_errors.get(thread), "errno", None) or errno.EIO
-                raise OSError(code, os.strerror(code), str(self._folder))
+        self._writer = None
 
 
 _thread_errors: weakref.WeakKeyDictionary[threading.Thread, BaseException | None] = weakref.WeakKeyDictionary()
@@ -85,8 +99,3 @@ def _summary_writer() -> type:
         if hide:
             del modules["torch"]
     return SummaryWriter
-
-
-def _tag(name: str) -> str:
-    group, _, rest = name.partition("_")
-    return f"{group}/{rest}" if group in ("eval", "train") else f"train/{name}"

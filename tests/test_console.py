@@ -1,0 +1,144 @@
+"""Nothing decorative fails a run: neither its console nor what it draws and shows."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import train
+from jaxllm.config import recipe
+from jaxllm.run import reporting
+from jaxllm.run.metrics import read_metrics
+from jaxllm.run.tensorboard import TensorBoardWriter, scalars
+
+ROOT = Path(__file__).parents[1]
+
+
+def closed_pipe() -> io.TextIOWrapper:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+@pytest.mark.parametrize(
+    "open_stream",
+    [closed_pipe, lambda: os.fdopen(os.open("/dev/full", os.O_WRONLY), "w"), lambda: None],
+    ids=["closed-pipe", "full-disk", "no-stream"],
+)
+def test_a_run_goes_on_without_its_console(open_stream, narrow, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", open_stream())
+        patch.setattr(sys, "stderr", open_stream())
+        arguments = ["--steps", "2", "--save-every", "2", "--run-dir", str(tmp_path / "run")]
+        assert train.main([*narrow, *arguments]) == 0
+        if sys.stdout is not None:
+            sys.stdout.close()  # its buffer can be flushed
+    assert (tmp_path / "run" / "samples.md").is_file()
+
+
+def test_what_a_console_cannot_encode_is_escaped(narrow, tmp_path, monkeypatch):
+    written = io.BytesIO()
+    console = io.TextIOWrapper(written, encoding="ascii")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", console)
+        arguments = ["--steps", "1", "--prompts", "Σωκράτης", "--run-dir", str(tmp_path / "λόγος")]
+        assert train.main([*narrow, *arguments]) == 0
+    assert b"Prompt: \\u03a3\\u03c9" in written.getvalue()
+    assert "Σωκράτης" in (tmp_path / "λόγος" / "samples.md").read_text(encoding="utf-8")
+
+
+def test_a_run_goes_on_without_what_it_draws_and_shows(narrow, tmp_path, capsys, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of ink")
+
+    monkeypatch.setattr(reporting, "new_figure", broken)
+    monkeypatch.setattr(reporting, "encode_prompt", broken)
+    monkeypatch.setattr("jaxllm.run.tensorboard._summary_writer", broken)
+    assert train.main([*narrow, "--steps", "1", "--run-dir", str(tmp_path / "run")]) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 3
+    assert all("failed (RuntimeError: out of ink)" in line for line in warnings)
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "qtagg", "nonsense"])
+def test_a_figure_needs_no_backend(backend, tmp_path):
+    program = f"from jaxllm.run.reporting import new_figure; new_figure().savefig({str(tmp_path / 'x.png')!r})"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"MPLBACKEND": backend}, check=True)
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tensorboard_is_done_without_where_it_cannot_write(tmp_path, capsys):
+    (tmp_path / "tensorboard").touch()
+    board = TensorBoardWriter(tmp_path / "tensorboard", 0)
+    board.write({"step": 1, "loss": 1.0})
+    board.close()
+    assert capsys.readouterr().err.startswith(f"warning: writing {tmp_path}/tensorboard failed (")
+
+
+def test_a_log_line_is_short_aligned_and_begins_at_its_beginning(narrow, tmp_path, capsys):
+    """In a file there is no bar. A resumed run does not print the module tree again."""
+    start = [*narrow, "--sample-tokens", "0", "--run-dir", str(tmp_path / "run")]
+    assert train.main([*start, "--steps", "10"]) == 0
+    said = capsys.readouterr()
+    assert "\r" not in said.out + said.err
+    lines = [line for line in said.out.splitlines() if line.startswith("step ") and "left" in line]
+    assert len(lines) == 10
+    assert len({len(line) for line in lines}) == 1
+    assert max(map(len, said.out.splitlines())) <= 200
+    assert "CustomLLM(" in said.out
+    assert "step 10/10  evaluation loss" in said.out
+    assert train.main([*start, "--steps", "11", "--log-format", "dict"]) == 0
+    said = capsys.readouterr()
+    assert "CustomLLM(" not in said.out
+    assert "\n{'loss': " in said.out
+    assert recipe("seed", "tiny").logging.log_format == "dict"
+
+
+def test_closing_values_are_not_among_the_training_values_of_a_tracker(run):
+    """The mean loss of the run would look like a spike at the last step."""
+    records = read_metrics(run)
+    end = scalars(records[-1])
+    assert end["end/loss"] == records[-1]["train_loss"]
+    assert not end.keys() & set().union(*(scalars(record) for record in records[:-1]))
+    assert all(name.startswith(("train/", "eval/")) for record in records[:-1] for name in scalars(record))
+
+
+class _Library(ModuleType):
+    """The functions that wandb and trackio share, recorded."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.__spec__, self.calls = ModuleSpec(name, None), []
+
+    def init(self, **options) -> None:
+        self.calls.append(("init", options))
+
+    def log(self, values, step) -> None:
+        self.calls.append(("log", values | {"step": step}))
+
+    def finish(self) -> None:
+        self.calls.append(("finish", {}))
+
+
+def test_the_log_goes_to_a_tracker_too(narrow, tmp_path, monkeypatch):
+    library = _Library("trackio")
+    monkeypatch.setitem(sys.modules, "trackio", library)
+    options = ["--steps", "2", "--sample-tokens", "0", "--log-to", "trackio", "--run-dir", str(tmp_path / "run")]
+    assert train.main([*narrow, *options]) == 0
+    names = [name for name, _ in library.calls]
+    assert names == ["init", *["log"] * 4, "finish"]
+    assert library.calls[0][1]["config"]["steps"] == 2
+    assert [values["step"] for _, values in library.calls[1:-1]] == [1, 2, 2, 2]
+    assert library.calls[1][1]["train/loss"] == read_metrics(tmp_path / "run")[0]["loss"]
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_training(narrow, tmp_path, capsys):
+    assert train.main([*narrow, "--log-to", "wandb", "--run-dir", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.startswith("error: log_to is 'wandb': it is not installed; pip install wandb")
