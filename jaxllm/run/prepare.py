@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 
 from jaxllm.config import SPECIAL_TOKENS, RunConfig, changed_options, recipe
-from jaxllm.data.sources import open_source
+from jaxllm.data.sources import is_fingerprint, open_source
 from jaxllm.data.stream import check_streams, held_out_rows
 from jaxllm.data.tokenizer import align, encode_prompt, load_tokenizer, train_or_recall_tokenizer
 from jaxllm.errors import UserError, shown
@@ -158,6 +158,22 @@ def check_resumable(config: RunConfig) -> None:
         )
 
 
+def check_data(config: RunConfig, saved: dict[str, Any]) -> None:
+    """Compare the data with those of the run's saved config. They may have another name.
+
+    Raises:
+        UserError: they are others. Of files by the same name, the data position tells which one differs.
+    """
+    name, before = config.data.source, saved.get("data")
+    if config.data.revision != saved.get("data_revision") and not (
+        name == before and is_fingerprint(config.data.revision)
+    ):
+        raise UserError(
+            f"data is {shown(name)}, and the run has {shown(before)}: the content is another; leave the option out, "
+            "pass --overwrite to start over, or another --run-dir"
+        )
+
+
 def prepare(config: Config, framework: Framework, lock: FolderLock, processes: int = 1) -> Prepared[Config]:
     """Check everything before anything is computed or deleted, and write what identifies the run's folder.
 
@@ -177,8 +193,11 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
     saved = read_json(file) if resumes and file.is_file() else {}
     config = _with_kept_options(config, saved, processes)
     source = open_source(config)
-    if config.data.revision is None:
-        config = config.with_options(data_revision=source.position.get("revision"))
+    for line in source.notes:
+        print(f"Not read: {line}")
+    config = config.with_options(data_revision=source.revision)
+    if saved:
+        check_data(config, saved)
     if resumes and (config.folder / "tokenizer").is_dir():
         tokenizer = load_tokenizer(str(config.folder / "tokenizer"))
     elif config.data.tokenizer is not None:
