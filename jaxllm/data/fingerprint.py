@@ -78,11 +78,11 @@ class Fingerprint:
             before = [b if skip else a for a, b, skip in zip(before, now, exempt, strict=False)]
         raise UserError(
             f"data: the files of {str(folder)!r} are not those that the run was started on ({saved['count']} then, "
-            f"{self.value['count']} now; first difference: {self._difference(before, now)}, or pass --overwrite to "
-            "start over"
+            f"{self.value['count']} now; first difference: {self._difference(before, now, left_out)}, "
+            "or pass --overwrite to start over"
         )
 
-    def _difference(self, before: list[str], now: list[str]) -> str:
+    def _difference(self, before: list[str], now: list[str], left_out: Collection[str]) -> str:
         put_back = "put it back, leave it out with --skip-data NAME"
         same = 0
         while same < min(len(before), len(now)) and before[same] == now[same]:
@@ -97,6 +97,8 @@ class Fingerprint:
         if len(before) > len(now) and before[same + 1] == now[same]:
             return f"one before {name} is gone): {put_back}"
         if len(before) < len(now) and (same == len(before) or before[same] == now[same + 1]):
+            if self._names[same] in left_out:
+                return f"--skip-data names {name}, which is none of them): leave that out"
             return f"{name} is new): move it elsewhere"
         return f"{name} is new): pass the old data"
 

@@ -123,7 +123,7 @@ def look(file: Path, size: int, text_field: str) -> None:
             _look_at_footer(raw, text_field)
             return
         if kind != "arrow":
-            _check_encoding(_utf8(file, raw)[0].read(BLOCK))
+            _check_encoding(_head(file))
         if kind == "text":
             return
         fields: dict[str, None] = {}
@@ -164,7 +164,8 @@ def _check_encoding(head: bytes) -> None:
 
 def _utf8(file: Path, raw: BinaryIO) -> tuple[BinaryIO, int]:
     """A file's content as UTF-8, decompressed, and the number of bytes of a mark at its start."""
-    head = _decompressed(file, raw).read(4)
+    with file.open("rb") as first:  # pyarrow's stream closes its file at its own end
+        head = _decompressed(file, first).read(4)
     stream = _decompressed(file, raw)
     for mark, encoding in MARKS.items():
         if head.startswith(mark):
@@ -174,10 +175,15 @@ def _utf8(file: Path, raw: BinaryIO) -> tuple[BinaryIO, int]:
     return stream, 0
 
 
+def _head(file: Path) -> bytes:
+    """The first bytes of a file, as UTF-8, without a mark."""
+    with file.open("rb") as raw:
+        return _utf8(file, raw)[0].read(BLOCK).removeprefix(codecs.BOM_UTF8)
+
+
 def _decompressed(file: Path, raw: BinaryIO) -> BinaryIO:
     import pyarrow
 
-    raw.seek(0)
     codec = COMPRESSIONS.get(file.suffix.lower())
     if codec is None:
         return raw
@@ -289,15 +295,11 @@ def _rows(file: Path, raw: BinaryIO, size: int, offset: int, text_field: str) ->
         return _parquet_rows(raw, size, offset, text_field)
     if kind == "arrow":
         return _arrow_rows(raw, offset, text_field)
-    lines, done = _lines(file, raw, 0)
     if kind == "csv":
-        return _csv_rows(lines, done, offset, text_field, "\t,;|" if ".tsv" in file.name.lower() else ",;\t|")
-    if kind == "json":
-        stream = _utf8(file, raw)[0]
-        if stream.read(BLOCK).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
-            return _array_rows(_utf8(file, raw)[0], size, offset)
-    lines, done = _lines(file, raw, offset)
-    return _line_rows(lines, done)
+        return _csv_rows(*_lines(file, raw, 0), offset, text_field, "\t,;|" if ".tsv" in file.name.lower() else ",;\t|")
+    if kind == "json" and _head(file).lstrip().startswith(b"["):
+        return _array_rows(_utf8(file, raw)[0], size, offset)
+    return _line_rows(*_lines(file, raw, offset))
 
 
 def _line_rows(lines: Lines, done: Callable[[int], int]) -> Iterator[_Row]:
@@ -358,7 +360,10 @@ def _parquet_rows(raw: BinaryIO, size: int, offset: int, text_field: str) -> Ite
     while first < len(rows) and row + rows[first] <= offset:
         row += rows[first]
         first += 1
-    for batch in parquet.iter_batches(BATCH_ROWS, row_groups=groups[first:], columns=[column]):
+    batches = (  # a group at a time, so that those before a damaged one are read
+        batch for group in groups[first:] for batch in parquet.iter_batches(BATCH_ROWS, [group], columns=[column])
+    )
+    for batch in batches:
         for value in batch.column(0):  # one by one: a dictionary's long text may stand in every row
             row += 1
             if row > offset:

@@ -22,7 +22,7 @@ from jaxllm.data.fingerprint import Fingerprint, content_digest
 from jaxllm.data.folder import DataFiles, described, find_data
 from jaxllm.data.hub_retry import RetryPolicy, report_client_retries, transient_cause
 from jaxllm.data.reading import Chat, NoText, Unreadable, kind_of, read_chunks, text_in, value_of, wanted_fields
-from jaxllm.errors import UserError, listed, one_line
+from jaxllm.errors import UserError, listed, one_line, shown
 
 HOLD_OUT = 20
 """One chunk in twenty is held out for evaluation."""
@@ -195,6 +195,11 @@ class FileSource:
         check_position(position, {*self._at, "files"})
         skip = ",".join(dict.fromkeys((*_patterns(position["skip"]), *_patterns(self._at["skip"]))))
         left_out = position["left_out"] | self._at["left_out"]
+        if gone := left_out.keys() - {*self._names}:
+            raise UserError(
+                f"data: {listed(sorted(gone))} of {str(self._folder)!r} was left out before and is no longer there: "
+                f"pass --skip-data {shown(','.join(sorted(gone)))[1:-1]}"
+            )
         self._fingerprint.check(position["files"], {*left_out, *_matching(skip, self._names)}, self._folder)
         self._at = {name: position[name] for name in self._at} | {"skip": skip, "left_out": left_out}
 
