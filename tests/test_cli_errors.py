@@ -60,10 +60,10 @@ def test_bad_options(options, parts, corpus, tmp_path, capsys):
     ("name", "content", "part"),
     [
         ("empty.txt", b"", "it is empty"),
-        ("image.png", b"\x89PNG", "the ending must be one of"),
+        ("image.png", b"\x89PNG", "the ending is none of"),
         ("rows.jsonl", b'{"body": "x"}\n', "--text-field"),
-        ("rows.parquet", b"no parquet", "is no parquet file"),
-        ("short.txt", b"just a few words", "--seq-len"),
+        ("rows.parquet", b"no parquet", "not a parquet file"),
+        ("short.txt", b"just a few words", "two rows or files"),
     ],
 )
 def test_bad_data_files(name, content, part, tmp_path, capsys):

@@ -113,7 +113,8 @@ class LogCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self._log.close()  # so that the bar does not mix with the lines printed next
-        conclude(self._config, self._held_out, self._eval_loss, self._batches.stream.skipped_rows)
+        stream = self._batches.stream
+        conclude(self._config, self._held_out, self._eval_loss, stream.skipped_rows, stream.left_out)
 
     def _training_record(self, logs: dict, step: int) -> dict:
         record = step_record(

@@ -40,17 +40,21 @@ class _Checked:
 class DataConfig(_Checked):
     """What is read, and how it is cut into batches."""
 
-    source: Annotated[str, tyro.conf.arg(name="data")] = "stdlib"
-    """`stdlib` (the standard library's own source code), a text, JSONL or parquet file, a folder of
-    them, or the name of a dataset on the Hugging Face Hub."""
+    source: Annotated[str, tyro.conf.arg(name="data")] = option("stdlib", resumable=True)
+    """`stdlib` (the standard library's own source code), a file of text, JSONL, JSON, CSV, parquet or Arrow, a folder
+    of them, or the name of a dataset on the Hugging Face Hub. A run resumes with the same content by another name."""
     subset: Annotated[str | None, tyro.conf.arg(name="data-config")] = None
     """Configuration of a Hub dataset."""
     split: Annotated[str, tyro.conf.arg(name="data-split")] = "train"
-    """Split of a Hub dataset."""
-    revision: Annotated[str | None, tyro.conf.arg(name="data-revision")] = None
-    """Commit of a Hub dataset; default: the newest one when the run starts. The run keeps it."""
+    """Split of a Hub dataset, or of one that `datasets` saved."""
+    revision: Annotated[str | None, tyro.conf.arg(name="data-revision")] = option(None, resumable=True)
+    """Commit of a Hub dataset; default: the newest one when the run starts. The run keeps it; of files, it keeps their
+    fingerprint."""
+    skip_data: str = option("", resumable=True)
+    """Files that are left out: names or patterns such as `part-3*`, separated by commas. A running run takes more."""
     text_field: str = "text"
-    """Name of the field that holds the text in JSONL, parquet and Hub data."""
+    """Field of a row that holds the text, or a chat: messages for the tokenizer's chat template; `a.b` is the field b
+    of the field a. Where there is no field `text`, `messages` is read."""
     tokenizer: str | None = None
     """A Hub name or a folder; default: a byte-level BPE trained on the data."""
     seq_len: int = option(256, ge=2)

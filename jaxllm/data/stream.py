@@ -15,6 +15,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from jaxllm.config import RunConfig
+from jaxllm.data.reading import CHUNK_CHARS, Chat, valid_unicode
 from jaxllm.data.sources import Source, open_source
 from jaxllm.errors import UserError, one_line
 from jaxllm.files import read_bounded
@@ -125,6 +126,11 @@ class TokenStream:
         """Rows of the data that held no text, since the run began."""
         return self._source.position["skipped"]
 
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Files that turned out damaged and are no longer read, each with the reason."""
+        return self._source.left_out
+
     def next_rows(self, count: int) -> np.ndarray:  # (count, T) int32
         if len(self._pool) < POOL_ROWS:
             self._pool = np.concatenate(
@@ -146,8 +152,12 @@ class TokenStream:
             for chunk in self._source.chunks():
                 if chunk.held_out:
                     continue
+                if (tokens := encode(self._tokenizer, chunk.text, chunk.ends_document)) is None:
+                    position = self._source.position
+                    self._source.position = position | {"skipped": position["skipped"] + 1}
+                    continue
                 empty_passes = 0
-                self._tokens = np.concatenate([self._tokens, encode(self._tokenizer, chunk.text, chunk.ends_document)])
+                self._tokens = np.concatenate([self._tokens, tokens])
                 yield from self._full_rows()
         raise UserError("data: there is nothing to train on besides the held-out part: pass more text")
 
@@ -157,7 +167,19 @@ class TokenStream:
             yield row
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, ends_document: bool) -> np.ndarray:  # (n,) int32
+def encode(tokenizer: PreTrainedTokenizerBase, text: str | Chat, ends_document: bool) -> np.ndarray | None:
+    """Token ids of a text or a chat: (n,) int32. None: the chat template does not take this chat.
+
+    Raises:
+        UserError: the tokenizer has no chat template.
+    """
+    if not isinstance(text, str):
+        if not tokenizer.chat_template:
+            raise UserError("data: its rows are chats: pass --tokenizer, one with a chat template, or --text-field")
+        try:
+            text = valid_unicode(str(tokenizer.apply_chat_template(text, tokenize=False)))
+        except Exception:  # a template can raise anything
+            return None
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return np.asarray([*ids, tokenizer.eos_token_id] if ends_document else ids, np.int32)
 
@@ -209,6 +231,11 @@ class ProcessBatches:
         """Rows of the data that held no text."""
         return sum(stream.skipped_rows for stream in self._streams.values())
 
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Files that turned out damaged and are no longer read, each with the reason."""
+        return {name: reason for stream in self._streams.values() for name, reason in stream.left_out.items()}
+
 
 def check_streams(config: RunConfig) -> None:
     """Check that each of several data streams has something to read.
@@ -238,12 +265,17 @@ def held_out_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> np.n
     for s in range(S):
         share = (s + 1) * wanted / S
         for chunk in open_source(config, s, S).chunks() if have < share else ():
-            if chunk.held_out:
-                parts.append(encode(tokenizer, chunk.text, chunk.ends_document))
+            if chunk.held_out and (tokens := encode(tokenizer, chunk.text, chunk.ends_document)) is not None:
+                parts.append(tokens)
                 have += len(parts[-1])
                 if have >= share:
                     break
     rows = min(config.logging.eval_samples, have // config.data.seq_len)
+    if have == 0:
+        raise UserError(
+            f"data is {config.data.source!r}: it is one row, or a text of at most {CHUNK_CHARS} characters, which "
+            "leaves nothing to evaluate on: pass two rows or files at least"
+        )
     if rows == 0:
         raise UserError(
             f"data is {config.data.source!r}: its held-out part has {have} tokens, which do not fill one row of "

@@ -213,6 +213,8 @@ def _wrap(bpe: Tokenizer) -> PreTrainedTokenizerBase:
 def _training_texts(source: Source) -> Iterator[str]:
     chars = 0
     for chunk in source.chunks():
+        if not isinstance(chunk.text, str):
+            raise UserError("data: its rows are chats: pass --tokenizer, one with a chat template, or --text-field")
         if not chunk.held_out:
             yield chunk.text
             chars += len(chunk.text)

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxllm.command_line import expanded, parse
 from jaxllm.config import SPECIAL_TOKENS, ModelConfig, RunConfig, TrainConfig, changed_options, families, recipe
-from jaxllm.data.sources import open_source
+from jaxllm.data.sources import is_fingerprint, open_source
 from jaxllm.data.stream import check_streams, held_out_rows
 from jaxllm.data.tokenizer import align, encode_prompt, load_tokenizer, train_or_recall_tokenizer, with_pad_token
 from jaxllm.errors import UserError, shown
@@ -199,6 +199,22 @@ def check_resumable(config: RunConfig) -> None:
         )
 
 
+def check_data(config: RunConfig, saved: dict[str, Any]) -> None:
+    """Compare the data with those of the run's saved config. They may have another name.
+
+    Raises:
+        UserError: they are others. Of files by the same name, the data position tells which one differs.
+    """
+    name, before = config.data.source, saved.get("data")
+    if config.data.revision != saved.get("data_revision") and not (
+        name == before and is_fingerprint(config.data.revision)
+    ):
+        raise UserError(
+            f"data is {shown(name)}, and the run has {shown(before)}: the content is another; leave the option out, "
+            "pass --overwrite to start over, or another --run-dir"
+        )
+
+
 def prepare(config: Config, framework: Framework, lock: FolderLock, processes: int = 1) -> Prepared[Config]:
     """Check everything before anything is computed or deleted, and write what identifies the run's folder.
 
@@ -229,8 +245,11 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
             config = align(config, tokenizer)
         check_resumable(config)
     source = open_source(config)
-    if config.data.revision is None:
-        config = config.with_options(data_revision=source.position.get("revision"))
+    for line in source.notes:
+        print(f"Not read: {line}")
+    config = config.with_options(data_revision=source.revision)
+    if saved:
+        check_data(config, saved)
     if tokenizer is None and config.data.tokenizer is not None:
         tokenizer = with_pad_token(load_tokenizer(config.data.tokenizer), config)
     elif tokenizer is None:

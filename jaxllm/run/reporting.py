@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxllm.config import RunConfig
+from jaxllm.data.folder import described
 from jaxllm.data.tokenizer import decode_after, encode_prompt
 from jaxllm.errors import optional
 from jaxllm.model import flops
@@ -111,10 +112,17 @@ def draw_losses(folder: Path, unigram: float) -> None:
     figure.savefig(folder / "loss.png", dpi=100)
 
 
-def conclude(config: RunConfig, held_out: np.ndarray, eval_loss: float, skipped_rows: int) -> None:
-    """Print the result of a run, and draw the picture of its losses."""
+def conclude(
+    config: RunConfig, held_out: np.ndarray, eval_loss: float, skipped_rows: int, left_out: dict[str, str]
+) -> None:
+    """Print the result of a run, and draw the picture of its losses.
+
+    `skipped_rows` and `left_out` are the rows without text and the damaged files, with the reason.
+    """
     if skipped_rows:
         print(f"{skipped_rows} rows of the data held no text and were skipped")
+    if left_out:
+        print(f"{len(left_out)} damaged files of the data were left out: {'; '.join(described(left_out))}")
     unigram = unigram_loss(held_out)
     print(f"Evaluation loss {eval_loss:.4f} nats per token; the best possible unigram model has {unigram:.4f}")
     draw_losses(config.folder, unigram)

@@ -31,6 +31,7 @@ from jaxllm.run.prepare import Prepared, prepare
 from jaxllm.run.processes import (
     abort_if_multiprocess,
     all_check,
+    all_gather,
     all_min,
     all_positions,
     all_sum,
@@ -270,8 +271,9 @@ class Run:
                 code=self._stop.exit_code,
             )
         skipped_rows = all_sum(self._stream.skipped_rows)
+        left_out = all_gather(self._stream.left_out)
         if is_primary() and self._history.records:
-            conclude(self.config, self._held_out, self._history.last_evaluation(), skipped_rows)
+            conclude(self.config, self._held_out, self._history.last_evaluation(), skipped_rows, left_out)
 
     def _epoch(self) -> float:
         """Passes over the data, of the slowest stream; over the steps where the data has no known size."""

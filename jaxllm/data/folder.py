@@ -1,0 +1,141 @@
+"""Which files of a folder are data, and why the others are not."""
+
+import functools
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxllm.data.reading import COMPRESSIONS, SUFFIXES, NoText, Unreadable, kind_of, look
+from jaxllm.errors import UserError, listed, one_line, shown
+from jaxllm.files import read_json
+
+ENDINGS = f"{', '.join(SUFFIXES)}, all but the last two also with {', '.join(COMPRESSIONS)}"
+
+NOTES = re.compile(
+    r"(readme|licen[sc]e|copying|notice|changelog|authors|contribut(ing|ors)|citation|requirements|constraints|version"
+    r"|manifest|todo|checksums?|(md5|sha\d+)sums?)([^a-z].*)?|.*\.(md|py)(\..*)?"
+)
+"""Names of text files that are about the data, where they lie beside files of rows."""
+
+
+class DataFiles(NamedTuple):
+    files: list[Path]  # sorted
+    damaged: dict[Path, str]  # those of them that cannot be read, with the reason
+    passed_over: dict[str, str]  # the reason by name
+
+
+def find_data(path: Path, text_field: str, split: str) -> DataFiles:
+    """The file itself, or the files below a folder that hold text.
+
+    Hidden files and the folders of runs are no data. Of a folder that `datasets` saved, only its own files are; of
+    several splits, `split` is. Text files about the data are none beside files of rows.
+
+    Raises:
+        UserError: there is none, or one may not be read.
+    """
+    passed_over: dict[str, str] = {}
+    found = [path] if path.is_file() else sorted(_candidates(path, split, passed_over))
+    names = {file: path.name if file == path else file.relative_to(path).as_posix() for file in found}
+    files, damaged = [], {}
+    for file, name in names.items():
+        try:
+            stat = file.stat()
+            reason, is_damaged = _verdict(file, stat.st_size, stat.st_mtime_ns, text_field)
+        except PermissionError as error:
+            raise UserError(f"data: cannot read {file}: {error.strerror}") from None
+        except OSError as error:
+            reason, is_damaged = one_line(error), True
+        if reason is None:
+            files.append(file)
+        elif is_damaged:
+            damaged[file] = reason
+        else:
+            passed_over[name] = reason
+    if any(kind_of(file) != "text" for file in files):
+        for file in [file for file in files if kind_of(file) == "text" and NOTES.fullmatch(file.name.lower())]:
+            files.remove(file)
+            passed_over[names[file]] = "text beside files of rows"
+    if not files:
+        reasons = passed_over | {names[file]: reason for file, reason in damaged.items()}
+        said = "; ".join(described(reasons)[:3]) or "it is empty"
+        raise UserError(f"data is {str(path)!r}: there is nothing to read in it: {said}")
+    return DataFiles(sorted([*files, *damaged]), damaged, passed_over)
+
+
+@functools.cache
+def _verdict(file: Path, size: int, mtime_ns: int, text_field: str) -> tuple[str | None, bool]:
+    """Why a file is not read, if so, and whether it is damaged; `mtime_ns` is part of the cache's key only."""
+    if kind_of(file) is None:
+        return f"the ending is none of {ENDINGS}", False
+    try:
+        look(file, size, text_field)
+    except NoText as error:
+        return str(error), False
+    except Unreadable as error:
+        return str(error), True
+    return None, False
+
+
+def _candidates(root: Path, split: str, passed_over: dict[str, str]) -> Iterator[Path]:
+    def forbidden(error: OSError) -> None:
+        raise UserError(f"data: cannot read {error.filename}: {error.strerror}")
+
+    for at, subfolders, names in os.walk(root, onerror=forbidden):
+        folder = Path(at)
+
+        def leave_out(name: str, reason: str, folder: Path = folder) -> None:
+            path = folder / name
+            passed_over[path.relative_to(root).as_posix() + ("/" if path.is_dir() else "")] = reason
+
+        own = set(names)
+        if "train_config.json" in own or ("config.json" in own and "checkpoints" in subfolders):
+            if folder == root:
+                raise UserError(f"data is {str(root)!r}: that is the folder of a run")
+            leave_out("", "the folder of a run")
+            subfolders.clear()
+            continue
+        if "dataset_dict.json" in own:
+            splits = _read(folder / "dataset_dict.json").get("splits")
+            if isinstance(splits, list) and split not in splits:
+                raise UserError(f"data: {folder} has no split {split!r}: pass --data-split, one of {listed(splits)}")
+            for name in [name for name in subfolders if name != split]:
+                leave_out(name, f"another split than {split!r}, see --data-split")
+                subfolders.remove(name)
+        if {"state.json", "dataset_info.json"} <= own:
+            parts = _read(folder / "state.json").get("_data_files")
+            if isinstance(parts, list):
+                own = {part.get("filename") for part in parts if isinstance(part, dict)}
+        for name in [*subfolders, *names]:
+            if name.startswith("."):
+                leave_out(name, "hidden")
+            elif name in subfolders:
+                if (folder / name).is_symlink():
+                    leave_out(name, "a link to a folder")
+            elif name not in own:
+                leave_out(name, "no part of the dataset that was saved there")
+            elif not (folder / name).is_file():
+                leave_out(name, "no regular file")
+            else:
+                yield folder / name
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+
+
+def _read(file: Path) -> dict:
+    try:
+        return read_json(file)
+    except UserError:
+        return {}
+
+
+def described(reasons: dict[str, str]) -> list[str]:
+    """Files by the reason why they are not read, each reason with its files, in lines of at most 20 names."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in sorted(reasons.items()):
+        by_reason.setdefault(reason, []).append(name)
+    return [
+        f"{', '.join(name if name.isprintable() else shown(name) for name in names[i : i + 20])} ({reason})"
+        for reason, names in by_reason.items()
+        for i in range(0, len(names), 20)
+    ]
