@@ -4,15 +4,23 @@ frameworks. `python -m parity_tests FOLDER` is the same on any folder."""
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import torch
+import transformers
+from safetensors.numpy import load_file
 
+import train
+from convert.__main__ import main as convert
 from convert.mapping import PARAMS, ROUTING_BIAS, entries
 from jaxllm.config.families import is_interleaved, read_config
+from jaxllm.data.tokenizer import decode_after, encode_prompt, load_tokenizer
+from jaxllm.generate import generate, load_model
 from jaxllm.run.checkpoint import Weights
+from jaxllm.run.metrics import read_metrics
 from jaxllm.train.optim import AdamState
 from parity_tests import hf_side
 from parity_tests.compare import Flips, Row, expert_flips
@@ -159,3 +167,39 @@ def test_steps_here_and_there_are_steps_here():
             np.testing.assert_allclose(one[name], other[name], rtol=1e-9, atol=1e-12, err_msg=name)
     for name, bias in whole.routing_bias.items():
         np.testing.assert_allclose(bias, second.routing_bias[name], atol=1e-12)
+
+
+# a run of train.py
+
+SHAPE = (
+    "--preset", "tiny-deepseek", "--model.hidden-size", "48", "--model.num-hidden-layers", "2",
+    "--model.moe-intermediate-size", "32", "--model.intermediate-size", "64", "--model.vocab-size", "400",
+)  # fmt: skip
+SHORT = (
+    "--batch-size", "4", "--seq-len", "48", "--steps", "6", "--warmup-steps", "1", "--save-every", "6",
+    "--eval-samples", "8", "--sample-tokens", "0",
+)  # fmt: skip
+
+
+def test_a_trained_run_continues_a_prompt_in_stock_transformers(tmp_path):
+    """As a user does it: train, export, `pipeline` without remote code; then fine-tune what was exported."""
+    run, out, again = (str(tmp_path / name) for name in ("run", "out", "again"))
+    assert train.main([*SHAPE, *SHORT, "--eval-every", "3", "--run-dir", run]) == 0
+    assert convert(["to-torch", run, out]) == 0
+    assert not list(Path(out).glob("*.py"))
+    prompt, new = "def read(self):", 12
+    client = transformers.pipeline("text-generation", model=out, tokenizer=out, dtype=torch.float32)
+    theirs = client(prompt, do_sample=False, max_new_tokens=new, return_full_text=False)[0]["generated_text"]
+    tokenizer = load_tokenizer(out)
+    ids = encode_prompt(tokenizer, prompt)
+    (ours,) = generate(load_model(Path(run)), [ids], new, eos_token_ids=[tokenizer.eos_token_id])
+    assert decode_after(tokenizer, ids, ours) == theirs
+
+    kept = ["--learning-rate", "0", "--bias-update-rate", "0", "--eval-every", "1"]
+    assert train.main(["--init", out, "--run-dir", again, *SHORT, *kept]) == 0
+    trained = [record for record in read_metrics(Path(run)) if "eval_loss" in record][-1]
+    started = next(record for record in read_metrics(Path(again)) if "eval_loss" in record)
+    np.testing.assert_allclose(started["eval_loss"], trained["eval_loss"], rtol=1e-6)
+    assert convert(["to-torch", again, str(tmp_path / "back")]) == 0
+    back, whole = (load_file(Path(folder) / "model.safetensors") for folder in (tmp_path / "back", out))
+    assert back.keys() == whole.keys()

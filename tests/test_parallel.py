@@ -18,7 +18,7 @@ import pytest
 
 import jaxllm.model.layout
 import train
-from jaxllm.config import ModelConfig, TrainConfig
+from jaxllm.config import PRESETS, ModelConfig, TrainConfig
 from jaxllm.data.stream import Position
 from jaxllm.errors import UserError
 from jaxllm.files import write_json
@@ -127,6 +127,22 @@ def test_every_layout_computes_what_one_device_computes(one_device, name):
     assert worst[1] < TOLERANCE, worst
     jax.tree.map(np.testing.assert_array_equal, state.routing_bias, wanted.routing_bias)
     assert np.abs(jax.tree.leaves(state.routing_bias)[0]).max() > 5e-3
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_layout_computes_the_deepseek_family_too(tied):
+    """Two stacks of layers, groups, joined heads; and a tied head on queries that are not compressed."""
+    model = dataclasses.replace(
+        PRESETS["tiny-deepseek"], vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        q_lora_rank=0 if tied else 12, kv_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6,
+        intermediate_size=40, moe_intermediate_size=24, n_routed_experts=8, max_position_embeddings=32,
+        attention_bias=tied, tie_word_embeddings=tied,
+    )  # fmt: skip
+    wanted, wanted_metrics, _ = run(model=model)
+    state, metrics, _ = run(model=model, mesh="data=2,fsdp=2,expert=2", remat=True)
+    np.testing.assert_allclose(metrics, wanted_metrics, rtol=2e-6)
+    worst = max(differences(state, wanted).items(), key=lambda item: item[1])
+    assert worst[1] < TOLERANCE, worst
 
 
 @pytest.mark.parametrize("fault", ["gradients not summed", "dropout by the row on the device"])
