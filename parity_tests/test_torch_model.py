@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,9 @@ def test_what_one_framework_saves_the_other_loads(weights, tmp_path):
     torch_side = CustomLLM.from_pretrained(tmp_path / "from_flax")
     assert_same_weights(weights, torch_side)
     torch_side.save_pretrained(tmp_path / "from_torch")
+    written = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("from_flax", "from_torch")]
+    for key in ("auto_map", "architectures", "use_cache", "transformers_version", "pad_token_id"):
+        assert written[0][key] == written[1][key], key
     back = from_pretrained(tmp_path / "from_torch")
     assert back.config == SMALL
     params, routing_bias = split_model(back)[1:]

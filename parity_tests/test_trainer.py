@@ -404,6 +404,15 @@ def test_options_that_change_the_numbers_and_other_folders_are_refused(again, na
     refused([*narrow, "--preset", "huge"], capsys, "preset is 'huge'")
 
 
+def test_label_smoothing_is_refused(tmp_path, capsys):
+    """transformers' Trainer would score each position on its own input token."""
+    with pytest.raises(SystemExit) as ended:
+        torch_ref.train.main(["--run-dir", str(tmp_path / "run"), "--label-smoothing-factor", "0.1"])
+    assert ended.value.code
+    assert "label-smoothing-factor" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_unsuitable_device_is_refused_before_anything_is_deleted(again, capsys, monkeypatch):
     folder, args = again
     with monkeypatch.context() as patch:

@@ -171,7 +171,8 @@ def test_sdpa_equals_eager(client):
 
 @pytest.mark.slow
 def test_flex_attention_equals_eager(client):
-    assert attention_difference(client, "flex_attention") < 1e-5
+    with torch.compiler.set_stance("force_eager"):  # its compiled kernel for CPUs needs a recent C++ compiler
+        assert attention_difference(client, "flex_attention") < 1e-5
 
 
 def generated(client, model=None, **options) -> torch.Tensor:
