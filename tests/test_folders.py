@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 import train
 from conftest import NARROW
 from jaxllm.config import TrainConfig
-from jaxllm.data import sources
+from jaxllm.data import file_source
 from jaxllm.data.sources import FileSource, local_files, open_source
 from jaxllm.data.stream import TokenStream, encode, held_out_rows
 from jaxllm.data.tokenizer import train_tokenizer
@@ -37,7 +37,7 @@ TEXTS = [f'Row {i}: "grüße", 雪; it has\ttabs, commas and two\nlines ' + "wor
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
-    monkeypatch.setattr(sources, "WAIT", 0.0)
+    monkeypatch.setattr(file_source, "WAIT", 0.0)
 
 
 def open_files(path: Path, field: str = "text", **options) -> FileSource:
@@ -310,7 +310,7 @@ def test_a_file_that_turns_out_bad_is_left_out_by_name(damage, others, tmp_path,
     assert list(source.left_out) == [bad]
     said = capsys.readouterr().out
     assert said.count(bad) == 1
-    assert damage is later_null or f"tried {sources.TRIES} times" in said
+    assert damage is later_null or f"tried {file_source.TRIES} times" in said
     assert sorted(texts(source)) == sorted(good)  # not opened again
     assert bad not in capsys.readouterr().out.replace("Pass", "")
     (tmp_path / bad).write_bytes(lines([{"text": "mended"}]))  # it keeps out
@@ -331,15 +331,15 @@ def test_a_file_that_can_be_read_again_is_not_left_out(tmp_path, monkeypatch):
     for i in range(3):
         (tmp_path / f"{i}.jsonl").write_bytes(lines([{"text": f"{i} {j}"} for j in range(50)]))
     wanted = texts(open_files(tmp_path))
-    real, failures = sources.read_chunks, iter([True, True] * 3)
+    real, failures = file_source.read_chunks, iter([True, True] * 3)
 
     def failing(*arguments):
         for number, chunk in enumerate(real(*arguments)):
             if number == 20 and next(failures, False):
-                raise sources.Unreadable("[Errno 5] Input/output error")
+                raise file_source.Unreadable("[Errno 5] Input/output error")
             yield chunk
 
-    monkeypatch.setattr(sources, "read_chunks", failing)
+    monkeypatch.setattr(file_source, "read_chunks", failing)
     source = open_files(tmp_path)
     assert texts(source) == wanted
     assert source.left_out == {}

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxllm.data.reading import COMPRESSIONS, SUFFIXES, NoText, Unreadable, kind_of, look
+from jaxllm.data.lines import COMPRESSIONS, SUFFIXES, NoText, Unreadable, kind_of
+from jaxllm.data.reading import look
 from jaxllm.errors import UserError, listed, one_line, shown
 from jaxllm.files import read_json
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxllm.config import PRESETS, TOKENIZER_SIZED_PRESETS, RunConfig
-from jaxllm.data.sources import Source, hub_reachable
+from jaxllm.data.source import Source
+from jaxllm.data.sources import hub_reachable
 from jaxllm.errors import UserError, listed, one_line, shown
 from jaxllm.files import cache_folder, check_file, read_json, write_text_atomically
 
