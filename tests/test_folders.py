@@ -296,14 +296,22 @@ def later_null(folder: Path) -> str:
     return "bad.jsonl"
 
 
-@pytest.mark.parametrize("damage", [damaged_gzip, damaged_parquet, later_null])
+def damaged_text(folder: Path) -> str:
+    content = gzip.compress(random.Random(0).randbytes(300_000).hex().encode())
+    (folder / "bad.txt.gz").write_bytes(content[:200_000])
+    return "bad.txt.gz"
+
+
+@pytest.mark.parametrize("damage", [damaged_gzip, damaged_parquet, damaged_text, later_null])
 @pytest.mark.parametrize("others", [2, 30])
 def test_a_file_that_turns_out_bad_is_left_out_by_name(damage, others, tmp_path, capsys):
     for i in range(others):
         (tmp_path / f"{i:02}.jsonl").write_bytes(lines([{"text": f"good {i} {j}"} for j in range(5)]))
     bad = damage(tmp_path)
     source = open_files(tmp_path)
-    first = texts(source)
+    chunks = list(source.chunks())
+    first = [chunk.text for chunk in chunks]
+    assert [text for i, text in enumerate(first) if text[:4] == "good" and i and not chunks[i - 1].ends_document] == []
     good = [text for text in first if text.startswith("good")]
     assert len(good) == 5 * others
     assert (len(first) > len(good)) == (damage is not later_null)  # what could be read was
@@ -313,7 +321,7 @@ def test_a_file_that_turns_out_bad_is_left_out_by_name(damage, others, tmp_path,
     assert damage is later_null or f"tried {file_source.TRIES} times" in said
     assert sorted(texts(source)) == sorted(good)  # not opened again
     assert bad not in capsys.readouterr().out.replace("Pass", "")
-    (tmp_path / bad).write_bytes(lines([{"text": "mended"}]))  # it keeps out
+    (tmp_path / bad).write_bytes(lines([{"text": "mended"}]))  # it stays out
     resumed = open_files(tmp_path)
     resumed.position = json.loads(json.dumps(source.position))
     assert resumed.left_out.keys() == {bad}

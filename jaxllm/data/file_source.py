@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from jaxllm.data.fingerprint import Fingerprint, content_digest
-from jaxllm.data.folder import described
+from jaxllm.data.folder import DataFiles, described
 from jaxllm.data.lines import NoText, Unreadable, kind_of
 from jaxllm.data.reading import read_chunks
 from jaxllm.data.rows import Chat
@@ -48,12 +48,12 @@ class FileSource:
         shard: int = 0,
         num_shards: int = 1,
         skip: str = "",
-        damaged: dict[Path, str] | None = None,
-        notes: list[str] | None = None,
+        found: DataFiles | None = None,
     ):
+        """`found`: where the files were found, and which of them are damaged."""
         self._shard, self._num_shards = shard, num_shards
         self._seed, self._text_field = seed, text_field
-        self._folder = Path(os.path.commonpath([file.parent for file in files]))
+        self._folder = found.folder if found else Path(os.path.commonpath([file.parent for file in files]))
         here = {file.relative_to(self._folder).as_posix(): file for file in files}
         gone = [name for name in _patterns(skip) if not glob.has_magic(name) and not _matching(name, here)]
         self._names = sorted([*here, *gone], key=lambda name: self._folder / name)
@@ -63,10 +63,9 @@ class FileSource:
         self._by_files = len(self._files) >= HOLD_OUT * num_shards
         self._digests = [content_digest(file, len(self._files)) for file in self._files]
         self._fingerprint = Fingerprint(self._names, self._digests)
-        self.notes = list(notes or ())
-        if skipped := _matching(skip, self._names):
-            self.notes += described(dict.fromkeys(skipped, "--skip-data"))
-        left_out = {file.relative_to(self._folder).as_posix(): reason for file, reason in (damaged or {}).items()}
+        left_out = dict(found.damaged) if found else {}
+        skipped = dict.fromkeys(_matching(skip, self._names), "--skip-data")
+        self.notes = described((found.passed_over if found else {}) | left_out | skipped)
         self._at: dict[str, Any] = self._start_of_pass(0, {"skipped": 0, "skip": skip, "left_out": left_out})
 
     @property

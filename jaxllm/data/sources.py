@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxllm.config import RunConfig
 from jaxllm.data.file_source import FILES, FileSource
-from jaxllm.data.folder import DataFiles, described, find_data
+from jaxllm.data.folder import DataFiles, find_data
 from jaxllm.data.hub_retry import RetryPolicy, report_client_retries, transient_cause
 from jaxllm.data.lines import kind_of
 from jaxllm.data.rows import text_in, value_of, wanted_fields
@@ -31,19 +31,11 @@ def open_source(config: RunConfig, shard: int = 0, num_shards: int = 1) -> Sourc
     path = Path(data.source).expanduser()
     if data.source == "stdlib" or path.exists():
         if data.source == "stdlib":
-            found = DataFiles(stdlib_files(Path(sysconfig.get_path("stdlib"))), {}, {})
+            root = Path(sysconfig.get_path("stdlib"))
+            found = DataFiles(root, stdlib_files(root), {}, {})
         else:
             found = find_data(path, data.text_field, data.split)
-        return FileSource(
-            found.files,
-            config.seed,
-            data.text_field,
-            shard,
-            num_shards,
-            data.skip_data,
-            found.damaged,
-            described(found.passed_over) + described({str(file): why for file, why in found.damaged.items()}),
-        )
+        return FileSource(found.files, config.seed, data.text_field, shard, num_shards, data.skip_data, found)
     if data.source.count("/") != 1 or data.source.startswith((".", "/", "~")) or kind_of(path) is not None:
         raise UserError(f"data is {data.source!r}: there is no such file or folder, and it is no Hub name (OWNER/NAME)")
     return HubSource(
