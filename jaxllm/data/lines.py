@@ -71,7 +71,8 @@ def check_encoding(head: bytes) -> None:
         raise Unreadable("it holds zero bytes: if it is UTF-16 without a byte-order mark, write it as UTF-8")
     text = head.decode("utf-8", "replace")
     wrong = text.count("\ufffd") - head.count("\ufffd".encode())
-    if wrong > max(len(text) // 100, sum(not char.isascii() for char in text) - wrong):
+    others = len(text) - len(text.encode("ascii", "ignore")) - wrong
+    if wrong > max(len(text) // 100, others):
         raise Unreadable("it is not UTF-8: write it as UTF-8, e.g. with `iconv -f LATIN1 -t UTF-8`")
 
 
