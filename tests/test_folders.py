@@ -29,6 +29,7 @@ from jaxllm.data.sources import FileSource, local_files, open_source
 from jaxllm.data.stream import TokenStream, encode, held_out_rows
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.errors import UserError
+from jaxllm.files import read_json
 from jaxllm.run.lock import FolderLock
 from jaxllm.run.prepare import prepare
 
@@ -178,7 +179,7 @@ BAD = {
     },
     "a.jsonl": {
         "null": lines([{"text": None}] * 30),
-        "another field": lines([{"body": "words", "id": 1}] * 30),
+        "another field": lines([{"id": {"body": "words"}}] * 30),
         "numbers": lines([{"text": 5}]),
         "UTF-16 without a mark": lines(ROWS).decode().encode("utf-16-le"),
         "a web page": b"<!DOCTYPE html>\n<p>404\n",
@@ -207,7 +208,7 @@ def test_a_bad_file_is_refused_alone_and_passed_over_beside_others(name, what, t
     with pytest.raises(UserError, match=name) as refused:
         list(open_files(tmp_path / name).chunks())
     if what == "another field":
-        assert "body" in str(refused.value)
+        assert ("id.body" if name == "a.jsonl" else "body") in str(refused.value)
         assert "--text-field" in str(refused.value)
     assert "\n" not in str(refused.value)
     with pytest.raises(UserError, match=name):
@@ -483,12 +484,15 @@ def test_a_run_outlives_bad_shards_and_other_names(narrow_run, capsys):
     assert Path("run/train_config.json").read_bytes() == before
     shutil.rmtree("moved")
     Path("data").rename("moved")
+    for name in ("part-03.jsonl", "part-05.parquet", "bad.jsonl.gz"):
+        Path("moved", name).unlink()  # as the advice would be
     assert narrow_run(81, "--data", "moved") == 0
+    assert read_json(Path("run/train_config.json"))["skip_data"] == "bad.jsonl.gz"
     Path("moved/part-07.jsonl").unlink()
     assert narrow_run(82) == 2
     assert "one before 'part-08.jsonl' is gone" in (error := capsys.readouterr().err)
     assert "--skip-data" in error
-    assert narrow_run(82, "--skip-data", "part-07.jsonl") == 0
+    assert narrow_run(82, "--skip-data", "bad.jsonl.gz,part-07.jsonl") == 0
     assert narrow_run(83) == 0  # the run keeps it
     change_content(Path("moved/part-15.jsonl"))
     assert narrow_run(84) == 2

@@ -61,11 +61,14 @@ class FileSource:
         self._sizes = [size_of(file) for file in self._files]
         self._total = sum(self._sizes) or 1
         self._by_files = len(self._files) >= HOLD_OUT * num_shards
-        self._digests = [content_digest(file, len(self._files)) for file in self._files]
-        self._fingerprint = Fingerprint(self._names, self._digests)
         left_out = dict(found.damaged) if found else {}
         skipped = dict.fromkeys(_matching(skip, self._names), "--skip-data")
-        self.notes = described((found.passed_over if found else {}) | left_out | skipped)
+        self._digests = [
+            "" if name in {**skipped, **left_out} else content_digest(file, len(self._files))
+            for name, file in zip(self._names, self._files, strict=True)
+        ]
+        self._fingerprint = Fingerprint(self._names, self._digests)
+        self.notes = described((found.passed_over if found else {}) | skipped | left_out)
         self._at: dict[str, Any] = self._start_of_pass(0, {"skipped": 0, "skip": skip, "left_out": left_out})
 
     @property
@@ -75,7 +78,7 @@ class FileSource:
     @position.setter
     def position(self, position: dict[str, Any]) -> None:
         check_position(position, {*self._at, "files"})
-        skip = ",".join(dict.fromkeys((*_patterns(position["skip"]), *_patterns(self._at["skip"]))))
+        skip = ",".join(_patterns(f"{position['skip']},{self._at['skip']}"))
         left_out = position["left_out"] | self._at["left_out"]
         if gone := left_out.keys() - {*self._names}:
             raise UserError(
@@ -181,7 +184,7 @@ def size_of(file: Path) -> int:
 
 
 def _patterns(skip: str) -> list[str]:
-    return [pattern for part in skip.split(",") if (pattern := part.strip())]
+    return list(dict.fromkeys(pattern for part in skip.split(",") if (pattern := part.strip())))
 
 
 def _matching(skip: str, names: Iterable[str]) -> list[str]:

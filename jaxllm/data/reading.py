@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxllm.data.lines import Lines, NoText, check_encoding, errors_as_unreadable, head_of, kind_of, lines_of
-from jaxllm.data.rows import Chat, look_at_footer, read_rows, text_in, value_of, wanted_fields, without_text
+from jaxllm.data.rows import Chat, look_at_footer, names_in, read_rows, text_in, value_of, wanted_fields, without_text
 
 CHUNK_CHARS = 4096
 """Largest chunk of a text file, so that a file of any size can be read."""
@@ -69,9 +69,9 @@ def look(file: Path, size: int, text_field: str) -> None:
         for row in read_rows(file, raw, size, 0, text_field):
             if text_in(value_of(row.values, text_field)) is not None:
                 return
-            fields |= dict.fromkeys(row.values or ())
+            fields |= dict.fromkeys(names_in(row.values))
             if row.done > LOOK_BYTES:
-                if any(name.partition(".")[0] in fields for name in wanted_fields(text_field)):
+                if not fields.keys().isdisjoint(wanted_fields(text_field)):
                     return  # later rows may have a text
                 break
         raise NoText(without_text(text_field, fields))

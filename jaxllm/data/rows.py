@@ -195,6 +195,13 @@ def value_of(row: dict[str, Any] | None, text_field: str) -> Any:
     return None
 
 
+def names_in(row: Any, outer: str = "") -> Iterator[str]:
+    """The names of a row's fields, as `value_of` takes them."""
+    for name, value in row.items() if isinstance(row, dict) else ():
+        yield outer + name
+        yield from names_in(value, f"{outer}{name}.")
+
+
 def valid_unicode(text: str) -> str:
     """JSON can hold halves of surrogate pairs, which no tokenizer takes: they become question marks."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -224,6 +224,12 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
     if not (config.folder / "tokenizer").is_dir():
         _save_tokenizer(tokenizer, config.folder / "tokenizer")
     return Prepared(config, tokenizer, held_out, resumes)
+
+
+def keep_left_out(config: RunConfig, left_out: Iterable[str]) -> None:
+    """Name damaged files in the run's config: they may be gone when it is resumed."""
+    skip = ",".join(dict.fromkeys([*config.data.skip_data.split(","), *(name.replace(",", "?") for name in left_out)]))
+    write_json(config.folder / CONFIG_FILE, config.with_options(skip_data=skip.strip(",")).to_dict())
 
 
 def _with_kept_options(config: Config, saved: dict[str, Any], processes: int) -> Config:
