@@ -25,6 +25,7 @@ import train
 from conftest import NARROW
 from jaxllm.config import TrainConfig
 from jaxllm.data import file_source
+from jaxllm.data.lines import kind_of
 from jaxllm.data.sources import FileSource, local_files, open_source
 from jaxllm.data.stream import TokenStream, encode, held_out_rows
 from jaxllm.data.tokenizer import train_tokenizer
@@ -225,6 +226,16 @@ def test_a_field_that_comes_late_or_only_at_times_is_read(tmp_path):
     source = open_files(tmp_path)
     assert sorted(texts(source)) == sorted(TEXTS * 2)
     assert source.position["skipped"] == 20_050
+
+
+def test_notes_beside_rows_without_the_field_are_no_data(tmp_path):
+    for name in ("README.md", "load.py", "requirements.txt"):
+        (tmp_path / name).write_text("words " * 90)
+    (tmp_path / "small.csv").write_bytes(delimited([{"body": 1}], ","))  # code with a table
+    assert len(texts(open_files(tmp_path))) == 3
+    (tmp_path / "rows.jsonl").write_bytes(lines(ROWS))  # a folder of rows, and a wrong field
+    with pytest.raises(UserError, match=r"no field 'txet', but id, text: pass --text-field"):
+        open_files(tmp_path, "txet")
 
 
 def test_a_folder_that_datasets_saved_is_read_without_its_caches(tmp_path):
@@ -559,7 +570,11 @@ def test_a_folder_of_anything_gives_the_rows_that_a_reader_expects(rows, no_data
         (folder / name).write_bytes(content)
     if "runs/tiny/train_config.json" in contents:
         (folder / "runs/tiny/metrics.jsonl").write_bytes(lines(ROWS))
+    bytes_of = dict.fromkeys(("text", "lines", "csv", "parquet", "arrow", "json", None), 0)
+    for name, content in contents.items():
+        bytes_of[None if name.startswith((".", "runs/")) else kind_of(Path(name))] += len(content)
     has_rows = any(name != "a.TXT.gz" for name in rows)
+    has_rows = has_rows or sum(bytes_of[kind] for kind in ("lines", "csv", "parquet", "arrow")) > bytes_of["text"]
     want = [text for name in rows for text in ([TEXT.replace("\r\n", "\n")] if name == "a.TXT.gz" else TEXTS)]
     want += [f"tale {name}" for name in corpus] + ([] if has_rows else ["a note"] * len(notes))
     try:

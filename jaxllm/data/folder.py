@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from jaxllm.data.lines import COMPRESSIONS, SUFFIXES, NoText, Unreadable, kind_of
 from jaxllm.data.reading import look
-from jaxllm.errors import UserError, listed, one_line, shown
+from jaxllm.errors import UserError, listed, shown
 from jaxllm.files import read_json
 
 ENDINGS = f"{', '.join(SUFFIXES)}, all but the last two also with {', '.join(COMPRESSIONS)}"
@@ -32,35 +32,34 @@ def find_data(path: Path, text_field: str, split: str) -> DataFiles:
     """The file itself, or the files below a folder that hold text.
 
     Hidden files and the folders of runs are no data. Of a folder that `datasets` saved, only its own files are; of
-    several splits, `split` is. Text files about the data are none beside files of rows.
+    several splits, `split` is. Text files about the data are none beside files of rows that are read, or that are the
+    larger part but have another field.
 
     Raises:
         UserError: there is none, or one may not be read.
     """
     passed_over: dict[str, str] = {}
     folder, found = (path.parent, [path]) if path.is_file() else (path, _candidates(path, split, passed_over))
-    files, damaged = {}, {}
+    files, damaged, row_bytes = {}, {}, 0
     for file in sorted(found):
         name = file.relative_to(folder).as_posix()
         try:
             stat = file.stat()
             reason, is_damaged = _verdict(file, stat.st_size, stat.st_mtime_ns, text_field)
-        except PermissionError as error:
-            raise UserError(f"data: cannot read {file}: {error.strerror}") from None
         except OSError as error:
-            reason, is_damaged = one_line(error), True
+            raise UserError(f"data: cannot read {file}: {error.strerror}") from None
+        row_bytes += stat.st_size if kind_of(file) in ("lines", "csv", "parquet", "arrow") else 0
         if reason is None or is_damaged:
             files[name] = file
         if reason is not None:
             (damaged if is_damaged else passed_over)[name] = reason
-    readable = files.keys() - damaged.keys()
-    if any(kind_of(files[name]) != "text" for name in readable):
-        for name in [
-            name for name, file in files.items() if kind_of(file) == "text" and _NOTES.fullmatch(file.name.lower())
-        ]:
+    texts = [name for name in files if kind_of(files[name]) == "text"]
+    if files.keys() - damaged.keys() - {*texts} or row_bytes > sum(files[name].stat().st_size for name in texts):
+        for name in [name for name in texts if _NOTES.fullmatch(files[name].name.lower())]:
             del files[name]
-            passed_over[name] = "text beside files of rows"
             damaged.pop(name, None)
+            passed_over[name] = "text beside files of rows"
+    readable = files.keys() - damaged.keys()
     if not readable:
         said = "; ".join(described(passed_over | damaged)[:3]) or "it is empty"
         raise UserError(f"data is {str(path)!r}: there is nothing to read in it: {said}")
