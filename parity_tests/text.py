@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxllm.config import ModelConfig, TrainConfig
-from jaxllm.data.reading import SUFFIXES
+from jaxllm.data.lines import SUFFIXES
 from jaxllm.data.sources import FileSource, open_source
 from jaxllm.data.stream import encode
 from jaxllm.data.tokenizer import load_tokenizer, train_tokenizer

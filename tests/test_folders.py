@@ -24,11 +24,13 @@ from hypothesis import strategies as st
 import train
 from conftest import NARROW
 from jaxllm.config import TrainConfig
-from jaxllm.data import sources
+from jaxllm.data import file_source
+from jaxllm.data.lines import kind_of
 from jaxllm.data.sources import FileSource, local_files, open_source
 from jaxllm.data.stream import TokenStream, encode, held_out_rows
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.errors import UserError
+from jaxllm.files import read_json
 from jaxllm.run.lock import FolderLock
 from jaxllm.run.prepare import prepare
 
@@ -37,7 +39,7 @@ TEXTS = [f'Row {i}: "grüße", 雪; it has\ttabs, commas and two\nlines ' + "wor
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
-    monkeypatch.setattr(sources, "WAIT", 0.0)
+    monkeypatch.setattr(file_source, "WAIT", 0.0)
 
 
 def open_files(path: Path, field: str = "text", **options) -> FileSource:
@@ -178,7 +180,7 @@ BAD = {
     },
     "a.jsonl": {
         "null": lines([{"text": None}] * 30),
-        "another field": lines([{"body": "words", "id": 1}] * 30),
+        "another field": lines([{"id": {"body": "words"}}] * 30),
         "numbers": lines([{"text": 5}]),
         "UTF-16 without a mark": lines(ROWS).decode().encode("utf-16-le"),
         "a web page": b"<!DOCTYPE html>\n<p>404\n",
@@ -207,7 +209,7 @@ def test_a_bad_file_is_refused_alone_and_passed_over_beside_others(name, what, t
     with pytest.raises(UserError, match=name) as refused:
         list(open_files(tmp_path / name).chunks())
     if what == "another field":
-        assert "body" in str(refused.value)
+        assert ("id.body" if name == "a.jsonl" else "body") in str(refused.value)
         assert "--text-field" in str(refused.value)
     assert "\n" not in str(refused.value)
     with pytest.raises(UserError, match=name):
@@ -224,6 +226,16 @@ def test_a_field_that_comes_late_or_only_at_times_is_read(tmp_path):
     source = open_files(tmp_path)
     assert sorted(texts(source)) == sorted(TEXTS * 2)
     assert source.position["skipped"] == 20_050
+
+
+def test_notes_beside_rows_without_the_field_are_no_data(tmp_path):
+    for name in ("README.md", "load.py", "requirements.txt"):
+        (tmp_path / name).write_text("words " * 90)
+    (tmp_path / "small.csv").write_bytes(delimited([{"body": 1}], ","))  # code with a table
+    assert len(texts(open_files(tmp_path))) == 3
+    (tmp_path / "rows.jsonl").write_bytes(lines(ROWS))  # a folder of rows, and a wrong field
+    with pytest.raises(UserError, match=r"no field 'txet', but id, text: pass --text-field"):
+        open_files(tmp_path, "txet")
 
 
 def test_a_folder_that_datasets_saved_is_read_without_its_caches(tmp_path):
@@ -296,24 +308,32 @@ def later_null(folder: Path) -> str:
     return "bad.jsonl"
 
 
-@pytest.mark.parametrize("damage", [damaged_gzip, damaged_parquet, later_null])
+def damaged_text(folder: Path) -> str:
+    content = gzip.compress(random.Random(0).randbytes(300_000).hex().encode())
+    (folder / "bad.txt.gz").write_bytes(content[:200_000])
+    return "bad.txt.gz"
+
+
+@pytest.mark.parametrize("damage", [damaged_gzip, damaged_parquet, damaged_text, later_null])
 @pytest.mark.parametrize("others", [2, 30])
 def test_a_file_that_turns_out_bad_is_left_out_by_name(damage, others, tmp_path, capsys):
     for i in range(others):
         (tmp_path / f"{i:02}.jsonl").write_bytes(lines([{"text": f"good {i} {j}"} for j in range(5)]))
     bad = damage(tmp_path)
     source = open_files(tmp_path)
-    first = texts(source)
+    chunks = list(source.chunks())
+    first = [chunk.text for chunk in chunks]
+    assert [text for i, text in enumerate(first) if text[:4] == "good" and i and not chunks[i - 1].ends_document] == []
     good = [text for text in first if text.startswith("good")]
     assert len(good) == 5 * others
     assert (len(first) > len(good)) == (damage is not later_null)  # what could be read was
     assert list(source.left_out) == [bad]
     said = capsys.readouterr().out
     assert said.count(bad) == 1
-    assert damage is later_null or f"tried {sources.TRIES} times" in said
+    assert damage is later_null or f"tried {file_source.TRIES} times" in said
     assert sorted(texts(source)) == sorted(good)  # not opened again
     assert bad not in capsys.readouterr().out.replace("Pass", "")
-    (tmp_path / bad).write_bytes(lines([{"text": "mended"}]))  # it keeps out
+    (tmp_path / bad).write_bytes(lines([{"text": "mended"}]))  # it stays out
     resumed = open_files(tmp_path)
     resumed.position = json.loads(json.dumps(source.position))
     assert resumed.left_out.keys() == {bad}
@@ -331,15 +351,15 @@ def test_a_file_that_can_be_read_again_is_not_left_out(tmp_path, monkeypatch):
     for i in range(3):
         (tmp_path / f"{i}.jsonl").write_bytes(lines([{"text": f"{i} {j}"} for j in range(50)]))
     wanted = texts(open_files(tmp_path))
-    real, failures = sources.read_chunks, iter([True, True] * 3)
+    real, failures = file_source.read_chunks, iter([True, True] * 3)
 
     def failing(*arguments):
         for number, chunk in enumerate(real(*arguments)):
             if number == 20 and next(failures, False):
-                raise sources.Unreadable("[Errno 5] Input/output error")
+                raise file_source.Unreadable("[Errno 5] Input/output error")
             yield chunk
 
-    monkeypatch.setattr(sources, "read_chunks", failing)
+    monkeypatch.setattr(file_source, "read_chunks", failing)
     source = open_files(tmp_path)
     assert texts(source) == wanted
     assert source.left_out == {}
@@ -475,12 +495,15 @@ def test_a_run_outlives_bad_shards_and_other_names(narrow_run, capsys):
     assert Path("run/train_config.json").read_bytes() == before
     shutil.rmtree("moved")
     Path("data").rename("moved")
+    for name in ("part-03.jsonl", "part-05.parquet", "bad.jsonl.gz"):
+        Path("moved", name).unlink()  # as the advice would be
     assert narrow_run(81, "--data", "moved") == 0
+    assert read_json(Path("run/train_config.json"))["skip_data"] == "bad.jsonl.gz"
     Path("moved/part-07.jsonl").unlink()
     assert narrow_run(82) == 2
     assert "one before 'part-08.jsonl' is gone" in (error := capsys.readouterr().err)
     assert "--skip-data" in error
-    assert narrow_run(82, "--skip-data", "part-07.jsonl") == 0
+    assert narrow_run(82, "--skip-data", "bad.jsonl.gz,part-07.jsonl") == 0
     assert narrow_run(83) == 0  # the run keeps it
     change_content(Path("moved/part-15.jsonl"))
     assert narrow_run(84) == 2
@@ -547,7 +570,11 @@ def test_a_folder_of_anything_gives_the_rows_that_a_reader_expects(rows, no_data
         (folder / name).write_bytes(content)
     if "runs/tiny/train_config.json" in contents:
         (folder / "runs/tiny/metrics.jsonl").write_bytes(lines(ROWS))
+    bytes_of = dict.fromkeys(("text", "lines", "csv", "parquet", "arrow", "json", None), 0)
+    for name, content in contents.items():
+        bytes_of[None if name.startswith((".", "runs/")) else kind_of(Path(name))] += len(content)
     has_rows = any(name != "a.TXT.gz" for name in rows)
+    has_rows = has_rows or sum(bytes_of[kind] for kind in ("lines", "csv", "parquet", "arrow")) > bytes_of["text"]
     want = [text for name in rows for text in ([TEXT.replace("\r\n", "\n")] if name == "a.TXT.gz" else TEXTS)]
     want += [f"tale {name}" for name in corpus] + ([] if has_rows else ["a note"] * len(notes))
     try:

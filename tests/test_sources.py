@@ -16,9 +16,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from jaxllm.data import reading
+from jaxllm.data import lines, rows
 from jaxllm.data import stream as streams
-from jaxllm.data.reading import CHUNK_CHARS, read_chunks
+from jaxllm.data.reading import CHUNK_CHARS, FileChunk, read_chunks
 from jaxllm.data.sources import FileSource, TextChunk, local_files, stdlib_files
 from jaxllm.data.stream import Prefetcher, TokenStream
 from jaxllm.data.tokenizer import train_tokenizer
@@ -95,7 +95,7 @@ def pieces_in_text_mode(file: Path) -> Iterator[tuple[str, bool]]:
         yield chunk, True
 
 
-def parts_of(file: Path, place: int = 0) -> list[reading.Part]:
+def parts_of(file: Path, place: int = 0) -> list[FileChunk]:
     return list(read_chunks(file, file.stat().st_size, place, "text"))
 
 
@@ -166,7 +166,7 @@ def test_resuming_near_the_end_of_a_large_file_reads_only_the_end(kind, tmp_path
     assert list(resumed.chunks()) == wanted[-19:]
     assert file.stat().st_size > 4e6
     # The blocks behind the place; of a parquet file the end, which says where the rest is, and a row group of 50 rows.
-    assert 0 < CountedReads.count < 3 * reading.BLOCK + (200_000 if kind == "parquet" else 20 * CHUNK_CHARS)
+    assert 0 < CountedReads.count < 3 * lines.BLOCK + (200_000 if kind == "parquet" else 20 * CHUNK_CHARS)
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
@@ -235,12 +235,13 @@ def test_a_position_of_another_kind_of_data_is_refused(corpus):
 
 
 def test_a_line_that_is_too_long_is_passed_over_and_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "MAX_ROW_BYTES", 100)
-    monkeypatch.setattr(reading, "BLOCK", 64)
-    rows = ["first", "x" * 1000, "second", "y" * 60, "z" * 5000]
+    monkeypatch.setattr(rows, "MAX_ROW_BYTES", 100)
+    monkeypatch.setattr(rows, "BLOCK", 64)
+    monkeypatch.setattr(lines, "BLOCK", 64)
+    texts = ["first", "x" * 1000, "second", "y" * 60, "z" * 5000]
     for end in ("\n", "\r\n"):
         file = tmp_path / "rows.jsonl"
-        file.write_bytes("".join(json.dumps({"text": text}) + end for text in rows).encode())
+        file.write_bytes("".join(json.dumps({"text": text}) + end for text in texts).encode())
         source = FileSource([file], 0, "text")
         assert [chunk.text for chunk in source.chunks()] == ["first", "second", "y" * 60]
         assert source.position["skipped"] == 2

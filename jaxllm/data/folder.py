@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxllm.data.reading import COMPRESSIONS, SUFFIXES, NoText, Unreadable, kind_of, look
-from jaxllm.errors import UserError, listed, one_line, shown
+from jaxllm.data.lines import COMPRESSIONS, SUFFIXES, NoText, Unreadable, kind_of
+from jaxllm.data.reading import look
+from jaxllm.errors import UserError, listed, shown
 from jaxllm.files import read_json
 
 ENDINGS = f"{', '.join(SUFFIXES)}, all but the last two also with {', '.join(COMPRESSIONS)}"
 
-NOTES = re.compile(
+_NOTES = re.compile(
     r"(readme|licen[sc]e|copying|notice|changelog|authors|contribut(ing|ors)|citation|requirements|constraints|version"
     r"|manifest|todo|checksums?|(md5|sha\d+)sums?)([^a-z].*)?|.*\.(md|py)(\..*)?"
 )
@@ -21,47 +22,48 @@ NOTES = re.compile(
 
 
 class DataFiles(NamedTuple):
+    folder: Path  # names are relative to it
     files: list[Path]  # sorted
-    damaged: dict[Path, str]  # those of them that cannot be read, with the reason
-    passed_over: dict[str, str]  # the reason by name
+    damaged: dict[str, str]  # those of them that cannot be read: the reason by name
+    passed_over: dict[str, str]  # of other files, the reason by name
 
 
 def find_data(path: Path, text_field: str, split: str) -> DataFiles:
     """The file itself, or the files below a folder that hold text.
 
     Hidden files and the folders of runs are no data. Of a folder that `datasets` saved, only its own files are; of
-    several splits, `split` is. Text files about the data are none beside files of rows.
+    several splits, `split` is. Text files about the data are none beside files of rows that are read, or that are the
+    larger part but have another field.
 
     Raises:
         UserError: there is none, or one may not be read.
     """
     passed_over: dict[str, str] = {}
-    found = [path] if path.is_file() else sorted(_candidates(path, split, passed_over))
-    names = {file: path.name if file == path else file.relative_to(path).as_posix() for file in found}
-    files, damaged = [], {}
-    for file, name in names.items():
+    folder, found = (path.parent, [path]) if path.is_file() else (path, _candidates(path, split, passed_over))
+    files, damaged, row_bytes = {}, {}, 0
+    for file in sorted(found):
+        name = file.relative_to(folder).as_posix()
         try:
             stat = file.stat()
             reason, is_damaged = _verdict(file, stat.st_size, stat.st_mtime_ns, text_field)
-        except PermissionError as error:
-            raise UserError(f"data: cannot read {file}: {error.strerror}") from None
         except OSError as error:
-            reason, is_damaged = one_line(error), True
-        if reason is None:
-            files.append(file)
-        elif is_damaged:
-            damaged[file] = reason
-        else:
-            passed_over[name] = reason
-    if any(kind_of(file) != "text" for file in files):
-        for file in [file for file in files if kind_of(file) == "text" and NOTES.fullmatch(file.name.lower())]:
-            files.remove(file)
-            passed_over[names[file]] = "text beside files of rows"
-    if not files:
-        reasons = passed_over | {names[file]: reason for file, reason in damaged.items()}
-        said = "; ".join(described(reasons)[:3]) or "it is empty"
+            raise UserError(f"data: cannot read {file}: {error.strerror}") from None
+        row_bytes += stat.st_size if kind_of(file) in ("lines", "csv", "parquet", "arrow") else 0
+        if reason is None or is_damaged:
+            files[name] = file
+        if reason is not None:
+            (damaged if is_damaged else passed_over)[name] = reason
+    texts = [name for name in files if kind_of(files[name]) == "text"]
+    if files.keys() - damaged.keys() - {*texts} or row_bytes > sum(files[name].stat().st_size for name in texts):
+        for name in [name for name in texts if _NOTES.fullmatch(files[name].name.lower())]:
+            del files[name]
+            damaged.pop(name, None)
+            passed_over[name] = "text beside files of rows"
+    readable = files.keys() - damaged.keys()
+    if not readable:
+        said = "; ".join(described(passed_over | damaged)[:3]) or "it is empty"
         raise UserError(f"data is {str(path)!r}: there is nothing to read in it: {said}")
-    return DataFiles(sorted([*files, *damaged]), damaged, passed_over)
+    return DataFiles(folder, list(files.values()), damaged, passed_over)
 
 
 @functools.cache

@@ -4,84 +4,21 @@ A source yields `TextChunk`s, of which every `HOLD_OUT`-th belongs to the evalua
 value; a fresh source with this position continues there without reading what came before.
 """
 
-import fnmatch
-import glob
 import os
-import random
 import sysconfig
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
-
-from tqdm import tqdm
+from typing import Any
 
 from jaxllm.config import RunConfig
-from jaxllm.data.fingerprint import Fingerprint, content_digest
-from jaxllm.data.folder import DataFiles, described, find_data
+from jaxllm.data.file_source import FILES, FileSource
+from jaxllm.data.folder import DataFiles, find_data
 from jaxllm.data.hub_retry import RetryPolicy, report_client_retries, transient_cause
-from jaxllm.data.reading import Chat, NoText, Unreadable, kind_of, read_chunks, text_in, value_of, wanted_fields
-from jaxllm.errors import UserError, listed, one_line, shown
-
-HOLD_OUT = 20
-"""One chunk in twenty is held out for evaluation."""
-
-RUN_OF_CHUNKS = 8
-"""Consecutive chunks that stay together where files are divided among shards."""
-
-FILES = "files:"
-"""How the fingerprint of files begins where a commit of the Hub could stand."""
-
-TRIES = 3
-"""How often a file is read at a place where it cannot be read, before it is left out."""
-
-WAIT = 1.0
-"""Seconds between these tries: a file server may be back."""
-
-
-class TextChunk(NamedTuple):
-    text: str | Chat
-    ends_document: bool
-    held_out: bool
-
-
-class Source(Protocol):
-    """An endless series of passes over a corpus."""
-
-    @property
-    def position(self) -> dict[str, Any]:
-        """Where the next chunk starts, and `skipped`, the number of rows without text so far; JSON values.
-
-        Setting a position that was taken from another corpus raises UserError.
-        """
-        ...
-
-    @position.setter
-    def position(self, position: dict[str, Any]) -> None: ...
-
-    @property
-    def revision(self) -> str:
-        """What tells whether it is the same data: a commit of the Hub, or the fingerprint of files."""
-        ...
-
-    @property
-    def left_out(self) -> dict[str, str]:
-        """Files that turned out damaged and are no longer read, each with the reason."""
-        ...
-
-    @property
-    def notes(self) -> list[str]:
-        """Files that are not read from the start, with the reason, in lines."""
-        ...
-
-    def chunks(self) -> Iterator[TextChunk]:
-        """Chunks from `position` to the end of the pass; afterwards `position` is the start of the next pass."""
-        ...
-
-    def progress(self) -> float | None:
-        """Passes done, with a fraction; None where the size is not known."""
-        ...
+from jaxllm.data.lines import kind_of
+from jaxllm.data.rows import text_in, value_of, wanted_fields
+from jaxllm.data.source import HOLD_OUT, Source, TextChunk, announce_pass, check_position
+from jaxllm.errors import UserError, listed, one_line
 
 
 def open_source(config: RunConfig, shard: int = 0, num_shards: int = 1) -> Source:
@@ -94,19 +31,11 @@ def open_source(config: RunConfig, shard: int = 0, num_shards: int = 1) -> Sourc
     path = Path(data.source).expanduser()
     if data.source == "stdlib" or path.exists():
         if data.source == "stdlib":
-            found = DataFiles(stdlib_files(Path(sysconfig.get_path("stdlib"))), {}, {})
+            root = Path(sysconfig.get_path("stdlib"))
+            found = DataFiles(root, stdlib_files(root), {}, {})
         else:
             found = find_data(path, data.text_field, data.split)
-        return FileSource(
-            found.files,
-            config.seed,
-            data.text_field,
-            shard,
-            num_shards,
-            data.skip_data,
-            found.damaged,
-            described(found.passed_over) + described({str(file): why for file, why in found.damaged.items()}),
-        )
+        return FileSource(found.files, config.seed, data.text_field, shard, num_shards, data.skip_data, found)
     if data.source.count("/") != 1 or data.source.startswith((".", "/", "~")) or kind_of(path) is not None:
         raise UserError(f"data is {data.source!r}: there is no such file or folder, and it is no Hub name (OWNER/NAME)")
     return HubSource(
@@ -147,169 +76,6 @@ def local_files(path: Path, text_field: str = "text") -> list[Path]:
         UserError: there is none.
     """
     return find_data(path, text_field, "train").files
-
-
-class FileSource:
-    """Files of text or rows, in an order that each pass shuffles.
-
-    One of several shards has every n-th file of that order if there are enough files, or else runs of chunks of every
-    file. A file that cannot be read, or not to its end, is left out from there on; so are those that `skip` names, with
-    patterns separated by commas. They keep their place in the order: the position tells which they are.
-    """
-
-    def __init__(
-        self,
-        files: list[Path],
-        seed: int,
-        text_field: str,
-        shard: int = 0,
-        num_shards: int = 1,
-        skip: str = "",
-        damaged: dict[Path, str] | None = None,
-        notes: list[str] | None = None,
-    ):
-        self._shard, self._num_shards = shard, num_shards
-        self._seed, self._text_field = seed, text_field
-        self._folder = Path(os.path.commonpath([file.parent for file in files]))
-        here = {file.relative_to(self._folder).as_posix(): file for file in files}
-        gone = [name for name in _patterns(skip) if not glob.has_magic(name) and not _matching(name, here)]
-        self._names = sorted([*here, *gone], key=lambda name: self._folder / name)
-        self._files = [self._folder / name for name in self._names]
-        self._sizes = [size_of(file) for file in self._files]
-        self._total = sum(self._sizes) or 1
-        self._by_files = len(self._files) >= HOLD_OUT * num_shards
-        self._digests = [content_digest(file, len(self._files)) for file in self._files]
-        self._fingerprint = Fingerprint(self._names, self._digests)
-        self.notes = list(notes or ())
-        if skipped := _matching(skip, self._names):
-            self.notes += described(dict.fromkeys(skipped, "--skip-data"))
-        left_out = {file.relative_to(self._folder).as_posix(): reason for file, reason in (damaged or {}).items()}
-        self._at: dict[str, Any] = self._start_of_pass(0, {"skipped": 0, "skip": skip, "left_out": left_out})
-
-    @property
-    def position(self) -> dict[str, Any]:
-        return self._at | {"files": self._fingerprint.value}
-
-    @position.setter
-    def position(self, position: dict[str, Any]) -> None:
-        check_position(position, {*self._at, "files"})
-        skip = ",".join(dict.fromkeys((*_patterns(position["skip"]), *_patterns(self._at["skip"]))))
-        left_out = position["left_out"] | self._at["left_out"]
-        if gone := left_out.keys() - {*self._names}:
-            raise UserError(
-                f"data: {listed(sorted(gone))} of {str(self._folder)!r} was left out before and is no longer there: "
-                f"pass --skip-data {shown(','.join(sorted(gone)))[1:-1]}"
-            )
-        self._fingerprint.check(position["files"], {*left_out, *_matching(skip, self._names)}, self._folder)
-        self._at = {name: position[name] for name in self._at} | {"skip": skip, "left_out": left_out}
-
-    @property
-    def revision(self) -> str:
-        return FILES + self._fingerprint.value["all"]
-
-    @property
-    def left_out(self) -> dict[str, str]:
-        return self._at["left_out"]
-
-    def chunks(self) -> Iterator[TextChunk]:
-        at = self._at
-        if (at["file"], at["chunk"]) == (0, 0):
-            announce_pass(at["pass"], self._shard, self._num_shards)
-        order = list(range(len(self._files)))
-        random.Random(f"{self._seed}/{at['pass']}").shuffle(order)
-        skipped = set(_matching(at["skip"], self._names))
-        for number in range(at["file"], len(order)):
-            index = order[number]
-            name = self._names[index]
-            mine = not self._by_files or number % self._num_shards == self._shard
-            if mine and name not in skipped and name not in self.left_out:
-                for chunk, text, ends in self._chunks_of(index):
-                    if not self._by_files and (index + chunk // RUN_OF_CHUNKS) % self._num_shards != self._shard:
-                        continue
-                    # Held out by whole files where there are enough of them, by chunks of the files where not.
-                    unit = index if len(order) >= HOLD_OUT else index + chunk
-                    yield TextChunk(text, ends, held_out=unit % HOLD_OUT == 1)
-            read = self._at["bytes"] + self._sizes[index]
-            self._at = self._at | {"file": number + 1, "chunk": 0, "offset": 0, "bytes": read, "within": 0}
-        if all(name in skipped or name in self.left_out for name in self._names):
-            said = "; ".join([*described(self.left_out)[:3], *(["the rest by --skip-data"] if skipped else [])])
-            raise UserError(f"data: every file of {str(self._folder)!r} is left out: {said}")
-        kept = {name: self._at[name] for name in ("skipped", "skip", "left_out")}
-        self._at = self._start_of_pass(self._at["pass"] + 1, kept)
-
-    def progress(self) -> float:
-        return self._at["pass"] + (self._at["bytes"] + self._at["within"]) / self._total
-
-    @staticmethod
-    def _start_of_pass(number: int, kept: dict[str, Any]) -> dict[str, Any]:
-        """`chunk` and `offset` are where the file number `file` continues.
-
-        `bytes`: of the files that are done; `within`: of the one that is being read.
-        """
-        return {"pass": number, "file": 0, "chunk": 0, "offset": 0, "bytes": 0, "within": 0} | kept
-
-    def _chunks_of(self, index: int) -> Iterator[tuple[int, str | Chat, bool]]:
-        """The chunks of a file from where the position is, each with its number; the position goes along.
-
-        A file that cannot be read is tried `TRIES` times at one place, then left out.
-        """
-        file, name, size = self._files[index], self._names[index], self._sizes[index]
-        counts = self._by_files or self._shard == 0  # else every shard reads each row without text, and one counts it
-        tries, reason = 0, None
-        while reason is None:
-            try:
-                self._check_unchanged(index)
-                for read in read_chunks(file, size, self._at["offset"], self._text_field):
-                    tries, chunk = 0, self._at["chunk"]
-                    self._at = self._at | {"offset": read.offset, "within": read.done}
-                    if read.text is None:
-                        self._at["skipped"] += counts
-                    else:
-                        self._at["chunk"] += 1
-                        yield chunk, read.text, read.ends_document
-                return
-            except (Unreadable, PermissionError) as error:
-                tries += 1
-                if isinstance(error, NoText) or tries == TRIES:
-                    reason = one_line(error)
-                else:
-                    time.sleep(WAIT)
-        if tries == TRIES:
-            reason = f"{reason}; tried {TRIES} times, read up to {self._at['within']} of {size} bytes"
-        self._at = self._at | {"left_out": self.left_out | {name: reason}}
-        if counts:
-            tqdm.write(f"Data: left out from here on: {described({name: reason})[0]}")
-        if self._at["chunk"] and kind_of(file) == "text":
-            yield self._at["chunk"], "", True  # the next file is another document
-
-    def _check_unchanged(self, index: int) -> None:
-        file, size = self._files[index], self._sizes[index]
-        if content_digest(file, len(self._files)) != self._digests[index]:
-            now = size_of(file)
-            change = f"{size} bytes, now {now}" if now != size else "another content"
-            raise Unreadable(f"it has changed since the run began to read it ({change})")
-
-
-def size_of(file: Path) -> int:
-    """A file's bytes; 0 where it is gone."""
-    try:
-        return file.stat().st_size
-    except OSError:
-        return 0
-
-
-def _patterns(skip: str) -> list[str]:
-    return [pattern for part in skip.split(",") if (pattern := part.strip())]
-
-
-def _matching(skip: str, names: Iterable[str]) -> list[str]:
-    """The names, or whose last parts, are or match one of some patterns."""
-    patterns = _patterns(skip)
-    return [
-        name
-        for name in names
-        if any(part == p or fnmatch.fnmatchcase(part, p) for p in patterns for part in {name, name.rpartition("/")[2]})
-    ]
 
 
 class HubSource:
@@ -446,31 +212,6 @@ class HubSource:
         if self._num_shards == 1:
             return stream
         return split_dataset_by_node(stream, rank=self._shard, world_size=self._num_shards)
-
-
-def announce_pass(number: int, shard: int, num_shards: int) -> None:
-    """Print that a pass over the data begins: each of the first ten, then every tenth, every hundredth and so on.
-
-    The rows of the pass reach the batches later, through the pool.
-    """
-    if number > 0 and len(str(number + 1).rstrip("0")) == 1:
-        tqdm.write(
-            f"Pass {number + 1} over the data begins"
-            + (f" in shard {shard + 1} of {num_shards}" if num_shards > 1 else "")
-        )
-
-
-def check_position(position: dict[str, Any], names: set[str]) -> None:
-    """Check that a data position has the keys of such a source.
-
-    Raises:
-        UserError: it was taken from another kind of data, or by an earlier version.
-    """
-    if position.keys() != names:
-        raise UserError(
-            f"the run's data position has {', '.join(sorted(position))} where {', '.join(sorted(names))} are expected: "
-            "it is of other data or of an earlier version; pass the old data, or --overwrite to start over"
-        )
 
 
 def hub_reachable() -> bool:

@@ -15,8 +15,10 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from jaxllm.config import RunConfig
-from jaxllm.data.reading import CHUNK_CHARS, Chat, valid_unicode
-from jaxllm.data.sources import Source, open_source
+from jaxllm.data.reading import CHUNK_CHARS
+from jaxllm.data.rows import Chat, valid_unicode
+from jaxllm.data.source import Source
+from jaxllm.data.sources import open_source
 from jaxllm.errors import UserError, one_line
 from jaxllm.files import read_bounded
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxllm.config import PRESETS, TOKENIZER_SIZED_PRESETS, ModelConfig, RunConfig
-from jaxllm.data.sources import Source, hub_reachable
+from jaxllm.data.source import Source
+from jaxllm.data.sources import hub_reachable
 from jaxllm.errors import UserError, listed, one_line, shown
 from jaxllm.files import cache_folder, check_file, plain_path, read_json, write_text_atomically
 

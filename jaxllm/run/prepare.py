@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -285,6 +285,12 @@ def _kept_files(config: RunConfig, resumes: bool) -> dict[str, Any]:
         return {}
     sources = {SOURCE_CONFIG: SOURCE_CONFIG if resumes else "config.json", GENERATION_CONFIG: GENERATION_CONFIG}
     return {name: read_json(folder / file) for name, file in sources.items() if (folder / file).is_file()}
+
+
+def keep_left_out(config: RunConfig, left_out: Iterable[str]) -> None:
+    """Name damaged files in the run's config: they may be gone when it is resumed."""
+    skip = ",".join(dict.fromkeys([*config.data.skip_data.split(","), *(name.replace(",", "?") for name in left_out)]))
+    write_json(config.folder / CONFIG_FILE, config.with_options(skip_data=skip.strip(",")).to_dict())
 
 
 def _with_kept_options(config: Config, saved: dict[str, Any], processes: int) -> Config:

@@ -27,7 +27,7 @@ from jaxllm.run.history import History
 from jaxllm.run.lock import FolderLock
 from jaxllm.run.metrics import NoLog, RunLog, end_record, step_record, write_metrics
 from jaxllm.run.monitor import NotFiniteError, StepMonitor
-from jaxllm.run.prepare import Prepared, prepare
+from jaxllm.run.prepare import Prepared, keep_left_out, prepare
 from jaxllm.run.processes import (
     abort_if_multiprocess,
     all_check,
@@ -251,6 +251,8 @@ class Run:
         """Save this step in the background, unless it is saved already."""
         self._monitor.flush(max_pending=0)  # the history that is saved includes this step
         if self.step > self._saved_step:
+            if (left_out := all_gather(self._stream.left_out)) and is_primary():
+                keep_left_out(self.config, left_out)
             self._writer.save(self.step, trainer.unshard(state), all_positions(self._position), self._history)
             self._saved_step = self.step
 

@@ -1,0 +1,197 @@
+"""Text from files, in an order that each pass shuffles; what cannot be read is left out."""
+
+import fnmatch
+import glob
+import os
+import random
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from jaxllm.data.fingerprint import Fingerprint, content_digest
+from jaxllm.data.folder import DataFiles, described
+from jaxllm.data.lines import NoText, Unreadable, kind_of
+from jaxllm.data.reading import read_chunks
+from jaxllm.data.rows import Chat
+from jaxllm.data.source import HOLD_OUT, TextChunk, announce_pass, check_position
+from jaxllm.errors import UserError, listed, one_line, shown
+
+RUN_OF_CHUNKS = 8
+"""Consecutive chunks that stay together where files are divided among shards."""
+
+FILES = "files:"
+"""How the fingerprint of files begins where a commit of the Hub could stand."""
+
+TRIES = 3
+"""How often a file is read at a place where it cannot be read, before it is left out."""
+
+WAIT = 1.0
+"""Seconds between these tries: a file server may be back."""
+
+
+class FileSource:
+    """Files of text or rows, in an order that each pass shuffles.
+
+    One of several shards has every n-th file of that order if there are enough files, or else runs of chunks of every
+    file. A file that cannot be read, or not to its end, is left out from there on; so are those that `skip` names, with
+    patterns separated by commas. They keep their place in the order: the position tells which they are.
+    """
+
+    def __init__(
+        self,
+        files: list[Path],
+        seed: int,
+        text_field: str,
+        shard: int = 0,
+        num_shards: int = 1,
+        skip: str = "",
+        found: DataFiles | None = None,
+    ):
+        """`found`: where the files were found, and which of them are damaged."""
+        self._shard, self._num_shards = shard, num_shards
+        self._seed, self._text_field = seed, text_field
+        self._folder = found.folder if found else Path(os.path.commonpath([file.parent for file in files]))
+        here = {file.relative_to(self._folder).as_posix(): file for file in files}
+        gone = [name for name in _patterns(skip) if not glob.has_magic(name) and not _matching(name, here)]
+        self._names = sorted([*here, *gone], key=lambda name: self._folder / name)
+        self._files = [self._folder / name for name in self._names]
+        self._sizes = [size_of(file) for file in self._files]
+        self._total = sum(self._sizes) or 1
+        self._by_files = len(self._files) >= HOLD_OUT * num_shards
+        left_out = dict(found.damaged) if found else {}
+        skipped = dict.fromkeys(_matching(skip, self._names), "--skip-data")
+        self._digests = [
+            "" if name in {**skipped, **left_out} else content_digest(file, len(self._files))
+            for name, file in zip(self._names, self._files, strict=True)
+        ]
+        self._fingerprint = Fingerprint(self._names, self._digests)
+        self.notes = described((found.passed_over if found else {}) | skipped | left_out)
+        self._at: dict[str, Any] = self._start_of_pass(0, {"skipped": 0, "skip": skip, "left_out": left_out})
+
+    @property
+    def position(self) -> dict[str, Any]:
+        return self._at | {"files": self._fingerprint.value}
+
+    @position.setter
+    def position(self, position: dict[str, Any]) -> None:
+        check_position(position, {*self._at, "files"})
+        skip = ",".join(_patterns(f"{position['skip']},{self._at['skip']}"))
+        left_out = position["left_out"] | self._at["left_out"]
+        if gone := left_out.keys() - {*self._names}:
+            raise UserError(
+                f"data: {listed(sorted(gone))} of {str(self._folder)!r} was left out before and is no longer there: "
+                f"pass --skip-data {shown(','.join(sorted(gone)))[1:-1]}"
+            )
+        self._fingerprint.check(position["files"], {*left_out, *_matching(skip, self._names)}, self._folder)
+        self._at = {name: position[name] for name in self._at} | {"skip": skip, "left_out": left_out}
+
+    @property
+    def revision(self) -> str:
+        return FILES + self._fingerprint.value["all"]
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        return self._at["left_out"]
+
+    def chunks(self) -> Iterator[TextChunk]:
+        at = self._at
+        if (at["file"], at["chunk"]) == (0, 0):
+            announce_pass(at["pass"], self._shard, self._num_shards)
+        order = list(range(len(self._files)))
+        random.Random(f"{self._seed}/{at['pass']}").shuffle(order)
+        skipped = set(_matching(at["skip"], self._names))
+        for number in range(at["file"], len(order)):
+            index = order[number]
+            name = self._names[index]
+            mine = not self._by_files or number % self._num_shards == self._shard
+            if mine and name not in skipped and name not in self.left_out:
+                for chunk, text, ends in self._chunks_of(index):
+                    if not self._by_files and (index + chunk // RUN_OF_CHUNKS) % self._num_shards != self._shard:
+                        continue
+                    # Held out by whole files where there are enough of them, by chunks of the files where not.
+                    unit = index if len(order) >= HOLD_OUT else index + chunk
+                    yield TextChunk(text, ends, held_out=unit % HOLD_OUT == 1)
+            read = self._at["bytes"] + self._sizes[index]
+            self._at = self._at | {"file": number + 1, "chunk": 0, "offset": 0, "bytes": read, "within": 0}
+        if all(name in skipped or name in self.left_out for name in self._names):
+            said = "; ".join([*described(self.left_out)[:3], *(["the rest by --skip-data"] if skipped else [])])
+            raise UserError(f"data: every file of {str(self._folder)!r} is left out: {said}")
+        kept = {name: self._at[name] for name in ("skipped", "skip", "left_out")}
+        self._at = self._start_of_pass(self._at["pass"] + 1, kept)
+
+    def progress(self) -> float:
+        return self._at["pass"] + (self._at["bytes"] + self._at["within"]) / self._total
+
+    @staticmethod
+    def _start_of_pass(number: int, kept: dict[str, Any]) -> dict[str, Any]:
+        """`chunk` and `offset` are where the file number `file` continues.
+
+        `bytes`: of the files that are done; `within`: of the one that is being read.
+        """
+        return {"pass": number, "file": 0, "chunk": 0, "offset": 0, "bytes": 0, "within": 0} | kept
+
+    def _chunks_of(self, index: int) -> Iterator[tuple[int, str | Chat, bool]]:
+        """The chunks of a file from where the position is, each with its number; the position goes along.
+
+        A file that cannot be read is tried `TRIES` times at one place, then left out.
+        """
+        file, name, size = self._files[index], self._names[index], self._sizes[index]
+        counts = self._by_files or self._shard == 0  # else every shard reads each row without text, and one counts it
+        tries, reason = 0, None
+        while reason is None:
+            try:
+                self._check_unchanged(index)
+                for read in read_chunks(file, size, self._at["offset"], self._text_field):
+                    tries, chunk = 0, self._at["chunk"]
+                    self._at = self._at | {"offset": read.offset, "within": read.done}
+                    if read.text is None:
+                        self._at["skipped"] += counts
+                    else:
+                        self._at["chunk"] += 1
+                        yield chunk, read.text, read.ends_document
+                return
+            except (Unreadable, PermissionError) as error:
+                tries += 1
+                if isinstance(error, NoText) or tries == TRIES:
+                    reason = one_line(error)
+                else:
+                    time.sleep(WAIT)
+        if tries == TRIES:
+            reason = f"{reason}; tried {TRIES} times, read up to {self._at['within']} of {size} bytes"
+        self._at = self._at | {"left_out": self.left_out | {name: reason}}
+        if counts:
+            tqdm.write(f"Data: left out from here on: {described({name: reason})[0]}")
+        if self._at["chunk"] and kind_of(file) == "text":
+            yield self._at["chunk"], "", True  # the next file is another document
+
+    def _check_unchanged(self, index: int) -> None:
+        file, size = self._files[index], self._sizes[index]
+        if content_digest(file, len(self._files)) != self._digests[index]:
+            now = size_of(file)
+            change = f"{size} bytes, now {now}" if now != size else "another content"
+            raise Unreadable(f"it has changed since the run began to read it ({change})")
+
+
+def size_of(file: Path) -> int:
+    """A file's bytes; 0 where it is gone."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
+
+
+def _patterns(skip: str) -> list[str]:
+    return list(dict.fromkeys(pattern for part in skip.split(",") if (pattern := part.strip())))
+
+
+def _matching(skip: str, names: Iterable[str]) -> list[str]:
+    """The names, or whose last parts, are or match one of some patterns."""
+    patterns = _patterns(skip)
+    return [
+        name
+        for name in names
+        if any(part == p or fnmatch.fnmatchcase(part, p) for p in patterns for part in {name, name.rpartition("/")[2]})
+    ]

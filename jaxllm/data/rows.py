@@ -1,0 +1,216 @@
+"""Rows of JSON, CSV, parquet and Arrow files, and the text in them."""
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from jaxllm.data.lines import BLOCK, MAX_ROW_BYTES, Lines, NoText, Unreadable, as_utf8, head_of, kind_of, lines_of
+from jaxllm.errors import listed
+
+CHAT = "messages"
+"""Field of a chat: a list of messages, each with a `role`. It is read where there is no field `text`."""
+
+MAX_ARRAY_BYTES = 2 << 30
+"""A longer JSON array is refused: it is read at once."""
+
+BATCH_ROWS = 1024
+"""Rows of a parquet file that are decoded at once."""
+
+Chat = list[dict[str, Any]]
+
+
+class Row(NamedTuple):
+    values: dict[str, Any] | None  # by field; None: no row could be made of these bytes
+    offset: int
+    done: int
+
+
+def read_rows(file: Path, raw: BinaryIO, size: int, offset: int, text_field: str) -> Iterator[Row]:
+    """The rows of a file from an offset on, with all their fields or only the one that is asked for."""
+    kind = kind_of(file)
+    if kind == "parquet":
+        return _parquet_rows(raw, size, offset, text_field)
+    if kind == "arrow":
+        return _arrow_rows(raw, offset, text_field)
+    if kind == "csv":
+        delimiters = "\t,;|" if ".tsv" in file.name.lower() else ",;\t|"
+        return _csv_rows(*lines_of(file, raw, 0), offset, text_field, delimiters)
+    if kind == "json" and head_of(file).lstrip().startswith(b"["):
+        return _array_rows(as_utf8(file, raw)[0], size, offset)
+    return _line_rows(*lines_of(file, raw, offset))
+
+
+def _line_rows(lines: Lines, done: Callable[[int], int]) -> Iterator[Row]:
+    """JSON lines."""
+    while raw := lines.take(MAX_ROW_BYTES):
+        if len(raw) == MAX_ROW_BYTES and not _ended(raw):
+            while not _ended(lines.take(BLOCK) or b"\n"):
+                pass
+            yield Row(None, lines.offset, done(lines.offset))
+        elif (line := raw.decode("utf-8", "replace")).strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            yield Row(row if isinstance(row, dict) else None, lines.offset, done(lines.offset))
+
+
+def _ended(raw: bytes) -> bool:
+    return raw.endswith((b"\n", b"\r"))
+
+
+def _array_rows(stream: BinaryIO, size: int, offset: int) -> Iterator[Row]:
+    """A JSON array, which is read at once."""
+    content = stream.read(MAX_ARRAY_BYTES + 1)
+    if len(content) > MAX_ARRAY_BYTES:
+        raise Unreadable(f"it is a JSON array of more than {MAX_ARRAY_BYTES >> 30} GiB: write it as JSONL")
+    rows = json.loads(content.decode("utf-8-sig", "replace"))
+    for number, row in enumerate(rows[offset:], start=offset + 1):
+        yield Row(row if isinstance(row, dict) else None, number, size * number // len(rows))
+
+
+def _csv_rows(lines: Lines, done: Callable[[int], int], offset: int, text_field: str, delimiters: str) -> Iterator[Row]:
+    """CSV with a header; its delimiter is the first of some with which the header has the field."""
+    csv.field_size_limit(MAX_ROW_BYTES)
+    first = lines.take(MAX_ROW_BYTES).decode("utf-8", "replace")
+    headers = {delimiter: next(csv.reader([first], delimiter=delimiter), []) for delimiter in delimiters}
+    delimiter = next((d for d in headers if not set(wanted_fields(text_field)).isdisjoint(headers[d])), delimiters[0])
+    header = headers[delimiter]
+    if set(wanted_fields(text_field)).isdisjoint(header):
+        raise NoText(without_text(text_field, header))
+    lines.skip_to(max(offset, lines.offset))
+    texts = (raw.decode("utf-8", "replace") for raw in iter(lambda: lines.take(MAX_ROW_BYTES), b""))
+    for values in csv.reader(texts, delimiter=delimiter):
+        if values:
+            yield Row(dict(zip(header, values, strict=False)), lines.offset, done(lines.offset))
+
+
+def _parquet_rows(raw: BinaryIO, size: int, offset: int, text_field: str) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    parquet = pyarrow.parquet.ParquetFile(raw)
+    column = _column(parquet.schema_arrow, text_field)
+    groups = range(parquet.metadata.num_row_groups)
+    rows = [parquet.metadata.row_group(group).num_rows for group in groups]
+    first = row = 0  # the row group with the offset in it, and its first row
+    while first < len(rows) and row + rows[first] <= offset:
+        row += rows[first]
+        first += 1
+    batches = (  # a group at a time, so that those before a damaged one are read
+        batch for group in groups[first:] for batch in parquet.iter_batches(BATCH_ROWS, [group], columns=[column])
+    )
+    for batch in batches:
+        for value in batch.column(0):  # one by one: a dictionary's long text may stand in every row
+            row += 1
+            if row > offset:
+                values = {batch.schema.names[0]: _python_value(value)}
+                yield Row(values, row, size * row // parquet.metadata.num_rows)
+
+
+def _arrow_rows(raw: BinaryIO, offset: int, text_field: str) -> Iterator[Row]:
+    """An Arrow file or stream; `datasets` writes streams."""
+    import pyarrow.ipc
+
+    magic = raw.read(6)
+    raw.seek(0)
+    if magic == b"ARROW1":
+        file = pyarrow.ipc.open_file(raw)
+        schema, batches = file.schema, map(file.get_batch, range(file.num_record_batches))
+    else:
+        batches = pyarrow.ipc.open_stream(raw)
+        schema = batches.schema
+    name, row = _column(schema, text_field), 0
+    name = name if name in schema.names else name.partition(".")[0]
+    for batch in batches:
+        for value in batch.column(name) if row + batch.num_rows > offset else ():
+            row += 1
+            if row > offset:
+                yield Row({name: _python_value(value)}, row, raw.tell())
+        row = max(row, min(offset, row + batch.num_rows))
+
+
+def look_at_footer(raw: BinaryIO, text_field: str) -> None:
+    import pyarrow.parquet
+
+    parquet = pyarrow.parquet.ParquetFile(raw)
+    column, metadata = _column(parquet.schema_arrow, text_field), parquet.metadata
+    if metadata.num_rows == 0:
+        raise NoText("it has no rows")
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        facts = [group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == column]
+        nulls = [fact.statistics.null_count for fact in facts if fact.statistics and fact.statistics.has_null_count]
+        if nulls != [group.num_rows]:
+            return
+    raise NoText(without_text(text_field, ()))
+
+
+def _python_value(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:  # nothing in a parquet file says that a string's bytes are UTF-8
+        return value.as_buffer().to_pybytes() if hasattr(value, "as_buffer") else None
+
+
+def _column(schema: Any, text_field: str) -> str:
+    """The column with the text or the chat."""
+    names = list(_names(schema))
+    for name in wanted_fields(text_field):
+        if name in names:
+            return name
+    raise NoText(without_text(text_field, names))
+
+
+def _names(fields: Any, outer: str = "") -> Iterator[str]:
+    """Names of a schema's columns; those in a column `a` are named `a.b`."""
+    import pyarrow
+
+    for field in fields:
+        yield outer + field.name
+        if pyarrow.types.is_struct(field.type):
+            yield from _names(field.type, f"{outer}{field.name}.")
+
+
+def wanted_fields(text_field: str) -> tuple[str, ...]:
+    """The fields that may hold a text, the first one that does."""
+    return (text_field, CHAT) if text_field == "text" else (text_field,)
+
+
+def without_text(text_field: str, fields: Iterable[str]) -> str:
+    fields = list(fields)
+    if not fields or text_field in fields:
+        return f"no row has a text in the field {text_field!r}"
+    return f"there is no field {text_field!r}, but {listed(fields)}: pass --text-field"
+
+
+def value_of(row: dict[str, Any] | None, text_field: str) -> Any:
+    """A row's field. `a.b` is the field `b` of the field `a`, where there is no field of this name."""
+    for name in wanted_fields(text_field) if row else ():
+        value: Any = row
+        for part in [name] if name in value else name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            return value
+    return None
+
+
+def names_in(row: Any, outer: str = "") -> Iterator[str]:
+    """The names of a row's fields, as `value_of` takes them."""
+    for name, value in row.items() if isinstance(row, dict) else ():
+        yield outer + name
+        yield from names_in(value, f"{outer}{name}.")
+
+
+def valid_unicode(text: str) -> str:
+    """JSON can hold halves of surrogate pairs, which no tokenizer takes: they become question marks."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def text_in(value: object) -> str | Chat | None:
+    """A row's text or chat; None where the field holds something else or nothing."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, list) and all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in value):
+        return value or None
+    return valid_unicode(value) if isinstance(value, str) and value else None

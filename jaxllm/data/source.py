@@ -1,0 +1,81 @@
+"""What a source of text is: chunks, and a position to continue from."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+from tqdm import tqdm
+
+from jaxllm.data.rows import Chat
+from jaxllm.errors import UserError
+
+HOLD_OUT = 20
+"""One chunk in twenty is held out for evaluation."""
+
+
+class TextChunk(NamedTuple):
+    text: str | Chat
+    ends_document: bool
+    held_out: bool
+
+
+class Source(Protocol):
+    """An endless series of passes over a corpus."""
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """Where the next chunk starts, and `skipped`, the number of rows without text so far; JSON values.
+
+        Setting a position that was taken from another corpus raises UserError.
+        """
+        ...
+
+    @position.setter
+    def position(self, position: dict[str, Any]) -> None: ...
+
+    @property
+    def revision(self) -> str:
+        """What tells whether it is the same data: a commit of the Hub, or the fingerprint of files."""
+        ...
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Files that turned out damaged and are no longer read, each with the reason."""
+        ...
+
+    @property
+    def notes(self) -> list[str]:
+        """Files that are not read from the start, with the reason, in lines."""
+        ...
+
+    def chunks(self) -> Iterator[TextChunk]:
+        """Chunks from `position` to the end of the pass; afterwards `position` is the start of the next pass."""
+        ...
+
+    def progress(self) -> float | None:
+        """Passes done, with a fraction; None where the size is not known."""
+        ...
+
+
+def announce_pass(number: int, shard: int, num_shards: int) -> None:
+    """Print that a pass over the data begins: each of the first ten, then every tenth, every hundredth and so on.
+
+    The rows of the pass reach the batches later, through the pool.
+    """
+    if number > 0 and len(str(number + 1).rstrip("0")) == 1:
+        tqdm.write(
+            f"Pass {number + 1} over the data begins"
+            + (f" in shard {shard + 1} of {num_shards}" if num_shards > 1 else "")
+        )
+
+
+def check_position(position: dict[str, Any], names: set[str]) -> None:
+    """Check that a data position has the keys of such a source.
+
+    Raises:
+        UserError: it was taken from another kind of data, or by an earlier version.
+    """
+    if position.keys() != names:
+        raise UserError(
+            f"the run's data position has {', '.join(sorted(position))} where {', '.join(sorted(names))} are expected: "
+            "it is of other data or of an earlier version; pass the old data, or --overwrite to start over"
+        )
