@@ -135,8 +135,8 @@ def test_near_ties_of_groups_have_their_margin():
 
 
 def test_steps_here_and_there_are_steps_here():
-    """Some steps here and some in PyTorch on transformers' model are as many here: weights, moments and bias."""
-    case, half = CASES["v3"], 5
+    """Twenty steps here and twenty in PyTorch on transformers' model are forty here: weights, moments and bias."""
+    case, half = CASES["v3"], 20
     config = read_config(case)
     training = training_config(config, 2 * half, "float64")
     batches, weights = training_batches(training, TOKENS), random_weights(config)

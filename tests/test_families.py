@@ -26,7 +26,7 @@ from convert.to_flax import read_folder, read_weights
 from convert.to_torch import write_model
 from jaxllm import PRESETS, UserError, from_pretrained
 from jaxllm.config import ModelConfig, RouterConfig, YarnConfig
-from jaxllm.config.families import FAMILIES, family_of, is_interleaved, read_config, write_config
+from jaxllm.config.families import FAMILIES, check_trainable, family_of, is_interleaved, read_config, write_config
 from jaxllm.files import write_json
 from jaxllm.model.decoder import abstract_model
 from jaxllm.run.checkpoint import Weights, load_weights
@@ -312,6 +312,14 @@ def test_what_contradicts_the_family_is_refused_in_one_line(tmp_path, change, me
     with pytest.raises(UserError, match=message) as error:
         read_folder(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_dropout_of_attention_weights_is_read_and_not_trained(tmp_path):
+    folder = folder_of(tmp_path / "model", V3)
+    write_json(folder / "config.json", V3 | {"attention_dropout": 0.1})
+    assert read_folder(folder)[0] == CONFIG
+    with pytest.raises(UserError, match=r"attention_dropout is 0.1: to train, it must be 0"):
+        check_trainable(json.loads((folder / "config.json").read_text()))
 
 
 @pytest.mark.parametrize("name", PRESETS)
