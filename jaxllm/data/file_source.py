@@ -161,8 +161,8 @@ class FileSource:
                     time.sleep(WAIT)
         if not self._folder.is_dir():  # no file is to blame: a disk or a file server is away
             raise UserError(
-                f"data: the folder {str(self._folder)!r} is gone: bring it back; started again, the run resumes from its "
-                "last checkpoint"
+                f"data: the folder {str(self._folder)!r} is gone: bring it back; started again, the run resumes "
+                "from its last checkpoint"
             )
         if tries == TRIES:
             reason = f"{reason}; tried {TRIES} times, read up to {self._at['within']} of {size} bytes"
