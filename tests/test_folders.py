@@ -228,6 +228,15 @@ def test_a_field_that_comes_late_or_only_at_times_is_read(tmp_path):
     assert source.position["skipped"] == 20_050
 
 
+def test_thousands_of_pictures_do_not_flood_the_log(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines(ROWS))
+    for i in range(1050):
+        (tmp_path / f"{i}.jpg").touch()
+    said = open_files(tmp_path).notes
+    assert len(said) == 51
+    assert "and 50 more" in said[-1]
+
+
 def test_notes_beside_rows_without_the_field_are_no_data(tmp_path):
     for name in ("README.md", "load.py", "requirements.txt"):
         (tmp_path / name).write_text("words " * 90)
@@ -384,6 +393,19 @@ def test_a_file_that_changes_while_a_run_reads_is_left_out(change, tmp_path):
     assert len(texts(source)) == 24 * 9
     assert list(source.left_out) == ["05.jsonl"]
     assert "changed" in source.left_out["05.jsonl"]
+
+
+def test_a_folder_that_is_gone_leaves_no_file_out(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.jsonl").write_bytes(lines(ROWS))
+    source = open_files(folder)
+    list(source.chunks())
+    folder.rename(tmp_path / "away")
+    with pytest.raises(UserError, match=r"data' is gone.*resumes"):
+        list(source.chunks())
+    assert source.left_out == {}
 
 
 def test_a_corpus_of_which_nothing_is_left_is_named(tmp_path):

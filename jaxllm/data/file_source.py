@@ -159,6 +159,11 @@ class FileSource:
                     reason = one_line(error)
                 else:
                     time.sleep(WAIT)
+        if not self._folder.is_dir():  # no file is to blame: a disk or a file server is away
+            raise UserError(
+                f"data: the folder {str(self._folder)!r} is gone: bring it back; started again, the run resumes "
+                "from its last checkpoint"
+            )
         if tries == TRIES:
             reason = f"{reason}; tried {TRIES} times, read up to {self._at['within']} of {size} bytes"
         self._at = self._at | {"left_out": self.left_out | {name: reason}}

@@ -21,6 +21,10 @@ _NOTES = re.compile(
 """Names of text files that are about the data, where they lie beside files of rows."""
 
 
+MAX_NAMED = 1000
+"""Files that are named for each reason why they are not read."""
+
+
 class DataFiles(NamedTuple):
     folder: Path  # names are relative to it
     files: list[Path]  # sorted
@@ -132,12 +136,13 @@ def _read(file: Path) -> dict:
 
 
 def described(reasons: dict[str, str]) -> list[str]:
-    """Files by the reason why they are not read, each reason with its files, in lines of at most 20 names."""
+    """Files by the reason why they are not read, in lines of 20 names; of more than `MAX_NAMED`, the first."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in sorted(reasons.items()):
-        by_reason.setdefault(reason, []).append(name)
-    return [
-        f"{', '.join(name if name.isprintable() else shown(name) for name in names[i : i + 20])} ({reason})"
-        for reason, names in by_reason.items()
-        for i in range(0, len(names), 20)
-    ]
+        by_reason.setdefault(reason, []).append(name if name.isprintable() else shown(name))
+    lines = []
+    for reason, names in by_reason.items():
+        if len(names) > MAX_NAMED:
+            names[MAX_NAMED:] = [f"and {len(names) - MAX_NAMED} more"]
+        lines += [f"{', '.join(names[i : i + 20])} ({reason})" for i in range(0, len(names), 20)]
+    return lines
