@@ -314,6 +314,13 @@ def test_what_contradicts_the_family_is_refused_in_one_line(tmp_path, change, me
     assert "\n" not in str(error.value)
 
 
+def test_a_changed_model_keeps_the_pairs_of_its_file():
+    source = V3 | {"rope_interleave": False}
+    written = write_config(dataclasses.replace(CONFIG, eos_token_id=5), "float32", source)
+    assert (written["rope_interleave"], written["eos_token_id"]) == (False, 5)
+    assert read_config(written) == dataclasses.replace(CONFIG, eos_token_id=5)
+
+
 def test_dropout_of_attention_weights_is_read_and_not_trained(tmp_path):
     folder = folder_of(tmp_path / "model", V3)
     write_json(folder / "config.json", V3 | {"attention_dropout": 0.1})

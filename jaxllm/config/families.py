@@ -106,13 +106,12 @@ def write_config(config: ModelConfig, dtype: str, source: Json | None = None) ->
     written = family.write(config)
     if family.names == "customllm":
         return head | written
-    kept = dict(source or {})
-    for key in ("quantization_config", "auto_map"):
-        kept.pop(key, None)
+    if "rope_interleave" in written:
+        written["rope_interleave"] = is_interleaved(source)
+    kept = {key: value for key, value in (source or {}).items() if key not in ("quantization_config", "auto_map")}
     if source is None or not _same_model(source, config):
-        kept = {
-            key: value for key, value in kept.items() if key not in ("rope_parameters", "mlp_layer_types")
-        } | written
+        respelled = ("rope_parameters", "mlp_layer_types")
+        kept = {key: value for key, value in kept.items() if key not in respelled} | written
     named = {key: written[key] for key in ("topk_method", "scoring_func") if key in written}
     return kept | head | named | {"torch_dtype": dtype, "num_nextn_predict_layers": 0}
 
