@@ -1,15 +1,18 @@
 """Text generation: one prefill of all prompts, then a compiled loop of single tokens on the latent cache.
 
 python -m jaxllm.generate RUN --prompt "def " --max-new-tokens 100 --temperature 0.8 --top-p 0.95
+python -m jaxllm.generate RUN --chat
 """
+
+from __future__ import annotations
 
 import functools
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +31,14 @@ from jaxllm.model.dtypes import Array
 from jaxllm.run.checkpoint import is_run, load_weights
 from jaxllm.run.runtime import check_devices, use_compilation_cache
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 PROMPT_MULTIPLE = 32
 """Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""
+
+STREAMED_TOKENS = 8
+"""Tokens that are generated before they are shown."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +206,53 @@ def tokenizer_folder(folder: Path) -> Path:
     return folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
 
 
+def stream(
+    model: CustomLLM,
+    prompt: list[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    seed: int,
+    eos_token_ids: Sequence[int],
+) -> Iterator[list[int]]:
+    """Continue one prompt: yields new tokens, a few at a time, until the end of sequence or of the position table."""
+    room = min(max_new_tokens, model.config.max_position_embeddings - len(prompt))
+    while room > 0:
+        count = min(room, STREAMED_TOKENS)
+        new = generate(model, [prompt], count, sampling, seed=seed + len(prompt), eos_token_ids=eos_token_ids)[0]
+        yield new
+        prompt, room = prompt + new, room - count if len(new) == count else 0
+
+
+def chat(args: GenerateArgs, model: CustomLLM, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> None:
+    """Answer the lines of stdin until it ends; with a chat template as a conversation, else each line as a prompt."""
+    turns: list[dict[str, str]] = []
+    eos = end_tokens(args, model, tokenizer)
+    print(f"One line is one {'message' if tokenizer.chat_template else 'prompt'}; Ctrl-D ends.")
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            return
+        turns.append({"role": "user", "content": line})
+        ids: Any = encode_prompt(tokenizer, line)
+        while tokenizer.chat_template:
+            ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+            if len(turns) == 1 or len(ids) + args.max_new_tokens <= model.config.max_position_embeddings:
+                break
+            del turns[:2]  # the oldest message and its answer
+        if len(ids) >= model.config.max_position_embeddings:
+            print(f"(that line is too long: the position table has {model.config.max_position_embeddings} rows)")
+        said, printed = [], ""
+        for new in stream(model, list(ids), args.max_new_tokens, sampling, seed=args.seed, eos_token_ids=eos):
+            said += new
+            text = str(tokenizer.decode(said)).rstrip("\ufffd")  # the rest of a character is still to come
+            print(text[len(printed) :], end="", flush=True)
+            printed = text
+        print()
+        turns.append({"role": "assistant", "content": printed})
+
+
 @dataclass(frozen=True)
 class GenerateArgs:
     """Continue prompts with a trained model."""
@@ -205,6 +261,8 @@ class GenerateArgs:
     """Folder of a run, or an exported folder."""
     prompt: tuple[str, ...] = ("",)
     """One or more prompts."""
+    chat: bool = False
+    """Answer what is typed, line by line, in place of --prompt."""
     max_new_tokens: int = 100
     """Most tokens to add to a prompt."""
     temperature: float = 0.8
@@ -223,6 +281,12 @@ class GenerateArgs:
     """Compute precision."""
 
 
+def end_tokens(args: GenerateArgs, model: CustomLLM, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end a text: the tokenizer's, and those that the model's config.json names."""
+    own: Any = tokenizer.eos_token_id
+    return () if args.ignore_eos else tuple({own, *model.config.eos_token_ids} - {None})
+
+
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     args: GenerateArgs = parse(GenerateArgs, argv, "python -m jaxllm.generate", __doc__)
@@ -231,9 +295,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
     model = load_model(args.run, args.precision)
     tokenizer = load_tokenizer(str(tokenizer_folder(args.run)))
-    own: Any = tokenizer.eos_token_id
-    eos = () if args.ignore_eos else tuple({own, *model.config.eos_token_ids} - {None})
+    if args.chat:
+        chat(args, model, tokenizer, sampling)
+        return
     prompts = [encode_prompt(tokenizer, prompt) for prompt in args.prompt]
+    eos = end_tokens(args, model, tokenizer)
     made = generate(model, prompts, args.max_new_tokens, sampling, seed=args.seed, eos_token_ids=eos)
     for text, prompt, new in zip(args.prompt, prompts, made, strict=True):
         print(text + decode_after(tokenizer, prompt, new))

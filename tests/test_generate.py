@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,8 @@ from flax import nnx
 
 from jaxllm import CustomLLM, ModelConfig, UserError
 from jaxllm import generate as generation
-from jaxllm.generate import Sampling, generate, sample_token
+from jaxllm.data.tokenizer import load_tokenizer
+from jaxllm.generate import Sampling, generate, sample_token, stream
 from jaxllm.model.attention import Latents
 
 SMALL = ModelConfig(
@@ -112,3 +115,44 @@ def test_command_line_continues_prompts(run, capsys):
     assert "\nclass " in first
     assert generation.main(arguments) == 0
     assert capsys.readouterr().out == first
+
+
+def joined(parts) -> list[int]:
+    return [token for part in parts for token in part]
+
+
+def test_streamed_tokens_are_those_of_one_call(model):
+    prompt, sampling = [5, 17, 300], Sampling(temperature=0.0)
+    streamed = list(stream(model, prompt, 30, sampling, seed=0, eos_token_ids=()))
+    assert len(streamed) > 1
+    assert joined(streamed) == generate(model, [prompt], 30)[0]
+    end = streamed[1][3]
+    stopped = joined(stream(model, prompt, 30, sampling, seed=0, eos_token_ids=[end]))
+    assert stopped == generate(model, [prompt], 30, eos_token_ids=[end])[0]
+    assert len(joined(stream(model, [1] * 250, 30, sampling, seed=0, eos_token_ids=()))) == 6  # the table ends
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}a:"])
+def test_chat_answers_lines_until_they_end(template, run, capsys, monkeypatch):
+    tokenizer = load_tokenizer(str(run / "tokenizer"))
+    tokenizer.chat_template = template
+    monkeypatch.setattr(generation, "load_tokenizer", lambda _: tokenizer)
+    prompts, encode = [], generation.generate
+
+    def recorded(model, ids, *args, **options):
+        prompts.append(tokenizer.decode(ids[0]))
+        return encode(model, ids, *args, **options)
+
+    monkeypatch.setattr(generation, "generate", recorded)
+    monkeypatch.setattr("sys.stdin", io.StringIO("def f\nx = 1\n" + "y" * 9 + "\n"))
+    assert generation.main([str(run), "--chat", "--greedy", "--max-new-tokens", "4"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("> ") == 4
+    assert len(prompts) == 3
+    if template is None:
+        assert prompts == ["def f", "x = 1", "y" * 9]
+    else:
+        assert prompts[0] == "u:def f;a:"
+        assert prompts[1].startswith("u:def f;a:")
+        assert prompts[1].endswith(";u:x = 1;a:")
+        assert len(tokenizer(prompts[2])["input_ids"]) + 4 <= 64

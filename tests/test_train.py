@@ -24,6 +24,10 @@ def lines(folder, key: str) -> list[dict]:
 def test_the_folder_holds_everything(run):
     for name in ("config.json", "train_config.json", "metrics.jsonl", "loss.png", "samples.md", "tokenizer"):
         assert (run / name).exists(), name
+    report, end = (run / "report.md").read_text(), lines(run, "train_runtime")[0]
+    last = lines(run, "eval_loss")[-1]["eval_loss"]
+    for part in (f"{end['parameters']:,}", f"{last:.4f}", "20 steps of 64", f"train.py --run-dir {run} --steps 40"):
+        assert part in report
     assert list((run / "tensorboard").glob("events*"))
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["10", "20"]
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -126,6 +127,37 @@ def conclude(
     unigram = unigram_loss(held_out)
     print(f"Evaluation loss {eval_loss:.4f} nats per token; the best possible unigram model has {unigram:.4f}")
     draw_losses(config.folder, unigram)
+    write_report(config, eval_loss, unigram, skipped_rows)
+
+
+@optional("writing report.md")
+def write_report(config: RunConfig, eval_loss: float, unigram: float, skipped_rows: int) -> None:
+    """Write `report.md`: what was trained on what, the result, the speed, and how to go on."""
+    end = next(record for record in reversed(read_metrics(config.folder)) if "train_runtime" in record)
+    steps, tokens = config.schedule.steps, config.tokens_per_step
+    device = f", {end['device_peak_gib']:.2f} GiB on the device" if "device_peak_gib" in end else ""
+    rows = {
+        "model": f"preset {config.preset}: {end['parameters']:,} parameters, {end['active_parameters']:,} active",
+        "data": f"{config.data.source}: {end['epoch']} passes; {skipped_rows} rows without text were skipped",
+        "training": f"{steps:,} steps of {tokens:,} tokens ({steps * tokens:,}), in {config.precision}",
+        "evaluation loss": f"{eval_loss:.4f} nats per token; the best possible unigram model has {unigram:.4f}",
+        "mean training loss": f"{end['train_loss']:.4f}",
+        "last start": f"{end['train_runtime']:,.0f} s, {end['train_tokens_per_second']:,.0f} tokens/s",
+        "peak memory": f"{end['host_peak_gib']:.2f} GiB on the host{device}",
+    }
+    run = shlex.quote(str(config.folder))
+    lines = [
+        f"# {config.folder.name}\n\n| | |\n|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows.items()),
+        "\n![Losses](loss.png)\n\n[samples.md](samples.md) has samples, `metrics.jsonl` the log, `train_config.json` "
+        "the options. How to go on:\n\n```bash",
+        f"python -m jaxllm.generate {run} --chat",
+        f"python -m jaxllm.evaluate {run} --data FILE_OR_FOLDER",
+        f"python -m convert to-torch {run} exported",
+        f"python train.py --run-dir {run} --steps {2 * steps}",
+        "```\n",
+    ]
+    (config.folder / "report.md").write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")
 
 
 @optional("writing samples.md")
