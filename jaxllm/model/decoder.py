@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
@@ -279,7 +280,8 @@ def check_inputs(config: ModelConfig, input_ids: Array, attention_mask: Array | 
             f"attention_mask has the shape {jnp.shape(attention_mask)}: it must be that of input_ids, {shape}"
         )
     if not isinstance(input_ids, Tracer) and math.prod(shape):
-        lowest, highest = int(jnp.min(input_ids)), int(jnp.max(input_ids))
+        ids = np.asarray(input_ids)  # a constant of a traced function too
+        lowest, highest = int(ids.min()), int(ids.max())
         if lowest < 0 or highest >= V:
             token = lowest if lowest < 0 else highest
             raise ValueError(f"input_ids has the token {token}: it must be from 0 to vocab_size - 1 = {V - 1}")

@@ -77,21 +77,24 @@ def parse_args(argv: Sequence[str] | None, prog: str, description: str | None, k
     if start is not None:
         if chosen.preset is not None:
             raise UserError(f"preset is {shown(chosen.preset)}: --init gives the model, leave out one of the two")
-        has_tokenizer = (start / "tokenizer.json").is_file()
-        default = default.with_options(
-            init=start, model=read_model_config(start), learning_rate=INIT_LEARNING_RATE,
-            tokenizer=str(start) if has_tokenizer else None,
-        )  # fmt: skip
+        tokenizer = str(start) if (start / "tokenizer.json").is_file() else None
+        default = _of_model(default, read_model_config(start))
+        default = default.with_options(init=start, learning_rate=INIT_LEARNING_RATE, tokenizer=tokenizer)
     folder = chosen.run_dir or default.folder
     saved = _saved_config(folder, kind)
     if saved is None and chosen.preset is None and start is None and not chosen.start_over and _is_converted(folder):
-        default = default.with_options(model=read_model_config(folder))
+        default = _of_model(default, read_model_config(folder))
     if saved is not None and not chosen.start_over:
         same = chosen.preset in (None, saved.preset) and chosen.recipe in (None, saved.recipe)
         default = saved if same else default
         if chosen.mesh is not None or chosen.parallel is not None:  # one choice: the saved half of it does not hold
             default = default.with_options(mesh="", parallel="jit")
     return parse(kind, argv, prog, description, default=default)
+
+
+def _of_model(config: Config, model: ModelConfig) -> Config:
+    """A config for another model, whose rows are no longer than the model's positions."""
+    return config.with_options(model=model, seq_len=min(config.data.seq_len, model.max_position_embeddings))
 
 
 def read_model_config(folder: Path) -> ModelConfig:
