@@ -164,9 +164,7 @@ def test_all_options_that_forbid_a_resume_are_named_at_once(run, narrow, capsys)
 @pytest.mark.parametrize(
     "change",
     [
-        ("data", "--data", "no/such/folder"),  # each of these is refused on its own, in another place
-        ("text_field", "--text-field", "body"),
-        ("model.vocab_size", "--model.vocab-size", "100"),
+        ("text_field", "--text-field", "body"),  # each of these is refused on its own, in another place
         ("tokenizer", "--tokenizer", "./nowhere"),
     ],
 )
