@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from jaxllm.config import PRESETS, ModelConfig
+from jaxllm.config import PRESETS, ModelConfig, RouterConfig
 from parity_tests.__main__ import main
 from parity_tests.compare import TOLERANCES, compare_arrays, compare_leaves, expert_flips
 from parity_tests.forward import random_weights, torch_model
@@ -104,16 +104,16 @@ def test_there_is_a_fault_for_every_rung():
 
 def test_near_ties_are_distinguished_from_wrong_choices():
     scores = np.asarray([[0.9, 0.5, 0.5 - 1e-7, 0.1]])
-    none = np.zeros(4)
-    assert expert_flips(scores, none, np.asarray([[1, 0]])).count == 0
-    tie = expert_flips(scores, none, np.asarray([[0, 2]]))
+    none, router = np.zeros(4), RouterConfig()
+    assert expert_flips(scores, none, np.asarray([[1, 0]]), router).count == 0
+    tie = expert_flips(scores, none, np.asarray([[0, 2]]), router)
     assert tie.count == 1
     assert tie.margin == pytest.approx(1e-7)
-    assert expert_flips(scores, none, np.asarray([[0, 3]])).margin == pytest.approx(0.4)
+    assert expert_flips(scores, none, np.asarray([[0, 3]]), router).margin == pytest.approx(0.4)
     # the best expert is missing: a tie between the two worst is no excuse
-    assert expert_flips(scores, none, np.asarray([[1, 2]])).margin == pytest.approx(0.4)
+    assert expert_flips(scores, none, np.asarray([[1, 2]]), router).margin == pytest.approx(0.4)
     # the bias decides the choice
-    assert expert_flips(scores, np.asarray([0, 0, 0, 0.45]), np.asarray([[0, 3]])).count == 0
+    assert expert_flips(scores, np.asarray([0, 0, 0, 0.45]), np.asarray([[0, 3]]), router).count == 0
 
 
 def test_a_near_tie_is_replayed_and_reported(tokens):
