@@ -134,6 +134,7 @@ def test_near_ties_of_groups_have_their_margin():
 # training in two frameworks
 
 
+@pytest.mark.slow
 def test_steps_here_and_there_are_steps_here():
     """Twenty steps here and twenty in PyTorch on transformers' model are forty here: weights, moments and bias."""
     case, half = CASES["v3"], 20

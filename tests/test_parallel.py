@@ -129,7 +129,7 @@ def test_every_layout_computes_what_one_device_computes(one_device, name):
     assert np.abs(jax.tree.leaves(state.routing_bias)[0]).max() > 5e-3
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_layout_computes_the_deepseek_family_too(tied):
     """Two stacks of layers, groups, joined heads; and a tied head on queries that are not compressed."""
     model = dataclasses.replace(
