@@ -48,6 +48,12 @@ def corpus(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def narrow_model() -> tuple[str, ...]:
+    """Arguments of a run that takes seconds, without its data and steps."""
+    return NARROW
+
+
+@pytest.fixture(scope="session")
 def narrow(corpus) -> tuple[str, ...]:
     """Arguments of a run that takes seconds."""
     return (*NARROW, "--data", str(corpus), "--steps", "20", "--save-every", "10", "--eval-every", "10")

@@ -22,7 +22,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train
-from conftest import NARROW
 from jaxllm.config import TrainConfig
 from jaxllm.data import file_source
 from jaxllm.data.lines import kind_of
@@ -484,7 +483,7 @@ def test_a_row_or_two_get_advice_that_helps(tokenizer, tmp_path):
 
 
 @pytest.fixture
-def narrow_run(tmp_path, monkeypatch):
+def narrow_run(tmp_path, monkeypatch, narrow_model):
     """Starts runs of a few steps in a folder of 30 shards; `run` and `data` lie in it."""
     monkeypatch.chdir(tmp_path)
     for i in range(30):
@@ -495,7 +494,7 @@ def narrow_run(tmp_path, monkeypatch):
 
     def start(steps: int, *options: str) -> int:
         options = (*options, "--steps", str(steps), "--sample-tokens", "0", "--save-every", "99", "--eval-every", "99")
-        return train.main([*NARROW, "--run-dir", "run", "--eval-samples", "2", "--batch-size", "16", *options])
+        return train.main([*narrow_model, "--run-dir", "run", "--eval-samples", "2", "--batch-size", "16", *options])
 
     return start
 

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -195,7 +196,7 @@ def _train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    bpe.add_special_tokens([PAD])  # behind the others
+    bpe.add_special_tokens([PAD])  # after the others
     return _wrap(bpe)
 
 
@@ -229,7 +230,8 @@ def _size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _takes_its_size(config: RunConfig) -> bool:
-    sized = config.preset in TOKENIZER_SIZED_PRESETS
+    given = getattr(config, "init", None) is not None  # weights have the size that they have
+    sized = config.preset in TOKENIZER_SIZED_PRESETS and not given
     return sized and config.model.vocab_size == PRESETS[config.preset].vocab_size
 
 
@@ -278,7 +280,18 @@ def export_tokenizer(tokenizer: PreTrainedTokenizerBase, model: ModelConfig, out
         made.pad_token = made.eos_token if pad is None else made.convert_ids_to_tokens(pad)
     made.model_max_length = model.max_position_embeddings
     made.padding_side = made.init_kwargs["padding_side"] = "left"
-    made.save_pretrained(str(out))
+    save_tokenizer(made, out)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer into a folder of any name, which exists. Raises OSError if the disk refuses."""
+    try:
+        with plain_path(folder) as plain:
+            tokenizer.save_pretrained(str(plain))
+    except Exception as error:  # tokenizers passes on the system's error as text
+        if not (code := re.search(r"os error (\d+)", str(error))):
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from None
 
 
 def decode_after(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], new: Sequence[int]) -> str:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -21,9 +19,16 @@ from jaxllm.command_line import expanded, parse
 from jaxllm.config import SPECIAL_TOKENS, ModelConfig, RunConfig, TrainConfig, changed_options, families, recipe
 from jaxllm.data.sources import is_fingerprint, open_source
 from jaxllm.data.stream import check_streams, held_out_rows
-from jaxllm.data.tokenizer import align, encode_prompt, load_tokenizer, train_or_recall_tokenizer, with_pad_token
+from jaxllm.data.tokenizer import (
+    align,
+    encode_prompt,
+    load_tokenizer,
+    save_tokenizer,
+    train_or_recall_tokenizer,
+    with_pad_token,
+)
 from jaxllm.errors import UserError, shown
-from jaxllm.files import plain_path, read_json, rename_durably, write_json
+from jaxllm.files import read_json, rename_durably, write_json
 from jaxllm.run.lock import LOCK_FILE, FolderLock
 from jaxllm.run.trackers import check_tracker
 
@@ -258,13 +263,13 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
     elif tokenizer is None:
         tokenizer = train_or_recall_tokenizer(source, config.model.vocab_size, config.data.source)
     config = align(config, tokenizer)
-    if resumes:
+    if resumes and not own_tokenizer.is_dir():
         check_resumable(config)
     limit, sampling = config.model.max_position_embeddings, config.sampling
     longest = max((len(encode_prompt(tokenizer, prompt)) for prompt in sampling.prompts), default=0)
     if sampling.sample_tokens and longest >= limit:
         raise UserError(
-            f"prompts has one of {longest} tokens: the position table of {limit} rows leaves no room after it; pass "
+            f"prompts has one of {longest} tokens: max_position_embeddings = {limit} leaves no room after it; pass "
             "shorter --prompts or --sample-tokens 0"
         )
     check_streams(config)
@@ -321,10 +326,7 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         made = Path(scratch) / folder.name
         try:
             made.mkdir()
-            with plain_path(made) as plain:
-                tokenizer.save_pretrained(str(plain))
-        except Exception as error:  # tokenizers passes on the system's error as text
-            if not (code := re.search(r"os error (\d+)", str(error))):
-                raise
-            raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from None
+            save_tokenizer(tokenizer, made)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(folder)) from None  # not the scratch folder
         rename_durably(made, folder)
