@@ -26,7 +26,7 @@ import tyro
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # both frameworks on one device, else the comparison is between devices
 
-from convert.to_flax import read_folder_config, read_weights
+from convert.to_flax import read_folder
 from convert.to_torch import export_run, read_source
 from jaxllm.command_line import parse
 from jaxllm.config import ModelConfig, preset
@@ -117,8 +117,7 @@ def load_pair(args: ParityArgs) -> Pair:
             export_run(args.weights, Path(scratch) / "exported")
             model = TorchCustomLLM.from_pretrained(Path(scratch) / "exported")
     else:
-        config, source = read_folder_config(args.weights)
-        weights = read_weights(args.weights, config, is_interleaved(source))
+        config, weights, source = read_folder(args.weights)
         if names_of(config) == "deepseek":
             return _deepseek_pair(args, config, weights, source)
         model = TorchCustomLLM.from_pretrained(args.weights)

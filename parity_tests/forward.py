@@ -22,6 +22,7 @@ from jaxllm.run.checkpoint import Weights
 from jaxllm.train.loss import count_targets
 from jaxllm.train.step import summed_loss
 from parity_tests import hf_side
+from parity_tests.recording import first, recorded
 from torch_ref import CustomLLM as TorchCustomLLM
 
 DTYPES = {"float64": jnp.float64, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -29,6 +30,11 @@ DTYPES = {"float64": jnp.float64, "float32": jnp.float32, "bfloat16": jnp.bfloat
 
 PARTS = ("input norm", "attention", "post-attention norm", "router scores", "experts", "residual")
 """The parts of a layer of CustomLLM in computation order; the expert choice comes after the router scores."""
+
+LAYER_PARTS = {
+    "input_norm": "input norm", "self_attn": "attention", "post_attn_norm": "post-attention norm", "mlp": "experts",
+}  # fmt: skip
+"""The modules of a layer of CustomLLM that return a part."""
 
 STOCK_PARTS = ("input norm", "attention", "post-attention norm", "router logits", "gates", "experts", "residual")
 """Those of a transformers model, whose router returns gates and no scores."""
@@ -169,8 +175,10 @@ def torch_trace(
     if hf_side.is_stock(model):
         return _stock_trace(model, tokens, precision)
     forced = None if experts is None else torch.from_numpy(np.asarray(experts, np.int64))
-    with _recorded_parts(model) as made, torch_precision(precision):
+    modules = [(getattr(layer, name), part) for layer in model.decoder_layers for name, part in LAYER_PARTS.items()]
+    with recorded(modules) as outputs, torch_precision(precision):
         out = model(tokens, labels=tokens, output_hidden_states=True, output_router=True, expert_indices=forced)
+    made = {part: [first(output) for output in of_layers] for part, of_layers in outputs.items()}
     made["router scores"] = list(out.router_scores)
     made["residual"] = list(out.hidden_states[1:])
     return Trace(
@@ -183,9 +191,10 @@ def torch_trace(
 
 
 def _stock_trace(model: Any, tokens: torch.Tensor, precision: str) -> Trace:
-    with torch.no_grad(), hf_side.recorded_parts(model) as made, torch_precision(precision):
+    with torch.no_grad(), recorded(hf_side.part_modules(model)) as outputs, torch_precision(precision):
         out = model(tokens, labels=tokens)
-    routing, E = made.pop("routing"), getattr(model.config, "n_routed_experts", 0)
+    routing, E = outputs.pop("routing", []), getattr(model.config, "n_routed_experts", 0)
+    made = {part: [first(output) for output in of_layers] for part, of_layers in outputs.items()}
     made["router logits"] = [logits for logits, _, _ in routing]
     made["gates"] = [hf_side.dense_gates(gates, experts, E) for _, gates, experts in routing]
     parts = {
@@ -199,25 +208,3 @@ def _stock_trace(model: Any, tokens: torch.Tensor, precision: str) -> Trace:
 def _stacked(tensors: list[torch.Tensor]) -> np.ndarray:
     stacked = torch.stack(tensors)
     return (stacked.float() if stacked.dtype == torch.bfloat16 else stacked).numpy()
-
-
-@contextmanager
-def _recorded_parts(model: TorchCustomLLM):
-    """Record what the modules of the layers return in this context: for each part, one tensor per layer."""
-    made: dict[str, list[torch.Tensor]] = {part: [] for part in PARTS}
-    names = {
-        "input_norm": "input norm", "self_attn": "attention", "post_attn_norm": "post-attention norm", "mlp": "experts",
-    }  # fmt: skip
-    handles = []
-    for layer in model.decoder_layers:
-        for name, part in names.items():
-
-            def keep(module, args, output, part=part):
-                made[part].append(output[0] if isinstance(output, tuple) else output)
-
-            handles.append(getattr(layer, name).register_forward_hook(keep))
-    try:
-        yield made
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -25,6 +25,7 @@ from convert.to_torch import write_model
 from jaxllm.config import ModelConfig
 from jaxllm.config.families import family_of
 from jaxllm.run.checkpoint import Weights
+from parity_tests.recording import recorded
 from torch_ref.model import no_autocast
 
 Named = dict[str, np.ndarray]
@@ -109,9 +110,10 @@ def _adapt(model: Any, config: ModelConfig) -> None:
         if attention_mask is not None and attention_mask.ndim == 2 and position_ids is None:
             position_ids = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         double = model.dtype == torch.float64
-        with _recorded_routing(model) as routing, _lifted(type(model), double):
+        with recorded([(router, "routing") for router in routers(model)]) as made, _lifted(type(model), double):
             output = run(input_ids, attention_mask=attention_mask, position_ids=position_ids, **options)
         if output_router:
+            routing = made.get("routing", [])  # logits (N,E), gates (N,k) and experts (N,k) of each router
             in_time = (*input_ids.shape, -1)
             logits = tuple(logits.reshape(in_time) for logits, _, _ in routing)
             output.router_logits = logits
@@ -134,40 +136,11 @@ def _without_autocast(run):
     return forward
 
 
-@contextmanager
-def _recorded_routing(model: Any) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
-    """Record logits (N,E), gates (N,k) and experts (N,k) of each router."""
-    made: list[tuple[Tensor, Tensor, Tensor]] = []
-    handles = [
-        router.register_forward_hook(lambda module, args, output: made.append(output)) for router in routers(model)
-    ]
-    try:
-        yield made
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def recorded_parts(model: Any) -> Iterator[dict[str, list[Any]]]:
-    """Record what the modules return in this context: for each part, one output per layer."""
-    made: dict[str, list[Any]] = {"embeddings": [], "residual": [], "routing": []}
-    made |= {part: [] for part in LAYER_PARTS.values()}
+def part_modules(model: Any) -> list[tuple[Any, str]]:
+    """The modules whose outputs are compared, each with the name of its part."""
     modules = [(model.model.embed_tokens, "embeddings"), *((layer, "residual") for layer in model.model.layers)]
     modules += [(getattr(layer, name), part) for layer in model.model.layers for name, part in LAYER_PARTS.items()]
-    modules += [(router, "routing") for router in routers(model)]
-    handles = []
-    for module, part in modules:
-
-        def keep(module, args, output, part=part):
-            made[part].append(output[0] if isinstance(output, tuple) and part != "routing" else output)
-
-        handles.append(module.register_forward_hook(keep))
-    try:
-        yield made
-    finally:
-        for handle in handles:
-            handle.remove()
+    return modules + [(router, "routing") for router in routers(model)]
 
 
 def dense_gates(gates: Tensor, experts: Tensor, n_experts: int) -> Tensor:

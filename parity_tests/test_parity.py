@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import parity_tests.ladder
 from jaxllm.config import PRESETS, ModelConfig, RouterConfig
 from parity_tests.__main__ import main
 from parity_tests.compare import TOLERANCES, compare_arrays, compare_leaves, expert_flips
@@ -140,6 +141,23 @@ def test_a_near_tie_is_replayed_and_reported(tokens):
     with MUTATIONS["gates_detached"].plant(model):
         (_, rows), *_ = ladder.climb(model, ("gradients",))
     assert {row.what for row in rows if not row.passed} == {"gradients"}
+
+
+def test_what_training_amplifies_is_distinguished_from_a_fault(narrow, monkeypatch):
+    """Where rounding grows beyond the tolerance, two correct programs may differ by what rounding does, not by more."""
+    ladder, model = narrow
+    strict = ladder.tolerances.trajectory._replace(relative_l2=2e-7)  # as if this calm training were a wild one
+    monkeypatch.setattr(ladder, "tolerances", ladder.tolerances._replace(trajectory=strict))
+    ((_, rows),) = ladder.climb(model, ("trajectory",))
+    assert [row for row in rows if not row.passed] == []
+    parameters = [row for row in rows if row.what == "parameters"]
+    assert max(row.relative_l2 for row in parameters) > strict.relative_l2
+    assert all(row.tolerance.endswith("amplified") for row in parameters)
+    assert any("10 roundings" in row.note for row in rows)
+    with MUTATIONS["cosine_with_a_floor"].plant(model):
+        assert any("losses" in failure for failure in failures(ladder, model, ("trajectory",)))
+    monkeypatch.setattr(parity_tests.ladder, "MAX_AMPLIFIED", strict.relative_l2)  # too wild to be compared
+    assert failures(ladder, model, ("trajectory",)) != []
 
 
 def test_a_cancelled_gradient_is_distinguished_from_a_wrong_one(tokens):

@@ -71,7 +71,7 @@ def assert_same_step(compiled, model: CustomLLM, eager: CustomLLM, ids: Tensor) 
 
 @pytest.mark.parametrize(
     ("backend", "dynamic", "shapes"),
-    [("inductor", False, [(2, 9)]), ("aot_eager", True, [(2, 9), (3, 30)])],
+    [pytest.param("inductor", False, [(2, 9)], marks=pytest.mark.slow), ("aot_eager", True, [(2, 9), (3, 30)])],
     ids=["inductor", "every length in one graph"],
 )
 def test_one_graph_trains(weights, backend, dynamic, shapes):

@@ -231,6 +231,7 @@ def test_routing_counts_are_not_doubled_by_recomputed_layers(narrow, tmp_path, m
     assert load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")["lm_head.weight"].dtype == np.float32
 
 
+@pytest.mark.slow
 def test_bfloat16_and_remat_compute_nearly_the_same(reference, tmp_path):
     """The first losses: equal with recomputed layers, and equal to bfloat16's precision in bfloat16."""
     losses = {}
@@ -295,6 +296,7 @@ def test_a_resumed_run_repeats_the_undisturbed_one(torch_run, again, only_what_t
     assert_same_weights(folder / "checkpoint-20", torch_run / "checkpoint-20")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_with_dropout_equals_the_uninterrupted_one(narrow, tmp_path, monkeypatch, capsys):
     args = [*narrow, "--model.dropout", "0.1", "--steps", "8", "--save-every", "3", "--sample-tokens", "0"]
     assert torch_ref.train.main([*args, "--run-dir", str(tmp_path / "whole")]) == 0

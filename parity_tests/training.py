@@ -80,16 +80,18 @@ class JaxTraining:
         moments: AdamState | None = None,
         experts: list[np.ndarray] | None = None,
         before_step: Callable[[int, Weights], None] = lambda i, weights: None,
+        weights: Weights | None = None,
     ) -> Trained:
         """Train on batches (steps,A,B,T) from the weights and, if given, from moments.
 
         Args:
             experts: for each step (A,L,B,T,k), used instead of the routers' choice.
             before_step: called with the index of the step and the weights before it.
+            weights: to start from instead of the model's.
         """
         reports: list[StepMetrics] = []
         with jax_precision(self.precision):
-            state = self._start(moments)
+            state = self._start(moments, weights)
             for i, labels in enumerate(batches):
                 before_step(i, Weights(state.params, state.routing_bias))
                 state, metrics = self._step(state, jnp.asarray(labels), None if experts is None else experts[i])
@@ -106,8 +108,8 @@ class JaxTraining:
             experts=[],
         )
 
-    def _start(self, moments: AdamState | None = None) -> TrainState:
-        params, routing_bias = jax_weights(self.weights, self.precision)
+    def _start(self, moments: AdamState | None = None, weights: Weights | None = None) -> TrainState:
+        params, routing_bias = jax_weights(self.weights if weights is None else weights, self.precision)
         state = start_state(self.config, jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, routing_bias))
         if moments is None:
             return state
