@@ -20,13 +20,13 @@ from convert.to_flax import read_folder
 from jaxllm.config import TrainConfig
 from jaxllm.errors import exit_on_user_error
 from jaxllm.generate import Sampling, generate
-from jaxllm.run.prepare import parse_args
+from jaxllm.run.checkpoint import Weights
+from jaxllm.run.prepare import check_folder, parse_args
 from jaxllm.run.processes import barrier, init_distributed, is_primary
 from jaxllm.run.reporting import write_samples
 from jaxllm.run.run import Run
 from jaxllm.run.runtime import use_compilation_cache
 from jaxllm.train.placement import choose_placement
-from jaxllm.train.state import TrainState
 from jaxllm.train.trainer import Trainer
 
 
@@ -36,9 +36,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(argv, "train.py", __doc__, TrainConfig)
     init_distributed(config)
     placement = choose_placement(config)  # refused before the run's folder is touched
+    weights = first_weights(config)
     with Run.open(config) as run:
         trainer = Trainer(run.config, placement)
-        state = run.restore(trainer) or first_state(trainer)
+        state = run.restore(trainer) or trainer.init(weights)
+        del weights  # the state has its own
 
         for batch in run.batches(trainer, state):
             state, metrics = trainer.step(state, batch.rows)
@@ -61,10 +63,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\nEverything is in {run.config.folder}")
 
 
-def first_state(trainer: Trainer) -> TrainState:
-    """The state of a new run: fresh weights, or with --init those of a folder."""
-    folder = trainer.config.init
-    return trainer.init(None if folder is None else read_folder(folder)[1])
+def first_weights(config: TrainConfig) -> Weights | None:
+    """The weights that a new run starts from with --init; they are read before an earlier run is deleted."""
+    if config.init is None or check_folder(config, "JAX"):
+        return None
+    return read_folder(config.init)[1]
 
 
 def sample(run: Run, trainer: Trainer, params: Any, routing_bias: Any) -> None:

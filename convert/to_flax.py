@@ -38,32 +38,26 @@ MAX_MISSING = 10_000
 ELEMENTS_PER_BYTE = 2
 """Of the narrowest dtype, four bits."""
 
-
 _LAYER = re.compile(r"(?:model\.layers|decoder_layers)\.(\d+)\.")
 
 
-def read_folder_config(folder: Path, layers: int | None = None) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model's shape and the config.json of a folder with weights.
+def read_folder(source: Path, layers: int | None = None) -> tuple[ModelConfig, Weights, dict[str, Any]]:
+    """The model's shape, its weights and the config.json of a folder, or of a file next to a config.json.
 
     Args:
         layers: only this many of the first layers; None: all.
 
     Raises:
-        UserError: there is no config.json, or its family is not known, or it is not valid.
+        UserError: there is no config.json, its family is not known, it is not valid, or the weights do not fit.
     """
-    config, source = read_model_config(folder), read_json(folder / "config.json")
+    folder = source.parent if source.is_file() else source
+    config, values = read_model_config(folder), read_json(folder / "config.json")
     if layers is not None:
         if not 1 <= layers <= config.num_hidden_layers:
             raise UserError(f"layers is {layers}: it must be 1 to {config.num_hidden_layers}, the model's")
         dense = min(config.first_k_dense_replace, layers)
         config = dataclasses.replace(config, num_hidden_layers=layers, first_k_dense_replace=dense)
-    return config, source
-
-
-def read_folder(folder: Path, layers: int | None = None) -> tuple[ModelConfig, Weights, dict[str, Any]]:
-    """The model's shape, the weights and the config.json of a folder; errors as in the functions that it calls."""
-    config, source = read_folder_config(folder, layers)
-    return config, read_weights(folder, config, is_interleaved(source), pass_over=layers is not None or None), source
+    return config, read_weights(source, config, is_interleaved(values), pass_over=layers is not None), values
 
 
 def import_run(source: Path, run: Path, config: ModelConfig | None = None, layers: int | None = None) -> None:
@@ -83,10 +77,9 @@ def import_run(source: Path, run: Path, config: ModelConfig | None = None, layer
     if config is None and not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json: name the model's shape with --preset")
     if config is None:
-        config, values = read_folder_config(folder, layers)
-        weights = read_weights(source, config, is_interleaved(values), pass_over=layers is not None or None)
+        config, weights, values = read_folder(source, layers)
     else:
-        values, weights = None, read_weights(source, config)
+        weights, values = read_weights(source, config), None
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     generation = folder / GENERATION_CONFIG
     kept = {SOURCE_CONFIG: values} if values and names_of(config) != "customllm" else {}
@@ -101,16 +94,13 @@ def from_pretrained(folder: str | Path, *, dtype: jnp.dtype = jnp.float32, remat
     Raises:
         UserError: the folder or its weights are not those of a model of a known family.
     """
-    config, source = read_folder_config(Path(folder))
-    weights = read_weights(Path(folder), config, is_interleaved(source))
+    config, weights, _ = read_folder(Path(folder))
     graph, params, _ = abstract_model(config, dtype=dtype, remat=remat)
     master = jax.tree.leaves(params)[0].dtype
     return nnx.merge(graph, *jax.tree.map(lambda leaf: jnp.asarray(leaf, master), tuple(weights)))
 
 
-def read_weights(
-    source: Path, config: ModelConfig, interleaved: bool = True, *, pass_over: bool | None = None
-) -> Weights:
+def read_weights(source: Path, config: ModelConfig, interleaved: bool = True, *, pass_over: bool = False) -> Weights:
     """Read PyTorch weights into float32 Flax arrays, one tensor at a time.
 
     Every key is used exactly once. A missing routing bias of a CustomLLM is zero: the source's own files have none. No
@@ -120,14 +110,13 @@ def read_weights(
         source: a folder or a file.
         config: the model's shape.
         interleaved: as in `convert.mapping.entries`.
-        pass_over: whether to leave out the layers that the config does not have; None: in the DeepSeek family, where
-            they are the module of multi-token prediction, and not part of this model.
+        pass_over: whether to leave out the layers that the config does not have. In the DeepSeek family they always
+            are: they are the module of multi-token prediction, which is not part of this model.
 
     Raises:
         UserError: keys are unknown, missing, duplicate, misplaced or misshaped, of each of which the first are named.
     """
-    if pass_over is None:
-        pass_over = names_of(config) == "deepseek"
+    pass_over = pass_over or names_of(config) == "deepseek"
     with TensorFiles(source) as files:
         most = len(files.shapes) + MAX_MISSING
         table = {entry.torch_name: entry for entry in itertools.islice(entries(config, interleaved), most + 1)}

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+import train
 from convert import fp8
 from convert.__main__ import main as convert
 from convert.mapping import PARAMS, ROUTING_BIAS, entries
@@ -327,6 +328,45 @@ def test_dropout_of_attention_weights_is_read_and_not_trained(tmp_path):
     assert read_folder(folder)[0] == CONFIG
     with pytest.raises(UserError, match=r"attention_dropout is 0.1: to train, it must be 0"):
         check_trainable(json.loads((folder / "config.json").read_text()))
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-10, 10**12) | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["type", "rope_type", "factor", "rope_theta"]), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+KEYS = (
+    *(key for key in V3 if key != "model_type"),
+    "rope_parameters", "rope_scaling", "rope_theta", "mlp_layer_types", "quantization_config", "eos_token_id",
+    "hidden_act", "moe_layer_freq", "scoring_func", "topk_method", "partial_rotary_factor", "rope_interleave",
+)  # fmt: skip
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.sampled_from(list(FAMILIES)), st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3))
+def test_any_config_is_read_or_refused_in_one_line(model_type, change):
+    message = ""
+    try:
+        config = read_config(V3 | {"model_type": model_type} | change)
+    except UserError as error:
+        message = str(error)
+    else:
+        assert read_config(write_config(config, "float32")).num_hidden_layers == config.num_hidden_layers
+    assert "\n" not in message
+
+
+def test_weights_that_do_not_fit_do_not_cost_the_earlier_run(tmp_path, capsys):
+    folder, run = folder_of(tmp_path / "model"), tmp_path / "run"
+    assert convert(["to-flax", str(folder), str(run)]) == 0
+    before = sorted(path.relative_to(run) for path in run.rglob("*"))
+    (folder / "model.safetensors").write_bytes(b"nothing")
+    options = ["--init", str(folder), "--run-dir", str(run), "--overwrite", "--seq-len", "16", "--batch-size", "1"]
+    assert train.main(options) == 2
+    assert "is no complete safetensors file" in capsys.readouterr().err
+    assert sorted(path.relative_to(run) for path in run.rglob("*")) == before
 
 
 @pytest.mark.parametrize("name", PRESETS)

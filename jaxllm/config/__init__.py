@@ -2,15 +2,8 @@
 
 from jaxllm.config.fields import MAX_INT
 from jaxllm.config.groups import AXES
-from jaxllm.config.model import (
-    PRESETS,
-    SPECIAL_TOKENS,
-    TOKENIZER_SIZED_PRESETS,
-    ModelConfig,
-    RouterConfig,
-    YarnConfig,
-    preset,
-)
+from jaxllm.config.model import SPECIAL_TOKENS, ModelConfig, RouterConfig, YarnConfig
+from jaxllm.config.presets import PRESETS, TOKENIZER_SIZED_PRESETS, preset
 from jaxllm.config.train import FORMAT, Precision, RunConfig, TrainConfig, changed_options, recipe
 
 __all__ = [

@@ -138,7 +138,7 @@ def check_trainable(source: Json) -> None:
 
 def _read_customllm(values: Json) -> ModelConfig:
     if values.get("tie_word_embeddings"):
-        raise UserError("tie_word_embeddings is True: CustomLLM's lm_head is a matrix of its own")
+        raise UserError("tie_word_embeddings is True: it must be False, CustomLLM's lm_head has a separate matrix")
     return ModelConfig.from_dict({name: values[name] for name in CUSTOMLLM_FIELDS if name in values})
 
 
@@ -249,7 +249,8 @@ def _dense_layers(values: Json) -> int:
     if values["model_type"] == "youtu":
         return L
     if values["model_type"] != "glm4_moe_lite":
-        return min(values["first_k_dense_replace"], L) if isinstance(L, int) else values["first_k_dense_replace"]
+        first = values["first_k_dense_replace"]
+        return min(first, L) if isinstance(first, int) and isinstance(L, int) else first
     if types is None:
         return 1
     if not isinstance(types, list) or len(types) != L or not {*types} <= {"dense", "sparse"}:

@@ -1,4 +1,4 @@
-"""The shape of a model, and the presets."""
+"""The shape of a model."""
 
 import dataclasses
 import math
@@ -28,9 +28,13 @@ class YarnConfig:
     factor: float = option(1.0, ge=1)
     """By how much the context is longer than the one of the first training; 1: plain rotary embedding."""
     original_max_position_embeddings: int = option(4096, ge=1)
+    """Tokens of the context of the first training."""
     beta_fast: float = option(32.0, gt=0)
+    """Pairs that turn more often than this in that context are not changed."""
     beta_slow: float = option(1.0, gt=0)
+    """Pairs that turn less often are divided by the factor."""
     mscale: float = option(0.0, ge=0)
+    """With `mscale_all_dim`, decides the size of rotated queries and keys; 0: not given."""
     mscale_all_dim: float = option(0.0, ge=0)
     """Above 0, the attention scale grows with the factor (the non-rotary part included)."""
     attention_factor: float | None = option(None, gt=0)
@@ -95,10 +99,15 @@ class ModelConfig:
     """
 
     vocab_size: int = option(ge=1, le=2**24)
+    """Rows of the table of token embeddings."""
     hidden_size: int = option(ge=1, le=2**20)
+    """Size of the residual stream."""
     num_hidden_layers: int = option(ge=1, le=2**12)
+    """Layers, dense ones included."""
     num_attention_heads: int = option(ge=1, le=2**16)
+    """Heads of each layer."""
     moe_intermediate_size: int = option(ge=1, le=2**20)
+    """Hidden size of one expert."""
     compression_ratio: int = option(4, ge=1)
     """Hidden size over the size of each attention latent whose rank is not given."""
     q_lora_rank: int | None = option(None, ge=0, le=2**20)
@@ -116,21 +125,28 @@ class ModelConfig:
     latent_norm: bool = False
     """Whether the latents are normed."""
     latent_norm_eps: float = option(1e-6, ge=0)
+    """Added to the mean square in the norms of the latents."""
     attention_bias: bool = False
     """Whether the projections to the latents and the output projection have biases."""
     n_routed_experts: int = option(7, ge=1, le=2**14)
+    """Experts of a layer, of which a token chooses some."""
     n_shared_experts: int = option(1, ge=1, le=2**14)
+    """Experts of a layer that every token uses."""
     num_experts_per_tok: int = option(2, ge=1)
+    """Routed experts that a token chooses."""
     router: RouterConfig = field(default_factory=RouterConfig)
     first_k_dense_replace: int = option(0, ge=0)
     """The first layers, this many, have a dense feed-forward network instead of experts."""
     intermediate_size: int | None = option(None, ge=1, le=2**20)
     """Hidden size of those."""
     max_position_embeddings: int = option(2048, ge=1)
+    """Tokens of the longest sequence."""
     learned_positions: bool = True
     """Whether a table of positions is added to the embeddings."""
     rms_norm_eps: float = option(1e-5, ge=0)
+    """Added to the mean square in all other norms."""
     rope_theta: float = option(10000.0, gt=1)
+    """Base of the rotary frequencies."""
     rope_scaling: YarnConfig = field(default_factory=YarnConfig)
     dropout: float = option(0.1, ge=0, lt=1)
     """Dropout rate on the embeddings, in training only."""
@@ -140,10 +156,13 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     """Whether lm_head is the table of token embeddings."""
     initializer_range: float = option(0.02, ge=0)
+    """Standard deviation of new matrices."""
     bos_token_id: int | None = None
+    """The token that begins a text; the tokenizer's, in a run."""
     eos_token_id: int | tuple[int, ...] | None = None
     """The token, or each of the tokens, that ends a text."""
     pad_token_id: int | None = None
+    """The token that fills up shorter rows; the tokenizer's, in a run."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -295,85 +314,3 @@ def deepseek(**shape: Any) -> ModelConfig:
         shared_rope_key=True, latent_norm=True, learned_positions=False, dropout=0.0, final_norm=True,
         lm_head_bias=False, **shape,
     )  # fmt: skip
-
-
-_V2_LITE = deepseek(
-    vocab_size=102400, hidden_size=2048, num_hidden_layers=27, num_attention_heads=16, q_lora_rank=0, kv_lora_rank=512,
-    qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, first_k_dense_replace=1, intermediate_size=10944,
-    moe_intermediate_size=1408, n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6,
-    router=RouterConfig("softmax", "greedy", norm_topk_prob=False), max_position_embeddings=163840, rms_norm_eps=1e-6,
-    rope_scaling=YarnConfig(40.0, mscale=0.707, mscale_all_dim=0.707),
-)  # fmt: skip
-_V3 = dataclasses.replace(
-    _V2_LITE, vocab_size=129280, hidden_size=7168, num_hidden_layers=61, num_attention_heads=128, q_lora_rank=1536,
-    first_k_dense_replace=3, intermediate_size=18432, moe_intermediate_size=2048, n_routed_experts=256,
-    n_shared_experts=1, num_experts_per_tok=8, router=RouterConfig(n_group=8, topk_group=4, routed_scaling_factor=2.5),
-    rope_scaling=YarnConfig(40.0, mscale=1.0, mscale_all_dim=1.0),
-)  # fmt: skip
-
-PRESETS: dict[str, ModelConfig] = {
-    # the default of train.py: trains in minutes on two cores; its vocabulary is the tokenizer's
-    "tiny": ModelConfig(
-        vocab_size=4096,
-        hidden_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        moe_intermediate_size=256,
-        max_position_embeddings=512,
-        dropout=0.0,
-        final_norm=True,
-    ),
-    # the source's breakdown
-    "customllm-768": ModelConfig(
-        vocab_size=49152, hidden_size=768, num_hidden_layers=24, num_attention_heads=12, moe_intermediate_size=1536
-    ),
-    # the source's printed tree: 1,075,060,736 parameters
-    "customllm-1b": ModelConfig(
-        vocab_size=49152, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, moe_intermediate_size=1536
-    ),
-    # all that DeepSeek-V3 has, in a size that trains in minutes; its vocabulary is the tokenizer's
-    "tiny-deepseek": deepseek(
-        vocab_size=4096, hidden_size=192, num_hidden_layers=3, num_attention_heads=4, q_lora_rank=96, kv_lora_rank=64,
-        qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, first_k_dense_replace=1, intermediate_size=512,
-        moe_intermediate_size=128, n_routed_experts=16, num_experts_per_tok=4, max_position_embeddings=512,
-        router=RouterConfig(n_group=4, topk_group=2, routed_scaling_factor=1.5), rms_norm_eps=1e-6,
-    ),
-    # the public models: arXiv:2405.04434, arXiv:2412.19437, arXiv:2502.16982, arXiv:2507.20534
-    "deepseek-v2-lite": _V2_LITE,
-    "deepseek-v2": dataclasses.replace(
-        _V2_LITE, hidden_size=5120, num_hidden_layers=60, num_attention_heads=128, q_lora_rank=1536,
-        intermediate_size=12288, moe_intermediate_size=1536, n_routed_experts=160,
-        router=RouterConfig("softmax", "group_limited_greedy", 8, 3, False, 16.0),
-    ),
-    "deepseek-v3": _V3,
-    "moonlight-16b": dataclasses.replace(
-        _V2_LITE, vocab_size=163840, intermediate_size=11264, router=RouterConfig(routed_scaling_factor=2.446),
-        max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=50000.0, rope_scaling=YarnConfig(),
-    ),
-    "kimi-k2": dataclasses.replace(
-        _V3, vocab_size=163840, num_attention_heads=64, first_k_dense_replace=1, n_routed_experts=384,
-        router=RouterConfig(routed_scaling_factor=2.827), max_position_embeddings=131072, rope_theta=50000.0,
-        rope_scaling=YarnConfig(32.0, beta_fast=1.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0),
-    ),
-    "glm-4.7-flash": dataclasses.replace(
-        _V3, vocab_size=154880, hidden_size=2048, num_hidden_layers=47, num_attention_heads=20, q_lora_rank=768,
-        qk_nope_head_dim=192, v_head_dim=256, first_k_dense_replace=1, intermediate_size=10240,
-        moe_intermediate_size=1536, n_routed_experts=64, num_experts_per_tok=4,
-        router=RouterConfig(routed_scaling_factor=1.8), max_position_embeddings=202752, rms_norm_eps=1e-5,
-        rope_theta=1000000.0, rope_scaling=YarnConfig(),
-    ),
-}  # fmt: skip
-
-TOKENIZER_SIZED_PRESETS = frozenset({"tiny", "tiny-deepseek"})
-"""Presets without a vocabulary of their own: train.py gives them the tokenizer's size."""
-
-
-def preset(name: str) -> ModelConfig:
-    """Look up a preset by name.
-
-    Raises:
-        UserError: there is no such preset.
-    """
-    if name not in PRESETS:
-        raise UserError(f"preset is {shown(name)}: choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]

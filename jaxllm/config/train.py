@@ -14,7 +14,8 @@ import tyro
 
 from jaxllm.config import groups
 from jaxllm.config.fields import check_fields, option, option_names
-from jaxllm.config.model import PRESETS, ModelConfig, preset
+from jaxllm.config.model import ModelConfig
+from jaxllm.config.presets import PRESETS, preset
 from jaxllm.errors import UserError, listed, shown
 
 Precision = Literal["float32", "bfloat16"]
@@ -59,8 +60,8 @@ class RunConfig:
         check_fields(self)
         if self.data.seq_len > self.model.max_position_embeddings:
             raise UserError(
-                f"seq_len is {self.data.seq_len}: the position table has "
-                f"max_position_embeddings = {self.model.max_position_embeddings} rows"
+                f"seq_len is {self.data.seq_len}: it must be at most "
+                f"max_position_embeddings = {self.model.max_position_embeddings}"
             )
 
     @property
