@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxllm import evaluate, load_model
 from jaxllm.data.tokenizer import load_tokenizer
@@ -25,9 +26,10 @@ def test_every_token_is_scored_once(seq_len, batch_size, run, tmp_path, capsys):
     tokenizer, model = load_tokenizer(str(run / "tokenizer")), load_model(run)
     ids = [tokenizer.eos_token_id, *tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     nats, width = 0.0, int(seq_len) - 1
+    forward = nnx.jit(lambda model, window: model(window))
     for start in range(0, len(ids) - 1, width):
         window = np.asarray([ids[start : start + width + 1]])
-        log_probabilities = jax.nn.log_softmax(model(window)[0, :-1])
+        log_probabilities = jax.nn.log_softmax(forward(model, window)[0, :-1])
         nats -= float(np.take_along_axis(np.asarray(log_probabilities), window[0, 1:, None], 1).sum())
     assert found["Tokens"] == len(ids) - 1
     assert found["Loss"] == pytest.approx(nats / (len(ids) - 1), abs=1e-4)
@@ -43,7 +45,7 @@ def test_the_default_is_what_the_run_holds_out(run, capsys):
 def test_bad_input_is_a_line(run, tmp_path, capsys):
     for options, said in (
         (["--data", str(tmp_path / "none.txt")], "data is "),
-        (["--seq-len", "65"], "seq_len is 65: it must lie in 2 to 64"),
+        (["--seq-len", "65"], "seq_len is 65: it must lie in 2 to max_position_embeddings = 64"),
         (["--batch-size", "0"], "batch_size is 0"),
     ):
         assert evaluate.main([str(run), *options]) == 2

@@ -59,6 +59,7 @@ def losses(folder: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in records if "loss" in record}
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_and_one_resumes_their_run(narrow, tmp_path):
     """Four experts on four devices, two in each process: tokens cross between them. Then pmap in one process."""
     options = [*narrow, "--steps", "6", "--save-every", "2", "--eval-every", "6", "--keep-checkpoints", "3"]

@@ -246,7 +246,7 @@ def test_stop_strings(client):
 
 @pytest.mark.parametrize("padding", [0, 7])
 def test_generation_stops_at_the_position_table(ours, padding):
-    """The control has no table, and goes on."""
+    """The control has no table, and continues."""
     model, limit = ours.load(), ours.config.max_position_embeddings
     mask = torch.ones(2, 16, dtype=torch.long)
     mask[:, :padding] = 0
