@@ -1,4 +1,4 @@
-"""The console of a command. It is for reading only: a command that loses it goes on without."""
+"""The console of a command. A command that loses it continues without it."""
 
 import contextlib
 import io

@@ -65,11 +65,11 @@ def score(
     """Score the chunks in order, until `max_tokens` tokens are reached.
 
     Raises:
-        UserError: there is no text, or `seq_len` is beyond the position table.
+        UserError: there is no text, or `seq_len` is larger than `max_position_embeddings`.
     """
     limit = model.config.max_position_embeddings
     if not 2 <= seq_len <= limit:
-        raise UserError(f"seq_len is {seq_len}: it must lie in 2 to {limit}, the rows of the position table")
+        raise UserError(f"seq_len is {seq_len}: it must lie in 2 to max_position_embeddings = {limit}")
     parts, tokens, text_bytes = [np.asarray([tokenizer.eos_token_id], np.int32)], 0, 0
     for chunk in chunks:
         if (ids := encode(tokenizer, chunk.text, chunk.ends_document)) is None:
@@ -103,11 +103,11 @@ class EvaluateArgs:
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of a run, or an exported folder."""
     data: str | None = None
-    """What train.py takes as --data; all of it is scored. Default: what the run holds out of its own data."""
+    """What train.py takes as --data; all of it is scored. Default: the held-out part of the run's data."""
     text_field: str = "text"
     """Name of the field that holds the text, with --data."""
     seq_len: int | None = None
-    """Tokens of a window; default: the run's, or the rows of the position table."""
+    """Tokens of a window; default: the run's, or the model's `max_position_embeddings`."""
     batch_size: int = 8
     """Windows in a batch."""
     max_tokens: int = 1_000_000
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     use_compilation_cache()
     trained = is_run(args.run) and (args.run / "train_config.json").is_file()
     if args.data is None and not trained:
-        raise UserError(f"data is missing: {str(args.run)!r} is no training run with data of its own; pass --data")
+        raise UserError(f"data is missing: {str(args.run)!r} is no training run that holds out data; pass --data")
     config = read_config(args.run, TrainConfig) if trained else None
     model = load_model(args.run, args.precision)
     tokenizer = load_tokenizer(str(tokenizer_folder(args.run)))

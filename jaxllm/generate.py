@@ -89,7 +89,7 @@ def generate(
         eos_token_ids: each stops a row when chosen, and is not returned.
 
     Returns the new tokens of each prompt. Raises a UserError if a prompt is empty, or if it does not fit into the
-    position table with its new tokens.
+    model's positions with its new tokens.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
@@ -99,12 +99,12 @@ def generate(
     limit = model.config.max_position_embeddings
     if max(lengths) >= limit:
         raise UserError(
-            f"prompt has {max(lengths)} tokens: it must have at most {limit - 1}, for a position table of {limit} rows"
+            f"prompt has {max(lengths)} tokens: it must have at most {limit - 1}, as max_position_embeddings is {limit}"
         )
     if max(lengths) + max_new_tokens > limit:
         raise UserError(
             f"max_new_tokens is {max_new_tokens}: with a prompt of {max(lengths)} tokens it must be at most "
-            f"{limit - max(lengths)}, as the position table has {limit} rows"
+            f"{limit - max(lengths)}, as max_position_embeddings is {limit}"
         )
     width = min(limit, -(-max(lengths) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE)
     padded = np.zeros((len(prompts), width), np.int32)
@@ -165,7 +165,7 @@ def _generate(
 def prefill(model: CustomLLM, prompts: Array, max_new: int) -> tuple[Array, Latents]:
     """One pass over prompts (B,P), padded on the right: the layers' output (B,P,D), and the cache.
 
-    The cache has slots for the prompts and `max_new` tokens after the longest, as far as the position table goes.
+    The cache has slots for the prompts and `max_new` tokens after the longest, as far as the model's positions go.
     Padding on the right needs no mask: no token sees what comes after it, and decoding overwrites those slots.
     """
     hidden, record = model.hidden_states(prompts, keep_latents=True)
@@ -215,7 +215,7 @@ def stream(
     seed: int,
     eos_token_ids: Sequence[int],
 ) -> Iterator[list[int]]:
-    """Continue one prompt: yields new tokens, a few at a time, until the end of sequence or of the position table."""
+    """Continue one prompt: yields new tokens, a few at a time, until an end token or the model's last position."""
     room = min(max_new_tokens, model.config.max_position_embeddings - len(prompt))
     while room > 0:
         count = min(room, STREAMED_TOKENS)
@@ -242,7 +242,7 @@ def chat(args: GenerateArgs, model: CustomLLM, tokenizer: PreTrainedTokenizerBas
                 break
             del turns[:2]  # the oldest message and its answer
         if len(ids) >= model.config.max_position_embeddings:
-            print(f"(that line is too long: the position table has {model.config.max_position_embeddings} rows)")
+            print(f"(that line is too long: max_position_embeddings is {model.config.max_position_embeddings})")
         said, printed = [], ""
         for new in stream(model, list(ids), args.max_new_tokens, sampling, seed=args.seed, eos_token_ids=eos):
             said += new

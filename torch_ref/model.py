@@ -541,7 +541,7 @@ class CustomLLMModel(CustomLLMPreTrainedModel):
             attention_mask: (B, S), zero at padding, S = cached tokens + T; or (1|B, 1|H, T, S), boolean or added to the
                 scores; None: no padding.
             position_ids: (B|1, T); None: counted without padding. Without a mask and a cache, a document begins
-                wherever they do not go on by one, and no token attends to another document.
+                wherever a position is not the one before it plus 1, and no token attends to another document.
             past_key_values: the cached keys and values of earlier tokens; extended in place.
             inputs_embeds: (B, T, D) in place of the embeddings of `input_ids`.
             use_cache: return keys and values, in a new `DynamicCache` if none is given; None: as the config says, but

@@ -18,7 +18,7 @@ _NOTES = re.compile(
     r"(readme|licen[sc]e|copying|notice|changelog|authors|contribut(ing|ors)|citation|requirements|constraints|version"
     r"|manifest|todo|checksums?|(md5|sha\d+)sums?)([^a-z].*)?|.*\.(md|py)(\..*)?"
 )
-"""Names of text files that are about the data, where they lie beside files of rows."""
+"""Names of text files that describe the data, in a folder that also has files of rows."""
 
 
 MAX_NAMED = 1000
@@ -36,8 +36,8 @@ def find_data(path: Path, text_field: str, split: str) -> DataFiles:
     """The file itself, or the files below a folder that hold text.
 
     Hidden files and the folders of runs are no data. Of a folder that `datasets` saved, only its own files are; of
-    several splits, `split` is. Text files about the data are none beside files of rows that are read, or that are the
-    larger part but have another field.
+    several splits, `split` is. Text files that describe the data (`_NOTES`) are left out where files of rows are read,
+    or are the larger part but have another field.
 
     Raises:
         UserError: there is none, or one may not be read.
@@ -62,7 +62,7 @@ def find_data(path: Path, text_field: str, split: str) -> DataFiles:
         for name in [name for name in texts if _NOTES.fullmatch(files[name].name.lower())]:
             del files[name]
             damaged.pop(name, None)
-            passed_over[name] = "text beside files of rows"
+            passed_over[name] = "a text file next to files of rows"
     readable = files.keys() - damaged.keys()
     if not readable:
         said = "; ".join(described(passed_over | damaged)[:3]) or "it is empty"

@@ -139,7 +139,7 @@ combine.defvjp(_combine_fwd, _combine_bwd)
 class DeepSeekExpertLayer(nnx.Module):
     """A SwiGLU feed-forward layer. The shared and the routed experts are stacks of it along a leading axis.
 
-    Alone, with a hidden size of its own, it is the feed-forward network of a dense layer.
+    Alone, with a hidden size that is given, it is the feed-forward network of a dense layer.
     """
 
     def __init__(

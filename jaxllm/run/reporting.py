@@ -132,7 +132,7 @@ def conclude(
 
 @optional("writing report.md")
 def write_report(config: RunConfig, eval_loss: float, unigram: float, skipped_rows: int) -> None:
-    """Write `report.md`: what was trained on what, the result, the speed, and how to go on."""
+    """Write `report.md`: what was trained on what, the result, the speed, and commands to continue with."""
     end = next(record for record in reversed(read_metrics(config.folder)) if "train_runtime" in record)
     steps, tokens = config.schedule.steps, config.tokens_per_step
     device = f", {end['device_peak_gib']:.2f} GiB on the device" if "device_peak_gib" in end else ""
@@ -150,7 +150,7 @@ def write_report(config: RunConfig, eval_loss: float, unigram: float, skipped_ro
         f"# {config.folder.name}\n\n| | |\n|---|---|",
         *(f"| {name} | {value} |" for name, value in rows.items()),
         "\n![Losses](loss.png)\n\n[samples.md](samples.md) has samples, `metrics.jsonl` the log, `train_config.json` "
-        "the options. How to go on:\n\n```bash",
+        "the options. To continue:\n\n```bash",
         f"python -m jaxllm.generate {run} --chat",
         f"python -m jaxllm.evaluate {run} --data FILE_OR_FOLDER",
         f"python -m convert to-torch {run} exported",

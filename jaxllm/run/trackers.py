@@ -1,4 +1,4 @@
-"""The log of a run in a tracker of its own: Weights & Biases or trackio, which have the same functions."""
+"""The log of a run in Weights & Biases or trackio, which have the same functions."""
 
 import importlib
 import importlib.util
