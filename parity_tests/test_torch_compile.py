@@ -71,7 +71,10 @@ def assert_same_step(compiled, model: CustomLLM, eager: CustomLLM, ids: Tensor) 
 
 @pytest.mark.parametrize(
     ("backend", "dynamic", "shapes"),
-    [pytest.param("inductor", False, [(2, 9)], marks=pytest.mark.slow), ("aot_eager", True, [(2, 9), (3, 30)])],
+    [
+        pytest.param("inductor", False, [(2, 9)], marks=pytest.mark.slow),
+        pytest.param("aot_eager", True, [(2, 9), (3, 30)]),
+    ],
     ids=["inductor", "every length in one graph"],
 )
 def test_one_graph_trains(weights, backend, dynamic, shapes):
@@ -118,7 +121,7 @@ def test_a_graph_that_skips_experts_is_refused(weights, monkeypatch):
         compiled(tokens(2, 9))
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 @torch.no_grad()
 def test_an_exported_program_computes_the_same_logits(weights, tmp_path, masked):
     """Any batch and any length; saved, and loaded by a process that has nothing but torch."""

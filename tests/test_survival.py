@@ -47,10 +47,9 @@ def largest_file(size: int) -> Iterator[None]:
     ("number", "code"),
     [
         (signal.SIGINT, 130),
-        (signal.SIGHUP, 129),
         *(
             pytest.param(number, 128 + number, marks=pytest.mark.slow)
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+            for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
         ),
     ],
 )
