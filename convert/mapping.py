@@ -57,6 +57,10 @@ class Entry(NamedTuple):
     def is_parameter(self) -> bool:
         return self.parts[0].tree == PARAMS
 
+    def lies_in(self, trees: dict[str, Pytree]) -> bool:
+        """Whether the trees have its leaves: moments of an optimizer may not."""
+        return all(part.tree in trees and has_leaf(trees[part.tree], part.path) for part in self.parts)
+
     def shape(self, trees: dict[str, Pytree]) -> tuple[int, ...]:
         """Shape of the PyTorch tensor, given the Flax trees, of arrays or shapes."""
         shapes = []
@@ -207,6 +211,15 @@ def _deepseek_moe(config: ModelConfig, name: str, path: str, index: tuple[int]) 
         parts = (Part(PARAMS, shared, (*index, s), slice(s * M, (s + 1) * M)) for s in range(config.n_shared_experts))
         axis = 1 if linear == "down_proj" else 0
         yield Entry(f"{name}.shared_experts.{linear}.weight", tuple(parts), transposed=True, axis=axis)
+
+
+def has_leaf(tree: Pytree, path: tuple[str, ...]) -> bool:
+    """Whether a nested dict has a leaf at a path."""
+    for key in path:
+        if key not in tree:
+            return False
+        tree = tree[key]
+    return True
 
 
 def leaf(tree: Pytree, path: tuple[str, ...]) -> Any:

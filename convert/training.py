@@ -28,7 +28,7 @@ from jaxllm.run.checkpoint_writer import write_run
 from jaxllm.run.history import History
 from jaxllm.run.metrics import read_metrics, write_metrics
 from jaxllm.run.prepare import CONFIG_FILE, checkpoint_owner, read_config, read_model_config
-from jaxllm.train.optim import AdamState
+from jaxllm.train.optim import OptimizerState, of_adamw
 from jaxllm.train.state import dropout_key
 
 
@@ -58,10 +58,12 @@ def export_training(run: Path, out: Path) -> None:
 
     weights, resumed = read_newest(run, read)
     checkpoint = out / f"checkpoint-{int(resumed.step)}"
-    table, moments = {entry.torch_name: entry for entry in entries(model)}, resumed.opt_state[1:]
+    table = {entry.torch_name: entry for entry in entries(model)}
 
     def of_parameter(name: str):
-        return hand_over.Moments(*(table[name].to_torch({PARAMS: tree}) for tree in moments))
+        mu, nu = ({PARAMS: tree} for tree in resumed.opt_state[1:])
+        entry = table[name]
+        return hand_over.Moments(entry.to_torch(mu), entry.to_torch(nu) if entry.lies_in(nu) else None)
 
     write_model(model, weights, checkpoint, "float32")
     (checkpoint / POSITION_FILE).write_bytes(resumed.positions[0].to_bytes())
@@ -94,16 +96,19 @@ def import_training(source: Path, run: Path) -> None:
     with reading(checkpoint.folder):
         step, moments = hand_over.read_training(checkpoint.folder, config)
     shapes = abstract_model(model)[1]
-    mu, nu = (jax.tree.map(lambda shape: np.zeros(shape.shape, np.float32), shapes) for _ in range(2))
+    shapes = (shapes, of_adamw(config, shapes))
+    mu, nu = jax.tree.map(lambda shape: np.zeros(shape.shape, np.float32), shapes)
     for entry in entries(model):
         if entry.is_parameter:
-            entry.write({PARAMS: mu}, moments[entry.torch_name].mu)
-            entry.write({PARAMS: nu}, moments[entry.torch_name].nu)
+            found = moments[entry.torch_name]
+            entry.write({PARAMS: mu}, found.mu)
+            if found.nu is not None:
+                entry.write({PARAMS: nu}, found.nu)
     count = jnp.asarray(step, jnp.int32)
     history = History.from_records([record for record in read_metrics(source) if record["step"] <= step])
     position = read_position(checkpoint.folder / POSITION_FILE, config.data.seq_len, model.vocab_size)
     # the key of dropout follows from the seed
-    resumed = ResumeState(AdamState(count, mu, nu), count, dropout_key(config), [position], history)
+    resumed = ResumeState(OptimizerState(count, mu, nu), count, dropout_key(config), [position], history)
     files = [source / "tokenizer" / name for name in TOKENIZER_FILES]
     write_run(run, model, weights, [file for file in files if file.is_file()], (config, resumed))
     write_metrics(run, history.records)

@@ -6,6 +6,7 @@ python -m parity_tests DIR                                  # an exported folder
 python -m parity_tests --preset tiny-deepseek --seq-len 90  # against transformers' DeepseekV3ForCausalLM
 python -m parity_tests --preset customllm-1b --layers 2 --rungs weights layers logits
 python -m parity_tests --precision float64
+python -m parity_tests --optimizer muon --rungs step trajectory
 python -m parity_tests --mutate rope_halves_swapped         # plant a fault; a rung must catch it
 """
 
@@ -32,8 +33,10 @@ from jaxllm.command_line import parse
 from jaxllm.config import ModelConfig, preset
 from jaxllm.config.families import is_interleaved, names_of
 from jaxllm.errors import UserError, exit_on_user_error
+from jaxllm.files import read_json
 from jaxllm.generate import tokenizer_folder
 from jaxllm.run.checkpoint import Weights, is_run, load_weights
+from jaxllm.run.prepare import CONFIG_FILE
 from jaxllm.run.runtime import check_devices
 from parity_tests.compare import Row
 from parity_tests.forward import random_weights, torch_model
@@ -63,6 +66,8 @@ class ParityArgs:
     """Tokens in the forward comparisons; short texts miss position faults."""
     steps: int = 50
     """Steps of the training trajectory."""
+    optimizer: Literal["adamw", "muon"] | None = None
+    """Of the training rungs; none: that of the run, or adamw."""
     text: Path | None = None
     """A text file to compare on; none: the standard library's source code."""
     tokenizer: Path | None = None
@@ -131,18 +136,24 @@ def _deepseek_pair(args: ParityArgs, config: ModelConfig, weights: Weights, sour
     return Pair(config, weights, torch_model(config, weights, args.precision, source), source)
 
 
-def find_mutation(name: str, config: ModelConfig) -> Mutation:
+def find_mutation(name: str, config: ModelConfig, optimizer: str) -> Mutation:
     """
     Raises:
-        UserError: the model cannot have this fault.
+        UserError: the model or its optimizer cannot have this fault.
     """
     if names_of(config) == "deepseek":
         possible = {name: known.mutation for name, known in STOCK_MUTATIONS.items() if known.applies(config)}
     else:
-        possible = MUTATIONS
+        possible = {name: known for name, known in MUTATIONS.items() if known.optimizer in (None, optimizer)}
     if name not in possible:
-        raise UserError(f"mutate is {name!r}: this model can have one of {', '.join(possible)}")
+        raise UserError(f"mutate is {name!r}: this model with {optimizer} can have one of {', '.join(possible)}")
     return possible[name]
+
+
+def _optimizer_of(folder: Path) -> str | None:
+    """The optimizer of a training run; None: the folder is none, or of a version that had one optimizer."""
+    file = folder / CONFIG_FILE
+    return read_json(file).get("optimizer") if file.is_file() else None
 
 
 def find_tokenizer(args: ParityArgs) -> Path | None:
@@ -165,10 +176,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, Ladder.tokens_needed(config, args.seq_len, args.steps), args.text, find_tokenizer(args)
     )
     interleaved = is_interleaved(source)
-    ladder = Ladder(config, weights, tokens, args.precision, args.seq_len, args.steps, interleaved)
+    optimizer = args.optimizer or (_optimizer_of(args.weights) if args.weights else None) or "adamw"
+    ladder = Ladder(config, weights, tokens, args.precision, args.seq_len, args.steps, optimizer, interleaved)
     rows: list[Row] = []
     seconds: dict[str, float] = {}
-    with nullcontext() if args.mutate is None else find_mutation(args.mutate, config).plant(model):
+    with nullcontext() if args.mutate is None else find_mutation(args.mutate, config, optimizer).plant(model):
         started = time.perf_counter()
         for rung, found in ladder.climb(model, args.rungs):
             rows += found
@@ -181,9 +193,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = str(args.weights or f"random weights of {args.preset}")
     if args.layers:
         name += f", {args.layers} layers"
-    title = f"JAX and PyTorch on {name}, {ladder.ids.size} tokens, {args.precision}"
+    title = f"JAX and PyTorch on {name}, {ladder.ids.size} tokens, {args.precision}, {optimizer}"
     print_table(rows, title)
-    about = {"model": name, "precision": args.precision, "mutation": args.mutate, "config": config.to_dict()}
+    about = {"model": name, "precision": args.precision, "optimizer": optimizer, "mutation": args.mutate}
+    about["config"] = config.to_dict()
     write_report(args.out / "parity.json", rows, ladder.curve, seconds, about)
     draw_report(args.out / "parity.png", rows, ladder.curve, title)
     for tolerance in ladder.tolerances.named():

@@ -88,6 +88,9 @@ DEEPSEEK_BFLOAT16 = TOLERANCES["bfloat16"]._replace(
     update=Tolerance("bfloat16 update", 3e-2, _ANY, "as the gradient, half of which is in the moments")
 )
 
+# Newton-Schulz brings all singular values to about 1, and with the small ones the rounding of the gradient.
+MUON_BFLOAT16 = Tolerance("bfloat16 Muon update", 1.5e-1, _ANY, "as the gradient, small singular values enlarged")
+
 
 @dataclass(frozen=True)
 class Row:

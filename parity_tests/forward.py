@@ -121,7 +121,7 @@ def torch_named(config: ModelConfig, params, routing_bias=None, interleaved: boo
     """Flax trees with PyTorch's names and layout; views, if the leaves are NumPy arrays."""
     trees = {PARAMS: params, ROUTING_BIAS: routing_bias}
     host = jax.tree.map(np.asarray, {name: tree for name, tree in trees.items() if tree is not None})
-    return {e.torch_name: e.to_torch(host) for e in entries(config, interleaved) if e.parts[0].tree in host}
+    return {e.torch_name: e.to_torch(host) for e in entries(config, interleaved) if e.lies_in(host)}
 
 
 def jax_weights(weights: Weights, precision: str) -> tuple:

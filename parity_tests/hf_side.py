@@ -21,12 +21,15 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, modeling_rope_utils
 
+from convert.mapping import PARAMS, entries
 from convert.to_torch import write_model
 from jaxllm.config import ModelConfig
 from jaxllm.config.families import family_of
+from jaxllm.model.decoder import abstract_model
 from jaxllm.run.checkpoint import Weights
 from parity_tests.recording import recorded
 from torch_ref.model import no_autocast
+from torch_ref.muon import Blocks
 
 Named = dict[str, np.ndarray]
 
@@ -172,6 +175,19 @@ def in_memory(name: str, values: Named, experts: int) -> np.ndarray:
         return values[name]
     parts = ("down_proj",) if last == "down_proj" else ("gate_proj", "up_proj")
     return np.stack([np.concatenate([values[f"{base}.{j}.{part}.weight"] for part in parts]) for j in range(experts)])
+
+
+def joined_matrices(model: Any, config: ModelConfig, interleaved: bool) -> dict[str, Blocks]:
+    """The parameters, by their names in memory, that join what Flax keeps as several matrices."""
+    found: dict[str, Blocks] = {}
+    for entry in entries(config, interleaved):
+        if len(entry.parts) > 1:
+            rows = np.arange(entry.shape({PARAMS: abstract_model(config)[1]})[entry.axis])
+            found[entry.torch_name] = [(entry.axis, torch.from_numpy(rows[part.where])) for part in entry.parts]
+    for name, parameter in model.named_parameters():
+        if name.endswith(".experts.gate_up_proj"):  # (E,2F,D)
+            found[name] = [(1, half) for half in torch.arange(parameter.shape[1]).chunk(2)]
+    return found
 
 
 class Cached(NamedTuple):

@@ -25,6 +25,7 @@ from jaxllm.run.checkpoint import Weights
 from jaxllm.train.loss import IGNORED
 from parity_tests.compare import (
     DEEPSEEK_BFLOAT16,
+    MUON_BFLOAT16,
     TOLERANCES,
     Flips,
     Row,
@@ -52,7 +53,7 @@ ACCUMULATED, ROWS, ROW_TOKENS = 2, 2, 64
 """Batches of the training rungs: micro-batches in a step, rows in a micro-batch, tokens in a row."""
 
 
-def training_config(model: ModelConfig, steps: int, precision: str) -> TrainConfig:
+def training_config(model: ModelConfig, steps: int, precision: str, optimizer: str = "adamw") -> TrainConfig:
     """All features of training within a few steps: warm-up, cosine, clipping, decay, accumulation."""
     return TrainConfig.from_options(
         model=model,
@@ -61,6 +62,7 @@ def training_config(model: ModelConfig, steps: int, precision: str) -> TrainConf
         grad_accum=ACCUMULATED,
         steps=steps,
         warmup_steps=max(1, steps // 5),
+        optimizer=optimizer,
         learning_rate=1e-3,
         max_grad_norm=0.5,
         precision="bfloat16" if precision == "bfloat16" else "float32",
@@ -136,6 +138,7 @@ class Ladder:
         precision: a key of TOLERANCES.
         seq_len: tokens of the forward rungs.
         steps: of the trajectory.
+        optimizer: of the training rungs.
         interleaved: as in `convert.mapping.entries`.
     """
 
@@ -147,6 +150,7 @@ class Ladder:
         precision: str = "float32",
         seq_len: int = 500,
         steps: int = 50,
+        optimizer: str = "adamw",
         interleaved: bool = True,
     ):
         if config.dropout:
@@ -156,8 +160,10 @@ class Ladder:
         self.config, self.weights, self.precision, self.interleaved = config, weights, precision, interleaved
         deepseek = names_of(config) == "deepseek" and precision == "bfloat16"
         self.tolerances: Tolerances = DEEPSEEK_BFLOAT16 if deepseek else TOLERANCES[precision]
+        if optimizer == "muon" and precision == "bfloat16":
+            self.tolerances = self.tolerances._replace(update=MUON_BFLOAT16)
         self.ids = tokens[None, : min(seq_len, config.max_position_embeddings)]  # (1,T)
-        self.training = training_config(config, steps, precision)
+        self.training = training_config(config, steps, precision, optimizer)
         self.batches = training_batches(self.training, tokens)
         self.curve = Curve()
 
@@ -271,7 +277,7 @@ class Ladder:
     @functools.cached_property
     def _moments(self):
         # after the warm-up: the first update has the rate 0, and zero moments would hide the scale of the gradient
-        return random_moments(self.weights, count=self.training.schedule.warmup_steps + 1)
+        return random_moments(self.training, self.weights, count=self.training.schedule.warmup_steps + 1)
 
     @functools.cached_property
     def _jax_step(self) -> Trained:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 import torch_ref.model as reference
+import torch_ref.muon as muon
 import torch_ref.step as stepping
 from torch_ref import CustomLLM
 
@@ -25,17 +26,19 @@ class Mutation(NamedTuple):
     """The lowest rung, which must catch the fault."""
     what: str
     """The first comparison of that rung that must fail."""
+    optimizer: str | None = None
+    """The optimizer that can have the fault; None: each."""
 
 
 MUTATIONS: dict[str, Mutation] = {}
 
 
-def _mutation(rung: str, what: str) -> Callable[[Callable], Plant]:
+def _mutation(rung: str, what: str, optimizer: str | None = None) -> Callable[[Callable], Plant]:
     """Register a generator function in MUTATIONS as a context manager."""
 
     def register(function: Callable) -> Plant:
         plant = contextmanager(function)
-        MUTATIONS[function.__name__] = Mutation(plant, rung, what)
+        MUTATIONS[function.__name__] = Mutation(plant, rung, what, optimizer)
         return plant
 
     return register
@@ -376,7 +379,7 @@ class FaultyAdamW(torch.optim.AdamW):
                 p.sub_(rate * mu / ((nu + eps).sqrt() if self.eps_inside else nu.sqrt() + eps))
 
 
-@_mutation("step", "update")
+@_mutation("step", "update", "adamw")
 def adam_eps_inside_the_root(model: CustomLLM) -> Iterator[None]:
     """sqrt(nu + eps) instead of sqrt(nu) + eps."""
     faulty = type("EpsInside", (FaultyAdamW,), {"eps_inside": True})
@@ -384,14 +387,14 @@ def adam_eps_inside_the_root(model: CustomLLM) -> Iterator[None]:
         yield
 
 
-@_mutation("step", "update")
+@_mutation("step", "update", "adamw")
 def adam_not_corrected(model: CustomLLM) -> Iterator[None]:
     """The moments have no bias correction."""
     with mock.patch.object(torch.optim, "AdamW", type("Uncorrected", (FaultyAdamW,), {"corrected": False})):
         yield
 
 
-@_mutation("step", "second moments")
+@_mutation("step", "second moments", "adamw")
 def adam_beta2_default(model: CustomLLM) -> Iterator[None]:
     """The optimizer uses PyTorch's default beta2 instead of the config's."""
     adamw = torch.optim.AdamW
@@ -403,10 +406,77 @@ def adam_beta2_default(model: CustomLLM) -> Iterator[None]:
         yield
 
 
-@_mutation("step", "first moments")
+@_mutation("step", "first moments", "adamw")
 def decay_in_the_gradient(model: CustomLLM) -> Iterator[None]:
     """Adam with L2 regularization instead of decoupled decay."""
     with mock.patch.object(torch.optim, "AdamW", torch.optim.Adam):
+        yield
+
+
+@_mutation("step", "update", "muon")
+def muon_without_nesterov(model: CustomLLM) -> Iterator[None]:
+    """The momentum is orthogonalized, without the look ahead."""
+    with mock.patch.object(muon, "nesterov", lambda grad, momentum, beta: momentum):
+        yield
+
+
+@_mutation("step", "update", "muon")
+def muon_transposed(model: CustomLLM) -> Iterator[None]:
+    """A square matrix is transposed before the iteration, and not afterwards."""
+    iterate = muon.newton_schulz
+
+    def transposed(x, dtype):
+        return iterate(x.mT if x.shape[-2] == x.shape[-1] else x, dtype)
+
+    with mock.patch.object(muon, "newton_schulz", transposed):
+        yield
+
+
+@_mutation("step", "update", "muon")
+def muon_scaled_by_the_shorter_side(model: CustomLLM) -> Iterator[None]:
+    """0.2 * sqrt(min(in, out)) instead of the larger of the two."""
+    with mock.patch.object(muon, "scale", lambda shape: muon.RMS * min(shape[-2:]) ** 0.5):
+        yield
+
+
+@_mutation("step", "first moments", "muon")
+def muon_decay_in_the_gradient(model: CustomLLM) -> Iterator[None]:
+    """L2 regularization instead of decoupled decay."""
+    update = muon.MuonWithAdamW._update
+
+    def coupled(self, parameter, group, blocks):
+        parameter.grad.add_(parameter, alpha=group["weight_decay"])
+        update(self, parameter, group | {"weight_decay": 0.0}, blocks)
+
+    with mock.patch.object(muon.MuonWithAdamW, "_update", coupled):
+        yield
+
+
+@_mutation("step", "update", "muon")
+def muon_norm_of_the_stack(model: CustomLLM) -> Iterator[None]:
+    """Matrices are divided by the norm of a stack of experts, as if all of them were one matrix."""
+    iterate, experts = muon.newton_schulz, model.config.n_routed_experts
+
+    def shrunk(x, dtype):
+        with mock.patch.object(muon, "EPS", float(experts**0.5 * x.norm())):
+            return iterate(x, dtype)
+
+    with mock.patch.object(muon, "newton_schulz", shrunk):
+        yield
+
+
+@_mutation("step", "update", "muon")
+def muon_four_iterations(model: CustomLLM) -> Iterator[None]:
+    """Four Newton-Schulz steps instead of five."""
+    with mock.patch.object(muon, "STEPS", 4):
+        yield
+
+
+@_mutation("step", "first moments", "muon")
+def muon_for_the_router(model: CustomLLM) -> Iterator[None]:
+    """Muon updates the router's matrix too."""
+    chosen = stepping.is_hidden_matrix
+    with mock.patch.object(stepping, "is_hidden_matrix", lambda name: chosen(name) or name.endswith("router.weight")):
         yield
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxllm.run.reporting import new_figure
-from parity_tests.compare import TOLERANCES, Row
+from parity_tests.compare import MUON_BFLOAT16, TOLERANCES, Row
 from parity_tests.forward import PARTS
 from parity_tests.ladder import Curve
 
@@ -71,7 +71,8 @@ def _largest(values: list[float | None]) -> str:
 
 
 def _limit(row: Row) -> str:
-    tolerances = {t.name: f"{t.relative_l2:g}" for group in TOLERANCES.values() for t in group.named()}
+    known = [tolerance for group in TOLERANCES.values() for tolerance in group.named()]
+    tolerances = {t.name: f"{t.relative_l2:g}" for t in [*known, MUON_BFLOAT16]}
     return tolerances.get(row.tolerance, row.tolerance)
 
 

@@ -21,7 +21,7 @@ from jaxllm.data.tokenizer import decode_after, encode_prompt, load_tokenizer
 from jaxllm.generate import generate, load_model
 from jaxllm.run.checkpoint import Weights
 from jaxllm.run.metrics import read_metrics
-from jaxllm.train.optim import AdamState
+from jaxllm.train.optim import OptimizerState
 from parity_tests import hf_side
 from parity_tests.compare import Flips, Row, expert_flips
 from parity_tests.deepseek_cases import CASES, V3, Json, respelled, yarn
@@ -38,10 +38,10 @@ LENGTH = 90
 """Position 0 sees no fault of the attention, and few tokens see few of the router's."""
 
 
-def climb(case: Json, precision: str, *rungs: str, steps: int = 5) -> list[Row]:
+def climb(case: Json, precision: str, *rungs: str, steps: int = 5, optimizer: str = "adamw") -> list[Row]:
     config = read_config(case)
     weights = random_weights(config)
-    ladder = Ladder(config, weights, TOKENS, precision, LENGTH, steps, is_interleaved(case))
+    ladder = Ladder(config, weights, TOKENS, precision, LENGTH, steps, optimizer, is_interleaved(case))
     model = torch_model(config, weights, precision, case)
     return [row for _, rows in ladder.climb(model, rungs) for row in rows]
 
@@ -159,7 +159,7 @@ def test_steps_here_and_there_are_steps_here():
     named = first.params | first.routing_bias
     for name, value in state.items():
         value.copy_(torch.from_numpy(hf_side.in_memory(name, named, config.n_routed_experts).copy()))
-    moments = AdamState(np.asarray(half, np.int32), mu, nu)
+    moments = OptimizerState(np.asarray(half, np.int32), mu, nu)
     second = torch_train(model, training, batches[half:], moments)
     assert reached.params.keys() == weights.params.keys()
     for one, other in ((whole.params, second.params), (whole.mu, second.mu), (whole.nu, second.nu)):

@@ -177,3 +177,30 @@ def test_a_run_that_cannot_be_converted_is_refused(half, tmp_path, capsys):
     shutil.copytree(half / "tokenizer", torch_run / "tokenizer")
     assert main(["to-torch", str(torch_run), str(tmp_path / "out"), "--training"]) == 2
     assert "no complete checkpoint" in capsys.readouterr().err
+
+
+def test_a_run_with_muon_changes_frameworks_both_ways_and_keeps_its_optimizer(narrow, tmp_path, capsys):
+    options = [
+        *narrow, "--optimizer", "muon", "--steps", "12", "--save-every", "6", "--eval-every", "12",
+        "--sample-tokens", "0", "--model.dropout", "0",
+    ]  # fmt: skip
+    whole, half, folder, back = (tmp_path / name for name in ("whole", "half", "torch", "back"))
+    assert train.main([*options, "--run-dir", str(whole)]) == 0
+    shutil.copytree(whole, half)
+    shutil.rmtree(half / "checkpoints" / "12")
+    assert main(["to-torch", str(half), str(folder), "--training"]) == 0
+    assert main(["to-flax", str(folder), str(back)]) == 0
+    assert_same_bits(restored(half)[0], restored(back)[0])
+    other = ["--optimizer", "adamw", "--run-dir"]
+    for start, run in ((train.main, back), (torch_training.main, folder)):
+        capsys.readouterr()
+        assert start([*options, *other, str(run)]) == 2
+        assert "optimizer is 'adamw', and the run has 'muon'" in capsys.readouterr().err
+    assert torch_training.main([*options, "--run-dir", str(folder)]) == 0
+    assert train.main([*options, "--run-dir", str(back)]) == 0
+    ours = losses(whole)
+    assert losses(back) == ours
+    assert list(losses(folder).values()) == pytest.approx(list(ours.values()), rel=2e-5)
+    assert main(["to-flax", str(folder), str(tmp_path / "again")]) == 0
+    for a, b in zip(*(jax.tree.leaves(restored(run)[0].params) for run in (whole, tmp_path / "again")), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a)

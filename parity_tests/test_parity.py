@@ -80,10 +80,26 @@ def test_tiny_in_other_precisions(tokens, precision):
     assert failures(*ladder_of(TINY, tokens, precision)) == []
 
 
+@pytest.fixture(scope="module")
+def narrow_muon(tokens):
+    return ladder_of(NARROW, tokens, "float32", seq_len=200, steps=15, optimizer="muon")
+
+
+def test_muon_in_float64(tokens):
+    ladder = ladder_of(NARROW, tokens, "float64", seq_len=200, steps=15, optimizer="muon")
+    assert failures(*ladder, rungs=("step", "trajectory")) == []
+
+
+@pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+def test_muon_in_other_precisions(tokens, precision):
+    ladder = ladder_of(NARROW, tokens, precision, seq_len=200, steps=5, optimizer="muon")
+    assert failures(*ladder, rungs=("step", "trajectory")) == []
+
+
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_planted_fault_is_caught_by_the_lowest_rung_that_can_see_it(narrow, name):
-    ladder, model = narrow
+def test_a_planted_fault_is_caught_by_the_lowest_rung_that_can_see_it(request, name):
     mutation = MUTATIONS[name]
+    ladder, model = request.getfixturevalue("narrow_muon" if mutation.optimizer == "muon" else "narrow")
     with mutation.plant(model):
         breaches = (row for _, rows in ladder.climb(model) for row in rows if not row.passed)
         caught = next(breaches, None)
@@ -143,6 +159,7 @@ def test_a_near_tie_is_replayed_and_reported(tokens):
     assert {row.what for row in rows if not row.passed} == {"gradients"}
 
 
+@pytest.mark.slow
 def test_what_training_amplifies_is_distinguished_from_a_fault(narrow, monkeypatch):
     """Where rounding grows beyond the tolerance, two correct programs may differ by what rounding does, not by more."""
     ladder, model = narrow

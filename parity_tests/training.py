@@ -21,12 +21,13 @@ from jaxllm.config.families import is_interleaved
 from jaxllm.model.decoder import abstract_model
 from jaxllm.run.checkpoint import Weights
 from jaxllm.train import step as jax_step
-from jaxllm.train.optim import AdamState
+from jaxllm.train.optim import OptimizerState, of_adamw
 from jaxllm.train.state import TrainState, start_state
 from jaxllm.train.step import StepMetrics
 from parity_tests import hf_side
 from parity_tests.forward import DTYPES, jax_precision, jax_weights, state_dict_arrays, torch_named
 from torch_ref import CustomLLM as TorchCustomLLM
+from torch_ref.muon import is_adamw
 
 Named = dict[str, np.ndarray]
 
@@ -49,12 +50,12 @@ class Trained(NamedTuple):
     experts: list[np.ndarray]  # for each step (A,L,B,T,k), chosen by PyTorch's routers; empty from JAX
 
 
-def random_moments(weights: Weights, count: int, seed: int = 0) -> AdamState:
+def random_moments(config: TrainConfig, weights: Weights, count: int, seed: int = 0) -> OptimizerState:
     """Moments as in the middle of a run: small first moments, second moments larger than their squares."""
     rng = np.random.default_rng(seed)
     mu = jax.tree.map(lambda leaf: 1e-3 * rng.standard_normal(leaf.shape, np.float32), weights.params)
     nu = jax.tree.map(lambda m: np.square(m) + np.square(1e-3 * rng.standard_normal(m.shape, np.float32)), mu)
-    return AdamState(np.asarray(count, np.int32), mu, nu)
+    return OptimizerState(np.asarray(count, np.int32), mu, of_adamw(config, nu))
 
 
 class JaxTraining:
@@ -77,7 +78,7 @@ class JaxTraining:
     def train(
         self,
         batches: np.ndarray,
-        moments: AdamState | None = None,
+        moments: OptimizerState | None = None,
         experts: list[np.ndarray] | None = None,
         before_step: Callable[[int, Weights], None] = lambda i, weights: None,
         weights: Weights | None = None,
@@ -108,14 +109,16 @@ class JaxTraining:
             experts=[],
         )
 
-    def _start(self, moments: AdamState | None = None, weights: Weights | None = None) -> TrainState:
+    def _start(self, moments: OptimizerState | None = None, weights: Weights | None = None) -> TrainState:
         params, routing_bias = jax_weights(self.weights if weights is None else weights, self.precision)
         state = start_state(self.config, jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, routing_bias))
         if moments is None:
             return state
-        opt_state = AdamState(
+        opt_state = OptimizerState(
             jnp.asarray(moments.count),
-            *jax.tree.map(lambda leaf, param: jnp.array(leaf, param.dtype), moments[1:], (params, params)),
+            *jax.tree.map(
+                lambda leaf, param: jnp.array(leaf, param.dtype), moments[1:], (params, of_adamw(self.config, params))
+            ),
         )
         return state._replace(opt_state=opt_state, step=opt_state.count.copy())
 
@@ -143,20 +146,25 @@ def torch_gradients(model: TorchCustomLLM, config: TrainConfig, labels: np.ndarr
 
 
 def torch_train(
-    model: TorchCustomLLM, config: TrainConfig, batches: np.ndarray, moments: AdamState | None = None
+    model: TorchCustomLLM, config: TrainConfig, batches: np.ndarray, moments: OptimizerState | None = None
 ) -> Trained:
     """Train the PyTorch model; arguments as in `JaxTraining.train`."""
     with _training(model):
-        optimizer = torch_step.make_optimizer(model, config)
+        interleaved, E = is_interleaved(model.config.to_dict()), config.model.n_routed_experts
+        blocks = hf_side.joined_matrices(model, config.model, interleaved) if hf_side.is_stock(model) else {}
+        optimizer = torch_step.make_optimizer(model, config, blocks)
         schedule = torch_step.make_schedule(optimizer, config, 0 if moments is None else int(moments.count))
         if moments is not None:
-            interleaved, E = is_interleaved(model.config.to_dict()), config.model.n_routed_experts
-            for kind, tree in zip(("exp_avg", "exp_avg_sq"), moments[1:], strict=True):
-                named = torch_named(config.model, tree, interleaved=interleaved)
-                for name, parameter in model.named_parameters():
-                    moment = hf_side.in_memory(name, named, E).copy()
-                    state = optimizer.state.setdefault(parameter, {"step": torch.tensor(float(moments.count))})
-                    state[kind] = torch.from_numpy(moment).to(parameter.dtype)
+            mu, nu = (torch_named(config.model, tree, interleaved=interleaved) for tree in moments[1:])
+            names = {parameter: name for name, parameter in model.named_parameters()}
+            for group in optimizer.param_groups:
+                kinds = {"exp_avg": mu, "exp_avg_sq": nu} if is_adamw(group) else {"momentum_buffer": mu}
+                for parameter in group["params"]:
+                    state = optimizer.state[parameter]
+                    state["step"] = torch.tensor(float(moments.count))
+                    for kind, named in kinds.items():
+                        moment = hf_side.in_memory(names[parameter], named, E).copy()
+                        state[kind] = torch.from_numpy(moment).to(parameter.dtype)
         reports = [
             torch_step.train_step(model, optimizer, schedule, config, torch.from_numpy(labels).long())
             for labels in batches
@@ -168,11 +176,15 @@ def torch_train(
         losses=[float(report.loss) for report in reports],
         grad_norms=[float(report.grad_norm) for report in reports],
         params={name: value for name, value in state.items() if name not in biases},
-        mu=hf_side.in_file({name: moment["exp_avg"].numpy() for name, moment in moments_of.items()}),
-        nu=hf_side.in_file({name: moment["exp_avg_sq"].numpy() for name, moment in moments_of.items()}),
+        mu=hf_side.in_file(_moments(moments_of, "exp_avg", "momentum_buffer")),
+        nu=hf_side.in_file(_moments(moments_of, "exp_avg_sq")),
         routing_bias=biases,
         experts=[report.experts.numpy() for report in reports],
     )
+
+
+def _moments(states: dict[str, dict[str, torch.Tensor]], *kinds: str) -> Named:
+    return {name: state[kind].numpy() for name, state in states.items() for kind in kinds if kind in state}
 
 
 def _routing_bias(named: Named) -> Named:

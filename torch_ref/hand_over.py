@@ -5,7 +5,7 @@ The checkpoint itself numbers the parameters in the order of the optimizer's gro
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,23 +15,38 @@ from jaxllm.config import RunConfig
 from jaxllm.errors import UserError
 from torch_ref.checkpoint import OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE, reading, trainer_state
 from torch_ref.model import CustomLLM
+from torch_ref.muon import is_adamw
 from torch_ref.step import make_optimizer, make_schedule
 
 
 class Moments(NamedTuple):
-    """AdamW's moments of one parameter, in its shape."""
+    """The optimizer's moments of one parameter, in its shape."""
 
     mu: np.ndarray
-    nu: np.ndarray
+    """AdamW's first moment, or Muon's momentum."""
+    nu: np.ndarray | None
+    """AdamW's second moment; None: Muon updates the parameter."""
 
 
-def _optimizer(config: RunConfig) -> tuple[torch.optim.AdamW, dict[str, torch.Size]]:
-    """The run's optimizer over meta parameters, and their names and shapes in the order of its groups."""
+class _Known(NamedTuple):
+    """What is known of a parameter before its moments are read."""
+
+    shape: torch.Size
+    moments: tuple[str, ...]
+    """Their names in the optimizer's state."""
+
+
+def _optimizer(config: RunConfig) -> tuple[torch.optim.AdamW, dict[str, _Known]]:
+    """The run's optimizer over meta parameters, and their names, shapes and moments in the order of its groups."""
     with torch.device("meta"):
         reference = CustomLLM(config.model)
     optimizer = make_optimizer(reference, config)
     names = {parameter: name for name, parameter in reference.named_parameters()}
-    return optimizer, {names[p]: p.shape for group in optimizer.param_groups for p in group["params"]}
+    known = {}
+    for group in optimizer.param_groups:
+        moments = ("exp_avg", "exp_avg_sq") if is_adamw(group) else ("momentum_buffer",)
+        known |= {names[p]: _Known(p.shape, moments) for p in group["params"]}
+    return optimizer, known
 
 
 def write_training(folder: Path, config: RunConfig, step: int, moments: Callable[[str], Moments]) -> None:
@@ -43,12 +58,13 @@ def write_training(folder: Path, config: RunConfig, step: int, moments: Callable
         step: updates done.
         moments: returns a parameter's moments, given its name.
     """
-    optimizer, shapes = _optimizer(config)
+    optimizer, parameters = _optimizer(config)
     schedule = make_schedule(optimizer, config, step)
-    state = {}
-    for i, name in enumerate(shapes):
-        mu, nu = (torch.from_numpy(np.array(values, order="C")) for values in moments(name))
-        state[i] = {"step": torch.tensor(float(step)), "exp_avg": mu, "exp_avg_sq": nu}
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for i, (name, known) in enumerate(parameters.items()):
+        found = zip(known.moments, moments(name), strict=False)  # Muon's has one
+        tensors = {key: torch.from_numpy(np.array(values, order="C")) for key, values in found}
+        state[i] = {"step": torch.tensor(float(step)), **tensors}
     torch.save(optimizer.state_dict() | {"state": state}, folder / OPTIMIZER_FILE)
     torch.save(schedule.state_dict(), folder / SCHEDULER_FILE)
     TrainerState(
@@ -71,21 +87,25 @@ def read_training(folder: Path, config: RunConfig) -> tuple[int, dict[str, Momen
         raise UserError(f"{folder / STATE_FILE} is missing or has no step count")
     with reading(folder):
         saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    _, shapes = _optimizer(config)
+    _, parameters = _optimizer(config)
     found = saved.get("state") if isinstance(saved, dict) else None
-    if not isinstance(found, dict) or found.keys() != set(range(len(shapes))):
-        raise UserError(f"{file} does not hold the moments of this model's {len(shapes)} parameters")
+    if not isinstance(found, dict) or found.keys() != set(range(len(parameters))):
+        raise UserError(f"{file} does not hold the moments of this model's {len(parameters)} parameters")
     moments = {}
-    for i, (name, shape) in enumerate(shapes.items()):
-        tensors = [found[i].get(key) for key in ("step", "exp_avg", "exp_avg_sq")] if isinstance(found[i], dict) else []
-        if not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
-            raise UserError(f"{file}: the parameter {name} has no moments of AdamW")
-        count, mu, nu = tensors
-        if mu.shape != shape or nu.shape != shape or mu.dtype != torch.float32 or nu.dtype != torch.float32:
-            raise UserError(
-                f"{file}: the moments of {name} must be float32 of shape {list(shape)}, not {list(mu.shape)}"
-            )
+    for i, (name, known) in enumerate(parameters.items()):
+        saved_state = found[i] if isinstance(found[i], dict) else {}
+        of_muon = len(known.moments) == 1
+        tensors: list[Any] = [saved_state.get(key) for key in ("step", *known.moments)]
+        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+            raise UserError(f"{file}: the parameter {name} has no moments of {'Muon' if of_muon else 'AdamW'}")
+        count, *values = tensors
+        for value in values:
+            if value.shape != known.shape or value.dtype != torch.float32:
+                raise UserError(
+                    f"{file}: the moments of {name} must be float32 of shape {list(known.shape)}, not "
+                    f"{str(value.dtype).removeprefix('torch.')} of {list(value.shape)}"
+                )
         if count.numel() != 1 or int(count) != state["global_step"]:
             raise UserError(f"{file}: {name} has another step count than {STATE_FILE}'s {state['global_step']}")
-        moments[name] = Moments(mu.numpy(), nu.numpy())
+        moments[name] = Moments(values[0].numpy(), None if of_muon else values[1].numpy())
     return state["global_step"], moments

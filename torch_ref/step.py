@@ -4,7 +4,8 @@ The Trainer path (`torch_ref.train`) and the comparison with JAX (`parity_tests`
 letters are those of `torch_ref.model`, and A is the number of micro-batches in a step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from jaxllm.config import RunConfig
 from torch_ref.model import IGNORED, CustomLLM
+from torch_ref.muon import Blocks, MuonWithAdamW
 
 ROUTING_BIASES = (".routing_bias", ".e_score_correction_bias")
 """How the names of routing biases end: CustomLLM's, and transformers' for DeepSeek-V3."""
@@ -32,14 +34,37 @@ def decays(name: str) -> bool:
     return last != "bias" and not path[-1].endswith("norm")
 
 
-def make_optimizer(model: CustomLLM, config: RunConfig) -> torch.optim.AdamW:
-    """AdamW over two groups of parameters: those that decay, and those that do not."""
+def is_hidden_matrix(name: str) -> bool:
+    """Whether Muon updates the parameter: the linear maps of the layers, and neither router, embeddings nor head."""
+    *path, last = name.split(".")
+    in_layer = any(part in ("decoder_layers", "layers") for part in path)
+    return in_layer and decays(name) and path[-1] not in ("router", "gate") and last != "bias"
+
+
+def make_optimizer(
+    model: CustomLLM, config: RunConfig, blocks: Mapping[str, Blocks] = MappingProxyType({})
+) -> torch.optim.AdamW:
+    """AdamW over two groups of parameters, those that decay and those that do not; with Muon, the matrices are a third.
+
+    Args:
+        blocks: by their names, parameters that join several matrices, which Muon orthogonalizes one by one.
+    """
     optim, named = config.optim, list(model.named_parameters())
-    groups = [
-        {"params": [p for name, p in named if decays(name)], "weight_decay": optim.weight_decay},
-        {"params": [p for name, p in named if not decays(name)], "weight_decay": 0.0},
+    muon = [(name, p) for name, p in named if optim.optimizer == "muon" and is_hidden_matrix(name)]
+    rest = [(name, p) for name, p in named if optim.optimizer == "adamw" or not is_hidden_matrix(name)]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in rest if decays(name)], "weight_decay": optim.weight_decay},
+        {"params": [p for name, p in rest if not decays(name)], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), eps=optim.adam_eps)
+    options: dict[str, Any] = {
+        "lr": optim.learning_rate, "betas": (optim.beta1, optim.beta2), "eps": optim.adam_eps
+    }  # fmt: skip
+    if optim.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **options)
+    matrices = {"params": [p for _, p in muon], "weight_decay": optim.weight_decay, "momentum": optim.muon_momentum}
+    joined = {"blocks": [blocks.get(name) for name, _ in muon]} if blocks else {}
+    dtype = torch.bfloat16 if config.precision == "bfloat16" else None
+    return MuonWithAdamW([*groups, matrices | joined], dtype, **options)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: RunConfig, steps_done: int = 0) -> LambdaLR:

@@ -67,8 +67,10 @@ class DataConfig(_Checked):
 
 @dataclass(frozen=True)
 class OptimConfig(_Checked):
-    """AdamW, and the terms of the loss."""
+    """The optimizer, and the terms of the loss."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`adamw`, or `muon` for the matrices of the layers and AdamW for the rest, at the same learning rate and decay."""
     learning_rate: float = option(4e-3, ge=0)
     """Peak of the schedule."""
     weight_decay: float = option(0.1, ge=0)
@@ -79,6 +81,8 @@ class OptimConfig(_Checked):
     """Decay of the second moment."""
     adam_eps: float = option(1e-8, gt=0)
     """Added to the root of the second moment."""
+    muon_momentum: float = option(0.95, ge=0, lt=1)
+    """Decay of Muon's momentum."""
     max_grad_norm: float = option(1.0, gt=0)
     """Global gradient norm above which gradients are scaled down."""
     bias_update_rate: float = option(1e-3, ge=0)

@@ -3,9 +3,9 @@
 Weights are float32 masters (float64 in a float64 model) and are cast to the compute dtype at each product.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
@@ -19,7 +19,7 @@ from jaxllm.model.dtypes import Array, Pytree, at_least_float32
 Module = TypeVar("Module", bound=nnx.Module)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ParameterFacts:
     """What is known of a parameter where it is created; a leaf of a pytree."""
 
@@ -27,15 +27,24 @@ class ParameterFacts:
     """A name for each of its axes: `jaxllm.model.layout.MESH_AXIS` says along which of them it is cut."""
     decays: bool
     """Whether weight decay applies: to matrices and embeddings, not to norms and biases, as in the Trainer."""
+    is_hidden_matrix: bool = False
+    """Whether Muon updates it: the linear maps of the layers, and neither router, embeddings nor head."""
 
 
 class RoutingBias(nnx.Variable):
     """State that steers the choice of experts. It is no parameter: it takes no gradient and no weight decay."""
 
 
-def parameter(value: Array, axes: tuple[str, ...], *, decays: bool, kind: type[nnx.Variable] = nnx.Param) -> Any:
+def parameter(
+    value: Array,
+    axes: tuple[str, ...],
+    *,
+    decays: bool,
+    is_hidden_matrix: bool = False,
+    kind: type[nnx.Variable] = nnx.Param,
+) -> Any:
     """A parameter with its facts as metadata."""
-    return kind(value, facts=ParameterFacts(axes, decays))
+    return kind(value, facts=ParameterFacts(axes, decays, is_hidden_matrix))
 
 
 def parameter_facts(state: nnx.State) -> Pytree:
@@ -49,12 +58,12 @@ def stack(make: Callable[[nnx.Rngs], Module], count: int, axis: str, rngs: nnx.R
     stacked = nnx.vmap(make)(rngs.split(count))
     for _, node in nnx.iter_graph(stacked):
         if isinstance(node, nnx.Variable) and (facts := node.get_metadata().get("facts")):
-            node.set_metadata(facts=ParameterFacts((axis, *facts.axes), facts.decays))
+            node.set_metadata(facts=dataclasses.replace(facts, axes=(axis, *facts.axes)))
     return stacked
 
 
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jnp.dtype, axes: tuple[str, ...]) -> Any:
-    return parameter(std * jax.random.normal(rngs.params(), shape, at_least_float32(dtype)), axes, decays=True)
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> Array:
+    return std * jax.random.normal(rngs.params(), shape, at_least_float32(dtype))
 
 
 class Linear(nnx.Module):
@@ -67,12 +76,15 @@ class Linear(nnx.Module):
         axes: tuple[str, ...],
         *,
         bias: bool = False,
+        is_hidden: bool = True,
         std: float,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
+        """`is_hidden`: one of the linear maps of the layers, neither router nor head."""
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
-        self.weight = _normal(rngs, (in_features, out_features), std, dtype, axes)
+        weight = _normal(rngs, (in_features, out_features), std, dtype)
+        self.weight = parameter(weight, axes, decays=True, is_hidden_matrix=is_hidden)
         zeros = jnp.zeros((out_features,), at_least_float32(dtype))
         self.bias = parameter(zeros, axes[1:], decays=False) if bias else None
 
@@ -88,7 +100,7 @@ class Embedding(nnx.Module):
     def __init__(self, rows: int, features: int, axis: str, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs):
         """`axis`: what the rows are."""
         self.rows, self.features, self.dtype = rows, features, dtype
-        self.weight = _normal(rngs, (rows, features), std, dtype, (axis, "hidden"))
+        self.weight = parameter(_normal(rngs, (rows, features), std, dtype), (axis, "hidden"), decays=True)
 
     def __call__(self, ids: Array) -> Array:  # (...) -> (..., D)
         return self.weight[...][ids].astype(self.dtype)

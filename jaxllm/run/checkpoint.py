@@ -31,7 +31,7 @@ from jaxllm.model.decoder import abstract_model
 from jaxllm.run.checksums import find_damage, read_list
 from jaxllm.run.history import History
 from jaxllm.run.prepare import read_model_config
-from jaxllm.train.optim import AdamState
+from jaxllm.train.optim import OptimizerState
 from jaxllm.train.state import TrainState, abstract_state, start_state
 
 Pytree = Any
@@ -52,7 +52,7 @@ class Weights(NamedTuple):
 class ResumeState(NamedTuple):
     """What a run needs besides the weights to resume."""
 
-    opt_state: AdamState
+    opt_state: OptimizerState
     step: Any  # () int32, updates done
     dropout_key: Any  # raw key data
     positions: Sequence[Position]  # of each data stream

@@ -1,6 +1,6 @@
-"""AdamW with global-norm clipping, and the source's schedule: linear warm-up, then a half cosine to zero.
+"""The update of the parameters: clipping by the global norm, AdamW or Muon with AdamW, and the learning rate.
 
-The update is written here, with optax's functions for the moments, for three reasons. Clipping adds PyTorch's 1e-6
+AdamW's update is written here, with optax's functions for the moments, for three reasons. Clipping adds PyTorch's 1e-6
 to the norm. A step that is not finite changes nothing, and the updates come from the moments that are kept: selecting
 between old and new moments after optax's update would need both in memory, 4 GiB more for customllm-1b. And optax
 divides every gradient by the norm: XLA does not repeat a division in each place that reads it, and so keeps a second
@@ -12,22 +12,49 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxllm.config import RunConfig
+from jaxllm.model.decoder import model_facts
 from jaxllm.model.dtypes import Array, Pytree
+from jaxllm.model.layers import ParameterFacts
+from jaxllm.model.layout import ONE_DEVICE, Layout
+from jaxllm.train.muon import muon_update
 
 
-class AdamState(NamedTuple):
-    """AdamW's memory of the updates so far."""
+class OptimizerState(NamedTuple):
+    """The optimizer's memory of the updates so far."""
 
     count: Array  # () int32, updates done
-    mu: Pytree  # first moments, a pytree like the parameters
-    nu: Pytree  # second moments, likewise
+    mu: Pytree  # first moments, or Muon's momentum: a pytree like the parameters
+    nu: Pytree  # second moments of the parameters that AdamW updates
 
     @classmethod
-    def zeros(cls, params: Pytree) -> Self:
-        mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+    def zeros(cls, config: RunConfig, params: Pytree) -> Self:
+        mu, nu = (jax.tree.map(jnp.zeros_like, tree) for tree in (params, of_adamw(config, params)))
         return cls(jnp.zeros((), jnp.int32), mu, nu)
+
+
+def of_adamw(config: RunConfig, tree: Pytree) -> Pytree:
+    """The part of a tree like the parameters that AdamW updates: all of it, or without the matrices of the layers."""
+    return _divided(config, tree)[1]
+
+
+def _divided(config: RunConfig, tree: Pytree) -> tuple[Pytree, Pytree]:
+    """The parts of a tree like the parameters that Muon and AdamW update."""
+    if config.optim.optimizer == "adamw":
+        return {}, tree
+    facts: Any = flatten_dict(model_facts(config.model)[0])
+    parts: tuple[dict, dict] = {}, {}
+    for path, leaf in flatten_dict(tree).items():
+        parts[not facts[path].is_hidden_matrix][path] = leaf
+    muon, adamw = map(unflatten_dict, parts)
+    return muon, adamw
+
+
+def _joined(one: Pytree, other: Pytree) -> Pytree:
+    """The inverse of `_divided`."""
+    return unflatten_dict(flatten_dict(one) | flatten_dict(other)) if one else other
 
 
 def learning_rate(config: RunConfig, count: Array | int) -> Array:
@@ -44,37 +71,76 @@ def learning_rate(config: RunConfig, count: Array | int) -> Array:
     return peak * jnp.where(count < warmup_steps, warmup, cosine)
 
 
-def adamw_update(
-    config: RunConfig, grads: Pytree, grad_norm: Array, state: AdamState, params: Pytree, facts: Pytree, finite: Array
-) -> tuple[Pytree, AdamState]:
-    """One update, in the order of PyTorch's AdamW: clip, moments, bias correction, decoupled decay.
+def update(
+    config: RunConfig,
+    grads: Pytree,
+    grad_norm: Array,
+    state: OptimizerState,
+    params: Pytree,
+    finite: Array,
+    layout: Layout = ONE_DEVICE,
+) -> tuple[Pytree, OptimizerState]:
+    """One update of the parameters.
 
     Args:
-        grads, params, facts: pytrees alike; facts are `ParameterFacts`.
+        grads, params: pytrees alike.
         grad_norm: () global norm of the gradients; above `max_grad_norm` they are scaled down.
         finite: () bool; where it is False, neither the parameters nor the state change.
     """
-    optim = config.optim
-    scale = jnp.minimum(1.0, optim.max_grad_norm / (grad_norm + 1e-6))  # torch.nn.utils.clip_grad_norm_
+    scale = jnp.minimum(1.0, config.optim.max_grad_norm / (grad_norm + 1e-6))  # torch.nn.utils.clip_grad_norm_
     grads = jax.tree.map(lambda grad: grad * scale, grads)
-    new = AdamState(
-        count=state.count + 1,
-        mu=optax.tree.update_moment(grads, state.mu, optim.beta1, 1),
-        nu=optax.tree.update_moment_per_elem_norm(grads, state.nu, optim.beta2, 2),
+    facts, _ = model_facts(config.model)
+    divided = [_divided(config, tree) for tree in (grads, state.mu, params, facts)]
+    matrices, rest = ([parts[i] for parts in divided] for i in range(2))
+    count, rate = tree_where(finite, state.count + 1, state.count), learning_rate(config, state.count)
+    new, mu, nu = adamw_update(config, *rest, nu=state.nu, count=count, rate=rate, finite=finite)
+    if config.optim.optimizer == "muon":
+        new_matrices, momentum = muon_update(config, *matrices, rate=rate, finite=finite, layout=layout)
+        new, mu = _joined(new_matrices, new), _joined(momentum, mu)
+    return new, OptimizerState(count, mu, nu)
+
+
+def adamw_update(
+    config: RunConfig,
+    grads: Pytree,
+    mu: Pytree,
+    params: Pytree,
+    facts: Pytree,
+    *,
+    nu: Pytree,
+    count: Array,
+    rate: Array,
+    finite: Array,
+) -> tuple[Pytree, Pytree, Pytree]:
+    """One update, in the order of PyTorch's AdamW: moments, bias correction, decoupled decay.
+
+    Args:
+        grads, mu, params, facts, nu: pytrees alike: clipped gradients, moments, and `ParameterFacts`.
+        count: () updates done, with this one if it is finite.
+        rate: () learning rate.
+        finite: as in `update`.
+
+    Returns the parameters and both moments.
+    """
+    optim = config.optim
+    new = (
+        optax.tree.update_moment(grads, mu, optim.beta1, 1),
+        optax.tree.update_moment_per_elem_norm(grads, nu, optim.beta2, 2),
     )
-    kept = tree_where(finite, new, state)
-    count = jnp.maximum(kept.count, 1)
-    mu = optax.tree.bias_correction(kept.mu, optim.beta1, count)
-    nu = optax.tree.bias_correction(kept.nu, optim.beta2, count)
-    step_size = -learning_rate(config, state.count)
+    kept = tree_where(finite, new, (mu, nu))
+    count = jnp.maximum(count, 1)
+    corrected = (
+        optax.tree.bias_correction(moment, beta, count)
+        for moment, beta in zip(kept, (optim.beta1, optim.beta2), strict=True)
+    )
 
-    def updated(param: Array, m: Array, v: Array, known: Any) -> Array:
-        update = m / (jnp.sqrt(v) + optim.adam_eps)
+    def updated(param: Array, m: Array, v: Array, known: ParameterFacts) -> Array:
+        change = m / (jnp.sqrt(v) + optim.adam_eps)
         if known.decays:
-            update = update + optim.weight_decay * param
-        return param + step_size.astype(param.dtype) * update
+            change = change + optim.weight_decay * param
+        return param - rate.astype(param.dtype) * change
 
-    return tree_where(finite, jax.tree.map(updated, params, mu, nu, facts), params), kept
+    return tree_where(finite, jax.tree.map(updated, params, *corrected, facts), params), *kept
 
 
 def tree_where(condition: Array, new: Pytree, old: Pytree) -> Pytree:

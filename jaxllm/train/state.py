@@ -11,7 +11,7 @@ from jaxllm.config import RunConfig
 from jaxllm.model.decoder import CustomLLM, abstract_model, model_facts, split_model
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import Layout
-from jaxllm.train.optim import AdamState
+from jaxllm.train.optim import OptimizerState, of_adamw
 
 
 class TrainState(NamedTuple):
@@ -19,7 +19,7 @@ class TrainState(NamedTuple):
 
     params: Pytree  # nested dict of float32 masters, stacked over layers and experts
     routing_bias: Pytree  # nested dict with one (L,E) leaf, or none where no bias steers the choice
-    opt_state: AdamState
+    opt_state: OptimizerState
     step: Array  # () int32, steps done, including those that were not finite and changed nothing else
     dropout_key: Array  # raw key data, uint32; each step and micro-batch folds its number in
 
@@ -34,7 +34,7 @@ def init_state(config: RunConfig) -> TrainState:
 def start_state(config: RunConfig, params: Pytree, routing_bias: Pytree) -> TrainState:
     """Step 0 on given weights."""
     step = jnp.zeros((), jnp.int32)
-    return TrainState(params, routing_bias, AdamState.zeros(params), step, dropout_key(config))
+    return TrainState(params, routing_bias, OptimizerState.zeros(config, params), step, dropout_key(config))
 
 
 def abstract_state(config: RunConfig) -> TrainState:
@@ -52,4 +52,6 @@ def state_specs(config: RunConfig, layout: Layout) -> TrainState:
     """The PartitionSpec of each array of the state: moments are cut like their parameters."""
     params, routing_bias = jax.tree.map(lambda facts: layout.parameter_spec(facts.axes), model_facts(config.model))
     whole: Any = PartitionSpec()
-    return TrainState(params, routing_bias, AdamState(whole, params, params), step=whole, dropout_key=whole)
+    return TrainState(
+        params, routing_bias, OptimizerState(whole, params, of_adamw(config, params)), step=whole, dropout_key=whole
+    )

@@ -15,7 +15,7 @@ from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
 from jaxllm.model.moe import updated_routing_bias
 from jaxllm.train.loss import count_targets, next_token_targets, summed_cross_entropy
-from jaxllm.train.optim import adamw_update, learning_rate, tree_where
+from jaxllm.train.optim import learning_rate, tree_where, update
 from jaxllm.train.state import TrainState, state_specs
 
 
@@ -106,8 +106,7 @@ def train_step(
     Arguments as in `gradients`, but on a mesh they are global arrays.
     """
     specs = state_specs(config, layout)
-    facts, _ = model_facts(config.model)
-    global_gradients = layout.shard_map(  # the rest of the step is elementwise, and XLA partitions it
+    global_gradients = layout.shard_map(  # what follows is elementwise but for Muon, and XLA partitions it
         functools.partial(gradients, config, graph, layout=layout),
         in_specs=(specs, layout.batch_spec(1), layout.batch_spec(2)),
         out_specs=(specs.params, PartitionSpec(), PartitionSpec()),
@@ -115,7 +114,7 @@ def train_step(
     grads, loss, counts = global_gradients(state, labels, experts)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)  # a step that is not finite changes nothing
-    params, opt_state = adamw_update(config, grads, grad_norm, state.opt_state, state.params, facts, finite)
+    params, opt_state = update(config, grads, grad_norm, state.opt_state, state.params, finite, layout)
     metrics = StepMetrics(
         loss=loss,
         grad_norm=grad_norm,
