@@ -162,7 +162,7 @@ def test_thirty_steps_of_the_trainer_are_those_of_jax(reference, tmp_path):
     np.testing.assert_allclose(moved, routing_bias, atol=1e-7)
     assert np.abs(routing_bias).max() > 5e-3
 
-    evaluate = Evaluator(Trainer(reference.config.as_type(TrainConfig)), reference.prepared.held_out)
+    evaluate = Evaluator(Trainer(reference.config.as_type(TrainConfig)), reference.prepared)
     np.testing.assert_allclose(
         theirs.column("eval_loss"), [evaluate(state, 0.0, step=30)["eval_loss"]], rtol=LOSS_TOLERANCE
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -14,6 +15,7 @@ from jaxllm.data.tokenizer import (
     PAD,
     _train,
     align,
+    bytes_per_target,
     decode_after,
     encode_prompt,
     export_tokenizer,
@@ -83,6 +85,16 @@ def test_an_exported_tokenizer_encodes_as_in_training_and_pads_apart(tokenizer, 
     padded = [[model.pad_token_id] * (width - len(row)) + row for row in trained]
     assert exported(TEXTS, padding=True)["input_ids"] == padded
     assert [encode(tokenizer, text, False).tolist() for text in TEXTS] == trained  # the run's own is as it was
+
+
+def test_the_bytes_of_predicted_tokens_are_those_of_the_text(tokenizer):
+    """Whatever the decoder strips: the first token of a row is not predicted, and special tokens are no text."""
+    for text in TEXTS[:2]:
+        row = encode(tokenizer, text, True)  # (T,), with the end of text
+        first = tokenizer.decode(row[:1])
+        wanted = len(text.strip(" ").encode()) - len(first.strip(" ").encode())
+        found = bytes_per_target(tokenizer, np.asarray([row, row])) * (len(row) - 1)
+        assert wanted <= round(found, 6) <= wanted + 2  # spaces at the beginning, which some decoders keep
 
 
 def test_without_a_free_row_the_end_of_text_pads(tokenizer, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 
@@ -42,7 +43,8 @@ def test_the_log_has_the_source_s_lines(run):
         *speed, "host_peak_gib",
     ]  # fmt: skip
     assert list(eval_line) == [
-        "eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch", "step",
+        "eval_loss", "eval_bits_per_byte", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second",
+        "epoch", "step",
     ]  # fmt: skip
     assert list(end) == [
         "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_tokens_per_second", "train_loss",
@@ -103,7 +105,8 @@ def test_it_learns_far_below_a_unigram_model_and_repeats_itself(narrow, tmp_path
     assert "Model parameters: 0.05M" in out
     assert "(0-1): 2 x DecoderLayer(" in out
     verdict = next(line for line in out.splitlines() if line.startswith("Evaluation loss"))
-    evaluation, unigram = float(verdict.split()[2]), float(verdict.split()[-1])
+    evaluation, bits, unigram, unigram_bits = map(float, re.findall(r"[0-9]+[.][0-9]+", verdict))
+    assert bits / evaluation == pytest.approx(unigram_bits / unigram, rel=1e-3)
     assert evaluation < unigram - 1
 
 

@@ -90,7 +90,8 @@ class LogCallback(TrainerCallback):
         routing: RoutingBiasCallback,
         peak_tflops: float,
     ):
-        self._config, self._held_out, self._log, self._batches = prepared.config, prepared.held_out, log, batches
+        self._config, self._prepared, self._log, self._batches = prepared.config, prepared, log, batches
+        self._bytes_per_target = prepared.bytes_per_target
         self._routing, self._peak_tflops = routing, peak_tflops
         self._eval_loss = math.nan
         self._logged_step = self._first_step = 0
@@ -114,7 +115,7 @@ class LogCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self._log.close()  # so that the bar does not mix with the lines printed next
         stream = self._batches.stream
-        conclude(self._config, self._held_out, self._eval_loss, stream.skipped_rows, stream.left_out)
+        conclude(self._prepared, self._eval_loss, stream.skipped_rows, stream.left_out)
 
     def _training_record(self, logs: dict, step: int) -> dict:
         record = step_record(
@@ -133,9 +134,12 @@ class LogCallback(TrainerCallback):
     def _evaluation_record(self, logs: dict, step: int) -> dict:
         self._eval_loss = logs["eval_loss"]
         self._meter.exclude(logs["eval_runtime"])
-        samples = len(self._held_out)
+        samples = len(self._prepared.held_out)
         batches = math.ceil(samples / self._config.data.batch_size)
-        return eval_record(self._eval_loss, logs["eval_runtime"], samples, batches, self._epoch(step), step)
+        return eval_record(
+            self._eval_loss, self._bytes_per_target, seconds=logs["eval_runtime"], samples=samples, batches=batches,
+            epoch=self._epoch(step), step=step,
+        )  # fmt: skip
 
     def _end_record(self, logs: dict, step: int) -> dict:
         steps_done = step - self._first_step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import queue
 import threading
@@ -257,11 +258,13 @@ def check_streams(config: RunConfig) -> None:
 def held_out_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """Up to `eval_samples` rows of the held-out part, packed in order: (n, T) int32, n >= 1.
 
-    Each of several data streams gives an equal share, if it has that many, of what is held out of its shard.
+    They do not depend on the run's seed, so that runs with different seeds are evaluated on the same text. Each of
+    several data streams gives an equal share, if it has that many, of what is held out of its shard.
 
     Raises:
         UserError: the held-out part does not fill one row.
     """
+    config = dataclasses.replace(config, seed=0)
     wanted = config.logging.eval_samples * config.data.seq_len
     parts, have, S = [], 0, config.data_streams
     for s in range(S):

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 from jaxllm.config import PRESETS, TOKENIZER_SIZED_PRESETS, ModelConfig, RunConfig
 from jaxllm.data.source import Source
 from jaxllm.data.sources import hub_reachable
@@ -292,6 +294,18 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         if not (code := re.search(r"os error (\d+)", str(error))):
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from None
+
+
+def bytes_per_target(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray) -> float:
+    """UTF-8 bytes of text for each predicted token of rows (n,T), all but the first. Special tokens are no text.
+
+    A loss in nats per token, divided by this and by ln 2, is in bits per byte, which different tokenizers share.
+    """
+    whole, first = (
+        sum(len(text.encode("utf-8")) for text in tokenizer.batch_decode(part.tolist(), skip_special_tokens=True))
+        for part in (rows, rows[:, :1])
+    )
+    return (whole - first) / rows[:, 1:].size
 
 
 def decode_after(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], new: Sequence[int]) -> str:

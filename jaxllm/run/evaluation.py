@@ -6,20 +6,23 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from jaxllm.config import TrainConfig
 from jaxllm.run.metrics import eval_record
+from jaxllm.run.prepare import Prepared
 from jaxllm.train.loss import IGNORED
 from jaxllm.train.state import TrainState
 from jaxllm.train.trainer import Trainer
 
 
 class Evaluator:
-    """Mean cross-entropy over the held-out rows (n,T)."""
+    """Mean cross-entropy over the held-out rows."""
 
-    def __init__(self, trainer: Trainer, rows: np.ndarray):
+    def __init__(self, trainer: Trainer, prepared: Prepared[TrainConfig]):
+        rows = prepared.held_out
         batch_size = trainer.config.data.batch_size
         padding = np.full((-len(rows) % batch_size, rows.shape[1]), IGNORED, np.int32)
         self._batches = np.concatenate([rows, padding]).reshape(-1, batch_size, rows.shape[1])
-        self._samples = len(rows)
+        self._samples, self._bytes_per_target = len(rows), prepared.bytes_per_target
         self._trainer = trainer
 
     def __call__(
@@ -37,4 +40,7 @@ class Evaluator:
             sums.append(self._trainer.evaluate(state, batch))
         loss = sum(float(nll) for nll, _ in sums) / sum(int(count) for _, count in sums)
         seconds = time.perf_counter() - start
-        return eval_record(loss, seconds, self._samples, len(self._batches), epoch, step)
+        return eval_record(
+            loss, self._bytes_per_target, seconds=seconds, samples=self._samples, batches=len(self._batches),
+            epoch=epoch, step=step,
+        )  # fmt: skip

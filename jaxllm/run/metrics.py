@@ -84,7 +84,10 @@ def console_line(config: RunConfig, record: dict[str, Any]) -> str:
             f"expert load {record['expert_load']:5.2f}  left {left:>8}"
         )
     if "eval_loss" in record:
-        return f"{where}  evaluation loss {record['eval_loss']:.4f}, in {record['eval_runtime']:.1f} s"
+        return (
+            f"{where}  evaluation loss {record['eval_loss']:.4f}, {record['eval_bits_per_byte']:.4f} bits per byte, in "
+            f"{record['eval_runtime']:.1f} s"
+        )
     if "loss_spike" in record:
         return f"{where}  loss {record['loss_spike']} is far above the usual {record['usual_loss']}"
     if "nonfinite_loss" in record:
@@ -166,10 +169,18 @@ def _memory_columns(memory: dict[str, float]) -> dict[str, float]:
     return {name: rounded(value, 3) for name, value in memory.items()}
 
 
-def eval_record(loss: float, seconds: float, samples: int, batches: int, epoch: float, step: int) -> dict[str, Any]:
-    """The evaluation line."""
+def bits_per_byte(loss: float, bytes_per_target: float) -> float:
+    """A loss in nats per token, independent of the tokenizer; NaN if no token is text."""
+    return loss / bytes_per_target / math.log(2) if bytes_per_target else math.nan
+
+
+def eval_record(
+    loss: float, bytes_per_target: float, *, seconds: float, samples: int, batches: int, epoch: float, step: int
+) -> dict[str, Any]:
+    """The evaluation line; `loss` in nats per token."""
     return {
         "eval_loss": loss,
+        "eval_bits_per_byte": rounded(bits_per_byte(loss, bytes_per_target)),
         "eval_runtime": rounded(seconds),
         "eval_samples_per_second": rounded(samples / seconds, 3),
         "eval_steps_per_second": rounded(batches / seconds, 3),

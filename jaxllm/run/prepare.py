@@ -21,6 +21,7 @@ from jaxllm.data.sources import is_fingerprint, open_source
 from jaxllm.data.stream import check_streams, held_out_rows
 from jaxllm.data.tokenizer import (
     align,
+    bytes_per_target,
     encode_prompt,
     load_tokenizer,
     save_tokenizer,
@@ -56,6 +57,11 @@ class Prepared(NamedTuple, Generic[Config]):
     tokenizer: PreTrainedTokenizerBase
     held_out: np.ndarray  # (n,T) int32, the rows that are evaluated
     resumes: bool  # whether the folder holds a run to resume
+
+    @property
+    def bytes_per_target(self) -> float:
+        """UTF-8 bytes of text for each token that the evaluation predicts."""
+        return bytes_per_target(self.tokenizer, self.held_out)
 
 
 def parse_args(argv: Sequence[str] | None, prog: str, description: str | None, kind: type[Config]) -> Config:

@@ -20,11 +20,13 @@ from jaxllm.data.folder import described
 from jaxllm.data.tokenizer import decode_after, encode_prompt
 from jaxllm.errors import optional
 from jaxllm.model import flops
-from jaxllm.run.metrics import read_metrics
+from jaxllm.run.metrics import bits_per_byte, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
+
+    from jaxllm.run.prepare import Prepared
 
 
 def announce(config: RunConfig, parameters: int, tree: str | None, device: str) -> None:
@@ -93,7 +95,7 @@ def new_figure(**options: Any) -> Figure:
 
 
 @optional("drawing loss.png")
-def draw_losses(folder: Path, unigram: float) -> None:
+def draw_losses(folder: Path, unigram: float, bytes_per_target: float) -> None:
     """Draw `loss.png`: training and evaluation loss, and the learning rate, over the steps."""
     records = read_metrics(folder)
     train = [record for record in records if record.get("loss") is not None]
@@ -106,6 +108,10 @@ def draw_losses(folder: Path, unigram: float) -> None:
     losses.axhline(unigram, color="gray", linestyle=":", label="best unigram model")
     losses.set(ylabel="cross-entropy (nats per token)")
     losses.legend()
+    if bytes_per_target:
+        bits = bits_per_byte(1.0, bytes_per_target)  # of one nat per token
+        axis = losses.secondary_yaxis("right", functions=(lambda nats: nats * bits, lambda value: value / bits))
+        axis.set_ylabel("bits per byte")
     rates.plot([r["step"] for r in train], [r["learning_rate"] for r in train], color="tab:green")
     rates.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
     for axis in (losses, rates):
@@ -113,9 +119,7 @@ def draw_losses(folder: Path, unigram: float) -> None:
     figure.savefig(folder / "loss.png", dpi=100)
 
 
-def conclude(
-    config: RunConfig, held_out: np.ndarray, eval_loss: float, skipped_rows: int, left_out: dict[str, str]
-) -> None:
+def conclude(prepared: Prepared[Any], eval_loss: float, skipped_rows: int, left_out: dict[str, str]) -> None:
     """Print the result of a run, and draw the picture of its losses.
 
     `skipped_rows` and `left_out` are the rows without text and the damaged files, with the reason.
@@ -124,14 +128,19 @@ def conclude(
         print(f"{skipped_rows} rows of the data held no text and were skipped")
     if left_out:
         print(f"{len(left_out)} damaged files of the data were left out: {'; '.join(described(left_out))}")
-    unigram = unigram_loss(held_out)
-    print(f"Evaluation loss {eval_loss:.4f} nats per token; the best possible unigram model has {unigram:.4f}")
-    draw_losses(config.folder, unigram)
-    write_report(config, eval_loss, unigram, skipped_rows)
+    config, unigram = prepared.config, unigram_loss(prepared.held_out)
+    bytes_each = prepared.bytes_per_target
+    evaluation = (
+        f"{eval_loss:.4f} nats per token, {bits_per_byte(eval_loss, bytes_each):.4f} bits per byte; the best possible "
+        f"unigram model has {unigram:.4f} and {bits_per_byte(unigram, bytes_each):.4f}"
+    )
+    print(f"Evaluation loss {evaluation}")
+    draw_losses(config.folder, unigram, bytes_each)
+    write_report(config, evaluation, skipped_rows)
 
 
 @optional("writing report.md")
-def write_report(config: RunConfig, eval_loss: float, unigram: float, skipped_rows: int) -> None:
+def write_report(config: RunConfig, evaluation: str, skipped_rows: int) -> None:
     """Write `report.md`: what was trained on what, the result, the speed, and commands to continue with."""
     end = next(record for record in reversed(read_metrics(config.folder)) if "train_runtime" in record)
     steps, tokens = config.schedule.steps, config.tokens_per_step
@@ -140,7 +149,7 @@ def write_report(config: RunConfig, eval_loss: float, unigram: float, skipped_ro
         "model": f"preset {config.preset}: {end['parameters']:,} parameters, {end['active_parameters']:,} active",
         "data": f"{config.data.source}: {end['epoch']} passes; {skipped_rows} rows without text were skipped",
         "training": f"{steps:,} steps of {tokens:,} tokens ({steps * tokens:,}), in {config.precision}",
-        "evaluation loss": f"{eval_loss:.4f} nats per token; the best possible unigram model has {unigram:.4f}",
+        "evaluation loss": evaluation,
         "mean training loss": f"{end['train_loss']:.4f}",
         "last start": f"{end['train_runtime']:,.0f} s, {end['train_tokens_per_second']:,.0f} tokens/s",
         "peak memory": f"{end['host_peak_gib']:.2f} GiB on the host{device}",

@@ -64,7 +64,7 @@ class Run:
     """
 
     def __init__(self, prepared: Prepared[TrainConfig], resume_step: int | None):
-        self.config, self.tokenizer, self._held_out, _ = prepared
+        self.config, self.tokenizer, self._prepared = prepared.config, prepared.tokenizer, prepared
         self.step = 0
         self._resume_step = resume_step
         self._stream = ProcessBatches(self.config, self.tokenizer, *local_rows(self.config))
@@ -136,7 +136,7 @@ class Run:
         self._prefetcher = Prefetcher(self._stream, config.data.grad_accum)  # fills while the programs are compiled
         self._cleanup.callback(self._prefetcher.close)
         self._compile_seconds = trainer.compile()
-        self._evaluator = Evaluator(trainer, self._held_out)
+        self._evaluator = Evaluator(trainer, self._prepared)
         barrier("compiled")
         announce_speed(config, self._peak_tflops, self._compile_seconds)
         if is_primary():
@@ -275,7 +275,7 @@ class Run:
         skipped_rows = all_sum(self._stream.skipped_rows)
         left_out = all_gather(self._stream.left_out)
         if is_primary() and self._history.records:
-            conclude(self.config, self._held_out, self._history.last_evaluation(), skipped_rows, left_out)
+            conclude(self._prepared, self._history.last_evaluation(), skipped_rows, left_out)
 
     def _epoch(self) -> float:
         """Passes over the data, of the slowest stream; over the steps where the data has no known size."""
