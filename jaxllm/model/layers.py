@@ -15,6 +15,7 @@ from flax import nnx
 
 from jaxllm.config import ModelConfig
 from jaxllm.model.dtypes import Array, Pytree, at_least_float32
+from jaxllm.model.kernels.matmul import linear
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -89,8 +90,7 @@ class Linear(nnx.Module):
         self.bias = parameter(zeros, axes[1:], decays=False) if bias else None
 
     def __call__(self, x: Array, out_dtype: jnp.dtype | None = None) -> Array:  # (..., in) -> (..., out)
-        weight = self.weight[...].astype(self.dtype)
-        y = jnp.matmul(x.astype(self.dtype), weight, preferred_element_type=out_dtype)
+        y = linear(x.astype(self.dtype), self.weight[...], out_dtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 

@@ -18,6 +18,7 @@ from jaxllm.config import ModelConfig, RouterConfig
 from jaxllm.model.dtypes import Array, at_least_float32
 from jaxllm.model.kernels import choose_kernels
 from jaxllm.model.kernels.expert_ffn import expert_ffn, expert_ffn_of_stack
+from jaxllm.model.kernels.matmul import linear
 from jaxllm.model.layers import Linear, RoutingBias, parameter, stack
 from jaxllm.model.layout import ONE_DEVICE, Layout
 
@@ -165,15 +166,18 @@ class DeepSeekExpertLayer(nnx.Module):
 
         With `offset`, only the E experts from there on, in a stack of more; without a gradient.
         """
-        gate, up, down = (linear.weight[...] for linear in (self.gate_proj, self.up_proj, self.down_proj))
+        gate, up, down = (projection.weight[...] for projection in (self.gate_proj, self.up_proj, self.down_proj))
         if offset is not None:
             return expert_ffn_of_stack(self.kernels.grouped, rows, gate, up, down, group_sizes, offset)
         return expert_ffn(self.kernels.grouped, rows, gate, up, down, group_sizes)
 
     def summed(self, x: Array) -> Array:
         """As a stack of experts that all see every token, summed: (N,D) -> (N,D)."""
-        weights = (linear.weight[...].astype(self.dtype) for linear in (self.gate_proj, self.up_proj, self.down_proj))
-        return add_all((jax.nn.silu(x @ gate) * (x @ up)) @ down for gate, up, down in zip(*weights, strict=True))
+        x = x.astype(self.dtype)
+        weights = (projection.weight[...] for projection in (self.gate_proj, self.up_proj, self.down_proj))
+        return add_all(
+            linear(jax.nn.silu(linear(x, gate)) * linear(x, up), down) for gate, up, down in zip(*weights, strict=True)
+        )
 
 
 class DeepSeekMoE(nnx.Module):

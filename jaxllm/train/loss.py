@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.model.dtypes import Array, at_least_float32
+from jaxllm.model.kernels.matmul import matmul
 
 IGNORED = -100
 """Label of a position that is no target, as in PyTorch and transformers."""
@@ -79,7 +80,7 @@ def _scan_chunks(
 def _chunk(weight: Array, bias: Array | None, with_grads: bool, hidden: Array, targets: Array) -> tuple[Any, ...]:
     """One chunk: weight (D,V) in the compute dtype, hidden (rows,D), targets (rows,)."""
     acc_dtype = at_least_float32(weight.dtype)
-    logits = jnp.matmul(hidden, weight, preferred_element_type=acc_dtype)  # (rows,V)
+    logits = matmul(hidden, weight, acc_dtype)  # (rows,V)
     if bias is not None:
         logits += bias
     scored = targets != IGNORED
@@ -98,7 +99,7 @@ def _chunk(weight: Array, bias: Array | None, with_grads: bool, hidden: Array, t
     unscaled = exps.at[jnp.arange(safe.size), safe].add(-total, unique_indices=True, indices_are_sorted=True)
     scale = jnp.where(scored, 1 / total, 0)
     narrow = unscaled.astype(hidden.dtype)
-    d_hidden = jnp.matmul(narrow, weight.T) * scale[:, None]
-    d_weight = jnp.matmul((hidden * scale[:, None]).astype(hidden.dtype).T, narrow, preferred_element_type=acc_dtype)
+    d_hidden = matmul(narrow, weight.T) * scale[:, None]
+    d_weight = matmul((hidden * scale[:, None]).astype(hidden.dtype).T, narrow, acc_dtype)
     d_bias = None if bias is None else jnp.matmul(scale, unscaled, precision=jax.lax.Precision.HIGHEST)
     return loss, d_hidden.astype(hidden.dtype), d_weight, d_bias

@@ -14,6 +14,7 @@ import optax
 
 from jaxllm.config import RunConfig
 from jaxllm.model.dtypes import Array, Pytree
+from jaxllm.model.kernels.matmul import matmul
 from jaxllm.model.layers import ParameterFacts
 from jaxllm.model.layout import MESH_AXIS, Layout
 
@@ -90,8 +91,8 @@ def newton_schulz(x: Array, dtype: jnp.dtype) -> Array:
     x = (x / jnp.maximum(norm, EPS)).astype(dtype)
 
     def iterate(_, x: Array) -> Array:
-        gram = x @ x.mT if wide else x.mT @ x  # of the shorter side
-        polynomial = b * gram + c * (gram @ gram)
-        return a * x + (polynomial @ x if wide else x @ polynomial)
+        gram = matmul(x, x.mT) if wide else matmul(x.mT, x)  # of the shorter side
+        polynomial = b * gram + c * matmul(gram, gram)
+        return a * x + (matmul(polynomial, x) if wide else matmul(x, polynomial))
 
     return jax.lax.fori_loop(0, STEPS, iterate, x)

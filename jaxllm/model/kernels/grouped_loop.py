@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.model.dtypes import Array, at_least_float32
+from jaxllm.model.kernels.matmul import matmul
 
 # A size more makes every program longer to compile (it is a loop in each product); a size less pads more. Groups of 128
 # to 512 rows are what a thousand tokens on seven experts give; decoding has groups of a row or a few.
@@ -45,7 +46,7 @@ def grouped_matmul(rows: Array, weights: tuple[Array, ...], group_sizes: Array, 
         def block(size: int, e: Array, at: Array, stop: Array, first: bool, out: Array) -> Array:
             x = jax.lax.dynamic_slice_in_dim(rows, at, size)
             if rows.shape[0] > FEW_ROWS:
-                product = x @ weight
+                product = matmul(x, weight)
             else:  # sliced here, a weight is read in place
                 product = jnp.concatenate([x @ weight[offset + e].astype(rows.dtype) for weight in weights], axis=1)
             # A block may extend into the next one, which is computed later and overwrites the surplus.
@@ -61,11 +62,11 @@ def grouped_matmul_transposed(d_out: Array, weights: tuple[Array, ...], group_si
     """The gradient of `grouped_matmul` for its rows: (P, sum of Y), each (E,X,Y) -> (P,X)."""
 
     def group(e: Array, start: Array, end: Array, d_rows: Array) -> Array:
-        weight = _side_by_side(weights, e, d_out.dtype)
+        weight = _side_by_side(weights, e, d_out.dtype).T
 
         def block(size: int, e: Array, at: Array, stop: Array, first: bool, d_rows: Array) -> Array:
             d = jax.lax.dynamic_slice_in_dim(d_out, at, size)
-            product = jax.lax.dot_general(d, weight, (((1,), (1,)), ((), ())))
+            product = matmul(d, weight)
             return _write(d_rows, product, at)
 
         return _loop_blocks(d_out, e, start, end, block, d_rows)
@@ -86,7 +87,7 @@ def weight_gradients(rows: Array, d_out: Array, group_sizes: Array, parts: int) 
             in_group = (at + jnp.arange(size) < stop)[:, None]  # not the next block's
             x = jnp.where(in_group, jax.lax.dynamic_slice_in_dim(rows, at, size), 0)
             d = jax.lax.dynamic_slice_in_dim(d_out, at, size)
-            product = jax.lax.dot_general(x, d, (((0,), (0,)), ((), ())), preferred_element_type=acc_dtype)
+            product = matmul(x.T, d, acc_dtype)
             return product if first else total + product
 
         gradients, scratch = carry
