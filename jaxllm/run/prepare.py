@@ -90,7 +90,9 @@ def parse_args(argv: Sequence[str] | None, prog: str, description: str | None, k
             raise UserError(f"preset is {shown(chosen.preset)}: --init gives the model, leave out one of the two")
         tokenizer = str(start) if (start / "tokenizer.json").is_file() else None
         default = _of_model(default, read_model_config(start))
-        default = default.with_options(init=start, learning_rate=INIT_LEARNING_RATE, tokenizer=tokenizer)
+        default = default.with_options(
+            init=start, optimizer="adamw", learning_rate=INIT_LEARNING_RATE, tokenizer=tokenizer
+        )
     folder = chosen.run_dir or default.folder
     saved = _saved_config(folder, kind)
     if saved is None and chosen.preset is None and start is None and not chosen.start_over and _is_converted(folder):
