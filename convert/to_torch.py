@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.mapping import PARAMS, ROUTING_BIAS, entries
+from convert.model_card import write_model_card
 from convert.tensor_files import DTYPES, Tensor, write_safetensors
 from jaxllm.config import SPECIAL_TOKENS, ModelConfig
 from jaxllm.config.families import is_interleaved, names_of, write_config
@@ -34,7 +35,7 @@ AUTO_CLASSES = {
 
 
 def export_run(run: Path, out: Path, *, dtype: str | None = None) -> None:
-    """Export the newest weights of a run, with its tokenizer.
+    """Export the newest weights of a run, with its tokenizer and a model card.
 
     Args:
         dtype: of the weights; None: that of the folder that they came from, or float32.
@@ -53,6 +54,7 @@ def export_run(run: Path, out: Path, *, dtype: str | None = None) -> None:
         shutil.copytree(run / "tokenizer", out, dirs_exist_ok=True)
     elif (run / "tokenizer" / "tokenizer.json").is_file():
         export_tokenizer(load_tokenizer(str(run / "tokenizer")), config, out)
+    write_model_card(run, out, config, weights)
 
 
 def read_source(run: Path) -> dict[str, Any] | None:

@@ -26,6 +26,7 @@ from jaxllm import UserError, from_pretrained, save_pretrained
 from jaxllm import generate as generation
 from jaxllm.model.decoder import split_model
 from jaxllm.run.checkpoint import load_weights
+from jaxllm.run.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,15 @@ def test_the_exported_folder_is_what_pytorch_people_know(exported, run):
         "modeling_customllm.py",
         "tokenizer.json",
     } <= names
+    card, last = (exported / "README.md").read_text(), [r for r in read_metrics(run) if "eval_loss" in r][-1]
+    for part in (
+        "library_name: transformers",
+        f"{last['eval_loss']:.4f} nats per token",
+        "20 steps, 1,280 tokens, adamw",
+    ):
+        assert part in card, card
+    assert "trust_remote_code=True" in card
+    assert "| data | corpus |" in card  # not where it lies
     tensors = load_file(exported / "model.safetensors")  # the official reader takes the file that we stream
     _, weights = load_weights(run)
     gate = weights.params["decoder_layers"]["mlp"]["routed_experts"]["gate_proj"]["weight"]

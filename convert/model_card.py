@@ -1,0 +1,95 @@
+"""The model card of an exported run: README.md, as the Hugging Face Hub shows it."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxllm.config import ModelConfig, TrainConfig
+from jaxllm.config.families import names_of
+from jaxllm.errors import UserError
+from jaxllm.model import flops
+from jaxllm.run.checkpoint import Weights
+from jaxllm.run.metrics import read_metrics
+from jaxllm.run.prepare import CONFIG_FILE, read_config
+
+CARD_FILE = "README.md"
+
+_FRONT = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+A decoder with Multi-head Latent Attention and a mixture of experts, trained with jaxllm.
+
+| | |
+|---|---|
+"""
+
+_USE = """
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+
+## What was compared
+
+The weights are those of the JAX model, bit for bit in float32. `python -m parity_tests FOLDER`, of jaxllm, compares the
+two frameworks on them: logits, gradients, optimizer steps and cached generation.
+"""
+
+
+def write_model_card(run: Path, out: Path, config: ModelConfig, weights: Weights) -> None:
+    """Write the card of a run's exported weights; a run without a history has a shorter one."""
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(weights.params))
+    active = sum(flops.active_parameters(config).values())
+    rows = {
+        "parameters": f"{parameters:,}, of which a token uses {active:,}",
+        "layers, hidden size": f"{config.num_hidden_layers}, {config.hidden_size}",
+        "routed experts": f"{config.n_routed_experts}, {config.num_experts_per_tok} for a token",
+        "shared experts": f"{config.n_shared_experts}",
+        "vocabulary, positions": f"{config.vocab_size:,}, {config.max_position_embeddings:,}",
+        **_training(run),
+    }
+    trust = ", trust_remote_code=True" if names_of(config) == "customllm" else ""
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    card = _FRONT.format(name=_in_a_cell(run.absolute().name)) + table + _USE.format(trust=trust)
+    (out / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
+
+
+def _training(run: Path) -> dict[str, str]:
+    """What the run was trained on, and its last evaluation; nothing if it was not trained here."""
+    if not (run / CONFIG_FILE).is_file():
+        return {}
+    try:
+        config = read_config(run, TrainConfig)
+    except UserError:  # of an earlier format: the weights are read all the same
+        return {}
+    evaluations: list[dict[str, Any]] = [
+        record for record in read_metrics(run) if isinstance(record.get("eval_loss"), float)
+    ]
+    if not evaluations:
+        return {}
+    last = evaluations[-1]
+    tokens = last["step"] * config.tokens_per_step
+    source = config.data.source
+    # a path says where the data lie on someone's machine
+    data = Path(source).name if Path(source).is_absolute() or Path(source).exists() else source
+    bits = f", {last['eval_bits_per_byte']:.4f} bits per byte" if "eval_bits_per_byte" in last else ""
+    return {
+        "data": _in_a_cell(data),
+        "training": f"{last['step']:,} steps, {tokens:,} tokens, {config.optim.optimizer}, {config.precision}",
+        "evaluation loss": f"{last['eval_loss']:.4f} nats per token{bits}, on held-out text",
+    }
+
+
+def _in_a_cell(text: str) -> str:
+    """A name as it can stand in a table: on one line, without what would end the cell."""
+    return " ".join(text.split()).replace("|", "\\|")
