@@ -73,7 +73,7 @@ def test_training_and_cached_decoding_are_transformers_s():
 
 
 def test_bfloat16_with_replayed_experts_is_transformers_s():
-    assert_passed(climb(CASES["v2-lite"], "bfloat16", "layers", "logits", "loss"))
+    assert_passed(climb(CASES["v2-lite"], "bfloat16", "layers", "logits", "loss", "generation"))
 
 
 @pytest.mark.slow
