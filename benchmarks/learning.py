@@ -9,6 +9,7 @@ the middle, so it is left out; `ast.parse` must accept the others. The prompt is
 from __future__ import annotations
 
 import ast
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from jaxllm.command_line import parse
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.generate import Sampling, generate
-from jaxllm.run.metrics import read_metrics
+from jaxllm.run.metrics import last_evaluation
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class LearningArgs:
     """Of the samples."""
     seed: int = 0
     """Of the samples."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise UserError(f"samples is {self.samples}: it must be at least 1")
 
 
 def parses(sample: str) -> bool:
@@ -68,11 +73,10 @@ def share_that_parses(run: Path, args: LearningArgs) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(LearningArgs, argv, "python -m benchmarks.learning", __doc__)
     for run in args.runs:
-        evaluations = [record for record in read_metrics(run) if "eval_loss" in record]
-        if not evaluations:
+        last = last_evaluation(run)
+        if last is None:
             raise UserError(f"runs has {str(run)!r}: it is no run, or was not evaluated")
-        last = evaluations[-1]
-        bits = last.get("eval_bits_per_byte", float("nan"))
+        bits = last.get("eval_bits_per_byte") or math.nan
         print(
             f"{run}: step {last['step']}, evaluation loss {last['eval_loss']:.4f}, {bits:.4f} bits per byte, "
             f"{share_that_parses(run, args):.0%} of {args.samples} samples parse"

@@ -1,7 +1,6 @@
 """The model card of an exported run: README.md, as the Hugging Face Hub shows it."""
 
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -10,7 +9,7 @@ from jaxllm.config.families import names_of
 from jaxllm.errors import UserError
 from jaxllm.model import flops
 from jaxllm.run.checkpoint import Weights
-from jaxllm.run.metrics import read_metrics
+from jaxllm.run.metrics import last_evaluation
 from jaxllm.run.prepare import CONFIG_FILE, read_config
 
 CARD_FILE = "README.md"
@@ -72,17 +71,14 @@ def _training(run: Path) -> dict[str, str]:
         config = read_config(run, TrainConfig)
     except UserError:  # of an earlier format: the weights are read all the same
         return {}
-    evaluations: list[dict[str, Any]] = [
-        record for record in read_metrics(run) if isinstance(record.get("eval_loss"), float)
-    ]
-    if not evaluations:
+    last = last_evaluation(run)
+    if last is None:
         return {}
-    last = evaluations[-1]
     tokens = last["step"] * config.tokens_per_step
     source = config.data.source
     # a path says where the data lie on someone's machine
     data = Path(source).name if Path(source).is_absolute() or Path(source).exists() else source
-    bits = f", {last['eval_bits_per_byte']:.4f} bits per byte" if "eval_bits_per_byte" in last else ""
+    bits = f", {last['eval_bits_per_byte']:.4f} bits per byte" if last.get("eval_bits_per_byte") else ""
     return {
         "data": _in_a_cell(data),
         "training": f"{last['step']:,} steps, {tokens:,} tokens, {config.optim.optimizer}, {config.precision}",

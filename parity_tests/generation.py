@@ -40,10 +40,15 @@ class JaxGeneration:
             graph, _, _ = abstract_model(config, dtype=DTYPES[precision])
             arrays = jax_weights(weights, precision)
             padded = np.stack([ids[: max(lengths)]] * len(lengths))  # tokens after a prompt are not attended to
-            self.logits = np.asarray(_decode(graph, *arrays, padded, np.asarray(lengths), self.given))  # (B,n,V)
-            model = nnx.merge(graph, *arrays)
-            self.greedy = generate(model, self.prompts, count)
-            self._cached_ids, self._latents = padded[:1], functools.partial(_latents, graph, *arrays)
+        self._model, self._padded = (graph, *arrays), padded
+
+    @functools.cached_property
+    def _decoded(self) -> tuple[np.ndarray, list[list[int]]]:
+        """The logits (B,n,V) of the given tokens, and as many greedy tokens after each prompt."""
+        lengths = np.asarray([len(prompt) for prompt in self.prompts])
+        with jax_precision(self.precision):
+            logits = np.asarray(_decode(*self._model, self._padded, lengths, self.given))
+            return logits, generate(nnx.merge(*self._model), self.prompts, self.given.shape[1])
 
     def compare(self, model: TorchCustomLLM) -> list[Row]:
         """Compare a PyTorch model with the Flax model; a transformers model's cache too, which holds the same numbers.
@@ -55,6 +60,7 @@ class JaxGeneration:
         if hf_side.is_stock(model) and self.precision == "bfloat16":
             return self._cache_rows(model)
         tolerance = TOLERANCES[self.precision].decoding
+        ours_logits, ours_greedy = self._decoded
         logits = _torch_decode(model, self.prompts, self.given, self.precision)
         with torch_precision(self.precision):
             greedy = torch_generate(model, self.prompts, self.given.shape[1])
@@ -63,20 +69,20 @@ class JaxGeneration:
             *(self._cache_rows(model) if hf_side.is_stock(model) else ()),
             *(
                 compare_arrays("generation", "cached logits", *row, tolerance)
-                for row in zip(named, self.logits, logits, strict=True)
+                for row in zip(named, ours_logits, logits, strict=True)
             ),
             *(
                 _greedy_row(model, name, prompt, np.asarray(ours), np.asarray(theirs), self.precision)
-                for name, prompt, ours, theirs in zip(named, self.prompts, self.greedy, greedy, strict=True)
+                for name, prompt, ours, theirs in zip(named, self.prompts, ours_greedy, greedy, strict=True)
             ),
         ]
 
     def _cache_rows(self, model: TorchCustomLLM) -> list[Row]:
         """Compare the caches of a prompt, computed with the experts that PyTorch chose."""
         with torch_precision(self.precision):
-            theirs = hf_side.cached_latents(model, self._cached_ids)
+            theirs = hf_side.cached_latents(model, self._padded[:1])
         with jax_precision(self.precision):
-            ours: Latents = jax.device_get(self._latents(self._cached_ids, theirs.experts))
+            ours: Latents = jax.device_get(_latents(*self._model, self._padded[:1], theirs.experts))
         pairs = {
             "cached latents": (ours.kv, theirs.latents),
             "cached rotary keys": (ours.k_rope[..., 0, :], theirs.keys),

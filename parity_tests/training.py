@@ -27,7 +27,7 @@ from jaxllm.train.step import StepMetrics
 from parity_tests import hf_side
 from parity_tests.forward import DTYPES, jax_precision, jax_weights, state_dict_arrays, torch_named
 from torch_ref import CustomLLM as TorchCustomLLM
-from torch_ref.muon import is_adamw
+from torch_ref.muon import moment_names
 
 Named = dict[str, np.ndarray]
 
@@ -158,11 +158,10 @@ def torch_train(
             mu, nu = (torch_named(config.model, tree, interleaved=interleaved) for tree in moments[1:])
             names = {parameter: name for name, parameter in model.named_parameters()}
             for group in optimizer.param_groups:
-                kinds = {"exp_avg": mu, "exp_avg_sq": nu} if is_adamw(group) else {"momentum_buffer": mu}
                 for parameter in group["params"]:
                     state = optimizer.state[parameter]
                     state["step"] = torch.tensor(float(moments.count))
-                    for kind, named in kinds.items():
+                    for kind, named in zip(moment_names(group), (mu, nu), strict=False):  # Muon has one moment
                         moment = hf_side.in_memory(names[parameter], named, E).copy()
                         state[kind] = torch.from_numpy(moment).to(parameter.dtype)
         reports = [

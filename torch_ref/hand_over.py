@@ -15,7 +15,7 @@ from jaxllm.config import RunConfig
 from jaxllm.errors import UserError
 from torch_ref.checkpoint import OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE, reading, trainer_state
 from torch_ref.model import CustomLLM
-from torch_ref.muon import is_adamw
+from torch_ref.muon import moment_names
 from torch_ref.step import make_optimizer, make_schedule
 
 
@@ -44,8 +44,7 @@ def _optimizer(config: RunConfig) -> tuple[torch.optim.AdamW, dict[str, _Known]]
     names = {parameter: name for name, parameter in reference.named_parameters()}
     known = {}
     for group in optimizer.param_groups:
-        moments = ("exp_avg", "exp_avg_sq") if is_adamw(group) else ("momentum_buffer",)
-        known |= {names[p]: _Known(p.shape, moments) for p in group["params"]}
+        known |= {names[p]: _Known(p.shape, moment_names(group)) for p in group["params"]}
     return optimizer, known
 
 

@@ -44,6 +44,11 @@ def is_adamw(group: dict[str, Any]) -> bool:
     return group.get("momentum") is None
 
 
+def moment_names(group: dict[str, Any]) -> tuple[str, ...]:
+    """The names, in the optimizer's state, of the first moment or momentum, and of AdamW's second moment."""
+    return ("exp_avg", "exp_avg_sq") if is_adamw(group) else ("momentum_buffer",)
+
+
 def nesterov(grad: Tensor, momentum: Tensor, beta: float) -> Tensor:
     """What is orthogonalized: the momentum that the next step would have with the same gradient."""
     return grad.lerp(momentum, beta)
@@ -62,8 +67,6 @@ class MuonWithAdamW(torch.optim.AdamW):
     def __init__(self, groups: Iterable[dict[str, Any]], dtype: torch.dtype | None = None, **options: Any):
         super().__init__(groups, **options)
         self.dtype = dtype
-        for group in self.param_groups:
-            group.setdefault("momentum", None)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -36,9 +36,9 @@ def decays(name: str) -> bool:
 
 def is_hidden_matrix(name: str) -> bool:
     """Whether Muon updates the parameter: the linear maps of the layers, and neither router, embeddings nor head."""
-    *path, last = name.split(".")
+    path = name.split(".")[:-1]
     in_layer = any(part in ("decoder_layers", "layers") for part in path)
-    return in_layer and decays(name) and path[-1] not in ("router", "gate") and last != "bias"
+    return in_layer and decays(name) and path[-1] not in ("router", "gate")
 
 
 def make_optimizer(
@@ -50,8 +50,8 @@ def make_optimizer(
         blocks: by their names, parameters that join several matrices, which Muon orthogonalizes one by one.
     """
     optim, named = config.optim, list(model.named_parameters())
-    muon = [(name, p) for name, p in named if optim.optimizer == "muon" and is_hidden_matrix(name)]
-    rest = [(name, p) for name, p in named if optim.optimizer == "adamw" or not is_hidden_matrix(name)]
+    muon = {name: p for name, p in named if optim.optimizer == "muon" and is_hidden_matrix(name)}
+    rest = [(name, p) for name, p in named if name not in muon]
     groups: list[dict[str, Any]] = [
         {"params": [p for name, p in rest if decays(name)], "weight_decay": optim.weight_decay},
         {"params": [p for name, p in rest if not decays(name)], "weight_decay": 0.0},
@@ -61,8 +61,8 @@ def make_optimizer(
     }  # fmt: skip
     if optim.optimizer == "adamw":
         return torch.optim.AdamW(groups, **options)
-    matrices = {"params": [p for _, p in muon], "weight_decay": optim.weight_decay, "momentum": optim.muon_momentum}
-    joined = {"blocks": [blocks.get(name) for name, _ in muon]} if blocks else {}
+    matrices = {"params": [*muon.values()], "weight_decay": optim.weight_decay, "momentum": optim.muon_momentum}
+    joined = {"blocks": [blocks.get(name) for name in muon]} if blocks else {}
     dtype = torch.bfloat16 if config.precision == "bfloat16" else None
     return MuonWithAdamW([*groups, matrices | joined], dtype, **options)
 

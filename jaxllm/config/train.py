@@ -233,7 +233,8 @@ SEED_RECIPE = {
 
 
 DEFAULT_RECIPE: dict[str, Any] = {"optimizer": "muon", "learning_rate": 8e-3}
-"""What teaches `tiny` most in the default run's minutes: docs/muon.md has the search."""
+"""What teaches `tiny` most in the default run's minutes: docs/muon.md has the search. The options' own defaults are
+AdamW's, for runs that were started before there was a choice."""
 
 
 def recipe(name: str, preset_name: str, cls: type[Config] = TrainConfig) -> Config:

@@ -169,6 +169,12 @@ def _memory_columns(memory: dict[str, float]) -> dict[str, float]:
     return {name: rounded(value, 3) for name, value in memory.items()}
 
 
+def last_evaluation(folder: Path) -> dict[str, Any] | None:
+    """The newest evaluation line of a run whose loss is finite; None without one."""
+    records = (record for record in reversed(read_metrics(folder)) if isinstance(record.get("eval_loss"), float))
+    return next((record for record in records if math.isfinite(record["eval_loss"])), None)
+
+
 def bits_per_byte(loss: float, bytes_per_target: float) -> float:
     """A loss in nats per token, independent of the tokenizer; NaN if no token is text."""
     return loss / bytes_per_target / math.log(2) if bytes_per_target else math.nan

@@ -7,7 +7,8 @@ divides every gradient by the norm: XLA does not repeat a division in each place
 copy of all gradients, another 4 GiB.
 """
 
-from typing import Any, NamedTuple, Self
+import functools
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -37,14 +38,12 @@ class OptimizerState(NamedTuple):
 
 def of_adamw(config: RunConfig, tree: Pytree) -> Pytree:
     """The part of a tree like the parameters that AdamW updates: all of it, or without the matrices of the layers."""
-    return _divided(config, tree)[1]
+    return tree if config.optim.optimizer == "adamw" else _divided(tree, model_facts(config.model)[0])[1]
 
 
-def _divided(config: RunConfig, tree: Pytree) -> tuple[Pytree, Pytree]:
-    """The parts of a tree like the parameters that Muon and AdamW update."""
-    if config.optim.optimizer == "adamw":
-        return {}, tree
-    facts: Any = flatten_dict(model_facts(config.model)[0])
+def _divided(tree: Pytree, facts: Pytree) -> tuple[Pytree, Pytree]:
+    """The parts of a tree like the parameters that Muon updates, and that AdamW does."""
+    facts = flatten_dict(facts)
     parts: tuple[dict, dict] = {}, {}
     for path, leaf in flatten_dict(tree).items():
         parts[not facts[path].is_hidden_matrix][path] = leaf
@@ -54,7 +53,7 @@ def _divided(config: RunConfig, tree: Pytree) -> tuple[Pytree, Pytree]:
 
 def _joined(one: Pytree, other: Pytree) -> Pytree:
     """The inverse of `_divided`."""
-    return unflatten_dict(flatten_dict(one) | flatten_dict(other)) if one else other
+    return unflatten_dict(flatten_dict(one) | flatten_dict(other))
 
 
 def learning_rate(config: RunConfig, count: Array | int) -> Array:
@@ -90,11 +89,14 @@ def update(
     scale = jnp.minimum(1.0, config.optim.max_grad_norm / (grad_norm + 1e-6))  # torch.nn.utils.clip_grad_norm_
     grads = jax.tree.map(lambda grad: grad * scale, grads)
     facts, _ = model_facts(config.model)
-    divided = [_divided(config, tree) for tree in (grads, state.mu, params, facts)]
-    matrices, rest = ([parts[i] for parts in divided] for i in range(2))
+    trees = (grads, state.mu, params, facts)
     count, rate = tree_where(finite, state.count + 1, state.count), learning_rate(config, state.count)
-    new, mu, nu = adamw_update(config, *rest, nu=state.nu, count=count, rate=rate, finite=finite)
-    if config.optim.optimizer == "muon":
+    adamw = functools.partial(adamw_update, config, nu=state.nu, count=count, rate=rate, finite=finite)
+    if config.optim.optimizer == "adamw":
+        new, mu, nu = adamw(*trees)
+    else:
+        matrices, rest = zip(*(_divided(tree, facts) for tree in trees), strict=True)
+        new, mu, nu = adamw(*rest)
         new_matrices, momentum = muon_update(config, *matrices, rate=rate, finite=finite, layout=layout)
         new, mu = _joined(new_matrices, new), _joined(momentum, mu)
     return new, OptimizerState(count, mu, nu)
