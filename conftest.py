@@ -17,7 +17,7 @@ NARROW = (
     "--model.moe-intermediate-size", "24", "--model.n-routed-experts", "4", "--model.vocab-size", "300",
     "--model.max-position-embeddings", "64", "--seq-len", "16", "--batch-size", "4", "--log-every", "1",
     "--eval-samples", "7", "--sample-tokens", "8",
-    "--optimizer", "adamw", "--learning-rate", "4e-3",  # compiles faster than the default
+    "--precision", "float32", "--optimizer", "adamw", "--learning-rate", "4e-3",  # compiles faster than the default
 )  # fmt: skip
 
 

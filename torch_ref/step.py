@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup, get_wsd_schedule
 
 from jaxllm.config import RunConfig
 from torch_ref.model import IGNORED, CustomLLM
@@ -68,12 +68,17 @@ def make_optimizer(
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: RunConfig, steps_done: int = 0) -> LambdaLR:
-    """The source's schedule: linear from 0 over `warmup_steps`, then half a cosine to 0 at `steps`."""
+    """transformers' schedules: linear from 0 over `warmup_steps`, then half a cosine (as the source's) or WSD."""
     if steps_done:
         for group in optimizer.param_groups:  # LambdaLR requires it to resume
             group.setdefault("initial_lr", config.optim.learning_rate)
-    schedule = config.schedule
-    return get_cosine_schedule_with_warmup(optimizer, schedule.warmup_steps, schedule.steps, last_epoch=steps_done - 1)
+    schedule, last = config.schedule, steps_done - 1
+    warmup, steps = schedule.warmup_steps, schedule.steps
+    if schedule.schedule == "cosine":
+        return get_cosine_schedule_with_warmup(optimizer, warmup, steps, last_epoch=last)
+    return get_wsd_schedule(
+        optimizer, warmup, schedule.falling_steps, num_training_steps=steps, decay_type="linear", last_epoch=last
+    )
 
 
 def tokens_per_expert(router_experts: Sequence[Tensor], n_experts: int) -> Tensor:  # L times (B,T,k) -> (L,E) int64

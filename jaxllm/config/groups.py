@@ -95,12 +95,37 @@ class OptimConfig(_Checked):
 
 @dataclass(frozen=True)
 class ScheduleConfig(_Checked):
-    """The learning rate over the steps: linear warm-up, then cosine to 0 at `steps`."""
+    """The learning rate over the steps: linear warm-up, then down to 0 at `steps`."""
 
     steps: int = option(600, ge=1, resumable=True)
     """Optimizer steps."""
     warmup_steps: int = option(50, ge=0)
     """Steps over which the learning rate rises from 0 to its peak."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After the warm-up: half a cosine, or `wsd` (warm-up, stable, decay): the peak, then linear over `decay_steps`."""
+    decay_steps: int | None = option(None, ge=1, resumable=True)
+    """Last steps, over which the rate of `wsd` falls; default: a fifth of `steps`. A run that is resumed before them
+    with more `steps` has trained as if it had begun with these."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.decay_steps is None:
+            return
+        if self.schedule != "wsd":
+            raise UserError(f"decay_steps is {self.decay_steps}: only --schedule wsd has a decay of its own")
+        if self.decay_steps > self.steps - self.warmup_steps:
+            raise UserError(
+                f"decay_steps is {self.decay_steps}: it must be at most {self.steps - self.warmup_steps}, the steps "
+                "after warmup_steps"
+            )
+
+    @property
+    def falling_steps(self) -> int:
+        """Steps over which the learning rate falls to 0."""
+        after_warmup = max(1, self.steps - self.warmup_steps)
+        if self.schedule == "cosine":
+            return after_warmup
+        return min(self.decay_steps or max(1, self.steps // 5), after_warmup)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ class RunConfig:
     overwrite: bool = option(False, resumable=True, saved=False)
     """Delete the earlier run in the folder and start over."""
     precision: Precision = "float32"
-    """Compute precision; master weights and moments are always float32."""
+    """Compute precision; master weights and moments are always float32. train.py begins in bfloat16 where this
+    machine multiplies it in hardware: on a GPU or TPU, or on a CPU with AMX or AVX512-BF16."""
     remat: bool = option(False, resumable=True)
     """Recompute each layer in the backward pass instead of keeping its activations."""
     seed: int = option(0, ge=0, le=2**63 - 1)

@@ -31,6 +31,7 @@ from jaxllm.data.tokenizer import (
 from jaxllm.errors import UserError, shown
 from jaxllm.files import read_json, rename_durably, write_json
 from jaxllm.run.lock import LOCK_FILE, FolderLock
+from jaxllm.run.runtime import bfloat16_hardware
 from jaxllm.run.trackers import check_tracker
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ def parse_args(argv: Sequence[str] | None, prog: str, description: str | None, k
         first.add_argument("--init", type=expanded)
     chosen, _ = first.parse_known_args(argv)
     default = recipe(chosen.recipe or "default", chosen.preset or "tiny", kind)
+    if kind is TrainConfig and default.recipe == "default" and bfloat16_hardware():
+        default = default.with_options(precision="bfloat16")
     start: Path | None = getattr(chosen, "init", None)
     if start is not None:
         if chosen.preset is not None:

@@ -21,6 +21,7 @@ from jaxllm.data.tokenizer import decode_after, encode_prompt
 from jaxllm.errors import optional
 from jaxllm.model import flops
 from jaxllm.run.metrics import bits_per_byte, read_metrics
+from jaxllm.run.runtime import bfloat16_hardware
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,9 +47,11 @@ def announce(config: RunConfig, parameters: int, tree: str | None, device: str) 
             f"The warm-up of {warmup} steps is not shorter than the run of {steps}: the learning rate never reaches "
             f"{config.optim.learning_rate:g}; pass a smaller --warmup-steps or more --steps"
         )
+    hardware = bfloat16_hardware() if config.precision == "bfloat16" else None
+    reason = f" (--precision float32 is slower: {hardware} multiplies bfloat16 in hardware)" if hardware else ""
     print(
-        f"Training for {config.schedule.steps} steps of {config.tokens_per_step} tokens in {config.precision} on "
-        f"{device}; everything goes to {config.folder}"
+        f"Training for {config.schedule.steps} steps of {config.tokens_per_step} tokens in {config.precision}{reason} "
+        f"on {device}; everything goes to {config.folder}"
     )
 
 

@@ -57,17 +57,18 @@ def _joined(one: Pytree, other: Pytree) -> Pytree:
 
 
 def learning_rate(config: RunConfig, count: Array | int) -> Array:
-    """Learning rate of update number `count` (from 0): linear from 0 over `warmup_steps`, cosine to 0 at `steps`.
+    """Learning rate of update number `count` (from 0): linear from 0 over `warmup_steps`, then down to 0 at `steps`.
 
-    The formula is that of transformers' `get_cosine_schedule_with_warmup`, whose values the source's log shows. optax's
-    schedule rounds differently at the boundary of warm-up and cosine.
+    The formulas are those of transformers' `get_cosine_schedule_with_warmup`, whose values the source's log shows, and
+    `get_wsd_schedule`. optax's schedule rounds differently at the boundary of warm-up and cosine.
     """
-    peak, steps, warmup_steps = config.optim.learning_rate, config.schedule.steps, config.schedule.warmup_steps
+    schedule, peak = config.schedule, config.optim.learning_rate
     count = jnp.asarray(count, jnp.promote_types(jnp.float32, jnp.result_type(float)))
-    warmup = count / max(1, warmup_steps)
-    progress = (count - warmup_steps) / max(1, steps - warmup_steps)
-    cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
-    return peak * jnp.where(count < warmup_steps, warmup, cosine)
+    warmup = count / max(1, schedule.warmup_steps)
+    start = max(schedule.steps - schedule.falling_steps, schedule.warmup_steps)
+    progress = jnp.clip((count - start) / schedule.falling_steps, 0.0, 1.0)
+    falling = 0.5 * (1.0 + jnp.cos(jnp.pi * progress)) if schedule.schedule == "cosine" else 1.0 - progress
+    return peak * jnp.where(count < schedule.warmup_steps, warmup, falling)
 
 
 def update(

