@@ -51,6 +51,8 @@ class CurvesArgs:
     """What `train.py --data` takes, or `sotu`."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each is one curve of each learner: of the weights and of the order of the data."""
+    steps: int | None = None
+    """Steps of each run; default: those of the default run."""
     rounds: int = 5
     """How often each step is timed."""
     quick: bool = False
@@ -61,6 +63,8 @@ class CurvesArgs:
     def __post_init__(self) -> None:
         if not self.seeds or min(self.seeds) < 0:
             raise UserError(f"seeds is {self.seeds}: give one seed at least, from 0 up")
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"steps is {self.steps}: it must be at least 1")
         if self.rounds < 1:
             raise UserError(f"rounds is {self.rounds}: it must be at least 1")
 
@@ -88,6 +92,7 @@ def learn(learner: str, form: str, args: CurvesArgs, seed: int) -> dict[str, Any
     precision, _, experts = form.partition(" ")
     optimizer = "muon" if learner == "muon" else "adamw"
     config = learner_config(optimizer, args.quick).with_options(seed=seed, precision=precision)
+    config = config if args.steps is None else config.with_options(steps=args.steps)
     config, tokenizer, held_out = open_corpus(args.data, config, args.out / "corpora")
     held_out = held_out[: len(held_out) // config.data.batch_size * config.data.batch_size]
     if learner == "transformers":

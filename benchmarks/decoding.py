@@ -1,36 +1,53 @@
-"""Rows for decoding: tokens per second of one sequence, and cache bytes per token."""
+"""Rows for decoding: tokens per second, the share of the memory's speed, the first token, the bytes of the cache."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
 from benchmarks.finding import Finding, at_least, at_most
-from benchmarks.sizes import decode_model
-from benchmarks.timing import Spread, cpu_ratio, interleave, other_load, ratio, seconds
+from benchmarks.sizes import PRECISIONS, decode_model
+from benchmarks.timing import Runs, Spread, cpu_ratio, fastest, interleave, other_load, ratio, seconds
 from benchmarks.worker import Worker
+from jaxllm.config import ModelConfig
+
+
+class Decoded(NamedTuple):
+    """What a contender does: rows of a prompt's length, continued by some tokens."""
+
+    rows: int
+    prompt: int
+    new: int
 
 
 def decode(quick: bool, rounds: int) -> list[Finding]:
+    new = 4 if quick else 64
     findings = []
     for name in ("tiny",) if quick else ("tiny", "customllm-1b"):
-        arguments = {"name": name, "prompt": 32, "new": 4 if quick else 64, "quick": quick}
+        work = {"one row": Decoded(1, 32, new), "first token": Decoded(1, 32, 1)}
+        if name != "tiny":
+            work |= {
+                "eight rows": Decoded(8, 32, new),
+                "first tokens": Decoded(8, 32, 1),
+                "long prompt": Decoded(1, 1024, 1),
+            }
+        arguments = {"name": name, "work": {key: list(value) for key, value in work.items()}, "quick": quick}
         with (
             Worker("benchmarks.jax_side:decoding", **arguments) as jax,
             Worker("benchmarks.torch_side:decoding", **arguments) as torch,
         ):
-            contenders = {"ours": lambda jax=jax: jax.go("decode"), "yardstick": lambda torch=torch: torch.go("decode")}
+            contenders = {f"ours {key}": functools.partial(jax.go, key) for key in jax.contenders}
+            contenders |= {f"yardstick {key}": functools.partial(torch.go, key) for key in torch.contenders}
             runs = interleave(contenders, rounds)
-            kept = jax.facts["cache_bytes"]
-        speeds = {side: arguments["new"] / seconds(runs[side]).median for side in runs}
-        findings.append(
-            Finding(
-                what=f"{name}, float32",
-                ours=f"{speeds['ours']:,.1f} tokens/s",
-                yardstick=f"{speeds['yardstick']:,.1f} tokens/s",
-                value=ratio(runs["yardstick"], runs["ours"]),
-                target=at_least(2.0),
-                other_load=other_load(runs),
-                details={"cpu_ratio": cpu_ratio(runs["yardstick"], runs["ours"])},
-            )
-        )
+            kept, read_bytes = jax.facts["cache_bytes"], torch.facts["read_bytes"]
+        findings.append(_speeds(name, "one row", work["one row"], runs, 2.0))
+        if name != "tiny":
+            config = decode_model(name, quick)
+            findings.append(_speeds(name, "eight rows", work["eight rows"], runs, 2.0))
+            for key, first in (("one row", "first token"), ("eight rows", "first tokens")):
+                findings.append(_share_of_memory(config, name, key, first, work, runs, read_bytes))
+            findings.append(_first_token(name, runs))
     config = decode_model(name, quick)
     full = 2 * config.num_hidden_layers * config.hidden_size * 4
     findings.append(
@@ -44,3 +61,74 @@ def decode(quick: bool, rounds: int) -> list[Finding]:
         )
     )
     return findings
+
+
+def _best(side: str, key: str, runs: Runs) -> str:
+    """The contender of a side that does `key` in its fastest precision."""
+    return fastest(runs, [f"{side} {key} {precision}" for precision in PRECISIONS])
+
+
+def _speeds(name: str, key: str, work: Decoded, runs: Runs, limit: float) -> Finding:
+    """All new tokens, the pass over the prompt included."""
+    ours, theirs = (_best(side, key, runs) for side in ("ours", "yardstick"))
+    speeds = {side: work.rows * work.new / seconds(runs[side]).median for side in (ours, theirs)}
+    return Finding(
+        what=f"{name}, {key}",
+        ours=f"{speeds[ours]:,.1f} tokens/s {ours.split()[-1]}",
+        yardstick=f"{speeds[theirs]:,.1f} tokens/s {theirs.split()[-1]}",
+        value=ratio(runs[theirs], runs[ours]),
+        target=at_least(limit),
+        other_load=other_load(runs),
+        details={
+            "cpu_ratio": cpu_ratio(runs[theirs], runs[ours]),
+            "seconds": {side: seconds(runs[side])._asdict() for side in runs if f" {key} " in side},
+        },
+    )
+
+
+def _share_of_memory(
+    config: ModelConfig, name: str, key: str, first: str, work: Mapping[str, Decoded], runs: Runs, read_bytes: int
+) -> Finding:
+    """The bytes of weights that a token needs, over what the memory reads in the time that it takes."""
+    best = _best("ours", key, runs)
+    precision = best.split()[-1]
+    alone = f"ours {first} {precision}"
+    needed = weight_bytes(config, work[key].rows)  # of float32 masters, which both precisions read
+    pairs = zip(runs[best], runs[alone], runs["yardstick read"], strict=True)
+    shares = [
+        needed * (work[key].new - 1) / (whole.seconds - start.seconds) / (read_bytes / read.seconds)
+        for whole, start, read in pairs
+    ]
+    each = (seconds(runs[best]).median - seconds(runs[alone]).median) / (work[key].new - 1)
+    return Finding(
+        what=f"{name}, {key}, share of the memory's speed",
+        ours=f"{needed / each / 1e9:,.1f} GB/s ({1e3 * each:,.0f} ms a step)",
+        yardstick=f"{read_bytes / seconds(runs['yardstick read']).median / 1e9:,.1f} GB/s (a sum)",
+        value=Spread.of(shares),
+        target=at_least(0.6),
+        other_load=other_load(runs),
+    )
+
+
+def _first_token(name: str, runs: Runs) -> Finding:
+    ours, theirs = (_best(side, "long prompt", runs) for side in ("ours", "yardstick"))
+    return Finding(
+        what=f"{name}, first token after 1,024",
+        ours=f"{seconds(runs[ours]).median:,.2f} s {ours.split()[-1]}",
+        yardstick=f"{seconds(runs[theirs]).median:,.2f} s {theirs.split()[-1]}",
+        value=ratio(runs[theirs], runs[ours]),
+        target=at_least(1.0),
+        other_load=other_load(runs),
+    )
+
+
+def weight_bytes(config: ModelConfig, rows: int) -> float:
+    """Bytes of float32 weights that a step of decoding reads, for rows whose tokens choose their experts at random."""
+    D, F, E, H = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts, config.num_attention_heads
+    chosen = E * (1 - (1 - config.num_experts_per_tok / E) ** rows)
+    keys, values = H * config.qk_head_dim, H * config.value_head_dim
+    attention = D * (config.kv_latent_size + config.q_latent_size + config.rope_key_heads * config.rope_head_dim)
+    attention += (config.q_latent_size or D) * keys + values * D
+    attention += config.kv_latent_size * H * (config.nope_head_dim + config.value_head_dim)
+    layer = attention + D * E + 3 * D * F * (chosen + config.n_shared_experts)
+    return 4 * (config.num_hidden_layers * layer + D * config.vocab_size)

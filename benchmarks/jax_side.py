@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.sizes import NARROW, MixtureSizes, decode_model, train_config, train_labels
+from benchmarks.sizes import NARROW, PRECISIONS, MixtureSizes, decode_model, decode_prompts, train_config, train_labels
 from benchmarks.worker import Contender
 from jaxllm.config import ModelConfig, TrainConfig, preset
 from jaxllm.data.stream import POOL_ROWS, Position
@@ -233,17 +233,25 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def decoding(name: str, prompt: int, new: int, quick: bool) -> Prepared:
-    """Greedy decoding after a prompt, prefill included."""
+def decoding(name: str, work: dict[str, list[int]], quick: bool) -> Prepared:
+    """Greedy decoding of rows after a prompt, the pass over the prompt included, in both precisions.
+
+    `work` has rows, tokens of the prompt and new tokens of each contender.
+    """
     config = decode_model(name, quick)
-    graph, _, _ = abstract_model(config)
-    model: CustomLLM = nnx.merge(graph, *shared_weights(config))
-    ids = [np.random.default_rng(2).integers(config.vocab_size, size=prompt).tolist()]
+    weights = shared_weights(config)
+    models = {p: nnx.merge(abstract_model(config, dtype=jnp.dtype(p))[0], *weights) for p in PRECISIONS}
 
-    def go() -> None:
-        generate(model, ids, new)
+    def contender(model: CustomLLM, rows: int, prompt: int, new: int) -> Contender:
+        ids = decode_prompts(config, rows, prompt)
 
-    return {"decode": go}, {"cache_bytes": cache_bytes(model)}
+        def go() -> None:
+            generate(model, ids, new)
+
+        return go
+
+    contenders = {f"{key} {p}": contender(model, *sizes) for key, sizes in work.items() for p, model in models.items()}
+    return contenders, {"cache_bytes": cache_bytes(models["float32"])}
 
 
 def cache_bytes(model: CustomLLM) -> float:

@@ -50,6 +50,16 @@ def mixture_sizes(quick: bool) -> MixtureSizes:
     return MixtureSizes(64, 32, 24, 7, 2) if quick else MixtureSizes(1024, 1024, 1536, 7, 2)
 
 
+PRECISIONS = ("float32", "bfloat16")
+"""Of a side that takes its fastest."""
+
+
+def decode_prompts(config: ModelConfig, rows: int, length: int) -> list[list[int]]:
+    """Rows of random token ids, the same in every process."""
+    length = min(length, config.max_position_embeddings // 2)
+    return np.random.default_rng(2).integers(config.vocab_size, size=(rows, length)).tolist()
+
+
 def decode_model(name: str, quick: bool) -> ModelConfig:
     changes = {**NARROW, "dropout": 0.0} if quick else {"dropout": 0.0}
     return dataclasses.replace(preset(name), **changes)

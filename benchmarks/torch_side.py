@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from benchmarks.sizes import decode_model, train_config, train_labels
+from benchmarks.sizes import decode_model, decode_prompts, train_config, train_labels
 from benchmarks.worker import Contender
 from jaxllm.config import ModelConfig
 from parity_tests.forward import random_weights, torch_model
@@ -107,13 +107,24 @@ def deepseek_steps(quick: bool) -> Prepared:
     return {f"{precision} {experts}": contender(precision, experts) for precision, experts in kinds}, facts
 
 
-def decoding(name: str, prompt: int, new: int, quick: bool) -> Prepared:
-    """Greedy decoding after a prompt, prefill included; the cache holds full keys and values."""
+def decoding(name: str, work: dict[str, list[int]], quick: bool) -> Prepared:
+    """The work of `jax_side.decoding`, with weights in the same precision; and a sum over more than the caches hold."""
     config = decode_model(name, quick)
     model = shared_model(config)
-    ids = [np.random.default_rng(2).integers(config.vocab_size, size=prompt).tolist()]
+    models = {"float32": model, "bfloat16": copy.deepcopy(model).bfloat16()}
 
-    def go() -> None:
-        generate(model, ids, new)
+    def contender(model: CustomLLM, rows: int, prompt: int, new: int) -> Contender:
+        ids = decode_prompts(config, rows, prompt)
 
-    return {"decode": go}, {}
+        def go() -> None:
+            generate(model, ids, new)
+
+        return go
+
+    numbers = torch.ones(2**20 if quick else 2**28)
+
+    def read() -> None:
+        numbers.sum()
+
+    contenders = {f"{key} {p}": contender(model, *sizes) for key, sizes in work.items() for p, model in models.items()}
+    return contenders | {"read": read}, {"read_bytes": numbers.nbytes}
