@@ -90,7 +90,7 @@ def _first_logged_step(scratch: Path, number: int, quick: bool) -> tuple[float, 
     """Seconds until a new run logs its first step, and the load of other programs in that time, in cores."""
     command = [sys.executable, "train.py", "--run-dir", str(scratch / str(number)), "--log-every", "1"]
     if quick:
-        command += _narrow_options(scratch)
+        command += narrow_options(scratch)
     busy, children = busy_seconds(), sum(os.times()[2:4])
     started = time.perf_counter()
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
@@ -104,7 +104,8 @@ def _first_logged_step(scratch: Path, number: int, quick: bool) -> tuple[float, 
     return taken, max(0.0, busy - own) / taken
 
 
-def _narrow_options(scratch: Path) -> list[str]:
+def narrow_options(scratch: Path) -> list[str]:
+    """Options of a run of train.py that takes two steps of a small model on a small text."""
     text = scratch / "text.py"
     text.write_text("".join(f"def function_{i}(x):\n    return x + {i}\n\n" for i in range(2000)))
     model = {**NARROW, "vocab_size": 300}

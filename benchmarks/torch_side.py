@@ -46,15 +46,10 @@ def train_steps(quick: bool, compiled: bool = False) -> Prepared:
     return {precision: contender(precision) for precision in ("float32", "bfloat16")}, facts
 
 
-def deepseek_steps(quick: bool) -> Prepared:
-    """The training step of transformers' DeepSeek-V3, as its Trainer runs it, with the sizes of `train_steps`.
-
-    Both precisions, each with both implementations of the experts in transformers.
-    """
-    config = train_config(quick)
-    m = config.model
+def deepseek_model(m: ModelConfig) -> DeepseekV3ForCausalLM:
+    """transformers' DeepSeek-V3 with the sizes of a config, random weights, in train mode."""
     torch.manual_seed(0)
-    model = DeepseekV3ForCausalLM(
+    return DeepseekV3ForCausalLM(
         DeepseekV3Config(
             vocab_size=m.vocab_size,
             hidden_size=m.hidden_size,
@@ -79,6 +74,16 @@ def deepseek_steps(quick: bool) -> Prepared:
             use_cache=False,
         )
     ).train()
+
+
+def deepseek_steps(quick: bool) -> Prepared:
+    """The training step of transformers' DeepSeek-V3, as its Trainer runs it, with the sizes of `train_steps`.
+
+    Both precisions, each with both implementations of the experts in transformers.
+    """
+    config = train_config(quick)
+    m = config.model
+    model = deepseek_model(m)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.optim.learning_rate, fused=True
     )  # the Trainer's default

@@ -12,9 +12,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from benchmarks.machine import busy_seconds
@@ -40,19 +43,37 @@ class Run(NamedTuple):
 class Worker:
     """The parent's handle, a context manager: construction starts the process, entering waits until it is ready."""
 
-    def __init__(self, prepare: str, **arguments: Any):
-        """Run `prepare` (`module:function`) in a new process; `contenders` and `facts` are set on entering."""
+    def __init__(
+        self,
+        prepare: str,
+        *,
+        environment: Mapping[str, str] = MappingProxyType({}),
+        limit: float | None = None,
+        **arguments: Any,
+    ):
+        """Run `prepare` (`module:function`) in a new process; `contenders` and `facts` are set on entering.
+
+        Args:
+            environment: variables of the process, beside those of this one. Without any, JAX computes on the CPU.
+            limit: seconds after which the process is ended; None: never.
+            arguments: of `prepare`, as JSON.
+        """
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed on exit
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", prepare, json.dumps(arguments)],
             cwd=ROOT,
-            # both frameworks on the CPU, and with the huge pages that train.py uses
-            env={"JAX_PLATFORMS": "cpu", **os.environ, **huge_pages_environment()},
+            # both frameworks on the CPU unless asked for, and with the huge pages that train.py uses
+            env={"JAX_PLATFORMS": "cpu", **os.environ, **huge_pages_environment(), **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
         )
+        self._limit, self._ended = limit, False
+        self._clock = threading.Timer(limit or 0.0, self._end)
+        self._clock.daemon = True
+        if limit is not None:
+            self._clock.start()
         self.facts: dict[str, Any] = {}
         self.contenders: list[str] = []
 
@@ -71,11 +92,21 @@ class Worker:
         seconds = reply.pop("seconds", elapsed)
         return Run(seconds, cpu, max(0.0, busy - cpu) / max(elapsed, 1e-3), reply)
 
+    def _end(self) -> None:
+        self._ended = True
+        self._process.kill()
+
     def _reply(self) -> dict[str, Any]:
         line = self._process.stdout.readline()
         if line:
-            return json.loads(line)
+            reply = json.loads(line)
+            if "failed" in reply:
+                self._process.wait()  # its memory is free then
+                raise Failure(reply["failed"])
+            return reply
         self._process.wait()
+        if self._ended:
+            raise Failure(f"took longer than the {self._limit:.0f} s that it had")
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines() or ["no message"]
         raise Failure(f"process ended with code {self._process.returncode}: {lines[-1]}")
@@ -91,6 +122,7 @@ class Worker:
         return self
 
     def __exit__(self, *_exception) -> None:
+        self._clock.cancel()
         self._process.stdin.close()
         try:
             self._process.wait(timeout=10)
@@ -102,7 +134,10 @@ class Worker:
 
 
 def serve(prepare: str, arguments: dict[str, Any]) -> None:
-    """The child process: writes one line of JSON when ready, then one for each contender named on stdin."""
+    """The child process: writes one line of JSON when ready, then one for each contender named on stdin.
+
+    An error ends it; its type and first line are the last reply, its traceback goes to the log.
+    """
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # output of the frameworks goes to the log
 
@@ -111,14 +146,19 @@ def serve(prepare: str, arguments: dict[str, Any]) -> None:
         replies.flush()
 
     module, function = prepare.split(":")
-    contenders, facts = getattr(importlib.import_module(module), function)(**arguments)
-    reply({**facts, "contenders": list(contenders)})
-    for line in sys.stdin:
-        contender: Contender = contenders[line.strip()]
-        cpu, started = time.process_time(), time.perf_counter()
-        figures = contender() or {}
-        elapsed = time.perf_counter() - started
-        reply({"elapsed": elapsed, "cpu": time.process_time() - cpu, **figures})
+    try:
+        contenders, facts = getattr(importlib.import_module(module), function)(**arguments)
+        reply({**facts, "contenders": list(contenders)})
+        for line in sys.stdin:
+            contender: Contender = contenders[line.strip()]
+            cpu, started = time.process_time(), time.perf_counter()
+            figures = contender() or {}
+            elapsed = time.perf_counter() - started
+            reply({"elapsed": elapsed, "cpu": time.process_time() - cpu, **figures})
+    except Exception as error:
+        traceback.print_exc()
+        reply({"failed": ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])})
+        sys.exit(1)
 
 
 if __name__ == "__main__":

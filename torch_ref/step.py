@@ -42,12 +42,13 @@ def is_hidden_matrix(name: str) -> bool:
 
 
 def make_optimizer(
-    model: CustomLLM, config: RunConfig, blocks: Mapping[str, Blocks] = MappingProxyType({})
+    model: CustomLLM, config: RunConfig, blocks: Mapping[str, Blocks] = MappingProxyType({}), fused: bool | None = None
 ) -> torch.optim.AdamW:
     """AdamW over two groups of parameters, those that decay and those that do not; with Muon, the matrices are a third.
 
     Args:
         blocks: by their names, parameters that join several matrices, which Muon orthogonalizes one by one.
+        fused: whether AdamW is one kernel for all parameters; None: PyTorch's choice. Muon has none.
     """
     optim, named = config.optim, list(model.named_parameters())
     muon = {name: p for name, p in named if optim.optimizer == "muon" and is_hidden_matrix(name)}
@@ -60,7 +61,7 @@ def make_optimizer(
         "lr": optim.learning_rate, "betas": (optim.beta1, optim.beta2), "eps": optim.adam_eps
     }  # fmt: skip
     if optim.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **options)
+        return torch.optim.AdamW(groups, fused=fused, **options)
     matrices = {"params": [*muon.values()], "weight_decay": optim.weight_decay, "momentum": optim.muon_momentum}
     joined = {"blocks": [blocks.get(name) for name in muon]} if blocks else {}
     dtype = torch.bfloat16 if config.precision == "bfloat16" else None

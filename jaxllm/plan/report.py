@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxllm.plan.estimate import Plan, Refused
+from jaxllm.plan.hlo_cost import Product
 from jaxllm.plan.roofline import ACHIEVED_FLOPS, ACHIEVED_INTERCONNECT, ACHIEVED_MEMORY
 from jaxllm.run.throughput import GIB
 
@@ -28,9 +29,9 @@ PART_NAMES = {
 }
 
 
-def kernel_totals(plan: Plan) -> dict[str, dict[str, float]]:
+def kernel_totals(products: Iterable[Product]) -> dict[str, dict[str, float]]:
     """Calls and FLOPs of the kernels that multiply matrices, by kernel; the largest first."""
-    found = _totals("flops", ((product.kernel, product.calls, product.flops) for product in plan.products))
+    found = _totals("flops", ((product.kernel, product.calls, product.flops) for product in products))
     return dict(sorted(found.items(), key=lambda item: -item[1]["flops"]))
 
 
@@ -85,7 +86,7 @@ def print_plan(plan: Plan | Refused, tokens: int, run: str) -> None:
 
 
 def _kernel_rows(plan: Plan) -> Iterable[tuple[str, str, str]]:
-    for kernel, total in kernel_totals(plan).items():
+    for kernel, total in kernel_totals(plan.products).items():
         yield kernel, f"{total['flops'] / 1e12:.3g} TFLOP", f"{total['calls']} calls"
     if not any(product.kind == "attention" for product in plan.products):
         yield "no fused attention", "", "blocks of queries, among the products"
@@ -207,7 +208,7 @@ def plan_as_json(plan: Plan | Refused, tokens: int) -> dict[str, Any]:
         "target": {name: value for name, value in asdict(plan.target).items() if name != "config"},
         "devices": plan.devices,
         "memory": plan.memory | {"peak": plan.peak, "usable": round(plan.usable)},
-        "kernels": kernel_totals(plan),
+        "kernels": kernel_totals(plan.products),
         "flops": {
             "model_full": plan.model_flops("full"),
             "model_causal": plan.model_flops("causal"),
