@@ -4,6 +4,7 @@ python -m benchmarks                          # every row, about twenty minutes 
 python -m benchmarks step-eager experts-dense
 python -m benchmarks --list
 python -m benchmarks --quick                  # small sizes: run the code of every row, without verdicts
+python -m benchmarks gpu                      # one GPU, beside its plan and PyTorch: see its --help
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Annotated
 
 import tyro
 
+from benchmarks.gpu import command as gpu
 from benchmarks.machine import describe_machine
 from benchmarks.report import Findings, draw_report, print_table, write_report
 from benchmarks.rows import ROWS
@@ -76,4 +78,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(gpu.main(sys.argv[2:]) if sys.argv[1:2] == ["gpu"] else main())

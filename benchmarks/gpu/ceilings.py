@@ -1,0 +1,40 @@
+"""What the card reaches at best: a large matrix product, and reading and writing memory."""
+
+from __future__ import annotations
+
+import functools
+
+from benchmarks.gpu.line import Line
+from benchmarks.gpu.session import Session
+from benchmarks.timing import interleave, seconds
+
+
+def ceilings(session: Session) -> list[Line]:
+    """Sets the session's `flops_per_second` and `bytes_per_second`, which later parts are compared with."""
+    with session.jax("gpu.jax_side:ceilings", quick=session.quick) as jax:
+        work = jax.facts["work"]
+        runs = interleave({name: functools.partial(jax.go, name) for name in work}, session.rounds)
+    rates = {name: amount / seconds(runs[name]).median for name, amount in work.items()}
+    session.flops_per_second = rates.pop("product")
+    session.bytes_per_second = max(rates.values())
+    sheet = session.target
+    peak, bandwidth = sheet.peak_tflops["bfloat16"] * 1e12, sheet.memory_gb_per_s * 1e9
+    return [
+        Line(
+            what=f"bfloat16 product of {jax.facts['side']:,}³, random numbers",
+            measured=f"{session.flops_per_second / 1e12:,.4g} TFLOP/s",
+            beside=f"data sheet {peak / 1e12:,.4g}",
+            ratio=session.flops_per_second / peak,
+            figures={"flops_per_second": session.flops_per_second},
+        ),
+        *(
+            Line(
+                what={"copy": "reading and writing an array", "sum": "reading an array"}[name],
+                measured=f"{rate / 1e9:,.4g} GB/s",
+                beside=f"data sheet {bandwidth / 1e9:,.4g}",
+                ratio=rate / bandwidth,
+                figures={"bytes_per_second": rate},
+            )
+            for name, rate in rates.items()
+        ),
+    ]

@@ -1,0 +1,63 @@
+"""Greedy decoding of customllm-1b in bfloat16: the time to the first token, and the tokens after it."""
+
+from __future__ import annotations
+
+import functools
+
+from benchmarks.gpu.line import Line
+from benchmarks.gpu.session import Session
+from benchmarks.gpu.sizes import MODEL, DecodingSizes, decoding_sizes
+from benchmarks.sizes import decode_model
+from benchmarks.timing import Spread, interleave, seconds
+from benchmarks.worker import Failure
+from jaxllm.config import ModelConfig
+from jaxllm.model import flops
+
+
+def decode(session: Session) -> list[Line]:
+    config, sizes = decode_model(MODEL, session.quick), decoding_sizes(session.quick)
+    with session.jax("gpu.jax_side:decoding", quick=session.quick) as jax:
+        runs = interleave({name: functools.partial(jax.go, name) for name in jax.contenders}, session.rounds)
+        facts = jax.facts
+    lines = []
+    for s in sizes:
+        first, whole = (runs[f"{s.batch} {name}"] for name in ("first", "all"))
+        token = Spread.of([(b.seconds - a.seconds) / s.new for a, b in zip(first, whole, strict=True)]).median
+        if token <= 0:
+            raise Failure(
+                f"batch {s.batch}: {s.new} more tokens took no longer than the first: other programs disturb it"
+            )
+        needed = bytes_of_a_token(config, s, facts["weight_bytes"], facts["cache_bytes"])
+        floor = needed / session.bytes_per_second if session.bytes_per_second else None
+        lines += [
+            Line(
+                what=f"first token after {s.prompt:,}, batch {s.batch}",
+                measured=f"{1e3 * seconds(first).median:,.1f} ms",
+                figures={"seconds": seconds(first)._asdict()},
+            ),
+            Line(
+                what=f"{s.new} tokens after it, batch {s.batch}",
+                measured=f"{s.batch / token:,.0f} tokens/s ({1e3 * token:,.2f} ms a step)",
+                beside=f"{needed / 1e9:,.2f} GB to read" + (f": {1e3 * floor:,.2f} ms" if floor else ""),
+                ratio=floor / token if floor else None,
+                figures={"seconds_a_step": token, "bytes_a_step": needed},
+            ),
+        ]
+    return lines
+
+
+def bytes_of_a_token(config: ModelConfig, sizes: DecodingSizes, weight_bytes: float, cache_bytes: float) -> float:
+    """The least that decoding one token of each row reads: every weight that it uses, and the cache of the rows.
+
+    Args:
+        weight_bytes: of one parameter.
+        cache_bytes: of one token of one row, over all layers.
+    """
+    used = flops.parameters(config)
+    experts = min(config.n_routed_experts, sizes.batch * config.num_experts_per_tok)  # of a layer, at most
+    used["routed_experts"] = used["routed_experts"] // config.n_routed_experts * experts
+    if not config.tie_word_embeddings:
+        used["token_embeddings"] = 0  # a row of each table
+    used["position_embeddings"] = 0
+    length = sizes.prompt + sizes.new / 2
+    return sum(used.values()) * weight_bytes + sizes.batch * length * cache_bytes

@@ -1,0 +1,169 @@
+"""`python -m benchmarks gpu`: every part runs on small sizes and reports; the page is made of the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from benchmarks.finding import at_least, at_most
+from benchmarks.gpu import command
+from benchmarks.gpu.command import REPORT, main, measure
+from benchmarks.gpu.decoding import bytes_of_a_token
+from benchmarks.gpu.line import Line
+from benchmarks.gpu.page import PAGE, page
+from benchmarks.gpu.page import main as make_page
+from benchmarks.gpu.parts import PARTS, Part
+from benchmarks.gpu.plans import target_of
+from benchmarks.gpu.session import Session
+from benchmarks.gpu.sizes import DecodingSizes
+from benchmarks.worker import Failure, Worker
+from jaxllm.config import preset
+from jaxllm.model import flops
+from jaxllm.plan.targets import load_target
+
+FEW = ("ceilings", "step-remat", "torch-ref")  # both sides, and what they are compared with
+
+
+def session(seconds: float = 60.0) -> Session:
+    return Session(quick=True, ends=time.monotonic() + seconds, target=load_target("h100"))
+
+
+@pytest.mark.parametrize("parts", [FEW, pytest.param((*PARTS,), marks=pytest.mark.slow)], ids=["few", "all"])
+def test_every_part_runs_and_the_page_shows_it(parts, tmp_path):
+    """In a separate process, as a user starts it; its workers share this session's compilation cache."""
+    file = tmp_path / "gpu.json"
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "gpu", *parts, "--quick", "--out", str(file)],
+        cwd=Path(__file__).parents[1], env=os.environ | cache, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    report = json.loads(file.read_text())
+    assert [part["part"] for part in report["parts"]] == list(parts)
+    missing = {part["part"]: part["not_measured"] for part in report["parts"] if part["not_measured"]}
+    assert not {name for name in missing if PARTS[name].on_gpu}, missing
+    assert all("jax[cuda13]" in reason for reason in missing.values())  # what a plan needs
+    assert done.returncode == bool(missing), done.stdout + done.stderr
+    assert report["device"]["platform"] == "cpu"
+    assert not {"hostname", "node", "path"} & set(report["machine"])
+
+    lines = {part["part"]: part["lines"] for part in report["parts"]}
+    speed, mfu, *_, kernels = lines["step-remat"]
+    assert speed["figures"]["seconds"]["median"] > 0
+    assert mfu["figures"]["full"] > mfu["figures"]["causal"] > 0
+    assert kernels["figures"]["kernels"]["XLA product"]["calls"] > 0
+    ours = speed["figures"]["seconds"]["median"]
+    (theirs,) = lines["torch-ref"]
+    assert theirs["ratio"] == f"{theirs['figures']['seconds']['median'] / ours:.2f}x" or len(parts) > len(FEW)
+
+    assert make_page([str(file), "--out", str(tmp_path / "gpu.md")]) == 0
+    shown = (tmp_path / "gpu.md").read_text()
+    assert "no speed" in shown
+    assert all(f"| {line['what']} | {line['measured']} |" in shown for of_part in lines.values() for line in of_part)
+
+
+def test_the_page_is_made_of_the_report():
+    """Fails if one of them was changed alone: run `python -m benchmarks.gpu.page`."""
+    assert PAGE.read_text() == page(json.loads(REPORT.read_text()))
+
+
+def test_a_part_that_fails_is_a_line_and_the_others_run(tmp_path, monkeypatch, capsys):
+    def fails(session: Session) -> list[Line]:
+        raise ValueError("one\ntwo")
+
+    def works(session: Session) -> list[Line]:
+        return [Line("what", "1 s")]
+
+    monkeypatch.setattr(command, "find_device", lambda session: {"name": "cpu", "memory_gib": None} | DEVICE)
+    monkeypatch.setitem(PARTS, "ceilings", Part("", fails))
+    monkeypatch.setitem(PARTS, "step", Part("", works))
+    file = tmp_path / "gpu.json"
+    assert main(["ceilings", "step", "--quick", "--out", str(file)]) == 1
+    failed, measured = json.loads(file.read_text())["parts"]
+    assert failed["not_measured"] == "ValueError: one"
+    assert [line["measured"] for line in measured["lines"]] == ["1 s"]
+    assert "| not measured: ValueError: one |" in page(json.loads(file.read_text()))
+
+
+DEVICE = {"platform": "cpu", "compute_capability": None, "driver": None, "runtime": ""}
+
+
+def test_nothing_begins_after_the_budget():
+    found = measure("step", session(seconds=-1))
+    assert "budget" in found.not_measured
+    assert not found.lines
+
+
+def test_a_process_that_takes_too_long_is_ended():
+    with pytest.raises(Failure, match="took longer than the 0 s"), Worker("benchmarks.gpu.jax_side:device", limit=0.2):
+        pass
+    with pytest.raises(Failure, match="took longer than the 1 s"):
+        session(seconds=0.5).command("-c", "import time; time.sleep(60)")
+
+
+def test_a_process_that_fails_gives_its_reason():
+    with pytest.raises(Failure, match=r"TypeError: .*'nothing'"), Worker("benchmarks.gpu.jax_side:device", nothing=1):
+        pass
+    with pytest.raises(Failure, match="ended with code 1: ZeroDivisionError"):
+        session().command("-c", "1 / 0")
+
+
+def test_without_a_gpu_one_line_says_so(capsys):
+    assert main(["ceilings"]) == 2
+    error = capsys.readouterr().err
+    assert "there is no GPU" in error
+    assert "--quick" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["speed"], "parts has 'speed'"), (["--budget", "0"], "budget is 0"), (["--out", "/"], "it is a folder")],
+)
+def test_bad_input_is_refused_in_one_line(arguments, message, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "target"),
+    [
+        ("NVIDIA H100 80GB HBM3", 72.8, "h100"),
+        ("NVIDIA H200", 128.0, "h200"),
+        ("NVIDIA A100-SXM4-40GB", 36.0, "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", 73.0, "a100-80"),
+        ("NVIDIA GeForce RTX 4090", 21.6, "rtx4090"),
+        ("NVIDIA L4", 20.0, "l4"),
+        ("NVIDIA L40S", 44.0, None),
+        ("cpu", 0.0, None),
+    ],
+)
+def test_a_card_has_its_data_sheet(name, memory, target):
+    assert target_of(name, memory) == (target and load_target(target))
+
+
+def test_decoding_reads_the_weights_that_its_tokens_use():
+    config = preset("customllm-1b")
+    active = sum(flops.active_parameters(config).values())
+    tables = (config.vocab_size + config.max_position_embeddings) * config.hidden_size
+    one = bytes_of_a_token(config, DecodingSizes(batch=1, prompt=10, new=0), weight_bytes=2, cache_bytes=100)
+    assert one == 2 * (active - tables) + 10 * 100
+    many = bytes_of_a_token(config, DecodingSizes(batch=64, prompt=10, new=4), weight_bytes=2, cache_bytes=100)
+    assert many == 2 * (sum(flops.parameters(config).values()) - tables) + 64 * 12 * 100
+
+
+def test_a_goal_is_about_the_ratio_or_another_number():
+    assert Line("", "", ratio=1.0, goal=at_least(2.0)).verdict == ">= 2: 0.50 of it"
+    assert Line("", "", ratio=1.0, goal=at_most(2.0), judged=3.0).verdict == "<= 2: 0.67 of it"
+    assert Line("", "", goal=at_most(2.0)).verdict == ""
