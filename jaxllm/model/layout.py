@@ -89,7 +89,7 @@ class Layout:
     def checkpoint(self, body: Callable, remat: bool) -> Callable:
         """A layer's function of which the backward pass recomputes everything (`remat`), or else only the gathering."""
         if remat or self.fsdp > 1:
-            return jax.checkpoint(body, policy=None if remat else _is_not_gathered)
+            return jax.checkpoint(body, prevent_cse=False, policy=None if remat else _is_not_gathered)
         return body
 
     def parameter_spec(self, axes: tuple[str, ...]) -> PartitionSpec:
