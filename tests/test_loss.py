@@ -35,6 +35,22 @@ def test_equals_the_plain_formula_with_gradients(rows, monkeypatch):
             np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13)
 
 
+def test_a_gpu_s_form_computes_the_same():
+    """Larger chunks, and no scatter: the same numbers, as far as chunks are added in another order."""
+    keys = jax.random.split(jax.random.key(2), 3)
+    hidden = jax.random.normal(keys[0], (50, 8), jnp.bfloat16)
+    weight, bias = jax.random.normal(keys[1], (8, 30)), jnp.ones(30)
+    targets = jax.random.randint(keys[2], (50,), 0, 30).at[::5].set(loss.IGNORED)
+    arguments = (hidden, weight, bias, targets)
+    scattered, selected, larger = (
+        loss._scan_chunks(*arguments, with_grads=True, chunk_rows=rows, in_place=in_place)
+        for rows, in_place in ((16, True), (16, False), (32, False))
+    )
+    for a, b, c in zip(*map(jax.tree.leaves, (scattered, selected, larger)), strict=True):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_allclose(np.asarray(b, np.float32), np.asarray(c, np.float32), rtol=1e-5, atol=1e-5)
+
+
 def test_large_logits_overflow_nothing():
     """Of 1e4 and more: exp() of one alone is infinite."""
     hidden = jnp.asarray([[1e4, 0.0], [0.0, 1e4], [-1e4, 1e4], [1e4, 1e4]])

@@ -15,6 +15,9 @@ IGNORED = -100
 CHUNK_ROWS = 1024
 """Tokens of one chunk: enough to amortise reading lm_head, few enough that 49,152 logits of each take 192 MiB."""
 
+GPU_CHUNK_ROWS = 4096
+"""On an NVIDIA GPU: each chunk also reads and writes the head's gradient, and memory is the limit there."""
+
 
 def next_token_targets(labels: Array) -> Array:
     """Shift labels, once: position t is scored on label t+1, the last position on nothing. (B,T) -> (B,T)."""
@@ -33,11 +36,11 @@ def summed_cross_entropy(hidden: Array, weight: Array, bias: Array | None, targe
     hidden (N,D) in the compute dtype, the head's float32 masters (D,V) and (V,) or None, targets (N,) int -> a float32
     scalar (float64 in a float64 model).
     """
-    return _scan_chunks(hidden, weight, bias, targets, with_grads=False)[0]
+    return _in_chunks(hidden, weight, bias, targets, with_grads=False)[0]
 
 
 def _forward(hidden: Array, weight: Array, bias: Array | None, targets: Array):
-    return _scan_chunks(hidden, weight, bias, targets, with_grads=True)
+    return _in_chunks(hidden, weight, bias, targets, with_grads=True)
 
 
 def _backward(grads, d_loss: Array):
@@ -49,17 +52,33 @@ def _backward(grads, d_loss: Array):
 summed_cross_entropy.defvjp(_forward, _backward)
 
 
-def _scan_chunks(
+def _in_chunks(
     hidden: Array, weight: Array, bias: Array | None, targets: Array, *, with_grads: bool
+) -> tuple[Array, Any]:
+    """`_scan_chunks` as the platform needs it that the program is compiled for."""
+    usual = functools.partial(_scan_chunks, with_grads=with_grads, chunk_rows=CHUNK_ROWS, in_place=True)
+    on_gpu = functools.partial(_scan_chunks, with_grads=with_grads, chunk_rows=GPU_CHUNK_ROWS, in_place=False)
+    return jax.lax.platform_dependent(hidden, weight, bias, targets, cuda=on_gpu, default=usual)
+
+
+def _scan_chunks(
+    hidden: Array,
+    weight: Array,
+    bias: Array | None,
+    targets: Array,
+    *,
+    with_grads: bool,
+    chunk_rows: int,
+    in_place: bool,
 ) -> tuple[Array, Any]:
     """The loss, and its gradients while a chunk's logits are in memory: the backward pass only scales them."""
     N, D = hidden.shape
-    rows = min(N, CHUNK_ROWS)
+    rows = min(N, chunk_rows)
     chunks = -(-N // rows)
     hidden_chunks = jnp.pad(hidden, ((0, chunks * rows - N), (0, 0))).reshape(chunks, rows, D)
     target_chunks = jnp.pad(targets, (0, chunks * rows - N), constant_values=IGNORED).reshape(chunks, rows)
     compute_weight = weight.astype(hidden.dtype)
-    chunk = functools.partial(_chunk, compute_weight, bias, with_grads)
+    chunk = functools.partial(_chunk, compute_weight, bias, with_grads, in_place)
 
     zero = jnp.zeros((), weight.dtype)
     if not with_grads:
@@ -77,8 +96,14 @@ def _scan_chunks(
     return loss, (d_hidden.reshape(-1, D)[:N], d_weight, d_bias)
 
 
-def _chunk(weight: Array, bias: Array | None, with_grads: bool, hidden: Array, targets: Array) -> tuple[Any, ...]:
-    """One chunk: weight (D,V) in the compute dtype, hidden (rows,D), targets (rows,)."""
+def _chunk(
+    weight: Array, bias: Array | None, with_grads: bool, in_place: bool, hidden: Array, targets: Array
+) -> tuple[Any, ...]:
+    """One chunk: weight (D,V) in the compute dtype, hidden (rows,D), targets (rows,).
+
+    `in_place`: subtract at the targets by a scatter, and not everywhere. It saves a pass over (rows,V) on a CPU; on a
+    GPU it costs two, because what it changes must lie in memory.
+    """
     acc_dtype = at_least_float32(weight.dtype)
     logits = matmul(hidden, weight, acc_dtype)  # (rows,V)
     if bias is not None:
@@ -95,8 +120,11 @@ def _chunk(weight: Array, bias: Array | None, with_grads: bool, hidden: Array, t
     if not with_grads:
         return loss, None, None, None
     # (rows,V): p - 1 at the target and p elsewhere, times the sum. Dividing (rows, D) on either side of the products by
-    # it saves a pass over (rows, V), and so does adding in place instead of a one-hot.
-    unscaled = exps.at[jnp.arange(safe.size), safe].add(-total, unique_indices=True, indices_are_sorted=True)
+    # it saves a pass over (rows, V).
+    if in_place:
+        unscaled = exps.at[jnp.arange(safe.size), safe].add(-total, unique_indices=True, indices_are_sorted=True)
+    else:
+        unscaled = exps - jnp.where(jnp.arange(exps.shape[-1]) == safe[:, None], total[:, None], 0)
     scale = jnp.where(scored, 1 / total, 0)
     narrow = unscaled.astype(hidden.dtype)
     d_hidden = matmul(narrow, weight.T) * scale[:, None]
