@@ -44,9 +44,13 @@ def expert_ffn_of_stack(
 
 def _products(grouped: ModuleType, rows: Array, gate: Array, up: Array, down: Array, group_sizes: Array, offset):
     gate_up = grouped.grouped_matmul(_pad(grouped, rows), (gate, up), group_sizes, offset)  # (M,2F) and padding
-    g, u = jnp.split(gate_up, 2, axis=-1)
-    out = grouped.grouped_matmul(jax.nn.silu(g) * u, (down,), group_sizes, offset)
+    out = grouped.grouped_matmul(_swiglu(gate_up), (down,), group_sizes, offset)
     return out[: rows.shape[0]], gate_up
+
+
+def _swiglu(gate_up: Array) -> Array:  # (M,2F) -> (M,F)
+    g, u = jnp.split(gate_up, 2, axis=-1)
+    return jax.nn.silu(g) * u
 
 
 def _forward(grouped: ModuleType, rows: Array, gate: Array, up: Array, down: Array, group_sizes: Array):
@@ -62,7 +66,7 @@ def _backward(grouped: ModuleType, saved: tuple[Array, ...], d_out: Array) -> tu
     g, u = jnp.split(gate_up.astype(acc_dtype), 2, axis=-1)
     sigmoid = jax.nn.sigmoid(g)
     gated = g * sigmoid
-    h = (gated * u).astype(rows.dtype)
+    h = _swiglu(gate_up)  # as in the forward pass, so that a layer that is recomputed has one of them in memory
     d_gate_up = jnp.concatenate([d_h * u * (sigmoid + gated * (1 - sigmoid)), d_h * gated], axis=-1).astype(rows.dtype)
     d_rows = grouped.grouped_matmul_transposed(d_gate_up, (gate, up), group_sizes)[: rows.shape[0]]
     d_gate, d_up = grouped.weight_gradients(x, d_gate_up, group_sizes, parts=2)
