@@ -89,6 +89,7 @@ class Layout:
     def checkpoint(self, body: Callable, remat: bool) -> Callable:
         """A layer's function of which the backward pass recomputes everything (`remat`), or else only the gathering."""
         if remat or self.fsdp > 1:
+            # the layers run in a scan, across whose two loops XLA merges nothing
             return jax.checkpoint(body, prevent_cse=False, policy=None if remat else _is_not_gathered)
         return body
 
