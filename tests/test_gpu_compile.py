@@ -71,7 +71,7 @@ def text(compiled) -> str:
 
 
 def test_attention_is_cudnn_forward_and_backward(text):
-    assert text.count('custom_call_target="__cudnn$fmhaSoftmax"') == 2  # forward, and again in the backward pass
+    assert text.count('custom_call_target="__cudnn$fmhaSoftmax"') == 1  # its result is kept for the backward pass
     assert text.count('custom_call_target="__cudnn$fmhaSoftmaxBackward"') == 1
     H, T = MODEL.num_attention_heads, CONFIG.data.seq_len
     assert not re.search(rf"\[(\d+,)*{H},{T},{T}\]", text)
@@ -93,10 +93,11 @@ def test_the_program_has_the_products_of_the_model_and_no_more(text):
     tokens, H, k = CONFIG.data.batch_size * CONFIG.data.seq_len, MODEL.num_attention_heads, MODEL.num_experts_per_tok
     n = MODEL.nope_head_dim
     attention = D * R * 2 + R * H * n * 2 + R * D + D * H * n + R * H * n + D * D
-    layer = attention + D * E + 3 * D * F * (k + MODEL.n_shared_experts)
-    # Two forward passes (one is the recomputation) and two products for each in the backward pass; lm_head's forward
-    # pass makes its gradients on the way. Neither side counts the attention scores, which cuDNN computes.
-    wanted = 2 * tokens * (4 * MODEL.num_hidden_layers * layer + 3 * D * MODEL.vocab_size)
+    others, routed = attention + D * E + 3 * D * F * MODEL.n_shared_experts, 3 * D * F * k
+    # Two forward passes (one is the recomputation, without the routed experts) and two products for each in the
+    # backward pass; lm_head's forward pass makes its gradients on the way. Neither side counts the attention scores,
+    # which cuDNN computes.
+    wanted = 2 * tokens * (MODEL.num_hidden_layers * (4 * others + 3 * routed) + 3 * D * MODEL.vocab_size)
     made = sum(product.flops for product in products)
     print(f"compiled {made:.4g} FLOPs, model {wanted:.4g}: {made / wanted:.3f}")
     assert 0.97 * wanted <= made <= 1.15 * wanted
@@ -108,12 +109,12 @@ def test_it_fits_an_h100(compiled):
     temporaries = memory.temp_size_in_bytes / 2**30
     print(f"{state:.2f} GiB of state, {temporaries:.2f} GiB of temporaries")
     assert state == pytest.approx(12.0, abs=0.1)  # float32 parameters and two moments
-    assert temporaries < 8
+    assert temporaries < 13
 
 
-TRAFFIC = 300.0
-"""GB of a step with remat: measured 298.5. It was 327.7 with chunks of 1,024 rows and a scatter in the loss, barriers
-around each layer's recomputation, and a second product of SwiGLU in it."""
+TRAFFIC = 309.0
+"""GB of a step with remat: measured 307.5. It was 327.7 with chunks of 1,024 rows and a scatter in the loss, barriers
+around each layer's recomputation, a second product of SwiGLU in it, and the kernels' results recomputed."""
 
 TRAFFIC_WITHOUT_REMAT = 381.0
 """GB: measured 379.3, and 396.7 before."""

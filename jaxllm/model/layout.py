@@ -27,6 +27,14 @@ def _is_not_gathered(primitive, *_, **__) -> bool:
     return primitive.name not in ("all_gather", "convert_element_type")
 
 
+GPU_KERNELS = ("pallas_call", "dot_product_attention_fwd_wrapper")
+"""JAX's primitives of the grouped products and of cuDNN's attention; a program for another device has none of them."""
+
+
+def _is_of_gpu_kernel(primitive, *_, **__) -> bool:
+    return primitive.name in GPU_KERNELS
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How many devices there are along each axis, and the mesh they form."""
@@ -87,10 +95,14 @@ class Layout:
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def checkpoint(self, body: Callable, remat: bool) -> Callable:
-        """A layer's function of which the backward pass recomputes everything (`remat`), or else only the gathering."""
+        """A layer's function of which the backward pass recomputes nearly everything (`remat`), or only the gathering.
+
+        With `remat` it keeps what a GPU's own kernels made: they cost the most to run again, and their results are a
+        sixth of what a layer keeps without.
+        """
         if remat or self.fsdp > 1:
             # the layers run in a scan, across whose two loops XLA merges nothing
-            return jax.checkpoint(body, prevent_cse=False, policy=None if remat else _is_not_gathered)
+            return jax.checkpoint(body, prevent_cse=False, policy=_is_of_gpu_kernel if remat else _is_not_gathered)
         return body
 
     def parameter_spec(self, axes: tuple[str, ...]) -> PartitionSpec:
