@@ -84,6 +84,7 @@ def train_steps(quick: bool, remat: bool) -> Prepared:
     memory = compiled.memory_analysis()
     held = [jax.jit(init_state, static_argnums=0)(config)]
     labels = jnp.asarray(train_labels(config))
+    held[0], first = compiled(held[0], labels)
     steps = steps_in_a_round(quick)
 
     def go() -> dict[str, float]:
@@ -95,6 +96,7 @@ def train_steps(quick: bool, remat: bool) -> Prepared:
         return figures if peak is None else figures | {"peak": peak}
 
     facts = {
+        "first_loss": float(first.loss),
         "compile_seconds": compile_seconds,
         "chosen": describe_kernels(config.model, jnp.dtype(config.precision)),
         "kernels": kernel_totals(matrix_products(read_program(compiled.as_text()))),

@@ -80,7 +80,7 @@ def rows_that_fit(config: TrainConfig, device: torch.device) -> int:
     rows = config.data.batch_size
     if device.type != "cuda":
         return rows
-    m, free = config.model, torch.cuda.mem_get_info(device)[0] - RESERVED
+    m, free = config.model, torch.cuda.mem_get_info()[0] - RESERVED
     row = m.num_hidden_layers * m.num_attention_heads * config.data.seq_len**2 * (4 + 2)
     while rows > 1 and rows * row > free / 2:  # the other half: logits, experts, what the backward pass adds
         rows //= 2
