@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import export
 
 from jaxllm import PRESETS, CustomLLM, ModelConfig
 from jaxllm.model.decoder import abstract_model, count_parameters, split_model
@@ -177,3 +178,41 @@ def test_a_copy_computes_the_same_and_is_apart(made):
     np.testing.assert_array_equal(other(tokens(9)), wanted)
     other.lm_head.weight[...] = jnp.zeros_like(other.lm_head.weight[...])
     np.testing.assert_array_equal(model(tokens(9)), wanted)
+
+
+def test_tabulate_reads_every_layer():
+    model = small_model()
+    table = nnx.tabulate(model, tokens(9), console_kwargs={"width": 400})
+    for path in ("decoder_layers/self_attn/o_proj", "decoder_layers/mlp/routed_experts/grouped"):
+        assert path in table
+    counted = count_parameters(split_model(model)[1]) + SMALL.num_hidden_layers * SMALL.n_routed_experts
+    assert f"Total Parameters: {counted:,}" in table  # it counts the routing bias too
+    assert bool(jnp.isfinite(model(tokens(9))).all())
+
+
+def exported(*constraints: str, platform: str | None = None) -> export.Exported:
+    """A model for any batch and time."""
+    # Triton's tiles need a multiple of 16
+    config = dataclasses.replace(SMALL, moe_intermediate_size=32)
+    graph, *state = split_model(CustomLLM(config, rngs=nnx.Rngs(0), platform=platform))
+    ids = jax.ShapeDtypeStruct(export.symbolic_shape("b, t", constraints=constraints), jnp.int32)
+    return export.export(jax.jit(lambda state, *args: nnx.merge(graph, *state)(*args)))(state, ids, ids)
+
+
+def test_the_exported_program_runs_for_any_batch_and_time():
+    model = small_model(moe_intermediate_size=32)
+    program = exported(f"t <= {SMALL.max_position_embeddings}")
+    for batch, length in ((1, 1), (3, 9), (2, SMALL.max_position_embeddings)):
+        mask = (jnp.arange(length) >= jnp.arange(batch)[:, None]).astype(jnp.int32)
+        logits = program.call([*split_model(model)[1:]], tokens(length, batch), mask)
+        np.testing.assert_allclose(logits, model(tokens(length, batch), mask), atol=1e-5)
+
+
+def test_an_export_without_a_limit_of_time_is_refused():
+    with pytest.raises(ValueError, match=r"constraints=\['t <= 64'\]"):
+        exported()
+
+
+def test_an_export_of_the_triton_kernels_is_refused():
+    with pytest.raises(ValueError, match="platform='any'"):
+        exported(f"t <= {SMALL.max_position_embeddings}", platform="cuda")

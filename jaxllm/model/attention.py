@@ -23,6 +23,11 @@ class Latents(NamedTuple):
     k_rope: Array  # (..., B,S,G,r), already rotated
 
 
+class Attended(NamedTuple):
+    output: Array  # (B,T,D)
+    latents: Latents  # to cache
+
+
 class MultiHeadLatentAttention(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, platform: str | None = None):
         self.config, self.dtype = config, dtype
@@ -62,8 +67,8 @@ class MultiHeadLatentAttention(nnx.Module):
             latent = self.q_norm(latent)
         return self._heads(self.q_proj_u(latent)), self.rotary_emb(self._heads(self.rope_q(latent)), positions)
 
-    def __call__(self, x: Array, positions: Array, attention_mask: Array | None) -> tuple[Array, Latents]:
-        """Attend within x: (B,T,D), positions (B|1,T), mask (B,T) or None -> (B,T,D) and the latents to cache."""
+    def __call__(self, x: Array, positions: Array, attention_mask: Array | None) -> Attended:
+        """Attend within x: (B,T,D), positions (B|1,T), mask (B,T) or None."""
         latents = self.latents(x, positions)
         q_nope, q_rope = self.queries(x, positions)
         q = jnp.concatenate([q_nope, q_rope], axis=-1)  # (B,T,H,n+r)
@@ -71,7 +76,7 @@ class MultiHeadLatentAttention(nnx.Module):
         k = jnp.concatenate([self._heads(self.k_proj_u(latents.kv)), k_rope], axis=-1)
         v = self._heads(self.v_proj_u(latents.kv))
         context = self.kernels.attention(q, k, v, attention_mask, self.config.softmax_scale)  # (B,T,H,v)
-        return self.o_proj(context.reshape(*x.shape[:2], -1)), latents
+        return Attended(self.o_proj(context.reshape(*x.shape[:2], -1)), latents)
 
     def attend_latents(self, x: Array, positions: Array, cache: Latents, mask: Array) -> Array:
         """Attend to cached latents without expanding them: (B,T,D), cache of (B,S,...), mask (B,1,T,S) -> (B,T,D)."""

@@ -13,13 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jax.errors import InconclusiveDimensionOperation
+from jax.export import is_symbolic_dim
 
 from jaxllm.config import ModelConfig
 from jaxllm.model.attention import Latents, MultiHeadLatentAttention
 from jaxllm.model.dtypes import Array, Pytree, at_least_float32
 from jaxllm.model.layers import CustomRMSNorm, Embedding, Linear, RoutingBias, parameter_facts, stack
 from jaxllm.model.layout import ONE_DEVICE, Layout
-from jaxllm.model.moe import DeepSeekExpertLayer, DeepSeekMoE, Routing, balance_loss, tokens_per_expert, z_loss
+from jaxllm.model.moe import DeepSeekExpertLayer, DeepSeekMoE, Mixture, Routing, balance_loss, tokens_per_expert, z_loss
 
 STACKS = ("dense_layers", "decoder_layers")
 """The attributes of a model that are stacks of layers, in their order; a stack without layers is None."""
@@ -50,6 +52,11 @@ class LayerAux(NamedTuple):
     trace: LayerTrace | None  # (L,...), to compare
 
 
+class HiddenStates(NamedTuple):
+    last: Array  # (B,T,D), before any final norm
+    aux: LayerAux
+
+
 class DecoderLayer(nnx.Module):
     """Attention and a feed-forward network: experts, or with `dense` a single one."""
 
@@ -78,10 +85,10 @@ class DecoderLayer(nnx.Module):
 
     def feed_forward(
         self, x: Array, experts: Array | None = None, layout: Layout = ONE_DEVICE, offset: Array | None = None
-    ) -> tuple[Array, Routing | None]:  # arguments as in DeepSeekMoE
+    ) -> Mixture:  # arguments as in DeepSeekMoE
         if isinstance(self.mlp, DeepSeekMoE):
             return self.mlp(x, experts, layout, offset)
-        return self.mlp(x), None
+        return Mixture(self.mlp(x), None)
 
     def decode(self, x: Array, positions: Array, cache: Latents, layer: Array, offset: Array) -> tuple[Array, Latents]:
         """One token of each row on the cache of all layers (L,B,S,...): (B,1,D), positions (B,1) -> (B,1,D), cache.
@@ -152,7 +159,7 @@ class CustomLLM(nnx.Module):
             rngs: the `dropout` stream in training; None: no dropout.
         """
         keys = None if rngs is None else jax.random.split(rngs.dropout(), input_ids.shape[0])
-        return self.logits(self.hidden_states(input_ids, attention_mask, dropout_keys=keys)[0])
+        return self.logits(self.hidden_states(input_ids, attention_mask, dropout_keys=keys).last)
 
     def hidden_states(
         self,
@@ -164,8 +171,8 @@ class CustomLLM(nnx.Module):
         keep_latents: bool = False,
         keep_trace: bool = False,
         layout: Layout = ONE_DEVICE,
-    ) -> tuple[Array, LayerAux]:
-        """Everything before `lm_head`: (B,T) -> (B,T,D) and the layers' auxiliary outputs.
+    ) -> HiddenStates:
+        """Everything before the final norm and `lm_head`.
 
         Args:
             input_ids, attention_mask: as in `__call__`.
@@ -208,7 +215,7 @@ class CustomLLM(nnx.Module):
             if layers is not None:
                 x, record = run(layers, x, forced)
                 records.append(record)
-        return x, _joined(records, self.config.n_routed_experts)
+        return HiddenStates(x, _joined(records, self.config.n_routed_experts))
 
     def decode(self, token: Array, positions: Array, cache: Latents) -> tuple[Array, Latents]:
         """Logits after one more token of each row: (B,1), (B,1), cache (L,B,S,...) -> (B,1,V) and the cache."""
@@ -273,9 +280,15 @@ def check_inputs(config: ModelConfig, input_ids: Array, attention_mask: Array | 
         ValueError: the model has no row for a token or a position, or the shapes do not fit.
     """
     shape, limit, V = jnp.shape(input_ids), config.max_position_embeddings, config.vocab_size
-    if len(shape) != 2 or not all(isinstance(size, int) for size in shape):
+    if len(shape) != 2 or not all(isinstance(size, int) or is_symbolic_dim(size) for size in shape):
         raise ValueError(f"input_ids has the shape {shape}: it must be (batch, time), two numbers")
-    if shape[1] > limit:
+    try:
+        too_long = shape[1] > limit
+    except InconclusiveDimensionOperation:
+        raise ValueError(
+            f"input_ids has {shape[1]} tokens in a row: for jax.export, declare constraints=['{shape[1]} <= {limit}']"
+        ) from None
+    if too_long:
         raise ValueError(f"input_ids has {shape[1]} tokens in a row: max_position_embeddings = {limit} is the most")
     if attention_mask is not None and jnp.shape(attention_mask) != shape:
         raise ValueError(

@@ -32,6 +32,11 @@ class Routing(NamedTuple):
     logits: Array  # (N,E)
 
 
+class Mixture(NamedTuple):
+    output: Array  # (B,T,D), shared and routed experts summed
+    routing: Routing | None  # of the N tokens; None: a dense layer
+
+
 class Dispatch(NamedTuple):
     order: Array  # (M,): row i of the sorted rows is slot order[i] of the (N,k) slots, flattened
     inverse: Array  # (M,): slot j is in row inverse[j]
@@ -199,8 +204,8 @@ class DeepSeekMoE(nnx.Module):
 
     def __call__(
         self, x: Array, experts: Array | None = None, layout: Layout = ONE_DEVICE, offset: Array | None = None
-    ) -> tuple[Array, Routing]:
-        """(B,T,D) -> (B,T,D) and the routing of its N tokens.
+    ) -> Mixture:
+        """Shared experts for every token and k routed ones: x (B,T,D).
 
         Args:
             experts: (B, T, k) experts to use instead of the router's choice.
@@ -220,7 +225,7 @@ class DeepSeekMoE(nnx.Module):
             plan = plan_dispatch(routing.experts, self.config.n_routed_experts)
             rows = self.routed_experts.grouped(dispatch(tokens, plan), plan.group_sizes, offset)
             mixed = combine(rows, routing.gates, plan)
-        return (self.shared_experts.summed(tokens) + mixed).reshape(x.shape), routing
+        return Mixture((self.shared_experts.summed(tokens) + mixed).reshape(x.shape), routing)
 
 
 def expert_parallel_ffn(

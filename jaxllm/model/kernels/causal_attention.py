@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
 from jaxllm.model.dtypes import Array, at_least_float32
 
@@ -32,10 +33,12 @@ def blocked_attention(q: Array, k: Array, v: Array, attention_mask: Array | None
     scores -> (B,T,H,v). The backward pass keeps q, k and v, and recomputes each block's weights.
     """
     length = q.shape[1]
-    block = min(BLOCK_QUERIES, length)
-    span = block * -(-length // (block * MAX_SPANS))
     # heads before time: the products are batched over B,H
     q, k, v = (a.swapaxes(1, 2) for a in (q * scale, k, v))
+    if is_symbolic_dim(length):  # in jax.export, which cannot count blocks
+        return _attend(length, k, v, attention_mask, jnp.int32(0), q).swapaxes(1, 2)
+    block = min(BLOCK_QUERIES, length)
+    span = block * -(-length // (block * MAX_SPANS))
     q = jnp.pad(q, ((0, 0), (0, 0), (0, -length % block), (0, 0)))  # queries after the last are discarded
     spans = []
     for start in range(0, length, span):
@@ -61,7 +64,7 @@ def _attend(end: int, k: Array, v: Array, attention_mask: Array | None, start: A
 
 
 def cudnn_attention(q: Array, k: Array, v: Array, attention_mask: Array | None, scale: float) -> Array:
-    """`blocked_attention` by cuDNN's fused kernel, where it can: no padding, an even length."""
-    if attention_mask is not None or q.shape[1] % 2:
+    """`blocked_attention` by cuDNN's fused kernel, where it can: no padding, an even length, known to be so."""
+    if attention_mask is not None or is_symbolic_dim(q.shape[1]) or q.shape[1] % 2:
         return blocked_attention(q, k, v, attention_mask, scale)
     return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
 from jaxllm.model.dtypes import Array, at_least_float32
 from jaxllm.model.kernels.matmul import matmul
@@ -32,6 +33,8 @@ def block_sizes(rows: int) -> tuple[int, ...]:
 
 def padding(most_rows: int) -> int:
     """Rows of padding after the last group: its block may extend beyond it, and a slice must not be shifted back."""
+    if is_symbolic_dim(most_rows):  # in jax.export: enough for blocks of every size
+        return BLOCK_ROWS[-1]
     sizes = (0, 1, 2, 4, 8, *BLOCK_ROWS)
     return max(size - smaller for smaller, size in itertools.pairwise(sizes) if smaller < most_rows)
 

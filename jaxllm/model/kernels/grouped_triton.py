@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jax.export import is_symbolic_dim
 
 from jaxllm.model.dtypes import Array
 
@@ -69,6 +70,8 @@ class _Tiles(NamedTuple):
 
 
 def _lay_out(most_rows: int, group_sizes: Array) -> _Tiles:
+    if is_symbolic_dim(most_rows):
+        raise ValueError("Triton's grid needs numbers for batch and time: export a CustomLLM(..., platform='any')")
     E = group_sizes.shape[0]
     tiles = (group_sizes + TILE - 1) // TILE
     ends, last_tiles = jnp.cumsum(group_sizes), jnp.cumsum(tiles)
