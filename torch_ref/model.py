@@ -50,6 +50,29 @@ AUTO_CLASSES = {
     "AutoModelForTokenClassification": "CustomLLMForTokenClassification",
 }
 PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}  # repeat what position_ids say
+# Tensor parallel: a device has some of the heads and a part of every expert. The router, the position table and the two
+# projections to the latents are whole on each. A pipeline plan is left out: transformers splits models whose modules are
+# called `layers`, `embed_tokens` and `norm`, and its later stages would add the positions again.
+TP_PLAN = {
+    "token_embeddings": "embedding_rowwise",
+    "decoder_layers.*.self_attn.k_proj_u": "colwise",
+    "decoder_layers.*.self_attn.v_proj_u": "colwise",
+    "decoder_layers.*.self_attn.q_proj_u": "colwise",
+    "decoder_layers.*.self_attn.rope_k": "colwise",
+    "decoder_layers.*.self_attn.rope_q": "colwise",
+    "decoder_layers.*.self_attn.o_proj": "rowwise",
+    "decoder_layers.*.mlp.shared_experts.*.gate_proj": "colwise",
+    "decoder_layers.*.mlp.shared_experts.*.up_proj": "colwise",
+    "decoder_layers.*.mlp.shared_experts.*.down_proj": "rowwise",
+    "decoder_layers.*.mlp.routed_experts.*.gate_proj": "colwise",
+    "decoder_layers.*.mlp.routed_experts.*.up_proj": "colwise",
+    "decoder_layers.*.mlp.routed_experts.*.down_proj": "rowwise",
+}
+FSDP_PLAN = {
+    "token_embeddings": "free_full_weight",
+    "position_embeddings": "free_full_weight",
+    "decoder_layers.*": "free_full_weight",
+}
 COUNTS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "moe_intermediate_size",
     "compression_ratio", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "max_position_embeddings",
@@ -64,6 +87,8 @@ class CustomLLMConfig(PretrainedConfig):
 
     model_type = "customllm"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]  # the Trainer adds a list to it
+    base_model_tp_plan: ClassVar[dict[str, str]] = TP_PLAN
+    base_model_fsdp_plan: ClassVar[dict[str, str]] = FSDP_PLAN
 
     vocab_size: int = 49152
     hidden_size: int = 1024
@@ -431,8 +456,13 @@ def next_token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | No
         num_items: the number of targets to divide by, counted by the Trainer over all accumulated micro-batches;
             None: that of these labels.
     """
-    targets = labels[:, 1:].flatten().to(logits.device)
-    total = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
+    return aligned_loss(logits[:, :-1], labels[:, 1:], num_items)
+
+
+def aligned_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+    """As `next_token_loss`, but position t is scored on target t."""
+    targets = targets.flatten().to(logits.device)
+    total = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
     if num_items is None:
         num_items = (targets != IGNORED).sum().clamp(min=1)
     return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
@@ -648,6 +678,8 @@ class CustomLLM(CustomLLMModel, GenerationMixin):
     """
 
     accepts_loss_kwargs = True  # for the Trainer: the loss uses num_items_in_batch
+    _tp_plan: ClassVar = TP_PLAN | {"lm_head": "colwise_gather_output"}
+    _fsdp_plan: ClassVar = FSDP_PLAN | {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: Any):
         super().__init__(config)
@@ -676,6 +708,7 @@ class CustomLLM(CustomLLMModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
         **kwargs,
     ) -> CustomLLMOutput:
         """Logits of the next token.
@@ -683,6 +716,7 @@ class CustomLLM(CustomLLMModel, GenerationMixin):
         Args:
             labels: (B, T), not shifted: the model shifts them. -100 is ignored.
             num_items_in_batch: the number of targets to divide the summed loss by; None: that of `labels`.
+            shift_labels: (B, T), in place of `labels`: already shifted, as where a sequence is cut among devices.
             others: as in `CustomLLMModel.run_layers`.
 
         Returns:
@@ -693,7 +727,11 @@ class CustomLLM(CustomLLMModel, GenerationMixin):
         )
         logits = self.lm_head(out.last_hidden_state)
         logits = logits.to(at_least_float32(logits.dtype))
-        loss = None if labels is None else next_token_loss(logits, labels, num_items_in_batch)
+        loss = None
+        if shift_labels is not None:
+            loss = aligned_loss(logits, shift_labels, num_items_in_batch)
+        elif labels is not None:
+            loss = next_token_loss(logits, labels, num_items_in_batch)
         others = {name: value for name, value in out.items() if name != "last_hidden_state"}
         return CustomLLMOutput(loss=loss, logits=logits, **others)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from transformers import (
     AutoModelForTokenClassification,
     DataCollatorForLanguageModeling,
     DataCollatorWithFlattening,
+    cache_utils,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -148,20 +151,20 @@ def test_the_limit_counts_positions(client):
 
 
 @torch.no_grad()
-def attention_difference(client, attention: str) -> float:
-    batch, steps = client.padded(), client.ids(3, 4, seed=1)
+def attention_difference(client, attention: str, decoded: int = 4) -> float:
+    batch, steps = client.padded(), client.ids(3, decoded, seed=1)
     logits = []
     for implementation in ("eager", attention):
         model = client.load(attn_implementation=implementation)
         out = model(**batch, use_cache=True)
         parts, mask = [out.logits], batch["attention_mask"]
-        for token in steps.split(1, dim=1):
+        for token in steps.T[..., None]:
             mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], dim=1)
             positions = mask.sum(-1, keepdim=True) - 1
             out = model(token, attention_mask=mask, position_ids=positions, past_key_values=out.past_key_values)
             parts.append(out.logits)
         logits.append(torch.cat(parts, dim=1))
-    real = torch.cat([batch["attention_mask"], torch.ones(3, 4)], dim=1).bool()
+    real = torch.cat([batch["attention_mask"], torch.ones(3, decoded)], dim=1).bool()
     return float((logits[0] - logits[1])[real].abs().max())
 
 
@@ -171,8 +174,41 @@ def test_sdpa_equals_eager(client):
 
 @pytest.mark.slow
 def test_flex_attention_equals_eager(client):
-    with torch.compiler.set_stance("force_eager"):  # its compiled kernel for CPUs needs a recent C++ compiler
+    with torch.compiler.set_stance("force_eager"):
         assert attention_difference(client, "flex_attention") < 1e-5
+
+
+@pytest.mark.slow
+def test_compiled_flex_attention_equals_eager(client):
+    """Whole rows: for a decoding step on a CPU, PyTorch 2.13 writes C++ that no compiler takes."""
+    if shutil.which("g++") is None:
+        pytest.skip("its kernel for CPUs needs g++")
+    torch._dynamo.reset()
+    assert attention_difference(client, "flex_attention", decoded=0) < 1e-5
+
+
+@torch.no_grad()
+def test_the_attention_of_a_server(client):
+    """As vLLM's backend calls a model: with its own attention, which finds its caches in an argument of the model."""
+    asked = []
+
+    def attention(module, query, key, value, attention_mask, scaling, caches=None, **kwargs):
+        assert attention_mask is None  # the server knows which tokens see each other
+        asked.append(caches[module.layer_idx])
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        context = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        return context.transpose(1, 2).contiguous(), None
+
+    ALL_ATTENTION_FUNCTIONS.register("server", attention)
+    ids, layers = client.ids(1, 9), client.config.num_hidden_layers
+    wanted = client.load(AutoModel)(ids).last_hidden_state
+    model = client.load(AutoModel, attn_implementation="server")
+    assert model.is_backend_compatible()
+    inputs = {"position_ids": torch.arange(9)[None], "caches": {i: f"cache {i}" for i in range(layers)}}
+    out = model(input_ids=ids, use_cache=False, return_dict=False, **inputs)[0]
+    torch.testing.assert_close(out, wanted, rtol=0, atol=1e-5)
+    assert asked == [f"cache {i}" for i in range(layers)]
 
 
 def generated(client, model=None, **options) -> torch.Tensor:
@@ -199,6 +235,41 @@ def test_greedy_generation_is_the_same_in_every_mode(client, mode):
         assert torch.equal(model.generate(ids, **options), model.generate(ids, **options, **MODES[mode]))
     else:
         assert torch.equal(generated(client, **MODES[mode]), plain)
+
+
+class Stream:
+    """In place of the CUDA stream on which transformers moves the layers of a cache."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        pass
+
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
+def test_offloaded_caches(client, monkeypatch, implementation):
+    """On a CPU nothing would move: here a layer's keys and values are NaN between its uses."""
+    away = {}
+
+    def offload(layer):
+        away[id(layer)] = layer.keys, layer.values
+        layer.keys, layer.values = (torch.full_like(x, float("nan")) for x in away[id(layer)])
+
+    def prefetch(layer):
+        if id(layer) in away:
+            layer.keys, layer.values = away.pop(id(layer))
+
+    monkeypatch.setattr(torch, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
+    monkeypatch.setattr(cache_utils.CacheLayerMixin, "offload", offload)
+    monkeypatch.setattr(cache_utils.CacheLayerMixin, "prefetch", prefetch)
+    new = generated(client, cache_implementation=implementation, disable_compile=True)
+    assert away
+    assert torch.equal(new, generated(client))
 
 
 @pytest.mark.parametrize(
