@@ -51,8 +51,8 @@ AUTO_CLASSES = {
 }
 PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}  # repeat what position_ids say
 # Tensor parallel: a device has some of the heads and a part of every expert. The router, the position table and the two
-# projections to the latents are whole on each. A pipeline plan is left out: transformers splits models whose modules are
-# called `layers`, `embed_tokens` and `norm`, and its later stages would add the positions again.
+# projections to the latents are whole on each. There is no pipeline plan: transformers only splits models whose modules
+# are called `layers`, `embed_tokens` and `norm`, and the later stages would add the positions again.
 TP_PLAN = {
     "token_embeddings": "embedding_rowwise",
     "decoder_layers.*.self_attn.k_proj_u": "colwise",
