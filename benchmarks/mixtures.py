@@ -57,7 +57,7 @@ def many_experts(quick: bool, rounds: int) -> list[Finding]:
                 ours=_milliseconds(many),
                 yardstick=_milliseconds(few),
                 value=ratio(many, few),
-                target=at_most(1.2),
+                target=at_most(1.7),
                 other_load=other_load(runs),
                 details={"cpu_ratio": cpu_ratio(many, few)},
             )

@@ -24,6 +24,11 @@ ROWS: dict[str, Row] = {
         "transformers DeepseekV3ForCausalLM, best precision",
         training.against_transformers,
     ),
+    "step-tiny": Row(
+        "train step of the default run's size, best precision",
+        "transformers DeepseekV3ForCausalLM, best precision",
+        training.tiny_against_transformers,
+    ),
     "step-peak": Row("model FLOPs of the train step", "the float32 matrix product's peak", training.against_peak),
     "experts-dense": Row("routed experts, both passes", "k dense experts, no routing", mixtures.against_dense),
     "experts-many": Row("routed experts, both passes, E=64", "the same with E=8", mixtures.many_experts),

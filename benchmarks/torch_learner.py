@@ -28,9 +28,7 @@ class StockLearner:
         state = init_state(config)
         self._config, self._model = config, stock_model(config.model, Weights(state.params, state.routing_bias)).train()
         self._model.set_experts_implementation(experts)
-        self._optimizer = make_optimizer(self._model, config)
-        for group in self._optimizer.param_groups:
-            group |= {"fused": True, "foreach": False}  # the fastest of PyTorch's implementations
+        self._optimizer = make_optimizer(self._model, config, fused=True)
         self._schedule = make_schedule(self._optimizer, config)
         total = sum(p.numel() for p in self._model.parameters())
         self.facts = {"parameters": total, "active_parameters": sum(active_parameters(config.model).values())}
