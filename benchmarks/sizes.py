@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxllm.config import ModelConfig, TrainConfig, preset, recipe
+from jaxllm.config import DEFAULT_RECIPE, ModelConfig, TrainConfig, preset, recipe
 
 NARROW = {
     "vocab_size": 256,
@@ -69,8 +69,9 @@ def learner_config(optimizer: str, quick: bool) -> TrainConfig:
     """The default run of `train.py` in float32, with Muon (its default) or with AdamW at AdamW's learning rate."""
     config = recipe("default", "tiny").with_options(precision="float32")
     if optimizer == "adamw":
-        plain = TrainConfig()
-        config = config.with_options(optimizer="adamw", learning_rate=plain.optim.learning_rate)
+        config = config.with_options(
+            **{name: TrainConfig().options()[name] for name in DEFAULT_RECIPE if name != "steps"}
+        )
     if quick:
         model = dataclasses.replace(config.model, **NARROW | {"vocab_size": 300})  # a byte-level tokenizer's
         config = config.with_options(model=model, batch_size=2, seq_len=32, eval_samples=4, steps=4, warmup_steps=1)

@@ -1,13 +1,18 @@
-"""Other starts of a run: from an interrupted run, and from weights that came without a tokenizer."""
+"""Other starts of a run: from an interrupted run, from trained weights, on machines that differ."""
 
 from __future__ import annotations
 
 import json
 import shutil
 
+import pytest
+
 import train
 from convert import __main__ as convert
+from jaxllm.config import DEFAULT_RECIPE, RunConfig, TrainConfig
+from jaxllm.run import prepare, runtime
 from jaxllm.run.metrics import RunLog, read_metrics
+from jaxllm.run.prepare import INIT_LEARNING_RATE, parse_args
 
 
 def losses(folder):
@@ -44,3 +49,50 @@ def test_weights_without_tokenizer_and_special_tokens_get_those_of_the_data(narr
     assert train.main([*narrow, "--run-dir", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").is_file()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["eos_token_id"] == 0
+
+
+def options_of(*arguments, kind=TrainConfig):
+    return parse_args(arguments, "test", None, kind).options()
+
+
+def test_the_default_recipe_is_for_new_weights_and_trained_ones_have_a_low_rate(run, tmp_path):
+    new, plain = options_of("--run-dir", str(tmp_path / "new")), TrainConfig().options()
+    assert {name: new[name] for name in DEFAULT_RECIPE} == DEFAULT_RECIPE
+    exported, converted = tmp_path / "exported", tmp_path / "converted"
+    assert convert.main(["to-torch", str(run), str(exported)]) == 0
+    assert convert.main(["to-flax", str(exported), str(converted)]) == 0
+    wanted = {name: plain[name] for name in DEFAULT_RECIPE} | {"learning_rate": INIT_LEARNING_RATE}
+    for start in (["--init", str(exported)], ["--run-dir", str(converted)]):
+        options = options_of(*start)
+        assert {name: options[name] for name in DEFAULT_RECIPE} == wanted, start
+        assert options["model"]["hidden_size"] == 32
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ("flags\t\t: fpu avx512_bf16 sse\n", "avx512_bf16"),
+        ("processor : 0\nflags : fpu avx512_bf16 amx_bf16\n", "amx_bf16"),
+        ("flags : fpu avx512f\n", None),
+        ("Features : bf16\n", None),
+        ("", None),
+        (None, None),  # no such file
+    ],
+)
+def test_a_new_run_is_in_bfloat16_where_the_processor_multiplies_it(flags, wanted, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    cpuinfo = tmp_path / "cpuinfo"
+    if flags is not None:
+        cpuinfo.write_text(flags)
+    assert runtime.bfloat16_hardware(cpuinfo) == wanted
+    monkeypatch.setattr(prepare, "bfloat16_hardware", lambda: wanted)
+    folder = ("--run-dir", str(tmp_path / "run"))
+    assert options_of(*folder)["precision"] == ("bfloat16" if wanted else "float32")
+    assert options_of(*folder, "--precision", "float32")["precision"] == "float32"
+    for unchanged in (options_of(*folder, "--recipe", "seed"), options_of(*folder, kind=RunConfig)):
+        assert unchanged["precision"] == "float32"
+
+
+def test_a_run_keeps_its_precision_on_another_machine(run, monkeypatch):
+    monkeypatch.setattr(prepare, "bfloat16_hardware", lambda: "avx512_bf16")
+    assert options_of("--run-dir", str(run))["precision"] == "float32"

@@ -233,7 +233,9 @@ SEED_RECIPE = {
 """What the source's run has other than the defaults."""
 
 
-DEFAULT_RECIPE: dict[str, Any] = {"optimizer": "muon", "learning_rate": 8e-3, "muon_momentum": 0.8, "steps": 700}
+DEFAULT_RECIPE: dict[str, Any] = {
+    "optimizer": "muon", "learning_rate": 8e-3, "muon_momentum": 0.8, "bias_update_rate": 5e-3, "steps": 700,
+}  # fmt: skip
 """What teaches `tiny` most in the default run's minutes: docs/muon.md has the search. The options' own defaults are
 AdamW's, for runs that were started before there was a choice."""
 

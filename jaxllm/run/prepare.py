@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 import numpy as np
 
 from jaxllm.command_line import expanded, parse
-from jaxllm.config import SPECIAL_TOKENS, ModelConfig, RunConfig, TrainConfig, changed_options, families, recipe
+from jaxllm.config import (
+    DEFAULT_RECIPE,
+    SPECIAL_TOKENS,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    changed_options,
+    families,
+    recipe,
+)
 from jaxllm.data.sources import is_fingerprint, open_source
 from jaxllm.data.stream import check_streams, held_out_rows
 from jaxllm.data.tokenizer import (
@@ -43,7 +52,7 @@ SOURCE_CONFIG = "source_config.json"
 GENERATION_CONFIG = "generation_config.json"
 
 INIT_LEARNING_RATE = 2e-5
-"""Peak learning rate of a run that starts from trained weights."""
+"""Peak learning rate of a run that starts from trained weights, read by --init or made by the converter."""
 
 Framework = Literal["JAX", "PyTorch"]
 
@@ -92,14 +101,11 @@ def parse_args(argv: Sequence[str] | None, prog: str, description: str | None, k
         if chosen.preset is not None:
             raise UserError(f"preset is {shown(chosen.preset)}: --init gives the model, leave out one of the two")
         tokenizer = str(start) if (start / "tokenizer.json").is_file() else None
-        default = _of_model(default, read_model_config(start))
-        default = default.with_options(
-            init=start, optimizer="adamw", learning_rate=INIT_LEARNING_RATE, tokenizer=tokenizer
-        )
+        default = _of_trained(default, read_model_config(start)).with_options(init=start, tokenizer=tokenizer)
     folder = chosen.run_dir or default.folder
     saved = _saved_config(folder, kind)
     if saved is None and chosen.preset is None and start is None and not chosen.start_over and _is_converted(folder):
-        default = _of_model(default, read_model_config(folder))
+        default = _of_trained(default, read_model_config(folder))
     if saved is not None and not chosen.start_over:
         same = chosen.preset in (None, saved.preset) and chosen.recipe in (None, saved.recipe)
         default = saved if same else default
@@ -108,9 +114,13 @@ def parse_args(argv: Sequence[str] | None, prog: str, description: str | None, k
     return parse(kind, argv, prog, description, default=default)
 
 
-def _of_model(config: Config, model: ModelConfig) -> Config:
-    """A config for another model, whose rows are no longer than the model's positions."""
-    return config.with_options(model=model, seq_len=min(config.data.seq_len, model.max_position_embeddings))
+def _of_trained(config: Config, model: ModelConfig) -> Config:
+    """A config for a model that is trained already: AdamW at a low rate, rows no longer than the model's positions."""
+    if config.recipe == "default":  # which is for new weights
+        plain = type(config)().options()
+        config = config.with_options(**{name: plain[name] for name in DEFAULT_RECIPE})
+    seq_len = min(config.data.seq_len, model.max_position_embeddings)
+    return config.with_options(model=model, seq_len=seq_len, optimizer="adamw", learning_rate=INIT_LEARNING_RATE)
 
 
 def read_model_config(folder: Path) -> ModelConfig:
