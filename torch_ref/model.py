@@ -708,7 +708,6 @@ class CustomLLM(CustomLLMModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
         **kwargs,
     ) -> CustomLLMOutput:
         """Logits of the next token.
@@ -722,6 +721,9 @@ class CustomLLM(CustomLLMModel, GenerationMixin):
         Returns:
             `CustomLLMOutput`; its logits are (B, T, V) float32 (float64 in a float64 model).
         """
+        shift_labels = kwargs.pop(
+            "shift_labels", None
+        )  # in the signature, the Trainer would take it for a second label
         out = self.run_layers(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, logits_to_keep, **kwargs
         )
