@@ -721,9 +721,8 @@ class CustomLLM(CustomLLMModel, GenerationMixin):
         Returns:
             `CustomLLMOutput`; its logits are (B, T, V) float32 (float64 in a float64 model).
         """
-        shift_labels = kwargs.pop(
-            "shift_labels", None
-        )  # in the signature, the Trainer would take it for a second label
+        # if the signature named it, the Trainer would expect it in every batch
+        shift_labels = kwargs.pop("shift_labels", None)
         out = self.run_layers(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, logits_to_keep, **kwargs
         )
