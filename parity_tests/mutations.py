@@ -399,8 +399,8 @@ def adam_beta2_default(model: CustomLLM) -> Iterator[None]:
     """The optimizer uses PyTorch's default beta2 instead of the config's."""
     adamw = torch.optim.AdamW
 
-    def with_default(groups, lr, betas, eps):
-        return adamw(groups, lr=lr, betas=(betas[0], 0.999), eps=eps)
+    def with_default(groups, lr, betas, **options):
+        return adamw(groups, lr=lr, betas=(betas[0], 0.999), **options)
 
     with mock.patch.object(torch.optim, "AdamW", with_default):
         yield

@@ -82,6 +82,9 @@ def product_flops(jaxpr) -> float:
             total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
         if equation.primitive.name == "while":
             continue
+        if equation.primitive.name == "cond":  # one branch for each platform
+            total += max(product_flops(branch.jaxpr) for branch in equation.params["branches"])
+            continue
         trips = equation.params["length"] if equation.primitive.name == "scan" else 1
         total += trips * sum(product_flops(inner) for inner in jaxprs_in_params(equation.params))
     return total

@@ -111,7 +111,7 @@ def bfloat16_hardware(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
             if Path("/dev", device).exists() and any(map(importlib.util.find_spec, packages)):
                 return "the GPU" if device == "nvidia0" else "the TPU"
     try:
-        flags = set(re.findall(r"^flags\s*:(.*)", cpuinfo.read_text(), re.MULTILINE)[0].split())
+        flags = set(re.findall(r"^flags\s*:(.*)", cpuinfo.read_text(errors="replace"), re.MULTILINE)[0].split())
     except (OSError, IndexError):
         return None
     return next((name for name in ("amx_bf16", "avx512_bf16") if name in flags), None)
