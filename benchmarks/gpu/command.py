@@ -103,7 +103,7 @@ def measure(name: str, session: Session) -> Found:
         lines = PARTS[name].measure(session)
     except (Failure, UserError) as failure:
         reason = str(failure)
-    except Exception as error:  # the other parts are worth more than a clean end: the machine is lent
+    except Exception as error:  # a bug in one part must not end the others
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error}"
     return Found(lines, reason.partition("\n")[0], time.monotonic() - started)
