@@ -4,7 +4,7 @@ python -m benchmarks                          # every row, about twenty minutes 
 python -m benchmarks step-eager experts-dense
 python -m benchmarks --list
 python -m benchmarks --quick                  # small sizes: run the code of every row, without verdicts
-python -m benchmarks gpu                      # one GPU, beside its plan and PyTorch: see its --help
+python -m benchmarks gpu                      # one GPU, its plan and PyTorch: see its --help
 """
 
 from __future__ import annotations

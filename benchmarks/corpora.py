@@ -64,7 +64,7 @@ def _speeches(folder: Path) -> tuple[str, list[Path]]:
     trained = folder / "sotu"
     trained.mkdir(parents=True, exist_ok=True)
     for file in files:
-        if file not in held_out:
+        if file not in held_out and not (trained / file.name).exists():
             shutil.copyfile(file, trained / file.name)
     return str(trained), held_out
 

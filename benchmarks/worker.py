@@ -54,7 +54,7 @@ class Worker:
         """Run `prepare` (`module:function`) in a new process; `contenders` and `facts` are set on entering.
 
         Args:
-            environment: variables of the process, beside those of this one. Without any, JAX computes on the CPU.
+            environment: additional variables of the process. Without any, JAX computes on the CPU.
             limit: seconds after which the process is ended; None: never.
             arguments: of `prepare`, as JSON.
         """

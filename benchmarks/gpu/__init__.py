@@ -1,1 +1,1 @@
-"""What one GPU does, beside what was planned for it and beside PyTorch: `python -m benchmarks gpu`."""
+"""One GPU, compared with its plan and with PyTorch: `python -m benchmarks gpu`."""

@@ -23,7 +23,7 @@ def ceilings(session: Session) -> list[Line]:
         Line(
             what=f"bfloat16 product of {jax.facts['side']:,}³, random numbers",
             measured=f"{session.flops_per_second / 1e12:,.4g} TFLOP/s",
-            beside=f"data sheet {peak / 1e12:,.4g}",
+            reference=f"data sheet {peak / 1e12:,.4g}",
             ratio=session.flops_per_second / peak,
             figures={"flops_per_second": session.flops_per_second},
         ),
@@ -31,7 +31,7 @@ def ceilings(session: Session) -> list[Line]:
             Line(
                 what={"copy": "reading and writing an array", "sum": "reading an array"}[name],
                 measured=f"{rate / 1e9:,.4g} GB/s",
-                beside=f"data sheet {bandwidth / 1e9:,.4g}",
+                reference=f"data sheet {bandwidth / 1e9:,.4g}",
                 ratio=rate / bandwidth,
                 figures={"bytes_per_second": rate},
             )

@@ -1,4 +1,4 @@
-"""Measure one GPU, and put what was planned for it and PyTorch beside it; under eight minutes on an H100.
+"""Measure one GPU, and compare it with its plan and with PyTorch; under eight minutes on an H100.
 
 python -m benchmarks gpu                    # every part; writes benchmarks/gpu.json
 python -m benchmarks gpu step ceilings      # some parts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+from benchmarks.decoding import parameters_read
 from benchmarks.gpu.line import Line
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.sizes import MODEL, DecodingSizes, decoding_sizes
@@ -11,7 +12,6 @@ from benchmarks.sizes import decode_model
 from benchmarks.timing import Spread, interleave, seconds
 from benchmarks.worker import Failure
 from jaxllm.config import ModelConfig
-from jaxllm.model import flops
 
 
 def decode(session: Session) -> list[Line]:
@@ -38,7 +38,7 @@ def decode(session: Session) -> list[Line]:
             Line(
                 what=f"{s.new} tokens after it, batch {s.batch}",
                 measured=f"{s.batch / token:,.0f} tokens/s ({1e3 * token:,.2f} ms a step)",
-                beside=f"{needed / 1e9:,.2f} GB to read" + (f": {1e3 * floor:,.2f} ms" if floor else ""),
+                reference=f"{needed / 1e9:,.2f} GB to read" + (f": {1e3 * floor:,.2f} ms" if floor else ""),
                 ratio=floor / token if floor else None,
                 figures={"seconds_a_step": token, "bytes_a_step": needed},
             ),
@@ -53,11 +53,6 @@ def bytes_of_a_token(config: ModelConfig, sizes: DecodingSizes, weight_bytes: fl
         weight_bytes: of one parameter.
         cache_bytes: of one token of one row, over all layers.
     """
-    used = flops.parameters(config)
     experts = min(config.n_routed_experts, sizes.batch * config.num_experts_per_tok)  # of a layer, at most
-    used["routed_experts"] = used["routed_experts"] // config.n_routed_experts * experts
-    if not config.tie_word_embeddings:
-        used["token_embeddings"] = 0  # a row of each table
-    used["position_embeddings"] = 0
     length = sizes.prompt + sizes.new / 2
-    return sum(used.values()) * weight_bytes + sizes.batch * length * cache_bytes
+    return parameters_read(config, experts) * weight_bytes + sizes.batch * length * cache_bytes

@@ -23,7 +23,7 @@ def experts(session: Session) -> list[Line]:
         Line(
             what=f"{routing} routing, N={sizes.tokens:,} D={sizes.hidden:,} F={sizes.expert_hidden:,}",
             measured=f"{1e3 * times[routing]:,.2f} ms",
-            beside=f"{sizes.per_token} dense experts {1e3 * times['dense']:,.2f} ms",
+            reference=f"{sizes.per_token} dense experts {1e3 * times['dense']:,.2f} ms",
             ratio=ratio(runs[routing], runs["dense"]).median,
             goal=at_most(limit),
             figures={"seconds": times[routing], "dense_seconds": times["dense"]},

@@ -1,4 +1,4 @@
-"""One line of the table: a measurement, what stands beside it, and their ratio."""
+"""One line of the table: a measurement, what it is compared with, and their ratio."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.finding import Target
 class Line:
     what: str
     measured: str
-    beside: str = ""
+    reference: str = ""
     """What it is compared with: the plan, the data sheet, PyTorch."""
     ratio: float | None = None
     goal: Target | None = None
@@ -32,7 +32,7 @@ class Line:
     def as_json(self, quick: bool) -> dict[str, Any]:
         ratio = "" if self.ratio is None else f"{self.ratio:.2f}x"
         return {
-            "what": self.what, "measured": self.measured, "beside": self.beside, "ratio": ratio,
+            "what": self.what, "measured": self.measured, "reference": self.reference, "ratio": ratio,
             "goal": "" if quick else self.verdict, "figures": self.figures,
         }  # fmt: skip
 

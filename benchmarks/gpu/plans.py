@@ -45,19 +45,19 @@ def _plan(session: Session, remat: bool) -> list[Line]:
         Line(
             what="step, expected",
             measured=f"{found['tokens_per_second']['expected']:,.0f} tokens/s ({1e3 * times['step_expected']:,.1f} ms)",
-            beside=f"at best {1e3 * times['step_at_best']:,.1f} ms, bound by {times['bound_by']}",
+            reference=f"at best {1e3 * times['step_at_best']:,.1f} ms, bound by {times['bound_by']}",
             figures=times,
         ),
         Line(
             what="MFU of the data sheet's peak, expected",
             measured=_mfu(found["mfu_expected"]),
-            beside=f"at best {best:.3f} full, {causal:.3f} causal",
+            reference=f"at best {best:.3f} full, {causal:.3f} causal",
             figures=found["mfu_expected"] | {"full_at_best": best, "causal_at_best": causal},
         ),
         Line(
             what="device memory at its peak",
             measured=f"{memory['peak'] / GIB:.2f} GiB",
-            beside=f"{memory['usable'] / GIB:.1f} GiB usable",
+            reference=f"{memory['usable'] / GIB:.1f} GiB usable",
             figures=memory,
         ),
         Line(

@@ -14,7 +14,7 @@ from rich.table import Table
 from benchmarks.gpu.line import Found
 from benchmarks.gpu.parts import PARTS
 
-COLUMNS = ("part", "what", "result", "beside it", "ratio", "goal")
+COLUMNS = ("part", "what", "result", "compared with", "ratio", "goal")
 
 
 def as_json(about: dict[str, Any], found: Mapping[str, Found]) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def table_rows(report: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             yield part["part"], part["what"], f"not measured: {part['not_measured']}", "", "", ""
         for number, line in enumerate(part["lines"]):
             name = "" if number else part["part"]
-            yield name, line["what"], line["measured"], line["beside"], line["ratio"], line["goal"]
+            yield name, line["what"], line["measured"], line["reference"], line["ratio"], line["goal"]
 
 
 def device_line(report: dict[str, Any]) -> str:

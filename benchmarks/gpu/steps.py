@@ -1,4 +1,4 @@
-"""The training step of customllm-1b: ours beside its plan, and PyTorch's beside ours."""
+"""The training step of customllm-1b: ours compared with its plan, and PyTorch's with ours."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _ours(session: Session, remat: bool) -> list[Line]:
         Line(
             what="step",
             measured=_speed(tokens, taken),
-            beside="no plan" if plan is None else f"plan {_speed(tokens, plan['seconds']['step_expected'])}",
+            reference="no plan" if plan is None else f"plan {_speed(tokens, plan['seconds']['step_expected'])}",
             **_against_plan(taken, plan and plan["seconds"]["step_expected"]),
             figures={"seconds": seconds(runs)._asdict(), "first_loss": facts["first_loss"]},
         )
@@ -68,7 +68,7 @@ def _ours(session: Session, remat: bool) -> list[Line]:
             Line(
                 what="MFU of the measured product peak",
                 measured=f"{mfu['full']:.3f} full, {mfu['causal']:.3f} causal",
-                beside=f"of the data sheet's {share * mfu['full']:.3f}, {share * mfu['causal']:.3f}{planned}",
+                reference=f"of the data sheet's {share * mfu['full']:.3f}, {share * mfu['causal']:.3f}{planned}",
                 goal=at_least(0.5),
                 judged=mfu["full"],
                 figures=mfu,
@@ -80,7 +80,7 @@ def _ours(session: Session, remat: bool) -> list[Line]:
         Line(
             what="device memory at its peak",
             measured="this device does not count it" if peak is None else f"{peak / GIB:.2f} GiB",
-            beside="no plan" if planned_peak is None else f"plan {planned_peak / GIB:.2f} GiB",
+            reference="no plan" if planned_peak is None else f"plan {planned_peak / GIB:.2f} GiB",
             **(_against_plan(peak, planned_peak) if peak is not None else {}),
             figures={"bytes": peak},
         )
@@ -89,7 +89,7 @@ def _ours(session: Session, remat: bool) -> list[Line]:
         Line(
             what="kernels that multiply, of the compiled program",
             measured=kernel_names(facts["kernels"]),
-            beside=f"{facts['chosen']}; compiled in {facts['compile_seconds']:.0f} s",
+            reference=f"{facts['chosen']}; compiled in {facts['compile_seconds']:.0f} s",
             figures={"kernels": facts["kernels"], "memory": facts["memory"]},
         )
     )
@@ -110,7 +110,7 @@ def _theirs(session: Session, torch: Worker, what: str) -> list[Line]:
         Line(
             what=what,
             measured=f"{_speed(config.tokens_per_step, taken)}{split}{memory}",
-            beside="ours was not measured" if best is None else f"ours {_speed(config.tokens_per_step, best)}",
+            reference="ours was not measured" if best is None else f"ours {_speed(config.tokens_per_step, best)}",
             ratio=None if best is None else taken / best,
             goal=at_least(1.3),
             figures={"seconds": seconds(runs)._asdict(), "first_loss": loss, "micro_batches": micro, "bytes": peak},

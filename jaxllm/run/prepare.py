@@ -120,7 +120,7 @@ def _of_trained(config: Config, model: ModelConfig) -> Config:
         plain = type(config)().options()
         config = config.with_options(**{name: plain[name] for name in DEFAULT_RECIPE})
     seq_len = min(config.data.seq_len, model.max_position_embeddings)
-    return config.with_options(model=model, seq_len=seq_len, optimizer="adamw", learning_rate=INIT_LEARNING_RATE)
+    return config.with_options(model=model, seq_len=seq_len, learning_rate=INIT_LEARNING_RATE)
 
 
 def read_model_config(folder: Path) -> ModelConfig:
