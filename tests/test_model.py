@@ -190,22 +190,26 @@ def test_tabulate_reads_every_layer():
     assert bool(jnp.isfinite(model(tokens(9))).all())
 
 
-def exported(*constraints: str, platform: str | None = None) -> export.Exported:
+def exported(*constraints: str, platform: str | None = None, dtype=jnp.float32) -> export.Exported:
     """A model for any batch and time."""
     # Triton's tiles need a multiple of 16
     config = dataclasses.replace(SMALL, moe_intermediate_size=32)
-    graph, *state = split_model(CustomLLM(config, rngs=nnx.Rngs(0), platform=platform))
+    graph, *state = split_model(CustomLLM(config, dtype=dtype, rngs=nnx.Rngs(0), platform=platform))
     ids = jax.ShapeDtypeStruct(export.symbolic_shape("b, t", constraints=constraints), jnp.int32)
-    return export.export(jax.jit(lambda state, *args: nnx.merge(graph, *state)(*args)))(state, ids, ids)
+    program = jax.jit(lambda state, *args: nnx.merge(graph, *state)(*args))
+    layouts = export.DisabledSafetyCheck.custom_call("LayoutConstraint")  # of a CPU's bfloat16 products
+    return export.export(program, disabled_checks=[layouts])(state, ids, ids)
 
 
-def test_the_exported_program_runs_for_any_batch_and_time():
-    model = small_model(moe_intermediate_size=32)
-    program = exported(f"t <= {SMALL.max_position_embeddings}")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_exported_program_runs_for_any_batch_and_time(dtype):
+    model = small_model(dtype, moe_intermediate_size=32)
+    program = exported(f"t <= {SMALL.max_position_embeddings}", dtype=dtype)
     for batch, length in ((1, 1), (3, 9), (2, SMALL.max_position_embeddings)):
         mask = (jnp.arange(length) >= jnp.arange(batch)[:, None]).astype(jnp.int32)
         logits = program.call([*split_model(model)[1:]], tokens(length, batch), mask)
-        np.testing.assert_allclose(logits, model(tokens(length, batch), mask), atol=1e-5)
+        tolerance = 1e-5 if dtype == jnp.float32 else 5e-2  # other blocks of rows round otherwise
+        np.testing.assert_allclose(logits, model(tokens(length, batch), mask), atol=tolerance)
 
 
 def test_an_export_without_a_limit_of_time_is_refused():

@@ -127,7 +127,7 @@ def _chunk(
         unscaled = exps - jnp.where(jnp.arange(exps.shape[-1]) == safe[:, None], total[:, None], 0)
     scale = jnp.where(scored, 1 / total, 0)
     narrow = unscaled.astype(hidden.dtype)
-    d_hidden = matmul(narrow, weight.T) * scale[:, None]
-    d_weight = matmul((hidden * scale[:, None]).astype(hidden.dtype).T, narrow, acc_dtype)
+    d_hidden = matmul(narrow, weight, transpose_b=True) * scale[:, None]
+    d_weight = matmul((hidden * scale[:, None]).astype(hidden.dtype), narrow, acc_dtype, transpose_a=True)
     d_bias = None if bias is None else jnp.matmul(scale, unscaled, precision=jax.lax.Precision.HIGHEST)
     return loss, d_hidden.astype(hidden.dtype), d_weight, d_bias

@@ -91,7 +91,7 @@ def newton_schulz(x: Array, dtype: jnp.dtype) -> Array:
     x = (x / jnp.maximum(norm, EPS)).astype(dtype)
 
     def iterate(_, x: Array) -> Array:
-        gram = matmul(x, x.mT) if wide else matmul(x.mT, x)  # of the shorter side
+        gram = matmul(x, x, transpose_a=not wide, transpose_b=wide)  # of the shorter side
         polynomial = b * gram + c * matmul(gram, gram)
         return a * x + (matmul(polynomial, x) if wide else matmul(x, polynomial))
 

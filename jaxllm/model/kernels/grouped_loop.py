@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
 from jaxllm.model.dtypes import Array, at_least_float32
-from jaxllm.model.kernels.matmul import matmul
+from jaxllm.model.kernels.matmul import cast, matmul
 
 # A size more makes every program longer to compile (it is a loop in each product); a size less pads more. Groups of 128
 # to 512 rows are what a thousand tokens on seven experts give; decoding has groups of a row or a few.
@@ -65,11 +65,11 @@ def grouped_matmul_transposed(d_out: Array, weights: tuple[Array, ...], group_si
     """The gradient of `grouped_matmul` for its rows: (P, sum of Y), each (E,X,Y) -> (P,X)."""
 
     def group(e: Array, start: Array, end: Array, d_rows: Array) -> Array:
-        weight = _side_by_side(weights, e, d_out.dtype).T
+        weight = _side_by_side(weights, e, d_out.dtype)
 
         def block(size: int, e: Array, at: Array, stop: Array, first: bool, d_rows: Array) -> Array:
             d = jax.lax.dynamic_slice_in_dim(d_out, at, size)
-            product = matmul(d, weight)
+            product = matmul(d, weight, transpose_b=True)
             return _write(d_rows, product, at)
 
         return _loop_blocks(d_out, e, start, end, block, d_rows)
@@ -90,7 +90,7 @@ def weight_gradients(rows: Array, d_out: Array, group_sizes: Array, parts: int) 
             in_group = (at + jnp.arange(size) < stop)[:, None]  # not the next block's
             x = jnp.where(in_group, jax.lax.dynamic_slice_in_dim(rows, at, size), 0)
             d = jax.lax.dynamic_slice_in_dim(d_out, at, size)
-            product = matmul(x.T, d, acc_dtype)
+            product = matmul(x, d, acc_dtype, transpose_a=True)
             return product if first else total + product
 
         gradients, scratch = carry
@@ -150,7 +150,7 @@ def _once_if(condition: Array, body: Callable[[Array, Any], Any], carry: Any) ->
 
 def _side_by_side(weights: tuple[Array, ...], e: Array, dtype: jnp.dtype) -> Array:
     """Several weights of one group as one (X, sum of Y); a dynamic slice copies them anyway."""
-    return jnp.concatenate([weight[e].astype(dtype) for weight in weights], axis=1)
+    return jnp.concatenate([cast(weight[e], dtype) for weight in weights], axis=1)
 
 
 def _write(target: Array, value: Array, start: Array) -> Array:
