@@ -23,8 +23,9 @@ from jaxllm.data.stream import POOL_ROWS, Position
 from jaxllm.generate import generate, prefill
 from jaxllm.model import flops
 from jaxllm.model.decoder import CustomLLM, abstract_model, count_parameters
+from jaxllm.model.kernels.matmul import linear
 from jaxllm.model.layers import stack
-from jaxllm.model.moe import DeepSeekExpertLayer, combine, dispatch, plan_dispatch, route
+from jaxllm.model.moe import DeepSeekExpertLayer, combine, dispatch, dispatch_gates, plan_dispatch, route
 from jaxllm.run.checkpoint_writer import CheckpointWriter
 from jaxllm.run.history import History
 from jaxllm.train.state import init_state, start_state
@@ -167,13 +168,13 @@ def mixture(s: MixtureSizes, dtype: jnp.dtype) -> dict[str, Contender]:
     def routed(weights, router: Array, x: Array, experts: Array) -> Array:  # (N,D), (N,k) -> (N,D)
         routing = route(x, router, jnp.zeros(s.experts), s.per_token, experts)
         plan = plan_dispatch(routing.experts, s.experts)
-        rows = nnx.merge(graph, weights).grouped(dispatch(x, plan), plan.group_sizes)
-        return combine(rows, routing.gates, plan)
+        rows, gates = dispatch(x, plan), dispatch_gates(routing.gates, plan)
+        return combine(nnx.merge(graph, weights).grouped(rows, gates, plan.group_sizes), plan)
 
     def dense(weights, router: Array, x: Array, experts: None) -> Array:  # (N,D) -> (N,D)
         layers = nnx.merge(graph, weights)
-        gate, up, down = (w.weight[...].astype(dtype) for w in (layers.gate_proj, layers.up_proj, layers.down_proj))
-        return sum((jax.nn.silu(x @ gate[j]) * (x @ up[j])) @ down[j] for j in range(s.per_token))
+        gate, up, down = (w.weight[...] for w in (layers.gate_proj, layers.up_proj, layers.down_proj))
+        return sum(linear(jax.nn.silu(linear(x, gate[j])) * linear(x, up[j]), down[j]) for j in range(s.per_token))
 
     def contender(function, weights, experts: Array | None) -> Contender:
         @jax.jit

@@ -109,15 +109,16 @@ def test_it_fits_an_h100(compiled):
     temporaries = memory.temp_size_in_bytes / 2**30
     print(f"{state:.2f} GiB of state, {temporaries:.2f} GiB of temporaries")
     assert state == pytest.approx(12.0, abs=0.1)  # float32 parameters and two moments
-    assert temporaries < 13
+    assert temporaries < 11.5
 
 
-TRAFFIC = 309.0
-"""GB of a step with remat: measured 307.5. It was 327.7 with chunks of 1,024 rows and a scatter in the loss, barriers
-around each layer's recomputation, a second product of SwiGLU in it, and the kernels' results recomputed."""
+TRAFFIC = 295.0
+"""GB of a step with remat: measured 293.2. It was 307.5 with SwiGLU and the gates outside the grouped products' kernels,
+and 327.7 with chunks of 1,024 rows and a scatter in the loss, barriers around each layer's recomputation, a second
+product of SwiGLU in it, and the kernels' results recomputed."""
 
-TRAFFIC_WITHOUT_REMAT = 381.0
-"""GB: measured 379.3, and 396.7 before."""
+TRAFFIC_WITHOUT_REMAT = 367.0
+"""GB: measured 365.0; 379.3 and 396.7 before."""
 
 
 def test_memory_traffic_of_a_step(text):

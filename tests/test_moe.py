@@ -25,22 +25,22 @@ def _float64():
         yield
 
 
-def oracle(rows, gate, up, down, group_sizes):
+def oracle(rows, row_weights, gate, up, down, group_sizes):
     """Every row through its expert, one expert after another; plain autodiff."""
     outs, start = [], 0
     for e, size in enumerate(group_sizes):
         x = rows[start : start + size]
         outs.append((jax.nn.silu(x @ gate[e]) * (x @ up[e])) @ down[e])
         start += size
-    return jnp.concatenate(outs)
+    return row_weights[:, None] * jnp.concatenate(outs)
 
 
 ROWS = 2400
 
 
 @jax.jit
-def expert_ffn_and_gradients(cotangent, rows, gate, up, down, group_sizes):
-    out, pullback = jax.vjp(lambda *a: expert_ffn(grouped_loop, *a, group_sizes), rows, gate, up, down)
+def expert_ffn_and_gradients(cotangent, rows, row_weights, gate, up, down, group_sizes):
+    out, pullback = jax.vjp(lambda *a: expert_ffn(grouped_loop, *a, group_sizes), rows, row_weights, gate, up, down)
     return out, pullback(cotangent)
 
 
@@ -52,9 +52,10 @@ def expert_ffn_and_gradients(cotangent, rows, gate, up, down, group_sizes):
     st.integers(0, 2**31),
 )
 def test_expert_ffn_equals_a_loop_over_experts(sizes, seed):
-    keys = jax.random.split(jax.random.key(seed), 5)
+    keys = jax.random.split(jax.random.key(seed), 6)
     rows, cotangent = (jax.random.normal(key, (ROWS, 8), jnp.float64) for key in keys[:2])
-    weights = [jax.random.normal(keys[2], (4, 8, 6)), jax.random.normal(keys[3], (4, 8, 6))]
+    weights = [jax.random.uniform(keys[5], (ROWS,))]
+    weights += [jax.random.normal(keys[2], (4, 8, 6)), jax.random.normal(keys[3], (4, 8, 6))]
     weights.append(jax.random.normal(keys[4], (4, 6, 8)))
 
     out, grads = expert_ffn_and_gradients(cotangent, rows, *weights, jnp.asarray(sizes))
@@ -92,10 +93,12 @@ def test_a_single_row_is_not_padded_in_decoding():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_triton_kernels_equal_the_walk(sizes, dtype):
     """Interpreted, on purpose: this is the one place that may. The kernels accumulate in float32."""
-    keys = jax.random.split(jax.random.key(0), 4)
+    keys = jax.random.split(jax.random.key(0), 6)
     rows = jax.random.normal(keys[0], (sum(sizes), 32)).astype(dtype)
+    row_weights = jax.random.uniform(keys[4], (sum(sizes), 1), jnp.float32)
+    down = jax.random.normal(keys[5], (4, 48, 32), jnp.float32)
     d_out = jax.random.normal(keys[1], (sum(sizes), 96)).astype(dtype)
-    weights = tuple(jax.random.normal(key, (4, 32, 48), jnp.float32) for key in keys[2:])
+    weights = tuple(jax.random.normal(key, (4, 32, 48), jnp.float32) for key in keys[2:4])
     counts = jnp.asarray(sizes)
 
     def products(grouped, **options) -> list[np.ndarray]:
@@ -108,7 +111,11 @@ def test_the_triton_kernels_equal_the_walk(sizes, dtype):
             grouped.grouped_matmul(pad(rows), stacks, counts, jnp.asarray(4), **options)[: sum(sizes)],
             grouped.grouped_matmul_transposed(pad(d_out), weights, counts, **options)[: sum(sizes)],
             *grouped.weight_gradients(pad(rows), pad(d_out), counts, 2, **options),
+            *grouped.grouped_swiglu(pad(rows), pad(row_weights), *weights, counts, **options),
+            *grouped.grouped_swiglu(pad(rows), pad(row_weights), *stacks, counts, jnp.asarray(4), **options),
+            *grouped.grouped_swiglu_gradients(pad(rows), pad(row_weights), pad(d_out), down, counts, **options),
         ]
+        made[5:] = [a[: sum(sizes)] for a in made[5:]]
         return [np.asarray(a, np.float64) for a in made]
 
     tolerance = 1e-5 if dtype == "float32" else 1e-2
@@ -177,7 +184,7 @@ def test_dispatch_and_combine_are_inverse_and_their_gradients_are_gathers():
 
     def through(x, gates):  # each expert scales its rows by another factor, so that no two slots are alike
         factor = 1 + experts.reshape(-1)[plan.order]
-        return moe.combine(moe.dispatch(x, plan) ** 2 * factor[:, None], gates, plan)
+        return moe.combine(moe.dispatch(x, plan) ** 2 * (factor * moe.dispatch_gates(gates, plan))[:, None], plan)
 
     def plain(x, gates):
         return x**2 * (gates * (1 + experts)).sum(axis=-1, keepdims=True)

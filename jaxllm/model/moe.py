@@ -39,12 +39,8 @@ class Mixture(NamedTuple):
 
 class Dispatch(NamedTuple):
     order: Array  # (M,): row i of the sorted rows is slot order[i] of the (N,k) slots, flattened
-    inverse: Array  # (M,): slot j is in row inverse[j]
+    rows: Array  # (N,k): the row of each slot, the inverse of the order
     group_sizes: Array  # (E,): rows of each expert
-
-    def slots(self, tokens: int) -> Array:
-        """(k,N): the row of each token's j-th slot."""
-        return self.inverse.reshape(tokens, -1).T
 
 
 def route(
@@ -92,7 +88,7 @@ def plan_dispatch(experts: Array, n_experts: int) -> Dispatch:
     """Sort the (N,k) slots by expert, keeping the order of tokens within an expert."""
     order = jnp.argsort(experts.reshape(-1), stable=True)
     inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
-    return Dispatch(order, inverse, tokens_per_expert(experts, n_experts))
+    return Dispatch(order, inverse.reshape(experts.shape), tokens_per_expert(experts, n_experts))
 
 
 def add_all(arrays: Iterable[Array]) -> Array:
@@ -104,42 +100,22 @@ def add_all(arrays: Iterable[Array]) -> Array:
 # one by one, which fuses with the gathers: XLA's sum over an axis in the middle is slow on a CPU.
 @jax.custom_vjp
 def dispatch(x: Array, plan: Dispatch) -> Array:  # (N,D) -> (M,D), rows sorted by expert
-    return x[plan.order // (plan.order.size // x.shape[0])]
-
-
-def _dispatch_fwd(x: Array, plan: Dispatch):
-    return dispatch(x, plan), (plan, x.shape[0])
-
-
-def _dispatch_bwd(saved, d_rows: Array):
-    plan, N = saved
-    return add_all(d_rows[slot] for slot in plan.slots(N)), None
-
-
-dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+    return x[plan.order // plan.rows.shape[1]]
 
 
 @jax.custom_vjp
-def combine(rows: Array, gates: Array, plan: Dispatch) -> Array:  # (M,D), (N,k) -> (N,D)
-    slots, gates = plan.slots(gates.shape[0]), gates.astype(rows.dtype)
-    return add_all(rows[slot] * gate[:, None] for slot, gate in zip(slots, gates.T, strict=True))
+def combine(rows: Array, plan: Dispatch) -> Array:  # (M,D), each times its gate -> (N,D), summed over a token's slots
+    return add_all(rows[slot] for slot in plan.rows.T)
 
 
-def _combine_fwd(rows: Array, gates: Array, plan: Dispatch):
-    return combine(rows, gates, plan), (rows, gates, plan)
+@jax.custom_vjp
+def dispatch_gates(gates: Array, plan: Dispatch) -> Array:  # (N,k) -> (M,), of the sorted rows
+    return gates.reshape(-1)[plan.order]
 
 
-def _combine_bwd(saved, d_out: Array):
-    rows, gates, plan = saved
-    own_gate = gates.reshape(-1)[plan.order].astype(rows.dtype)  # (M,)
-    d_rows = dispatch(d_out, plan) * own_gate[:, None]
-    acc_dtype = at_least_float32(rows.dtype)
-    exact = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": acc_dtype}
-    d_gates = [jnp.einsum("nd,nd->n", rows[slot], d_out, **exact) for slot in plan.slots(gates.shape[0])]
-    return d_rows, jnp.stack(d_gates, axis=1).astype(gates.dtype), None
-
-
-combine.defvjp(_combine_fwd, _combine_bwd)
+dispatch.defvjp(lambda x, plan: (dispatch(x, plan), plan), lambda plan, d_rows: (combine(d_rows, plan), None))
+combine.defvjp(lambda rows, plan: (combine(rows, plan), plan), lambda plan, d_out: (dispatch(d_out, plan), None))
+dispatch_gates.defvjp(lambda gates, plan: (dispatch_gates(gates, plan), plan), lambda plan, d: (d[plan.rows], None))
 
 
 class DeepSeekExpertLayer(nnx.Module):
@@ -166,15 +142,16 @@ class DeepSeekExpertLayer(nnx.Module):
     def __call__(self, x: Array) -> Array:  # (..., D) -> (..., D)
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
-    def grouped(self, rows: Array, group_sizes: Array, offset: Array | None = None) -> Array:
-        """As a stack of experts, each on a separate group of consecutive rows: (M,D), (E,) -> (M,D).
+    def grouped(self, rows: Array, row_weights: Array, group_sizes: Array, offset: Array | None = None) -> Array:
+        """As a stack of experts, each on a separate group of consecutive rows: (M,D), (M,), (E,) -> (M,D).
 
-        With `offset`, only the E experts from there on, in a stack of more; without a gradient.
+        A row's output is multiplied by its weight. With `offset`, only the E experts from there on, in a stack of more;
+        without a gradient.
         """
         gate, up, down = (projection.weight[...] for projection in (self.gate_proj, self.up_proj, self.down_proj))
         if offset is not None:
-            return expert_ffn_of_stack(self.kernels.grouped, rows, gate, up, down, group_sizes, offset)
-        return expert_ffn(self.kernels.grouped, rows, gate, up, down, group_sizes)
+            return expert_ffn_of_stack(self.kernels.grouped, rows, row_weights, gate, up, down, group_sizes, offset)
+        return expert_ffn(self.kernels.grouped, rows, row_weights, gate, up, down, group_sizes)
 
     def summed(self, x: Array) -> Array:
         """As a stack of experts that all see every token, summed: (N,D) -> (N,D)."""
@@ -223,13 +200,13 @@ class DeepSeekMoE(nnx.Module):
             mixed = expert_parallel_ffn(self.routed_experts.grouped, tokens, routing, local)
         else:
             plan = plan_dispatch(routing.experts, self.config.n_routed_experts)
-            rows = self.routed_experts.grouped(dispatch(tokens, plan), plan.group_sizes, offset)
-            mixed = combine(rows, routing.gates, plan)
+            rows, gates = dispatch(tokens, plan), dispatch_gates(routing.gates, plan)
+            mixed = combine(self.routed_experts.grouped(rows, gates, plan.group_sizes, offset), plan)
         return Mixture((self.shared_experts.summed(tokens) + mixed).reshape(x.shape), routing)
 
 
 def expert_parallel_ffn(
-    run: Callable[[Array, Array], Array], tokens: Array, routing: Routing, local_experts: int
+    run: Callable[[Array, Array, Array], Array], tokens: Array, routing: Routing, local_experts: int
 ) -> Array:
     """The output of the routed experts of all devices along `expert` for this device's tokens: (N,D) -> (N,D).
 
@@ -238,7 +215,8 @@ def expert_parallel_ffn(
     only the chosen rows would move k/n of this on n > k devices.
 
     Args:
-        run: this device's experts on rows sorted by expert, and how many of them each has: (M,D), (F,) -> (M,D).
+        run: this device's experts on rows sorted by expert, their weights, and how many rows each has: (M,D), (M,),
+            (F,) -> (M,D).
         routing: of the tokens, among all experts.
         local_experts: F.
     """
@@ -254,8 +232,10 @@ def expert_parallel_ffn(
     plan = plan_dispatch(jnp.where(here, local, local_experts), local_experts + 1)
     sizes = plan.group_sizes[:local_experts]
     live = (jnp.arange(plan.order.size) < sizes.sum())[:, None]
-    rows = jnp.where(live, run(jnp.where(live, dispatch(tokens, plan), 0), sizes), 0)
-    return jax.lax.psum_scatter(combine(rows, jnp.where(here, gates, 0), plan), "expert", tiled=True)
+    rows = jnp.where(live, dispatch(tokens, plan), 0)
+    row_weights = jnp.where(live[:, 0], dispatch_gates(gates, plan), 0)
+    out = jnp.where(live, run(rows, row_weights, sizes), 0)
+    return jax.lax.psum_scatter(combine(out, plan), "expert", tiled=True)
 
 
 def balance_loss(routing: Routing, batch: int) -> Array:

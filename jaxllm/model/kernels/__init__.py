@@ -31,7 +31,7 @@ class Kernels:
     """The kernels of one model; static and hashable."""
 
     grouped: ModuleType
-    """A module with `grouped_matmul`, `grouped_matmul_transposed`, `weight_gradients` and `padding`."""
+    """A module with the grouped products that `expert_ffn` is made of, and `padding`."""
     attention: Callable[[Array, Array, Array, Array | None, float], Array]
     """q, k (B,T,H,h), v (B,T,H,v), the attention mask (B,T) or None, and the scale of the scores -> (B,T,H,v)."""
 

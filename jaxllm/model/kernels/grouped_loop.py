@@ -5,6 +5,7 @@ gradient is written once. Only a group above the largest size needs several bloc
 an empty group costs only the zeros of its gradient. On a GPU each such loop would wait for the host.
 
     P rows, the last padding(M) of them padding    E groups    X in    Y out    b rows of a block
+    of an expert: D hidden    F expert hidden
 """
 
 import itertools
@@ -17,6 +18,7 @@ from jax.export import is_symbolic_dim
 
 from jaxllm.model.dtypes import Array, at_least_float32
 from jaxllm.model.kernels.matmul import cast, matmul
+from jaxllm.model.kernels.swiglu import swiglu, swiglu_gradients
 
 # A size more makes every program longer to compile (it is a loop in each product); a size less pads more. Groups of 128
 # to 512 rows are what a thousand tokens on seven experts give; decoding has groups of a row or a few.
@@ -75,6 +77,29 @@ def grouped_matmul_transposed(d_out: Array, weights: tuple[Array, ...], group_si
         return _loop_blocks(d_out, e, start, end, block, d_rows)
 
     return _loop_groups(group_sizes, group, jnp.zeros((d_out.shape[0], weights[0].shape[1]), d_out.dtype))
+
+
+def grouped_swiglu(
+    rows: Array, row_weights: Array, gate: Array, up: Array, group_sizes: Array, offset: Array | int = 0
+) -> tuple[Array, Array]:
+    """Products with `gate` and `up` side by side, (P,2F), and of these `swiglu` in the dtype of the rows, (P,F).
+
+    rows (P,D), row_weights (P,1), each (>= E,D,F).
+    """
+    gate_up = grouped_matmul(rows, (gate, up), group_sizes, offset)
+    return gate_up, swiglu(*jnp.split(gate_up, 2, axis=1), row_weights).astype(rows.dtype)
+
+
+def grouped_swiglu_gradients(
+    d_out: Array, row_weights: Array, gate_up: Array, down: Array, group_sizes: Array
+) -> tuple[Array, Array, Array]:
+    """`swiglu` again, (P,F), and the gradients of `grouped_swiglu` for its products, (P,2F), and the row weights, (P,).
+
+    d_out: (P,D), the gradient of its product with `down` (E,F,D).
+    """
+    d_h = grouped_matmul_transposed(d_out, (down,), group_sizes)
+    h, d_gate, d_up, d_weights = swiglu_gradients(*jnp.split(gate_up, 2, axis=1), row_weights, d_h)
+    return h.astype(d_out.dtype), jnp.concatenate([d_gate, d_up], axis=1).astype(d_out.dtype), d_weights
 
 
 def weight_gradients(rows: Array, d_out: Array, group_sizes: Array, parts: int) -> list[Array]:
