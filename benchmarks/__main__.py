@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Annotated
 
 import tyro
 
+from benchmarks.finding import Finding
 from benchmarks.gpu import command as gpu
 from benchmarks.machine import describe_machine
 from benchmarks.report import Findings, draw_report, print_table, write_report
@@ -63,10 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     findings: Findings = {}
     for name in args.rows or ROWS:
         started = time.perf_counter()
-        try:
-            findings[name] = ROWS[name].measure(args.quick, rounds)
-        except Failure as failure:
-            findings[name] = str(failure)
+        findings[name] = measure(name, args.quick, rounds)
         print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
     print_table(findings, args.quick)
     machine = describe_machine()
@@ -75,6 +74,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     draw_report(args.out / "benchmarks.png", findings, machine, args.quick)
     print(f"The report is in {args.out}: benchmarks.json, benchmarks.png")
     return 1 if any(isinstance(found, str) for found in findings.values()) else 0
+
+
+def measure(name: str, quick: bool, rounds: int) -> list[Finding] | str:
+    """The findings of one row, or in one line why there are none."""
+    try:
+        return ROWS[name].measure(quick, rounds)
+    except (Failure, UserError) as failure:
+        return str(failure)
+    except Exception as error:  # a bug in one row must not end the others
+        traceback.print_exc()
+        return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,9 +13,9 @@ import jax
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.finding import at_least, at_most
+from benchmarks.finding import Finding, at_least, at_most
 from benchmarks.rows import ROWS
-from benchmarks.timing import interleave, ratio
+from benchmarks.timing import Spread, interleave, ratio
 from benchmarks.worker import Failure, Run, Worker
 
 FEW = ("decode",)  # both sides
@@ -55,6 +56,27 @@ def test_bad_input_is_refused_in_one_line(arguments, message, capsys):
 def test_list_names_every_row(capsys):
     assert main(["--list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("fails", "reason"),
+    [
+        (lambda quick, rounds: 1 / 0, "ZeroDivisionError: division by zero"),
+        (lambda quick, rounds: [finding(math.nan)], "step: value.median is nan"),
+        (lambda quick, rounds: [finding(1.0, losses={"ours": math.inf})], "step: losses.ours is inf"),
+    ],
+)
+def test_a_row_that_fails_is_a_line_and_the_others_run(fails, reason, tmp_path, monkeypatch):
+    monkeypatch.setitem(ROWS, "memory", ROWS["memory"]._replace(measure=fails))
+    monkeypatch.setitem(ROWS, "compile", ROWS["compile"]._replace(measure=lambda quick, rounds: [finding(2.0)]))
+    assert main(["memory", "compile", "--quick", "--out", str(tmp_path)]) == 1
+    failed, measured = json.loads((tmp_path / "benchmarks.json").read_text(), parse_constant=pytest.fail)["rows"]
+    assert failed["not_measured"] == reason
+    assert measured["findings"][0]["value"]["median"] == 2.0
+
+
+def finding(value: float, **details) -> Finding:
+    return Finding("step", "", "", Spread(value, value, value), at_least(1.0), details=details)
 
 
 def test_a_side_that_cannot_prepare_gives_the_reason():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -23,7 +25,7 @@ from benchmarks.gpu.parts import PARTS, Part
 from benchmarks.gpu.plans import target_of
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.sizes import DecodingSizes
-from benchmarks.worker import Failure, Worker
+from benchmarks.worker import Failure, Run, Worker
 from jaxllm.config import preset
 from jaxllm.model import flops
 from jaxllm.plan.targets import load_target
@@ -76,10 +78,19 @@ def test_the_page_is_made_of_the_report():
     assert PAGE.read_text() == page(json.loads(REPORT.read_text()))
 
 
-def test_a_part_that_fails_is_a_line_and_the_others_run(tmp_path, monkeypatch, capsys):
-    def fails(session: Session) -> list[Line]:
-        raise ValueError("one\ntwo")
+def raises(session: Session) -> list[Line]:
+    raise ValueError("one\ntwo")
 
+
+@pytest.mark.parametrize(
+    ("fails", "reason"),
+    [
+        (raises, "ValueError: one"),
+        (lambda session: [Line("loss", "nan", figures={"step": {"first": math.nan}})], "loss: step.first is nan"),
+        (lambda session: [Line("speed", "", ratio=math.inf)], "speed: ratio is inf"),
+    ],
+)
+def test_a_part_that_fails_is_a_line_and_the_others_run(fails, reason, tmp_path, monkeypatch, capsys):
     def works(session: Session) -> list[Line]:
         return [Line("what", "1 s")]
 
@@ -89,9 +100,33 @@ def test_a_part_that_fails_is_a_line_and_the_others_run(tmp_path, monkeypatch, c
     file = tmp_path / "gpu.json"
     assert main(["ceilings", "step", "--quick", "--out", str(file)]) == 1
     failed, measured = json.loads(file.read_text())["parts"]
-    assert failed["not_measured"] == "ValueError: one"
+    assert failed["not_measured"] == reason
     assert [line["measured"] for line in measured["lines"]] == ["1 s"]
-    assert "| not measured: ValueError: one |" in page(json.loads(file.read_text()))
+    assert f"| not measured: {reason} |" in page(json.loads(file.read_text()))
+
+
+class FakeWorker:
+    """A worker whose steps take a second."""
+
+    def __init__(self, **facts: Any):
+        self.facts = {"kernels": {}, "chosen": "", "compile_seconds": 0.0, "memory": {}} | facts
+
+    def __enter__(self) -> FakeWorker:
+        return self
+
+    def __exit__(self, *_exception) -> None: ...
+
+    def go(self, contender: str) -> Run:
+        return Run(1.0, 1.0, 0.0, {})
+
+
+def test_nothing_is_compared_with_a_step_that_failed(monkeypatch):
+    ours = session()
+    monkeypatch.setattr(Session, "jax", lambda *_, **__: FakeWorker(first_loss=math.nan))
+    assert measure("step", ours).not_measured == "step: first_loss is nan"
+    monkeypatch.setattr(Session, "torch", lambda *_, **__: FakeWorker(first_loss=5.0, micro_batches=1))
+    (theirs,) = measure("torch-ref", ours).lines
+    assert theirs.reference == "ours was not measured"
 
 
 DEVICE = {"platform": "cpu", "compute_capability": None, "driver": None, "runtime": ""}

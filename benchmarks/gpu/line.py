@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from benchmarks.finding import Target
+from benchmarks.finding import Target, check_finite
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,9 @@ class Line:
     """The number that the goal is about; None: the ratio."""
     figures: dict[str, Any] = field(default_factory=dict)
     """The numbers, for programs."""
+
+    def __post_init__(self) -> None:
+        check_finite(self.what, {**self.figures, "ratio": self.ratio, "judged": self.judged})
 
     @property
     def verdict(self) -> str:

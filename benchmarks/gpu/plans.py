@@ -38,10 +38,10 @@ def _plan(session: Session, remat: bool) -> list[Line]:
     plan = compile_plan(config, session.target)
     if isinstance(plan, Refused):
         raise Failure(f"does not fit: {plan.message}")
-    found = session.plans[remat] = plan_as_json(plan, config.tokens_per_step)
+    found = plan_as_json(plan, config.tokens_per_step)
     times, memory = found["seconds"], found["memory"]
     best, causal = (plan.mfu(times["step_at_best"], attention) for attention in ("full", "causal"))
-    return [
+    lines = [
         Line(
             what="step, expected",
             measured=f"{found['tokens_per_second']['expected']:,.0f} tokens/s ({1e3 * times['step_expected']:,.1f} ms)",
@@ -67,6 +67,8 @@ def _plan(session: Session, remat: bool) -> list[Line]:
         ),
         Line(what="kernels that multiply", measured=kernel_names(found["kernels"]), figures=found["kernels"]),
     ]
+    session.plans[remat] = found
+    return lines
 
 
 def kernel_names(totals: dict[str, dict[str, float]]) -> str:
