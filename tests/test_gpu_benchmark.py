@@ -15,7 +15,7 @@ import jax
 import pytest
 
 from benchmarks.finding import at_least, at_most
-from benchmarks.gpu import command
+from benchmarks.gpu import command, plans
 from benchmarks.gpu.command import REPORT, main, measure
 from benchmarks.gpu.decoding import bytes_of_a_token
 from benchmarks.gpu.line import Line
@@ -27,8 +27,9 @@ from benchmarks.gpu.session import Session
 from benchmarks.gpu.sizes import DecodingSizes
 from benchmarks.worker import Failure, Run, Worker
 from jaxllm.config import preset
+from jaxllm.errors import UserError
 from jaxllm.model import flops
-from jaxllm.plan.targets import load_target
+from jaxllm.plan.targets import Target, load_target
 
 FEW = ("ceilings", "step-remat", "torch-ref")  # both sides, and what they are compared with
 
@@ -172,20 +173,59 @@ def test_bad_input_is_refused_in_one_line(arguments, message, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "memory", "target"),
+    ("name", "target"),
     [
-        ("NVIDIA H100 80GB HBM3", 72.8, "h100"),
-        ("NVIDIA H200", 128.0, "h200"),
-        ("NVIDIA A100-SXM4-40GB", 36.0, "a100-40"),
-        ("NVIDIA A100-SXM4-80GB", 73.0, "a100-80"),
-        ("NVIDIA GeForce RTX 4090", 21.6, "rtx4090"),
-        ("NVIDIA L4", 20.0, "l4"),
-        ("NVIDIA L40S", 44.0, None),
-        ("cpu", 0.0, None),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA A100 80GB PCIe", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA L40S", None),
+        ("cpu", None),
     ],
 )
-def test_a_card_has_its_data_sheet(name, memory, target):
-    assert target_of(name, memory) == (target and load_target(target))
+def test_a_card_has_its_own_data_sheet_or_none(name, target):
+    assert target_of(name) == (target and load_target(target))
+
+
+def not_installed(name: str, target: Target) -> None:
+    raise UserError(f"for {name}")
+
+
+@pytest.mark.parametrize(
+    ("card", "sheet", "ratio"),
+    [
+        ("NVIDIA H100 80GB HBM3", "data sheet 989.4", "0.20x"),
+        ("NVIDIA H200", "data sheet 989.4", "0.20x"),
+        ("NVIDIA A100-SXM4-40GB", "data sheet 312", "0.64x"),
+        ("NVIDIA H100 PCIe", "no data sheet for NVIDIA H100 PCIe", ""),
+    ],
+)
+def test_a_card_is_compared_with_no_other_cards_data_sheet(card, sheet, ratio, tmp_path, monkeypatch):
+    facts = {"side": 8192, "work": {"product": 2e14, "copy": 1e12, "sum": 2e12}, "first_loss": 5.0}
+    monkeypatch.setattr(command, "find_device", lambda session: {"name": card, "memory_gib": 70.0} | DEVICE)
+    monkeypatch.setattr(Session, "jax", lambda *_, **__: FakeWorker(**facts))
+    monkeypatch.setattr(plans, "check_extra", not_installed)
+    file = tmp_path / "gpu.json"
+    assert main(["plan", "ceilings", "step", "--out", str(file)]) == 1
+    report = json.loads(file.read_text())
+    plan, ceilings, step = report["parts"]
+    own = target_of(card)
+    assert report["target"] == (own and own.name)
+    assert plan["not_measured"] == (sheet if own is None else f"for {own.name}")
+    product, _, read = ceilings["lines"]
+    assert (product["reference"], product["ratio"]) == (sheet, ratio)
+    assert read["reference"] == (sheet if own is None else f"data sheet {own.memory_gb_per_s:,}")
+    assert step["lines"][1]["reference"].startswith(sheet if own is None else "of the data sheet's")
+    assert f"| {sheet} |" in page(report)
 
 
 def test_decoding_reads_the_weights_that_its_tokens_use():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 from benchmarks.gpu.line import Line
 from benchmarks.gpu.session import Session
 from benchmarks.timing import interleave, seconds
+from jaxllm.plan.targets import Target
 
 
 def ceilings(session: Session) -> list[Line]:
@@ -16,22 +19,18 @@ def ceilings(session: Session) -> list[Line]:
         runs = interleave({name: functools.partial(jax.go, name) for name in work}, session.rounds)
     rates = {name: amount / seconds(runs[name]).median for name, amount in work.items()}
     product = rates.pop("product")
-    sheet = session.target
-    peak, bandwidth = sheet.peak_tflops["bfloat16"] * 1e12, sheet.memory_gb_per_s * 1e9
     lines = [
         Line(
             what=f"bfloat16 product of {jax.facts['side']:,}³, random numbers",
             measured=f"{product / 1e12:,.4g} TFLOP/s",
-            reference=f"data sheet {peak / 1e12:,.4g}",
-            ratio=product / peak,
+            **_against_sheet(session, product / 1e12, lambda sheet: sheet.peak_tflops["bfloat16"]),
             figures={"flops_per_second": product},
         ),
         *(
             Line(
                 what={"copy": "reading and writing an array", "sum": "reading an array"}[name],
                 measured=f"{rate / 1e9:,.4g} GB/s",
-                reference=f"data sheet {bandwidth / 1e9:,.4g}",
-                ratio=rate / bandwidth,
+                **_against_sheet(session, rate / 1e9, lambda sheet: sheet.memory_gb_per_s),
                 figures={"bytes_per_second": rate},
             )
             for name, rate in rates.items()
@@ -39,3 +38,10 @@ def ceilings(session: Session) -> list[Line]:
     ]
     session.flops_per_second, session.bytes_per_second = product, max(rates.values())
     return lines
+
+
+def _against_sheet(session: Session, measured: float, of_sheet: Callable[[Target], float]) -> dict[str, Any]:
+    if session.target is None:
+        return {"reference": session.no_sheet}
+    wanted = of_sheet(session.target)
+    return {"reference": f"data sheet {wanted:,.4g}", "ratio": measured / wanted}

@@ -73,8 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = None
     if args.quick or any(PARTS[name].on_gpu for name in chosen):
         device = find_device(session)
-        session.target = target_of(device["name"], device["memory_gib"] or 0.0) or session.target
-    about = {"quick": args.quick, "device": device, "machine": describe_machine(), "target": session.target.name}
+        if not args.quick:  # the code of every part needs a data sheet
+            session.target, session.card = target_of(device["name"]), device["name"]
+    target = session.target and session.target.name
+    about = {"quick": args.quick, "device": device, "machine": describe_machine(), "target": target}
     out = args.out or (Path("runs/gpu.json") if args.quick else REPORT)
     found: dict[str, Found] = {}
 

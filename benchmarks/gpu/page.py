@@ -53,6 +53,8 @@ def page(report: dict[str, Any]) -> str:
         state = "**Small sizes on the CPU: this shows that the code runs, and no speed.**"
     elif measured:
         state = f"Measured on {device_line(report)}."
+    elif report["device"] is not None:
+        state = f"**Nothing could be measured on {device_line(report)}.**"
     else:
         state = (
             f"**Nothing was measured on a GPU yet.** The table has plans for one {report['target']} alone, made on a "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from benchmarks.gpu.line import Line
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.sizes import step_config
@@ -16,12 +14,12 @@ from jaxllm.run.throughput import GIB
 DEFAULT_TARGET = "h100"
 
 
-def target_of(device: str, memory_gib: float) -> Target | None:
-    """The data sheet of a card by the name that its driver gives it, such as `NVIDIA H100 80GB HBM3`; None: unknown."""
-    name = device.lower().replace("rtx ", "rtx")
-    stems = [stem for stem in target_names() if re.search(rf"\b{re.escape(stem.split('-')[0])}\b", name)]
-    known = [load_target(stem) for stem in stems]
-    return min(known, key=lambda target: abs(target.memory_gib - memory_gib), default=None)
+def target_of(device: str) -> Target | None:
+    """The data sheet of a card by the name that its driver gives it, such as `NVIDIA H100 80GB HBM3`; None: unknown.
+
+    The whole name counts: an H100 PCIe, an H100 NVL and a part of a card (MIG) have other speeds than an H100 SXM.
+    """
+    return next((target for target in map(load_target, target_names()) if target.driver_name == device), None)
 
 
 def plan_with_remat(session: Session) -> list[Line]:
@@ -33,6 +31,8 @@ def plan_without_remat(session: Session) -> list[Line]:
 
 
 def _plan(session: Session, remat: bool) -> list[Line]:
+    if session.target is None:
+        raise Failure(session.no_sheet)
     check_extra(session.target.name, session.target)
     config = step_config(session.quick, remat)
     plan = compile_plan(config, session.target)

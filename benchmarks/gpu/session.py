@@ -28,8 +28,10 @@ class Session:
     quick: bool
     ends: float
     """When the budget is used up, in seconds of `time.monotonic`."""
-    target: Target
-    """The data sheet of the card here, and what the plan compiles for."""
+    target: Target | None
+    """The data sheet of the card here, and what the plan compiles for; None: there is none of this card."""
+    card: str = ""
+    """The name of the card here."""
     plans: dict[bool, dict[str, Any]] = field(default_factory=dict)
     """`plan_as_json` of the step without and with remat."""
     flops_per_second: float | None = None
@@ -44,6 +46,11 @@ class Session:
     @property
     def rounds(self) -> int:
         return 1 if self.quick else 3
+
+    @property
+    def no_sheet(self) -> str:
+        """What stands in place of a comparison with the data sheet."""
+        return f"no data sheet for {self.card}"
 
     @property
     def left(self) -> float:

@@ -59,7 +59,6 @@ def _ours(session: Session, remat: bool) -> list[Line]:
             / (taken * session.flops_per_second)
             for attention in ("full", "causal")
         }  # fmt: skip
-        share = session.flops_per_second / (session.target.peak_tflops["bfloat16"] * 1e12)
         planned = (
             "" if plan is None else f"; plan {plan['mfu_expected']['full']:.3f}, {plan['mfu_expected']['causal']:.3f}"
         )
@@ -67,7 +66,7 @@ def _ours(session: Session, remat: bool) -> list[Line]:
             Line(
                 what="MFU of the measured product peak",
                 measured=f"{mfu['full']:.3f} full, {mfu['causal']:.3f} causal",
-                reference=f"of the data sheet's {share * mfu['full']:.3f}, {share * mfu['causal']:.3f}{planned}",
+                reference=_mfu_of_sheet(session, mfu, session.flops_per_second) + planned,
                 goal=at_least(0.5),
                 judged=mfu["full"],
                 figures=mfu,
@@ -122,6 +121,14 @@ def _theirs(session: Session, torch: Worker, what: str) -> list[Line]:
 def _rounds(session: Session, worker: Worker) -> Sequence[Run]:
     """The rounds that count, after one that warms the processor up."""
     return [worker.go("step") for _ in range(1 + session.rounds)][1:]
+
+
+def _mfu_of_sheet(session: Session, mfu: dict[str, float], measured_peak: float) -> str:
+    """The MFU of the data sheet's peak, from that of the measured one."""
+    if session.target is None:
+        return session.no_sheet
+    share = measured_peak / (session.target.peak_tflops["bfloat16"] * 1e12)
+    return f"of the data sheet's {share * mfu['full']:.3f}, {share * mfu['causal']:.3f}"
 
 
 def _against_plan(measured: float, planned: float | None) -> dict[str, Any]:

@@ -67,6 +67,12 @@ class Target:
         found = re.search(r"cuda_compute_capability\s*\{\s*major:\s*(\d+)(?:\s*minor:\s*(\d+))?", self.config or "")
         return float(f"{found[1]}.{found[2] or 0}") if found else 0.0
 
+    @property
+    def driver_name(self) -> str | None:
+        """What NVIDIA's driver calls the card, variant and memory included; None: the description does not say."""
+        found = re.search(r'device_description_str:\s*"([^"]*)"', self.config or "")
+        return found and found[1]
+
 
 def _check_positive(field: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
