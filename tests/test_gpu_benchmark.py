@@ -133,6 +133,28 @@ def test_nothing_is_compared_with_a_step_that_failed(monkeypatch):
 DEVICE = {"platform": "cpu", "compute_capability": None, "driver": None, "runtime": ""}
 
 
+def test_a_step_that_does_not_fit_is_tried_in_micro_batches_and_leaves_no_peak(monkeypatch):
+    """On a stand-in for a GPU whose peak grows with the rows of a micro-batch, and that has room for two."""
+    from benchmarks.gpu import torch_side
+    from benchmarks.gpu.torch_side import torch
+
+    peak, tried = [0], []
+
+    def step(labels):
+        rows = labels.shape[1]
+        tried.append(rows)
+        peak[0] = max(peak[0], rows)
+        if rows > 2:
+            raise torch.OutOfMemoryError("8 rows")
+        return torch.tensor(5.0)
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 0))
+    loss, labels = torch_side._first_that_fits(step, torch.nn.Linear(1, 1), torch.arange(32).reshape(1, 8, 4))
+    assert (loss, labels.shape, peak, tried) == (5.0, (4, 2, 4), [2], [8, 4, 2])
+    assert labels.flatten().tolist() == list(range(32))
+
+
 def test_nothing_begins_after_the_budget():
     found = measure("step", session(seconds=-1))
     assert "budget" in found.not_measured

@@ -122,4 +122,5 @@ def _first_that_fits(step: Callable[[Tensor], Tensor], model: torch.nn.Module, l
                 raise
         model.zero_grad()
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # else the peak would be that of the step that did not fit
         labels = labels.reshape(2 * len(labels), -1, labels.shape[2])
