@@ -10,7 +10,8 @@ import pytest
 import train
 from convert import __main__ as convert
 from jaxllm.config import DEFAULT_RECIPE, RunConfig, TrainConfig
-from jaxllm.run import prepare, runtime
+from jaxllm.run import prepare
+from jaxllm.run.hardware import bfloat16_hardware
 from jaxllm.run.metrics import RunLog, read_metrics
 from jaxllm.run.prepare import INIT_LEARNING_RATE, parse_args
 
@@ -81,10 +82,10 @@ def test_the_default_recipe_is_for_new_weights_and_trained_ones_have_a_low_rate(
 )
 def test_a_new_run_is_in_bfloat16_where_the_processor_multiplies_it(flags, wanted, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    cpuinfo = tmp_path / "cpuinfo"
     if flags is not None:
-        cpuinfo.write_text(flags)
-    assert runtime.bfloat16_hardware(cpuinfo) == wanted
+        (tmp_path / "proc").mkdir()
+        (tmp_path / "proc" / "cpuinfo").write_text(flags)
+    assert bfloat16_hardware(tmp_path) == wanted
     monkeypatch.setattr(prepare, "bfloat16_hardware", lambda: wanted)
     folder = ("--run-dir", str(tmp_path / "run"))
     assert options_of(*folder)["precision"] == ("bfloat16" if wanted else "float32")

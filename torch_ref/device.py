@@ -1,4 +1,4 @@
-"""Peak speed and peak memory of the PyTorch device that trains."""
+"""The PyTorch device that trains: whether it multiplies bfloat16 in hardware, its peak speed and peak memory."""
 
 import time
 from collections.abc import Callable
@@ -6,7 +6,15 @@ from collections.abc import Callable
 import torch
 
 from jaxllm.config import Precision
+from jaxllm.run.hardware import cpu_bfloat16
 from jaxllm.run.throughput import GIB, host_peak_gib, peak_tflops
+
+
+def bfloat16_hardware(device: torch.device) -> str | None:
+    """What multiplies bfloat16 in hardware on the device, as `jaxllm.run.hardware` names it; None: nothing known."""
+    if device.type == "cuda":
+        return "the GPU" if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    return cpu_bfloat16() if device.type == "cpu" else None
 
 
 def measured_peak_tflops(precision: Precision, device: torch.device) -> float:

@@ -24,7 +24,7 @@ from jaxllm.run.reporting import announce, announce_finished, announce_speed
 from torch_ref.batches import MicroBatches
 from torch_ref.callbacks import LogCallback, TextGenerationCallback
 from torch_ref.checkpoint import last_checkpoint, reading
-from torch_ref.device import measured_peak_tflops
+from torch_ref.device import bfloat16_hardware, measured_peak_tflops
 from torch_ref.model import CustomLLM
 from torch_ref.trainer import CustomLLMTrainer, choose_device
 
@@ -51,7 +51,8 @@ def train(prepared: Prepared[RunConfig], model: CustomLLM | None = None) -> Cust
         stream.seek(read_position(checkpoint.folder / POSITION_FILE, config.data.seq_len, config.model.vocab_size))
         print(f"Resuming from step {first_step} of {config.folder}")
     device = choose_device(config)
-    announce(config, sum(p.numel() for p in model.parameters()), None if first_step else str(model), str(device))
+    parameters, tree = sum(p.numel() for p in model.parameters()), None if first_step else str(model)
+    announce(config, parameters, tree, str(device), bfloat16_hardware(device))
 
     samples = TextGenerationCallback(config, prepared.tokenizer)
     if checkpoint is not None and first_step >= config.schedule.steps:

@@ -44,8 +44,9 @@ class RunConfig:
     overwrite: bool = option(False, resumable=True, saved=False)
     """Delete the earlier run in the folder and start over."""
     precision: Precision = "float32"
-    """Compute precision; master weights and moments are always float32. train.py begins in bfloat16 where this
-    machine multiplies it in hardware: on a GPU or TPU, or on a CPU with AMX or AVX512-BF16."""
+    """Compute precision; master weights and moments are always float32. The default recipe of train.py is in bfloat16
+    where this machine multiplies it in hardware: on NVIDIA GPUs from Ampere on, a TPU, or a CPU with AMX or
+    AVX512-BF16. `--recipe seed` is in float32 everywhere."""
     remat: bool = option(False, resumable=True)
     """Recompute each layer in the backward pass instead of keeping its activations."""
     seed: int = option(0, ge=0, le=2**63 - 1)

@@ -39,8 +39,8 @@ from jaxllm.data.tokenizer import (
 )
 from jaxllm.errors import UserError, shown
 from jaxllm.files import read_json, rename_durably, write_json
+from jaxllm.run.hardware import bfloat16_hardware
 from jaxllm.run.lock import LOCK_FILE, FolderLock
-from jaxllm.run.runtime import bfloat16_hardware
 from jaxllm.run.trackers import check_tracker
 
 if TYPE_CHECKING:

@@ -21,7 +21,6 @@ from jaxllm.data.tokenizer import decode_after, encode_prompt
 from jaxllm.errors import optional
 from jaxllm.model import flops
 from jaxllm.run.metrics import bits_per_byte, read_metrics
-from jaxllm.run.runtime import bfloat16_hardware
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,8 +29,11 @@ if TYPE_CHECKING:
     from jaxllm.run.prepare import Prepared
 
 
-def announce(config: RunConfig, parameters: int, tree: str | None, device: str) -> None:
-    """Print the model's size and, at the first start, its tree; and what is trained where."""
+def announce(config: RunConfig, parameters: int, tree: str | None, device: str, bfloat16: str | None) -> None:
+    """Print the model's size and, at the first start, its tree; and what is trained where.
+
+    `bfloat16` is what multiplies bfloat16 in hardware on that device; None: nothing known.
+    """
     model = config.model
     active = sum(flops.active_parameters(model).values())
     print(f"Model parameters: {parameters / 1e6:.2f}M")
@@ -47,8 +49,9 @@ def announce(config: RunConfig, parameters: int, tree: str | None, device: str) 
             f"The warm-up of {warmup} steps is not shorter than the run of {steps}: the learning rate never reaches "
             f"{config.optim.learning_rate:g}; pass a smaller --warmup-steps or more --steps"
         )
-    hardware = bfloat16_hardware() if config.precision == "bfloat16" else None
-    reason = f" (--precision float32 is slower: {hardware} multiplies bfloat16 in hardware)" if hardware else ""
+    reason = ""
+    if bfloat16 and config.precision == "bfloat16":
+        reason = f" (--precision float32 is slower: {bfloat16} multiplies bfloat16 in hardware)"
     print(
         f"Training for {config.schedule.steps} steps of {config.tokens_per_step} tokens in {config.precision}{reason} "
         f"on {device}; everything goes to {config.folder}"

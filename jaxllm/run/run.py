@@ -23,6 +23,7 @@ from jaxllm.model.summary import module_tree
 from jaxllm.run.checkpoint import CheckpointReader, choose_checkpoint, delete_unfinished, quarantine
 from jaxllm.run.checkpoint_writer import CheckpointWriter, check_room
 from jaxllm.run.evaluation import Evaluator
+from jaxllm.run.hardware import bfloat16_hardware
 from jaxllm.run.history import History
 from jaxllm.run.lock import FolderLock
 from jaxllm.run.metrics import NoLog, RunLog, end_record, step_record, write_metrics
@@ -112,7 +113,7 @@ class Run:
         """
         config = self.config
         tree = module_tree(config.model) if self.step == 0 else None
-        announce(config, sum(flops.parameters(config.model).values()), tree, device_name())
+        announce(config, sum(flops.parameters(config.model).values()), tree, device_name(), bfloat16_hardware())
         print(f"Layout: {trainer.placement.describe()}")
         print(f"Kernels: {describe_kernels(config.model, jnp.dtype(config.precision))}")
         if self.step >= config.schedule.steps:

@@ -4,10 +4,8 @@ JAX is imported where it is needed, because huge pages must be decided before an
 """
 
 import contextlib
-import importlib.util
 import os
 import platform
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -98,23 +96,6 @@ def check_devices() -> None:
             f"JAX_PLATFORMS is {wanted!r}: JAX cannot use such a device here ({one_line(error)}); install its support "
             "(for NVIDIA GPUs: pip install 'jaxllm[cuda13]'), or unset JAX_PLATFORMS"
         ) from None
-
-
-def bfloat16_hardware(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
-    """What multiplies bfloat16 in hardware on this machine: an accelerator or an instruction set; None: nothing known.
-
-    It asks the system and not JAX, which may not touch a device before the processes of a run are joined.
-    """
-    if os.environ.get("JAX_PLATFORMS") != "cpu":
-        plugins = {"nvidia0": ("jax_cuda12_plugin", "jax_cuda13_plugin"), "accel0": ("libtpu",), "vfio/0": ("libtpu",)}
-        for device, packages in plugins.items():
-            if Path("/dev", device).exists() and any(map(importlib.util.find_spec, packages)):
-                return "the GPU" if device == "nvidia0" else "the TPU"
-    try:
-        flags = set(re.findall(r"^flags\s*:(.*)", cpuinfo.read_text(errors="replace"), re.MULTILINE)[0].split())
-    except (OSError, IndexError):
-        return None
-    return next((name for name in ("amx_bf16", "avx512_bf16") if name in flags), None)
 
 
 def device_name() -> str:
