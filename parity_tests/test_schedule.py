@@ -69,6 +69,8 @@ def test_more_steps_of_wsd_change_no_rate_before_the_decay():
     [
         ({"decay_steps": 5}, "decay_steps is 5: only --schedule wsd"),
         (COSINE | {"schedule": "wsd", "decay_steps": 34}, "decay_steps is 34: it must be at most 33"),
+        ({"steps": 10, "warmup_steps": 12, "schedule": "wsd", "decay_steps": 3}, "warmup_steps is 12: .* the 10 steps"),
+        ({"steps": 10, "warmup_steps": 10, "schedule": "wsd", "decay_steps": 3}, "warmup_steps is 10: .* the 10 steps"),
         ({"schedule": "linear"}, "schedule is 'linear'"),
     ],
 )

@@ -104,8 +104,9 @@ class ScheduleConfig(_Checked):
     schedule: Literal["cosine", "wsd"] = "cosine"
     """After the warm-up: half a cosine, or `wsd` (warm-up, stable, decay): the peak, then linear over `decay_steps`."""
     decay_steps: int | None = option(None, ge=1, resumable=True)
-    """Last steps, over which the rate of `wsd` falls; default: a fifth of `steps`. A run that is resumed before them
-    with more `steps` has trained as if it had begun with these."""
+    """The last steps of a `wsd` run, over which the rate falls to 0; default: a fifth of `steps`. Until they begin, the
+    rate does not depend on `steps`: a run that is resumed before them with more `steps` has the same numbers as one
+    that had them from the start."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -113,10 +114,15 @@ class ScheduleConfig(_Checked):
             return
         if self.schedule != "wsd":
             raise UserError(f"decay_steps is {self.decay_steps}: only --schedule wsd has a decay of its own")
-        if self.decay_steps > self.steps - self.warmup_steps:
+        after_warmup = self.steps - self.warmup_steps
+        if after_warmup < 1:
             raise UserError(
-                f"decay_steps is {self.decay_steps}: it must be at most {self.steps - self.warmup_steps}, the steps "
-                "after warmup_steps"
+                f"warmup_steps is {self.warmup_steps}: it leaves none of the {self.steps} steps for decay_steps = "
+                f"{self.decay_steps}; make it smaller, or steps larger"
+            )
+        if self.decay_steps > after_warmup:
+            raise UserError(
+                f"decay_steps is {self.decay_steps}: it must be at most {after_warmup}, the steps after warmup_steps"
             )
 
     @property
