@@ -97,8 +97,8 @@ class Layout:
     def checkpoint(self, body: Callable, remat: bool) -> Callable:
         """A layer's function of which the backward pass recomputes nearly everything (`remat`), or only the gathering.
 
-        With `remat` it keeps what a GPU's own kernels made: they cost the most to run again, and their results are a
-        sixth of what a layer keeps without.
+        With `remat` it keeps what a GPU's own kernels made: they cost the most to run again, and their results are
+        about a fifth of what a layer keeps without.
         """
         if remat or self.fsdp > 1:
             # the layers run in a scan, across whose two loops XLA merges nothing
