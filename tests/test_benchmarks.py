@@ -13,6 +13,7 @@ import jax
 import pytest
 
 from benchmarks.__main__ import main
+from benchmarks.decoding import step_seconds
 from benchmarks.finding import Finding, at_least, at_most
 from benchmarks.rows import ROWS
 from benchmarks.timing import Spread, interleave, ratio
@@ -38,6 +39,11 @@ def test_every_row_runs(rows, tmp_path):
     findings = [finding for row in report["rows"] for finding in row["findings"]]
     assert all(finding["verdict"] == "not judged" for finding in findings)
     assert all(finding["value"]["median"] > 0 for finding in findings)
+    decoding = next(row["findings"] for row in report["rows"] if row["row"] == "decode")
+    assert [finding["what"].partition(", ")[2] for finding in decoding] == [
+        "one row", "one row", "eight rows", "one row, share of the memory's speed",
+        "eight rows, share of the memory's speed", "first token after 64", "cache of a token",
+    ]  # fmt: skip
     assert (tmp_path / "benchmarks.png").stat().st_size < 300_000
     assert not {"hostname", "node", "path"} & set(report["machine"])
 
@@ -88,6 +94,16 @@ def test_disturbed_rounds_are_repeated_and_quiet_ones_are_kept():
     loads = iter([1.0, 0.0, 0.5, 0.0])
     runs = interleave({"a": lambda: Run(1.0, 1.0, next(loads), {})}, rounds=2, warmups=0)
     assert [run.other_load for run in runs["a"]] == [0.0, 0.0]
+
+
+def test_a_step_that_took_no_time_is_refused_except_with_small_sizes():
+    def runs(*seconds):
+        return [Run(s, s, 0.0, {}) for s in seconds]
+
+    assert step_seconds(runs(5, 9), runs(1, 1), steps=2, quick=False) == [2, 4]
+    assert step_seconds(runs(1, 9), runs(5, 1), steps=2, quick=True) == [2, 4]
+    with pytest.raises(Failure, match="2 more tokens took no longer"):
+        step_seconds(runs(1, 9), runs(1, 1), steps=2, quick=False)
 
 
 def test_ratios_are_computed_within_a_round():

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 
-from benchmarks.decoding import parameters_read
+from benchmarks.decoding import parameters_read, step_seconds
 from benchmarks.gpu.line import Line
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.sizes import MODEL, DecodingSizes, decoding_sizes
 from benchmarks.sizes import decode_model
 from benchmarks.timing import Spread, interleave, seconds
-from benchmarks.worker import Failure
 from jaxllm.config import ModelConfig
 
 
@@ -22,11 +21,7 @@ def decode(session: Session) -> list[Line]:
     lines = []
     for s in sizes:
         first, whole = (runs[f"{s.batch} {name}"] for name in ("first", "all"))
-        token = Spread.of([(b.seconds - a.seconds) / s.new for a, b in zip(first, whole, strict=True)]).median
-        if token <= 0:
-            raise Failure(
-                f"batch {s.batch}: {s.new} more tokens took no longer than the first: other programs disturb it"
-            )
+        token = Spread.of(step_seconds(whole, first, s.new, session.quick)).median
         needed = bytes_of_a_token(config, s, facts["weight_bytes"], facts["cache_bytes"])
         floor = needed / session.bytes_per_second if session.bytes_per_second else None
         lines += [
