@@ -120,11 +120,10 @@ def learn(learner: str, form: str, args: CurvesArgs, seed: int) -> dict[str, Any
     return {"learner": learner, "form": form, "seed": seed, "expert_load": load, "points": points}
 
 
-def draw(file: Path, data: str, timed: dict[str, Any], curves: Sequence[dict[str, Any]]) -> None:
+def draw(file: Path, data: str, tokens_per_step: int, timed: dict[str, Any], curves: Sequence[dict[str, Any]]) -> None:
     """Bits per byte against tokens, and against seconds of training: the mean of the seeds, and their range."""
     figure = new_figure(figsize=(9, 3.6), layout="constrained")
     by_tokens, by_time = figure.subplots(1, 2, sharey=True)
-    tokens_per_step = learner_config("adamw", quick=False).tokens_per_step
     for learner, label in LEARNERS.items():
         own = [curve["points"] for curve in curves if curve["learner"] == learner]
         if not own:
@@ -167,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     curves = [read_json(file) for file in sorted(folder.glob("*-*.json"))]
     if len(ends := {curve["points"][-1]["step"] for curve in curves}) > 1:
         raise UserError(f"out is {str(args.out)!r}: it has curves of {sorted(ends)} steps; pass another --out")
-    draw(folder / "curves.png", args.data, timed, curves)
+    draw(folder / "curves.png", args.data, config.tokens_per_step, timed, curves)
     for learner, label in LEARNERS.items():
         last = [curve["points"][-1] for curve in curves if curve["learner"] == learner]
         losses, bits = ([point[name] for point in last] for name in ("loss", "bits_per_byte"))

