@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from benchmarks.sizes import decode_model, decode_prompts, train_config, train_labels
 from benchmarks.worker import Contender
-from jaxllm.config import ModelConfig
+from jaxllm.config import ModelConfig, TrainConfig
 from parity_tests.forward import random_weights, torch_model
 from torch_ref import CustomLLM
 from torch_ref.generate import generate
@@ -76,31 +78,52 @@ def deepseek_model(m: ModelConfig) -> DeepseekV3ForCausalLM:
     ).train()
 
 
+def deepseek_training(
+    config: TrainConfig, device: torch.device
+) -> tuple[DeepseekV3ForCausalLM, Callable[[Tensor, str], Tensor]]:
+    """transformers' DeepSeek-V3 with the sizes of a config, and its training step as the Trainer runs it.
+
+    The Trainer leaves the routing bias as it is. The learning curves, which need it, train by `torch_ref.step`.
+
+    Returns:
+        The model, and a function of micro-batches (A,B,T) and the precision that returns their mean loss.
+    """
+    with device:
+        model = deepseek_model(config.model)
+    parameters = [*model.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=config.optim.learning_rate, fused=True)  # the Trainer's default
+    schedule = make_schedule(optimizer, config)
+
+    def step(labels: Tensor, precision: str) -> Tensor:
+        total = torch.zeros((), device=device)
+        for micro in labels:
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                loss = model(micro, labels=micro).loss / len(labels)
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(parameters, config.optim.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        return total
+
+    return model, step
+
+
 def deepseek_steps(quick: bool) -> Prepared:
-    """The training step of transformers' DeepSeek-V3, as its Trainer runs it, with the sizes of `train_steps`.
+    """The training step of transformers' DeepSeek-V3 with the sizes of `train_steps`.
 
     Both precisions, each with both implementations of the experts in transformers.
     """
     config = train_config(quick)
     m = config.model
-    model = deepseek_model(m)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.optim.learning_rate, fused=True
-    )  # the Trainer's default
-    schedule = make_schedule(optimizer, config)
-    labels = torch.from_numpy(train_labels(config)).long()[0]
+    model, step = deepseek_training(config, torch.device("cpu"))
+    labels = torch.from_numpy(train_labels(config)).long()
 
     def contender(precision: str, experts: str) -> Contender:
         def go() -> dict[str, float]:
             model.set_experts_implementation(experts)
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-                loss = model(labels, labels=labels).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            return {"loss": float(loss)}
+            return {"loss": float(step(labels, precision))}
 
         return go
 

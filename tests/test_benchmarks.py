@@ -16,6 +16,7 @@ from benchmarks.__main__ import main
 from benchmarks.decoding import step_seconds
 from benchmarks.finding import Finding, at_least, at_most
 from benchmarks.rows import ROWS
+from benchmarks.sizes import train_config, train_labels
 from benchmarks.timing import Spread, interleave, ratio
 from benchmarks.worker import Failure, Run, Worker
 
@@ -94,6 +95,22 @@ def test_disturbed_rounds_are_repeated_and_quiet_ones_are_kept():
     loads = iter([1.0, 0.0, 0.5, 0.0])
     runs = interleave({"a": lambda: Run(1.0, 1.0, next(loads), {})}, rounds=2, warmups=0)
     assert [run.other_load for run in runs["a"]] == [0.0, 0.0]
+
+
+def test_micro_batches_of_the_yardstick_are_one_batch():
+    import torch
+
+    from benchmarks.torch_side import deepseek_training
+
+    config = train_config(quick=True)
+    rows = torch.from_numpy(train_labels(config)).long()[0]
+    losses, after = [], []
+    for labels in (rows[None], rows[:, None]):
+        model, step = deepseek_training(config, torch.device("cpu"))
+        losses.append([float(step(labels, "float32")) for _ in range(3)])
+        after.append(model.lm_head.weight)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    torch.testing.assert_close(*after)
 
 
 def test_a_step_that_took_no_time_is_refused_except_with_small_sizes():

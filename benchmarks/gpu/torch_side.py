@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.gpu.sizes import step_config, steps_in_a_round
 from benchmarks.jax_side import Prepared
 from benchmarks.sizes import train_labels
-from benchmarks.torch_side import deepseek_model
+from benchmarks.torch_side import deepseek_training
 from jaxllm.config import TrainConfig
 from torch_ref import CustomLLM
 from torch_ref.step import make_optimizer, make_schedule, train_step
@@ -49,27 +49,11 @@ def reference_steps(quick: bool) -> Prepared:
 def deepseek_steps(quick: bool) -> Prepared:
     """The step of transformers' DeepSeek-V3 with `grouped_mm` experts, bfloat16 autocast and fused AdamW."""
     config, device = step_config(quick, remat=False), device_of(quick)
-    torch.manual_seed(0)
-    with device:
-        model = deepseek_model(config.model)
+    model, step = deepseek_training(config, device)
     model.set_experts_implementation("grouped_mm")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.learning_rate, fused=True)
-    schedule = make_schedule(optimizer, config)
-
-    def step(labels: Tensor) -> Tensor:
-        total = torch.zeros((), device=device)
-        for micro in labels:
-            with torch.autocast(device.type, torch.bfloat16):
-                loss = model(micro, labels=micro).loss / len(labels)
-            loss.backward()
-            total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        return total
-
-    return _prepared(step, model, _labels(config, device, config.data.batch_size), quick)
+    return _prepared(
+        lambda labels: step(labels, config.precision), model, _labels(config, device, config.data.batch_size), quick
+    )
 
 
 def rows_that_fit(config: TrainConfig, device: torch.device) -> int:
