@@ -108,6 +108,27 @@ def test_unknown_arguments_are_refused(ours):
         model(ids, **{name: None})
 
 
+@torch.no_grad()
+def test_labels_that_are_shifted_already(client):
+    model, ids = client.load(), client.ids(2, 9)
+    labels = ids.clone()
+    labels[0, :4] = -100
+    shifted = torch.cat([labels[:, 1:], torch.full((2, 1), -100)], dim=1)
+    wanted = model(ids, labels=labels).loss
+    torch.testing.assert_close(model(ids, labels=labels, shift_labels=shifted).loss, wanted)  # they take precedence
+    # a sequence that is cut among devices: each part is divided by the targets of all
+    parts = [shifted.clone(), shifted.clone()]
+    parts[0][:, 5:] = parts[1][:, :5] = -100
+    losses = [
+        model(ids, labels=ids, shift_labels=part, num_items_in_batch=(shifted != -100).sum()).loss for part in parts
+    ]
+    torch.testing.assert_close(sum(losses), wanted)
+    with pytest.raises(ValueError, match="batch_size"):
+        model(ids, labels=ids, shift_labels=shifted[:, 1:].contiguous())
+    if client.is_ours:  # the stock model returns no loss without `labels`
+        torch.testing.assert_close(model(ids, shift_labels=shifted).loss, wanted)
+
+
 def documents(client, lengths=(5, 17, 10)) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     docs = [client.ids(1, n, seed=n) for n in lengths]
     return docs, torch.cat(docs, dim=1), torch.cat([torch.arange(n) for n in lengths])[None]
