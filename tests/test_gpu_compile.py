@@ -113,9 +113,9 @@ def test_it_fits_an_h100(compiled):
 
 
 TRAFFIC = 295.0
-"""GB of a step with remat: measured 293.2. It was 307.5 with SwiGLU and the gates outside the grouped products' kernels,
-and 327.7 with chunks of 1,024 rows and a scatter in the loss, barriers around each layer's recomputation, a second
-product of SwiGLU in it, and the kernels' results recomputed."""
+"""GB of a step with remat: measured 293.2. It was 307.5 with SwiGLU and the gates outside the kernels of the grouped
+products, and 327.7 with chunks of 1,024 rows and a scatter in the loss, barriers around each layer's recomputation, a
+second product of SwiGLU in it, and the kernels' results recomputed."""
 
 TRAFFIC_WITHOUT_REMAT = 367.0
 """GB: measured 365.0; 379.3 and 396.7 before."""
