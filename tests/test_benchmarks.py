@@ -20,7 +20,7 @@ from benchmarks.sizes import train_config, train_labels
 from benchmarks.timing import Spread, interleave, ratio
 from benchmarks.worker import Failure, Run, Worker
 
-FEW = ("decode",)  # both sides
+FEW = ("step-autocast",)  # both sides
 
 
 @pytest.mark.parametrize("rows", [FEW, pytest.param((*ROWS,), marks=pytest.mark.slow)], ids=["few", "all"])
@@ -40,11 +40,12 @@ def test_every_row_runs(rows, tmp_path):
     findings = [finding for row in report["rows"] for finding in row["findings"]]
     assert all(finding["verdict"] == "not judged" for finding in findings)
     assert all(finding["value"]["median"] > 0 for finding in findings)
-    decoding = next(row["findings"] for row in report["rows"] if row["row"] == "decode")
-    assert [finding["what"].partition(", ")[2] for finding in decoding] == [
-        "one row", "one row", "eight rows", "one row, share of the memory's speed",
-        "eight rows, share of the memory's speed", "first token after 64", "cache of a token",
-    ]  # fmt: skip
+    lines = {row["row"]: [finding["what"].partition(", ")[2] for finding in row["findings"]] for row in report["rows"]}
+    if "decode" in lines:
+        assert lines["decode"] == [
+            "one row", "one row", "eight rows", "one row, share of the memory's speed",
+            "eight rows, share of the memory's speed", "first token after 64", "cache of a token",
+        ]  # fmt: skip
     assert (tmp_path / "benchmarks.png").stat().st_size < 300_000
     assert not {"hostname", "node", "path"} & set(report["machine"])
 
