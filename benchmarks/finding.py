@@ -38,7 +38,7 @@ class Finding:
     details: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_finite(self.what, {"value": self.value._asdict(), **self.details})
+        check_finite(self.what, {"value": self.value._asdict(), "other_load": self.other_load, **self.details})
 
     @property
     def passed(self) -> bool:

@@ -96,7 +96,7 @@ def write_report(file: Path, findings: Findings, machine: dict[str, Any], quick:
         for name, found in findings.items()
     ]
     report = {"quick": quick, "rounds": rounds, "machine": machine, "rows": rows}
-    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _as_json(finding: Finding, quick: bool) -> dict[str, Any]:

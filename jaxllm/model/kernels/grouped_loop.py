@@ -87,7 +87,8 @@ def grouped_swiglu(
     rows (P,D), row_weights (P,1), each (>= E,D,F).
     """
     gate_up = grouped_matmul(rows, (gate, up), group_sizes, offset)
-    return gate_up, swiglu(*jnp.split(gate_up, 2, axis=1), row_weights).astype(rows.dtype)
+    g, u = jnp.split(gate_up, 2, axis=1)
+    return gate_up, swiglu(g, u, row_weights).astype(rows.dtype)
 
 
 def grouped_swiglu_gradients(
@@ -98,7 +99,8 @@ def grouped_swiglu_gradients(
     d_out: (P,D), the gradient of its product with `down` (E,F,D).
     """
     d_h = grouped_matmul_transposed(d_out, (down,), group_sizes)
-    h, d_gate, d_up, d_weights = swiglu_gradients(*jnp.split(gate_up, 2, axis=1), row_weights, d_h)
+    g, u = jnp.split(gate_up, 2, axis=1)
+    h, d_gate, d_up, d_weights = swiglu_gradients(g, u, row_weights, d_h)
     return h.astype(d_out.dtype), jnp.concatenate([d_gate, d_up], axis=1).astype(d_out.dtype), d_weights
 
 
