@@ -88,7 +88,8 @@ def start_up(quick: bool, rounds: int) -> list[Finding]:
 
 def _first_logged_step(scratch: Path, number: int, quick: bool) -> tuple[float, float]:
     """Seconds until a new run logs its first step, and the load of other programs in that time, in cores."""
-    command = [sys.executable, "train.py", "--run-dir", str(scratch / str(number)), "--log-every", "1"]
+    run = ["--run-dir", str(scratch / str(number)), "--log-every", "1", "--log-format", "dict"]
+    command = [sys.executable, "train.py", *run]
     if quick:
         command += narrow_options(scratch)
     busy, children = busy_seconds(), sum(os.times()[2:4])
