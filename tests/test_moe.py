@@ -40,7 +40,10 @@ ROWS = 2400
 
 @jax.jit
 def expert_ffn_and_gradients(cotangent, rows, row_weights, gate, up, down, group_sizes):
-    out, pullback = jax.vjp(lambda *a: expert_ffn(grouped_loop, *a, group_sizes), rows, row_weights, gate, up, down)
+    def function(rows, row_weights, *weights):
+        return expert_ffn(grouped_loop, rows, row_weights, weights, group_sizes)
+
+    out, pullback = jax.vjp(function, rows, row_weights, gate, up, down)
     return out, pullback(cotangent)
 
 

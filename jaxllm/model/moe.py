@@ -148,10 +148,10 @@ class DeepSeekExpertLayer(nnx.Module):
         A row's output is multiplied by its weight. With `offset`, only the E experts from there on, in a stack of more;
         without a gradient.
         """
-        gate, up, down = (projection.weight[...] for projection in (self.gate_proj, self.up_proj, self.down_proj))
+        weights = (self.gate_proj.weight[...], self.up_proj.weight[...], self.down_proj.weight[...])
         if offset is not None:
-            return expert_ffn_of_stack(self.kernels.grouped, rows, row_weights, gate, up, down, group_sizes, offset)
-        return expert_ffn(self.kernels.grouped, rows, row_weights, gate, up, down, group_sizes)
+            return expert_ffn_of_stack(self.kernels.grouped, rows, row_weights, weights, group_sizes, offset)
+        return expert_ffn(self.kernels.grouped, rows, row_weights, weights, group_sizes)
 
     def summed(self, x: Array) -> Array:
         """As a stack of experts that all see every token, summed: (N,D) -> (N,D)."""
