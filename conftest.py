@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import jax
@@ -39,6 +40,8 @@ def pytest_configure(config) -> None:
 
     Not for `slow` and `gpu_compile`, which look at real programs. `.ci/run` trains and compares as a user does.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a background job of a script; its children would ignore it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.option.markexpr == "not slow and not gpu_compile":
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILATION}"
 
