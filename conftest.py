@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import gc
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+import jaxllm.run.run
+import jaxllm.train.trainer
 import train
+from jaxllm.config import TrainConfig
+from jaxllm.config.groups import CheckpointConfig, DataConfig, LoggingConfig, SamplingConfig
+from jaxllm.train.placement import OneDevice, Placement
 
 jax.config.update("jax_num_cpu_devices", 8)  # for `test_parallel.py`, before the first use of a device
 
@@ -44,6 +55,8 @@ def pytest_configure(config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.option.markexpr == "not slow and not gpu_compile":
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILATION}"
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads of two workers wait for each other
+        gc.set_threshold(50_000, 50, 50)  # to trace a program makes many objects: a sixth faster
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +89,48 @@ def _compile_once(tmp_path_factory):
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
+    # in this process, and in those that tests start
     jax.config.update("jax_compilation_cache_dir", str(shared / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(shared / "compiled")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _share_programs():
+    """Runs in this process whose programs are equal share them and their first state, which take seconds to trace.
+
+    `placement.compile_programs`, which the tests of layouts call, compiles anew.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        compiled = _once_per_program(jaxllm.train.trainer.compile_programs)
+        patch.setattr(jaxllm.train.trainer, "compile_programs", compiled)
+        init = _once_per_program(OneDevice.init)
+        patch.setattr(OneDevice, "init", lambda *args: jax.tree.map(jnp.copy, init(*args)))  # the step deletes it
+        patch.setattr(jaxllm.run.run, "measured_peak_tflops", functools.cache(jaxllm.run.run.measured_peak_tflops))
+        yield
+
+
+def _once_per_program(function: Callable) -> Callable:
+    """Call `function(placement, config, ...)` once for all configs of the same programs."""
+    results = {}
+
+    def shared(placement: Placement, config: TrainConfig, *args: Any) -> Any:
+        sizes = {name: getattr(config.data, name) for name in ("seq_len", "batch_size", "grad_accum")}
+        same = dataclasses.replace(
+            config,
+            run_dir=None,
+            init=None,
+            overwrite=False,
+            data=DataConfig(**sizes),
+            checkpoint=CheckpointConfig(),
+            logging=LoggingConfig(),
+            sampling=SamplingConfig(),
+        )
+        key = (type(placement), placement.layout, same)
+        if key not in results:
+            results[key] = function(placement, config, *args)
+        return results[key]
+
+    return shared

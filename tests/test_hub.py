@@ -289,7 +289,7 @@ def seed_hub(corpus, tmp_path_factory):
 
 def start(hub: HubServer, home: Path, run: Path, *options: str) -> subprocess.Popen:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= hub.environment(home) | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment |= hub.environment(home)
     command = [sys.executable, "train.py", *SMALL, "--run-dir", str(run), *options]
     root = Path(__file__).parents[1]
     return subprocess.Popen(
