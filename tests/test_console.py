@@ -48,7 +48,7 @@ def test_what_a_console_cannot_encode_is_escaped(narrow, tmp_path, monkeypatch):
     console = io.TextIOWrapper(written, encoding="ascii")
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", console)
-        arguments = ["--steps", "1", "--prompts", "Σωκράτης", "--run-dir", str(tmp_path / "λόγος")]
+        arguments = ["--steps", "2", "--prompts", "Σωκράτης", "--run-dir", str(tmp_path / "λόγος")]
         assert train.main([*narrow, *arguments]) == 0
     assert b"Prompt: \\u03a3\\u03c9" in written.getvalue()
     assert "Σωκράτης" in (tmp_path / "λόγος" / "samples.md").read_text(encoding="utf-8")
@@ -61,7 +61,7 @@ def test_a_run_goes_on_without_what_it_draws_and_shows(narrow, tmp_path, capsys,
     monkeypatch.setattr(reporting, "new_figure", broken)
     monkeypatch.setattr(reporting, "encode_prompt", broken)
     monkeypatch.setattr("jaxllm.run.tensorboard._summary_writer", broken)
-    assert train.main([*narrow, "--steps", "1", "--run-dir", str(tmp_path / "run")]) == 0
+    assert train.main([*narrow, "--steps", "2", "--run-dir", str(tmp_path / "run")]) == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 3
     assert all("failed (RuntimeError: out of ink)" in line for line in warnings)
@@ -85,16 +85,16 @@ def test_tensorboard_is_done_without_where_it_cannot_write(tmp_path, capsys):
 def test_a_log_line_is_short_aligned_and_begins_at_its_beginning(narrow, tmp_path, capsys):
     """In a file there is no bar. A resumed run does not print the module tree again."""
     start = [*narrow, "--sample-tokens", "0", "--run-dir", str(tmp_path / "run")]
-    assert train.main([*start, "--steps", "10"]) == 0
+    assert train.main([*start, "--steps", "20"]) == 0
     said = capsys.readouterr()
     assert "\r" not in said.out + said.err
     lines = [line for line in said.out.splitlines() if line.startswith("step ") and "left" in line]
-    assert len(lines) == 10
+    assert len(lines) == 20
     assert len({len(line) for line in lines}) == 1
     assert max(map(len, said.out.splitlines())) <= 200
     assert "CustomLLM(" in said.out
-    assert "step 10/10  evaluation loss" in said.out
-    assert train.main([*start, "--steps", "11", "--log-format", "dict"]) == 0
+    assert "step 20/20  evaluation loss" in said.out
+    assert train.main([*start, "--steps", "21", "--log-format", "dict"]) == 0
     said = capsys.readouterr()
     assert "CustomLLM(" not in said.out
     assert "\n{'loss': " in said.out

@@ -228,7 +228,7 @@ def test_an_imported_run_and_an_exported_folder_generate_and_train(exported, nar
         assert generation.main([str(folder), "--prompt", "def ", "--greedy", "--max-new-tokens", "8"]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
-    assert train.main([*narrow, "--run-dir", str(tmp_path / "run"), "--steps", "1"]) == 0
+    assert train.main([*narrow, "--run-dir", str(tmp_path / "run"), "--steps", "2"]) == 0
     assert "Resuming from step 0" in capsys.readouterr().out
 
 

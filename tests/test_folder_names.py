@@ -33,11 +33,11 @@ MODEL = ModelConfig(
 
 def use(folder: Path, arguments: tuple[str, ...], capsys) -> None:
     """Every command on a run in `folder`, each with exit code 0; what was trained is what is read."""
-    start = [*arguments, "--eval-every", "2", "--save-every", "1", "--run-dir", str(folder)]
-    assert train.main([*start, "--steps", "2"]) == 0
-    assert train.main([*start, "--steps", "3"]) == 0
-    assert "Resuming from step 2" in capsys.readouterr().out
-    assert choose_checkpoint(folder) == (3, [])
+    start = [*arguments, "--eval-every", "20", "--save-every", "20", "--run-dir", str(folder)]
+    assert train.main([*start, "--steps", "20"]) == 0
+    assert train.main([*start, "--steps", "21"]) == 0
+    assert "Resuming from step 20" in capsys.readouterr().out
+    assert choose_checkpoint(folder) == (21, [])
     said = []
     exported, back = folder.parent / f"{folder.name}.torch", folder.parent / f"{folder.name}.back"
     assert convert.main(["to-torch", str(folder), str(exported)]) == 0
@@ -64,26 +64,29 @@ def test_every_command_accepts_any_folder_name(name, narrow, tmp_path, capsys):
     use(tmp_path / name, narrow, capsys)
 
 
+@pytest.fixture(scope="module")
+def weights() -> Weights:
+    return Weights(*jax.jit(lambda: split_model(CustomLLM(MODEL, rngs=nnx.Rngs(0)))[1:])())
+
+
 @pytest.mark.parametrize("name", [*(f"x{char}{char}" for char in PRINTABLE if not char.isalnum()), NOT_UTF_8])
-def test_weights_written_under_any_name_are_read(name, tmp_path):
-    _, params, routing_bias = split_model(CustomLLM(MODEL, rngs=nnx.Rngs(0)))
-    write_run(tmp_path / name / "r", MODEL, Weights(params, routing_bias), [])
+def test_weights_written_under_any_name_are_read(name, weights, tmp_path):
+    write_run(tmp_path / name / "r", MODEL, weights, [])
     config, read = load_weights(tmp_path / name / "r")
     assert config == MODEL
-    jax.tree.map(np.testing.assert_array_equal, read, Weights(params, routing_bias))
+    jax.tree.map(np.testing.assert_array_equal, read, weights)
 
 
-def test_a_checkpoint_that_cannot_be_read_gets_no_name(tmp_path, monkeypatch):
+def test_a_checkpoint_that_cannot_be_read_gets_no_name(weights, tmp_path, monkeypatch):
     """Orbax leaves out the merge of an item, as it did for paths with wildcards: the save fails, in one line."""
 
     async def nothing(*args, **kwargs) -> None:
         pass
 
-    _, params, routing_bias = split_model(CustomLLM(MODEL, rngs=nnx.Rngs(0)))
     with monkeypatch.context() as patch:
         patch.setattr(ocdbt_utils, "merge_ocdbt_per_process_files", nothing)
         with pytest.raises(UserError, match=r"checkpoints/0 cannot be written \(.*free space") as error:
-            write_run(tmp_path / "r", MODEL, Weights(params, routing_bias), [])
+            write_run(tmp_path / "r", MODEL, weights, [])
     assert "\n" not in str(error.value)
     assert choose_checkpoint(tmp_path / "r") == (None, [])
 

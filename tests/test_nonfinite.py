@@ -76,7 +76,7 @@ def test_a_nonfinite_step_changes_only_the_step_count(run):
     """Bit for bit, with moments, bias and schedule; the same step on other rows changes all of them."""
     config, token = TrainConfig.from_dict(read_json(run / "train_config.json")), 299
     config = config.with_options(warmup_steps=0)
-    state = jax.tree.map(jnp.asarray, init_state(config))
+    state = jax.jit(functools.partial(init_state, config))()
     weight = state.params["token_embeddings"]["weight"]
     state.params["token_embeddings"]["weight"] = weight.at[token].set(jnp.nan)
     step = jax.jit(train_step, static_argnums=(0, 1))

@@ -72,7 +72,7 @@ def test_the_speed_columns_agree_with_each_other(run):
 
 
 def test_a_given_peak_is_what_the_mfu_is_a_share_of(narrow, tmp_path, capsys):
-    arguments = ["--peak-tflops", "0.25", "--steps", "1", "--sample-tokens", "0", "--run-dir", str(tmp_path / "run")]
+    arguments = ["--peak-tflops", "0.25", "--steps", "2", "--sample-tokens", "0", "--run-dir", str(tmp_path / "run")]
     assert train.main([*narrow, *arguments]) == 0
     assert "0.25 TFLOP/s (given for float32 matrix products)" in capsys.readouterr().out
     line = lines(tmp_path / "run", "loss")[0]
@@ -123,8 +123,8 @@ def test_a_finished_run_reports_it_and_more_steps_continue(run, narrow, tmp_path
     folder = shutil.copytree(run, tmp_path / "run")
     assert train.main([*narrow, "--run-dir", str(folder)]) == 0
     assert "pass --steps MORE" in capsys.readouterr().out
-    assert train.main([*narrow, "--run-dir", str(folder), "--steps", "22"]) == 0
-    assert [record["step"] for record in lines(folder, "loss")] == list(range(1, 23))
+    assert train.main([*narrow, "--run-dir", str(folder), "--steps", "21"]) == 0
+    assert [record["step"] for record in lines(folder, "loss")] == list(range(1, 22))
 
 
 @pytest.mark.parametrize(("steps", "said"), [("2", True), ("3", False)])
@@ -191,7 +191,7 @@ def test_a_bare_resume_takes_its_options_from_the_run(run, tmp_path, capsys):
 
 def test_options_of_one_start_are_not_kept(narrow, tmp_path):
     folder = tmp_path / "run"
-    arguments = [*narrow, "--steps", "1", "--sample-tokens", "0", "--run-dir", str(folder)]
+    arguments = [*narrow, "--steps", "20", "--sample-tokens", "0", "--run-dir", str(folder)]
     assert train.main([*arguments, "--overwrite", "--strict"]) == 0
     assert not read_json(folder / "train_config.json").keys() & {
         "overwrite",
@@ -200,8 +200,8 @@ def test_options_of_one_start_are_not_kept(narrow, tmp_path):
         "process_id",
         "run_dir",
     }
-    assert train.main(["--run-dir", str(folder), "--steps", "2"]) == 0  # it does not start over
-    assert [record["step"] for record in lines(folder, "loss")] == [1, 2]
+    assert train.main(["--run-dir", str(folder), "--steps", "21"]) == 0  # it does not start over
+    assert [record["step"] for record in lines(folder, "loss")] == list(range(1, 22))
 
 
 def test_a_run_of_an_earlier_format_is_refused_by_its_number(run, narrow, tmp_path, capsys):
