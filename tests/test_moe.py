@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,14 +27,19 @@ def _float64():
         yield
 
 
-def oracle(rows, row_weights, gate, up, down, group_sizes):
-    """Every row through its expert, one expert after another; plain autodiff."""
-    outs, start = [], 0
-    for e, size in enumerate(group_sizes):
-        x = rows[start : start + size]
-        outs.append((jax.nn.silu(x @ gate[e]) * (x @ up[e])) @ down[e])
-        start += size
-    return row_weights[:, None] * jnp.concatenate(outs)
+@jax.jit
+def oracle_and_gradients(cotangent, rows, row_weights, gate, up, down, expert):
+    """All rows through one expert after another, of which each row keeps its own `expert`'s; plain autodiff."""
+
+    def function(rows, row_weights, gate, up, down):
+        out = jnp.zeros_like(rows)
+        for e in range(len(gate)):
+            made = (jax.nn.silu(rows @ gate[e]) * (rows @ up[e])) @ down[e]
+            out = jnp.where((expert == e)[:, None], made, out)
+        return row_weights[:, None] * out
+
+    out, pullback = jax.vjp(function, rows, row_weights, gate, up, down)
+    return out, pullback(cotangent)
 
 
 ROWS = 2400
@@ -62,9 +69,9 @@ def test_expert_ffn_equals_a_loop_over_experts(sizes, seed):
     weights.append(jax.random.normal(keys[4], (4, 6, 8)))
 
     out, grads = expert_ffn_and_gradients(cotangent, rows, *weights, jnp.asarray(sizes))
-    wanted, wanted_pullback = jax.vjp(lambda *a: oracle(*a, sizes), rows, *weights)
+    wanted, wanted_grads = oracle_and_gradients(cotangent, rows, *weights, np.repeat(np.arange(4), sizes))
     np.testing.assert_allclose(out, wanted, rtol=1e-12, atol=1e-12)
-    for ours, theirs in zip(grads, wanted_pullback(cotangent), strict=True):
+    for ours, theirs in zip(grads, wanted_grads, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-11 * np.abs(theirs).max())
 
 
@@ -122,8 +129,9 @@ def test_the_triton_kernels_equal_the_walk(sizes, dtype):
         return [np.asarray(a, np.float64) for a in made]
 
     tolerance = 1e-5 if dtype == "float32" else 1e-2
-    np.testing.assert_array_equal(*products(grouped_loop)[:2])
-    for ours, theirs in zip(products(grouped_triton, interpret=True), products(grouped_loop), strict=True):
+    wanted = products(grouped_loop)
+    np.testing.assert_array_equal(*wanted[:2])
+    for ours, theirs in zip(products(grouped_triton, interpret=True), wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * np.abs(theirs).max())
 
 
@@ -132,8 +140,13 @@ def loop_over_tokens(layer: moe.DeepSeekMoE, x: np.ndarray) -> np.ndarray:
     flat = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
     bias, router = np.asarray(layer.routing_bias[...]), np.asarray(layer.router.weight[...])
 
+    def weights_of(stack):
+        return [np.asarray(p.weight[...]) for p in (stack.gate_proj, stack.up_proj, stack.down_proj)]
+
+    routed, shared = weights_of(layer.routed_experts), weights_of(layer.shared_experts)
+
     def expert(stack, e, token):
-        gate, up, down = (np.asarray(p.weight[...])[e] for p in (stack.gate_proj, stack.up_proj, stack.down_proj))
+        gate, up, down = (weight[e] for weight in stack)
         pre = token @ gate
         return (pre / (1 + np.exp(-pre)) * (token @ up)) @ down
 
@@ -142,20 +155,20 @@ def loop_over_tokens(layer: moe.DeepSeekMoE, x: np.ndarray) -> np.ndarray:
         scores = 1 / (1 + np.exp(-(token @ router)))
         chosen = sorted(range(len(bias)), key=lambda e: (-(scores[e] + bias[e]), e))[: layer.config.num_experts_per_tok]
         total = scores[chosen].sum() + 1e-20
-        out[i] = sum(scores[e] / total * expert(layer.routed_experts, e, token) for e in chosen)
-        out[i] += sum(expert(layer.shared_experts, j, token) for j in range(layer.config.n_shared_experts))
+        out[i] = sum(scores[e] / total * expert(routed, e, token) for e in chosen)
+        out[i] += sum(expert(shared, j, token) for j in range(layer.config.n_shared_experts))
     return out.reshape(x.shape)
 
 
 @pytest.mark.parametrize("crowded", [False, True], ids=["random routing", "all tokens on one pair"])
 def test_no_token_is_dropped(crowded):
-    layer = moe.DeepSeekMoE(SMALL, dtype=jnp.float64, rngs=nnx.Rngs(0))
+    layer = nnx.jit(lambda: moe.DeepSeekMoE(SMALL, dtype=jnp.float64, rngs=nnx.Rngs(0)))()
     bias = np.random.default_rng(0).normal(size=7) * 0.05
     if crowded:
         bias[[2, 5]] += 10
     layer.routing_bias[...] = jnp.asarray(bias)
     x = jax.random.normal(jax.random.key(1), (3, 100, 32), jnp.float64)
-    out, routing = layer(x)
+    out, routing = nnx.jit(lambda layer, x: layer(x))(layer, x)
     if crowded:
         assert set(np.unique(routing.experts)) == {2, 5}
     np.testing.assert_allclose(out, loop_over_tokens(layer, np.asarray(x)), rtol=1e-10, atol=1e-14)
@@ -194,11 +207,12 @@ def test_dispatch_and_combine_are_inverse_and_their_gradients_are_gathers():
 
     cotangent = jax.random.normal(jax.random.key(3), x.shape)
 
-    np.testing.assert_allclose(through(x, gates), plain(x, gates), rtol=1e-12)
+    def value_and_gradients(function):
+        out, pullback = jax.vjp(function, x, gates)
+        return out, *pullback(cotangent)
+
     for ours, theirs in zip(
-        jax.grad(lambda *a: (through(*a) * cotangent).sum(), (0, 1))(x, gates),
-        jax.grad(lambda *a: (plain(*a) * cotangent).sum(), (0, 1))(x, gates),
-        strict=True,
+        *(jax.jit(functools.partial(value_and_gradients, function))() for function in (through, plain)), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12)
     backward = jax.make_jaxpr(lambda *a: jax.vjp(through, x, gates)[1](*a))(cotangent)
