@@ -69,7 +69,7 @@ def test_the_other_spelling_s_logits_are_transformers_s():
 
 
 def test_training_and_cached_decoding_are_transformers_s():
-    assert_passed(climb(CASES["v3-yarn"], "float64", "gradients", "step", "trajectory", "generation"))
+    assert_passed(climb(CASES["v3-yarn"], "float64", "step", "trajectory", "generation"))
 
 
 def test_muon_updates_each_matrix_that_transformers_joins():
@@ -182,14 +182,15 @@ SHAPE = (
 )  # fmt: skip
 SHORT = (
     "--batch-size", "4", "--seq-len", "48", "--steps", "6", "--warmup-steps", "1", "--save-every", "6",
-    "--eval-samples", "8", "--sample-tokens", "0",
+    "--eval-samples", "8", "--sample-tokens", "0", "--optimizer", "adamw",  # compiles faster than the default
 )  # fmt: skip
 
 
-def test_a_trained_run_continues_a_prompt_in_stock_transformers(tmp_path):
+def test_a_trained_run_continues_a_prompt_in_stock_transformers(corpus, tmp_path):
     """As a user does it: train, export, `pipeline` without remote code; then fine-tune what was exported."""
     run, out, again = (str(tmp_path / name) for name in ("run", "out", "again"))
-    assert train.main([*SHAPE, *SHORT, "--eval-every", "3", "--run-dir", run]) == 0
+    data = ["--data", str(corpus)]
+    assert train.main([*SHAPE, *SHORT, *data, "--eval-every", "3", "--run-dir", run]) == 0
     assert convert(["to-torch", run, out]) == 0
     assert not list(Path(out).glob("*.py"))
     prompt, new = "def read(self):", 12
@@ -201,7 +202,7 @@ def test_a_trained_run_continues_a_prompt_in_stock_transformers(tmp_path):
     assert decode_after(tokenizer, ids, ours) == theirs
 
     kept = ["--learning-rate", "0", "--bias-update-rate", "0", "--eval-every", "1"]
-    assert train.main(["--init", out, "--run-dir", again, *SHORT, *kept]) == 0
+    assert train.main(["--init", out, "--run-dir", again, *SHORT, *data, *kept]) == 0
     trained = [record for record in read_metrics(Path(run)) if "eval_loss" in record][-1]
     started = next(record for record in read_metrics(Path(again)) if "eval_loss" in record)
     np.testing.assert_allclose(started["eval_loss"], trained["eval_loss"], rtol=1e-6)

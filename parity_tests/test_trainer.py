@@ -101,7 +101,7 @@ class Reference:
     def __init__(self, prepared: Prepared):
         self.prepared, self.config = prepared, prepared.config
         self.graph = model_graph(self.config)
-        self.first = init_state(self.config)
+        self.first = jax.jit(functools.partial(init_state, self.config))()
         self._step = jax.jit(functools.partial(train_step, self.config, self.graph))
 
     def steps(self, count: int) -> tuple[TrainState, StepMetrics]:

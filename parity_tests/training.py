@@ -58,16 +58,20 @@ def random_moments(config: TrainConfig, weights: Weights, count: int, seed: int 
     return OptimizerState(np.asarray(count, np.int32), mu, of_adamw(config, nu))
 
 
+_gradients = jax.jit(jax_step.gradients, static_argnums=(0, 1))
+_step = jax.jit(jax_step.train_step, static_argnums=(0, 1), donate_argnums=2)
+
+
 class JaxTraining:
-    """Gradients and steps of the Flax model in one precision; each is compiled once."""
+    """Gradients and steps of the Flax model in one precision; each is compiled once for all models of a config."""
 
     def __init__(self, config: TrainConfig, weights: Weights, precision: str, interleaved: bool = True):
         self.config, self.weights, self.precision = config, weights, precision
         self._named = functools.partial(torch_named, config.model, interleaved=interleaved)
         with jax_precision(precision):
             graph, _, _ = abstract_model(config.model, dtype=DTYPES[precision])
-        self._gradients = jax.jit(functools.partial(jax_step.gradients, config, graph))
-        self._step = jax.jit(functools.partial(jax_step.train_step, config, graph), donate_argnums=0)
+        self._gradients = functools.partial(_gradients, config, graph)
+        self._step = functools.partial(_step, config, graph)
 
     def gradients(self, labels: np.ndarray, experts: np.ndarray | None = None) -> Gradients:
         """Gradients of the mean loss over micro-batches (A,B,T); `experts` (A,L,B,T,k) replaces the routers' choice."""
