@@ -107,7 +107,7 @@ def test_a_cache_that_the_user_configured_is_kept(tmp_path, monkeypatch):
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("accumulation", ["1", "2"])
+@pytest.mark.parametrize("accumulation", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_the_step_updates_the_state_in_place(narrow, accumulation):
     """Donation is a request: XLA must have granted it for every array of the state."""
     config = parse_args([*narrow, "--grad-accum", accumulation], "test", None, TrainConfig)

@@ -127,11 +127,11 @@ def test_a_finished_run_reports_it_and_more_steps_continue(run, narrow, tmp_path
     assert [record["step"] for record in lines(folder, "loss")] == list(range(1, 22))
 
 
-@pytest.mark.parametrize(("steps", "said"), [("2", True), ("3", False)])
-def test_a_warm_up_that_is_not_shorter_than_the_run_is_said(steps, said, narrow, tmp_path, capsys):
-    arguments = ["--steps", steps, "--warmup-steps", "2", "--sample-tokens", "0", "--run-dir", str(tmp_path / "run")]
+@pytest.mark.parametrize(("warmup", "said"), [("20", True), ("19", False)])
+def test_a_warm_up_that_is_not_shorter_than_the_run_is_said(warmup, said, narrow, tmp_path, capsys):
+    arguments = ["--warmup-steps", warmup, "--sample-tokens", "0", "--run-dir", str(tmp_path / "run")]
     assert train.main([*narrow, *arguments]) == 0
-    assert ("The warm-up of 2 steps is not shorter than the run of 2" in capsys.readouterr().out) == said
+    assert (f"The warm-up of {warmup} steps is not shorter than the run of 20" in capsys.readouterr().out) == said
 
 
 def test_overwrite_starts_over(run, narrow, tmp_path, capsys):
