@@ -94,8 +94,7 @@ def _share_of_memory(
     best = _best("ours", key, runs)
     precision = best.split()[-1]
     taken = step_seconds(runs[best], runs[f"ours {first} {precision}"], work[key].new - 1, quick)
-    # of float32 masters, which both precisions read
-    needed = weight_bytes(decode_model(name, quick), work[key].rows)
+    needed = weight_bytes(decode_model(name, quick), work[key].rows, 4 if precision == "float32" else 2)
     pairs = zip(taken, runs["yardstick read"], strict=True)
     shares = [needed / step / (read_bytes / read.seconds) for step, read in pairs]
     each = Spread.of(taken).median
@@ -137,10 +136,10 @@ def _first_token(name: str, length: int, runs: Runs) -> Finding:
     )
 
 
-def weight_bytes(config: ModelConfig, rows: int) -> float:
-    """Bytes of float32 weights that a step of decoding reads, for rows whose tokens choose their experts at random."""
+def weight_bytes(config: ModelConfig, rows: int, bytes_each: int) -> float:
+    """Bytes of weights that a step of decoding reads, for rows whose tokens choose their experts at random."""
     E = config.n_routed_experts
-    return 4 * parameters_read(config, E * (1 - (1 - config.num_experts_per_tok / E) ** rows))
+    return bytes_each * parameters_read(config, E * (1 - (1 - config.num_experts_per_tok / E) ** rows))
 
 
 def parameters_read(config: ModelConfig, experts: float) -> float:

@@ -23,6 +23,7 @@ from jaxllm.data.stream import POOL_ROWS, Position
 from jaxllm.generate import generate, prefill
 from jaxllm.model import flops
 from jaxllm.model.decoder import CustomLLM, abstract_model, count_parameters
+from jaxllm.model.inference import for_inference
 from jaxllm.model.kernels.matmul import linear
 from jaxllm.model.layers import stack
 from jaxllm.model.moe import DeepSeekExpertLayer, combine, dispatch, dispatch_gates, plan_dispatch, route
@@ -241,7 +242,8 @@ def decoding(name: str, work: dict[str, list[int]], quick: bool) -> Prepared:
     """
     config = decode_model(name, quick)
     weights = shared_weights(config)
-    models = {p: nnx.merge(abstract_model(config, dtype=jnp.dtype(p))[0], *weights) for p in PRECISIONS}
+    masters = (nnx.merge(abstract_model(config, dtype=jnp.dtype(p))[0], *weights) for p in PRECISIONS)
+    models = {p: for_inference(model) for p, model in zip(PRECISIONS, masters, strict=True)}
 
     def contender(model: CustomLLM, rows: int, prompt: int, new: int) -> Contender:
         ids = decode_prompts(config, rows, prompt)

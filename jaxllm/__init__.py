@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from jaxllm.errors import UserError
     from jaxllm.generate import load_model
     from jaxllm.model.decoder import CustomLLM
+    from jaxllm.model.inference import for_inference
 
 __all__ = [
-    "PRESETS", "CustomLLM", "ModelConfig", "TrainConfig", "UserError", "from_pretrained", "load_model",
-    "save_pretrained",
+    "PRESETS", "CustomLLM", "ModelConfig", "TrainConfig", "UserError", "for_inference", "from_pretrained",
+    "load_model", "save_pretrained",
 ]  # fmt: skip
 
 _PLACES = {
@@ -23,6 +24,7 @@ _PLACES = {
     "jaxllm.errors": ("UserError",),
     "jaxllm.generate": ("load_model",),
     "jaxllm.model.decoder": ("CustomLLM",),
+    "jaxllm.model.inference": ("for_inference",),
     "convert.to_flax": ("from_pretrained",),
     "convert.to_torch": ("save_pretrained",),
 }

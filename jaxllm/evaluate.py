@@ -28,6 +28,7 @@ from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.generate import load_model, tokenizer_folder
 from jaxllm.model.decoder import CustomLLM
 from jaxllm.model.dtypes import Array
+from jaxllm.model.inference import for_inference
 from jaxllm.run.checkpoint import is_run
 from jaxllm.run.prepare import read_config
 from jaxllm.run.runtime import check_devices, use_compilation_cache
@@ -130,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.data is None and not trained:
         raise UserError(f"data is missing: {str(args.run)!r} is no training run that holds out data; pass --data")
     config = read_config(args.run, TrainConfig) if trained else None
-    model = load_model(args.run, args.precision)
+    model = for_inference(load_model(args.run, args.precision))
     tokenizer = load_tokenizer(str(tokenizer_folder(args.run)))
     if args.data is None and config is not None:
         chunks = (chunk for chunk in open_source(config).chunks() if chunk.held_out)

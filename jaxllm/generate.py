@@ -28,6 +28,7 @@ from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.model.attention import Latents
 from jaxllm.model.decoder import CustomLLM, abstract_model, split_model
 from jaxllm.model.dtypes import Array
+from jaxllm.model.inference import for_inference
 from jaxllm.run.checkpoint import is_run, load_weights
 from jaxllm.run.runtime import check_devices, use_compilation_cache
 
@@ -278,7 +279,7 @@ class GenerateArgs:
     ignore_eos: bool = False
     """Continue after an end-of-sequence token."""
     precision: Precision = "float32"
-    """Compute precision."""
+    """Compute precision; bfloat16 needs half of the memory and reads half of the bytes."""
 
 
 def end_tokens(args: GenerateArgs, model: CustomLLM, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -293,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_devices()
     use_compilation_cache()
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
-    model = load_model(args.run, args.precision)
+    model = for_inference(load_model(args.run, args.precision))
     tokenizer = load_tokenizer(str(tokenizer_folder(args.run)))
     if args.chat:
         chat(args, model, tokenizer, sampling)

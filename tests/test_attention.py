@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -65,9 +66,11 @@ def test_memory_grows_with_the_length_and_not_its_square():
 
 def test_the_choice_of_kernels():
     model = PRESETS["customllm-1b"]
-    assert choose_kernels(model, jnp.float32, ANY) == choose_kernels(model, jnp.bfloat16, ANY)
     on_cpu = choose_kernels(model, jnp.float32)
-    assert (on_cpu.grouped, on_cpu.attention) == (grouped_loop, blocked_attention)
+    assert on_cpu == choose_kernels(model, jnp.float32, ANY)
+    assert (on_cpu.grouped, on_cpu.attention, on_cpu.packs) == (grouped_loop, blocked_attention, False)
+    assert choose_kernels(model, jnp.bfloat16, ANY) == dataclasses.replace(on_cpu, packs=True)
+    assert not choose_kernels(model, jnp.bfloat16, CUDA).packs
     on_gpu = choose_kernels(model, jnp.bfloat16, CUDA)
     assert (on_gpu.grouped, on_gpu.attention) == (grouped_triton, cudnn_attention)
     assert choose_kernels(model, jnp.float32, CUDA).attention is blocked_attention

@@ -17,6 +17,7 @@ from benchmarks.sizes import decode_model, train_labels
 from benchmarks.worker import Contender
 from jaxllm.generate import generate
 from jaxllm.model.decoder import CustomLLM, abstract_model, split_model
+from jaxllm.model.inference import for_inference
 from jaxllm.model.kernels import describe_kernels
 from jaxllm.model.layout import ONE_DEVICE
 from jaxllm.plan.hlo import read_program
@@ -109,13 +110,9 @@ def decoding(quick: bool) -> Prepared:
     """Greedy decoding with weights in bfloat16: the first token alone (`first`), and with those after it (`all`)."""
     config = decode_model(MODEL, quick)
     graph, _, _ = abstract_model(config, dtype=jnp.bfloat16)
-
-    @jax.jit
-    def weights() -> Any:
-        _, params, bias = split_model(CustomLLM(config, rngs=nnx.Rngs(0)))
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params), bias
-
-    model: CustomLLM = nnx.merge(graph, *weights())
+    weights = jax.jit(lambda: split_model(CustomLLM(config, rngs=nnx.Rngs(0)))[1:])()
+    model = for_inference(nnx.merge(graph, *weights))
+    del weights
     rng = np.random.default_rng(2)
     contenders: dict[str, Contender] = {}
     for size in decoding_sizes(quick):

@@ -13,6 +13,7 @@ from jaxllm.config import ModelConfig
 from jaxllm.model.dtypes import Array, at_least_float32
 from jaxllm.model.kernels import choose_kernels
 from jaxllm.model.kernels.causal_attention import masked_softmax
+from jaxllm.model.kernels.matmul import in_dtype
 from jaxllm.model.layers import CustomRMSNorm, Linear, RotaryEmbedding
 
 
@@ -99,5 +100,5 @@ class MultiHeadLatentAttention(nnx.Module):
         return x.reshape(*x.shape[:2], self.config.num_attention_heads, -1)
 
     def _per_head(self, linear: Linear) -> Array:  # (R,H*d) -> (R,H,d)
-        weight = linear.weight[...].astype(self.dtype)
+        weight = in_dtype(linear.weight[...], self.dtype)
         return weight.reshape(weight.shape[0], self.config.num_attention_heads, -1)

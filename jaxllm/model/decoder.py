@@ -19,6 +19,9 @@ from jax.export import is_symbolic_dim
 from jaxllm.config import ModelConfig
 from jaxllm.model.attention import Latents, MultiHeadLatentAttention
 from jaxllm.model.dtypes import Array, Pytree, at_least_float32
+from jaxllm.model.kernels import choose_kernels
+from jaxllm.model.kernels.matmul import linear
+from jaxllm.model.kernels.packed import pack, packed_like, packing_residuals, unpack
 from jaxllm.model.layers import CustomRMSNorm, Embedding, Linear, RoutingBias, parameter_facts, stack
 from jaxllm.model.layout import ONE_DEVICE, Layout
 from jaxllm.model.moe import DeepSeekExpertLayer, DeepSeekMoE, Mixture, Routing, balance_loss, tokens_per_expert, z_loss
@@ -48,7 +51,7 @@ class LayerAux(NamedTuple):
     counts: Array  # (L,E) int32, tokens of each expert
     balance_loss: Array  # (L,)
     z_loss: Array  # (L,)
-    latents: Latents | None  # (L,B,T,...), to fill a cache
+    latents: Latents | None  # (L,B,T,...), to fill a cache; packed, if the kernels pack
     trace: LayerTrace | None  # (L,...), to compare
 
 
@@ -99,9 +102,11 @@ class DecoderLayer(nnx.Module):
         normed = self.input_norm(x)
         row = jnp.arange(x.shape[0])
         new = self.self_attn.latents(normed, positions)
-        cache = jax.tree.map(lambda slots, token: slots.at[layer, row, positions[:, 0]].set(token[:, 0]), cache, new)
+        cache = jax.tree.map(
+            lambda slots, token: slots.at[layer, row, positions[:, 0]].set(packed_like(token[:, 0], slots)), cache, new
+        )
         mask = jnp.arange(cache.kv.shape[2]) <= positions[:, :, None]  # (B,1,S)
-        local = jax.tree.map(lambda slots: slots[layer], cache)
+        local = jax.tree.map(lambda slots: unpack(slots[layer]), cache)
         x = x + self.self_attn.attend_latents(normed, positions, local, mask[:, None])
         mixed, _ = self.feed_forward(self.post_attn_norm(x), offset=offset)
         return x + mixed, cache
@@ -128,6 +133,7 @@ class CustomLLM(nnx.Module):
         platform: str | None = None,
     ):
         self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
+        self.kernels = choose_kernels(config, dtype, platform)
         D, V, std = config.hidden_size, config.vocab_size, config.initializer_range
         positions = config.max_position_embeddings
         init: Any = {"std": std, "dtype": dtype, "rngs": rngs}
@@ -201,11 +207,14 @@ class CustomLLM(nnx.Module):
                     counts=routing and tokens_per_expert(routing.experts, self.config.n_routed_experts),
                     balance_loss=routing and balance_loss(routing, batch),
                     z_loss=routing and z_loss(routing),
-                    latents=trace.latents if keep_latents else None,
+                    latents=self.cached(trace.latents) if keep_latents else None,
                     trace=trace if keep_trace else None,
                 )
 
-            return jax.lax.scan(layout.checkpoint(body, self.remat), x, (nnx.to_pure_dict(stacked), experts))
+            body = layout.checkpoint(body, self.remat)
+            if self.kernels.packs:
+                body = packing_residuals(body)
+            return jax.lax.scan(body, x, (nnx.to_pure_dict(stacked), experts))
 
         x = self.embed(input_ids, positions)
         if dropout_keys is not None:
@@ -238,6 +247,10 @@ class CustomLLM(nnx.Module):
             first += count
         return self.logits(x), cache
 
+    def cached(self, latents: Latents) -> Latents:
+        """Latents as a cache keeps them."""
+        return jax.tree.map(pack, latents) if self.kernels.packs else latents
+
     def embed(self, input_ids: Array, positions: Array) -> Array:  # (B,T), (B|1,T) -> (B,T,D)
         x = self.token_embeddings(input_ids)
         return x if self.position_embeddings is None else x + self.position_embeddings(positions)
@@ -248,8 +261,7 @@ class CustomLLM(nnx.Module):
 
     def logits(self, x: Array) -> Array:  # (B,T,D) -> (B,T,V)
         weight, bias = self.head()
-        hidden, weight = self.apply_final_norm(x).astype(self.dtype), weight.astype(self.dtype)
-        logits = jnp.matmul(hidden, weight, preferred_element_type=at_least_float32(self.dtype))
+        logits = linear(self.apply_final_norm(x).astype(self.dtype), weight, at_least_float32(self.dtype))
         return logits if bias is None else logits + bias
 
     def head(self) -> tuple[Array, Array | None]:

@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxllm.config import ModelConfig
 from jaxllm.model.dtypes import Array, Pytree, at_least_float32
-from jaxllm.model.kernels.matmul import linear
+from jaxllm.model.kernels.matmul import in_dtype, linear
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -103,7 +103,7 @@ class Embedding(nnx.Module):
         self.weight = parameter(_normal(rngs, (rows, features), std, dtype), (axis, "hidden"), decays=True)
 
     def __call__(self, ids: Array) -> Array:  # (...) -> (..., D)
-        return self.weight[...][ids].astype(self.dtype)
+        return in_dtype(self.weight[...][ids], self.dtype)
 
 
 class CustomRMSNorm(nnx.Module):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.model.dtypes import Array, at_least_float32
-from jaxllm.model.kernels.matmul import matmul
+from jaxllm.model.kernels.matmul import in_dtype, matmul
 
 IGNORED = -100
 """Label of a position that is no target, as in PyTorch and transformers."""
@@ -77,10 +77,10 @@ def _scan_chunks(
     chunks = -(-N // rows)
     hidden_chunks = jnp.pad(hidden, ((0, chunks * rows - N), (0, 0))).reshape(chunks, rows, D)
     target_chunks = jnp.pad(targets, (0, chunks * rows - N), constant_values=IGNORED).reshape(chunks, rows)
-    compute_weight = weight.astype(hidden.dtype)
+    compute_weight = in_dtype(weight, hidden.dtype)
     chunk = functools.partial(_chunk, compute_weight, bias, with_grads, in_place)
 
-    zero = jnp.zeros((), weight.dtype)
+    zero = jnp.zeros((), at_least_float32(hidden.dtype))
     if not with_grads:
         return jax.lax.scan(lambda loss, c: (loss + chunk(*c)[0], None), zero, (hidden_chunks, target_chunks))[0], None
 

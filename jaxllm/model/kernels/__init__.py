@@ -34,13 +34,15 @@ class Kernels:
     """A module with the grouped products that `expert_ffn` is made of, and `padding`."""
     attention: Callable[[Array, Array, Array, Array | None, float], Array]
     """q, k (B,T,H,h), v (B,T,H,v), the attention mask (B,T) or None, and the scale of the scores -> (B,T,H,v)."""
+    packs: bool
+    """Whether what a loop over the layers slices is packed: see `packed`."""
 
     def __reduce__(self):  # to copy and pickle a model: a module is found by its name
-        return _kernels, (self.grouped.__name__, self.attention)
+        return _kernels, (self.grouped.__name__, self.attention, self.packs)
 
 
-def _kernels(grouped: str, attention: Callable) -> Kernels:
-    return Kernels(importlib.import_module(grouped), attention)
+def _kernels(grouped: str, attention: Callable, packs: bool) -> Kernels:
+    return Kernels(importlib.import_module(grouped), attention, packs)
 
 
 def platform_here() -> str:
@@ -64,7 +66,11 @@ def choose_kernels(config: ModelConfig, dtype: jnp.dtype, platform: str | None =
     triton = on_cuda and dtype in (jnp.bfloat16, jnp.float32) and tiled
     h = config.qk_head_dim
     cudnn = on_cuda and dtype == jnp.bfloat16 and h == config.value_head_dim and h % 8 == 0 and h <= 128
-    return Kernels(grouped_triton if triton else grouped_loop, cudnn_attention if cudnn else blocked_attention)
+    return Kernels(
+        grouped=grouped_triton if triton else grouped_loop,
+        attention=cudnn_attention if cudnn else blocked_attention,
+        packs=dtype == jnp.bfloat16 and not on_cuda,
+    )
 
 
 def describe_kernels(config: ModelConfig, dtype: jnp.dtype, platform: str | None = None) -> str:

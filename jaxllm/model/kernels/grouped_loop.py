@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
 from jaxllm.model.dtypes import Array, at_least_float32
-from jaxllm.model.kernels.matmul import cast, matmul
+from jaxllm.model.kernels.matmul import cast, in_dtype, matmul
+from jaxllm.model.kernels.packed import pack, packed_like, unpack
 from jaxllm.model.kernels.swiglu import swiglu, swiglu_gradients
 
 # A size more makes every program longer to compile (it is a loop in each product); a size less pads more. Groups of 128
@@ -53,14 +54,15 @@ def grouped_matmul(rows: Array, weights: tuple[Array, ...], group_sizes: Array, 
             if rows.shape[0] > FEW_ROWS:
                 product = matmul(x, weight)
             else:  # sliced here, a weight is read in place
-                product = jnp.concatenate([x @ weight[offset + e].astype(rows.dtype) for weight in weights], axis=1)
+                products = [matmul(x, in_dtype(weight[offset + e], rows.dtype)) for weight in weights]
+                product = jnp.concatenate(products, axis=1)
             # A block may extend into the next one, which is computed later and overwrites the surplus.
             return _write(out, product, at)
 
         return _loop_blocks(rows, e, start, end, block, out)
 
-    out = jnp.zeros((rows.shape[0], sum(weight.shape[2] for weight in weights)), rows.dtype)
-    return _loop_groups(group_sizes, group, out)
+    out = pack(jnp.zeros((rows.shape[0], sum(weight.shape[2] for weight in weights)), rows.dtype))
+    return unpack(_loop_groups(group_sizes, group, out))
 
 
 def grouped_matmul_transposed(d_out: Array, weights: tuple[Array, ...], group_sizes: Array) -> Array:
@@ -76,7 +78,8 @@ def grouped_matmul_transposed(d_out: Array, weights: tuple[Array, ...], group_si
 
         return _loop_blocks(d_out, e, start, end, block, d_rows)
 
-    return _loop_groups(group_sizes, group, jnp.zeros((d_out.shape[0], weights[0].shape[1]), d_out.dtype))
+    d_rows = pack(jnp.zeros((d_out.shape[0], weights[0].shape[1]), d_out.dtype))
+    return unpack(_loop_groups(group_sizes, group, d_rows))
 
 
 def grouped_swiglu(
@@ -181,4 +184,4 @@ def _side_by_side(weights: tuple[Array, ...], e: Array, dtype: jnp.dtype) -> Arr
 
 
 def _write(target: Array, value: Array, start: Array) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(target, value.astype(target.dtype), start, axis=0)
+    return jax.lax.dynamic_update_slice_in_dim(target, packed_like(value, target), start, axis=0)

@@ -14,9 +14,14 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.export import is_symbolic_dim
 
 from jaxllm.model.dtypes import Array, at_least_float32
+from jaxllm.model.kernels.packed import unpack
 
 FEW_ROWS = 16
-"""Products of fewer rows read the weights once in any form; a copy of them would cost more than it saves."""
+"""Products of fewer rows, as in decoding, read the weights once: a copy would cost more than it saves. A CPU computes
+them in float32, which loses nothing: in bfloat16 they take longer."""
+
+ONE_ROW_PARTS = 4
+"""XLA's CPU multiplies a single row on one thread, and a batch of products on all: a row is cut into a batch."""
 
 
 def matmul(
@@ -32,9 +37,11 @@ def matmul(
     """
     out_dtype = a.dtype if out_dtype is None else out_dtype
 
+    def turned(a: Array, b: Array) -> tuple[Array, Array]:
+        return a.mT if transpose_a else a, b.mT if transpose_b else b
+
     def usual(a: Array, b: Array) -> Array:
-        a, b = a.mT if transpose_a else a, b.mT if transpose_b else b
-        return jnp.matmul(a, b, preferred_element_type=out_dtype)
+        return jnp.matmul(*turned(a, b), preferred_element_type=out_dtype)
 
     def row_major_operands(a: Array, b: Array) -> Array:
         left = _row_major_transpose(a) if transpose_a else _row_major(a)
@@ -43,21 +50,35 @@ def matmul(
         right = _row_major_transpose(b) if transpose_b else _row_major(b)
         return _row_major(jnp.matmul(left, right, preferred_element_type=jnp.float32)).astype(out_dtype)
 
+    def in_float32(a: Array, b: Array) -> Array:
+        a, b = (x.astype(jnp.float32) for x in turned(a, b))
+        if a.ndim == b.ndim == 2 and a.shape[0] == 1 and a.shape[1] % ONE_ROW_PARTS == 0:
+            a, b = a.reshape(ONE_ROW_PARTS, 1, -1), b.reshape(ONE_ROW_PARTS, -1, b.shape[1])
+            return jnp.matmul(a, b).sum(axis=0).astype(out_dtype)
+        return jnp.matmul(a, b).astype(out_dtype)
+
     rows = a.shape[-1 if transpose_a else -2]
     few = not is_symbolic_dim(rows) and rows < FEW_ROWS  # symbolic in jax.export
-    if few or not (a.dtype == jnp.bfloat16 or (a.dtype == jnp.float32 and transpose_a)):
+    if a.dtype != jnp.bfloat16 and (few or a.dtype != jnp.float32 or not transpose_a):
         return usual(a, b)
-    return jax.lax.platform_dependent(a, b, cpu=row_major_operands, default=usual)
+    return jax.lax.platform_dependent(a, b, cpu=in_float32 if few else row_major_operands, default=usual)
+
+
+def in_dtype(weight: Array, dtype: jnp.dtype) -> Array:
+    """A master, or a packed weight, in the compute dtype. Of a stack of weights, slice first."""
+    return unpack(weight).astype(dtype)
 
 
 def cast(x: Array, dtype: jnp.dtype) -> Array:
-    """`x.astype(dtype)`, by itself: XLA's CPU would join it to what reads it, such as a copy that is slower in float32.
+    """`in_dtype`, by itself: XLA's CPU would join it to what reads it, such as a copy that is slower in float32.
 
     It has no gradient.
     """
     if x.dtype == dtype:
         return x
-    return jax.lax.platform_dependent(x, cpu=lambda x: _row_major(x.astype(dtype)), default=lambda x: x.astype(dtype))
+    return jax.lax.platform_dependent(
+        x, cpu=lambda x: _row_major(in_dtype(x, dtype)), default=lambda x: in_dtype(x, dtype)
+    )
 
 
 def _row_major(x: Array) -> Array:
@@ -75,25 +96,30 @@ def linear(x: Array, weight: Array, out_dtype: jnp.dtype | None = None) -> Array
 
     The weight's gradient accumulates in float32 or wider and is returned in the master's dtype.
     """
-    y: Array = _linear(out_dtype or x.dtype, x.reshape(-1, x.shape[-1]), weight)
-    return y.reshape(*x.shape[:-1], weight.shape[1])
+    return _linear(out_dtype or x.dtype, x, weight)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(out_dtype: jnp.dtype, x: Array, weight: Array) -> Array:  # (M,K), (K,N) -> (M,N)
-    return matmul(x, weight.astype(x.dtype), out_dtype)
+def _linear(out_dtype: jnp.dtype, x: Array, weight: Array) -> Array:  # (..., K), (K,N) -> (..., N)
+    y = matmul(_rows(x), in_dtype(weight, x.dtype), out_dtype)
+    return y.reshape(*x.shape[:-1], weight.shape[1])
 
 
 def _forward(out_dtype: jnp.dtype, x: Array, weight: Array):
-    narrow = weight.astype(x.dtype)
-    return matmul(x, narrow, out_dtype), (x, narrow, jnp.zeros((0,), weight.dtype))
+    # Keeps its arguments as they are: those of several products are kept once, and a scan has the masters already.
+    return _linear(out_dtype, x, weight), (x, weight)
 
 
-def _backward(out_dtype: jnp.dtype, saved: tuple[Array, Array, Array], d_y: Array) -> tuple[Array, Array]:
-    x, weight, like_master = saved
-    d_y = d_y.astype(x.dtype)
-    d_weight = matmul(x, d_y, at_least_float32(x.dtype), transpose_a=True)
-    return matmul(d_y, weight, transpose_b=True), d_weight.astype(like_master.dtype)
+def _backward(out_dtype: jnp.dtype, saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
+    x, weight = saved
+    d_y = _rows(d_y).astype(x.dtype)
+    d_weight = matmul(_rows(x), d_y, at_least_float32(x.dtype), transpose_a=True)
+    d_x = matmul(d_y, in_dtype(weight, x.dtype), transpose_b=True)
+    return d_x.reshape(x.shape), d_weight.astype(weight.dtype)
+
+
+def _rows(x: Array) -> Array:  # (..., K) -> (M,K)
+    return x.reshape(-1, x.shape[-1])
 
 
 _linear.defvjp(_forward, _backward)

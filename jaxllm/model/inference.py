@@ -1,0 +1,34 @@
+"""A model as it is kept to generate and evaluate: its matrices in the compute dtype, and no float32 masters."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxllm.model.decoder import CustomLLM, model_facts, split_model
+from jaxllm.model.dtypes import Array, Pytree
+from jaxllm.model.kernels.packed import pack
+from jaxllm.model.layers import ParameterFacts
+
+
+def for_inference(model: CustomLLM) -> CustomLLM:
+    """A bfloat16 model with its matrices and embeddings in bfloat16: half of the memory, and of what a token reads.
+
+    Norms, biases and routers compute in float32 and stay as they are. The copy computes the same, and cannot be trained
+    or exported. A model of another dtype is returned as it is.
+    """
+    if model.dtype != jnp.bfloat16:
+        return model
+    graph, params, bias = split_model(model)
+    facts, _ = model_facts(model.config)
+
+    def narrowed(weight: Array, known: ParameterFacts) -> Array:
+        if not known.decays or "score" in known.axes:  # norms and biases, or a router
+            return weight
+        narrow = weight.astype(model.dtype)
+        return pack(narrow) if model.kernels.packs else narrow
+
+    @jax.jit
+    def all_narrowed(params: Pytree) -> Pytree:
+        return jax.tree.map(narrowed, params, facts)
+
+    return nnx.merge(graph, all_narrowed(params), bias)

@@ -1,0 +1,50 @@
+"""bfloat16 numbers as their bits, in uint16, where a loop reads or writes a part of an array.
+
+XLA's CPU before JAX 0.12 has no slices of bfloat16. It converts the whole array to float32 and back in each turn of the
+loop, or once before it, at twice the memory. Integers it slices in place.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.model.dtypes import Array, Pytree
+
+
+def pack(x: Array) -> Array:
+    """The bits of an array of bfloat16; any other array as it is."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def unpack(x: Array) -> Array:
+    """The inverse of `pack`. No other array of the model is of uint16."""
+    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+
+def packed_like(x: Array, target: Array) -> Array:
+    """`x` in the dtype of an array into which it is written, packed if that is."""
+    return pack(x.astype(jnp.bfloat16)) if target.dtype == jnp.uint16 else x.astype(target.dtype)
+
+
+def packing_residuals(function: Callable) -> Callable:
+    """A function with the same gradient, which keeps packed what the backward pass reads: for the body of a scan."""
+
+    @jax.custom_vjp
+    def packing(*args: Pytree) -> Pytree:
+        return function(*args)
+
+    def forward(*args: Pytree) -> tuple[Pytree, Pytree]:
+        out, pullback = jax.vjp(function, *args)
+        kept: dict[int, Array] = {}  # several products keep the same array, which is one then
+
+        def packed(residual: Array) -> Array:
+            return kept.setdefault(id(residual), pack(residual))
+
+        return out, jax.tree.map(packed, pullback)
+
+    def backward(pullback: Pytree, d_out: Pytree) -> Pytree:
+        return jax.tree.map(unpack, pullback)(d_out)
+
+    packing.defvjp(forward, backward)
+    return packing
