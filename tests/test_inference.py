@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxllm import ModelConfig
+from jaxllm import ModelConfig, TrainConfig
 from jaxllm.generate import generate, prefill
 from jaxllm.model import inference
 from jaxllm.model.decoder import CustomLLM, split_model
 from jaxllm.model.kernels.packed import pack, packing_residuals, unpack
+from jaxllm.model.layout import ONE_DEVICE
+from jaxllm.train.placement import lower_step
+from jaxllm.train.step import model_graph
 
 SMALL = ModelConfig(
     vocab_size=80,
@@ -118,3 +121,9 @@ def test_no_layer_rewrites_what_the_others_wrote(rewritten):
     assert not rewritten(BFLOAT16)
     if jax.__version_info__ < (0, 12):
         assert rewritten(without_packing(BFLOAT16))
+
+
+def test_a_training_step_rewrites_no_array():
+    config = TrainConfig.from_options(precision="bfloat16", optimizer="muon")  # Muon, and a loss in two chunks
+    program = lower_step(config, model_graph(config), ONE_DEVICE).compile().as_text()
+    assert not re.findall(r"dynamic-update-slice[\w.-]*convert[\w.-]* = bf16", program)

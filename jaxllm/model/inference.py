@@ -13,8 +13,9 @@ from jaxllm.model.layers import ParameterFacts
 def for_inference(model: CustomLLM) -> CustomLLM:
     """A bfloat16 model with its matrices and embeddings in bfloat16: half of the memory, and of what a token reads.
 
-    Norms, biases and routers compute in float32 and stay as they are. The copy computes the same, and cannot be trained
-    or exported. A model of another dtype is returned as it is.
+    Norms, biases and routers compute in float32 and stay as they are. The new model computes the same numbers. It can
+    be neither trained nor exported. The masters are freed when nothing refers to the given model. A model of another
+    dtype is returned as it is.
     """
     if model.dtype != jnp.bfloat16:
         return model

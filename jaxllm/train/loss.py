@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxllm.model.dtypes import Array, at_least_float32
 from jaxllm.model.kernels.matmul import in_dtype, matmul
+from jaxllm.model.kernels.packed import pack, unpack
 
 IGNORED = -100
 """Label of a position that is no target, as in PyTorch and transformers."""
@@ -86,13 +87,14 @@ def _scan_chunks(
 
     def body(total, c):
         loss, d_hidden, *d_head = chunk(*c)
-        return jax.tree.map(jnp.add, total, (loss, *d_head)), d_hidden
+        return jax.tree.map(jnp.add, total, (loss, *d_head)), pack(d_hidden)
 
     if chunks == 1:  # no accumulator besides the gradient
         loss, d_hidden, d_weight, d_bias = chunk(hidden_chunks[0], target_chunks[0])
     else:
         start = (zero, *jax.tree.map(jnp.zeros_like, (weight, bias)))
-        (loss, d_weight, d_bias), d_hidden = jax.lax.scan(body, start, (hidden_chunks, target_chunks))
+        (loss, d_weight, d_bias), packed = jax.lax.scan(body, start, (hidden_chunks, target_chunks))
+        d_hidden = unpack(packed)
     return loss, (d_hidden.reshape(-1, D)[:N], d_weight, d_bias)
 
 

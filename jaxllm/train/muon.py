@@ -15,6 +15,7 @@ import optax
 from jaxllm.config import RunConfig
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.kernels.matmul import matmul
+from jaxllm.model.kernels.packed import pack, unpack
 from jaxllm.model.layers import ParameterFacts
 from jaxllm.model.layout import MESH_AXIS, Layout
 
@@ -78,7 +79,7 @@ def _orthogonalized(config: RunConfig, part: Array, known: ParameterFacts, layou
         part = exchange(jnp.pad(part, padding), split_axis=0, concat_axis=cut[0])
     dtype = jnp.bfloat16 if config.precision == "bfloat16" else part.dtype
     # one layer at a time, so that the iteration's matrices are those of one layer
-    part = jax.lax.map(lambda matrices: newton_schulz(matrices, dtype), part)
+    part = unpack(jax.lax.map(lambda matrices: pack(newton_schulz(matrices, dtype)), part))
     part = RMS * math.sqrt(max(part.shape[-2:])) * part
     return exchange(part, split_axis=cut[0], concat_axis=0)[:layers] if cut else part
 

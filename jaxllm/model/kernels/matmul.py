@@ -37,11 +37,11 @@ def matmul(
     """
     out_dtype = a.dtype if out_dtype is None else out_dtype
 
-    def turned(a: Array, b: Array) -> tuple[Array, Array]:
+    def transposed(a: Array, b: Array) -> tuple[Array, Array]:
         return a.mT if transpose_a else a, b.mT if transpose_b else b
 
     def usual(a: Array, b: Array) -> Array:
-        return jnp.matmul(*turned(a, b), preferred_element_type=out_dtype)
+        return jnp.matmul(*transposed(a, b), preferred_element_type=out_dtype)
 
     def row_major_operands(a: Array, b: Array) -> Array:
         left = _row_major_transpose(a) if transpose_a else _row_major(a)
@@ -51,7 +51,7 @@ def matmul(
         return _row_major(jnp.matmul(left, right, preferred_element_type=jnp.float32)).astype(out_dtype)
 
     def in_float32(a: Array, b: Array) -> Array:
-        a, b = (x.astype(jnp.float32) for x in turned(a, b))
+        a, b = (x.astype(jnp.float32) for x in transposed(a, b))
         if a.ndim == b.ndim == 2 and a.shape[0] == 1 and a.shape[1] % ONE_ROW_PARTS == 0:
             a, b = a.reshape(ONE_ROW_PARTS, 1, -1), b.reshape(ONE_ROW_PARTS, -1, b.shape[1])
             return jnp.matmul(a, b).sum(axis=0).astype(out_dtype)

@@ -1,7 +1,7 @@
 """bfloat16 numbers as their bits, in uint16, where a loop reads or writes a part of an array.
 
 XLA's CPU before JAX 0.12 has no slices of bfloat16. It converts the whole array to float32 and back in each turn of the
-loop, or once before it, at twice the memory. Integers it slices in place.
+loop, or once before it, at twice the memory. It slices integers in place.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def packed_like(x: Array, target: Array) -> Array:
 
 
 def packing_residuals(function: Callable) -> Callable:
-    """A function with the same gradient, which keeps packed what the backward pass reads: for the body of a scan."""
+    """The body of a scan, with the same gradient, whose residuals (what the backward pass reads) are packed."""
 
     @jax.custom_vjp
     def packing(*args: Pytree) -> Pytree:
@@ -36,7 +36,7 @@ def packing_residuals(function: Callable) -> Callable:
 
     def forward(*args: Pytree) -> tuple[Pytree, Pytree]:
         out, pullback = jax.vjp(function, *args)
-        kept: dict[int, Array] = {}  # several products keep the same array, which is one then
+        kept: dict[int, Array] = {}  # an array that several products read is kept once
 
         def packed(residual: Array) -> Array:
             return kept.setdefault(id(residual), pack(residual))
