@@ -18,7 +18,7 @@ from benchmarks.sizes import train_config, train_labels
 from benchmarks.timing import Spread, interleave, ratio
 from benchmarks.worker import Failure, Run, Worker
 
-FEW = ("step-eager",)  # both sides
+FEW = ("step-autocast",)  # both sides
 
 
 @pytest.mark.parametrize("rows", [FEW, pytest.param((*ROWS,), marks=pytest.mark.slow)], ids=["few", "all"])

@@ -15,6 +15,7 @@ from jax import export
 
 from jaxllm import PRESETS, CustomLLM, ModelConfig
 from jaxllm.model.decoder import abstract_model, count_parameters, split_model
+from jaxllm.model.kernels.matmul import FEW_ROWS
 from jaxllm.train.loss import count_targets
 from jaxllm.train.step import summed_loss
 
@@ -215,7 +216,11 @@ def exported(*constraints: str, platform: str | None = None, dtype=jnp.float32) 
 
 @pytest.mark.parametrize(
     ("dtype", "shapes"),
-    [(jnp.float32, [(1, 1), (3, SMALL.max_position_embeddings)]), (jnp.bfloat16, [(2, 9)])],
+    # bfloat16 products of fewer than FEW_ROWS rows are computed in float32, where the rows can be counted
+    [
+        (jnp.float32, [(1, 1), (3, 9), (2, SMALL.max_position_embeddings)]),
+        (jnp.bfloat16, [(1, FEW_ROWS), (3, 9), (2, SMALL.max_position_embeddings)]),
+    ],
     ids=["float32", "bfloat16"],
 )
 def test_the_exported_program_runs_for_any_batch_and_time(dtype, shapes):
