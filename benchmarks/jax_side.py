@@ -25,6 +25,7 @@ from jaxllm.model import flops
 from jaxllm.model.decoder import CustomLLM, abstract_model, count_parameters
 from jaxllm.model.inference import for_inference
 from jaxllm.model.kernels.matmul import linear
+from jaxllm.model.kernels.swiglu import plain_swiglu
 from jaxllm.model.layers import stack
 from jaxllm.model.moe import DeepSeekExpertLayer, combine, dispatch, dispatch_gates, plan_dispatch, route
 from jaxllm.run.checkpoint_writer import CheckpointWriter
@@ -170,12 +171,12 @@ def mixture(s: MixtureSizes, dtype: jnp.dtype) -> dict[str, Contender]:
         routing = route(x, router, jnp.zeros(s.experts), s.per_token, experts)
         plan = plan_dispatch(routing.experts, s.experts)
         rows, gates = dispatch(x, plan), dispatch_gates(routing.gates, plan)
-        return combine(nnx.merge(graph, weights).grouped(rows, gates, plan.group_sizes), plan)
+        return combine(nnx.merge(graph, weights).grouped(rows, gates, plan.group_sizes)[0], plan)
 
     def dense(weights, router: Array, x: Array, experts: None) -> Array:  # (N,D) -> (N,D)
         layers = nnx.merge(graph, weights)
         gate, up, down = (w.weight[...] for w in (layers.gate_proj, layers.up_proj, layers.down_proj))
-        return sum(linear(jax.nn.silu(linear(x, gate[j])) * linear(x, up[j]), down[j]) for j in range(s.per_token))
+        return sum(linear(plain_swiglu(linear(x, gate[j]), linear(x, up[j])), down[j]) for j in range(s.per_token))
 
     def contender(function, weights, experts: Array | None) -> Contender:
         @jax.jit

@@ -22,8 +22,10 @@ from jax.experimental import topologies
 
 import jaxllm
 from jaxllm.config import PRESETS, TrainConfig
+from jaxllm.model import decoder
 from jaxllm.model.decoder import abstract_model
 from jaxllm.model.kernels import CUDA
+from jaxllm.model.layer_stack import split_layers
 from jaxllm.plan.hlo import read_program
 from jaxllm.plan.hlo_cost import kernels, matrix_products
 from jaxllm.train import loss
@@ -93,11 +95,11 @@ def test_the_program_has_the_products_of_the_model_and_no_more(text):
     tokens, H, k = CONFIG.data.batch_size * CONFIG.data.seq_len, MODEL.num_attention_heads, MODEL.num_experts_per_tok
     n = MODEL.nope_head_dim
     attention = D * R * 2 + R * H * n * 2 + R * D + D * H * n + R * H * n + D * D
-    others, routed = attention + D * E + 3 * D * F * MODEL.n_shared_experts, 3 * D * F * k
-    # Two forward passes (one is the recomputation, without the routed experts) and two products for each in the
-    # backward pass; lm_head's forward pass makes its gradients on the way. Neither side counts the attention scores,
-    # which cuDNN computes.
-    wanted = 2 * tokens * (MODEL.num_hidden_layers * (4 * others + 3 * routed) + 3 * D * MODEL.vocab_size)
+    others, experts = attention + D * E, 3 * D * F * (k + MODEL.n_shared_experts)
+    # Two forward passes (one is the recomputation, without the experts) and two products for each in the backward pass;
+    # lm_head's forward pass makes its gradients on the way. Neither side counts the attention scores, which cuDNN
+    # computes.
+    wanted = 2 * tokens * (MODEL.num_hidden_layers * (4 * others + 3 * experts) + 3 * D * MODEL.vocab_size)
     made = sum(product.flops for product in products)
     print(f"compiled {made:.4g} FLOPs, model {wanted:.4g}: {made / wanted:.3f}")
     assert 0.97 * wanted <= made <= 1.15 * wanted
@@ -109,16 +111,15 @@ def test_it_fits_an_h100(compiled):
     temporaries = memory.temp_size_in_bytes / 2**30
     print(f"{state:.2f} GiB of state, {temporaries:.2f} GiB of temporaries")
     assert state == pytest.approx(12.0, abs=0.1)  # float32 parameters and two moments
-    assert temporaries < 11.5
+    assert temporaries < 14.5
 
 
-TRAFFIC = 295.0
-"""GB of a step with remat: measured 293.2. It was 307.5 with SwiGLU and the gates outside the kernels of the grouped
-products, and 327.7 with chunks of 1,024 rows and a scatter in the loss, barriers around each layer's recomputation, a
-second product of SwiGLU in it, and the kernels' results recomputed."""
+TRAFFIC = 235.0
+"""GB of a step with remat: measured 233.2. It was 293.2 while the scan over the layers copied the experts' weights,
+gradients and pre-activations, and the shared experts ran outside the grouped kernels; 327.7 at first."""
 
-TRAFFIC_WITHOUT_REMAT = 367.0
-"""GB: measured 365.0; 379.3 and 396.7 before."""
+TRAFFIC_WITHOUT_REMAT = 253.0
+"""GB: measured 251.3; 365.0 before, also with the norms' and the router's float32 arrays kept; 396.7 at first."""
 
 
 def test_memory_traffic_of_a_step(text):
@@ -134,3 +135,8 @@ def test_memory_traffic_without_remat():
 def test_smaller_chunks_of_the_loss_are_seen(monkeypatch):
     monkeypatch.setattr(loss, "GPU_CHUNK_ROWS", loss.CHUNK_ROWS)
     assert gigabytes(compile_step(CONFIG).as_text()) > TRAFFIC + 5
+
+
+def test_experts_copied_by_the_scan_are_seen(monkeypatch):
+    monkeypatch.setattr(decoder, "split_layers", lambda layers, apart: split_layers(layers, apart=()))
+    assert gigabytes(compile_step(CONFIG).as_text()) > TRAFFIC + 40

@@ -36,19 +36,28 @@ def test_equals_the_plain_formula_with_gradients(rows, monkeypatch):
 
 
 def test_a_gpu_s_form_computes_the_same():
-    """Larger chunks, and no scatter: the same numbers, as far as chunks are added in another order."""
+    """Larger chunks, each row's sum in one pass, and no scatter: other orders of addition, and the same numbers."""
     keys = jax.random.split(jax.random.key(2), 3)
     hidden = jax.random.normal(keys[0], (50, 8), jnp.bfloat16)
     weight, bias = jax.random.normal(keys[1], (8, 30)), jnp.ones(30)
     targets = jax.random.randint(keys[2], (50,), 0, 30).at[::5].set(loss.IGNORED)
     arguments = (hidden, weight, bias, targets)
     scattered, selected, larger = (
-        loss._scan_chunks(*arguments, with_grads=True, chunk_rows=rows, in_place=in_place)
-        for rows, in_place in ((16, True), (16, False), (32, False))
+        loss._scan_chunks(*arguments, with_grads=True, chunk_rows=rows, for_gpu=for_gpu)
+        for rows, for_gpu in ((16, False), (16, True), (32, True))
     )
-    for a, b, c in zip(*map(jax.tree.leaves, (scattered, selected, larger)), strict=True):
-        np.testing.assert_array_equal(a, b)
-        np.testing.assert_allclose(np.asarray(b, np.float32), np.asarray(c, np.float32), rtol=1e-5, atol=1e-5)
+    for wanted, *others in zip(*map(jax.tree.leaves, (scattered, selected, larger)), strict=True):
+        for made in others:
+            np.testing.assert_allclose(
+                np.asarray(made, np.float32), np.asarray(wanted, np.float32), rtol=1e-5, atol=1e-5
+            )
+
+
+def test_one_pass_over_a_row_overflows_nothing():
+    rows = jnp.asarray([[1e4, -1e4, 9.9e3, 1e4], [-3e38, -3e38, 3e38, 0.0], [0.0, 1.0, 2.0, 3.0]])
+    largest, total = loss._largest_and_sum_of_exps(rows)
+    np.testing.assert_array_equal(largest, rows.max(axis=1))
+    np.testing.assert_allclose(total, [2, 1, np.exp([-3.0, -2, -1, 0]).sum()], rtol=1e-6)
 
 
 def test_large_logits_overflow_nothing():

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from jaxllm.config import ModelConfig
 from jaxllm.model import moe
 from jaxllm.model.kernels import grouped_loop as grouped_loop
-from jaxllm.model.kernels import grouped_triton
 from jaxllm.model.kernels.expert_ffn import expert_ffn
 
 SMALL = ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, moe_intermediate_size=24)
@@ -97,44 +96,6 @@ def test_a_single_row_is_not_padded_in_decoding():
     assert grouped_loop.block_sizes(2 + grouped_loop.padding(2)) == (1, 2)
 
 
-@pytest.mark.parametrize(
-    "sizes", [(0, 130, 1, 300), (431, 0, 0, 0), pytest.param((0, 0, 128, 256), marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_triton_kernels_equal_the_walk(sizes, dtype):
-    """Interpreted, on purpose: this is the one place that may. The kernels accumulate in float32."""
-    keys = jax.random.split(jax.random.key(0), 6)
-    rows = jax.random.normal(keys[0], (sum(sizes), 32)).astype(dtype)
-    row_weights = jax.random.uniform(keys[4], (sum(sizes), 1), jnp.float32)
-    down = jax.random.normal(keys[5], (4, 48, 32), jnp.float32)
-    d_out = jax.random.normal(keys[1], (sum(sizes), 96)).astype(dtype)
-    weights = tuple(jax.random.normal(key, (4, 32, 48), jnp.float32) for key in keys[2:4])
-    counts = jnp.asarray(sizes)
-
-    def products(grouped, **options) -> list[np.ndarray]:
-        def pad(a):
-            return jnp.pad(a, ((0, grouped.padding(sum(sizes))), (0, 0)))
-
-        stacks = tuple(jnp.concatenate([weight + 1, weight, weight - 1]) for weight in weights)  # of three layers
-        made = [
-            grouped.grouped_matmul(pad(rows), weights, counts, **options)[: sum(sizes)],
-            grouped.grouped_matmul(pad(rows), stacks, counts, jnp.asarray(4), **options)[: sum(sizes)],
-            grouped.grouped_matmul_transposed(pad(d_out), weights, counts, **options)[: sum(sizes)],
-            *grouped.weight_gradients(pad(rows), pad(d_out), counts, 2, **options),
-            *grouped.grouped_swiglu(pad(rows), pad(row_weights), *weights, counts, **options),
-            *grouped.grouped_swiglu(pad(rows), pad(row_weights), *stacks, counts, jnp.asarray(4), **options),
-            *grouped.grouped_swiglu_gradients(pad(rows), pad(row_weights), pad(d_out), down, counts, **options),
-        ]
-        made[5:] = [a[: sum(sizes)] for a in made[5:]]
-        return [np.asarray(a, np.float64) for a in made]
-
-    tolerance = 1e-5 if dtype == "float32" else 1e-2
-    wanted = products(grouped_loop)
-    np.testing.assert_array_equal(*wanted[:2])
-    for ours, theirs in zip(products(grouped_triton, interpret=True), wanted, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * np.abs(theirs).max())
-
-
 def loop_over_tokens(layer: moe.DeepSeekMoE, x: np.ndarray) -> np.ndarray:
     """The definition, token by token, in numpy."""
     flat = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
@@ -168,7 +129,7 @@ def test_no_token_is_dropped(crowded):
         bias[[2, 5]] += 10
     layer.routing_bias[...] = jnp.asarray(bias)
     x = jax.random.normal(jax.random.key(1), (3, 100, 32), jnp.float64)
-    out, routing = nnx.jit(lambda layer, x: layer(x))(layer, x)
+    out, routing, _ = nnx.jit(lambda layer, x: layer(x))(layer, x)
     if crowded:
         assert set(np.unique(routing.experts)) == {2, 5}
     np.testing.assert_allclose(out, loop_over_tokens(layer, np.asarray(x)), rtol=1e-10, atol=1e-14)

@@ -1,4 +1,4 @@
-"""DecoderLayer and CustomLLM: the whole model, its layers stacked along a leading axis and run under a scan.
+"""CustomLLM: the whole model, its layers stacked along a leading axis and run under a scan.
 
 There are two stacks: the first layers, which may have a dense feed-forward network, and the others with experts.
 """
@@ -17,29 +17,20 @@ from jax.errors import InconclusiveDimensionOperation
 from jax.export import is_symbolic_dim
 
 from jaxllm.config import ModelConfig
-from jaxllm.model.attention import Latents, MultiHeadLatentAttention
+from jaxllm.model.attention import Latents
 from jaxllm.model.dtypes import Array, Pytree, at_least_float32
 from jaxllm.model.kernels import choose_kernels
 from jaxllm.model.kernels.matmul import linear
-from jaxllm.model.kernels.packed import pack, packed_like, packing_residuals, unpack
+from jaxllm.model.kernels.packed import pack, packing_residuals
+from jaxllm.model.kernels.stacks import Carried, end_of_layers
+from jaxllm.model.layer import DecoderLayer, LayerTrace
+from jaxllm.model.layer_stack import EXPERTS, split_layers
 from jaxllm.model.layers import CustomRMSNorm, Embedding, Linear, RoutingBias, parameter_facts, stack
 from jaxllm.model.layout import ONE_DEVICE, Layout
-from jaxllm.model.moe import DeepSeekExpertLayer, DeepSeekMoE, Mixture, Routing, balance_loss, tokens_per_expert, z_loss
+from jaxllm.model.moe import balance_loss, tokens_per_expert, z_loss
 
 STACKS = ("dense_layers", "decoder_layers")
 """The attributes of a model that are stacks of layers, in their order; a stack without layers is None."""
-
-
-class LayerTrace(NamedTuple):
-    """The outputs of the parts of a layer, in the order of the computation."""
-
-    input_norm: Array  # (B,T,D)
-    latents: Latents
-    attention: Array  # (B,T,D)
-    post_attn_norm: Array  # (B,T,D)
-    routing: Routing | None  # None: the layer has no experts
-    mixture: Array  # (B,T,D), the feed-forward network's output: shared and routed experts summed
-    residual: Array  # (B,T,D), the residual stream after the layer
 
 
 class LayerAux(NamedTuple):
@@ -58,58 +49,6 @@ class LayerAux(NamedTuple):
 class HiddenStates(NamedTuple):
     last: Array  # (B,T,D), before any final norm
     aux: LayerAux
-
-
-class DecoderLayer(nnx.Module):
-    """Attention and a feed-forward network: experts, or with `dense` a single one."""
-
-    def __init__(
-        self, config: ModelConfig, dense: bool, *, dtype: jnp.dtype, rngs: nnx.Rngs, platform: str | None = None
-    ):
-        options: Any = {"dtype": dtype, "rngs": rngs, "platform": platform}
-        self.self_attn = MultiHeadLatentAttention(config, **options)
-        if dense:
-            self.mlp = DeepSeekExpertLayer(config, hidden=config.intermediate_size, **options)
-        else:
-            self.mlp = DeepSeekMoE(config, **options)
-        self.input_norm = CustomRMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.post_attn_norm = CustomRMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-
-    def __call__(
-        self, x: Array, positions: Array, attention_mask: Array | None, experts: Array | None, layout: Layout
-    ) -> LayerTrace:
-        """(B,T,D) -> the residual stream (B,T,D), and the outputs of the parts before it."""
-        normed = self.input_norm(x)
-        attended, latents = self.self_attn(normed, positions, attention_mask)
-        x = x + attended
-        normed_again = self.post_attn_norm(x)
-        mixed, routing = self.feed_forward(normed_again, experts, layout)
-        return LayerTrace(normed, latents, attended, normed_again, routing, mixed, residual=x + mixed)
-
-    def feed_forward(
-        self, x: Array, experts: Array | None = None, layout: Layout = ONE_DEVICE, offset: Array | None = None
-    ) -> Mixture:  # arguments as in DeepSeekMoE
-        if isinstance(self.mlp, DeepSeekMoE):
-            return self.mlp(x, experts, layout, offset)
-        return Mixture(self.mlp(x), None)
-
-    def decode(self, x: Array, positions: Array, cache: Latents, layer: Array, offset: Array) -> tuple[Array, Latents]:
-        """One token of each row on the cache of all layers (L,B,S,...): (B,1,D), positions (B,1) -> (B,1,D), cache.
-
-        A token's cache slot is its position, so a row attends to the slots up to this position. The routed experts are
-        those of all layers in one stack, and this layer's begin at `offset`.
-        """
-        normed = self.input_norm(x)
-        row = jnp.arange(x.shape[0])
-        new = self.self_attn.latents(normed, positions)
-        cache = jax.tree.map(
-            lambda slots, token: slots.at[layer, row, positions[:, 0]].set(packed_like(token[:, 0], slots)), cache, new
-        )
-        mask = jnp.arange(cache.kv.shape[2]) <= positions[:, :, None]  # (B,1,S)
-        local = jax.tree.map(lambda slots: unpack(slots[layer]), cache)
-        x = x + self.self_attn.attend_latents(normed, positions, local, mask[:, None])
-        mixed, _ = self.feed_forward(self.post_attn_norm(x), offset=offset)
-        return x + mixed, cache
 
 
 class CustomLLM(nnx.Module):
@@ -195,15 +134,20 @@ class CustomLLM(nnx.Module):
         else:
             positions = jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=-1) - 1, 0)
 
-        def run(layers: DecoderLayer, x: Array, experts: Array | None) -> tuple[Array, LayerAux]:
-            graph, stacked = nnx.split(layers)
-            facts = parameter_facts(stacked)
+        def run(layers: DecoderLayer, x: Array, forced: Array | None) -> tuple[Array, LayerAux]:
+            # `fsdp` gathers all weights of a layer when it runs. Otherwise the experts stay in stacks of all layers.
+            apart = () if layout.fsdp > 1 else EXPERTS if self.kernels.shared else EXPERTS[:1]
+            stack = split_layers(layers, apart)
+            facts = parameter_facts(stack.others)
+            prepared = stack.prepared(self.kernels, self.dtype)
 
-            def body(x: Array, layer_inputs) -> tuple[Array, LayerAux]:
-                state, forced = layer_inputs
-                trace = nnx.merge(graph, layout.gather(state, facts))(x, positions, attention_mask, forced, layout)
+            def body(prepared: nnx.State, carry: tuple[Array, dict[str, Carried]], layer_inputs):
+                (x, carried), (state, forced, layer) = carry, layer_inputs
+                module = nnx.merge(stack.graph, prepared, layout.gather(state, facts))
+                in_stacks = stack.in_stacks(layer, carried)
+                trace, carried = module(x, positions, attention_mask, forced, layout, in_stacks=in_stacks)
                 routing: Any = trace.routing
-                return trace.residual, LayerAux(
+                return (trace.residual, carried), LayerAux(
                     counts=routing and tokens_per_expert(routing.experts, self.config.n_routed_experts),
                     balance_loss=routing and balance_loss(routing, batch),
                     z_loss=routing and z_loss(routing),
@@ -214,7 +158,11 @@ class CustomLLM(nnx.Module):
             body = layout.checkpoint(body, self.remat)
             if self.kernels.packs:
                 body = packing_residuals(body)
-            return jax.lax.scan(body, x, (nnx.to_pure_dict(stacked), experts))
+            inputs = nnx.to_pure_dict(stack.others), forced, jnp.arange(stack.layers)
+            rows = batch * length * layout.expert * self.config.num_experts_per_tok
+            carried = stack.first_carried(self.kernels, batch * length, rows, self.dtype)
+            (x, carried), aux = jax.lax.scan(functools.partial(body, prepared), (x, carried), inputs)
+            return end_of_layers(self.kernels.grouped, x, carried), aux
 
         x = self.embed(input_ids, positions)
         if dropout_keys is not None:
@@ -232,19 +180,17 @@ class CustomLLM(nnx.Module):
         for name in STACKS:
             if (layers := getattr(self, name)) is None:
                 continue
-            # A scan copies each layer's part. A token uses few of the routed experts, so those stay in one stack.
-            graph, experts, stacked = nnx.split(layers, nnx.PathContains("routed_experts"), ...)
-            experts = jax.tree.map(lambda weight: weight.reshape(-1, *weight.shape[2:]), experts)
+            stack = split_layers(layers, apart=EXPERTS[:1])
+            prepared = stack.prepared(self.kernels, self.dtype)
 
-            def body(carry: tuple[Array, Latents], layer_inputs, graph=graph, experts=experts, first=first):
-                state, index = layer_inputs
-                layer = nnx.merge(graph, experts, state)
-                offset = index * self.config.n_routed_experts
-                return layer.decode(carry[0], positions, carry[1], first + index, offset), None
+            def body(carry: tuple[Array, Latents], layer_inputs, stack=stack, prepared=prepared, first=first):
+                state, layer = layer_inputs
+                in_stacks = stack.in_stacks(layer, dict.fromkeys(EXPERTS, Carried(masters=None, kept=None)))
+                module = nnx.merge(stack.graph, prepared, state)
+                return module.decode(carry[0], positions, carry[1], first + layer, in_stacks), None
 
-            count = len(jax.tree.leaves(stacked)[0])
-            (x, cache), _ = jax.lax.scan(body, (x, cache), (stacked, jnp.arange(count)))
-            first += count
+            (x, cache), _ = jax.lax.scan(body, (x, cache), (stack.others, jnp.arange(stack.layers)))
+            first += stack.layers
         return self.logits(x), cache
 
     def cached(self, latents: Latents) -> Latents:

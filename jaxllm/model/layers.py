@@ -16,6 +16,7 @@ from flax import nnx
 from jaxllm.config import ModelConfig
 from jaxllm.model.dtypes import Array, Pytree, at_least_float32
 from jaxllm.model.kernels.matmul import in_dtype, linear
+from jaxllm.model.kernels.rms_norm import rms_norm
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -114,9 +115,7 @@ class CustomRMSNorm(nnx.Module):
         self.weight = parameter(jnp.ones((features,), at_least_float32(dtype)), ("norm",), decays=False)
 
     def __call__(self, x: Array) -> Array:  # (..., D) -> (..., D)
-        upcast = x.astype(at_least_float32(x.dtype))
-        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(upcast), axis=-1, keepdims=True) + self.eps)
-        return (upcast * inverse_rms * self.weight[...]).astype(x.dtype)
+        return rms_norm(self.eps, x, self.weight[...])
 
 
 def rotary_frequencies(config: ModelConfig) -> np.ndarray:

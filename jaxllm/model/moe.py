@@ -7,8 +7,8 @@ No token is ever dropped.
 
 import functools
 import operator
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,10 @@ from flax import nnx
 from jaxllm.config import ModelConfig, RouterConfig
 from jaxllm.model.dtypes import Array, at_least_float32
 from jaxllm.model.kernels import choose_kernels
-from jaxllm.model.kernels.expert_ffn import expert_ffn, expert_ffn_of_stack
+from jaxllm.model.kernels.expert_ffn import expert_ffn, expert_ffn_in_stack
 from jaxllm.model.kernels.matmul import linear
+from jaxllm.model.kernels.stacks import Carried, Weights
+from jaxllm.model.kernels.swiglu import plain_swiglu
 from jaxllm.model.layers import Linear, RoutingBias, parameter, stack
 from jaxllm.model.layout import ONE_DEVICE, Layout
 
@@ -32,9 +34,27 @@ class Routing(NamedTuple):
     logits: Array  # (N,E)
 
 
+class InStack(NamedTuple):
+    """Where a layer's experts are, if they are read in place from the stack of all layers."""
+
+    offset: Array  # () int, the first of them
+    experts: int  # how many they are
+    carried: Carried
+
+
+InStacks = Mapping[str, InStack]
+"""Of the attributes of DeepSeekMoE whose weights are such a stack."""
+
+
+class OfExperts(NamedTuple):
+    output: Array  # (M,D), of each row's expert, or (N,D)
+    carried: Carried | None  # for the next layer; None: no stack of all layers
+
+
 class Mixture(NamedTuple):
     output: Array  # (B,T,D), shared and routed experts summed
     routing: Routing | None  # of the N tokens; None: a dense layer
+    carried: dict[str, Carried]  # for the next layer, of each of `InStacks`
 
 
 class Dispatch(NamedTuple):
@@ -56,7 +76,7 @@ def route(
     `experts` (N,k) are used instead of the k best ranked (ties: lowest index).
     """
     acc_dtype = at_least_float32(x.dtype)
-    logits = x.astype(acc_dtype) @ router_weight.astype(acc_dtype)
+    logits = linear(x, router_weight, compute_dtype=acc_dtype)
     scores = jax.nn.sigmoid(logits) if router.scoring_func == "sigmoid" else jax.nn.softmax(logits, axis=-1)
     if experts is None:
         ranks = jax.lax.stop_gradient(scores)
@@ -140,26 +160,43 @@ class DeepSeekExpertLayer(nnx.Module):
         self.down_proj = Linear(F, D, ("expert_hidden", "hidden"), std=std, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:  # (..., D) -> (..., D)
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(plain_swiglu(self.gate_proj(x), self.up_proj(x)))
 
-    def grouped(self, rows: Array, row_weights: Array, group_sizes: Array, offset: Array | None = None) -> Array:
+    def weights(self) -> Weights:
+        return self.gate_proj.weight[...], self.up_proj.weight[...], self.down_proj.weight[...]
+
+    def grouped(
+        self, rows: Array, row_weights: Array, group_sizes: Array, in_stack: InStack | None = None
+    ) -> OfExperts:
         """As a stack of experts, each on a separate group of consecutive rows: (M,D), (M,), (E,) -> (M,D).
 
-        A row's output is multiplied by its weight. With `offset`, only the E experts from there on, in a stack of more;
-        without a gradient.
+        A row's output is multiplied by its weight. With `in_stack`, the module's weights are those of all layers as
+        `prepare` makes them.
         """
-        weights = (self.gate_proj.weight[...], self.up_proj.weight[...], self.down_proj.weight[...])
-        if offset is not None:
-            return expert_ffn_of_stack(self.kernels.grouped, rows, row_weights, weights, group_sizes, offset)
-        return expert_ffn(self.kernels.grouped, rows, row_weights, weights, group_sizes)
-
-    def summed(self, x: Array) -> Array:
-        """As a stack of experts that all see every token, summed: (N,D) -> (N,D)."""
-        x = x.astype(self.dtype)
-        weights = (projection.weight[...] for projection in (self.gate_proj, self.up_proj, self.down_proj))
-        return add_all(
-            linear(jax.nn.silu(linear(x, gate)) * linear(x, up), down) for gate, up, down in zip(*weights, strict=True)
+        if in_stack is None:
+            made = expert_ffn(self.kernels.grouped, rows, row_weights, self.weights(), group_sizes)
+            return OfExperts(made, None)
+        offset, _, carried = in_stack
+        made: Any = expert_ffn_in_stack(
+            self.kernels.grouped, rows, row_weights, self.weights(), carried, group_sizes, offset
         )
+        return OfExperts(*made)
+
+    def summed(self, x: Array, in_stack: InStack | None = None) -> OfExperts:
+        """As a stack of experts that all see every token, summed: (N,D) -> (N,D). `in_stack` as in `grouped`."""
+        x = x.astype(self.dtype)
+        if in_stack is None:
+            weights = zip(*self.weights(), strict=True)
+            out = add_all(linear(plain_swiglu(linear(x, gate), linear(x, up)), down) for gate, up, down in weights)
+            return OfExperts(out, None)
+        assert self.kernels.shared is not None
+        ones, sizes = jnp.ones(len(x), at_least_float32(self.dtype)), jnp.full(1, len(x))
+        outputs, (offset, experts, carried) = [], in_stack
+        for j in range(experts):
+            made: Any = expert_ffn_in_stack(self.kernels.shared, x, ones, self.weights(), carried, sizes, offset + j)
+            output, carried = made
+            outputs.append(output)
+        return OfExperts(add_all(outputs), carried)
 
 
 class DeepSeekMoE(nnx.Module):
@@ -180,14 +217,15 @@ class DeepSeekMoE(nnx.Module):
         self.routing_bias = bias if config.router.has_bias else None
 
     def __call__(
-        self, x: Array, experts: Array | None = None, layout: Layout = ONE_DEVICE, offset: Array | None = None
+        self, x: Array, experts: Array | None = None, layout: Layout = ONE_DEVICE, in_stacks: InStacks | None = None
     ) -> Mixture:
         """Shared experts for every token and k routed ones: x (B,T,D).
 
         Args:
             experts: (B, T, k) experts to use instead of the router's choice.
             layout: with several devices along `expert`, `routed_experts` are those of this device.
-            offset: where the layer's experts begin in `routed_experts`, if that is the stack of all layers.
+            in_stacks: where the layer's experts are, of `routed_experts` or also `shared_experts`, if their weights are
+                those of all layers.
         """
         tokens = x.reshape(-1, x.shape[-1])  # (N,D)
         if experts is not None:
@@ -195,19 +233,24 @@ class DeepSeekMoE(nnx.Module):
         bias = None if self.routing_bias is None else self.routing_bias[...]
         k, router = self.config.num_experts_per_tok, self.config.router
         routing = route(tokens, self.router.weight[...], bias, k, experts, router)
+        stacks = in_stacks or {}
+        run = functools.partial(self.routed_experts.grouped, in_stack=stacks.get("routed_experts"))
         if layout.expert > 1:
             local = self.config.n_routed_experts // layout.expert
-            mixed = expert_parallel_ffn(self.routed_experts.grouped, tokens, routing, local)
+            mixed, carried = expert_parallel_ffn(run, tokens, routing, local)
         else:
             plan = plan_dispatch(routing.experts, self.config.n_routed_experts)
-            rows, gates = dispatch(tokens, plan), dispatch_gates(routing.gates, plan)
-            mixed = combine(self.routed_experts.grouped(rows, gates, plan.group_sizes, offset), plan)
-        return Mixture((self.shared_experts.summed(tokens) + mixed).reshape(x.shape), routing)
+            out, carried = run(dispatch(tokens, plan), dispatch_gates(routing.gates, plan), plan.group_sizes)
+            mixed = combine(out, plan)
+        shared, shared_carried = self.shared_experts.summed(tokens, in_stack=stacks.get("shared_experts"))
+        handed_on = {"routed_experts": carried, "shared_experts": shared_carried}
+        there = {name: carried for name, carried in handed_on.items() if carried is not None}
+        return Mixture((shared + mixed).reshape(x.shape), routing, there)
 
 
 def expert_parallel_ffn(
-    run: Callable[[Array, Array, Array], Array], tokens: Array, routing: Routing, local_experts: int
-) -> Array:
+    run: Callable[[Array, Array, Array], OfExperts], tokens: Array, routing: Routing, local_experts: int
+) -> OfExperts:
     """The output of the routed experts of all devices along `expert` for this device's tokens: (N,D) -> (N,D).
 
     Every device gathers the tokens of the others, runs the rows for which its experts were chosen, and the results are
@@ -234,8 +277,9 @@ def expert_parallel_ffn(
     live = (jnp.arange(plan.order.size) < sizes.sum())[:, None]
     rows = jnp.where(live, dispatch(tokens, plan), 0)
     row_weights = jnp.where(live[:, 0], dispatch_gates(gates, plan), 0)
-    out = jnp.where(live, run(rows, row_weights, sizes), 0)
-    return jax.lax.psum_scatter(combine(out, plan), "expert", tiled=True)
+    out, carried = run(rows, row_weights, sizes)
+    out = jnp.where(live, out, 0)
+    return OfExperts(jax.lax.psum_scatter(combine(out, plan), "expert", tiled=True), carried)
 
 
 def balance_loss(routing: Routing, batch: int) -> Array:

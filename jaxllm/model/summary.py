@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.config import ModelConfig
-from jaxllm.model.decoder import CustomLLM, DecoderLayer
+from jaxllm.model.decoder import CustomLLM
+from jaxllm.model.layer import DecoderLayer
 from jaxllm.model.layers import Embedding, Linear
 from jaxllm.model.moe import DeepSeekExpertLayer
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxllm.plan.hlo import Instruction, Program, Shape, Step, match
+from jaxllm.plan.hlo_grouped import WEIGHT_GRADIENT, grouped_bytes, grouped_flops, grouped_kernel
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute")
 
@@ -21,6 +22,7 @@ _NO_KERNEL = frozenset(
         "after-all", "partition-id", "replica-id", "opt-barrier", "add-dependency",
     }
 )  # fmt: skip
+_ALLOCATION = 'custom_call_target="AllocateBuffer"'
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -71,9 +73,9 @@ def matrix_products(program: Program) -> Iterator[Product]:
                 direction = "backward" if "Backward" in target else "forward"
                 flops = _attention(instruction, {"forward": 2, "backward": 5}[direction])
                 yield _product(step, f"cuDNN fused attention, {direction}", "attention", flops)
-            elif grouped := re.search(r"grouped_(product|weight_gradient)", instruction.attributes):
-                kernel = {"product": "Triton grouped product", "weight_gradient": "Triton grouped weight gradient"}
-                yield _product(step, kernel[grouped[1]], "grouped", _grouped(instruction, grouped[1]))
+            elif name := grouped_kernel(instruction):
+                kernel = "weight gradient" if name == WEIGHT_GRADIENT else "product"
+                yield _product(step, f"Triton grouped {kernel}", "grouped", grouped_flops(instruction))
 
 
 def _product(step: Step, kernel: str, kind: str, flops: float) -> Product:
@@ -120,16 +122,6 @@ def _attention(instruction: Instruction, products: int) -> float:
     size = math.prod(int(d) for d in re.findall(r"\d+", scores))
     computed = 0.5 if re.search(r'"mask_type":\s*"CAUSAL"', instruction.attributes) else 1.0
     return computed * products * 2.0 * size * instruction.outputs[0].dims[-1]
-
-
-def _grouped(instruction: Instruction, kind: str) -> float:
-    from jaxllm.model.kernels.grouped_triton import TILE
-
-    rows, other = (operand[0].dims for operand in instruction.inputs[-2:])
-    groups = instruction.outputs[0].dims[0] if kind == "weight_gradient" else other[0]
-    most = (-(-rows[0] // TILE) + groups) * TILE
-    width = other[1] if kind == "weight_gradient" else math.prod(other[1:]) // rows[1]
-    return 2.0 * most * rows[1] * width
 
 
 def collectives(program: Program) -> list[Collective]:
@@ -193,7 +185,8 @@ def kernels(program: Program) -> list[Kernel]:
     moved: dict[str, float] = defaultdict(float)
     for step in program.steps():
         opcode = step.instruction.opcode
-        if step.fusion is None and opcode not in _NO_KERNEL and not opcode.endswith(("-done", "-update")):
+        is_kernel = opcode not in _NO_KERNEL and _ALLOCATION not in step.instruction.attributes
+        if step.fusion is None and is_kernel and not opcode.endswith(("-done", "-update")):
             moved[step.instruction.name] += step.times * _kernel_bytes(program, step.instruction)
     return [Kernel(kinds.get(name), flops.get(name, 0.0), size) for name, size in moved.items()]
 
@@ -206,6 +199,8 @@ def _kernel_bytes(program: Program, instruction: Instruction) -> float:
         return 2 * _memory(inputs[1])
     if opcode == "fusion":
         return _fusion_bytes(program.computations[instruction.called("calls")[0]], instruction)
+    if opcode == "custom-call" and grouped_kernel(instruction):
+        return grouped_bytes(instruction)
     outputs = instruction.outputs
     if opcode.endswith("-start"):  # its type repeats the operands
         outputs = outputs[:1] if opcode == "copy-start" else outputs[-1:]

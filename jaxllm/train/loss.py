@@ -57,8 +57,8 @@ def _in_chunks(
     hidden: Array, weight: Array, bias: Array | None, targets: Array, *, with_grads: bool
 ) -> tuple[Array, Any]:
     """`_scan_chunks` as the platform needs it that the program is compiled for."""
-    usual = functools.partial(_scan_chunks, with_grads=with_grads, chunk_rows=CHUNK_ROWS, in_place=True)
-    on_gpu = functools.partial(_scan_chunks, with_grads=with_grads, chunk_rows=GPU_CHUNK_ROWS, in_place=False)
+    usual = functools.partial(_scan_chunks, with_grads=with_grads, chunk_rows=CHUNK_ROWS, for_gpu=False)
+    on_gpu = functools.partial(_scan_chunks, with_grads=with_grads, chunk_rows=GPU_CHUNK_ROWS, for_gpu=True)
     return jax.lax.platform_dependent(hidden, weight, bias, targets, cuda=on_gpu, default=usual)
 
 
@@ -70,7 +70,7 @@ def _scan_chunks(
     *,
     with_grads: bool,
     chunk_rows: int,
-    in_place: bool,
+    for_gpu: bool,
 ) -> tuple[Array, Any]:
     """The loss, and its gradients while a chunk's logits are in memory: the backward pass only scales them."""
     N, D = hidden.shape
@@ -79,7 +79,7 @@ def _scan_chunks(
     hidden_chunks = jnp.pad(hidden, ((0, chunks * rows - N), (0, 0))).reshape(chunks, rows, D)
     target_chunks = jnp.pad(targets, (0, chunks * rows - N), constant_values=IGNORED).reshape(chunks, rows)
     compute_weight = in_dtype(weight, hidden.dtype)
-    chunk = functools.partial(_chunk, compute_weight, bias, with_grads, in_place)
+    chunk = functools.partial(_chunk, compute_weight, bias, with_grads, for_gpu)
 
     zero = jnp.zeros((), at_least_float32(hidden.dtype))
     if not with_grads:
@@ -98,13 +98,26 @@ def _scan_chunks(
     return loss, (d_hidden.reshape(-1, D)[:N], d_weight, d_bias)
 
 
+def _largest_and_sum_of_exps(logits: Array) -> tuple[Array, Array]:
+    """Of each row in one pass (arXiv:1805.02867, algorithm 3): (rows,V) -> (rows,), and the sum of exp(x - largest)."""
+
+    def join(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
+        largest = jnp.maximum(one[0], other[0])
+        return largest, one[1] * jnp.exp(one[0] - largest) + other[1] * jnp.exp(other[0] - largest)
+
+    dtype = logits.dtype
+    nothing = jnp.asarray(jnp.finfo(dtype).min, dtype), jnp.zeros((), dtype)
+    largest, total = jax.lax.reduce((logits, jnp.ones_like(logits)), nothing, join, (1,))
+    return largest, total
+
+
 def _chunk(
-    weight: Array, bias: Array | None, with_grads: bool, in_place: bool, hidden: Array, targets: Array
+    weight: Array, bias: Array | None, with_grads: bool, for_gpu: bool, hidden: Array, targets: Array
 ) -> tuple[Any, ...]:
     """One chunk: weight (D,V) in the compute dtype, hidden (rows,D), targets (rows,).
 
-    `in_place`: subtract at the targets by a scatter, and not everywhere. It saves a pass over (rows,V) on a CPU; on a
-    GPU it costs two, because what it changes must lie in memory.
+    `for_gpu`: the largest logit and the sum in one pass over (rows,V), which a CPU computes slowly; and subtract at the
+    targets everywhere. A scatter saves a pass on a CPU and costs two on a GPU: what it changes must lie in memory.
     """
     acc_dtype = at_least_float32(weight.dtype)
     logits = matmul(hidden, weight, acc_dtype)  # (rows,V)
@@ -113,20 +126,24 @@ def _chunk(
     scored = targets != IGNORED
     safe = jnp.where(scored, targets, 0)
     at_target = jnp.take_along_axis(logits, safe[:, None], axis=-1)[:, 0]
-    largest = logits.max(axis=-1)
-    # Sums over V or over rows are products with a vector: XLA's reductions take up to forty times as long on a CPU.
-    # They are no matrix products that may be rounded to TF32 or bfloat16, hence the precision.
-    exps = jnp.exp(logits - largest[:, None])  # (rows,V)
-    total = jnp.matmul(exps, jnp.ones(exps.shape[-1], acc_dtype), precision=jax.lax.Precision.HIGHEST)  # (rows,)
+    if for_gpu:
+        largest, total = _largest_and_sum_of_exps(logits)
+        exps = jnp.exp(logits - largest[:, None])  # (rows,V)
+    else:
+        largest = logits.max(axis=-1)
+        # Sums over V or over rows are products with a vector: XLA's reductions take up to forty times as long on a CPU.
+        # They are no matrix products that may be rounded to TF32 or bfloat16, hence the precision.
+        exps = jnp.exp(logits - largest[:, None])  # (rows,V)
+        total = jnp.matmul(exps, jnp.ones(exps.shape[-1], acc_dtype), precision=jax.lax.Precision.HIGHEST)  # (rows,)
     loss = jnp.where(scored, jnp.log(total) + largest - at_target, 0).sum()
     if not with_grads:
         return loss, None, None, None
     # (rows,V): p - 1 at the target and p elsewhere, times the sum. Dividing (rows, D) on either side of the products by
     # it saves a pass over (rows, V).
-    if in_place:
-        unscaled = exps.at[jnp.arange(safe.size), safe].add(-total, unique_indices=True, indices_are_sorted=True)
-    else:
+    if for_gpu:
         unscaled = exps - jnp.where(jnp.arange(exps.shape[-1]) == safe[:, None], total[:, None], 0)
+    else:
+        unscaled = exps.at[jnp.arange(safe.size), safe].add(-total, unique_indices=True, indices_are_sorted=True)
     scale = jnp.where(scored, 1 / total, 0)
     narrow = unscaled.astype(hidden.dtype)
     d_hidden = matmul(narrow, weight, transpose_b=True) * scale[:, None]

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxllm.config import ModelConfig
 from jaxllm.model.dtypes import Array
-from jaxllm.model.kernels import grouped_loop, grouped_triton
+from jaxllm.model.kernels import grouped_loop, grouped_triton, grouped_whole
 from jaxllm.model.kernels.causal_attention import blocked_attention, cudnn_attention
 
 CUDA, ANY = "cuda", "any"
@@ -31,18 +31,29 @@ class Kernels:
     """The kernels of one model; static and hashable."""
 
     grouped: ModuleType
-    """A module with the grouped products that `expert_ffn` is made of, and `padding`."""
+    """A module with the grouped products that `expert_ffn` is made of, `prepared`, `new_kept` and `padding`."""
     attention: Callable[[Array, Array, Array, Array | None, float], Array]
     """q, k (B,T,H,h), v (B,T,H,v), the attention mask (B,T) or None, and the scale of the scores -> (B,T,H,v)."""
     packs: bool
     """Whether what a loop over the layers slices is packed: see `packed`."""
+    shared: ModuleType | None
+    """The same for the shared experts, if the products fuse SwiGLU; None: they are `Linear` layers.
+
+    Then all layers keep SwiGLU's arguments in one stack. (Elsewhere autodiff copies each layer's into a stack and out
+    of it: little on a CPU next to the weights, and packed numbers have no cotangent.)"""
 
     def __reduce__(self):  # to copy and pickle a model: a module is found by its name
-        return _kernels, (self.grouped.__name__, self.attention, self.packs)
+        modules = [module and module.__name__ for module in (self.grouped, self.shared)]
+        return _kernels, (*modules, self.attention, self.packs)
 
 
-def _kernels(grouped: str, attention: Callable, packs: bool) -> Kernels:
-    return Kernels(importlib.import_module(grouped), attention, packs)
+def _kernels(grouped: str, shared: str | None, attention: Callable, packs: bool) -> Kernels:
+    return Kernels(
+        grouped=importlib.import_module(grouped),
+        attention=attention,
+        packs=packs,
+        shared=None if shared is None else importlib.import_module(shared),
+    )
 
 
 def platform_here() -> str:
@@ -70,6 +81,7 @@ def choose_kernels(config: ModelConfig, dtype: jnp.dtype, platform: str | None =
         grouped=grouped_triton if triton else grouped_loop,
         attention=cudnn_attention if cudnn else blocked_attention,
         packs=dtype == jnp.bfloat16 and not on_cuda,
+        shared=grouped_whole if triton else None,
     )
 
 

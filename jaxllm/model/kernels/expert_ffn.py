@@ -5,77 +5,121 @@ the gate of its expert, multiplies before the last product: so its gradient does
 backward pass keeps the two pre-activations (2*M*F numbers), which saves a quarter of its products, and recomputes the
 rest.
 
-    M rows, sorted by expert    D hidden    F expert hidden    E experts
+    M rows, sorted by expert    D hidden    F expert hidden    E experts of a layer    S of a stack    L layers
 """
 
 import functools
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxllm.model.dtypes import Array
-
-Weights = tuple[Array, Array, Array]
-"""The masters of gate, up (E,D,F) and down (E,F,D)."""
+from jaxllm.model.dtypes import Array, Pytree
+from jaxllm.model.kernels.stacks import Carried, Kept, Weights
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def expert_ffn(grouped: ModuleType, rows: Array, row_weights: Array, weights: Weights, group_sizes: Array) -> Array:
-    """`(w * silu(rows @ gate[e]) * (rows @ up[e])) @ down[e]`, for each row the e of its group and its weight w.
+def expert_ffn(grouped: ModuleType, rows: Array, row_weights: Array, masters: Weights, group_sizes: Array) -> Array:
+    """`(w * silu(rows @ gate[e]) * (rows @ up[e])) @ down[e]`, for each row the expert e of its group and its weight w.
 
     Args:
         grouped: the grouped products, `Kernels.grouped`.
         rows: (M, D), sorted by expert, in the compute dtype.
         row_weights: (M,), in float32 or wider.
-        weights: they are cast to the compute dtype expert by expert.
+        masters: gate, up (E,D,F) and down (E,F,D).
         group_sizes: (E,) int, rows of each expert. Rows after the last group have undefined results and gradients.
 
     Returns (M, D). The weights' gradients accumulate in float32 (or wider) and are returned in the masters' dtype.
     """
-    return _forward(grouped, rows, row_weights, weights, group_sizes)[0]
+    weights, carried = prepare(grouped, masters, rows.dtype), Carried(masters, kept=None)
+    made: Any = expert_ffn_in_stack(grouped, rows, row_weights, weights, carried, group_sizes, 0)
+    return made[0]
 
 
-def expert_ffn_of_stack(
-    grouped: ModuleType, rows: Array, row_weights: Array, weights: Weights, group_sizes: Array, offset: Array
-) -> Array:
-    """`expert_ffn` by the E experts that begin at `offset` in a longer stack. It has no gradient.
+def prepare(grouped: ModuleType, masters: Pytree, dtype: jnp.dtype) -> Pytree:
+    """Masters as `expert_ffn_in_stack` reads them in this compute dtype. They have no gradient."""
+    return jax.tree.map(lambda weight: grouped.prepared(jax.lax.stop_gradient(weight), dtype), masters)
 
-    For decoding, where copying a layer's experts costs more than using two of them: the loops read them in place
-    (Triton's products still copy the layer's part).
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def expert_ffn_in_stack(
+    grouped: ModuleType,
+    rows: Array,
+    row_weights: Array,
+    weights: Weights,
+    carried: Carried,
+    group_sizes: Array,
+    offset: Array | int,
+) -> tuple[Array, Carried]:
+    """`expert_ffn` by the E experts that begin at `offset` in a stack of S, without a copy of any.
+
+    Args:
+        weights: what `prepare` makes of the masters: gate, up (S,D,F) and down (S,F,D).
+        carried: holds the masters, for their gradient. A layer's experts are used once in a pass.
+
+    Returns (M, D), and what is carried on.
     """
-    return _products(grouped, rows, row_weights, weights, group_sizes, offset)[0]
+    return _products(grouped, rows, row_weights, weights, group_sizes, offset, kept=None)[0], carried
 
 
 def _products(
-    grouped: ModuleType, rows: Array, row_weights: Array, weights: Weights, group_sizes: Array, offset: Array | int
-) -> tuple[Array, Array]:
+    grouped: ModuleType,
+    rows: Array,
+    row_weights: Array,
+    weights: Weights,
+    group_sizes: Array,
+    offset: Array | int,
+    kept: Kept | None,
+) -> tuple[Array, Any]:
     gate, up, down = weights
     x, row_weights = _pad(grouped, rows), _pad(grouped, row_weights[:, None])
-    gate_up, h = grouped.grouped_swiglu(x, row_weights, gate, up, group_sizes, offset)  # (M,2F), (M,F) and padding
-    return grouped.grouped_matmul(h, (down,), group_sizes, offset)[: rows.shape[0]], gate_up
+    stack, h = grouped.grouped_swiglu(x, row_weights, gate, up, group_sizes, offset, kept)  # h (M,F) and padding
+    return grouped.grouped_matmul(h, down, group_sizes, offset)[: rows.shape[0]], stack
 
 
-def _forward(grouped: ModuleType, rows: Array, row_weights: Array, weights: Weights, group_sizes: Array):
-    out, gate_up = _products(grouped, rows, row_weights, weights, group_sizes, offset=0)
-    return out, (rows, row_weights, weights, group_sizes, gate_up)
+def _forward(
+    grouped: ModuleType,
+    rows: Array,
+    row_weights: Array,
+    weights: Weights,
+    carried: Carried,
+    group_sizes: Array,
+    offset: Array | int,
+):
+    if carried.kept is None:
+        room = grouped.new_kept(1, rows.shape[0], 2 * weights[0].shape[2], rows.dtype)
+        kept = Kept(room, layer=0)
+    else:
+        kept = Kept(carried.kept, layer=offset // group_sizes.shape[0])
+    out, stack = _products(grouped, rows, row_weights, weights, group_sizes, offset, kept)
+    if carried.kept is None:
+        own = stack
+    else:
+        own, carried = None, carried._replace(kept=stack)
+    return (out, carried), (rows, row_weights, weights, group_sizes, offset, own)
 
 
-def _backward(grouped: ModuleType, saved: tuple, d_out: Array) -> tuple:
-    rows, row_weights, weights, group_sizes, gate_up = saved
-    gate, up, down = weights
+def _backward(grouped: ModuleType, saved: tuple, cotangents: tuple[Array, Carried]) -> tuple:
+    rows, row_weights, (gate, up, down), group_sizes, offset, own = saved
+    d_out, carried = cotangents
+    if own is None:
+        assert carried.kept is not None  # as in the forward pass
+        kept = Kept(carried.kept, layer=offset // group_sizes.shape[0])
+    else:
+        kept = Kept(own, layer=0)
     x, d_y, padded = _pad(grouped, rows), _pad(grouped, d_out), _pad(grouped, row_weights[:, None])
-    h, d_gate_up, d_row_weights = grouped.grouped_swiglu_gradients(d_y, padded, gate_up, down, group_sizes)
-    d_rows = grouped.grouped_matmul_transposed(d_gate_up, (gate, up), group_sizes)
-    of_gate_and_up = grouped.weight_gradients(x, d_gate_up, group_sizes, parts=2)
-    of_down = grouped.weight_gradients(h, d_y, group_sizes, parts=1)
-    masters = zip((*of_gate_and_up, *of_down), weights, strict=True)
-    d_weights = tuple(gradient.astype(master.dtype) for gradient, master in masters)
+    h, d_gate_up, d_row_weights = grouped.grouped_swiglu_gradients(d_y, padded, kept, down, group_sizes, offset)
+    d_rows = grouped.grouped_matmul_transposed(d_gate_up, (gate, up), group_sizes, offset)
+    if carried.masters is not None:
+        d_gate, d_up, d_down = carried.masters
+        d_gate, d_up = grouped.weight_gradients(x, d_gate_up, group_sizes, (d_gate, d_up), offset)
+        (d_down,) = grouped.weight_gradients(h, d_y, group_sizes, (d_down,), offset)
+        carried = carried._replace(masters=(d_gate, d_up, d_down))
     M = rows.shape[0]
-    return d_rows[:M], d_row_weights[:M].astype(row_weights.dtype), d_weights, None
+    return d_rows[:M], d_row_weights[:M].astype(row_weights.dtype), None, carried, None, None
 
 
-expert_ffn.defvjp(_forward, _backward)
+expert_ffn_in_stack.defvjp(_forward, _backward)
 
 
 def _pad(grouped: ModuleType, rows: Array) -> Array:

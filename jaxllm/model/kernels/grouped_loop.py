@@ -4,7 +4,8 @@ A group is computed in one block of the smallest size that holds it, so its weig
 gradient is written once. Only a group above the largest size needs several blocks. The loops' trip counts are dynamic:
 an empty group costs only the zeros of its gradient. On a GPU each such loop would wait for the host.
 
-    P rows, the last padding(M) of them padding    E groups    X in    Y out    b rows of a block
+    P rows, the last padding(M) of them padding    E groups    S groups of a stack    L layers    X in    Y out
+    b rows of a block
     of an expert: D hidden    F expert hidden
 """
 
@@ -19,6 +20,7 @@ from jax.export import is_symbolic_dim
 from jaxllm.model.dtypes import Array, at_least_float32
 from jaxllm.model.kernels.matmul import cast, in_dtype, matmul
 from jaxllm.model.kernels.packed import pack, packed_like, unpack
+from jaxllm.model.kernels.stacks import Kept
 from jaxllm.model.kernels.swiglu import swiglu, swiglu_gradients
 
 # A size more makes every program longer to compile (it is a loop in each product); a size less pads more. Groups of 128
@@ -42,14 +44,37 @@ def padding(most_rows: int) -> int:
     return max(size - smaller for smaller, size in itertools.pairwise(sizes) if smaller < most_rows)
 
 
-def grouped_matmul(rows: Array, weights: tuple[Array, ...], group_sizes: Array, offset: Array | int = 0) -> Array:
-    """`rows @ weight[offset + e]`, for each row the e of its group: (P,X), each (>= E,X,Y) -> (P, sum of Y)."""
+def prepared(weight: Array, dtype: jnp.dtype) -> Array:
+    """A stack of weights as the products read it: the masters, of which each group's part is cast."""
+    return weight
+
+
+def new_kept(layers: int, most_rows: int, features: int, dtype: jnp.dtype) -> Array:
+    """Room for the products of the experts of some layers, (L,P,features), packed."""
+    return pack(jnp.zeros((layers, most_rows + padding(most_rows), features), dtype))
+
+
+def new_gradient(weight: Array) -> Array:
+    """What `weight_gradients` writes into: it leaves the zeros of empty groups."""
+    return jnp.zeros_like(weight)
+
+
+def grouped_matmul(rows: Array, weight: Array, group_sizes: Array, offset: Array | int = 0) -> Array:
+    """`rows @ weight[offset + e]`, for each row the e of its group: (P,X), (S,X,Y) -> (P,Y)."""
+    out = pack(jnp.zeros((rows.shape[0], weight.shape[2]), rows.dtype))
+    return unpack(_multiply(rows, (weight,), group_sizes, offset, out))
+
+
+def _multiply(
+    rows: Array, weights: tuple[Array, ...], group_sizes: Array, offset: Array | int, out: Array, first: Array | int = 0
+) -> Array:
+    """Products with several weights side by side, written into `out` from row `first` on: (P,X), each (S,X,Y)."""
 
     def group(e: Array, start: Array, end: Array, out: Array) -> Array:
         if rows.shape[0] > FEW_ROWS:  # one product is faster than one for each weight, and worth a copy of them
             weight = _side_by_side(weights, offset + e, rows.dtype)
 
-        def block(size: int, e: Array, at: Array, stop: Array, first: bool, out: Array) -> Array:
+        def block(size: int, e: Array, at: Array, stop: Array, is_first: bool, out: Array) -> Array:
             x = jax.lax.dynamic_slice_in_dim(rows, at, size)
             if rows.shape[0] > FEW_ROWS:
                 product = matmul(x, weight)
@@ -57,21 +82,22 @@ def grouped_matmul(rows: Array, weights: tuple[Array, ...], group_sizes: Array, 
                 products = [matmul(x, in_dtype(weight[offset + e], rows.dtype)) for weight in weights]
                 product = jnp.concatenate(products, axis=1)
             # A block may extend into the next one, which is computed later and overwrites the surplus.
-            return _write(out, product, at)
+            return _write(out, product, first + at)
 
         return _loop_blocks(rows, e, start, end, block, out)
 
-    out = pack(jnp.zeros((rows.shape[0], sum(weight.shape[2] for weight in weights)), rows.dtype))
-    return unpack(_loop_groups(group_sizes, group, out))
+    return _loop_groups(group_sizes, group, out)
 
 
-def grouped_matmul_transposed(d_out: Array, weights: tuple[Array, ...], group_sizes: Array) -> Array:
-    """The gradient of `grouped_matmul` for its rows: (P, sum of Y), each (E,X,Y) -> (P,X)."""
+def grouped_matmul_transposed(
+    d_out: Array, weights: tuple[Array, ...], group_sizes: Array, offset: Array | int = 0
+) -> Array:
+    """The gradient for rows that were multiplied by several weights: (P, sum of Y), each (S,X,Y) -> (P,X)."""
 
     def group(e: Array, start: Array, end: Array, d_rows: Array) -> Array:
-        weight = _side_by_side(weights, e, d_out.dtype)
+        weight = _side_by_side(weights, offset + e, d_out.dtype)
 
-        def block(size: int, e: Array, at: Array, stop: Array, first: bool, d_rows: Array) -> Array:
+        def block(size: int, e: Array, at: Array, stop: Array, is_first: bool, d_rows: Array) -> Array:
             d = jax.lax.dynamic_slice_in_dim(d_out, at, size)
             product = matmul(d, weight, transpose_b=True)
             return _write(d_rows, product, at)
@@ -83,55 +109,70 @@ def grouped_matmul_transposed(d_out: Array, weights: tuple[Array, ...], group_si
 
 
 def grouped_swiglu(
-    rows: Array, row_weights: Array, gate: Array, up: Array, group_sizes: Array, offset: Array | int = 0
+    rows: Array,
+    row_weights: Array,
+    gate: Array,
+    up: Array,
+    group_sizes: Array,
+    offset: Array | int = 0,
+    kept: Kept | None = None,
 ) -> tuple[Array, Array]:
-    """Products with `gate` and `up` side by side, (P,2F), and of these `swiglu` in the dtype of the rows, (P,F).
+    """`swiglu` of products with `gate` and `up`, in the dtype of the rows, (P,F).
 
-    rows (P,D), row_weights (P,1), each (>= E,D,F).
+    The products are written side by side into a layer of `kept`, in place; None: into an array of one layer.
+
+    rows (P,D), row_weights (P,1), each (S,D,F). Returns what is kept, and the result.
     """
-    gate_up = grouped_matmul(rows, (gate, up), group_sizes, offset)
-    g, u = jnp.split(gate_up, 2, axis=1)
-    return gate_up, swiglu(g, u, row_weights).astype(rows.dtype)
+    (P, _), F = rows.shape, gate.shape[2]
+    if kept is None:
+        kept = Kept(pack(jnp.zeros((1, P, 2 * F), rows.dtype)), layer=0)
+    flat = kept.stack.reshape(-1, 2 * F)
+    flat = _multiply(rows, (gate, up), group_sizes, offset, flat, first=kept.layer * P)
+    stack = flat.reshape(kept.stack.shape)
+    g, u = jnp.split(unpack(stack[kept.layer]), 2, axis=1)
+    return stack, swiglu(g, u, row_weights).astype(rows.dtype)
 
 
 def grouped_swiglu_gradients(
-    d_out: Array, row_weights: Array, gate_up: Array, down: Array, group_sizes: Array
+    d_out: Array, row_weights: Array, kept: Kept, down: Array, group_sizes: Array, offset: Array | int = 0
 ) -> tuple[Array, Array, Array]:
     """`swiglu` again, (P,F), and the gradients of `grouped_swiglu` for its products, (P,2F), and the row weights, (P,).
 
-    d_out: (P,D), the gradient of its product with `down` (E,F,D).
+    d_out: (P,D), the gradient of its product with `down` (S,F,D).
     """
-    d_h = grouped_matmul_transposed(d_out, (down,), group_sizes)
-    g, u = jnp.split(gate_up, 2, axis=1)
+    d_h = grouped_matmul_transposed(d_out, (down,), group_sizes, offset)
+    g, u = jnp.split(unpack(kept.stack[kept.layer]), 2, axis=1)
     h, d_gate, d_up, d_weights = swiglu_gradients(g, u, row_weights, d_h)
     return h.astype(d_out.dtype), jnp.concatenate([d_gate, d_up], axis=1).astype(d_out.dtype), d_weights
 
 
-def weight_gradients(rows: Array, d_out: Array, group_sizes: Array, parts: int) -> list[Array]:
-    """The gradients of `grouped_matmul` for its weights, of which there are `parts` of equal width; float32 or wider.
+def weight_gradients(
+    rows: Array, d_out: Array, group_sizes: Array, totals: tuple[Array, ...], offset: Array | int = 0
+) -> tuple[Array, ...]:
+    """The gradients for the weights by which the rows of each group were multiplied, written into E of `totals`.
 
-    (P,X), (P, sum of Y) -> each (E,X,Y).
+    (P,X), (P, sum of Y), each (S,X,Y), of which those from `offset` on are overwritten, in place. They must be zero:
+    those of empty groups are left as they are.
     """
     acc_dtype = at_least_float32(rows.dtype)
-    E, X, Y = group_sizes.shape[0], rows.shape[1], d_out.shape[1] // parts
 
     def group(e: Array, start: Array, end: Array, carry: tuple) -> tuple:
-        def block(size: int, e: Array, at: Array, stop: Array, first: bool, total: Array) -> Array:
+        def block(size: int, e: Array, at: Array, stop: Array, is_first: bool, total: Array) -> Array:
             in_group = (at + jnp.arange(size) < stop)[:, None]  # not the next block's
             x = jnp.where(in_group, jax.lax.dynamic_slice_in_dim(rows, at, size), 0)
             d = jax.lax.dynamic_slice_in_dim(d_out, at, size)
             product = matmul(x, d, acc_dtype, transpose_a=True)
-            return product if first else total + product
+            return product if is_first else total + product
 
-        gradients, scratch = carry
+        totals, scratch = carry
         scratch = _loop_blocks(rows, e, start, end, block, scratch)
-        columns = jnp.split(scratch[None], parts, axis=-1)
-        return [_write(target, part, e) for target, part in zip(gradients, columns, strict=True)], scratch
+        columns = jnp.split(scratch[None], len(totals), axis=-1)
+        written = (_write(total, part, offset + e) for total, part in zip(totals, columns, strict=True))
+        return tuple(written), scratch
 
-    gradients = [jnp.zeros((E, X, Y), acc_dtype) for _ in range(parts)]
     # One buffer for all groups: a group's first block overwrites that of the previous group.
-    scratch = jnp.zeros((X, d_out.shape[1]), acc_dtype)
-    return _loop_groups(group_sizes, group, (gradients, scratch))[0]
+    scratch = jnp.zeros((rows.shape[1], d_out.shape[1]), acc_dtype)
+    return _loop_groups(group_sizes, group, (totals, scratch))[0]
 
 
 def _loop_groups(group_sizes: Array, group: Callable[..., Any], carry: Any) -> Any:

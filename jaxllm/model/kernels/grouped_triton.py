@@ -5,11 +5,13 @@ the tiles of rows are laid out group by group at run time, as many as the worst 
 looks up its tile's group; an empty tile does nothing. Two of the kernels do an expert's SwiGLU and its gradient on the
 tile that they have just computed, so that what it needs is neither written nor read again.
 
-    M rows    E groups    X in    Y out    b rows of a tile
+Weights, their gradients and what the backward pass needs are in stacks of all layers, of which each kernel reads or
+writes a part in place.
+
+    M rows    E groups    S groups of a stack    L layers    X in    Y out    b rows of a tile
     of an expert: D hidden    F expert hidden
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,6 +21,8 @@ from jax.experimental.pallas import triton
 from jax.export import is_symbolic_dim
 
 from jaxllm.model.dtypes import Array
+from jaxllm.model.kernels.matmul import in_dtype
+from jaxllm.model.kernels.stacks import Kept
 from jaxllm.model.kernels.swiglu import swiglu, swiglu_gradients
 
 TILE = 128
@@ -39,19 +43,33 @@ def padding(most_rows: int) -> int:
     return 0
 
 
-def grouped_matmul(
-    rows: Array, weights: tuple[Array, ...], group_sizes: Array, offset: Array | int = 0, *, interpret: bool = False
-) -> Array:
-    """`rows @ weight[offset + e]`, for each row the e of its group: (M,X), each (>= E,X,Y) -> (M, sum of Y)."""
-    local = [jax.lax.dynamic_slice_in_dim(weight, offset, group_sizes.shape[0]) for weight in weights]
-    return _product(rows, _side_by_side(local, rows.dtype), _lay_out(rows.shape[0], group_sizes), False, interpret)
+def prepared(weight: Array, dtype: jnp.dtype) -> Array:
+    """A stack of weights as the products read it: cast once, for all layers and both passes."""
+    return in_dtype(weight, dtype)
+
+
+def new_kept(layers: int, most_rows: int, features: int, dtype: jnp.dtype) -> Array:
+    """Room for the products of the experts of some layers, (L,M,features); its contents are arbitrary."""
+    return jax.lax.empty((layers, most_rows, features), dtype)
+
+
+def new_gradient(weight: Array) -> Array:
+    """What `weight_gradients` writes into: it overwrites everything."""
+    return jax.lax.empty(weight.shape, weight.dtype)
+
+
+def grouped_matmul(rows: Array, weight: Array, group_sizes: Array, offset: Array | int = 0) -> Array:
+    """`rows @ weight[offset + e]`, for each row the e of its group: (M,X), (S,X,Y) -> (M,Y)."""
+    tiles = _lay_out(rows.shape[0], group_sizes, offset)
+    return _product(rows, (weight,), tiles, transposed=False)
 
 
 def grouped_matmul_transposed(
-    d_out: Array, weights: tuple[Array, ...], group_sizes: Array, *, interpret: bool = False
+    d_out: Array, weights: tuple[Array, ...], group_sizes: Array, offset: Array | int = 0
 ) -> Array:
-    """The gradient of `grouped_matmul` for its rows: (M, sum of Y), each (E,X,Y) -> (M,X)."""
-    return _product(d_out, _side_by_side(weights, d_out.dtype), _lay_out(d_out.shape[0], group_sizes), True, interpret)
+    """The gradient for rows that were multiplied by several weights: (M, sum of Y), each (S,X,Y) -> (M,X)."""
+    tiles = _lay_out(d_out.shape[0], group_sizes, offset)
+    return _product(d_out, weights, tiles, transposed=True)
 
 
 def grouped_swiglu(
@@ -61,19 +79,19 @@ def grouped_swiglu(
     up: Array,
     group_sizes: Array,
     offset: Array | int = 0,
-    *,
-    interpret: bool = False,
-) -> tuple[Array, Array]:
-    """Products with `gate` and `up` side by side, (M,2F), and of these `swiglu` in the dtype of the rows, (M,F).
+    kept: Kept | None = None,
+) -> tuple[Array | None, Array]:
+    """`swiglu` of products with `gate` and `up`, in the dtype of the rows, (M,F).
 
-    rows (M,D), row_weights (M,1), each (>= E,D,F).
+    The products are written side by side into a layer of `kept`, in place; None: they are not kept.
+
+    rows (M,D), row_weights (M,1), each (S,D,F). Returns what is kept, and the result.
     """
-    local = [jax.lax.dynamic_slice_in_dim(weight, offset, group_sizes.shape[0]) for weight in (gate, up)]
-    weight, tiles = _side_by_side(local, rows.dtype), _lay_out(rows.shape[0], group_sizes)
+    tiles = _lay_out(rows.shape[0], group_sizes, offset)
     (M, D), F = rows.shape, gate.shape[2]
     depth, width = _side(D, DEPTH), _side(F, SWIGLU_WIDTH)
 
-    def kernel(group_ref, start_ref, end_ref, row_weights_ref, rows_ref, weight_ref, gate_up_ref, h_ref):
+    def kernel(group_ref, start_ref, end_ref, layer_ref, row_weights_ref, rows_ref, gate_ref, up_ref, *outputs):
         number, at = pl.program_id(0), pl.program_id(1) * width
         group, start, end = group_ref[number], start_ref[number], end_ref[number]
         tile_rows, columns, up_columns = pl.ds(start, TILE), pl.ds(at, width), pl.ds(F + at, width)
@@ -82,7 +100,7 @@ def grouped_swiglu(
         def step(i: Array, totals: tuple[Array, Array]) -> tuple[Array, Array]:
             along = pl.ds(i * depth, depth)
             x = triton.load(rows_ref.at[tile_rows, along], mask=in_group, other=0)
-            products = (triton.dot(x, triton.load(weight_ref.at[group, along, c])) for c in (columns, up_columns))
+            products = (triton.dot(x, triton.load(ref.at[group, along, columns])) for ref in (gate_ref, up_ref))
             g, u = (total + product for total, product in zip(totals, products, strict=True))
             return g, u
 
@@ -91,38 +109,43 @@ def grouped_swiglu(
         # rounded first, so that the backward pass computes from the same numbers
         g, u = (total.astype(rows.dtype) for total in jax.lax.fori_loop(0, steps, step, (zeros, zeros)))
         row_weight = triton.load(row_weights_ref.at[tile_rows, pl.ds(0, 1)], mask=in_group, other=0)
-        triton.store(gate_up_ref.at[tile_rows, columns], g, mask=in_group)
-        triton.store(gate_up_ref.at[tile_rows, up_columns], u, mask=in_group)
+        *_, h_ref = outputs
         triton.store(h_ref.at[tile_rows, columns], swiglu(g, u, row_weight).astype(rows.dtype), mask=in_group)
+        if kept is not None:
+            _, kept_ref, _ = outputs  # the first is the argument, the same memory
+            triton.store(kept_ref.at[layer_ref[0], tile_rows, columns], g, mask=in_group)
+            triton.store(kept_ref.at[layer_ref[0], tile_rows, up_columns], u, mask=in_group)
 
-    gate_up, h = pl.pallas_call(
+    stacks = () if kept is None else (kept.stack,)
+    *stack, h = pl.pallas_call(
         kernel,
         grid=(tiles.group.shape[0], F // width),
-        in_specs=[_ANYWHERE] * 6,
-        out_specs=[_ANYWHERE] * 2,
-        out_shape=[jax.ShapeDtypeStruct((M, 2 * F), rows.dtype), jax.ShapeDtypeStruct((M, F), rows.dtype)],
+        in_specs=[_ANYWHERE] * (8 + len(stacks)),
+        out_specs=[_ANYWHERE] * (1 + len(stacks)),
+        out_shape=[*map(_like, stacks), jax.ShapeDtypeStruct((M, F), rows.dtype)],
+        input_output_aliases={8 + i: i for i in range(len(stacks))},
         compiler_params=_OPTIONS,
-        interpret=interpret,
         name="grouped_product_swiglu",
-    )(*tiles, row_weights, rows, weight)
-    return gate_up, h
+    )(*tiles, _scalar(0 if kept is None else kept.layer), row_weights, rows, gate, up, *stacks)
+    return (stack[0] if stack else None), h
 
 
 def grouped_swiglu_gradients(
-    d_out: Array, row_weights: Array, gate_up: Array, down: Array, group_sizes: Array, *, interpret: bool = False
+    d_out: Array, row_weights: Array, kept: Kept, down: Array, group_sizes: Array, offset: Array | int = 0
 ) -> tuple[Array, Array, Array]:
     """`swiglu` again, (M,F), and the gradients of `grouped_swiglu` for its products, (M,2F), and the row weights, (M,).
 
-    d_out: (M,D), the gradient of its product with `down` (E,F,D).
+    d_out: (M,D), the gradient of its product with `down` (S,F,D).
     """
     (M, D), F, dtype = d_out.shape, down.shape[1], d_out.dtype
-    tiles = _lay_out(M, group_sizes)
+    tiles = _lay_out(M, group_sizes, offset)
     depth, width = _side(D, DEPTH), _side(F, SWIGLU_WIDTH)
 
     def kernel(
-        group_ref, start_ref, end_ref, row_weights_ref, gate_up_ref, d_out_ref, down_ref, h_ref, d_gate_up_ref, part_ref
-    ):
-        number, block = pl.program_id(0), pl.program_id(1)
+        group_ref, start_ref, end_ref, layer_ref, row_weights_ref, d_out_ref, down_ref, kept_ref,
+        h_ref, d_gate_up_ref, part_ref,
+    ):  # fmt: skip
+        number, block, layer = pl.program_id(0), pl.program_id(1), layer_ref[0]
         group, start, end = group_ref[number], start_ref[number], end_ref[number]
         tile_rows, columns, up_columns = (
             pl.ds(start, TILE), pl.ds(block * width, width), pl.ds(F + block * width, width)
@@ -136,8 +159,8 @@ def grouped_swiglu_gradients(
 
         steps = jnp.where(start < end, jnp.int32(D // depth), jnp.int32(0))
         d_h = jax.lax.fori_loop(0, steps, step, jnp.zeros((TILE, width), jnp.float32))
-        g = triton.load(gate_up_ref.at[tile_rows, columns], mask=in_group, other=0)
-        u = triton.load(gate_up_ref.at[tile_rows, up_columns], mask=in_group, other=0)
+        g = triton.load(kept_ref.at[layer, tile_rows, columns], mask=in_group, other=0)
+        u = triton.load(kept_ref.at[layer, tile_rows, up_columns], mask=in_group, other=0)
         row_weight = triton.load(row_weights_ref.at[tile_rows, pl.ds(0, 1)], mask=in_group, other=0)
         h, d_gate, d_up, d_weight = swiglu_gradients(g, u, row_weight, d_h)
         triton.store(h_ref.at[tile_rows, columns], h.astype(dtype), mask=in_group)
@@ -148,7 +171,7 @@ def grouped_swiglu_gradients(
     h, d_gate_up, parts = pl.pallas_call(
         kernel,
         grid=(tiles.group.shape[0], F // width),
-        in_specs=[_ANYWHERE] * 7,
+        in_specs=[_ANYWHERE] * 8,
         out_specs=[_ANYWHERE] * 3,
         out_shape=[
             jax.ShapeDtypeStruct((M, F), dtype),
@@ -156,34 +179,73 @@ def grouped_swiglu_gradients(
             jax.ShapeDtypeStruct((M, F // width), jnp.float32),
         ],
         compiler_params=_OPTIONS,
-        interpret=interpret,
         name="grouped_product_swiglu_gradients",
-    )(*tiles, row_weights, gate_up, d_out, down.astype(dtype))
+    )(*tiles, _scalar(kept.layer), row_weights, d_out, down, kept.stack)
     return h, d_gate_up, parts.sum(axis=1)
 
 
 def weight_gradients(
-    rows: Array, d_out: Array, group_sizes: Array, parts: int, *, interpret: bool = False
-) -> list[Array]:
-    """The gradients of `grouped_matmul` for its weights, of which there are `parts` of equal width; in float32.
+    rows: Array, d_out: Array, group_sizes: Array, totals: tuple[Array, ...], offset: Array | int = 0
+) -> tuple[Array, ...]:
+    """The gradients for the weights by which the rows of each group were multiplied, written into E of `totals`.
 
-    (M,X), (M, sum of Y) -> each (E,X,Y).
+    (M,X), (M, sum of Y), each (S,X,Y), of which those from `offset` on are overwritten, in place.
     """
-    return jnp.split(_weight_gradient(rows, d_out, group_sizes, interpret), parts, axis=-1)
+    X, E = rows.shape[1], group_sizes.shape[0]
+    Y = totals[0].shape[2]
+    height, width = _side(X, TILE), _side(Y, TILE)
+
+    def kernel(start_ref, end_ref, offset_ref, rows_ref, d_out_ref, *refs):
+        group, block = pl.program_id(0), pl.program_id(2)
+        start, end = start_ref[group], end_ref[group]
+        down, across = pl.ds(pl.program_id(1) * height, height), pl.ds(block * width, width)
+
+        def step(i: Array, total: Array) -> Array:
+            at = start + i * DEPTH
+            in_group = (at + jnp.arange(DEPTH) < end)[:, None]
+            x = triton.load(rows_ref.at[pl.ds(at, DEPTH), down], mask=in_group, other=0)
+            d = triton.load(d_out_ref.at[pl.ds(at, DEPTH), across], mask=in_group, other=0)
+            return total + triton.dot(x, d, trans_a=True)
+
+        steps = (end - start + DEPTH - 1) // DEPTH
+        total = jax.lax.fori_loop(0, steps, step, jnp.zeros((height, width), jnp.float32))
+        for part, ref in enumerate(refs[len(totals) :]):
+            first = part * (Y // width)
+
+            @pl.when((block >= first) & (block < first + Y // width))
+            def _(ref=ref, first=first):
+                target = ref.at[offset_ref[0] + group, down, pl.ds((block - first) * width, width)]
+                triton.store(target, total.astype(ref.dtype))
+
+    ends = jnp.cumsum(group_sizes).astype(jnp.int32)
+    made = pl.pallas_call(
+        kernel,
+        grid=(E, X // height, len(totals) * Y // width),
+        in_specs=[_ANYWHERE] * (5 + len(totals)),
+        out_specs=[_ANYWHERE] * len(totals),
+        out_shape=[*map(_like, totals)],
+        input_output_aliases={5 + i: i for i in range(len(totals))},
+        compiler_params=_OPTIONS,
+        name="grouped_weight_gradient",
+    )(ends - group_sizes.astype(jnp.int32), ends, _scalar(offset), rows, d_out, *totals)
+    return tuple(made)
 
 
-def _side_by_side(weights: Sequence[Array], dtype: jnp.dtype) -> Array:
-    """Several weights as one (E, X, sum of Y); the cast copies them anyway."""
-    return jnp.concatenate([weight.astype(dtype) for weight in weights], axis=-1)
+def _scalar(value: Array | int) -> Array:
+    return jnp.asarray(value, jnp.int32).reshape(1)
+
+
+def _like(array: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
 class _Tiles(NamedTuple):
-    group: Array  # (tiles,) int32
+    group: Array  # (tiles,) int32, in the stack
     start: Array  # (tiles,) int32, first row
     end: Array  # (tiles,) int32, the row after the group's last; 0 for an empty tile
 
 
-def _lay_out(most_rows: int, group_sizes: Array) -> _Tiles:
+def _lay_out(most_rows: int, group_sizes: Array, offset: Array | int) -> _Tiles:
     if is_symbolic_dim(most_rows):
         raise ValueError("Triton's grid needs numbers for batch and time: export a CustomLLM(..., platform='any')")
     E = group_sizes.shape[0]
@@ -193,7 +255,7 @@ def _lay_out(most_rows: int, group_sizes: Array) -> _Tiles:
     group = jnp.minimum((number[:, None] >= last_tiles).sum(axis=1), E - 1)
     start = (ends - group_sizes)[group] + (number - (last_tiles - tiles)[group]) * TILE
     end = jnp.where(number < last_tiles[-1], ends[group], 0)
-    return _Tiles(*(a.astype(jnp.int32) for a in (group, start, end)))
+    return _Tiles(*(a.astype(jnp.int32) for a in (offset + group, start, end)))
 
 
 def _side(features: int, most: int) -> int:
@@ -206,68 +268,39 @@ def applies(*features: int) -> bool:
     return all(width % 16 == 0 for width in features)
 
 
-def _product(rows: Array, weight: Array, tiles: _Tiles, transposed: bool, interpret: bool) -> Array:
-    """(M,X) by (E,X,Y), or with `transposed` (M,Y) by its transpose."""
-    contract, out = (weight.shape[2], weight.shape[1]) if transposed else weight.shape[1:]
+def _product(rows: Array, weights: tuple[Array, ...], tiles: _Tiles, *, transposed: bool) -> Array:
+    """(M,X) by one (S,X,Y); or with `transposed` (M, sum of Y) by the transposes of all."""
+    _, X, Y = weights[0].shape
+    contract, out = (Y, X) if transposed else (X, Y)
     depth, width = _side(contract, DEPTH), _side(out, TILE)
 
-    def kernel(group_ref, start_ref, end_ref, rows_ref, weight_ref, out_ref):
+    def kernel(group_ref, start_ref, end_ref, rows_ref, *refs):
         number, columns = pl.program_id(0), pl.ds(pl.program_id(1) * width, width)
         group, start, end = group_ref[number], start_ref[number], end_ref[number]
         tile_rows = pl.ds(start, TILE)
         in_group = (start + jnp.arange(TILE) < end)[:, None]
-
-        def step(i: Array, total: Array) -> Array:
-            along = pl.ds(i * depth, depth)
-            x = triton.load(rows_ref.at[tile_rows, along], mask=in_group, other=0)
-            if transposed:
-                return total + triton.dot(x, triton.load(weight_ref.at[group, columns, along]), trans_b=True)
-            return total + triton.dot(x, triton.load(weight_ref.at[group, along, columns]))
+        *weight_refs, out_ref = refs
 
         steps = jnp.where(start < end, jnp.int32(contract // depth), jnp.int32(0))
-        total = jax.lax.fori_loop(0, steps, step, jnp.zeros((TILE, width), jnp.float32))
+        total = jnp.zeros((TILE, width), jnp.float32)
+        for part, weight_ref in enumerate(weight_refs):
+
+            def step(i: Array, total: Array, first=part * contract, weight_ref=weight_ref) -> Array:
+                along = pl.ds(i * depth, depth)
+                x = triton.load(rows_ref.at[tile_rows, pl.ds(first + i * depth, depth)], mask=in_group, other=0)
+                if transposed:
+                    return total + triton.dot(x, triton.load(weight_ref.at[group, columns, along]), trans_b=True)
+                return total + triton.dot(x, triton.load(weight_ref.at[group, along, columns]))
+
+            total = jax.lax.fori_loop(0, steps, step, total)
         triton.store(out_ref.at[tile_rows, columns], total.astype(out_ref.dtype), mask=in_group)
 
     return pl.pallas_call(
         kernel,
         grid=(tiles.group.shape[0], out // width),
-        in_specs=[_ANYWHERE] * 5,
+        in_specs=[_ANYWHERE] * (4 + len(weights)),
         out_specs=_ANYWHERE,
         out_shape=jax.ShapeDtypeStruct((rows.shape[0], out), rows.dtype),
         compiler_params=_OPTIONS,
-        interpret=interpret,
         name="grouped_product_transposed" if transposed else "grouped_product",
-    )(*tiles, rows, weight)
-
-
-def _weight_gradient(rows: Array, d_out: Array, group_sizes: Array, interpret: bool) -> Array:
-    (_, X), Y, E = rows.shape, d_out.shape[1], group_sizes.shape[0]
-    height, width = _side(X, TILE), _side(Y, TILE)
-
-    def kernel(start_ref, end_ref, rows_ref, d_out_ref, out_ref):
-        group = pl.program_id(0)
-        start, end = start_ref[group], end_ref[group]
-        down, across = pl.ds(pl.program_id(1) * height, height), pl.ds(pl.program_id(2) * width, width)
-
-        def step(i: Array, total: Array) -> Array:
-            at = start + i * DEPTH
-            in_group = (at + jnp.arange(DEPTH) < end)[:, None]
-            x = triton.load(rows_ref.at[pl.ds(at, DEPTH), down], mask=in_group, other=0)
-            d = triton.load(d_out_ref.at[pl.ds(at, DEPTH), across], mask=in_group, other=0)
-            return total + triton.dot(x, d, trans_a=True)
-
-        steps = (end - start + DEPTH - 1) // DEPTH
-        total = jax.lax.fori_loop(0, steps, step, jnp.zeros((height, width), jnp.float32))
-        triton.store(out_ref.at[group, down, across], total)
-
-    ends = jnp.cumsum(group_sizes).astype(jnp.int32)
-    return pl.pallas_call(
-        kernel,
-        grid=(E, X // height, Y // width),
-        in_specs=[_ANYWHERE] * 4,
-        out_specs=_ANYWHERE,
-        out_shape=jax.ShapeDtypeStruct((E, X, Y), jnp.float32),
-        compiler_params=_OPTIONS,
-        interpret=interpret,
-        name="grouped_weight_gradient",
-    )(ends - group_sizes.astype(jnp.int32), ends, rows, d_out)
+    )(*tiles, rows, *weights)

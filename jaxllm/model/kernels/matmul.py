@@ -91,30 +91,33 @@ def _row_major_transpose(x: Array) -> Array:
     return _row_major(_row_major(x).mT)
 
 
-def linear(x: Array, weight: Array, out_dtype: jnp.dtype | None = None) -> Array:
-    """`x @ weight` in the dtype of x: (..., K), masters (K,N) -> (..., N).
+def linear(
+    x: Array, weight: Array, out_dtype: jnp.dtype | None = None, *, compute_dtype: jnp.dtype | None = None
+) -> Array:
+    """`x @ weight` in the compute dtype (None: that of x): (..., K), masters (K,N) -> (..., N).
 
     The weight's gradient accumulates in float32 or wider and is returned in the master's dtype.
     """
-    return _linear(out_dtype or x.dtype, x, weight)
+    compute_dtype = jnp.dtype(compute_dtype or x.dtype)
+    return _linear(compute_dtype, jnp.dtype(out_dtype or compute_dtype), x, weight)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(out_dtype: jnp.dtype, x: Array, weight: Array) -> Array:  # (..., K), (K,N) -> (..., N)
-    y = matmul(_rows(x), in_dtype(weight, x.dtype), out_dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _linear(dtype: jnp.dtype, out_dtype: jnp.dtype, x: Array, weight: Array) -> Array:  # (..., K), (K,N) -> (..., N)
+    y = matmul(_rows(x).astype(dtype), in_dtype(weight, dtype), out_dtype)
     return y.reshape(*x.shape[:-1], weight.shape[1])
 
 
-def _forward(out_dtype: jnp.dtype, x: Array, weight: Array):
+def _forward(dtype: jnp.dtype, out_dtype: jnp.dtype, x: Array, weight: Array):
     # Keeps its arguments as they are: those of several products are kept once, and a scan has the masters already.
-    return _linear(out_dtype, x, weight), (x, weight)
+    return _linear(dtype, out_dtype, x, weight), (x, weight)
 
 
-def _backward(out_dtype: jnp.dtype, saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
+def _backward(dtype: jnp.dtype, out_dtype: jnp.dtype, saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
     x, weight = saved
-    d_y = _rows(d_y).astype(x.dtype)
-    d_weight = matmul(_rows(x), d_y, at_least_float32(x.dtype), transpose_a=True)
-    d_x = matmul(d_y, in_dtype(weight, x.dtype), transpose_b=True)
+    d_y = _rows(d_y).astype(dtype)
+    d_weight = matmul(_rows(x).astype(dtype), d_y, at_least_float32(dtype), transpose_a=True)
+    d_x = matmul(d_y, in_dtype(weight, dtype), x.dtype, transpose_b=True)
     return d_x.reshape(x.shape), d_weight.astype(weight.dtype)
 
 

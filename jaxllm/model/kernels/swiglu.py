@@ -6,6 +6,7 @@ Both compute in float32 or wider, whatever dtype the arguments have.
 """
 
 import jax
+import jax.numpy as jnp
 
 from jaxllm.model.dtypes import Array, at_least_float32
 
@@ -24,6 +25,21 @@ def swiglu_gradients(gate: Array, up: Array, weight: Array, d_out: Array) -> tup
     h = gated * up
     d_h = d_out * weight
     return weight * h, d_h * up * (sigmoid + gated * (1 - sigmoid)), d_h * gated, (d_out * h).sum(axis=1)
+
+
+@jax.custom_vjp
+def plain_swiglu(gate: Array, up: Array) -> Array:
+    """`silu(gate) * up` in the dtype of `gate`. Its backward pass keeps the arguments alone."""
+    return swiglu(gate, up, jnp.ones((), gate.dtype)).astype(gate.dtype)
+
+
+def _backward(saved: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
+    gate, up = saved
+    _, d_gate, d_up, _ = swiglu_gradients(gate, up, jnp.ones((), d_out.dtype), d_out)
+    return d_gate.astype(gate.dtype), d_up.astype(up.dtype)
+
+
+plain_swiglu.defvjp(lambda gate, up: (plain_swiglu(gate, up), (gate, up)), _backward)
 
 
 def _wide(*arrays: Array) -> tuple[Array, ...]:

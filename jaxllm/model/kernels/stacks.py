@@ -1,0 +1,55 @@
+"""Arrays of all layers, of which each layer reads or writes its own part in place.
+
+A scan copies each layer's part of what it reads, and each layer's results into what it returns. The experts are most of
+the weights, so their loops and kernels take the whole stack and a position in it instead. The scan's carry hands the
+stacks on from layer to layer.
+"""
+
+import functools
+from types import ModuleType
+from typing import NamedTuple
+
+import jax
+
+from jaxllm.model.dtypes import Array
+
+Weights = tuple[Array, Array, Array]
+"""gate, up (S,D,F) and down (S,F,D) of S experts: E of one layer, or those of all layers."""
+
+
+class Kept(NamedTuple):
+    """Where a layer keeps the experts' pre-activations for its backward pass."""
+
+    stack: Array  # (L,M,2F)
+    layer: Array | int  # () int
+
+
+class Carried(NamedTuple):
+    """What the layers hand on: each returns what it was given, or has written its part of it.
+
+    The masters are never read. They are here for their gradient, which is handed on the other way: each layer writes
+    the part of its own experts. (Masters that a scan's body reads directly would give it a gradient of the whole stack
+    in each layer.)
+
+    `kept` is written in the forward pass and read in the backward pass, where it must be handed on too: it comes as its
+    own cotangent.
+    """
+
+    masters: Weights | None  # None: the weights have no gradient
+    kept: Array | None  # (L,M,2F); None: each layer keeps its own, as autodiff does
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def end_of_layers(grouped: ModuleType, x: Array, carried: dict[str, Carried]) -> Array:
+    """`x`, the last layer's output. Its backward pass gives the last layer what is handed on in this direction."""
+    return x
+
+
+def _backward(grouped: ModuleType, carried: dict[str, Carried], d_x: Array) -> tuple[Array, dict[str, Carried]]:
+    def first(of: Carried) -> Carried:
+        return of._replace(masters=jax.tree.map(grouped.new_gradient, of.masters))
+
+    return d_x, {name: first(of) for name, of in carried.items()}
+
+
+end_of_layers.defvjp(lambda _, x, carried: (x, carried), _backward)

@@ -1,0 +1,67 @@
+"""The grouped products of `jaxllm.model.kernels.grouped_triton` in a compiled program: FLOPs, and memory that moves.
+
+They read and write parts of stacks of all layers, which the program does not say: a part is of one layer's experts.
+
+    M rows    E groups    S groups of a stack    L layers
+"""
+
+import math
+import re
+
+from jaxllm.model.kernels.grouped_triton import TILE
+from jaxllm.plan.hlo import Instruction, Shape
+
+WEIGHT_GRADIENT = "grouped_weight_gradient"
+
+# Where each kernel has its rows, among its operands; the operands after them are weights or gradients.
+_ROWS = {
+    "grouped_product_swiglu_gradients": 5,
+    "grouped_product_swiglu": 5,
+    "grouped_product_transposed": 3,
+    "grouped_product": 3,
+    WEIGHT_GRADIENT: 3,
+}
+
+
+def grouped_kernel(instruction: Instruction) -> str | None:
+    """The kernel's name, if it is one of these."""
+    found = re.search(r"/(grouped_\w+)/", instruction.attributes)
+    return found[1] if found and found[1] in _ROWS else None
+
+
+def grouped_flops(instruction: Instruction) -> float:
+    """With all the rows that the tiles can hold at worst."""
+    rows, *others = _rows_and_others(instruction)
+    most = (-(-rows.dims[0] // TILE) + _groups(instruction)) * TILE
+    if grouped_kernel(instruction) == WEIGHT_GRADIENT:
+        return 2.0 * most * rows.dims[1] * others[0].dims[1]
+    weights = [shape for shape in others if len(shape.dims) == 3 and shape.dims[1] != rows.dims[0]]
+    return sum(2.0 * most * math.prod(weight.dims[1:]) for weight in weights)
+
+
+def grouped_bytes(instruction: Instruction) -> float:
+    """Each operand and each result once, and of a stack the part of one layer."""
+    aliasing = instruction.attributes.partition("output_to_operand_aliasing={")[2].partition("}}")[0]
+    written_in_place = {int(operand) for operand in re.findall(r"\((\d+),", aliasing)}
+    read = [operand[0] for i, operand in enumerate(instruction.inputs) if i not in written_in_place]
+    return sum(_part(instruction, shape) for shape in (*read, *instruction.outputs))
+
+
+def _rows_and_others(instruction: Instruction) -> list[Shape]:
+    first = _ROWS[grouped_kernel(instruction) or ""]
+    return [operand[0] for operand in instruction.inputs[first:]]
+
+
+def _groups(instruction: Instruction) -> int:
+    """E, from the number of tiles or of groups, which is that of the first operand."""
+    first = instruction.inputs[0][0].dims[0]
+    if grouped_kernel(instruction) == WEIGHT_GRADIENT:
+        return first
+    return first + _rows_and_others(instruction)[0].dims[0] // -TILE
+
+
+def _part(instruction: Instruction, shape: Shape) -> float:
+    if len(shape.dims) < 3:
+        return shape.bytes
+    is_kept = shape.dims[1] == _rows_and_others(instruction)[0].dims[0]  # (L,M,2F), and not (S,X,Y)
+    return shape.bytes * (1 if is_kept else _groups(instruction)) / shape.dims[0]

@@ -1,0 +1,143 @@
+"""The model with a GPU's kernels, interpreted on the CPU: they compute what the kernels of any device compute."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental import pallas as pl
+
+from jaxllm.config import ModelConfig
+from jaxllm.model.decoder import CustomLLM, split_model
+from jaxllm.model.kernels import ANY, CUDA, grouped_loop, grouped_triton, grouped_whole
+from jaxllm.model.kernels.packed import unpack
+from jaxllm.model.kernels.stacks import Kept
+from jaxllm.train.loss import summed_cross_entropy
+
+SMALL = ModelConfig(
+    vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, moe_intermediate_size=48,
+    n_shared_experts=2, max_position_embeddings=32,
+)  # fmt: skip
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Kernels run in Pallas' interpreter, on stacks whose contents at the start are not numbers."""
+    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+    for module in (grouped_triton, grouped_whole):
+        monkeypatch.setattr(module, "new_kept", lambda *args: jnp.full(args[:3], jnp.nan, args[3]))
+        monkeypatch.setattr(module, "new_gradient", lambda weight: jnp.full_like(weight, jnp.nan))
+
+
+@pytest.mark.parametrize(
+    "sizes", [(0, 130, 1, 300), (431, 0, 0, 0), pytest.param((0, 0, 128, 256), marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_triton_kernels_equal_the_loops(interpreted, sizes, dtype):
+    """Each product by itself. The kernels accumulate in float32."""
+    keys = jax.random.split(jax.random.key(0), 6)
+    rows = jax.random.normal(keys[0], (sum(sizes), 32)).astype(dtype)
+    row_weights = jax.random.uniform(keys[4], (sum(sizes), 1), jnp.float32)
+    down = jax.random.normal(keys[5], (4, 48, 32), jnp.float32)
+    d_out = jax.random.normal(keys[1], (sum(sizes), 96)).astype(dtype)
+    weights = tuple(jax.random.normal(key, (4, 32, 48), jnp.float32) for key in keys[2:4])
+    counts = jnp.asarray(sizes)
+
+    def products(grouped) -> list[np.ndarray]:
+        def pad(a):
+            return jnp.pad(a, ((0, grouped.padding(sum(sizes))), (0, 0)))
+
+        def stack(weight):  # of three layers
+            return grouped.prepared(jnp.concatenate([weight + 1, weight, weight - 1]), rows.dtype)
+
+        second = jnp.asarray(4)
+        gate, up, stack_of_down = (stack(weight) for weight in (*weights, down))
+        weight_stacks = gate, up
+        gradients = tuple(jnp.zeros((12, 32, 48)) for _ in weights)
+        room = grouped.new_kept(3, sum(sizes), 96, rows.dtype)
+        kept, h = grouped.grouped_swiglu(
+            pad(rows), pad(row_weights), gate, up, counts, second, Kept(jnp.zeros_like(room), jnp.asarray(1))
+        )
+        of_one_layer = [grouped.prepared(weight, rows.dtype) for weight in weights]
+        unkept = grouped.grouped_swiglu(pad(rows), pad(row_weights), *of_one_layer, counts)[1]
+        by_rows = [
+            h,
+            unkept,
+            unpack(kept)[1],
+            grouped.grouped_matmul(pad(rows), gate, counts, second),
+            grouped.grouped_matmul_transposed(pad(d_out), weight_stacks, counts, second),
+            *grouped.grouped_swiglu_gradients(
+                pad(rows), pad(row_weights), Kept(kept, jnp.asarray(1)), stack_of_down, counts, second
+            ),
+        ]
+        made = [a[: sum(sizes)] for a in by_rows]
+        made += grouped.weight_gradients(pad(rows), pad(d_out), counts, gradients, second)
+        made += [unpack(kept)[0, : sum(sizes)], unpack(kept)[2, : sum(sizes)]]
+        return [np.asarray(a, np.float64) for a in made]
+
+    tolerance = 1e-5 if dtype == "float32" else 1e-2
+    wanted = products(grouped_loop)
+    np.testing.assert_array_equal(*wanted[:2])  # a layer of a stack, and this layer alone
+    assert not any(layer.any() for layer in wanted[-2:])  # the other layers
+    for ours, theirs in zip(products(grouped_triton), wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * np.abs(theirs).max())
+
+
+def loss_and_gradients(config: ModelConfig, platform: str, remat: bool) -> tuple[jax.Array, dict]:
+    model = CustomLLM(config, remat=remat, rngs=nnx.Rngs(0), platform=platform)
+    graph, params, bias = split_model(model)
+    params = jax.tree.map(lambda weight: 5 * weight if weight.ndim > 1 else weight, params)
+    ids = jax.random.randint(jax.random.key(1), (2, 20), 0, 64)
+
+    def loss(params):
+        model = nnx.merge(graph, params, bias)
+        hidden = model.apply_final_norm(model.hidden_states(ids)[0])
+        return summed_cross_entropy(hidden.reshape(-1, 32), *model.head(), ids.reshape(-1))
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_step_s_gradients(interpreted, remat):
+    """float32: 3e-5 of each gradient's largest entry, since sums are in another order."""
+    (wanted, wanted_gradients), (made, gradients) = (
+        loss_and_gradients(SMALL, platform, remat) for platform in (ANY, CUDA)
+    )
+    np.testing.assert_allclose(made, wanted, rtol=1e-6)
+    for (path, ours), theirs in zip(
+        jax.tree.leaves_with_path(gradients), jax.tree.leaves(wanted_gradients), strict=True
+    ):
+        assert np.abs(theirs).max() > 0, path
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-5 * np.abs(theirs).max(), err_msg=str(path))
+
+
+def test_a_layer_that_writes_another_s_part_is_seen(interpreted, monkeypatch):
+    write = grouped_triton.weight_gradients
+
+    def first_layer_alone(rows, d_out, group_sizes, totals, offset=0):
+        return write(rows, d_out, group_sizes, totals, jnp.zeros_like(offset))
+
+    monkeypatch.setattr(grouped_triton, "weight_gradients", first_layer_alone)
+    _, gradients = loss_and_gradients(SMALL, CUDA, False)
+    assert bool(jnp.isnan(gradients["decoder_layers"]["mlp"]["routed_experts"]["up_proj"]["weight"][1:]).all())
+
+
+def test_decoding_reads_its_layer_s_experts(interpreted):
+    """One token after a prompt: the logits of the whole sequence's last position."""
+    config = dataclasses.replace(SMALL, num_hidden_layers=2)
+    model = CustomLLM(config, rngs=nnx.Rngs(0), platform=CUDA)
+    ids = jax.random.randint(jax.random.key(1), (1, 9), 0, 64)
+
+    @nnx.jit
+    def both(model, ids):
+        latents = model.hidden_states(ids[:, :8], keep_latents=True)[1].latents
+        cache = jax.tree.map(lambda kept: jnp.pad(kept, [(0, 0), (0, 0), (0, 1)] + [(0, 0)] * (kept.ndim - 3)), latents)
+        return model.decode(ids[:, 8:], jnp.full((1, 1), 8), cache)[0][:, 0], model(ids)[:, 8]
+
+    made, wanted = both(model, ids)
+    np.testing.assert_allclose(made, wanted, rtol=0, atol=1e-5 * float(jnp.abs(wanted).max()))
