@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -82,9 +83,9 @@ def test_group_sizes_reach_every_kind_of_block():
 
 def test_every_group_has_a_block_that_holds_it():
     """For any number of rows: a block holds the group, and does not run over the padding."""
-    for rows in range(1, 1100):
+    for rows, groups in itertools.product([*range(1, 1100), 4096, 10_000], (1, 2, 7, 64)):
         padded = rows + grouped_loop.padding(rows)
-        sizes = grouped_loop.block_sizes(padded)
+        sizes = grouped_loop.block_sizes(padded, groups)
         for group in {1, rows // 2 + 1, rows}:
             last_block = min(group, grouped_loop.BLOCK_ROWS[-1])
             size = next(b for b in sizes if b >= last_block)
@@ -93,7 +94,7 @@ def test_every_group_has_a_block_that_holds_it():
 
 def test_a_single_row_is_not_padded_in_decoding():
     """A batch of one token with two experts: two groups of one row, each in a block of one."""
-    assert grouped_loop.block_sizes(2 + grouped_loop.padding(2)) == (1, 2)
+    assert grouped_loop.block_sizes(2 + grouped_loop.padding(2), 7) == (1, 2)
 
 
 def loop_over_tokens(layer: moe.DeepSeekMoE, x: np.ndarray) -> np.ndarray:

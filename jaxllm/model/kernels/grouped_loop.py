@@ -29,11 +29,18 @@ BLOCK_ROWS = (16, 32, 48, 64, 96, 128, 192, 256, 288, 320, 384, 512, 768, 1024)
 FEW_ROWS = 32
 """Up to this many rows in all, as in decoding, a weight is used for a row or two: small blocks, and no copy of it."""
 
+SMALL_GROUP = 8
+"""Groups of less than this part of an even share are rare: they are padded to it, and need no sizes of their own."""
 
-def block_sizes(rows: int) -> tuple[int, ...]:
-    """The sizes that blocks of this many rows can have; the last holds any group, or is the very largest."""
-    menu = (1, 2, 4, 8, *BLOCK_ROWS) if rows <= FEW_ROWS else BLOCK_ROWS
-    return tuple(size for size in menu if size <= rows) or menu[:1]
+
+def block_sizes(rows: int, groups: int) -> tuple[int, ...]:
+    """The sizes that blocks can have, of this many rows in all; the last holds any group, or is the very largest."""
+    few = rows <= FEW_ROWS
+    menu = (1, 2, 4, 8, *BLOCK_ROWS) if few else BLOCK_ROWS
+    smallest = 1
+    if not (few or is_symbolic_dim(rows)):
+        smallest = min(rows // (SMALL_GROUP * groups), BLOCK_ROWS[-1] // SMALL_GROUP)
+    return tuple(size for size in menu if smallest <= size <= rows) or menu[:1]
 
 
 def padding(most_rows: int) -> int:
@@ -69,6 +76,7 @@ def _multiply(
     rows: Array, weights: tuple[Array, ...], group_sizes: Array, offset: Array | int, out: Array, first: Array | int = 0
 ) -> Array:
     """Products with several weights side by side, written into `out` from row `first` on: (P,X), each (S,X,Y)."""
+    sizes = block_sizes(rows.shape[0], group_sizes.shape[0])
 
     def group(e: Array, start: Array, end: Array, out: Array) -> Array:
         if rows.shape[0] > FEW_ROWS:  # one product is faster than one for each weight, and worth a copy of them
@@ -84,7 +92,7 @@ def _multiply(
             # A block may extend into the next one, which is computed later and overwrites the surplus.
             return _write(out, product, first + at)
 
-        return _loop_blocks(rows, e, start, end, block, out)
+        return _loop_blocks(sizes, e, start, end, block, out)
 
     return _loop_groups(group_sizes, group, out)
 
@@ -93,6 +101,7 @@ def grouped_matmul_transposed(
     d_out: Array, weights: tuple[Array, ...], group_sizes: Array, offset: Array | int = 0
 ) -> Array:
     """The gradient for rows that were multiplied by several weights: (P, sum of Y), each (S,X,Y) -> (P,X)."""
+    sizes = block_sizes(d_out.shape[0], group_sizes.shape[0])
 
     def group(e: Array, start: Array, end: Array, d_rows: Array) -> Array:
         weight = _side_by_side(weights, offset + e, d_out.dtype)
@@ -102,7 +111,7 @@ def grouped_matmul_transposed(
             product = matmul(d, weight, transpose_b=True)
             return _write(d_rows, product, at)
 
-        return _loop_blocks(d_out, e, start, end, block, d_rows)
+        return _loop_blocks(sizes, e, start, end, block, d_rows)
 
     d_rows = pack(jnp.zeros((d_out.shape[0], weights[0].shape[1]), d_out.dtype))
     return unpack(_loop_groups(group_sizes, group, d_rows))
@@ -154,7 +163,7 @@ def weight_gradients(
     (P,X), (P, sum of Y), each (S,X,Y), of which those from `offset` on are overwritten, in place. They must be zero:
     those of empty groups are left as they are.
     """
-    acc_dtype = at_least_float32(rows.dtype)
+    acc_dtype, sizes = at_least_float32(rows.dtype), block_sizes(rows.shape[0], group_sizes.shape[0])
 
     def group(e: Array, start: Array, end: Array, carry: tuple) -> tuple:
         def block(size: int, e: Array, at: Array, stop: Array, is_first: bool, total: Array) -> Array:
@@ -165,7 +174,7 @@ def weight_gradients(
             return product if is_first else total + product
 
         totals, scratch = carry
-        scratch = _loop_blocks(rows, e, start, end, block, scratch)
+        scratch = _loop_blocks(sizes, e, start, end, block, scratch)
         columns = jnp.split(scratch[None], len(totals), axis=-1)
         written = (_write(total, part, offset + e) for total, part in zip(totals, columns, strict=True))
         return tuple(written), scratch
@@ -186,12 +195,13 @@ def _loop_groups(group_sizes: Array, group: Callable[..., Any], carry: Any) -> A
     return jax.lax.fori_loop(0, group_sizes.shape[0], one, carry)
 
 
-def _loop_blocks(padded: Array, e: Array, start: Array, end: Array, block: Callable[..., Any], carry: Any) -> Any:
+def _loop_blocks(
+    sizes: tuple[int, ...], e: Array, start: Array, end: Array, block: Callable[..., Any], carry: Any
+) -> Any:
     """Fold `block(size, e, start, end, whether it is the first, carry)` over the blocks of a group e that has rows.
 
     The first block holds the remainder and may extend beyond it; the others are full, of the largest size.
     """
-    sizes = block_sizes(padded.shape[0])
     largest = sizes[-1]
     remainder = (end - start - 1) % largest + 1
     stop, smaller = start + remainder, 0
