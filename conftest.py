@@ -14,12 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from matplotlib.figure import Figure
 
-import jaxllm.run.run
-import jaxllm.train.trainer
 import train
 from jaxllm.config import TrainConfig
 from jaxllm.config.groups import CheckpointConfig, DataConfig, LoggingConfig, SamplingConfig
+from jaxllm.run import checkpoint, checkpoint_writer, reporting
+from jaxllm.run import run as running
+from jaxllm.run.signals import STOPPING
+from jaxllm.train import trainer
 from jaxllm.train.placement import OneDevice, Placement
 
 jax.config.update("jax_num_cpu_devices", 8)  # for `test_parallel.py`, before the first use of a device
@@ -83,6 +86,16 @@ def run(narrow, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def signals_by_default():
+    """Here and in processes that the test starts; `nohup` and background jobs start pytest with some ignored."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOPPING}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _compile_once(tmp_path_factory):
     os.environ["JAXLLM_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))  # not the user's; processes inherit it
@@ -101,14 +114,20 @@ def _compile_once(tmp_path_factory):
 def _share_programs():
     """Runs in this process whose programs are equal share them and their first state, which take seconds to trace.
 
-    `placement.compile_programs`, which the tests of layouts call, compiles anew.
+    They share what else follows from their config, too. `placement.compile_programs`, which the tests of layouts call,
+    compiles anew.
     """
     with pytest.MonkeyPatch.context() as patch:
-        compiled = _once_per_program(jaxllm.train.trainer.compile_programs)
-        patch.setattr(jaxllm.train.trainer, "compile_programs", compiled)
+        compiled = _once_per_program(trainer.compile_programs)
+        patch.setattr(trainer, "compile_programs", compiled)
         init = _once_per_program(OneDevice.init)
         patch.setattr(OneDevice, "init", lambda *args: jax.tree.map(jnp.copy, init(*args)))  # the step deletes it
-        patch.setattr(jaxllm.run.run, "measured_peak_tflops", functools.cache(jaxllm.run.run.measured_peak_tflops))
+        shapes = _once_per_config(checkpoint.abstract_state)
+        for module in (checkpoint, checkpoint_writer):
+            patch.setattr(module, "abstract_state", shapes)
+        patch.setattr(trainer, "model_graph", _once_per_config(trainer.model_graph))
+        for name in ("module_tree", "measured_peak_tflops"):
+            patch.setattr(running, name, functools.cache(getattr(running, name)))
         yield
 
 
@@ -117,20 +136,61 @@ def _once_per_program(function: Callable) -> Callable:
     results = {}
 
     def shared(placement: Placement, config: TrainConfig, *args: Any) -> Any:
-        sizes = {name: getattr(config.data, name) for name in ("seq_len", "batch_size", "grad_accum")}
-        same = dataclasses.replace(
-            config,
-            run_dir=None,
-            init=None,
-            overwrite=False,
-            data=DataConfig(**sizes),
-            checkpoint=CheckpointConfig(),
-            logging=LoggingConfig(),
-            sampling=SamplingConfig(),
-        )
-        key = (type(placement), placement.layout, same)
+        key = (type(placement), placement.layout, _program_of(config))
         if key not in results:
             results[key] = function(placement, config, *args)
         return results[key]
 
     return shared
+
+
+def _once_per_config(function: Callable) -> Callable:
+    """Call `function(config)` once for all configs of the same programs."""
+    results = {}
+
+    def shared(config: TrainConfig) -> Any:
+        key = _program_of(config)
+        if key not in results:
+            results[key] = function(config)
+        return results[key]
+
+    return shared
+
+
+def _program_of(config: TrainConfig) -> TrainConfig:
+    """The config without what its programs do not depend on."""
+    sizes = {name: getattr(config.data, name) for name in ("seq_len", "batch_size", "grad_accum")}
+    return dataclasses.replace(
+        config,
+        run_dir=None,
+        init=None,
+        overwrite=False,
+        data=DataConfig(**sizes),
+        checkpoint=CheckpointConfig(),
+        logging=LoggingConfig(),
+        sampling=SamplingConfig(),
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _draw_once():
+    """The first picture of a run's losses is drawn, which takes half a second; the later ones are copies of it."""
+    pictures, new_figure = [], reporting.new_figure
+
+    def figure(**options: Any) -> Figure:
+        made = new_figure(**options)
+        draw = made.savefig
+
+        def save(file: Path, **options: Any) -> None:
+            if pictures:
+                file.write_bytes(pictures[0])
+            else:
+                draw(file, **options)
+                pictures.append(file.read_bytes())
+
+        made.savefig = save
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reporting, "new_figure", figure)
+        yield

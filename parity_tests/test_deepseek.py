@@ -68,6 +68,7 @@ def test_the_other_spelling_s_logits_are_transformers_s():
     assert_passed(climb(respelled(CASES["v3-yarn"]), "float64", "weights", "logits"))
 
 
+@pytest.mark.slow
 def test_training_and_cached_decoding_are_transformers_s():
     assert_passed(climb(CASES["v3-yarn"], "float64", "gradients", "step", "trajectory", "generation"))
 
@@ -186,6 +187,7 @@ SHORT = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_trained_run_continues_a_prompt_in_stock_transformers(corpus, tmp_path):
     """As a user does it: train, export, `pipeline` without remote code; then fine-tune what was exported."""
     run, out, again = (str(tmp_path / name) for name in ("run", "out", "again"))

@@ -14,8 +14,10 @@ import train
 from convert.__main__ import main
 from jaxllm.config import TrainConfig
 from jaxllm.files import read_json
-from jaxllm.run.checkpoint import newest_checkpoint
+from jaxllm.run.checkpoint import ResumeState, Weights, newest_checkpoint
+from jaxllm.run.checkpoint_writer import write_run
 from jaxllm.run.metrics import read_metrics
+from parity_tests.training import random_moments
 from torch_ref import train as torch_training
 
 STEPS = ("--steps", "40", "--save-every", "20", "--eval-every", "20", "--sample-tokens", "0")
@@ -95,6 +97,7 @@ def test_twenty_steps_in_jax_and_twenty_in_pytorch_are_forty_in_jax(whole, half,
     assert_same_bits(position[2:], other_position[2:])
 
 
+@pytest.mark.slow
 def test_a_run_without_its_moments_is_detected(whole, half, narrow, tmp_path):
     """The control of the test above: zero moments change the losses far beyond its tolerance."""
     folder = tmp_path / "torch"
@@ -123,6 +126,7 @@ def test_a_pytorch_run_resumes_in_jax(narrow, tmp_path, capsys):
     assert [ours[i] for i in range(1, 41)] == pytest.approx([theirs[i] for i in range(1, 41)], rel=2e-5)
 
 
+@pytest.mark.slow
 def test_a_run_converted_to_pytorch_and_back_resumes_bit_for_bit(whole, half, narrow, tmp_path, capsys):
     assert main(["to-torch", str(half), str(tmp_path / "torch"), "--training"]) == 0
     assert main(["to-flax", str(tmp_path / "torch"), str(tmp_path / "run")]) == 0
@@ -179,7 +183,28 @@ def test_a_run_that_cannot_be_converted_is_refused(half, tmp_path, capsys):
     assert "no complete checkpoint" in capsys.readouterr().err
 
 
-def test_a_run_with_muon_changes_frameworks_both_ways_and_keeps_its_optimizer(narrow, tmp_path, capsys):
+def test_a_run_with_muon_is_converted_there_and_back_and_keeps_its_optimizer(half, narrow, tmp_path, capsys):
+    """The run of AdamW, with moments as Muon has them."""
+    made, folder, back = (tmp_path / name for name in ("made", "torch", "back"))
+    config = TrainConfig.from_dict(read_json(half / "train_config.json"))
+    state, training = newest_checkpoint(half).state(config)
+    config, weights = config.with_options(optimizer="muon"), Weights(state.params, state.routing_bias)
+    moments = random_moments(config, weights, count=20)
+    rest = ResumeState(moments, state.step, state.dropout_key, training.positions, training.history)
+    write_run(made, config.model, weights, list((half / "tokenizer").iterdir()), (config, rest))
+    assert main(["to-torch", str(made), str(folder), "--training"]) == 0
+    assert main(["to-flax", str(folder), str(back)]) == 0
+    assert_same_bits(restored(made)[0], restored(back)[0])
+    assert_same_bits(restored(made)[0].opt_state, moments)
+    options = [*narrow, *STEPS, "--model.dropout", "0", "--optimizer", "adamw"]
+    for start, run in ((train.main, back), (torch_training.main, folder)):
+        capsys.readouterr()
+        assert start([*options, "--run-dir", str(run)]) == 2
+        assert "optimizer is 'adamw', and the run has 'muon'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_with_muon_changes_frameworks_both_ways(narrow, tmp_path):
     options = [
         *narrow, "--optimizer", "muon", "--steps", "12", "--save-every", "6", "--eval-every", "12",
         "--sample-tokens", "0", "--model.dropout", "0",
@@ -190,12 +215,6 @@ def test_a_run_with_muon_changes_frameworks_both_ways_and_keeps_its_optimizer(na
     shutil.rmtree(half / "checkpoints" / "12")
     assert main(["to-torch", str(half), str(folder), "--training"]) == 0
     assert main(["to-flax", str(folder), str(back)]) == 0
-    assert_same_bits(restored(half)[0], restored(back)[0])
-    other = ["--optimizer", "adamw", "--run-dir"]
-    for start, run in ((train.main, back), (torch_training.main, folder)):
-        capsys.readouterr()
-        assert start([*options, *other, str(run)]) == 2
-        assert "optimizer is 'adamw', and the run has 'muon'" in capsys.readouterr().err
     assert torch_training.main([*options, "--run-dir", str(folder)]) == 0
     assert train.main([*options, "--run-dir", str(back)]) == 0
     ours = losses(whole)

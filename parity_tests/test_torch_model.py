@@ -82,6 +82,7 @@ def test_changing_a_token_changes_no_logit_before_it(weights):
         assert np.abs(free[:, t:] - before.logits[:, t:]).max() > 1e-4 * scale
 
 
+@pytest.mark.slow  # the ladder's rung `generation` compares the frameworks, tests/clients the cache
 def test_greedy_generation_agrees_cached_and_uncached_and_across_frameworks(weights):
     config = dataclasses.replace(SMALL, eos_token_id=None)
     model = torch_model(config, weights)

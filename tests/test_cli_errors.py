@@ -128,7 +128,7 @@ def test_every_command_line_is_read_in_one_place():
     assert [file.name for file in sources if "tyro.cli(" in file.read_text()] == ["command_line.py"]
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu", "nonsense"])
+@pytest.mark.parametrize("platform", ["cuda", pytest.param("tpu", marks=pytest.mark.slow), "nonsense"])
 def test_a_device_that_is_not_here_is_named_in_a_line(platform, run, tmp_path):
     program = (
         "import sys, train; from convert import __main__ as convert; from jaxllm import generate\n"

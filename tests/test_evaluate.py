@@ -16,7 +16,9 @@ def printed(out: str) -> dict[str, float]:
     return {name: float(value.split()[0].replace(",", "")) for name, value in rows}
 
 
-@pytest.mark.parametrize(("seq_len", "batch_size"), [("16", "8"), ("64", "3"), ("2", "50")])
+@pytest.mark.parametrize(
+    ("seq_len", "batch_size"), [("16", "8"), pytest.param("64", "3", marks=pytest.mark.slow), ("2", "50")]
+)
 def test_every_token_is_scored_once(seq_len, batch_size, run, tmp_path, capsys):
     text = "def f(x):\n    return x + 1\n\n日本 = f(2)\n" * 3
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")

@@ -484,7 +484,7 @@ def test_a_row_or_two_get_advice_that_helps(tokenizer, tmp_path):
 
 @pytest.fixture
 def narrow_run(tmp_path, monkeypatch, narrow_model):
-    """Starts runs of a few steps in a folder of 30 shards; `run` and `data` lie in it."""
+    """Starts a run of 80 steps in a folder of 30 shards; `run` and `data` lie in it."""
     monkeypatch.chdir(tmp_path)
     for i in range(30):
         file = tmp_path / "data" / f"part-{i:02}.jsonl"
@@ -492,8 +492,10 @@ def narrow_run(tmp_path, monkeypatch, narrow_model):
         file.write_bytes(lines([{"text": f"shard {i}, row {j}: " + "words " * 20} for j in range(4)]))
     monkeypatch.setattr("jaxllm.data.stream.POOL_ROWS", 4)
 
-    def start(steps: int, *options: str) -> int:
-        options = (*options, "--steps", str(steps), "--sample-tokens", "0", "--save-every", "99", "--eval-every", "99")
+    def start(*options: str) -> int:
+        """Later starts do the last step again, as if the run had been killed before it: one program for all."""
+        shutil.rmtree("run/checkpoints/80", ignore_errors=True)
+        options = (*options, "--steps", "80", "--sample-tokens", "0", "--save-every", "79", "--eval-every", "99")
         return train.main([*narrow_model, "--run-dir", "run", "--eval-samples", "2", "--batch-size", "16", *options])
 
     return start
@@ -503,7 +505,7 @@ def test_a_run_outlives_bad_shards_and_other_names(narrow_run, capsys):
     Path("data/part-03.jsonl").write_bytes(lines([{"text": None}] * 9))
     Path("data/part-05.parquet").write_bytes(parquet([], pyarrow.schema([("text", pyarrow.string())])))
     damaged_gzip(Path("data"), rows=10)
-    assert narrow_run(80, "--data", "data") == 0
+    assert narrow_run("--data", "data") == 0
     said = capsys.readouterr().out
     assert "Not read: part-03.jsonl" in said
     assert "part-05.parquet (it has no rows)" in said
@@ -511,23 +513,23 @@ def test_a_run_outlives_bad_shards_and_other_names(narrow_run, capsys):
     shutil.copytree("data", "moved")  # which gives it new dates
     change_content(Path("moved/part-15.jsonl"))
     before = Path("run/train_config.json").read_bytes()
-    assert narrow_run(81, "--data", "moved") == 2
+    assert narrow_run("--data", "moved") == 2
     assert "data is 'moved', and the run has 'data'" in capsys.readouterr().err
     assert Path("run/train_config.json").read_bytes() == before
     shutil.rmtree("moved")
     Path("data").rename("moved")
     for name in ("part-03.jsonl", "part-05.parquet", "bad.jsonl.gz"):
         Path("moved", name).unlink()  # as the advice would be
-    assert narrow_run(81, "--data", "moved") == 0
+    assert narrow_run("--data", "moved") == 0
     assert read_json(Path("run/train_config.json"))["skip_data"] == "bad.jsonl.gz"
     Path("moved/part-07.jsonl").unlink()
-    assert narrow_run(82) == 2
+    assert narrow_run() == 2
     assert "one before 'part-08.jsonl' is gone" in (error := capsys.readouterr().err)
     assert "--skip-data" in error
-    assert narrow_run(82, "--skip-data", "bad.jsonl.gz,part-07.jsonl") == 0
-    assert narrow_run(83) == 0  # the run keeps it
+    assert narrow_run("--skip-data", "bad.jsonl.gz,part-07.jsonl") == 0
+    assert narrow_run() == 0  # the run keeps it
     change_content(Path("moved/part-15.jsonl"))
-    assert narrow_run(84) == 2
+    assert narrow_run() == 2
     assert "'part-15.jsonl' has another content" in capsys.readouterr().err
 
 

@@ -35,7 +35,8 @@ def interpreted(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "sizes", [(0, 130, 1, 300), (431, 0, 0, 0), pytest.param((0, 0, 128, 256), marks=pytest.mark.slow)]
+    "sizes",
+    [(0, 130, 1, 300), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((431, 0, 0, 0), (0, 0, 128, 256)))],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_triton_kernels_equal_the_loops(interpreted, sizes, dtype):

@@ -12,17 +12,22 @@ import time
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 from huggingface_hub import constants
 
+from jaxllm.config import TrainConfig
 from jaxllm.data import hub_retry as patience
 from jaxllm.data.sources import FileSource, HubSource, local_files
+from jaxllm.data.stream import ProcessBatches
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.files import read_json
+from jaxllm.run.lock import FolderLock
 from jaxllm.run.metrics import read_metrics
+from jaxllm.run.prepare import parse_args, prepare
 from tests.hub_server import Fault, HubServer
 
 NAME, CONFIG = "HuggingFaceTB/smollm-corpus", "cosmopedia-v2"
@@ -265,7 +270,7 @@ def test_a_run_keeps_its_commit_or_reports_that_it_is_gone(hub):
         texts(resumed)
 
 
-# Below: the seed recipe as a user starts it, in a process of its own.
+# Below: the seed recipe; the slow tests start it as a user does, in a process of its own.
 
 SMALL = (
     "--preset", "customllm-768", "--recipe", "seed", "--model.hidden-size", "32", "--model.num-hidden-layers", "2",
@@ -277,13 +282,37 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def seed_hub(corpus, tmp_path_factory):
-    """A Hub with the recipe's dataset, of which 1,024 rows of 16 tokens are a part, and its tokenizer."""
+def tokenizer_files(corpus, tmp_path_factory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(FileSource(local_files(corpus), 0, "text"), 300).save_pretrained(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def add_seed(hub: HubServer, tokenizer_files: dict[str, bytes]) -> None:
+    """The recipe's dataset, of which 1,024 rows of 16 tokens are a part, and its tokenizer."""
+    hub.add("datasets", NAME, corpus_files(shards=4, rows=40, words=3))
+    hub.add("models", "HuggingFaceTB/cosmo2-tokenizer", tokenizer_files)
+
+
+def test_the_seed_recipe_is_prepared_and_streams(hub, tokenizer_files, tmp_path):
+    """All that precedes its first step, in this process; then rows, and the rows after a position."""
+    add_seed(hub, tokenizer_files)
+    config = parse_args([*SMALL, "--run-dir", str(tmp_path / "run")], "train.py", None, TrainConfig)
+    with FolderLock(config.folder) as lock:
+        config, tokenizer, held_out, _ = prepare(config, "JAX", lock)
+    assert config.data.revision  # to which its evaluations keep as well
+    assert held_out.shape == (4, 16)
+    streams = [ProcessBatches(config, tokenizer, 0, config.data.batch_size) for _ in range(2)]
+    streams[0].next_rows(50)
+    streams[1].seek([*streams[0].position().values()])
+    np.testing.assert_array_equal(*(stream.next_rows(50) for stream in streams))
+    assert min(hub.downloads(shard_name(shard, 4)) for shard in range(4)) > 0
+
+
+@pytest.fixture(scope="module")
+def seed_hub(tokenizer_files):
     with HubServer() as hub:
-        hub.add("datasets", NAME, corpus_files(shards=4, rows=40, words=3))
-        hub.add("models", "HuggingFaceTB/cosmo2-tokenizer", {p.name: p.read_bytes() for p in folder.iterdir()})
+        add_seed(hub, tokenizer_files)
         yield hub
 
 
@@ -307,6 +336,7 @@ def losses(run: Path) -> list[tuple]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in read_metrics(run) if "loss" in line]
 
 
+@pytest.mark.slow
 def test_the_seed_recipe_streams_generates_and_resumes_through_faults(seed_hub, tmp_path):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     done = train(seed_hub, tmp_path / "home", whole)

@@ -70,7 +70,7 @@ def test_packing_changes_no_number():
     assert pack(jnp.ones(3)).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_packed_residuals_change_no_gradient(remat):
     model = CustomLLM(SMALL, dtype=jnp.bfloat16, remat=remat, rngs=nnx.Rngs(0))
 
@@ -123,6 +123,7 @@ def test_no_layer_rewrites_what_the_others_wrote(rewritten):
         assert rewritten(without_packing(BFLOAT16))
 
 
+@pytest.mark.slow
 def test_a_training_step_rewrites_no_array():
     config = TrainConfig.from_options(precision="bfloat16", optimizer="muon")  # Muon, and a loss in two chunks
     program = lower_step(config, model_graph(config), ONE_DEVICE).compile().as_text()

@@ -113,6 +113,7 @@ def test_padding_changes_nothing_for_real_tokens():
     assert np.isfinite(logits_of(model, padded, mask)).all()  # padded rows too
 
 
+@pytest.mark.slow  # tests/test_parallel.py compares steps with and without it
 def test_remat_changes_no_gradient():
     model = small_model()
     graph, params, bias = split_model(model)
@@ -219,7 +220,7 @@ def exported(*constraints: str, platform: str | None = None, dtype=jnp.float32) 
     # bfloat16 products of fewer than FEW_ROWS rows are computed in float32, where the rows can be counted
     [
         (jnp.float32, [(1, 1), (3, 9), (2, SMALL.max_position_embeddings)]),
-        (jnp.bfloat16, [(1, FEW_ROWS), (3, 9), (2, SMALL.max_position_embeddings)]),
+        pytest.param(jnp.bfloat16, [(1, FEW_ROWS), (3, 9), (2, SMALL.max_position_embeddings)], marks=pytest.mark.slow),
     ],
     ids=["float32", "bfloat16"],
 )

@@ -145,8 +145,11 @@ def test_every_layout_computes_what_one_device_computes(one_device, name):
     assert np.abs(jax.tree.leaves(state.routing_bias)[0]).max() > 5e-3
 
 
-@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_a_layout_computes_the_deepseek_family_too(tied):
+@pytest.mark.parametrize(
+    ("tied", "optimizer"),
+    [*(pytest.param(tied, "adamw", marks=pytest.mark.slow) for tied in (True, False)), (False, "muon")],
+)
+def test_a_layout_computes_the_deepseek_family_too(tied, optimizer):
     """Two stacks of layers, groups, joined heads; and a tied head on queries that are not compressed."""
     model = dataclasses.replace(
         PRESETS["tiny-deepseek"], vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -154,8 +157,8 @@ def test_a_layout_computes_the_deepseek_family_too(tied):
         intermediate_size=40, moe_intermediate_size=24, n_routed_experts=8, max_position_embeddings=32,
         attention_bias=tied, tie_word_embeddings=tied,
     )  # fmt: skip
-    wanted, wanted_metrics = run_steps(model=model)
-    state, metrics = run_steps(model=model, mesh="data=2,fsdp=2,expert=2", remat=True)
+    wanted, wanted_metrics = run_steps(model=model, optimizer=optimizer)
+    state, metrics = run_steps(model=model, optimizer=optimizer, mesh="data=2,fsdp=2,expert=2", remat=True)
     np.testing.assert_allclose(metrics, wanted_metrics, rtol=2e-6)
     worst = max(differences(state, wanted).items(), key=lambda item: item[1])
     assert worst[1] < TOLERANCE, worst
@@ -186,6 +189,7 @@ def test_each_device_holds_its_part():
         assert parts(tree["lm_head"]["weight"]) == {(D // 2, 61): 8}
 
 
+@pytest.mark.slow
 def test_the_backward_pass_gathers_again_and_keeps_no_gathered_weight(monkeypatch):
     """Kept, layer for layer, they would be the whole model on every device. Without recomputation of the rest."""
     config = CONFIG.with_options(mesh="fsdp=2")

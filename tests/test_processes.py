@@ -85,6 +85,7 @@ def test_two_processes_equal_one_and_one_resumes_their_run(narrow, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("signals_by_default")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_process_stops_both_after_the_same_step(number, narrow, tmp_path):
     """JAX passes the notice on; the run resumes as if it had not been stopped."""
@@ -113,6 +114,7 @@ def test_an_error_in_the_primary_process_ends_both(narrow, tmp_path):
     assert (tmp_path / "file").read_text() == "not a run"
 
 
+@pytest.mark.slow
 def test_a_problem_of_one_process_is_reported_before_anything_is_deleted(narrow, run, corpus, tmp_path):
     """The second process is given another batch size; then it cannot see the data, in the home of the first."""
     old, home = tmp_path / "old", tmp_path / "home"

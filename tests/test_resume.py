@@ -13,6 +13,7 @@ import pytest
 
 import train
 from jaxllm.run.evaluation import Evaluator
+from jaxllm.run.metrics import RunLog
 from tests.fingerprint import fingerprint
 
 # Nothing divides anything: means over several steps, evaluations and checkpoints all fall between one another.
@@ -46,11 +47,20 @@ def test_the_newest_the_regular_and_the_best_checkpoints_are_kept(narrow, tmp_pa
     def best_at_8(evaluator, state, epoch, step, interrupted):
         return evaluate(evaluator, state, epoch, step, interrupted) | {"eval_loss": abs(step - 8.0)}
 
+    def interrupting(log, record):
+        write(log, record)
+        if record["step"] == 11:
+            raise KeyboardInterrupt
+
+    write = RunLog.write
     monkeypatch.setattr(Evaluator, "__call__", best_at_8)
     options = ["--save-every", "2", "--eval-every", "4", "--keep-checkpoints", "2", "--keep-every", "6"]
     run = tmp_path / "run"
-    for steps in ("10", "20"):  # the best checkpoint before a resume is known after it
-        assert train.main([*narrow, *options, "--steps", steps, "--sample-tokens", "0", "--run-dir", str(run)]) == 0
+    arguments = [*narrow, *options, "--sample-tokens", "0", "--run-dir", str(run)]
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "write", interrupting)
+        assert train.main(arguments) == 130
+    assert train.main(arguments) == 0  # the best checkpoint before a resume is known after it
     assert sorted(int(path.name) for path in (run / "checkpoints").iterdir()) == [6, 8, 12, 18, 20]
 
 

@@ -114,6 +114,7 @@ def test_the_log_shows_the_rate_of_the_next_update():
     assert float(metrics.learning_rate) == pytest.approx(CONFIG.optim.learning_rate / CONFIG.schedule.warmup_steps)
 
 
+@pytest.mark.slow  # tests/test_train.py sees it of a run
 def test_learns_and_is_deterministic():
     batches = [labels(4, seed=i % 2)[None] for i in range(30)]
     config = CONFIG.with_options(learning_rate=1e-2, warmup_steps=0)
@@ -123,6 +124,7 @@ def test_learns_and_is_deterministic():
     assert first[-1] < 0.7 * first[0]
 
 
+@pytest.mark.slow  # parity_tests/test_trainer.py compares steps that have them
 def test_auxiliary_losses_change_the_gradient_and_not_the_logged_loss():
     batch = labels(8)[None]
     plain, (loss,), _ = run(CONFIG, batch)

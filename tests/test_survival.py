@@ -43,6 +43,7 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.usefixtures("signals_by_default")
 @pytest.mark.parametrize(
     ("number", "code"),
     [
@@ -78,6 +79,7 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(
     assert fingerprint(folder) == fingerprint(run)
 
 
+@pytest.mark.usefixtures("signals_by_default")
 def test_every_stopping_signal_asks_to_stop_unless_it_is_ignored():
     """`nohup` and background jobs ignore some: those stay ignored."""
     before = [signal.getsignal(number) for number in STOPPING]
@@ -87,19 +89,16 @@ def test_every_stopping_signal_asks_to_stop_unless_it_is_ignored():
             _until(lambda request=request: request.signal is not None)
         assert request.exit_code == 128 + number
     assert [signal.getsignal(number) for number in STOPPING] == before
-    try:
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    with stop_on_signals() as request:
         for number in STOPPING:
-            signal.signal(number, signal.SIG_IGN)
-        with stop_on_signals() as request:
-            for number in STOPPING:
-                os.kill(os.getpid(), number)
-            time.sleep(0.1)
-        assert request.signal is None
-    finally:
-        for number, handler in zip(STOPPING, before, strict=True):
-            signal.signal(number, handler)
+            os.kill(os.getpid(), number)
+        time.sleep(0.1)
+    assert request.signal is None
 
 
+@pytest.mark.usefixtures("signals_by_default")
 def test_a_signal_between_two_lines_of_the_log_loses_no_loss(narrow, tmp_path, monkeypatch):
     """It arrives while the previous step is awaited; the next line's mean includes all steps."""
     arguments = [*narrow, "--log-every", "7", "--save-every", "50", "--eval-every", "50", "--sample-tokens", "0"]
@@ -123,6 +122,7 @@ def test_a_signal_between_two_lines_of_the_log_loses_no_loss(narrow, tmp_path, m
     assert fingerprint(stopped) == fingerprint(calm)
 
 
+@pytest.mark.usefixtures("signals_by_default")
 def test_a_signal_while_waiting_for_data_saves_the_steps_done(run, narrow, tmp_path, monkeypatch):
     folder, next_rows, asked = tmp_path / "run", TokenStream.next_rows, []
     timer = threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM))
@@ -143,6 +143,7 @@ def test_a_signal_while_waiting_for_data_saves_the_steps_done(run, narrow, tmp_p
     assert fingerprint(folder) == fingerprint(run)
 
 
+@pytest.mark.usefixtures("signals_by_default")
 def test_an_interrupted_evaluation_is_repeated_at_the_next_start(run, narrow, tmp_path, monkeypatch):
     folder, evaluate = tmp_path / "run", Evaluator.__call__
 
@@ -163,6 +164,7 @@ def test_an_interrupted_evaluation_is_repeated_at_the_next_start(run, narrow, tm
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("signals_by_default")
 def test_a_second_ctrl_c_ends_the_process_at_once(narrow, run, tmp_path):
     """Also while the main thread waits in a place where Python handles no signals: here a save that hangs."""
     program = "import sys, threading, train; from jaxllm.run.checkpoint_writer import CheckpointWriter\n"

@@ -10,11 +10,12 @@ import time
 import pytest
 
 import train
-from jaxllm.config import ModelConfig
+from jaxllm.config import ModelConfig, TrainConfig
 from jaxllm.data.stream import TokenStream
 from jaxllm.files import read_json
 from jaxllm.model import flops
 from jaxllm.run.metrics import read_metrics
+from jaxllm.run.reporting import announce
 from tests.fingerprint import without_times
 
 
@@ -96,6 +97,7 @@ def test_a_slow_source_shows_as_waiting(narrow, tmp_path, monkeypatch):
 
 def test_it_learns_far_below_a_unigram_model_and_repeats_itself(narrow, tmp_path, capsys):
     arguments = [*narrow, "--steps", "60", "--learning-rate", "1e-2", "--log-every", "5", "--eval-every", "60"]
+    arguments += ["--sample-tokens", "0"]
     losses = []
     for name in ("one", "two"):
         assert train.main([*arguments, "--save-every", "60", "--run-dir", str(tmp_path / name)]) == 0
@@ -127,10 +129,10 @@ def test_a_finished_run_reports_it_and_more_steps_continue(run, narrow, tmp_path
     assert [record["step"] for record in lines(folder, "loss")] == list(range(1, 22))
 
 
-@pytest.mark.parametrize(("warmup", "said"), [("20", True), ("19", False)])
-def test_a_warm_up_that_is_not_shorter_than_the_run_is_said(warmup, said, narrow, tmp_path, capsys):
-    arguments = ["--warmup-steps", warmup, "--sample-tokens", "0", "--run-dir", str(tmp_path / "run")]
-    assert train.main([*narrow, *arguments]) == 0
+@pytest.mark.parametrize(("warmup", "said"), [(20, True), (19, False)])
+def test_a_warm_up_that_is_not_shorter_than_the_run_is_said(warmup, said, tmp_path, capsys):
+    config = TrainConfig.from_options(run_dir=tmp_path, steps=20, warmup_steps=warmup)
+    announce(config, parameters=1, tree=None, device="cpu", bfloat16=None)  # as each start does
     assert (f"The warm-up of {warmup} steps is not shorter than the run of 20" in capsys.readouterr().out) == said
 
 
