@@ -59,7 +59,8 @@ def test_the_triton_kernels_equal_the_loops(interpreted, sizes, dtype):
         second = jnp.asarray(4)
         gate, up, stack_of_down = (stack(weight) for weight in (*weights, down))
         weight_stacks = gate, up
-        gradients = tuple(jnp.zeros((12, 32, 48)) for _ in weights)
+        at_start = jnp.nan if grouped is grouped_triton else 0  # the loops leave the zeros of empty groups
+        gradients = tuple(jnp.ones((12, 32, 48)).at[4:8].set(at_start) for _ in weights)
         room = grouped.new_kept(3, sum(sizes), 96, rows.dtype)
         kept, h = grouped.grouped_swiglu(
             pad(rows), pad(row_weights), gate, up, counts, second, Kept(jnp.zeros_like(room), jnp.asarray(1))
@@ -89,7 +90,9 @@ def test_the_triton_kernels_equal_the_loops(interpreted, sizes, dtype):
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * np.abs(theirs).max())
 
 
-def loss_and_gradients(config: ModelConfig, platform: str, remat: bool) -> tuple[jax.Array, dict]:
+def loss_and_gradients(
+    config: ModelConfig, platform: str, remat: bool, auxiliary: bool = False
+) -> tuple[jax.Array, dict]:
     model = CustomLLM(config, remat=remat, rngs=nnx.Rngs(0), platform=platform)
     graph, params, bias = split_model(model)
     params = jax.tree.map(lambda weight: 5 * weight if weight.ndim > 1 else weight, params)
@@ -97,7 +100,10 @@ def loss_and_gradients(config: ModelConfig, platform: str, remat: bool) -> tuple
 
     def loss(params):
         model = nnx.merge(graph, params, bias)
-        hidden = model.apply_final_norm(model.hidden_states(ids)[0])
+        last, record = model.hidden_states(ids)
+        if auxiliary:
+            return record.balance_loss.sum() + record.z_loss.sum()
+        hidden = model.apply_final_norm(last)
         return summed_cross_entropy(hidden.reshape(-1, 32), *model.head(), ids.reshape(-1))
 
     return jax.jit(jax.value_and_grad(loss))(params)
@@ -115,6 +121,20 @@ def test_the_step_s_gradients(interpreted, remat):
     ):
         assert np.abs(theirs).max() > 0, path
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-5 * np.abs(theirs).max(), err_msg=str(path))
+
+
+def test_the_gradients_of_the_auxiliary_losses_alone(interpreted):
+    """They do not depend on the last layer's output, and must find what the layers kept all the same."""
+    (wanted, wanted_gradients), (made, gradients) = (
+        loss_and_gradients(SMALL, platform, remat=True, auxiliary=True) for platform in (ANY, CUDA)
+    )
+    np.testing.assert_allclose(made, wanted, rtol=1e-6)
+    for path in (("input_norm", "weight"), ("mlp", "routed_experts", "up_proj", "weight")):
+        ours, theirs = (
+            functools.reduce(dict.__getitem__, path, tree["decoder_layers"]) for tree in (gradients, wanted_gradients)
+        )
+        assert np.abs(theirs).max() > 0
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-5 * np.abs(theirs).max())
 
 
 def test_a_layer_that_writes_another_s_part_is_seen(interpreted, monkeypatch):
@@ -142,3 +162,15 @@ def test_decoding_reads_its_layer_s_experts(interpreted):
 
     made, wanted = both(model, ids)
     np.testing.assert_allclose(made, wanted, rtol=0, atol=1e-5 * float(jnp.abs(wanted).max()))
+
+
+def test_decoding_refuses_a_gradient():
+    model = CustomLLM(dataclasses.replace(SMALL, num_hidden_layers=1), rngs=nnx.Rngs(0), platform=ANY)
+    token, position = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32)
+    cache = jax.tree.map(jnp.zeros_like, model.hidden_states(token, keep_latents=True)[1].latents)
+
+    def loss(model):
+        return model.decode(token, position, cache)[0].sum()
+
+    with pytest.raises(ValueError, match="decoding has no gradient"):
+        nnx.grad(loss)(model)

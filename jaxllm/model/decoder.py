@@ -162,7 +162,8 @@ class CustomLLM(nnx.Module):
             rows = batch * length * layout.expert * self.config.num_experts_per_tok
             carried = stack.first_carried(self.kernels, batch * length, rows, self.dtype)
             (x, carried), aux = jax.lax.scan(functools.partial(body, prepared), (x, carried), inputs)
-            return end_of_layers(self.kernels.grouped, x, carried), aux
+            outputs: Any = end_of_layers(self.kernels.grouped, (x, aux), carried)
+            return outputs
 
         x = self.embed(input_ids, positions)
         if dropout_keys is not None:

@@ -32,11 +32,11 @@ def grouped_kernel(instruction: Instruction) -> str | None:
 def grouped_flops(instruction: Instruction) -> float:
     """With all the rows that the tiles can hold at worst."""
     rows, *others = _rows_and_others(instruction)
+    kept = _kept(instruction)
     most = (-(-rows.dims[0] // TILE) + _groups(instruction)) * TILE
     if grouped_kernel(instruction) == WEIGHT_GRADIENT:
         return 2.0 * most * rows.dims[1] * others[0].dims[1]
-    weights = [shape for shape in others if len(shape.dims) == 3 and shape.dims[1] != rows.dims[0]]
-    return sum(2.0 * most * math.prod(weight.dims[1:]) for weight in weights)
+    return sum(2.0 * most * math.prod(shape.dims[1:]) for shape in others if shape != kept)
 
 
 def grouped_bytes(instruction: Instruction) -> float:
@@ -60,8 +60,14 @@ def _groups(instruction: Instruction) -> int:
     return first + _rows_and_others(instruction)[0].dims[0] // -TILE
 
 
+def _kept(instruction: Instruction) -> Shape | None:
+    """The stack of pre-activations (L,M,2F): the last operand of the kernels of SwiGLU, if they keep them."""
+    name, operands = grouped_kernel(instruction), instruction.inputs
+    keeps = name == "grouped_product_swiglu_gradients" or (name == "grouped_product_swiglu" and len(operands) == 9)
+    return operands[-1][0] if keeps else None
+
+
 def _part(instruction: Instruction, shape: Shape) -> float:
     if len(shape.dims) < 3:
         return shape.bytes
-    is_kept = shape.dims[1] == _rows_and_others(instruction)[0].dims[0]  # (L,M,2F), and not (S,X,Y)
-    return shape.bytes * (1 if is_kept else _groups(instruction)) / shape.dims[0]
+    return shape.bytes * (1 if shape == _kept(instruction) else _groups(instruction)) / shape.dims[0]

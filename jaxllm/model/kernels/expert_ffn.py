@@ -86,6 +86,8 @@ def _forward(
     group_sizes: Array,
     offset: Array | int,
 ):
+    if carried.masters is None:
+        raise ValueError("decoding has no gradient: differentiate the model's call, which takes whole sequences")
     if carried.kept is None:
         room = grouped.new_kept(1, rows.shape[0], 2 * weights[0].shape[2], rows.dtype)
         kept = Kept(room, layer=0)
@@ -110,11 +112,11 @@ def _backward(grouped: ModuleType, saved: tuple, cotangents: tuple[Array, Carrie
     x, d_y, padded = _pad(grouped, rows), _pad(grouped, d_out), _pad(grouped, row_weights[:, None])
     h, d_gate_up, d_row_weights = grouped.grouped_swiglu_gradients(d_y, padded, kept, down, group_sizes, offset)
     d_rows = grouped.grouped_matmul_transposed(d_gate_up, (gate, up), group_sizes, offset)
-    if carried.masters is not None:
-        d_gate, d_up, d_down = carried.masters
-        d_gate, d_up = grouped.weight_gradients(x, d_gate_up, group_sizes, (d_gate, d_up), offset)
-        (d_down,) = grouped.weight_gradients(h, d_y, group_sizes, (d_down,), offset)
-        carried = carried._replace(masters=(d_gate, d_up, d_down))
+    assert carried.masters is not None  # as in the forward pass
+    d_gate, d_up, d_down = carried.masters
+    d_gate, d_up = grouped.weight_gradients(x, d_gate_up, group_sizes, (d_gate, d_up), offset)
+    (d_down,) = grouped.weight_gradients(h, d_y, group_sizes, (d_down,), offset)
+    carried = carried._replace(masters=(d_gate, d_up, d_down))
     M = rows.shape[0]
     return d_rows[:M], d_row_weights[:M].astype(row_weights.dtype), None, carried, None, None
 

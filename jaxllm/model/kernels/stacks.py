@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 
-from jaxllm.model.dtypes import Array
+from jaxllm.model.dtypes import Array, Pytree
 
 Weights = tuple[Array, Array, Array]
 """gate, up (S,D,F) and down (S,F,D) of S experts: E of one layer, or those of all layers."""
@@ -27,12 +27,10 @@ class Kept(NamedTuple):
 class Carried(NamedTuple):
     """What the layers hand on: each returns what it was given, or has written its part of it.
 
-    The masters are never read. They are here for their gradient, which is handed on the other way: each layer writes
-    the part of its own experts. (Masters that a scan's body reads directly would give it a gradient of the whole stack
-    in each layer.)
-
-    `kept` is written in the forward pass and read in the backward pass, where it must be handed on too: it comes as its
-    own cotangent.
+    The masters are never read here. In the backward pass the carry's cotangent goes from the last layer to the first.
+    For the masters it is the gradient so far, of which each layer writes the part of its own experts. (Masters that a
+    scan's body reads directly would give it a gradient of the whole stack in each layer.) For `kept` it is not a
+    gradient: `end_of_layers` puts the kept numbers there, so that the layers can read them.
     """
 
     masters: Weights | None  # None: the weights have no gradient
@@ -40,16 +38,19 @@ class Carried(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def end_of_layers(grouped: ModuleType, x: Array, carried: dict[str, Carried]) -> Array:
-    """`x`, the last layer's output. Its backward pass gives the last layer what is handed on in this direction."""
-    return x
+def end_of_layers(grouped: ModuleType, outputs: Pytree, carried: dict[str, Carried]) -> Pytree:
+    """All outputs of the layers, as they are. The backward pass gives the last layer what is handed on that way.
+
+    A gradient through outputs that do not pass here would be wrong: the layers would find nothing kept.
+    """
+    return outputs
 
 
-def _backward(grouped: ModuleType, carried: dict[str, Carried], d_x: Array) -> tuple[Array, dict[str, Carried]]:
+def _backward(grouped: ModuleType, carried: dict[str, Carried], d_outputs: Pytree) -> tuple[Pytree, dict[str, Carried]]:
     def first(of: Carried) -> Carried:
         return of._replace(masters=jax.tree.map(grouped.new_gradient, of.masters))
 
-    return d_x, {name: first(of) for name, of in carried.items()}
+    return d_outputs, {name: first(of) for name, of in carried.items()}
 
 
-end_of_layers.defvjp(lambda _, x, carried: (x, carried), _backward)
+end_of_layers.defvjp(lambda _, outputs, carried: (outputs, carried), _backward)

@@ -24,12 +24,12 @@ def swiglu_gradients(gate: Array, up: Array, weight: Array, d_out: Array) -> tup
     gated = gate * sigmoid
     h = gated * up
     d_h = d_out * weight
-    return weight * h, d_h * up * (sigmoid + gated * (1 - sigmoid)), d_h * gated, (d_out * h).sum(axis=1)
+    return weight * h, d_h * up * (sigmoid + gated * (1 - sigmoid)), d_h * gated, (d_out * h).sum(axis=-1)
 
 
 @jax.custom_vjp
 def plain_swiglu(gate: Array, up: Array) -> Array:
-    """`silu(gate) * up` in the dtype of `gate`. Its backward pass keeps the arguments alone."""
+    """`silu(gate) * up` in the dtype of `gate`, each (..., F). Its backward pass keeps the arguments alone."""
     return swiglu(gate, up, jnp.ones((), gate.dtype)).astype(gate.dtype)
 
 
