@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 
 from jaxllm.config import ModelConfig
 from jaxllm.model.decoder import CustomLLM, split_model
-from jaxllm.model.kernels import ANY, CUDA, grouped_loop, grouped_triton, grouped_whole
+from jaxllm.model.kernels import ANY, CUDA, grouped_loop, grouped_triton
 from jaxllm.model.kernels.packed import unpack
 from jaxllm.model.kernels.stacks import Kept
 from jaxllm.train.loss import summed_cross_entropy
@@ -29,9 +29,8 @@ SMALL = ModelConfig(
 def interpreted(monkeypatch):
     """Kernels run in Pallas' interpreter, on stacks whose contents at the start are not numbers."""
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
-    for module in (grouped_triton, grouped_whole):
-        monkeypatch.setattr(module, "new_kept", lambda *args: jnp.full(args[:3], jnp.nan, args[3]))
-        monkeypatch.setattr(module, "new_gradient", lambda weight: jnp.full_like(weight, jnp.nan))
+    monkeypatch.setattr(grouped_triton, "new_kept", lambda *args: jnp.full(args[:3], jnp.nan, args[3]))
+    monkeypatch.setattr(grouped_triton, "new_gradient", lambda weight: jnp.full_like(weight, jnp.nan))
 
 
 @pytest.mark.parametrize(

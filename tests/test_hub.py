@@ -270,7 +270,7 @@ def test_a_run_keeps_its_commit_or_reports_that_it_is_gone(hub):
         texts(resumed)
 
 
-# Below: the seed recipe; the slow tests start it as a user does, in a process of its own.
+# Below: the seed recipe. The slow tests start it in a separate process, as a user does.
 
 SMALL = (
     "--preset", "customllm-768", "--recipe", "seed", "--model.hidden-size", "32", "--model.num-hidden-layers", "2",

@@ -40,7 +40,7 @@ class LayerStack(NamedTuple):
 
         Args:
             tokens: N of this device.
-            rows: M of its routed experts.
+            rows: M of its routed experts, which get tokens of all devices along `expert`.
         """
         carried = {}
         for name, per_layer in self.experts_per_layer.items():

@@ -23,7 +23,7 @@ MESH_AXIS = {"hidden": "fsdp", "heads": "fsdp", "expert": "expert"}
 
 
 def _is_not_gathered(primitive, *_, **__) -> bool:
-    """What the backward pass may keep: neither gathered weights, with or without a gradient, nor casts of them (casting
+    """What the backward pass may keep: neither gathered weights, also after `stop_gradient`, nor casts of them (casting
     activations is cheap)."""
     return primitive.name not in ("all_gather", "stop_gradient", "convert_element_type")
 

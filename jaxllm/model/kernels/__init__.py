@@ -31,16 +31,16 @@ class Kernels:
     """The kernels of one model; static and hashable."""
 
     grouped: ModuleType
-    """A module with the grouped products that `expert_ffn` is made of, `prepared`, `new_kept` and `padding`."""
+    """A module with the grouped products of `expert_ffn`, and `padding`, `prepared`, `new_kept` and `new_gradient`."""
     attention: Callable[[Array, Array, Array, Array | None, float], Array]
     """q, k (B,T,H,h), v (B,T,H,v), the attention mask (B,T) or None, and the scale of the scores -> (B,T,H,v)."""
     packs: bool
     """Whether what a loop over the layers slices is packed: see `packed`."""
     shared: ModuleType | None
-    """The same for the shared experts, if the products fuse SwiGLU; None: they are `Linear` layers.
+    """The products of a shared expert, if they fuse SwiGLU; None: `linear`.
 
-    Then all layers keep SwiGLU's arguments in one stack. (Elsewhere autodiff copies each layer's into a stack and out
-    of it: little on a CPU next to the weights, and packed numbers have no cotangent.)"""
+    If they do, all layers keep SwiGLU's arguments in one stack. Elsewhere autodiff copies each layer's into a stack and
+    out of it. On a CPU that is little next to the weights; and packed numbers are integers, which have no cotangent."""
 
     def __reduce__(self):  # to copy and pickle a model: a module is found by its name
         modules = [module and module.__name__ for module in (self.grouped, self.shared)]

@@ -88,15 +88,12 @@ def _forward(
 ):
     if carried.masters is None:
         raise ValueError("decoding has no gradient: differentiate the model's call, which takes whole sequences")
+    products = functools.partial(_products, grouped, rows, row_weights, weights, group_sizes, offset)
     if carried.kept is None:
         room = grouped.new_kept(1, rows.shape[0], 2 * weights[0].shape[2], rows.dtype)
-        kept = Kept(room, layer=0)
+        out, own = products(Kept(room, layer=0))
     else:
-        kept = Kept(carried.kept, layer=offset // group_sizes.shape[0])
-    out, stack = _products(grouped, rows, row_weights, weights, group_sizes, offset, kept)
-    if carried.kept is None:
-        own = stack
-    else:
+        out, stack = products(Kept(carried.kept, layer=offset // group_sizes.shape[0]))
         own, carried = None, carried._replace(kept=stack)
     return (out, carried), (rows, row_weights, weights, group_sizes, offset, own)
 

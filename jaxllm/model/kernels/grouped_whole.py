@@ -1,7 +1,7 @@
 """The products of a single expert that every row goes through, on an NVIDIA GPU: a shared expert as one group.
 
 SwiGLU and its gradient are in the kernels of `grouped_triton`. The other products are XLA's own, which are faster for
-one group.
+one group. They take `group_sizes` as those of `grouped_triton` do, and do not read it.
 
     M rows, all of them in the group    S experts of a stack    X in    Y out
 """
@@ -10,14 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.model.dtypes import Array
-from jaxllm.model.kernels.grouped_triton import (
-    grouped_swiglu,
-    grouped_swiglu_gradients,
-    new_gradient,
-    new_kept,
-    padding,
-    prepared,
-)
+from jaxllm.model.kernels.grouped_triton import grouped_swiglu, grouped_swiglu_gradients, new_kept, padding
 from jaxllm.model.kernels.matmul import matmul
 
 __all__ = [
@@ -25,10 +18,8 @@ __all__ = [
     "grouped_matmul_transposed",
     "grouped_swiglu",
     "grouped_swiglu_gradients",
-    "new_gradient",
     "new_kept",
     "padding",
-    "prepared",
     "weight_gradients",
 ]
 

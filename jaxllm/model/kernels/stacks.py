@@ -20,17 +20,17 @@ Weights = tuple[Array, Array, Array]
 class Kept(NamedTuple):
     """Where a layer keeps the experts' pre-activations for its backward pass."""
 
-    stack: Array  # (L,M,2F)
-    layer: Array | int  # () int
+    stack: Array  # (L,M,2F); of n shared experts (L*n,N,2F)
+    layer: Array | int  # () int, along the first axis
 
 
 class Carried(NamedTuple):
     """What the layers hand on: each returns what it was given, or has written its part of it.
 
     The masters are never read here. In the backward pass the carry's cotangent goes from the last layer to the first.
-    For the masters it is the gradient so far, of which each layer writes the part of its own experts. (Masters that a
-    scan's body reads directly would give it a gradient of the whole stack in each layer.) For `kept` it is not a
-    gradient: `end_of_layers` puts the kept numbers there, so that the layers can read them.
+    For the masters it is the gradient so far, and each layer writes the part that belongs to its experts. (If the body
+    of the scan read the masters directly, it would compute a gradient of the whole stack in each layer.) For `kept` it
+    is not a gradient: `end_of_layers` puts the kept numbers there, so that the layers can read them.
     """
 
     masters: Weights | None  # None: the weights have no gradient
