@@ -7,9 +7,10 @@ stacks on from layer to layer.
 
 import functools
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxllm.model.dtypes import Array, Pytree
 
@@ -37,20 +38,30 @@ class Carried(NamedTuple):
     kept: Array | None  # (L,M,2F); None: each layer keeps its own, as autodiff does
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def end_of_layers(grouped: ModuleType, outputs: Pytree, carried: dict[str, Carried]) -> Pytree:
     """All outputs of the layers, as they are. The backward pass gives the last layer what is handed on that way.
 
-    A gradient through outputs that do not pass here would be wrong: the layers would find nothing kept.
+    A gradient through outputs that do not pass here would be wrong: the layers would find nothing kept. Integers
+    have no gradient and do not pass: JAX's scan refuses the cotangents (float0) that a custom gradient gets for them.
     """
+    leaves, tree = jax.tree.flatten(outputs)
+    differentiable = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    passed: Any = _end_of_layers(grouped, [leaves[i] for i in differentiable], carried)
+    for i, leaf in zip(differentiable, passed, strict=True):
+        leaves[i] = leaf
+    return jax.tree.unflatten(tree, leaves)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _end_of_layers(grouped: ModuleType, outputs: list[Array], carried: dict[str, Carried]) -> list[Array]:
     return outputs
 
 
-def _backward(grouped: ModuleType, carried: dict[str, Carried], d_outputs: Pytree) -> tuple[Pytree, dict[str, Carried]]:
+def _backward(grouped: ModuleType, carried: dict[str, Carried], d_outputs: list[Array]):
     def first(of: Carried) -> Carried:
         return of._replace(masters=jax.tree.map(grouped.new_gradient, of.masters))
 
     return d_outputs, {name: first(of) for name, of in carried.items()}
 
 
-end_of_layers.defvjp(lambda _, outputs, carried: (outputs, carried), _backward)
+_end_of_layers.defvjp(lambda _, outputs, carried: (outputs, carried), _backward)
