@@ -39,53 +39,47 @@ def interpreted(monkeypatch):
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_triton_kernels_equal_the_loops(interpreted, sizes, dtype):
-    """Each product by itself. The kernels accumulate in float32."""
+    """Both passes, by the second of three layers. The kernels accumulate in float32."""
     keys = jax.random.split(jax.random.key(0), 6)
-    rows = jax.random.normal(keys[0], (sum(sizes), 32)).astype(dtype)
-    row_weights = jax.random.uniform(keys[4], (sum(sizes), 1), jnp.float32)
-    down = jax.random.normal(keys[5], (4, 48, 32), jnp.float32)
-    d_out = jax.random.normal(keys[1], (sum(sizes), 96)).astype(dtype)
-    weights = tuple(jax.random.normal(key, (4, 32, 48), jnp.float32) for key in keys[2:4])
-    counts = jnp.asarray(sizes)
+    M = sum(sizes)
+    rows, d_out = (jax.random.normal(key, (M, 32)).astype(dtype) for key in keys[:2])
+    row_weights = jax.random.uniform(keys[2], (M, 1), jnp.float32)
+    shapes = ((4, 32, 48), (4, 32, 48), (4, 48, 32))
+    weights = [jax.random.normal(key, shape, jnp.float32) for key, shape in zip(keys[3:], shapes, strict=True)]
+    counts, second = jnp.asarray(sizes), jnp.asarray(1)
 
-    def products(grouped) -> list[np.ndarray]:
+    def results(grouped) -> list[np.ndarray]:
         def pad(a):
-            return jnp.pad(a, ((0, grouped.padding(sum(sizes))), (0, 0)))
+            return jnp.pad(a, ((0, grouped.padding(M)), (0, 0)))
 
-        def stack(weight):  # of three layers
-            return grouped.prepared(jnp.concatenate([weight + 1, weight, weight - 1]), rows.dtype)
-
-        second = jnp.asarray(4)
-        gate, up, stack_of_down = (stack(weight) for weight in (*weights, down))
-        weight_stacks = gate, up
+        x, w, d_y = pad(rows), pad(row_weights), pad(d_out)
+        alone = [grouped.prepared(weight, rows.dtype) for weight in weights]
+        stacks = [grouped.prepared(jnp.concatenate([a + 1, a, a - 1]), rows.dtype) for a in weights]
         at_start = jnp.nan if grouped is grouped_triton else 0  # the loops leave the zeros of empty groups
-        gradients = tuple(jnp.ones((12, 32, 48)).at[4:8].set(at_start) for _ in weights)
-        room = grouped.new_kept(3, sum(sizes), 96, rows.dtype)
-        kept, h = grouped.grouped_swiglu(
-            pad(rows), pad(row_weights), gate, up, counts, second, Kept(jnp.zeros_like(room), jnp.asarray(1))
+        totals = tuple(jnp.ones((12, *shape[1:])).at[4:8].set(at_start) for shape in shapes)
+        room = Kept(jnp.zeros_like(grouped.new_kept(3, M, 96, rows.dtype)), second)
+        out, kept = grouped.ffn(x, w, stacks, counts, 4 * second, room)
+        out_alone, _ = grouped.ffn(x, w, alone, counts)
+        d_rows, d_row_weights, totals = grouped.ffn_gradients(
+            x, w, d_y, stacks, Kept(kept, second), counts, totals, 4 * second
         )
-        of_one_layer = [grouped.prepared(weight, rows.dtype) for weight in weights]
-        unkept = grouped.grouped_swiglu(pad(rows), pad(row_weights), *of_one_layer, counts)[1]
-        by_rows = [
-            h,
-            unkept,
-            unpack(kept)[1],
-            grouped.grouped_matmul(pad(rows), gate, counts, second),
-            grouped.grouped_matmul_transposed(pad(d_out), weight_stacks, counts, second),
-            *grouped.grouped_swiglu_gradients(
-                pad(rows), pad(row_weights), Kept(kept, jnp.asarray(1)), stack_of_down, counts, second
-            ),
+        made = [
+            out[:M],
+            out_alone[:M],
+            d_rows[:M],
+            d_row_weights[:M],
+            *totals,
+            *unpack(kept)[jnp.asarray([1, 0, 2]), :M],
         ]
-        made = [a[: sum(sizes)] for a in by_rows]
-        made += grouped.weight_gradients(pad(rows), pad(d_out), counts, gradients, second)
-        made += [unpack(kept)[0, : sum(sizes)], unpack(kept)[2, : sum(sizes)]]
         return [np.asarray(a, np.float64) for a in made]
 
     tolerance = 1e-5 if dtype == "float32" else 1e-2
-    wanted = products(grouped_loop)
-    np.testing.assert_array_equal(*wanted[:2])  # a layer of a stack, and this layer alone
-    assert not any(layer.any() for layer in wanted[-2:])  # the other layers
-    for ours, theirs in zip(products(grouped_triton), wanted, strict=True):
+    wanted = results(grouped_loop)
+    in_stack, alone, *_, first_layer, last_layer = wanted
+    np.testing.assert_array_equal(in_stack, alone)
+    assert not first_layer.any()
+    assert not last_layer.any()
+    for ours, theirs in zip(results(grouped_triton), wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * np.abs(theirs).max())
 
 

@@ -31,13 +31,13 @@ class Kernels:
     """The kernels of one model; static and hashable."""
 
     grouped: ModuleType
-    """A module with the grouped products of `expert_ffn`, and `padding`, `prepared`, `new_kept` and `new_gradient`."""
+    """A module with `ffn` and `ffn_gradients` of the experts, `padding`, `prepared`, `new_kept` and `new_gradient`."""
     attention: Callable[[Array, Array, Array, Array | None, float], Array]
     """q, k (B,T,H,h), v (B,T,H,v), the attention mask (B,T) or None, and the scale of the scores -> (B,T,H,v)."""
     packs: bool
     """Whether what a loop over the layers slices is packed: see `packed`."""
     shared: ModuleType | None
-    """The products of a shared expert, if they fuse SwiGLU; None: `linear`.
+    """The same of a shared expert, if its products fuse SwiGLU; None: `linear`.
 
     If they do, all layers keep SwiGLU's arguments in one stack. Elsewhere autodiff copies each layer's into a stack and
     out of it. On a CPU that is little next to the weights; and packed numbers are integers, which have no cotangent."""

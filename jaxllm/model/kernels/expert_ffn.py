@@ -1,9 +1,9 @@
 """The experts' SwiGLU on rows sorted by expert, each times its weight, with an explicit gradient. No row is dropped.
 
-It is made of grouped products (`grouped_loop`, `grouped_triton`), which autodiff cannot differentiate. A row's weight,
-the gate of its expert, multiplies before the last product: so its gradient does not need the experts' outputs. The
-backward pass keeps the two pre-activations (2*M*F numbers), which saves a quarter of its products, and recomputes the
-rest.
+The two passes are those of a device's kernels (`grouped_loop`, `grouped_triton`), which autodiff cannot differentiate.
+A row's weight, the gate of its expert, multiplies before the last product: so its gradient does not need the experts'
+outputs. The backward pass keeps the two pre-activations (2*M*F numbers), which saves a quarter of its products, and
+recomputes the rest.
 
     M rows, sorted by expert    D hidden    F expert hidden    E experts of a layer    S of a stack    L layers
 """
@@ -23,7 +23,7 @@ def expert_ffn(grouped: ModuleType, rows: Array, row_weights: Array, masters: We
     """`(w * silu(rows @ gate[e]) * (rows @ up[e])) @ down[e]`, for each row the expert e of its group and its weight w.
 
     Args:
-        grouped: the grouped products, `Kernels.grouped`.
+        grouped: the kernels, `Kernels.grouped`.
         rows: (M, D), sorted by expert, in the compute dtype.
         row_weights: (M,), in float32 or wider.
         masters: gate, up (E,D,F) and down (E,F,D).
@@ -71,10 +71,9 @@ def _products(
     offset: Array | int,
     kept: Kept | None,
 ) -> tuple[Array, Any]:
-    gate, up, down = weights
     x, row_weights = _pad(grouped, rows), _pad(grouped, row_weights[:, None])
-    stack, h = grouped.grouped_swiglu(x, row_weights, gate, up, group_sizes, offset, kept)  # h (M,F) and padding
-    return grouped.grouped_matmul(h, down, group_sizes, offset)[: rows.shape[0]], stack
+    out, stack = grouped.ffn(x, row_weights, weights, group_sizes, offset, kept)
+    return out[: rows.shape[0]], stack
 
 
 def _forward(
@@ -99,7 +98,7 @@ def _forward(
 
 
 def _backward(grouped: ModuleType, saved: tuple, cotangents: tuple[Array, Carried]) -> tuple:
-    rows, row_weights, (gate, up, down), group_sizes, offset, own = saved
+    rows, row_weights, weights, group_sizes, offset, own = saved
     d_out, carried = cotangents
     if own is None:
         assert carried.kept is not None  # as in the forward pass
@@ -107,15 +106,12 @@ def _backward(grouped: ModuleType, saved: tuple, cotangents: tuple[Array, Carrie
     else:
         kept = Kept(own, layer=0)
     x, d_y, padded = _pad(grouped, rows), _pad(grouped, d_out), _pad(grouped, row_weights[:, None])
-    h, d_gate_up, d_row_weights = grouped.grouped_swiglu_gradients(d_y, padded, kept, down, group_sizes, offset)
-    d_rows = grouped.grouped_matmul_transposed(d_gate_up, (gate, up), group_sizes, offset)
-    assert carried.masters is not None  # as in the forward pass
-    d_gate, d_up, d_down = carried.masters
-    d_gate, d_up = grouped.weight_gradients(x, d_gate_up, group_sizes, (d_gate, d_up), offset)
-    (d_down,) = grouped.weight_gradients(h, d_y, group_sizes, (d_down,), offset)
-    carried = carried._replace(masters=(d_gate, d_up, d_down))
+    d_rows, d_row_weights, masters = grouped.ffn_gradients(
+        x, padded, d_y, weights, kept, group_sizes, carried.masters, offset
+    )
     M = rows.shape[0]
-    return d_rows[:M], d_row_weights[:M].astype(row_weights.dtype), None, carried, None, None
+    d_row_weights = d_row_weights[:M, 0].astype(row_weights.dtype)
+    return d_rows[:M], d_row_weights, None, carried._replace(masters=masters), None, None
 
 
 expert_ffn_in_stack.defvjp(_forward, _backward)

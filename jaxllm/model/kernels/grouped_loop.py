@@ -1,16 +1,16 @@
-"""Grouped matrix products for any device: loops over the groups that have rows; the rows are sorted by group.
+"""The experts' two passes for any device: loops over the groups that have rows; the rows are sorted by group.
 
-A group is computed in one block of the smallest size that holds it, so its weights are read once and its weight
-gradient is written once. Only a group above the largest size needs several blocks. The loops' trip counts are dynamic:
-an empty group costs only the zeros of its gradient. On a GPU each such loop would wait for the host.
+A group is computed in one block of the smallest size that holds it. So in each pass its weights are read once and its
+weight gradients are written once, and what is between its products stays small. Only a group above the largest size
+needs several blocks. The loops' trip counts are dynamic: an empty group costs only the zeros of its gradient. On a GPU
+each such loop would wait for the host.
 
-    P rows, the last padding(M) of them padding    E groups    S groups of a stack    L layers    X in    Y out
-    b rows of a block
-    of an expert: D hidden    F expert hidden
+    P rows, the last padding(M) of them padding    E groups, each of an expert    S experts of a stack    L layers
+    D hidden    F expert hidden    X in    Y out
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,10 +20,10 @@ from jax.export import is_symbolic_dim
 from jaxllm.model.dtypes import Array, at_least_float32
 from jaxllm.model.kernels.matmul import cast, in_dtype, matmul
 from jaxllm.model.kernels.packed import pack, packed_like, unpack
-from jaxllm.model.kernels.stacks import Kept
+from jaxllm.model.kernels.stacks import Kept, Weights
 from jaxllm.model.kernels.swiglu import swiglu, swiglu_gradients
 
-# A size more makes every program longer to compile (it is a loop in each product); a size less pads more. Groups of 128
+# A size more makes every program longer to compile (it is a loop in each pass); a size less pads more. Groups of 128
 # to 512 rows are what a thousand tokens on seven experts give; decoding has groups of a row or a few.
 BLOCK_ROWS = (16, 32, 48, 64, 96, 128, 192, 256, 288, 320, 384, 512, 768, 1024)
 FEW_ROWS = 32
@@ -62,126 +62,108 @@ def new_kept(layers: int, most_rows: int, features: int, dtype: jnp.dtype) -> Ar
 
 
 def new_gradient(weight: Array) -> Array:
-    """What `weight_gradients` writes into: it leaves the zeros of empty groups."""
+    """What `ffn_gradients` writes into: it leaves the zeros of empty groups."""
     return jnp.zeros_like(weight)
 
 
-def grouped_matmul(rows: Array, weight: Array, group_sizes: Array, offset: Array | int = 0) -> Array:
-    """`rows @ weight[offset + e]`, for each row the e of its group: (P,X), (S,X,Y) -> (P,Y)."""
-    out = pack(jnp.zeros((rows.shape[0], weight.shape[2]), rows.dtype))
-    return unpack(_multiply(rows, (weight,), group_sizes, offset, out))
-
-
-def _multiply(
-    rows: Array, weights: tuple[Array, ...], group_sizes: Array, offset: Array | int, out: Array, first: Array | int = 0
-) -> Array:
-    """Products with several weights side by side, written into `out` from row `first` on: (P,X), each (S,X,Y)."""
-    sizes = block_sizes(rows.shape[0], group_sizes.shape[0])
-
-    def group(e: Array, start: Array, end: Array, out: Array) -> Array:
-        if rows.shape[0] > FEW_ROWS:  # one product is faster than one for each weight, and worth a copy of them
-            weight = _side_by_side(weights, offset + e, rows.dtype)
-
-        def block(size: int, e: Array, at: Array, stop: Array, is_first: bool, out: Array) -> Array:
-            x = jax.lax.dynamic_slice_in_dim(rows, at, size)
-            if rows.shape[0] > FEW_ROWS:
-                product = matmul(x, weight)
-            else:  # sliced here, a weight is read in place
-                products = [matmul(x, in_dtype(weight[offset + e], rows.dtype)) for weight in weights]
-                product = jnp.concatenate(products, axis=1)
-            # A block may extend into the next one, which is computed later and overwrites the surplus.
-            return _write(out, product, first + at)
-
-        return _loop_blocks(sizes, e, start, end, block, out)
-
-    return _loop_groups(group_sizes, group, out)
-
-
-def grouped_matmul_transposed(
-    d_out: Array, weights: tuple[Array, ...], group_sizes: Array, offset: Array | int = 0
-) -> Array:
-    """The gradient for rows that were multiplied by several weights: (P, sum of Y), each (S,X,Y) -> (P,X)."""
-    sizes = block_sizes(d_out.shape[0], group_sizes.shape[0])
-
-    def group(e: Array, start: Array, end: Array, d_rows: Array) -> Array:
-        weight = _side_by_side(weights, offset + e, d_out.dtype)
-
-        def block(size: int, e: Array, at: Array, stop: Array, is_first: bool, d_rows: Array) -> Array:
-            d = jax.lax.dynamic_slice_in_dim(d_out, at, size)
-            product = matmul(d, weight, transpose_b=True)
-            return _write(d_rows, product, at)
-
-        return _loop_blocks(sizes, e, start, end, block, d_rows)
-
-    d_rows = pack(jnp.zeros((d_out.shape[0], weights[0].shape[1]), d_out.dtype))
-    return unpack(_loop_groups(group_sizes, group, d_rows))
-
-
-def grouped_swiglu(
+def ffn(
     rows: Array,
     row_weights: Array,
-    gate: Array,
-    up: Array,
+    weights: Weights,
     group_sizes: Array,
     offset: Array | int = 0,
     kept: Kept | None = None,
-) -> tuple[Array, Array]:
-    """`swiglu` of products with `gate` and `up`, in the dtype of the rows, (P,F).
+) -> tuple[Array, Array | None]:
+    """`swiglu(x @ gate[e], x @ up[e], row_weights) @ down[e]`, for each row x; e is `offset` and the row's group.
 
-    The products are written side by side into a layer of `kept`, in place; None: into an array of one layer.
+    The products with gate and up are written side by side into a layer of `kept`, in place; None: they are not kept.
 
-    rows (P,D), row_weights (P,1), each (S,D,F). Returns what is kept, and the result.
+    rows (P,D), row_weights (P,1). Returns the result (P,D), and what is kept.
     """
-    (P, _), F = rows.shape, gate.shape[2]
-    if kept is None:
-        kept = Kept(pack(jnp.zeros((1, P, 2 * F), rows.dtype)), layer=0)
-    flat = kept.stack.reshape(-1, 2 * F)
-    flat = _multiply(rows, (gate, up), group_sizes, offset, flat, first=kept.layer * P)
-    stack = flat.reshape(kept.stack.shape)
-    g, u = jnp.split(unpack(stack[kept.layer]), 2, axis=1)
-    return stack, swiglu(g, u, row_weights).astype(rows.dtype)
+    (P, _), dtype = rows.shape, rows.dtype
+    gate_up, down = weights[:2], weights[2:]
+    sizes, packed = block_sizes(P, group_sizes.shape[0]), pack(rows)
+
+    def group(e: Array, start: Array, end: Array, carry: Any) -> Any:
+        if P > FEW_ROWS:  # one product with gate and up is faster than two, and worth a copy of them
+            copies = _side_by_side(gate_up, offset + e, dtype), _side_by_side(down, offset + e, dtype)
+        else:  # sliced in the block, a weight is read in place
+            copies = None, None
+
+        def block(size: int, e: Array, at: Array, stop: Array, is_first: bool, carry: Any) -> Any:
+            out, stack = carry
+            products = _multiply(_slice(packed, at, size), gate_up, offset + e, copies[0])
+            g, u = jnp.split(products, 2, axis=1)
+            h = swiglu(g, u, _slice(row_weights, at, size)).astype(dtype)
+            # A block may extend into the next one, which is computed later and overwrites the surplus.
+            out = _write(out, _multiply(h, down, offset + e, copies[1]), at)
+            return out, None if kept is None else _write(stack, products, kept.layer * P + at)
+
+        return _loop_blocks(sizes, e, start, end, block, carry)
+
+    stack = None if kept is None else kept.stack.reshape(-1, kept.stack.shape[-1])
+    out, stack = _loop_groups(group_sizes, group, (pack(jnp.zeros_like(rows)), stack))
+    return unpack(out), None if kept is None else stack.reshape(kept.stack.shape)
 
 
-def grouped_swiglu_gradients(
-    d_out: Array, row_weights: Array, kept: Kept, down: Array, group_sizes: Array, offset: Array | int = 0
-) -> tuple[Array, Array, Array]:
-    """`swiglu` again, (P,F), and the gradients of `grouped_swiglu` for its products, (P,2F), and the row weights, (P,).
+def ffn_gradients(
+    rows: Array,
+    row_weights: Array,
+    d_out: Array,
+    weights: Weights,
+    kept: Kept,
+    group_sizes: Array,
+    totals: Weights,
+    offset: Array | int = 0,
+) -> tuple[Array, Array, Weights]:
+    """The gradients of `ffn` for the rows, (P,D), for their weights, (P,1), and for E of the stacks of weights.
 
-    d_out: (P,D), the gradient of its product with `down` (S,F,D).
+    The last are written into `totals` from `offset` on, in place. They must be zero there: those of empty groups are
+    left as they are.
     """
-    d_h = grouped_matmul_transposed(d_out, (down,), group_sizes, offset)
-    g, u = jnp.split(unpack(kept.stack[kept.layer]), 2, axis=1)
-    h, d_gate, d_up, d_weights = swiglu_gradients(g, u, row_weights, d_h)
-    return h.astype(d_out.dtype), jnp.concatenate([d_gate, d_up], axis=1).astype(d_out.dtype), d_weights
+    (P, _), dtype, acc_dtype = rows.shape, rows.dtype, at_least_float32(rows.dtype)
+    sizes, packed_rows, packed_d_out = block_sizes(P, group_sizes.shape[0]), pack(rows), pack(d_out)
+    stack = kept.stack.reshape(-1, kept.stack.shape[-1])
 
+    def group(e: Array, start: Array, end: Array, carry: Any) -> Any:
+        gate_up, down = (_side_by_side(some, offset + e, dtype) for some in (weights[:2], weights[2:]))
 
-def weight_gradients(
-    rows: Array, d_out: Array, group_sizes: Array, totals: tuple[Array, ...], offset: Array | int = 0
-) -> tuple[Array, ...]:
-    """The gradients for the weights by which the rows of each group were multiplied, written into E of `totals`.
-
-    (P,X), (P, sum of Y), each (S,X,Y), of which those from `offset` on are overwritten, in place. They must be zero:
-    those of empty groups are left as they are.
-    """
-    acc_dtype, sizes = at_least_float32(rows.dtype), block_sizes(rows.shape[0], group_sizes.shape[0])
-
-    def group(e: Array, start: Array, end: Array, carry: tuple) -> tuple:
-        def block(size: int, e: Array, at: Array, stop: Array, is_first: bool, total: Array) -> Array:
+        def block(size: int, e: Array, at: Array, stop: Array, is_first: bool, carry: Any) -> Any:
+            d_rows, d_row_weights, totals = carry
+            x, w = _slice(packed_rows, at, size), _slice(row_weights, at, size)
             in_group = (at + jnp.arange(size) < stop)[:, None]  # not the next block's
-            x = jnp.where(in_group, jax.lax.dynamic_slice_in_dim(rows, at, size), 0)
-            d = jax.lax.dynamic_slice_in_dim(d_out, at, size)
-            product = matmul(x, d, acc_dtype, transpose_a=True)
-            return product if is_first else total + product
+            d_y = jnp.where(in_group, _slice(packed_d_out, at, size), 0)
+            d_h = matmul(d_y, down, transpose_b=True)
+            g, u = jnp.split(_slice(stack, kept.layer * P + at, size), 2, axis=1)
+            h, d_gate, d_up, d_w = swiglu_gradients(g, u, w, d_h)
+            d_gate_up = jnp.concatenate([d_gate, d_up], axis=1).astype(dtype)
+            d_rows = _write(d_rows, matmul(d_gate_up, gate_up, transpose_b=True), at)
+            d_row_weights = _write(d_row_weights, d_w[:, None], at)
+            d_weights = (
+                *jnp.split(matmul(x, d_gate_up, acc_dtype, transpose_a=True), 2, axis=1),
+                matmul(h.astype(dtype), d_y, acc_dtype, transpose_a=True),
+            )
+            if not is_first:
+                d_weights = [part + total[offset + e] for part, total in zip(d_weights, totals, strict=True)]
+            written = (_write(total, part[None], offset + e) for total, part in zip(totals, d_weights, strict=True))
+            return d_rows, d_row_weights, tuple(written)
 
-        totals, scratch = carry
-        scratch = _loop_blocks(sizes, e, start, end, block, scratch)
-        columns = jnp.split(scratch[None], len(totals), axis=-1)
-        written = (_write(total, part, offset + e) for total, part in zip(totals, columns, strict=True))
-        return tuple(written), scratch
+        return _loop_blocks(sizes, e, start, end, block, carry)
 
-    # One buffer for all groups: a group's first block overwrites that of the previous group.
-    scratch = jnp.zeros((rows.shape[1], d_out.shape[1]), acc_dtype)
-    return _loop_groups(group_sizes, group, (totals, scratch))[0]
+    carry = pack(jnp.zeros_like(rows)), jnp.zeros_like(row_weights), totals
+    d_rows, d_row_weights, totals = _loop_groups(group_sizes, group, carry)
+    return unpack(d_rows), d_row_weights, totals
+
+
+def _slice(packed: Array, start: Array, size: int) -> Array:
+    return unpack(jax.lax.dynamic_slice_in_dim(packed, start, size))
+
+
+def _multiply(x: Array, weights: Sequence[Array], e: Array, copy: Array | None) -> Array:
+    """`x` times several weights of a group, side by side, of which there may be a copy."""
+    if copy is not None:
+        return matmul(x, copy)
+    return jnp.concatenate([matmul(x, in_dtype(weight[e], x.dtype)) for weight in weights], axis=1)
 
 
 def _loop_groups(group_sizes: Array, group: Callable[..., Any], carry: Any) -> Any:
@@ -229,7 +211,7 @@ def _once_if(condition: Array, body: Callable[[Array, Any], Any], carry: Any) ->
     return jax.lax.fori_loop(0, condition.astype(jnp.int32), body, carry)
 
 
-def _side_by_side(weights: tuple[Array, ...], e: Array, dtype: jnp.dtype) -> Array:
+def _side_by_side(weights: Sequence[Array], e: Array, dtype: jnp.dtype) -> Array:
     """Several weights of one group as one (X, sum of Y); a dynamic slice copies them anyway."""
     return jnp.concatenate([cast(weight[e], dtype) for weight in weights], axis=1)
 

@@ -22,7 +22,7 @@ from jax.export import is_symbolic_dim
 
 from jaxllm.model.dtypes import Array
 from jaxllm.model.kernels.matmul import in_dtype
-from jaxllm.model.kernels.stacks import Kept
+from jaxllm.model.kernels.stacks import Kept, Weights
 from jaxllm.model.kernels.swiglu import swiglu, swiglu_gradients
 
 TILE = 128
@@ -56,6 +56,39 @@ def new_kept(layers: int, most_rows: int, features: int, dtype: jnp.dtype) -> Ar
 def new_gradient(weight: Array) -> Array:
     """What `weight_gradients` writes into: it overwrites everything."""
     return jax.lax.empty(weight.shape, weight.dtype)
+
+
+def ffn(
+    rows: Array,
+    row_weights: Array,
+    weights: Weights,
+    group_sizes: Array,
+    offset: Array | int = 0,
+    kept: Kept | None = None,
+) -> tuple[Array, Array | None]:
+    """`grouped_loop.ffn`, of rows without padding."""
+    gate, up, down = weights
+    stack, h = grouped_swiglu(rows, row_weights, gate, up, group_sizes, offset, kept)
+    return grouped_matmul(h, down, group_sizes, offset), stack
+
+
+def ffn_gradients(
+    rows: Array,
+    row_weights: Array,
+    d_out: Array,
+    weights: Weights,
+    kept: Kept,
+    group_sizes: Array,
+    totals: Weights,
+    offset: Array | int = 0,
+) -> tuple[Array, Array, Weights]:
+    """`grouped_loop.ffn_gradients`, of rows without padding; it overwrites its part of `totals`, whatever is there."""
+    (gate, up, down), (d_gate, d_up, d_down) = weights, totals
+    h, d_gate_up, d_row_weights = grouped_swiglu_gradients(d_out, row_weights, kept, down, group_sizes, offset)
+    d_rows = grouped_matmul_transposed(d_gate_up, (gate, up), group_sizes, offset)
+    d_gate, d_up = weight_gradients(rows, d_gate_up, group_sizes, (d_gate, d_up), offset)
+    (d_down,) = weight_gradients(h, d_out, group_sizes, (d_down,), offset)
+    return d_rows, d_row_weights, (d_gate, d_up, d_down)
 
 
 def grouped_matmul(rows: Array, weight: Array, group_sizes: Array, offset: Array | int = 0) -> Array:
@@ -133,7 +166,7 @@ def grouped_swiglu(
 def grouped_swiglu_gradients(
     d_out: Array, row_weights: Array, kept: Kept, down: Array, group_sizes: Array, offset: Array | int = 0
 ) -> tuple[Array, Array, Array]:
-    """`swiglu` again, (M,F), and the gradients of `grouped_swiglu` for its products, (M,2F), and the row weights, (M,).
+    """`swiglu` again, (M,F), and the gradients of `grouped_swiglu` for its products, (M,2F), and row weights, (M,1).
 
     d_out: (M,D), the gradient of its product with `down` (S,F,D).
     """
@@ -181,7 +214,7 @@ def grouped_swiglu_gradients(
         compiler_params=_OPTIONS,
         name="grouped_product_swiglu_gradients",
     )(*tiles, _scalar(kept.layer), row_weights, d_out, down, kept.stack)
-    return h, d_gate_up, parts.sum(axis=1)
+    return h, d_gate_up, parts.sum(axis=1, keepdims=True)
 
 
 def weight_gradients(

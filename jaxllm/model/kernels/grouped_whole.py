@@ -1,9 +1,9 @@
-"""The products of a single expert that every row goes through, on an NVIDIA GPU: a shared expert as one group.
+"""The feed-forward network of a single expert that every row goes through, on an NVIDIA GPU: a shared expert.
 
-SwiGLU and its gradient are in the kernels of `grouped_triton`. The other products are XLA's own, which are faster for
-one group. They take `group_sizes` as those of `grouped_triton` do, and do not read it.
+SwiGLU and its gradient are in the kernels of `grouped_triton`, with one group. The other products are XLA's own, which
+are faster for one group.
 
-    M rows, all of them in the group    S experts of a stack    X in    Y out
+    M rows, all of them in the group    S experts of a stack    D hidden    F expert hidden
 """
 
 import jax
@@ -12,40 +12,43 @@ import jax.numpy as jnp
 from jaxllm.model.dtypes import Array
 from jaxllm.model.kernels.grouped_triton import grouped_swiglu, grouped_swiglu_gradients, new_kept, padding
 from jaxllm.model.kernels.matmul import matmul
+from jaxllm.model.kernels.stacks import Kept, Weights
 
-__all__ = [
-    "grouped_matmul",
-    "grouped_matmul_transposed",
-    "grouped_swiglu",
-    "grouped_swiglu_gradients",
-    "new_kept",
-    "padding",
-    "weight_gradients",
-]
+__all__ = ["ffn", "ffn_gradients", "new_kept", "padding"]
 
 
-def grouped_matmul(rows: Array, weight: Array, group_sizes: Array, offset: Array | int = 0) -> Array:
-    """`rows @ weight[offset]`: (M,X), (S,X,Y) -> (M,Y)."""
-    return matmul(rows, weight[offset])
+def ffn(
+    rows: Array,
+    row_weights: Array,
+    weights: Weights,
+    group_sizes: Array,
+    offset: Array | int = 0,
+    kept: Kept | None = None,
+) -> tuple[Array, Array | None]:
+    """`grouped_triton.ffn` of one group."""
+    gate, up, down = weights
+    stack, h = grouped_swiglu(rows, row_weights, gate, up, group_sizes, offset, kept)
+    return matmul(h, down[offset]), stack
 
 
-def grouped_matmul_transposed(
-    d_out: Array, weights: tuple[Array, ...], group_sizes: Array, offset: Array | int = 0
-) -> Array:
-    """The gradient for rows that were multiplied by several weights: (M, sum of Y), each (S,X,Y) -> (M,X)."""
-    return matmul(d_out, jnp.concatenate([weight[offset] for weight in weights], axis=1), transpose_b=True)
+def ffn_gradients(
+    rows: Array,
+    row_weights: Array,
+    d_out: Array,
+    weights: Weights,
+    kept: Kept,
+    group_sizes: Array,
+    totals: Weights,
+    offset: Array | int = 0,
+) -> tuple[Array, Array, Weights]:
+    """`grouped_triton.ffn_gradients` of one group."""
+    gate, up, down = weights
+    h, d_gate_up, d_row_weights = grouped_swiglu_gradients(d_out, row_weights, kept, down, group_sizes, offset)
+    d_rows = matmul(d_gate_up, jnp.concatenate([gate[offset], up[offset]], axis=1), transpose_b=True)
+    d_gate, d_up = jnp.split(matmul(rows, d_gate_up, jnp.float32, transpose_a=True), 2, axis=1)  # (D,F)
+    d_down = matmul(h, d_out, jnp.float32, transpose_a=True)  # (F,D)
 
+    def write(total: Array, part: Array) -> Array:
+        return jax.lax.dynamic_update_index_in_dim(total, part.astype(total.dtype), offset, axis=0)
 
-def weight_gradients(
-    rows: Array, d_out: Array, group_sizes: Array, totals: tuple[Array, ...], offset: Array | int = 0
-) -> tuple[Array, ...]:
-    """The gradients for the weights by which the rows were multiplied, written into `totals` at `offset`.
-
-    (M,X), (M, sum of Y), each (S,X,Y).
-    """
-    gradient = matmul(rows, d_out, jnp.float32, transpose_a=True)
-    parts = jnp.split(gradient.astype(totals[0].dtype), len(totals), axis=1)
-    return tuple(
-        jax.lax.dynamic_update_index_in_dim(total, part, offset, axis=0)
-        for total, part in zip(totals, parts, strict=True)
-    )
+    return d_rows, d_row_weights, (write(totals[0], d_gate), write(totals[1], d_up), write(totals[2], d_down))
