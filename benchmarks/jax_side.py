@@ -24,10 +24,11 @@ from jaxllm.generate import generate, prefill
 from jaxllm.model import flops
 from jaxllm.model.decoder import CustomLLM, abstract_model, count_parameters
 from jaxllm.model.inference import for_inference
+from jaxllm.model.kernels.dispatch import plan_dispatch
 from jaxllm.model.kernels.matmul import linear
 from jaxllm.model.kernels.swiglu import plain_swiglu
 from jaxllm.model.layers import stack
-from jaxllm.model.moe import DeepSeekExpertLayer, combine, dispatch, dispatch_gates, plan_dispatch, route
+from jaxllm.model.moe import DeepSeekExpertLayer, route
 from jaxllm.run.checkpoint_writer import CheckpointWriter
 from jaxllm.run.history import History
 from jaxllm.train.state import init_state, start_state
@@ -170,8 +171,7 @@ def mixture(s: MixtureSizes, dtype: jnp.dtype) -> dict[str, Contender]:
     def routed(weights, router: Array, x: Array, experts: Array) -> Array:  # (N,D), (N,k) -> (N,D)
         routing = route(x, router, jnp.zeros(s.experts), s.per_token, experts)
         plan = plan_dispatch(routing.experts, s.experts)
-        rows, gates = dispatch(x, plan), dispatch_gates(routing.gates, plan)
-        return combine(nnx.merge(graph, weights).grouped(rows, gates, plan.group_sizes)[0], plan)
+        return nnx.merge(graph, weights).chosen(x, routing.gates, plan).output
 
     def dense(weights, router: Array, x: Array, experts: None) -> Array:  # (N,D) -> (N,D)
         layers = nnx.merge(graph, weights)

@@ -39,38 +39,33 @@ def interpreted(monkeypatch):
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_triton_kernels_equal_the_loops(interpreted, sizes, dtype):
-    """Both passes, by the second of three layers. The kernels accumulate in float32."""
-    keys = jax.random.split(jax.random.key(0), 6)
-    M = sum(sizes)
-    rows, d_out = (jax.random.normal(key, (M, 32)).astype(dtype) for key in keys[:2])
+    """Both passes, by the second of three layers, on tokens in any order. The kernels accumulate in float32."""
+    keys = jax.random.split(jax.random.key(0), 7)
+    M, N = sum(sizes), sum(sizes) // 2
+    x, d_out = (jax.random.normal(key, (N, 32)).astype(dtype) for key in keys[:2])
     row_weights = jax.random.uniform(keys[2], (M, 1), jnp.float32)
+    tokens = jax.random.randint(keys[6], (M,), 0, N)
     shapes = ((4, 32, 48), (4, 32, 48), (4, 48, 32))
-    weights = [jax.random.normal(key, shape, jnp.float32) for key, shape in zip(keys[3:], shapes, strict=True)]
+    weights = [jax.random.normal(key, shape, jnp.float32) for key, shape in zip(keys[3:6], shapes, strict=True)]
     counts, second = jnp.asarray(sizes), jnp.asarray(1)
 
     def results(grouped) -> list[np.ndarray]:
         def pad(a):
-            return jnp.pad(a, ((0, grouped.padding(M)), (0, 0)))
+            return jnp.pad(a, ((0, grouped.padding(M)), *[(0, 0)] * (a.ndim - 1)))
 
-        x, w, d_y = pad(rows), pad(row_weights), pad(d_out)
-        alone = [grouped.prepared(weight, rows.dtype) for weight in weights]
-        stacks = [grouped.prepared(jnp.concatenate([a + 1, a, a - 1]), rows.dtype) for a in weights]
+        inputs = x, pad(tokens), pad(row_weights)
+        alone = [grouped.prepared(weight, x.dtype) for weight in weights]
+        stacks = [grouped.prepared(jnp.concatenate([a + 1, a, a - 1]), x.dtype) for a in weights]
         at_start = jnp.nan if grouped is grouped_triton else 0  # the loops leave the zeros of empty groups
         totals = tuple(jnp.ones((12, *shape[1:])).at[4:8].set(at_start) for shape in shapes)
-        room = Kept(jnp.zeros_like(grouped.new_kept(3, M, 96, rows.dtype)), second)
-        out, kept = grouped.ffn(x, w, stacks, counts, 4 * second, room)
-        out_alone, _ = grouped.ffn(x, w, alone, counts)
+        room = Kept(jnp.zeros_like(grouped.new_kept(3, M, 96, x.dtype)), second)
+        out, kept = grouped.ffn(*inputs, stacks, counts, 4 * second, room)
+        out_alone, _ = grouped.ffn(*inputs, alone, counts)
         d_rows, d_row_weights, totals = grouped.ffn_gradients(
-            x, w, d_y, stacks, Kept(kept, second), counts, totals, 4 * second
+            *inputs, d_out, stacks, Kept(kept, second), counts, totals, 4 * second
         )
-        made = [
-            out[:M],
-            out_alone[:M],
-            d_rows[:M],
-            d_row_weights[:M],
-            *totals,
-            *unpack(kept)[jnp.asarray([1, 0, 2]), :M],
-        ]
+        made = [out[:M], out_alone[:M], d_rows[:M], d_row_weights[:M], *totals]
+        made += [unpack(kept)[layer, :M] for layer in (1, 0, 2)]
         return [np.asarray(a, np.float64) for a in made]
 
     tolerance = 1e-5 if dtype == "float32" else 1e-2

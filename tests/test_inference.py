@@ -72,13 +72,15 @@ def test_packing_changes_no_number():
 
 @pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_packed_residuals_change_no_gradient(remat):
+    """1e-5 of each gradient's largest entry: float32 sums are fused otherwise. A bit of bfloat16 less would be 4e-3."""
     model = CustomLLM(SMALL, dtype=jnp.bfloat16, remat=remat, rngs=nnx.Rngs(0))
 
     def gradients(model: CustomLLM):
         graph, params, bias = split_model(model)
         return jax.jit(jax.grad(lambda params: nnx.merge(graph, params, bias)(TOKENS).std()))(params)
 
-    jax.tree.map(np.testing.assert_array_equal, gradients(model), gradients(without_packing(model)))
+    for ours, plain in zip(*map(jax.tree.leaves, (gradients(model), gradients(without_packing(model)))), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-5 * np.abs(plain).max())
 
 
 def test_what_several_products_read_is_kept_once():

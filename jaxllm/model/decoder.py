@@ -20,6 +20,7 @@ from jaxllm.config import ModelConfig
 from jaxllm.model.attention import Latents
 from jaxllm.model.dtypes import Array, Pytree, at_least_float32
 from jaxllm.model.kernels import choose_kernels
+from jaxllm.model.kernels.dispatch import tokens_per_expert
 from jaxllm.model.kernels.matmul import linear
 from jaxllm.model.kernels.packed import pack, packing_residuals
 from jaxllm.model.kernels.stacks import Carried, end_of_layers
@@ -27,7 +28,7 @@ from jaxllm.model.layer import DecoderLayer, LayerTrace
 from jaxllm.model.layer_stack import EXPERTS, split_layers
 from jaxllm.model.layers import CustomRMSNorm, Embedding, Linear, RoutingBias, parameter_facts, stack
 from jaxllm.model.layout import ONE_DEVICE, Layout
-from jaxllm.model.moe import balance_loss, tokens_per_expert, z_loss
+from jaxllm.model.moe import balance_loss, z_loss
 
 STACKS = ("dense_layers", "decoder_layers")
 """The attributes of a model that are stacks of layers, in their order; a stack without layers is None."""

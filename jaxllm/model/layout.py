@@ -17,23 +17,26 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxllm.config import AXES
 from jaxllm.model.dtypes import Array, Pytree
+from jaxllm.model.kernels.matmul import PRODUCT
 
 MESH_AXIS = {"hidden": "fsdp", "heads": "fsdp", "expert": "expert"}
 """Along which axis of the mesh a parameter's axis is cut. A parameter's other axes are whole on every device."""
 
 
-def _is_not_gathered(primitive, *_, **__) -> bool:
-    """What the backward pass may keep: neither gathered weights, also after `stop_gradient`, nor casts of them (casting
-    activations is cheap)."""
-    return primitive.name not in ("all_gather", "stop_gradient", "convert_element_type")
-
-
-GPU_KERNELS = ("pallas_call", "dot_product_attention_fwd_wrapper")
+_GPU_KERNELS = ("pallas_call", "dot_product_attention_fwd_wrapper")
 """JAX's primitives of the grouped products and of cuDNN's attention; a program for another device has none of them."""
+
+_ROUTING = ("sort", "top_k", "scatter")
+"""Those that sort a layer's tokens by expert: their results are a few integers a token."""
 
 
 def _is_of_gpu_kernel(primitive, *_, **__) -> bool:
-    return primitive.name in GPU_KERNELS
+    return primitive.name in _GPU_KERNELS
+
+
+def _is_product(primitive, *_, name: str = "", **__) -> bool:
+    """Also queries and keys, which are concatenated of two products each: attention reads them only that way."""
+    return name == PRODUCT or primitive.name in (*_GPU_KERNELS, *_ROUTING, "concatenate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,15 +99,14 @@ class Layout:
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def checkpoint(self, body: Callable, remat: bool) -> Callable:
-        """A layer's function of which the backward pass recomputes nearly everything (`remat`), or only the gathering.
+        """A layer's function, with what its backward pass keeps.
 
-        With `remat` it keeps what a GPU's own kernels made: they cost the most to run again, and their results are
-        about a fifth of what a layer keeps without.
+        Without `remat` it keeps what products made, and recomputes what is elementwise, moves rows, or is gathered
+        along `fsdp`: to write that and read it again takes as long. With `remat` it keeps only what a GPU's own kernels
+        made, which cost the most to run again.
         """
-        if remat or self.fsdp > 1:
-            # the layers run in a scan, across whose two loops XLA merges nothing
-            return jax.checkpoint(body, prevent_cse=False, policy=_is_of_gpu_kernel if remat else _is_not_gathered)
-        return body
+        # the layers run in a scan, across whose two loops XLA merges nothing
+        return jax.checkpoint(body, prevent_cse=False, policy=_is_of_gpu_kernel if remat else _is_product)
 
     def parameter_spec(self, axes: tuple[str, ...]) -> PartitionSpec:
         """Where a parameter with these axes is cut."""

@@ -1,13 +1,12 @@
 """DeepSeekMoE (arXiv:2401.06066) with the routers of DeepSeek-V2 (arXiv:2405.04434, 2.2) and of DeepSeek-V3, whose
 choice a bias steers (arXiv:2412.19437, 2.1.2).
 
-route -> dispatch -> experts -> combine are separate functions, so that a test can call one alone or inject a routing.
-No token is ever dropped.
+Routing and experts are separate functions, so that a test can call one alone or inject a routing. No token is ever
+dropped.
 """
 
 import functools
-import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ from flax import nnx
 from jaxllm.config import ModelConfig, RouterConfig
 from jaxllm.model.dtypes import Array, at_least_float32
 from jaxllm.model.kernels import choose_kernels
+from jaxllm.model.kernels.dispatch import Dispatch, add_all, one_group, plan_dispatch
 from jaxllm.model.kernels.expert_ffn import expert_ffn, expert_ffn_in_stack
 from jaxllm.model.kernels.matmul import linear
 from jaxllm.model.kernels.stacks import Carried, Weights
@@ -47,7 +47,7 @@ InStacks = Mapping[str, InStack]
 
 
 class OfExperts(NamedTuple):
-    output: Array  # (M,D), of each row's expert, or (N,D)
+    output: Array  # (N,D)
     carried: Carried | None  # for the next layer; None: no stack of all layers
 
 
@@ -55,12 +55,6 @@ class Mixture(NamedTuple):
     output: Array  # (B,T,D), shared and routed experts summed
     routing: Routing | None  # of the N tokens; None: a dense layer
     carried: dict[str, Carried]  # for the next layer, of each of `InStacks`
-
-
-class Dispatch(NamedTuple):
-    order: Array  # (M,): row i of the sorted rows is slot order[i] of the (N,k) slots, flattened
-    rows: Array  # (N,k): the row of each slot, the inverse of the order
-    group_sizes: Array  # (E,): rows of each expert
 
 
 def route(
@@ -100,44 +94,6 @@ def close_groups(ranks: Array, router: RouterConfig) -> Array:
     return jnp.where(is_open[..., None], grouped, -jnp.inf if router.has_bias else 0).reshape(ranks.shape)
 
 
-def tokens_per_expert(experts: Array, n_experts: int) -> Array:  # (N,k) -> (E,) int32
-    return (experts.reshape(-1, 1) == jnp.arange(n_experts)).sum(axis=0, dtype=jnp.int32)
-
-
-def plan_dispatch(experts: Array, n_experts: int) -> Dispatch:
-    """Sort the (N,k) slots by expert, keeping the order of tokens within an expert."""
-    order = jnp.argsort(experts.reshape(-1), stable=True)
-    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
-    return Dispatch(order, inverse.reshape(experts.shape), tokens_per_expert(experts, n_experts))
-
-
-def add_all(arrays: Iterable[Array]) -> Array:
-    """The sum of some arrays, from left to right."""
-    return functools.reduce(operator.add, arrays)
-
-
-# Dispatch and combine are gathers, in the backward pass too: JAX would scatter there. The k slots of a token are added
-# one by one, which fuses with the gathers: XLA's sum over an axis in the middle is slow on a CPU.
-@jax.custom_vjp
-def dispatch(x: Array, plan: Dispatch) -> Array:  # (N,D) -> (M,D), rows sorted by expert
-    return x[plan.order // plan.rows.shape[1]]
-
-
-@jax.custom_vjp
-def combine(rows: Array, plan: Dispatch) -> Array:  # (M,D), each times its gate -> (N,D), summed over a token's slots
-    return add_all(rows[slot] for slot in plan.rows.T)
-
-
-@jax.custom_vjp
-def dispatch_gates(gates: Array, plan: Dispatch) -> Array:  # (N,k) -> (M,), of the sorted rows
-    return gates.reshape(-1)[plan.order]
-
-
-dispatch.defvjp(lambda x, plan: (dispatch(x, plan), plan), lambda plan, d_rows: (combine(d_rows, plan), None))
-combine.defvjp(lambda rows, plan: (combine(rows, plan), plan), lambda plan, d_out: (dispatch(d_out, plan), None))
-dispatch_gates.defvjp(lambda gates, plan: (dispatch_gates(gates, plan), plan), lambda plan, d: (d[plan.rows], None))
-
-
 class DeepSeekExpertLayer(nnx.Module):
     """A SwiGLU feed-forward layer. The shared and the routed experts are stacks of it along a leading axis.
 
@@ -165,35 +121,30 @@ class DeepSeekExpertLayer(nnx.Module):
     def weights(self) -> Weights:
         return self.gate_proj.weight[...], self.up_proj.weight[...], self.down_proj.weight[...]
 
-    def grouped(
-        self, rows: Array, row_weights: Array, group_sizes: Array, in_stack: InStack | None = None
-    ) -> OfExperts:
-        """As a stack of experts, each on a separate group of consecutive rows: (M,D), (M,), (E,) -> (M,D).
+    def chosen(self, x: Array, gates: Array, plan: Dispatch, in_stack: InStack | None = None) -> OfExperts:
+        """As a stack of experts of which each token has chosen some: see `expert_ffn`, (N,D), (N,k) -> (N,D).
 
-        A row's output is multiplied by its weight. With `in_stack`, the module's weights are those of all layers as
-        `prepare` makes them.
+        With `in_stack`, the module's weights are those of all layers as `prepare` makes them.
         """
+        x = x.astype(self.dtype)
         if in_stack is None:
-            made = expert_ffn(self.kernels.grouped, rows, row_weights, self.weights(), group_sizes)
-            return OfExperts(made, None)
+            return OfExperts(expert_ffn(self.kernels.grouped, x, gates, self.weights(), plan), None)
         offset, _, carried = in_stack
-        made: Any = expert_ffn_in_stack(
-            self.kernels.grouped, rows, row_weights, self.weights(), carried, group_sizes, offset
-        )
+        made: Any = expert_ffn_in_stack(self.kernels.grouped, x, gates, self.weights(), carried, plan, offset)
         return OfExperts(*made)
 
     def summed(self, x: Array, in_stack: InStack | None = None) -> OfExperts:
-        """As a stack of experts that all see every token, summed: (N,D) -> (N,D). `in_stack` as in `grouped`."""
+        """As a stack of experts that all see every token, summed: (N,D) -> (N,D). `in_stack` as in `chosen`."""
         x = x.astype(self.dtype)
         if in_stack is None:
             weights = zip(*self.weights(), strict=True)
             out = add_all(linear(plain_swiglu(linear(x, gate), linear(x, up)), down) for gate, up, down in weights)
             return OfExperts(out, None)
         assert self.kernels.shared is not None
-        ones, sizes = jnp.ones(len(x), at_least_float32(self.dtype)), jnp.full(1, len(x))
+        ones, plan = jnp.ones((len(x), 1), at_least_float32(self.dtype)), one_group(len(x))
         outputs, (offset, experts, carried) = [], in_stack
         for j in range(experts):
-            made: Any = expert_ffn_in_stack(self.kernels.shared, x, ones, self.weights(), carried, sizes, offset + j)
+            made: Any = expert_ffn_in_stack(self.kernels.shared, x, ones, self.weights(), carried, plan, offset + j)
             output, carried = made
             outputs.append(output)
         return OfExperts(add_all(outputs), carried)
@@ -234,14 +185,12 @@ class DeepSeekMoE(nnx.Module):
         k, router = self.config.num_experts_per_tok, self.config.router
         routing = route(tokens, self.router.weight[...], bias, k, experts, router)
         stacks = in_stacks or {}
-        run = functools.partial(self.routed_experts.grouped, in_stack=stacks.get("routed_experts"))
+        run = functools.partial(self.routed_experts.chosen, in_stack=stacks.get("routed_experts"))
         if layout.expert > 1:
             local = self.config.n_routed_experts // layout.expert
             mixed, carried = expert_parallel_ffn(run, tokens, routing, local)
         else:
-            plan = plan_dispatch(routing.experts, self.config.n_routed_experts)
-            out, carried = run(dispatch(tokens, plan), dispatch_gates(routing.gates, plan), plan.group_sizes)
-            mixed = combine(out, plan)
+            mixed, carried = run(tokens, routing.gates, plan_dispatch(routing.experts, self.config.n_routed_experts))
         shared, shared_carried = self.shared_experts.summed(tokens, in_stack=stacks.get("shared_experts"))
         handed_on = {"routed_experts": carried, "shared_experts": shared_carried}
         there = {name: carried for name, carried in handed_on.items() if carried is not None}
@@ -249,7 +198,7 @@ class DeepSeekMoE(nnx.Module):
 
 
 def expert_parallel_ffn(
-    run: Callable[[Array, Array, Array], OfExperts], tokens: Array, routing: Routing, local_experts: int
+    run: Callable[[Array, Array, Dispatch], OfExperts], tokens: Array, routing: Routing, local_experts: int
 ) -> OfExperts:
     """The output of the routed experts of all devices along `expert` for this device's tokens: (N,D) -> (N,D).
 
@@ -258,28 +207,18 @@ def expert_parallel_ffn(
     only the chosen rows would move k/n of this on n > k devices.
 
     Args:
-        run: this device's experts on rows sorted by expert, their weights, and how many rows each has: (M,D), (M,),
-            (F,) -> (M,D).
+        run: this device's experts, of the tokens of all devices: (nN,D), (nN,k) -> (nN,D).
         routing: of the tokens, among all experts.
-        local_experts: F.
+        local_experts: how many experts a device has.
     """
 
     def gather(x: Array) -> Array:
         return jax.lax.all_gather(x, "expert", tiled=True)
 
-    tokens, experts, gates = gather(tokens), gather(routing.experts), gather(routing.gates)  # of all devices
-    local = experts - jax.lax.axis_index("expert") * local_experts
-    here = (local >= 0) & (local < local_experts)
-    # Rows for other devices come after the last group. They are not computed, forward or backward, and a kernel leaves
-    # arbitrary values there: replace them with zeros.
-    plan = plan_dispatch(jnp.where(here, local, local_experts), local_experts + 1)
-    sizes = plan.group_sizes[:local_experts]
-    live = (jnp.arange(plan.order.size) < sizes.sum())[:, None]
-    rows = jnp.where(live, dispatch(tokens, plan), 0)
-    row_weights = jnp.where(live[:, 0], dispatch_gates(gates, plan), 0)
-    out, carried = run(rows, row_weights, sizes)
-    out = jnp.where(live, out, 0)
-    return OfExperts(jax.lax.psum_scatter(combine(out, plan), "expert", tiled=True), carried)
+    local = gather(routing.experts) - jax.lax.axis_index("expert") * local_experts
+    plan = plan_dispatch(jnp.where(local < 0, local_experts, local), local_experts)
+    out, carried = run(gather(tokens), gather(routing.gates), plan)
+    return OfExperts(jax.lax.psum_scatter(out, "expert", tiled=True), carried)
 
 
 def balance_loss(routing: Routing, batch: int) -> Array:

@@ -13,7 +13,8 @@ from jaxllm.plan.hlo import Instruction, Shape
 
 WEIGHT_GRADIENT = "grouped_weight_gradient"
 
-# Where each kernel has its rows, among its operands; the operands after them are weights or gradients.
+# Where each kernel has its rows, among its operands; the operands after them are weights or gradients. If it reads the
+# rows from the tokens, the token of each row comes first.
 _ROWS = {
     "grouped_product_swiglu_gradients": 5,
     "grouped_product_swiglu": 5,
@@ -40,16 +41,27 @@ def grouped_flops(instruction: Instruction) -> float:
 
 
 def grouped_bytes(instruction: Instruction) -> float:
-    """Each operand and each result once, and of a stack the part of one layer."""
+    """Each row and each result once, and of a stack the part of one layer. A token is read for each of its rows."""
     aliasing = instruction.attributes.partition("output_to_operand_aliasing={")[2].partition("}}")[0]
     written_in_place = {int(operand) for operand in re.findall(r"\((\d+),", aliasing)}
-    read = [operand[0] for i, operand in enumerate(instruction.inputs) if i not in written_in_place]
+    read = [shape for i, shape in enumerate(_operands(instruction)) if i not in written_in_place]
     return sum(_part(instruction, shape) for shape in (*read, *instruction.outputs))
 
 
-def _rows_and_others(instruction: Instruction) -> list[Shape]:
+def _operands(instruction: Instruction) -> list[Shape]:
+    """With the rows as if they were sorted, where they are read from the tokens."""
+    shapes = [operand[0] for operand in instruction.inputs]
     first = _ROWS[grouped_kernel(instruction) or ""]
-    return [operand[0] for operand in instruction.inputs[first:]]
+    if len(shapes[first].dims) == 1:
+        M, count = shapes[first].dims[0], 2 if grouped_kernel(instruction) == WEIGHT_GRADIENT else 1
+        for i in range(first + 1, first + 1 + count):
+            shapes[i] = shapes[i]._replace(dims=(M, *shapes[i].dims[1:]))
+    return shapes
+
+
+def _rows_and_others(instruction: Instruction) -> list[Shape]:
+    shapes, first = _operands(instruction), _ROWS[grouped_kernel(instruction) or ""]
+    return shapes[first:] if len(shapes[first].dims) > 1 else shapes[first + 1 :]
 
 
 def _groups(instruction: Instruction) -> int:
@@ -62,9 +74,9 @@ def _groups(instruction: Instruction) -> int:
 
 def _kept(instruction: Instruction) -> Shape | None:
     """The stack of pre-activations (L,M,2F): the last operand of the kernels of SwiGLU, if they keep them."""
-    name, operands = grouped_kernel(instruction), instruction.inputs
-    keeps = name == "grouped_product_swiglu_gradients" or (name == "grouped_product_swiglu" and len(operands) == 9)
-    return operands[-1][0] if keeps else None
+    name, others = grouped_kernel(instruction), _rows_and_others(instruction)[1:]
+    keeps = name == "grouped_product_swiglu_gradients" or (name == "grouped_product_swiglu" and len(others) == 3)
+    return others[-1] if keeps else None
 
 
 def _part(instruction: Instruction, shape: Shape) -> float:

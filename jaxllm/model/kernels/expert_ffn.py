@@ -1,11 +1,15 @@
-"""The experts' SwiGLU on rows sorted by expert, each times its weight, with an explicit gradient. No row is dropped.
+"""The routed experts of a layer, from tokens to tokens, with an explicit gradient. No row is dropped.
 
-The two passes are those of a device's kernels (`grouped_loop`, `grouped_triton`), which autodiff cannot differentiate.
-A row's weight, the gate of its expert, multiplies before the last product: so its gradient does not need the experts'
-outputs. The backward pass keeps the two pre-activations (2*M*F numbers), which saves a quarter of its products, and
-recomputes the rest.
+Each token goes to k experts, its gate times their SwiGLU network, and the results are summed. The passes over the
+experts are those of a device's kernels (`grouped_loop`, `grouped_triton`), which autodiff cannot differentiate. They
+read a token's row where the tokens are, so sorted rows are not written, and all other moves of rows are gathers; JAX
+would scatter in the backward pass.
 
-    M rows, sorted by expert    D hidden    F expert hidden    E experts of a layer    S of a stack    L layers
+A gate multiplies before the last product: so its gradient does not need the experts' outputs. The backward pass keeps
+the two pre-activations (2*M*F numbers), which saves a quarter of its products, and recomputes the rest.
+
+    N tokens    k experts of each    M rows, sorted by expert    D hidden    F expert hidden
+    E experts of a layer    S of a stack    L layers
 """
 
 import functools
@@ -16,23 +20,25 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.model.dtypes import Array, Pytree
+from jaxllm.model.kernels.dispatch import Dispatch, combine, of_slots
+from jaxllm.model.kernels.matmul import product
 from jaxllm.model.kernels.stacks import Carried, Kept, Weights
 
 
-def expert_ffn(grouped: ModuleType, rows: Array, row_weights: Array, masters: Weights, group_sizes: Array) -> Array:
-    """`(w * silu(rows @ gate[e]) * (rows @ up[e])) @ down[e]`, for each row the expert e of its group and its weight w.
+def expert_ffn(grouped: ModuleType, x: Array, gates: Array, masters: Weights, plan: Dispatch) -> Array:
+    """The sum of `(gates[n,j] * silu(x[n] @ gate[e]) * (x[n] @ up[e])) @ down[e]` over the chosen experts e of a token.
 
     Args:
         grouped: the kernels, `Kernels.grouped`.
-        rows: (M, D), sorted by expert, in the compute dtype.
-        row_weights: (M,), in float32 or wider.
+        x: (N, D), in the compute dtype.
+        gates: (N, k), in float32 or wider.
         masters: gate, up (E,D,F) and down (E,F,D).
-        group_sizes: (E,) int, rows of each expert. Rows after the last group have undefined results and gradients.
+        plan: the experts' rows. Slots of other devices contribute nothing, and have no gradient.
 
-    Returns (M, D). The weights' gradients accumulate in float32 (or wider) and are returned in the masters' dtype.
+    Returns (N, D). The weights' gradients accumulate in float32 (or wider) and are returned in the masters' dtype.
     """
-    weights, carried = prepare(grouped, masters, rows.dtype), Carried(masters, kept=None)
-    made: Any = expert_ffn_in_stack(grouped, rows, row_weights, weights, carried, group_sizes, 0)
+    weights, carried = prepare(grouped, masters, x.dtype), Carried(masters, kept=None)
+    made: Any = expert_ffn_in_stack(grouped, x, gates, weights, carried, plan, 0)
     return made[0]
 
 
@@ -43,13 +49,7 @@ def prepare(grouped: ModuleType, masters: Pytree, dtype: jnp.dtype) -> Pytree:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def expert_ffn_in_stack(
-    grouped: ModuleType,
-    rows: Array,
-    row_weights: Array,
-    weights: Weights,
-    carried: Carried,
-    group_sizes: Array,
-    offset: Array | int,
+    grouped: ModuleType, x: Array, gates: Array, weights: Weights, carried: Carried, plan: Dispatch, offset: Array | int
 ) -> tuple[Array, Carried]:
     """`expert_ffn` by the E experts that begin at `offset` in a stack of S, without a copy of any.
 
@@ -57,65 +57,64 @@ def expert_ffn_in_stack(
         weights: what `prepare` makes of the masters: gate, up (S,D,F) and down (S,F,D).
         carried: holds the masters, for their gradient. A layer's experts are used once in a pass.
 
-    Returns (M, D), and what is carried on.
+    Returns (N, D), and what is carried on.
     """
-    return _products(grouped, rows, row_weights, weights, group_sizes, offset, kept=None)[0], carried
+    return _products(grouped, x, gates, weights, plan, offset, kept=None)[0], carried
 
 
 def _products(
     grouped: ModuleType,
-    rows: Array,
-    row_weights: Array,
+    x: Array,
+    gates: Array,
     weights: Weights,
-    group_sizes: Array,
+    plan: Dispatch,
     offset: Array | int,
     kept: Kept | None,
 ) -> tuple[Array, Any]:
-    x, row_weights = _pad(grouped, rows), _pad(grouped, row_weights[:, None])
-    out, stack = grouped.ffn(x, row_weights, weights, group_sizes, offset, kept)
-    return out[: rows.shape[0]], stack
+    tokens, row_weights = _rows(grouped, gates, plan)
+    out, stack = grouped.ffn(x, tokens, row_weights, weights, plan.group_sizes, offset, kept)
+    return combine(out[: gates.size], plan), stack
+
+
+def _rows(grouped: ModuleType, gates: Array, plan: Dispatch) -> tuple[Array | None, Array]:
+    """The token, (P,), and the gate, (P,1), of each row, with those of the padding that the kernels ask for."""
+    if plan.order is None:
+        return None, gates
+    slots = jnp.pad(plan.order, (0, grouped.padding(plan.order.size)))
+    return slots // gates.shape[1], gates.reshape(-1)[slots][:, None]
 
 
 def _forward(
-    grouped: ModuleType,
-    rows: Array,
-    row_weights: Array,
-    weights: Weights,
-    carried: Carried,
-    group_sizes: Array,
-    offset: Array | int,
+    grouped: ModuleType, x: Array, gates: Array, weights: Weights, carried: Carried, plan: Dispatch, offset: Array | int
 ):
     if carried.masters is None:
         raise ValueError("decoding has no gradient: differentiate the model's call, which takes whole sequences")
-    products = functools.partial(_products, grouped, rows, row_weights, weights, group_sizes, offset)
+    products = functools.partial(_products, grouped, x, gates, weights, plan, offset)
     if carried.kept is None:
-        room = grouped.new_kept(1, rows.shape[0], 2 * weights[0].shape[2], rows.dtype)
+        room = grouped.new_kept(1, gates.size, 2 * weights[0].shape[2], x.dtype)
         out, own = products(Kept(room, layer=0))
+        own = product(own)
     else:
-        out, stack = products(Kept(carried.kept, layer=offset // group_sizes.shape[0]))
+        out, stack = products(Kept(carried.kept, layer=offset // plan.group_sizes.shape[0]))
         own, carried = None, carried._replace(kept=stack)
-    return (out, carried), (rows, row_weights, weights, group_sizes, offset, own)
+    return (out, carried), (x, gates, weights, plan, offset, own)
 
 
 def _backward(grouped: ModuleType, saved: tuple, cotangents: tuple[Array, Carried]) -> tuple:
-    rows, row_weights, weights, group_sizes, offset, own = saved
+    x, gates, weights, plan, offset, own = saved
     d_out, carried = cotangents
     if own is None:
         assert carried.kept is not None  # as in the forward pass
-        kept = Kept(carried.kept, layer=offset // group_sizes.shape[0])
+        kept = Kept(carried.kept, layer=offset // plan.group_sizes.shape[0])
     else:
         kept = Kept(own, layer=0)
-    x, d_y, padded = _pad(grouped, rows), _pad(grouped, d_out), _pad(grouped, row_weights[:, None])
+    tokens, row_weights = _rows(grouped, gates, plan)
     d_rows, d_row_weights, masters = grouped.ffn_gradients(
-        x, padded, d_y, weights, kept, group_sizes, carried.masters, offset
+        x, tokens, row_weights, d_out, weights, kept, plan.group_sizes, carried.masters, offset
     )
-    M = rows.shape[0]
-    d_row_weights = d_row_weights[:M, 0].astype(row_weights.dtype)
-    return d_rows[:M], d_row_weights, None, carried._replace(masters=masters), None, None
+    M = gates.size
+    d_gates = of_slots(d_row_weights[:M], plan).astype(gates.dtype)
+    return combine(d_rows[:M], plan), d_gates, None, carried._replace(masters=masters), None, None
 
 
 expert_ffn_in_stack.defvjp(_forward, _backward)
-
-
-def _pad(grouped: ModuleType, rows: Array) -> Array:
-    return jnp.pad(rows, ((0, grouped.padding(rows.shape[0])), (0, 0)))

@@ -67,7 +67,8 @@ def new_gradient(weight: Array) -> Array:
 
 
 def ffn(
-    rows: Array,
+    x: Array,
+    tokens: Array,
     row_weights: Array,
     weights: Weights,
     group_sizes: Array,
@@ -78,11 +79,11 @@ def ffn(
 
     The products with gate and up are written side by side into a layer of `kept`, in place; None: they are not kept.
 
-    rows (P,D), row_weights (P,1). Returns the result (P,D), and what is kept.
+    x (N,D), the token of each row (P,), row_weights (P,1). Returns the result (P,D), and what is kept.
     """
-    (P, _), dtype = rows.shape, rows.dtype
+    (P,), D, dtype = tokens.shape, x.shape[1], x.dtype
     gate_up, down = weights[:2], weights[2:]
-    sizes, packed = block_sizes(P, group_sizes.shape[0]), pack(rows)
+    sizes, packed = block_sizes(P, group_sizes.shape[0]), pack(x)
 
     def group(e: Array, start: Array, end: Array, carry: Any) -> Any:
         if P > FEW_ROWS:  # one product with gate and up is faster than two, and worth a copy of them
@@ -92,7 +93,7 @@ def ffn(
 
         def block(size: int, e: Array, at: Array, stop: Array, is_first: bool, carry: Any) -> Any:
             out, stack = carry
-            products = _multiply(_slice(packed, at, size), gate_up, offset + e, copies[0])
+            products = _multiply(_gather(packed, tokens, at, size), gate_up, offset + e, copies[0])
             g, u = jnp.split(products, 2, axis=1)
             h = swiglu(g, u, _slice(row_weights, at, size)).astype(dtype)
             # A block may extend into the next one, which is computed later and overwrites the surplus.
@@ -102,12 +103,13 @@ def ffn(
         return _loop_blocks(sizes, e, start, end, block, carry)
 
     stack = None if kept is None else kept.stack.reshape(-1, kept.stack.shape[-1])
-    out, stack = _loop_groups(group_sizes, group, (pack(jnp.zeros_like(rows)), stack))
+    out, stack = _loop_groups(group_sizes, group, (pack(jnp.zeros((P, D), dtype)), stack))
     return unpack(out), None if kept is None else stack.reshape(kept.stack.shape)
 
 
 def ffn_gradients(
-    rows: Array,
+    x: Array,
+    tokens: Array,
     row_weights: Array,
     d_out: Array,
     weights: Weights,
@@ -120,9 +122,11 @@ def ffn_gradients(
 
     The last are written into `totals` from `offset` on, in place. They must be zero there: those of empty groups are
     left as they are.
+
+    d_out: (N,D), the gradient of the sum of each token's rows.
     """
-    (P, _), dtype, acc_dtype = rows.shape, rows.dtype, at_least_float32(rows.dtype)
-    sizes, packed_rows, packed_d_out = block_sizes(P, group_sizes.shape[0]), pack(rows), pack(d_out)
+    (P,), D, dtype, acc_dtype = tokens.shape, x.shape[1], x.dtype, at_least_float32(x.dtype)
+    sizes, packed_x, packed_d_out = block_sizes(P, group_sizes.shape[0]), pack(x), pack(d_out)
     stack = kept.stack.reshape(-1, kept.stack.shape[-1])
 
     def group(e: Array, start: Array, end: Array, carry: Any) -> Any:
@@ -130,9 +134,9 @@ def ffn_gradients(
 
         def block(size: int, e: Array, at: Array, stop: Array, is_first: bool, carry: Any) -> Any:
             d_rows, d_row_weights, totals = carry
-            x, w = _slice(packed_rows, at, size), _slice(row_weights, at, size)
+            x_rows, w = _gather(packed_x, tokens, at, size), _slice(row_weights, at, size)
             in_group = (at + jnp.arange(size) < stop)[:, None]  # not the next block's
-            d_y = jnp.where(in_group, _slice(packed_d_out, at, size), 0)
+            d_y = jnp.where(in_group, _gather(packed_d_out, tokens, at, size), 0)
             d_h = matmul(d_y, down, transpose_b=True)
             g, u = jnp.split(_slice(stack, kept.layer * P + at, size), 2, axis=1)
             h, d_gate, d_up, d_w = swiglu_gradients(g, u, w, d_h)
@@ -140,7 +144,7 @@ def ffn_gradients(
             d_rows = _write(d_rows, matmul(d_gate_up, gate_up, transpose_b=True), at)
             d_row_weights = _write(d_row_weights, d_w[:, None], at)
             d_weights = (
-                *jnp.split(matmul(x, d_gate_up, acc_dtype, transpose_a=True), 2, axis=1),
+                *jnp.split(matmul(x_rows, d_gate_up, acc_dtype, transpose_a=True), 2, axis=1),
                 matmul(h.astype(dtype), d_y, acc_dtype, transpose_a=True),
             )
             if not is_first:
@@ -150,13 +154,18 @@ def ffn_gradients(
 
         return _loop_blocks(sizes, e, start, end, block, carry)
 
-    carry = pack(jnp.zeros_like(rows)), jnp.zeros_like(row_weights), totals
+    carry = pack(jnp.zeros((P, D), dtype)), jnp.zeros_like(row_weights), totals
     d_rows, d_row_weights, totals = _loop_groups(group_sizes, group, carry)
     return unpack(d_rows), d_row_weights, totals
 
 
 def _slice(packed: Array, start: Array, size: int) -> Array:
     return unpack(jax.lax.dynamic_slice_in_dim(packed, start, size))
+
+
+def _gather(packed: Array, tokens: Array, start: Array, size: int) -> Array:
+    """The tokens of some rows, (N,D) -> (size,D)."""
+    return unpack(packed.at[_slice(tokens, start, size)].get(mode="promise_in_bounds"))
 
 
 def _multiply(x: Array, weights: Sequence[Array], e: Array, copy: Array | None) -> Array:

@@ -12,7 +12,7 @@ writes a part in place.
     of an expert: D hidden    F expert hidden
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,9 @@ SWIGLU_WIDTH = 64
 
 DEPTH = 32
 """Columns of one step along the contraction."""
+
+Rows = tuple[Array, Array | None]
+"""Of each row the token, (M,), by which it is read from an array of the tokens; None: the array is that of the rows."""
 
 _OPTIONS = triton.CompilerParams(num_warps=8, num_stages=4)
 _ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
@@ -59,7 +62,8 @@ def new_gradient(weight: Array) -> Array:
 
 
 def ffn(
-    rows: Array,
+    x: Array,
+    tokens: Array | None,
     row_weights: Array,
     weights: Weights,
     group_sizes: Array,
@@ -68,12 +72,13 @@ def ffn(
 ) -> tuple[Array, Array | None]:
     """`grouped_loop.ffn`, of rows without padding."""
     gate, up, down = weights
-    stack, h = grouped_swiglu(rows, row_weights, gate, up, group_sizes, offset, kept)
+    stack, h = grouped_swiglu(x, tokens, row_weights, gate, up, group_sizes, offset, kept)
     return grouped_matmul(h, down, group_sizes, offset), stack
 
 
 def ffn_gradients(
-    rows: Array,
+    x: Array,
+    tokens: Array | None,
     row_weights: Array,
     d_out: Array,
     weights: Weights,
@@ -84,10 +89,10 @@ def ffn_gradients(
 ) -> tuple[Array, Array, Weights]:
     """`grouped_loop.ffn_gradients`, of rows without padding; it overwrites its part of `totals`, whatever is there."""
     (gate, up, down), (d_gate, d_up, d_down) = weights, totals
-    h, d_gate_up, d_row_weights = grouped_swiglu_gradients(d_out, row_weights, kept, down, group_sizes, offset)
+    h, d_gate_up, d_row_weights = grouped_swiglu_gradients(d_out, tokens, row_weights, kept, down, group_sizes, offset)
     d_rows = grouped_matmul_transposed(d_gate_up, (gate, up), group_sizes, offset)
-    d_gate, d_up = weight_gradients(rows, d_gate_up, group_sizes, (d_gate, d_up), offset)
-    (d_down,) = weight_gradients(h, d_out, group_sizes, (d_down,), offset)
+    d_gate, d_up = weight_gradients((x, tokens), (d_gate_up, None), group_sizes, (d_gate, d_up), offset)
+    (d_down,) = weight_gradients((h, None), (d_out, tokens), group_sizes, (d_down,), offset)
     return d_rows, d_row_weights, (d_gate, d_up, d_down)
 
 
@@ -106,7 +111,8 @@ def grouped_matmul_transposed(
 
 
 def grouped_swiglu(
-    rows: Array,
+    x: Array,
+    tokens: Array | None,
     row_weights: Array,
     gate: Array,
     up: Array,
@@ -114,80 +120,90 @@ def grouped_swiglu(
     offset: Array | int = 0,
     kept: Kept | None = None,
 ) -> tuple[Array | None, Array]:
-    """`swiglu` of products with `gate` and `up`, in the dtype of the rows, (M,F).
+    """`swiglu` of products with `gate` and `up`, in the dtype of x, (M,F).
 
     The products are written side by side into a layer of `kept`, in place; None: they are not kept.
 
-    rows (M,D), row_weights (M,1), each (S,D,F). Returns what is kept, and the result.
+    x (N,D), the token of each row (M,) or None if row i is token i, row_weights (M,1), gate and up (S,D,F). Returns
+    what is kept, and the result.
     """
-    tiles = _lay_out(rows.shape[0], group_sizes, offset)
-    (M, D), F = rows.shape, gate.shape[2]
+    M, D, F, dtype = row_weights.shape[0], x.shape[1], gate.shape[2], x.dtype
+    tiles = _lay_out(M, group_sizes, offset)
+    index, stacks = () if tokens is None else (tokens,), () if kept is None else (kept.stack,)
+    operands = 8 + len(index)
     depth, width = _side(D, DEPTH), _side(F, SWIGLU_WIDTH)
 
-    def kernel(group_ref, start_ref, end_ref, layer_ref, row_weights_ref, rows_ref, gate_ref, up_ref, *outputs):
+    def kernel(group_ref, start_ref, end_ref, layer_ref, row_weights_ref, *refs):
+        *tokens_ref, x_ref, gate_ref, up_ref = refs[: 3 + len(index)]
+        *_, h_ref = refs
         number, at = pl.program_id(0), pl.program_id(1) * width
         group, start, end = group_ref[number], start_ref[number], end_ref[number]
         tile_rows, columns, up_columns = pl.ds(start, TILE), pl.ds(at, width), pl.ds(F + at, width)
         in_group = (start + jnp.arange(TILE) < end)[:, None]
+        own_tokens = _tokens(tokens_ref, tile_rows, in_group)
 
         def step(i: Array, totals: tuple[Array, Array]) -> tuple[Array, Array]:
             along = pl.ds(i * depth, depth)
-            x = triton.load(rows_ref.at[tile_rows, along], mask=in_group, other=0)
-            products = (triton.dot(x, triton.load(ref.at[group, along, columns])) for ref in (gate_ref, up_ref))
+            x_rows = _load(x_ref, own_tokens, tile_rows, i * depth, depth, in_group)
+            products = (triton.dot(x_rows, triton.load(ref.at[group, along, columns])) for ref in (gate_ref, up_ref))
             g, u = (total + product for total, product in zip(totals, products, strict=True))
             return g, u
 
         steps = jnp.where(start < end, jnp.int32(D // depth), jnp.int32(0))
         zeros = jnp.zeros((TILE, width), jnp.float32)
         # rounded first, so that the backward pass computes from the same numbers
-        g, u = (total.astype(rows.dtype) for total in jax.lax.fori_loop(0, steps, step, (zeros, zeros)))
+        g, u = (total.astype(dtype) for total in jax.lax.fori_loop(0, steps, step, (zeros, zeros)))
         row_weight = triton.load(row_weights_ref.at[tile_rows, pl.ds(0, 1)], mask=in_group, other=0)
-        *_, h_ref = outputs
-        triton.store(h_ref.at[tile_rows, columns], swiglu(g, u, row_weight).astype(rows.dtype), mask=in_group)
+        triton.store(h_ref.at[tile_rows, columns], swiglu(g, u, row_weight).astype(dtype), mask=in_group)
         if kept is not None:
-            _, kept_ref, _ = outputs  # the first is the argument, the same memory
+            kept_ref = refs[-2]
             triton.store(kept_ref.at[layer_ref[0], tile_rows, columns], g, mask=in_group)
             triton.store(kept_ref.at[layer_ref[0], tile_rows, up_columns], u, mask=in_group)
 
-    stacks = () if kept is None else (kept.stack,)
     *stack, h = pl.pallas_call(
         kernel,
         grid=(tiles.group.shape[0], F // width),
-        in_specs=[_ANYWHERE] * (8 + len(stacks)),
+        in_specs=[_ANYWHERE] * (operands + len(stacks)),
         out_specs=[_ANYWHERE] * (1 + len(stacks)),
-        out_shape=[*map(_like, stacks), jax.ShapeDtypeStruct((M, F), rows.dtype)],
-        input_output_aliases={8 + i: i for i in range(len(stacks))},
+        out_shape=[*map(_like, stacks), jax.ShapeDtypeStruct((M, F), dtype)],
+        input_output_aliases={operands + i: i for i in range(len(stacks))},
         compiler_params=_OPTIONS,
         name="grouped_product_swiglu",
-    )(*tiles, _scalar(0 if kept is None else kept.layer), row_weights, rows, gate, up, *stacks)
+    )(*tiles, _scalar(0 if kept is None else kept.layer), row_weights, *index, x, gate, up, *stacks)
     return (stack[0] if stack else None), h
 
 
 def grouped_swiglu_gradients(
-    d_out: Array, row_weights: Array, kept: Kept, down: Array, group_sizes: Array, offset: Array | int = 0
+    d_out: Array,
+    tokens: Array | None,
+    row_weights: Array,
+    kept: Kept,
+    down: Array,
+    group_sizes: Array,
+    offset: Array | int = 0,
 ) -> tuple[Array, Array, Array]:
     """`swiglu` again, (M,F), and the gradients of `grouped_swiglu` for its products, (M,2F), and row weights, (M,1).
 
-    d_out: (M,D), the gradient of its product with `down` (S,F,D).
+    d_out: (N,D), the gradient of its product with `down` (S,F,D), of each row's token.
     """
-    (M, D), F, dtype = d_out.shape, down.shape[1], d_out.dtype
+    M, D, F, dtype = row_weights.shape[0], d_out.shape[1], down.shape[1], d_out.dtype
     tiles = _lay_out(M, group_sizes, offset)
+    index = () if tokens is None else (tokens,)
     depth, width = _side(D, DEPTH), _side(F, SWIGLU_WIDTH)
 
-    def kernel(
-        group_ref, start_ref, end_ref, layer_ref, row_weights_ref, d_out_ref, down_ref, kept_ref,
-        h_ref, d_gate_up_ref, part_ref,
-    ):  # fmt: skip
+    def kernel(group_ref, start_ref, end_ref, layer_ref, row_weights_ref, *refs):
+        *tokens_ref, d_out_ref, down_ref, kept_ref, h_ref, d_gate_up_ref, part_ref = refs
         number, block, layer = pl.program_id(0), pl.program_id(1), layer_ref[0]
         group, start, end = group_ref[number], start_ref[number], end_ref[number]
         tile_rows, columns, up_columns = (
             pl.ds(start, TILE), pl.ds(block * width, width), pl.ds(F + block * width, width)
         )  # fmt: skip
         in_group = (start + jnp.arange(TILE) < end)[:, None]
+        own_tokens = _tokens(tokens_ref, tile_rows, in_group)
 
         def step(i: Array, total: Array) -> Array:
             along = pl.ds(i * depth, depth)
-            d = triton.load(d_out_ref.at[tile_rows, along], mask=in_group, other=0)
+            d = _load(d_out_ref, own_tokens, tile_rows, i * depth, depth, in_group)
             return total + triton.dot(d, triton.load(down_ref.at[group, columns, along]), trans_b=True)
 
         steps = jnp.where(start < end, jnp.int32(D // depth), jnp.int32(0))
@@ -204,7 +220,7 @@ def grouped_swiglu_gradients(
     h, d_gate_up, parts = pl.pallas_call(
         kernel,
         grid=(tiles.group.shape[0], F // width),
-        in_specs=[_ANYWHERE] * 8,
+        in_specs=[_ANYWHERE] * (8 + len(index)),
         out_specs=[_ANYWHERE] * 3,
         out_shape=[
             jax.ShapeDtypeStruct((M, F), dtype),
@@ -213,54 +229,61 @@ def grouped_swiglu_gradients(
         ],
         compiler_params=_OPTIONS,
         name="grouped_product_swiglu_gradients",
-    )(*tiles, _scalar(kept.layer), row_weights, d_out, down, kept.stack)
+    )(*tiles, _scalar(kept.layer), row_weights, *index, d_out, down, kept.stack)
     return h, d_gate_up, parts.sum(axis=1, keepdims=True)
 
 
 def weight_gradients(
-    rows: Array, d_out: Array, group_sizes: Array, totals: tuple[Array, ...], offset: Array | int = 0
+    rows: Rows, d_out: Rows, group_sizes: Array, totals: tuple[Array, ...], offset: Array | int = 0
 ) -> tuple[Array, ...]:
     """The gradients for the weights by which the rows of each group were multiplied, written into E of `totals`.
 
     (M,X), (M, sum of Y), each (S,X,Y), of which those from `offset` on are overwritten, in place.
     """
-    X, E = rows.shape[1], group_sizes.shape[0]
+    (x, x_tokens), (d, d_tokens) = rows, d_out
+    X, E = x.shape[1], group_sizes.shape[0]
+    indices = tuple(tokens for tokens in (x_tokens, d_tokens) if tokens is not None)
     Y = totals[0].shape[2]
     height, width = _side(X, TILE), _side(Y, TILE)
 
-    def kernel(start_ref, end_ref, offset_ref, rows_ref, d_out_ref, *refs):
+    def kernel(start_ref, end_ref, offset_ref, *refs):
+        *tokens_refs, x_ref, d_ref = refs[: 2 + len(indices)]
+        x_tokens_ref = [] if x_tokens is None else tokens_refs[:1]
+        d_tokens_ref = [] if d_tokens is None else tokens_refs[-1:]
         group, block = pl.program_id(0), pl.program_id(2)
         start, end = start_ref[group], end_ref[group]
-        down, across = pl.ds(pl.program_id(1) * height, height), pl.ds(block * width, width)
+        down, across = pl.program_id(1) * height, block * width
 
         def step(i: Array, total: Array) -> Array:
             at = start + i * DEPTH
-            in_group = (at + jnp.arange(DEPTH) < end)[:, None]
-            x = triton.load(rows_ref.at[pl.ds(at, DEPTH), down], mask=in_group, other=0)
-            d = triton.load(d_out_ref.at[pl.ds(at, DEPTH), across], mask=in_group, other=0)
-            return total + triton.dot(x, d, trans_a=True)
+            step_rows, in_group = pl.ds(at, DEPTH), (at + jnp.arange(DEPTH) < end)[:, None]
+            x_own, d_own = (_tokens(ref, step_rows, in_group) for ref in (x_tokens_ref, d_tokens_ref))
+            x_rows = _load(x_ref, x_own, step_rows, down, height, in_group)
+            d_rows = _load(d_ref, d_own, step_rows, across, width, in_group)
+            return total + triton.dot(x_rows, d_rows, trans_a=True)
 
         steps = (end - start + DEPTH - 1) // DEPTH
         total = jax.lax.fori_loop(0, steps, step, jnp.zeros((height, width), jnp.float32))
-        for part, ref in enumerate(refs[len(totals) :]):
+        for part, ref in enumerate(refs[-len(totals) :]):
             first = part * (Y // width)
 
             @pl.when((block >= first) & (block < first + Y // width))
             def _(ref=ref, first=first):
-                target = ref.at[offset_ref[0] + group, down, pl.ds((block - first) * width, width)]
+                target = ref.at[offset_ref[0] + group, pl.ds(down, height), pl.ds((block - first) * width, width)]
                 triton.store(target, total.astype(ref.dtype))
 
     ends = jnp.cumsum(group_sizes).astype(jnp.int32)
+    operands = 5 + len(indices)
     made = pl.pallas_call(
         kernel,
         grid=(E, X // height, len(totals) * Y // width),
-        in_specs=[_ANYWHERE] * (5 + len(totals)),
+        in_specs=[_ANYWHERE] * (operands + len(totals)),
         out_specs=[_ANYWHERE] * len(totals),
         out_shape=[*map(_like, totals)],
-        input_output_aliases={5 + i: i for i in range(len(totals))},
+        input_output_aliases={operands + i: i for i in range(len(totals))},
         compiler_params=_OPTIONS,
         name="grouped_weight_gradient",
-    )(ends - group_sizes.astype(jnp.int32), ends, _scalar(offset), rows, d_out, *totals)
+    )(ends - group_sizes.astype(jnp.int32), ends, _scalar(offset), *indices, x, d, *totals)
     return tuple(made)
 
 
@@ -270,6 +293,20 @@ def _scalar(value: Array | int) -> Array:
 
 def _like(array: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def _tokens(tokens_ref: list, rows: Any, in_group: Array) -> Array | None:
+    """The tokens of some rows, (b,), from the reference in the list; None: there is none."""
+    return triton.load(tokens_ref[0].at[rows], mask=in_group[:, 0], other=0) if tokens_ref else None
+
+
+def _load(ref: Any, tokens: Array | None, rows: Any, start: Array, width: int, in_group: Array) -> Array:
+    """Columns of some rows, which are those of their tokens if there are any: (b,width), zeros outside of the group."""
+    if tokens is None:
+        part = ref.at[rows, pl.ds(start, width)]
+    else:
+        part = ref.at[tokens[:, None], (start + jnp.arange(width))[None]]
+    return triton.load(part, mask=in_group, other=0)
 
 
 class _Tiles(NamedTuple):

@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.export import is_symbolic_dim
 
@@ -22,6 +23,15 @@ them in float32, which loses nothing: in bfloat16 they take longer."""
 
 ONE_ROW_PARTS = 4
 """XLA's CPU multiplies a single row on one thread, and a batch of products on all: a row is cut into a batch."""
+
+
+PRODUCT = "product"
+"""The name, for policies of `jax.checkpoint`, of what products made: see `Layout.checkpoint`."""
+
+
+def product(x: Array) -> Array:
+    """An array with that name."""
+    return checkpoint_name(x, PRODUCT)
 
 
 def matmul(
@@ -110,7 +120,7 @@ def _linear(dtype: jnp.dtype, out_dtype: jnp.dtype, x: Array, weight: Array) -> 
 
 def _forward(dtype: jnp.dtype, out_dtype: jnp.dtype, x: Array, weight: Array):
     # Keeps its arguments as they are: those of several products are kept once, and a scan has the masters already.
-    return _linear(dtype, out_dtype, x, weight), (x, weight)
+    return product(_linear(dtype, out_dtype, x, weight)), (x, weight)
 
 
 def _backward(dtype: jnp.dtype, out_dtype: jnp.dtype, saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:

@@ -5,6 +5,7 @@ loop, or once before it, at twice the memory. It slices integers in place.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,12 @@ def packed_like(x: Array, target: Array) -> Array:
     return pack(x.astype(jnp.bfloat16)) if target.dtype == jnp.uint16 else x.astype(target.dtype)
 
 
+class _Packed(NamedTuple):
+    """A residual that was packed; others may be integers of their own."""
+
+    bits: Array
+
+
 def packing_residuals(function: Callable) -> Callable:
     """The body of a scan, with the same gradient, whose residuals (what the backward pass reads) are packed."""
 
@@ -36,15 +43,20 @@ def packing_residuals(function: Callable) -> Callable:
 
     def forward(*args: Pytree) -> tuple[Pytree, Pytree]:
         out, pullback = jax.vjp(function, *args)
-        kept: dict[int, Array] = {}  # an array that several products read is kept once
+        kept: dict[int, _Packed] = {}  # an array that several products read is kept once
 
-        def packed(residual: Array) -> Array:
-            return kept.setdefault(id(residual), pack(residual))
+        def packed(residual: Array) -> Array | _Packed:
+            if residual.dtype != jnp.bfloat16:
+                return residual
+            return kept.setdefault(id(residual), _Packed(pack(residual)))
 
         return out, jax.tree.map(packed, pullback)
 
     def backward(pullback: Pytree, d_out: Pytree) -> Pytree:
-        return jax.tree.map(unpack, pullback)(d_out)
+        def unpacked(residual: Array | _Packed) -> Array:
+            return unpack(residual.bits) if isinstance(residual, _Packed) else residual
+
+        return jax.tree.map(unpacked, pullback, is_leaf=lambda node: isinstance(node, _Packed))(d_out)
 
     packing.defvjp(forward, backward)
     return packing
