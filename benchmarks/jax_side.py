@@ -171,7 +171,7 @@ def mixture(s: MixtureSizes, dtype: jnp.dtype) -> dict[str, Contender]:
     def routed(weights, router: Array, x: Array, experts: Array) -> Array:  # (N,D), (N,k) -> (N,D)
         routing = route(x, router, jnp.zeros(s.experts), s.per_token, experts)
         plan = plan_dispatch(routing.experts, s.experts)
-        return nnx.merge(graph, weights).chosen(x, routing.gates, plan).output
+        return nnx.merge(graph, weights).routed(x, routing.gates, plan).output
 
     def dense(weights, router: Array, x: Array, experts: None) -> Array:  # (N,D) -> (N,D)
         layers = nnx.merge(graph, weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from jaxllm.config import ModelConfig
 from jaxllm.model import moe
 from jaxllm.model.kernels import grouped_loop as grouped_loop
-from jaxllm.model.kernels.dispatch import combine, of_slots, plan_dispatch
+from jaxllm.model.kernels.dispatch import combine, gather_slots, plan_dispatch
 from jaxllm.model.kernels.expert_ffn import expert_ffn
 
 SMALL = ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, moe_intermediate_size=24)
@@ -76,6 +77,16 @@ def test_expert_ffn_equals_a_loop_over_experts(sizes, here, seed):
     wanted = oracle_and_gradients(cotangent, x, gates, weights, experts)
     for ours, theirs in zip(jax.tree.leaves(made), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-11 * np.abs(theirs).max())
+
+
+def test_the_backward_pass_moves_rows_by_gathers_alone():
+    x, gates, experts = jnp.ones((6, 8)), jnp.ones((6, 2)), jnp.arange(12).reshape(6, 2) % 4
+    weights = jnp.ones((4, 8, 6)), jnp.ones((4, 8, 6)), jnp.ones((4, 6, 8))
+    plan = plan_dispatch(experts, 4)
+    _, pullback = jax.vjp(functools.partial(expert_ffn, grouped_loop, plan=plan), x, gates, weights)
+    program = str(jax.make_jaxpr(pullback)(x))
+    assert "gather" in program
+    assert "scatter" not in program
 
 
 def test_group_sizes_reach_every_kind_of_block():
@@ -166,7 +177,7 @@ def test_each_slot_has_the_row_that_is_its_own():
     assert (rows[~here] == 120).all()
     numbers = jnp.arange(120.0)[:, None]
     np.testing.assert_array_equal(combine(numbers, plan)[:, 0], np.where(here, rows, 0).sum(axis=1))
-    np.testing.assert_array_equal(of_slots(numbers, plan), np.where(here, rows, 0))
+    np.testing.assert_array_equal(gather_slots(numbers, plan), np.where(here, rows, 0))
 
 
 def test_routing_bias_moves_against_the_crowd():

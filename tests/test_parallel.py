@@ -200,7 +200,7 @@ def test_the_backward_pass_gathers_again_and_keeps_no_gathered_weight(monkeypatc
         return len(re.findall(r"[^(]f32\[2,8,(?:32,24|24,32)\]", lowered.compile().as_text()))
 
     assert stacks_of_gathered_experts() == 0
-    monkeypatch.setattr(jaxllm.model.layout, "_is_product", jax.checkpoint_policies.everything_saveable)
+    monkeypatch.setattr(jaxllm.model.layout, "_is_kept", jax.checkpoint_policies.everything_saveable)
     assert stacks_of_gathered_experts() > 0
 
 

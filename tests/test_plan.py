@@ -22,6 +22,7 @@ from jaxllm.plan.__main__ import main
 from jaxllm.plan.estimate import Plan, Refused, compile_plan, largest_batch, read_plan
 from jaxllm.plan.hlo import Shape, read_program, read_shapes
 from jaxllm.plan.hlo_cost import Collective, Kernel, collectives, kernels, matrix_products
+from jaxllm.plan.hlo_grouped import grouped_bytes, grouped_flops
 from jaxllm.plan.report import plan_as_json, print_plan, print_search
 from jaxllm.plan.roofline import ACHIEVED_FLOPS, ACHIEVED_INTERCONNECT, ACHIEVED_MEMORY, roofline
 from jaxllm.plan.targets import FOLDER, load_target, target_names
@@ -232,6 +233,33 @@ def test_groups_of_a_collective(groups, sent):
         header=", num_partitions=4",
     )
     assert collectives(program) == ([] if sent is None else [Collective("all-reduce", 1, 1000 * sent)])
+
+
+@pytest.mark.parametrize("gathers", [False, True], ids=["sorted rows", "rows of tokens"])
+def test_a_grouped_kernel_reads_a_token_for_each_of_its_rows(gathers):
+    """N=256 tokens, M=512 rows, D=32, F=48, E=2 of a stack of S=6 experts; tiles of 128 rows, one more a group."""
+    rows = 256 if gathers else 512
+    operands = ["s32[6]{0}", "s32[6]{0}", "s32[6]{0}", "s32[1]{0}", "f32[512,1]{1,0}"]
+    operands += [*["s32[512]{0}"] * gathers, f"bf16[{rows},32]{{1,0}}", *["bf16[6,32,48]{2,1,0}"] * 2]
+    product = [f"%a.{i} = {shape} parameter({i})" for i, shape in enumerate(operands)]
+    names = ", ".join(f"%a.{i}" for i in range(len(operands)))
+    call = 'custom-call({}), custom_call_target="__gpu$xla.gpu.triton", metadata={{op_name="x/{}/pallas_call"}}'
+    program = program_of(*product, f"ROOT %k = bf16[512,48]{{1,0}} {call.format(names, 'grouped_product_swiglu')}")
+    (kernel,) = [step.instruction for step in program.steps() if step.instruction.name == "k"]
+    weights, index = 2 * 2 * 32 * 48 * 2, 4 * 512 * gathers
+    assert grouped_bytes(kernel) == 3 * 24 + 4 + 4 * 512 + index + 2 * 512 * 32 + weights + 2 * 512 * 48
+    assert grouped_flops(kernel) == 2 * 2 * (512 + 2 * 128) * 32 * 48
+
+    operands = ["s32[2]{0}", "s32[2]{0}", "s32[1]{0}", *["s32[512]{0}"] * gathers, f"bf16[{rows},32]{{1,0}}"]
+    operands += ["bf16[512,96]{1,0}", *["f32[6,32,48]{2,1,0}"] * 2]
+    gradient = [f"%a.{i} = {shape} parameter({i})" for i, shape in enumerate(operands)]
+    names, last = ", ".join(f"%a.{i}" for i in range(len(operands))), len(operands) - 1
+    aliases = f"output_to_operand_aliasing={{{{0}}: ({last - 1}, {{}}), {{1}}: ({last}, {{}})}}"
+    result = "(f32[6,32,48]{2,1,0}, f32[6,32,48]{2,1,0})"
+    program = program_of(*gradient, f"ROOT %k = {result} {call.format(names, 'grouped_weight_gradient')}, {aliases}")
+    (kernel,) = [step.instruction for step in program.steps() if step.instruction.name == "k"]
+    assert grouped_bytes(kernel) == 2 * 8 + 4 + index + 2 * 512 * (32 + 96) + 4 * 2 * 2 * 32 * 48
+    assert grouped_flops(kernel) == 2 * (512 + 2 * 128) * 32 * 96
 
 
 def test_collectives_in_an_asynchronous_computation_count_once():

@@ -48,7 +48,7 @@ class RunConfig:
     where this machine multiplies it in hardware: on NVIDIA GPUs from Ampere on, a TPU, or a CPU with AMX or
     AVX512-BF16. `--recipe seed` is in float32 everywhere."""
     remat: bool = option(False, resumable=True)
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    """Compute each layer again in the backward pass. Without it, what products made is kept."""
     seed: int = option(0, ge=0, le=2**63 - 1)
     """Of the weights, the order of the data, dropout and the samples."""
     data: Flat[groups.DataConfig] = field(default_factory=groups.DataConfig)

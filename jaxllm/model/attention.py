@@ -13,7 +13,7 @@ from jaxllm.config import ModelConfig
 from jaxllm.model.dtypes import Array, at_least_float32
 from jaxllm.model.kernels import choose_kernels
 from jaxllm.model.kernels.causal_attention import masked_softmax
-from jaxllm.model.kernels.matmul import in_dtype
+from jaxllm.model.kernels.matmul import in_dtype, keep
 from jaxllm.model.layers import CustomRMSNorm, Linear, RotaryEmbedding
 
 
@@ -72,9 +72,9 @@ class MultiHeadLatentAttention(nnx.Module):
         """Attend within x: (B,T,D), positions (B|1,T), mask (B,T) or None."""
         latents = self.latents(x, positions)
         q_nope, q_rope = self.queries(x, positions)
-        q = jnp.concatenate([q_nope, q_rope], axis=-1)  # (B,T,H,n+r)
+        q = keep(jnp.concatenate([q_nope, q_rope], axis=-1))  # (B,T,H,n+r)
         k_rope = jnp.broadcast_to(latents.k_rope, q_rope.shape)
-        k = jnp.concatenate([self._heads(self.k_proj_u(latents.kv)), k_rope], axis=-1)
+        k = keep(jnp.concatenate([self._heads(self.k_proj_u(latents.kv)), k_rope], axis=-1))
         v = self._heads(self.v_proj_u(latents.kv))
         context = self.kernels.attention(q, k, v, attention_mask, self.config.softmax_scale)  # (B,T,H,v)
         return Attended(self.o_proj(context.reshape(*x.shape[:2], -1)), latents)

@@ -58,7 +58,7 @@ class CustomLLM(nnx.Module):
     Args:
         config: the model's shape.
         dtype: compute dtype, float32 or bfloat16 (float64 with jax_enable_x64). Weights are float32 masters.
-        remat: recompute each layer in the backward pass.
+        remat: compute each layer again in the backward pass; see `Layout.checkpoint`.
         rngs: for the initialization.
         platform: whose kernels to use (`kernels.choose_kernels`); None: those of the device here.
     """
@@ -145,7 +145,7 @@ class CustomLLM(nnx.Module):
             def body(prepared: nnx.State, carry: tuple[Array, dict[str, Carried]], layer_inputs):
                 (x, carried), (state, forced, layer) = carry, layer_inputs
                 module = nnx.merge(stack.graph, prepared, layout.gather(state, facts))
-                in_stacks = stack.in_stacks(layer, carried)
+                in_stacks = stack.in_stacks(layer, carried, self.remat)
                 trace, carried = module(x, positions, attention_mask, forced, layout, in_stacks=in_stacks)
                 routing: Any = trace.routing
                 return (trace.residual, carried), LayerAux(

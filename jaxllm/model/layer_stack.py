@@ -31,9 +31,9 @@ class LayerStack(NamedTuple):
         """The experts that stay apart, as the grouped products read them."""
         return prepare(kernels.grouped, self.experts, dtype)
 
-    def in_stacks(self, layer: Array, carried: dict[str, Carried]) -> dict[str, InStack]:
+    def in_stacks(self, layer: Array, carried: dict[str, Carried], remat: bool = False) -> dict[str, InStack]:
         """Where the experts of a layer are."""
-        return {name: InStack(layer * n, n, carried[name]) for name, n in self.experts_per_layer.items()}
+        return {name: InStack(layer * n, n, carried[name], remat) for name, n in self.experts_per_layer.items()}
 
     def first_carried(self, kernels: Kernels, tokens: int, rows: int, dtype: jnp.dtype) -> dict[str, Carried]:
         """What the first layer is given.

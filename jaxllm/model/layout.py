@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxllm.config import AXES
 from jaxllm.model.dtypes import Array, Pytree
-from jaxllm.model.kernels.matmul import PRODUCT
+from jaxllm.model.kernels.matmul import KEPT
 
 MESH_AXIS = {"hidden": "fsdp", "heads": "fsdp", "expert": "expert"}
 """Along which axis of the mesh a parameter's axis is cut. A parameter's other axes are whole on every device."""
@@ -27,16 +27,16 @@ _GPU_KERNELS = ("pallas_call", "dot_product_attention_fwd_wrapper")
 """JAX's primitives of the grouped products and of cuDNN's attention; a program for another device has none of them."""
 
 _ROUTING = ("sort", "top_k", "scatter")
-"""Those that sort a layer's tokens by expert: their results are a few integers a token."""
+"""Primitives that route tokens to experts; they return a few numbers per token."""
 
 
 def _is_of_gpu_kernel(primitive, *_, **__) -> bool:
     return primitive.name in _GPU_KERNELS
 
 
-def _is_product(primitive, *_, name: str = "", **__) -> bool:
-    """Also queries and keys, which are concatenated of two products each: attention reads them only that way."""
-    return name == PRODUCT or primitive.name in (*_GPU_KERNELS, *_ROUTING, "concatenate")
+def _is_kept(primitive, *_, **parameters) -> bool:
+    marked = primitive.name == "name" and parameters["name"] == KEPT
+    return marked or primitive.name in (*_GPU_KERNELS, *_ROUTING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +101,12 @@ class Layout:
     def checkpoint(self, body: Callable, remat: bool) -> Callable:
         """A layer's function, with what its backward pass keeps.
 
-        Without `remat` it keeps what products made, and recomputes what is elementwise, moves rows, or is gathered
-        along `fsdp`: to write that and read it again takes as long. With `remat` it keeps only what a GPU's own kernels
-        made, which cost the most to run again.
+        Without `remat` it keeps what products made. It recomputes elementwise work, which costs no more than writing
+        and reading the result, and gathers weights again along `fsdp`: kept, they would be the whole model. With
+        `remat` it keeps only what a GPU's own kernels made, which cost the most to run again.
         """
         # the layers run in a scan, across whose two loops XLA merges nothing
-        return jax.checkpoint(body, prevent_cse=False, policy=_is_of_gpu_kernel if remat else _is_product)
+        return jax.checkpoint(body, prevent_cse=False, policy=_is_of_gpu_kernel if remat else _is_kept)
 
     def parameter_spec(self, axes: tuple[str, ...]) -> PartitionSpec:
         """Where a parameter with these axes is cut."""

@@ -16,9 +16,9 @@ from flax import nnx
 from jaxllm.config import ModelConfig, RouterConfig
 from jaxllm.model.dtypes import Array, at_least_float32
 from jaxllm.model.kernels import choose_kernels
-from jaxllm.model.kernels.dispatch import Dispatch, add_all, one_group, plan_dispatch
+from jaxllm.model.kernels.dispatch import Dispatch, add_all, plan_dispatch, single_group
 from jaxllm.model.kernels.expert_ffn import expert_ffn, expert_ffn_in_stack
-from jaxllm.model.kernels.matmul import linear
+from jaxllm.model.kernels.matmul import keep, linear
 from jaxllm.model.kernels.stacks import Carried, Weights
 from jaxllm.model.kernels.swiglu import plain_swiglu
 from jaxllm.model.layers import Linear, RoutingBias, parameter, stack
@@ -40,6 +40,7 @@ class InStack(NamedTuple):
     offset: Array  # () int, the first of them
     experts: int  # how many they are
     carried: Carried
+    recompute: bool = False  # see `expert_ffn_in_stack`
 
 
 InStacks = Mapping[str, InStack]
@@ -121,7 +122,7 @@ class DeepSeekExpertLayer(nnx.Module):
     def weights(self) -> Weights:
         return self.gate_proj.weight[...], self.up_proj.weight[...], self.down_proj.weight[...]
 
-    def chosen(self, x: Array, gates: Array, plan: Dispatch, in_stack: InStack | None = None) -> OfExperts:
+    def routed(self, x: Array, gates: Array, plan: Dispatch, in_stack: InStack | None = None) -> OfExperts:
         """As a stack of experts of which each token has chosen some: see `expert_ffn`, (N,D), (N,k) -> (N,D).
 
         With `in_stack`, the module's weights are those of all layers as `prepare` makes them.
@@ -129,22 +130,26 @@ class DeepSeekExpertLayer(nnx.Module):
         x = x.astype(self.dtype)
         if in_stack is None:
             return OfExperts(expert_ffn(self.kernels.grouped, x, gates, self.weights(), plan), None)
-        offset, _, carried = in_stack
-        made: Any = expert_ffn_in_stack(self.kernels.grouped, x, gates, self.weights(), carried, plan, offset)
+        offset, _, carried, recompute = in_stack
+        made: Any = expert_ffn_in_stack(
+            self.kernels.grouped, recompute, x, gates, self.weights(), carried, plan, offset
+        )
         return OfExperts(*made)
 
     def summed(self, x: Array, in_stack: InStack | None = None) -> OfExperts:
-        """As a stack of experts that all see every token, summed: (N,D) -> (N,D). `in_stack` as in `chosen`."""
+        """As a stack of experts that all see every token, summed: (N,D) -> (N,D). `in_stack` as in `routed`."""
         x = x.astype(self.dtype)
         if in_stack is None:
             weights = zip(*self.weights(), strict=True)
             out = add_all(linear(plain_swiglu(linear(x, gate), linear(x, up)), down) for gate, up, down in weights)
             return OfExperts(out, None)
         assert self.kernels.shared is not None
-        ones, plan = jnp.ones((len(x), 1), at_least_float32(self.dtype)), one_group(len(x))
-        outputs, (offset, experts, carried) = [], in_stack
+        ones, plan = jnp.ones((len(x), 1), at_least_float32(self.dtype)), single_group(len(x))
+        outputs, (offset, experts, carried, _) = [], in_stack
         for j in range(experts):
-            made: Any = expert_ffn_in_stack(self.kernels.shared, x, ones, self.weights(), carried, plan, offset + j)
+            made: Any = expert_ffn_in_stack(
+                self.kernels.shared, False, x, ones, self.weights(), carried, plan, offset + j
+            )
             output, carried = made
             outputs.append(output)
         return OfExperts(add_all(outputs), carried)
@@ -185,12 +190,13 @@ class DeepSeekMoE(nnx.Module):
         k, router = self.config.num_experts_per_tok, self.config.router
         routing = route(tokens, self.router.weight[...], bias, k, experts, router)
         stacks = in_stacks or {}
-        run = functools.partial(self.routed_experts.chosen, in_stack=stacks.get("routed_experts"))
+        run = functools.partial(self.routed_experts.routed, in_stack=stacks.get("routed_experts"))
         if layout.expert > 1:
             local = self.config.n_routed_experts // layout.expert
             mixed, carried = expert_parallel_ffn(run, tokens, routing, local)
         else:
-            mixed, carried = run(tokens, routing.gates, plan_dispatch(routing.experts, self.config.n_routed_experts))
+            plan = plan_dispatch(routing.experts, self.config.n_routed_experts)
+            mixed, carried = run(tokens, routing.gates, plan=plan)  # nnx.tabulate needs names for tuples
         shared, shared_carried = self.shared_experts.summed(tokens, in_stack=stacks.get("shared_experts"))
         handed_on = {"routed_experts": carried, "shared_experts": shared_carried}
         there = {name: carried for name, carried in handed_on.items() if carried is not None}
@@ -198,7 +204,7 @@ class DeepSeekMoE(nnx.Module):
 
 
 def expert_parallel_ffn(
-    run: Callable[[Array, Array, Dispatch], OfExperts], tokens: Array, routing: Routing, local_experts: int
+    run: Callable[..., OfExperts], tokens: Array, routing: Routing, local_experts: int
 ) -> OfExperts:
     """The output of the routed experts of all devices along `expert` for this device's tokens: (N,D) -> (N,D).
 
@@ -207,17 +213,17 @@ def expert_parallel_ffn(
     only the chosen rows would move k/n of this on n > k devices.
 
     Args:
-        run: this device's experts, of the tokens of all devices: (nN,D), (nN,k) -> (nN,D).
+        run: this device's experts, on the tokens and gates of all devices and their plan: (nN,D), (nN,k) -> (nN,D).
         routing: of the tokens, among all experts.
         local_experts: how many experts a device has.
     """
 
     def gather(x: Array) -> Array:
-        return jax.lax.all_gather(x, "expert", tiled=True)
+        return keep(jax.lax.all_gather(x, "expert", tiled=True))
 
     local = gather(routing.experts) - jax.lax.axis_index("expert") * local_experts
     plan = plan_dispatch(jnp.where(local < 0, local_experts, local), local_experts)
-    out, carried = run(gather(tokens), gather(routing.gates), plan)
+    out, carried = run(gather(tokens), gather(routing.gates), plan=plan)
     return OfExperts(jax.lax.psum_scatter(out, "expert", tiled=True), carried)
 
 

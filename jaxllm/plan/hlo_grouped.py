@@ -2,7 +2,7 @@
 
 They read and write parts of stacks of all layers, which the program does not say: a part is of one layer's experts.
 
-    M rows    E groups    S groups of a stack    L layers
+    N tokens    M rows    E groups    S groups of a stack    L layers
 """
 
 import math

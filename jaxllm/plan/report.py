@@ -146,7 +146,8 @@ def assumptions(plan: Plan) -> list[str]:
         f"Assumed, not measured: products reach {ACHIEVED_FLOPS['dot']} (dense), {ACHIEVED_FLOPS['grouped']} (grouped) "
         f"and {ACHIEVED_FLOPS['attention']} (attention) of {peak:g} TFLOP/s, memory {ACHIEVED_MEMORY} of "
         f"{target.memory_gb_per_s:,g} GB/s, collectives {ACHIEVED_INTERCONNECT} of {target.interconnect_gb_per_s:g} "
-        "GB/s; a kernel touches its operands and results once; the grouped products have as many tiles as at worst"
+        "GB/s; a kernel touches its operands and results once, a token once for each of its rows; the grouped products "
+        "have as many tiles as at worst"
         f"{', and of them those of an even routing multiply' if plan.config.mesh.sizes.get('expert', 1) > 1 else ''}.",
         "At best: compute, memory and collectives overlap, and the slowest one counts. Expected: kernel after kernel, "
         "each bound by its own products or memory, and no collective hidden. Data, evaluation and saving cost nothing.",

@@ -37,7 +37,7 @@ class Kernels:
     packs: bool
     """Whether what a loop over the layers slices is packed: see `packed`."""
     shared: ModuleType | None
-    """The same of a shared expert, if its products fuse SwiGLU; None: `linear`.
+    """A module with `ffn` and `ffn_gradients` of a shared expert, if they fuse SwiGLU; None: `linear`.
 
     If they do, all layers keep SwiGLU's arguments in one stack. Elsewhere autodiff copies each layer's into a stack and
     out of it. On a CPU that is little next to the weights; and packed numbers are integers, which have no cotangent."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
 from jaxllm.model.dtypes import Array, at_least_float32
-from jaxllm.model.kernels.matmul import product
+from jaxllm.model.kernels.matmul import keep
 
 BLOCK_QUERIES = 128
 """Queries whose attention weights are in memory at once."""
@@ -48,7 +48,7 @@ def blocked_attention(q: Array, k: Array, v: Array, attention_mask: Array | None
         starts = jnp.arange(start, end, block)
         attend = functools.partial(_attend, min(end, length), k, v, attention_mask)
         spans += [*jax.lax.map(lambda x, attend=attend: attend(*x), (starts, blocks))]
-    return product(jnp.concatenate(spans, axis=2)[:, :, :length].swapaxes(1, 2))
+    return keep(jnp.concatenate(spans, axis=2)[:, :, :length].swapaxes(1, 2))
 
 
 @functools.partial(jax.checkpoint, static_argnums=0)

@@ -1,4 +1,4 @@
-"""Rows for the experts: which token each is of, sorted by expert. No token is dropped.
+"""The rows of the experts, sorted by expert, and the token of each row. No token is dropped.
 
 N tokens    k chosen experts of each    M rows, N*k    E experts    D features
 """
@@ -18,13 +18,15 @@ class Dispatch(NamedTuple):
 
     order: Array | None  # (M,): row i is slot order[i] of the flattened slots, of the token order[i] // k
     rows: Array | None  # (N,k): the row of each slot, the inverse of the order; M: of an expert that is not here
+    # None, both: row i is token i. Only for the kernels of a single group, `Kernels.shared`.
     group_sizes: Array  # (E,): rows of each expert
 
 
 def plan_dispatch(experts: Array, n_experts: int) -> Dispatch:
     """Sort the slots by expert, (N,k) int, keeping the order of tokens within an expert.
 
-    Slots of experts that are not below `n_experts` are of other devices: their rows come last and have no group.
+    Experts are numbered from 0. Slots of experts that are not below `n_experts` are of other devices: their rows come
+    last and have no group.
     """
     slots, M = experts.reshape(-1), experts.size
     order = jnp.argsort(slots, stable=True)
@@ -33,7 +35,7 @@ def plan_dispatch(experts: Array, n_experts: int) -> Dispatch:
     return Dispatch(order, rows, tokens_per_expert(experts, n_experts))
 
 
-def one_group(tokens: int) -> Dispatch:
+def single_group(tokens: int) -> Dispatch:
     """All tokens, as they are, are the rows of a single expert."""
     return Dispatch(order=None, rows=None, group_sizes=jnp.full(1, tokens, jnp.int32))
 
@@ -42,9 +44,9 @@ def tokens_per_expert(experts: Array, n_experts: int) -> Array:  # (N,k) -> (E,)
     return (experts.reshape(-1, 1) == jnp.arange(n_experts)).sum(axis=0, dtype=jnp.int32)
 
 
-def of_slots(rows: Array, plan: Dispatch) -> Array:
+def gather_slots(rows: Array, plan: Dispatch) -> Array:
     """A number of each row, at its slot: (M,1) -> (N,k); zero where there is no row."""
-    return rows if plan.rows is None else _get(rows[:, 0], plan.rows)
+    return rows if plan.rows is None else _gather_or_zero(rows[:, 0], plan.rows)
 
 
 def combine(rows: Array, plan: Dispatch) -> Array:
@@ -53,10 +55,10 @@ def combine(rows: Array, plan: Dispatch) -> Array:
     The k slots are added one by one, which fuses with the gathers: XLA's sum over an axis in the middle is slow on a
     CPU.
     """
-    return rows if plan.rows is None else add_all(_get(rows, slots) for slots in plan.rows.T)
+    return rows if plan.rows is None else add_all(_gather_or_zero(rows, slots) for slots in plan.rows.T)
 
 
-def _get(rows: Array, at: Array) -> Array:
+def _gather_or_zero(rows: Array, at: Array) -> Array:
     return rows.at[at].get(mode="fill", fill_value=0)
 
 

@@ -1,7 +1,7 @@
 """The experts' two passes for any device: loops over the groups that have rows; the rows are sorted by group.
 
 A group is computed in one block of the smallest size that holds it. So in each pass its weights are read once and its
-weight gradients are written once, and what is between its products stays small. Only a group above the largest size
+weight gradients are written once, and intermediate results are of one block only. Only a group above the largest size
 needs several blocks. The loops' trip counts are dynamic: an empty group costs only the zeros of its gradient. On a GPU
 each such loop would wait for the host.
 
@@ -75,7 +75,7 @@ def ffn(
     offset: Array | int = 0,
     kept: Kept | None = None,
 ) -> tuple[Array, Array | None]:
-    """`swiglu(x @ gate[e], x @ up[e], row_weights) @ down[e]`, for each row x; e is `offset` and the row's group.
+    """`swiglu(x @ gate[e], x @ up[e], row_weights) @ down[e]`, for each row: x of its token, e = offset + its group.
 
     The products with gate and up are written side by side into a layer of `kept`, in place; None: they are not kept.
 
@@ -87,17 +87,17 @@ def ffn(
 
     def group(e: Array, start: Array, end: Array, carry: Any) -> Any:
         if P > FEW_ROWS:  # one product with gate and up is faster than two, and worth a copy of them
-            copies = _side_by_side(gate_up, offset + e, dtype), _side_by_side(down, offset + e, dtype)
+            gate_up_copy, down_copy = (_side_by_side(some, offset + e, dtype) for some in (gate_up, down))
         else:  # sliced in the block, a weight is read in place
-            copies = None, None
+            gate_up_copy, down_copy = None, None
 
         def block(size: int, e: Array, at: Array, stop: Array, is_first: bool, carry: Any) -> Any:
             out, stack = carry
-            products = _multiply(_gather(packed, tokens, at, size), gate_up, offset + e, copies[0])
+            products = _multiply(_gather(packed, tokens, at, size), gate_up, offset + e, gate_up_copy)
             g, u = jnp.split(products, 2, axis=1)
             h = swiglu(g, u, _slice(row_weights, at, size)).astype(dtype)
             # A block may extend into the next one, which is computed later and overwrites the surplus.
-            out = _write(out, _multiply(h, down, offset + e, copies[1]), at)
+            out = _write(out, _multiply(h, down, offset + e, down_copy), at)
             return out, None if kept is None else _write(stack, products, kept.layer * P + at)
 
         return _loop_blocks(sizes, e, start, end, block, carry)
@@ -113,21 +113,21 @@ def ffn_gradients(
     row_weights: Array,
     d_out: Array,
     weights: Weights,
-    kept: Kept,
+    kept: Kept | None,
     group_sizes: Array,
     totals: Weights,
     offset: Array | int = 0,
 ) -> tuple[Array, Array, Weights]:
-    """The gradients of `ffn` for the rows, (P,D), for their weights, (P,1), and for E of the stacks of weights.
+    """The gradients of `ffn` for the rows, (P,D), for their weights, (P,1), and for the E experts' weights.
 
     The last are written into `totals` from `offset` on, in place. They must be zero there: those of empty groups are
     left as they are.
 
-    d_out: (N,D), the gradient of the sum of each token's rows.
+    d_out: (N,D), the gradient of the sum of each token's rows. kept: what `ffn` kept; None: it is made again.
     """
     (P,), D, dtype, acc_dtype = tokens.shape, x.shape[1], x.dtype, at_least_float32(x.dtype)
     sizes, packed_x, packed_d_out = block_sizes(P, group_sizes.shape[0]), pack(x), pack(d_out)
-    stack = kept.stack.reshape(-1, kept.stack.shape[-1])
+    stack: Any = None if kept is None else kept.stack.reshape(-1, kept.stack.shape[-1])
 
     def group(e: Array, start: Array, end: Array, carry: Any) -> Any:
         gate_up, down = (_side_by_side(some, offset + e, dtype) for some in (weights[:2], weights[2:]))
@@ -138,7 +138,8 @@ def ffn_gradients(
             in_group = (at + jnp.arange(size) < stop)[:, None]  # not the next block's
             d_y = jnp.where(in_group, _gather(packed_d_out, tokens, at, size), 0)
             d_h = matmul(d_y, down, transpose_b=True)
-            g, u = jnp.split(_slice(stack, kept.layer * P + at, size), 2, axis=1)
+            products = matmul(x_rows, gate_up) if kept is None else _slice(stack, kept.layer * P + at, size)
+            g, u = jnp.split(products, 2, axis=1)
             h, d_gate, d_up, d_w = swiglu_gradients(g, u, w, d_h)
             d_gate_up = jnp.concatenate([d_gate, d_up], axis=1).astype(dtype)
             d_rows = _write(d_rows, matmul(d_gate_up, gate_up, transpose_b=True), at)

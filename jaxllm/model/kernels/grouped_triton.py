@@ -8,8 +8,8 @@ tile that they have just computed, so that what it needs is neither written nor 
 Weights, their gradients and what the backward pass needs are in stacks of all layers, of which each kernel reads or
 writes a part in place.
 
-    M rows    E groups    S groups of a stack    L layers    X in    Y out    b rows of a tile
-    of an expert: D hidden    F expert hidden
+    N tokens    M rows, sorted by group    E groups    S groups of a stack    L layers    D hidden    F expert hidden
+    X in    Y out    b rows of a tile
 """
 
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ DEPTH = 32
 """Columns of one step along the contraction."""
 
 Rows = tuple[Array, Array | None]
-"""Of each row the token, (M,), by which it is read from an array of the tokens; None: the array is that of the rows."""
+"""An array, and the token, (M,), by which each row is read from it; None: row i is its row i."""
 
 _OPTIONS = triton.CompilerParams(num_warps=8, num_stages=4)
 _ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
@@ -184,7 +184,7 @@ def grouped_swiglu_gradients(
 ) -> tuple[Array, Array, Array]:
     """`swiglu` again, (M,F), and the gradients of `grouped_swiglu` for its products, (M,2F), and row weights, (M,1).
 
-    d_out: (N,D), the gradient of its product with `down` (S,F,D), of each row's token.
+    d_out: (N,D), the gradient of the output, by token; a row reads its token's. down: (S,F,D).
     """
     M, D, F, dtype = row_weights.shape[0], d_out.shape[1], down.shape[1], d_out.dtype
     tiles = _lay_out(M, group_sizes, offset)
@@ -238,7 +238,7 @@ def weight_gradients(
 ) -> tuple[Array, ...]:
     """The gradients for the weights by which the rows of each group were multiplied, written into E of `totals`.
 
-    (M,X), (M, sum of Y), each (S,X,Y), of which those from `offset` on are overwritten, in place.
+    Rows of X and of sum of Y numbers; each total is (S,X,Y), of which E from `offset` on are overwritten, in place.
     """
     (x, x_tokens), (d, d_tokens) = rows, d_out
     X, E = x.shape[1], group_sizes.shape[0]
@@ -252,14 +252,14 @@ def weight_gradients(
         d_tokens_ref = [] if d_tokens is None else tokens_refs[-1:]
         group, block = pl.program_id(0), pl.program_id(2)
         start, end = start_ref[group], end_ref[group]
-        down, across = pl.program_id(1) * height, block * width
+        first_row, first_column = pl.program_id(1) * height, block * width
 
         def step(i: Array, total: Array) -> Array:
             at = start + i * DEPTH
             step_rows, in_group = pl.ds(at, DEPTH), (at + jnp.arange(DEPTH) < end)[:, None]
             x_own, d_own = (_tokens(ref, step_rows, in_group) for ref in (x_tokens_ref, d_tokens_ref))
-            x_rows = _load(x_ref, x_own, step_rows, down, height, in_group)
-            d_rows = _load(d_ref, d_own, step_rows, across, width, in_group)
+            x_rows = _load(x_ref, x_own, step_rows, first_row, height, in_group)
+            d_rows = _load(d_ref, d_own, step_rows, first_column, width, in_group)
             return total + triton.dot(x_rows, d_rows, trans_a=True)
 
         steps = (end - start + DEPTH - 1) // DEPTH
@@ -269,7 +269,7 @@ def weight_gradients(
 
             @pl.when((block >= first) & (block < first + Y // width))
             def _(ref=ref, first=first):
-                target = ref.at[offset_ref[0] + group, pl.ds(down, height), pl.ds((block - first) * width, width)]
+                target = ref.at[offset_ref[0] + group, pl.ds(first_row, height), pl.ds((block - first) * width, width)]
                 triton.store(target, total.astype(ref.dtype))
 
     ends = jnp.cumsum(group_sizes).astype(jnp.int32)

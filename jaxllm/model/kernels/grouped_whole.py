@@ -10,11 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.model.dtypes import Array
-from jaxllm.model.kernels.grouped_triton import grouped_swiglu, grouped_swiglu_gradients, new_kept, padding
+from jaxllm.model.kernels.grouped_triton import grouped_swiglu, grouped_swiglu_gradients
 from jaxllm.model.kernels.matmul import matmul
 from jaxllm.model.kernels.stacks import Kept, Weights
-
-__all__ = ["ffn", "ffn_gradients", "new_kept", "padding"]
 
 
 def ffn(

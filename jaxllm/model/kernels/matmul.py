@@ -25,13 +25,13 @@ ONE_ROW_PARTS = 4
 """XLA's CPU multiplies a single row on one thread, and a batch of products on all: a row is cut into a batch."""
 
 
-PRODUCT = "product"
-"""The name, for policies of `jax.checkpoint`, of what products made: see `Layout.checkpoint`."""
+KEPT = "kept"
+"""The name, for the policy of `jax.checkpoint`, of what is kept for the backward pass: see `Layout.checkpoint`."""
 
 
-def product(x: Array) -> Array:
+def keep(x: Array) -> Array:
     """An array with that name."""
-    return checkpoint_name(x, PRODUCT)
+    return checkpoint_name(x, KEPT)
 
 
 def matmul(
@@ -120,7 +120,7 @@ def _linear(dtype: jnp.dtype, out_dtype: jnp.dtype, x: Array, weight: Array) -> 
 
 def _forward(dtype: jnp.dtype, out_dtype: jnp.dtype, x: Array, weight: Array):
     # Keeps its arguments as they are: those of several products are kept once, and a scan has the masters already.
-    return product(_linear(dtype, out_dtype, x, weight)), (x, weight)
+    return keep(_linear(dtype, out_dtype, x, weight)), (x, weight)
 
 
 def _backward(dtype: jnp.dtype, out_dtype: jnp.dtype, saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:

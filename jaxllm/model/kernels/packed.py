@@ -29,7 +29,7 @@ def packed_like(x: Array, target: Array) -> Array:
 
 
 class _Packed(NamedTuple):
-    """A residual that was packed; others may be integers of their own."""
+    """Marks a residual that is packed here; those that were packed before stay so."""
 
     bits: Array
 
