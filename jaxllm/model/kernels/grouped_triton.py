@@ -63,7 +63,7 @@ def new_gradient(weight: Array) -> Array:
 
 def ffn(
     x: Array,
-    tokens: Array | None,
+    tokens: Array,
     row_weights: Array,
     weights: Weights,
     group_sizes: Array,
@@ -78,7 +78,7 @@ def ffn(
 
 def ffn_gradients(
     x: Array,
-    tokens: Array | None,
+    tokens: Array,
     row_weights: Array,
     d_out: Array,
     weights: Weights,
