@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,6 +66,19 @@ def test_a_slice_of_weights_is_cast_before_it_is_transposed():
 
     assert is_slow(plain)
     assert not is_slow(ours)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU")
+@pytest.mark.parametrize("rows", [1, 2, FEW_ROWS])
+def test_a_bfloat16_weight_is_read_as_it_is(rows):
+    """XLA's CPU converts it to float32 if it multiplies a single row, as a token of a single text."""
+    x, weight = random(rows, 64, dtype=jnp.bfloat16), random(64, 48, dtype=jnp.bfloat16)
+
+    def converts(function) -> bool:
+        return "f32[64,48]" in jax.jit(function).lower(x, weight).compile().as_text()
+
+    assert converts(functools.partial(jnp.matmul, preferred_element_type=jnp.float32)) == (rows == 1)  # a control
+    assert not converts(matmul)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

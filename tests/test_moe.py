@@ -89,6 +89,20 @@ def test_the_backward_pass_moves_rows_by_gathers_alone():
     assert "scatter" not in program
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU")
+def test_joined_weights_stay_in_bfloat16():
+    """XLA's CPU before JAX 0.12 joins arrays of bfloat16 in float32, and converts all of them twice for it."""
+    x, gates, experts = jnp.ones((64, 8), jnp.bfloat16), jnp.ones((64, 2)), jnp.arange(128).reshape(64, 2) % 4
+    weights = jnp.ones((4, 8, 6)), jnp.ones((4, 8, 6)), jnp.ones((4, 6, 8))
+    experts_of = functools.partial(expert_ffn, grouped_loop, plan=plan_dispatch(experts, 4))
+
+    @jax.jit
+    def both_passes(x, gates, weights):
+        return jax.vjp(experts_of, x, gates, weights)[1](x)
+
+    assert "f32[8,12]{1,0} concatenate" not in both_passes.lower(x, gates, weights).compile().as_text()
+
+
 def test_group_sizes_reach_every_kind_of_block():
     """The sizes that hypothesis draws from fill a block, spill over one, and take several of the largest."""
     assert {16, 256, 1024} <= set(grouped_loop.BLOCK_ROWS)
@@ -104,6 +118,17 @@ def test_every_group_has_a_block_that_holds_it():
             last_block = min(group, grouped_loop.BLOCK_ROWS[-1])
             size = next(b for b in sizes if b >= last_block)
             assert rows - last_block + size <= padded
+
+
+def test_groups_of_about_an_even_share_are_hardly_padded():
+    def most_padding(sizes, share: int) -> float:
+        groups = range(-(-share * 85 // 100), share * 125 // 100)
+        return max(next(size for size in sizes if size >= group) / group for group in groups) - 1
+
+    for share in range(128, 801):
+        padded = 7 * share + grouped_loop.padding(7 * share)
+        assert most_padding(grouped_loop.block_sizes(padded, 7), share) < 0.2
+    assert most_padding(grouped_loop.BLOCK_ROWS, 500) > 0.4  # a control
 
 
 def test_a_single_row_is_not_padded_in_decoding():

@@ -23,9 +23,10 @@ from jaxllm.model.kernels.packed import pack, packed_like, unpack
 from jaxllm.model.kernels.stacks import Kept, Weights
 from jaxllm.model.kernels.swiglu import swiglu, swiglu_gradients
 
-# A size more makes every program longer to compile (it is a loop in each pass); a size less pads more. Groups of 128
-# to 512 rows are what a thousand tokens on seven experts give; decoding has groups of a row or a few.
-BLOCK_ROWS = (16, 32, 48, 64, 96, 128, 192, 256, 288, 320, 384, 512, 768, 1024)
+# A size more makes every program longer to compile (it is a loop in each pass); a size less pads more.
+BLOCK_ROWS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""Sizes for any group. Most groups have about an even share of the rows: `_sizes_near` has more sizes there."""
+
 FEW_ROWS = 32
 """Up to this many rows in all, as in decoding, a weight is used for a row or two: small blocks, and no copy of it."""
 
@@ -40,7 +41,16 @@ def block_sizes(rows: int, groups: int) -> tuple[int, ...]:
     smallest = 1
     if not (few or is_symbolic_dim(rows)):
         smallest = min(rows // (SMALL_GROUP * groups), BLOCK_ROWS[-1] // SMALL_GROUP)
+        menu = sorted({*menu, *_sizes_near((rows - padding(rows)) // groups)})
     return tuple(size for size in menu if smallest <= size <= rows) or menu[:1]
+
+
+def _sizes_near(share: int) -> range:
+    """Multiples of 16 from 0.85 to 1.25 of an even share, a sixth to a ninth of it apart."""
+    power = 1 << max(share.bit_length() - 1, 0)  # the largest power of two in it
+    step = max(16, power // 8 if 2 * share < 3 * power else power // 4)
+    first, last = (-(-share * part // (100 * step)) * step for part in (85, 125))
+    return range(max(first, step), min(last, BLOCK_ROWS[-1]) + 1, step)
 
 
 def padding(most_rows: int) -> int:
@@ -223,7 +233,7 @@ def _once_if(condition: Array, body: Callable[[Array, Any], Any], carry: Any) ->
 
 def _side_by_side(weights: Sequence[Array], e: Array, dtype: jnp.dtype) -> Array:
     """Several weights of one group as one (X, sum of Y); a dynamic slice copies them anyway."""
-    return jnp.concatenate([cast(weight[e], dtype) for weight in weights], axis=1)
+    return unpack(jnp.concatenate([pack(cast(weight[e], dtype)) for weight in weights], axis=1))
 
 
 def _write(target: Array, value: Array, start: Array) -> Array:

@@ -18,11 +18,7 @@ from jaxllm.model.dtypes import Array, at_least_float32
 from jaxllm.model.kernels.packed import unpack
 
 FEW_ROWS = 16
-"""Products of fewer rows, as in decoding, read the weights once: a copy would cost more than it saves. A CPU computes
-them in float32, which loses nothing: in bfloat16 they take longer."""
-
-ONE_ROW_PARTS = 4
-"""XLA's CPU multiplies a single row on one thread, and a batch of products on all: a row is cut into a batch."""
+"""A float32 product of fewer rows, as in decoding, copies no operand: that would cost more than it saves."""
 
 
 KEPT = "kept"
@@ -53,25 +49,23 @@ def matmul(
     def usual(a: Array, b: Array) -> Array:
         return jnp.matmul(*transposed(a, b), preferred_element_type=out_dtype)
 
+    rows = a.shape[-1 if transpose_a else -2]
+    rows = None if is_symbolic_dim(rows) else rows  # in jax.export
+
     def row_major_operands(a: Array, b: Array) -> Array:
         left = _row_major_transpose(a) if transpose_a else _row_major(a)
         if a.dtype != jnp.bfloat16:
             return jnp.matmul(left, b.mT if transpose_b else b, preferred_element_type=out_dtype)
         right = _row_major_transpose(b) if transpose_b else _row_major(b)
-        return _row_major(jnp.matmul(left, right, preferred_element_type=jnp.float32)).astype(out_dtype)
+        if rows == 1:  # for one row, XLA writes all of b in float32 first; for two it reads b as it is
+            left = jnp.concatenate([left, left], axis=-2)
+        product = _row_major(jnp.matmul(left, right, preferred_element_type=jnp.float32))
+        return product[..., :rows, :].astype(out_dtype)
 
-    def in_float32(a: Array, b: Array) -> Array:
-        a, b = (x.astype(jnp.float32) for x in transposed(a, b))
-        if a.ndim == b.ndim == 2 and a.shape[0] == 1 and a.shape[1] % ONE_ROW_PARTS == 0:
-            a, b = a.reshape(ONE_ROW_PARTS, 1, -1), b.reshape(ONE_ROW_PARTS, -1, b.shape[1])
-            return jnp.matmul(a, b).sum(axis=0).astype(out_dtype)
-        return jnp.matmul(a, b).astype(out_dtype)
-
-    rows = a.shape[-1 if transpose_a else -2]
-    few = not is_symbolic_dim(rows) and rows < FEW_ROWS  # symbolic in jax.export
-    if a.dtype != jnp.bfloat16 and (few or a.dtype != jnp.float32 or not transpose_a):
+    is_small = rows is not None and rows < FEW_ROWS
+    if a.dtype != jnp.bfloat16 and (is_small or a.dtype != jnp.float32 or not transpose_a):
         return usual(a, b)
-    return jax.lax.platform_dependent(a, b, cpu=in_float32 if few else row_major_operands, default=usual)
+    return jax.lax.platform_dependent(a, b, cpu=row_major_operands, default=usual)
 
 
 def in_dtype(weight: Array, dtype: jnp.dtype) -> Array:
