@@ -16,8 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.sizes import NARROW, PRECISIONS, MixtureSizes, decode_model, decode_prompts, train_config, train_labels
-from benchmarks.worker import Contender
+from benchmarks.sizes import (
+    NARROW,
+    PRECISIONS,
+    MixtureSizes,
+    decode_model,
+    decode_prompts,
+    peak_sizes,
+    train_config,
+    train_labels,
+)
+from benchmarks.worker import Contender, repeated
 from jaxllm.config import ModelConfig, TrainConfig, preset
 from jaxllm.data.stream import POOL_ROWS, Position
 from jaxllm.generate import generate, prefill
@@ -36,9 +45,6 @@ from jaxllm.train.step import model_graph, train_step
 
 Array = jax.Array
 Prepared = tuple[dict[str, Contender], dict[str, Any]]
-
-PEAK_SIZES = (1024, 2048)
-"""Sizes of the square matrix products; the fastest one defines the peak."""
 
 
 def shared_weights(config: ModelConfig) -> tuple[Any, Any]:
@@ -67,8 +73,7 @@ def train_steps(quick: bool, peak: bool = False) -> Prepared:
 
     contenders = {precision: contender(precision) for precision in ("float32", "bfloat16")}
     if peak:
-        sizes = (64,) if quick else PEAK_SIZES
-        contenders |= {f"product {n}": matrix_product(n) for n in sizes}
+        contenders |= {f"product {n}": matrix_product(n, quick) for n in peak_sizes(quick)}
     return contenders, sizes_of(config.model, count_parameters(held[0].params))
 
 
@@ -115,21 +120,11 @@ def saving_steps(quick: bool) -> Prepared:
     return contenders, {"steps": steps, "bytes": size}
 
 
-def matrix_product(n: int) -> Contender:
-    """Float32 products of (n,n) matrices, for about a second; `seconds` is the median of one product."""
+def matrix_product(n: int, quick: bool) -> Contender:
+    """Float32 products of (n,n) matrices."""
     a, b = jax.random.normal(jax.random.key(0), (2, n, n))
     product = jax.jit(jnp.matmul)
-    repetitions = max(1, round(64 * (1024 / n) ** 3)) if n >= 512 else 8
-
-    def go() -> dict[str, float]:
-        times = []
-        for _ in range(repetitions):
-            started = time.perf_counter()
-            product(a, b).block_until_ready()
-            times.append(time.perf_counter() - started)
-        return {"seconds": float(np.median(times))}
-
-    return go
+    return repeated(lambda: product(a, b).block_until_ready(), quick)
 
 
 def sizes_of(config: ModelConfig, total: int) -> dict[str, Any]:

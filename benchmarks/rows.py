@@ -29,7 +29,7 @@ ROWS: dict[str, Row] = {
         "transformers DeepseekV3ForCausalLM, best precision",
         training.tiny_against_transformers,
     ),
-    "step-peak": Row("model FLOPs of the train step", "the float32 matrix product's peak", training.against_peak),
+    "step-peak": Row("model FLOPs of the train step", "the fastest matrix product", training.against_peak),
     "experts-dense": Row("routed experts, both passes", "k dense experts, no routing", mixtures.against_dense),
     "experts-many": Row("routed experts, both passes, E=64", "the same with E=8", mixtures.many_experts),
     "compile": Row("compile time, 24 layers", "2 layers", starting.compile_time),

@@ -54,6 +54,11 @@ PRECISIONS = ("float32", "bfloat16")
 """Of a side that takes its fastest."""
 
 
+def peak_sizes(quick: bool) -> tuple[int, ...]:
+    """Sizes of the square matrix products; the fastest one defines the peak."""
+    return (64,) if quick else (1024, 2048)
+
+
 def decode_prompts(config: ModelConfig, rows: int, length: int) -> list[list[int]]:
     """Rows of random token ids, the same in every process."""
     length = min(length, config.max_position_embeddings // 2)

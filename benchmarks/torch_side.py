@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from benchmarks.sizes import decode_model, decode_prompts, train_config, train_labels
-from benchmarks.worker import Contender
+from benchmarks.sizes import decode_model, decode_prompts, peak_sizes, train_config, train_labels
+from benchmarks.worker import Contender, repeated
 from jaxllm.config import ModelConfig, TrainConfig
 from parity_tests.forward import random_weights, torch_model
 from torch_ref import CustomLLM
@@ -46,6 +46,16 @@ def train_steps(quick: bool, compiled: bool = False) -> Prepared:
 
     facts = {"parameters": sum(p.numel() for p in model.parameters())}
     return {precision: contender(precision) for precision in ("float32", "bfloat16")}, facts
+
+
+def matrix_products(quick: bool) -> Prepared:
+    """Bfloat16 products of square matrices."""
+
+    def contender(n: int) -> Contender:
+        a, b = torch.randn(2, n, n).bfloat16()
+        return repeated(lambda: a @ b, quick)
+
+    return {f"product {n}": contender(n) for n in peak_sizes(quick)}, {}
 
 
 def deepseek_model(m: ModelConfig) -> DeepseekV3ForCausalLM:

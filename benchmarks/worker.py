@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -131,6 +132,20 @@ class Worker:
             self._process.wait()
         self._process.stdout.close()
         self._log.close()
+
+
+def repeated(work: Callable[[], object], quick: bool) -> Contender:
+    """A contender that does short work for a second (`quick`: once). Its `seconds` is the median of one repetition."""
+
+    def go() -> dict[str, float]:
+        times, end = [], time.perf_counter() + (0 if quick else 1)
+        while not times or time.perf_counter() < end:
+            started = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - started)
+        return {"seconds": statistics.median(times)}
+
+    return go
 
 
 def serve(prepare: str, arguments: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ def block_sizes(rows: int, groups: int) -> tuple[int, ...]:
     smallest = 1
     if not (few or is_symbolic_dim(rows)):
         smallest = min(rows // (SMALL_GROUP * groups), BLOCK_ROWS[-1] // SMALL_GROUP)
-        menu = sorted({*menu, *_sizes_near((rows - padding(rows)) // groups)})
+        menu = tuple(sorted({*menu, *_sizes_near((rows - padding(rows)) // groups)}))
     return tuple(size for size in menu if smallest <= size <= rows) or menu[:1]
 
 
