@@ -65,7 +65,7 @@ def tiny_against_transformers(quick: bool, rounds: int) -> list[Finding]:
 def against_peak(quick: bool, rounds: int) -> list[Finding]:
     """Model FLOP/s of the step over the FLOP/s of the fastest square product in the same precision, measured in turn.
 
-    In float32 that is XLA's product, and in bfloat16 PyTorch's: on a CPU the faster one of the two in each.
+    In float32 that is XLA's product, and in bfloat16 PyTorch's: the faster of the two on the CPUs measured.
     """
     config = train_config(quick)
     step = config.tokens_per_step * training_flops_per_token(config.model, config.data.seq_len, "causal")

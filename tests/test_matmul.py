@@ -77,7 +77,8 @@ def test_a_bfloat16_weight_is_read_as_it_is(rows):
     def converts(function) -> bool:
         return "f32[64,48]" in jax.jit(function).lower(x, weight).compile().as_text()
 
-    assert converts(functools.partial(jnp.matmul, preferred_element_type=jnp.float32)) == (rows == 1)  # a control
+    if rows == 1:  # a control; if it fails, XLA has changed and `matmul` need not double a row
+        assert converts(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
     assert not converts(matmul)
 
 

@@ -120,14 +120,15 @@ def test_every_group_has_a_block_that_holds_it():
             assert rows - last_block + size <= padded
 
 
-def test_groups_of_about_an_even_share_are_hardly_padded():
+@pytest.mark.parametrize("groups", [2, 4, 7, 64])
+def test_groups_of_about_an_even_share_are_hardly_padded(groups):
     def most_padding(sizes, share: int) -> float:
-        groups = range(-(-share * 85 // 100), share * 125 // 100)
-        return max(next(size for size in sizes if size >= group) / group for group in groups) - 1
+        held = range(-(-share * 85 // 100), share * 125 // 100)
+        return max(next(size for size in sizes if size >= group) / group for group in held) - 1
 
     for share in range(128, 801):
-        padded = 7 * share + grouped_loop.padding(7 * share)
-        assert most_padding(grouped_loop.block_sizes(padded, 7), share) < 0.2
+        padded = groups * share + grouped_loop.padding(groups * share)
+        assert most_padding(grouped_loop.block_sizes(padded, groups), share) < 0.2
     assert most_padding(grouped_loop.BLOCK_ROWS, 500) > 0.4  # a control
 
 

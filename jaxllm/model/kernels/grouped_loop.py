@@ -41,12 +41,12 @@ def block_sizes(rows: int, groups: int) -> tuple[int, ...]:
     smallest = 1
     if not (few or is_symbolic_dim(rows)):
         smallest = min(rows // (SMALL_GROUP * groups), BLOCK_ROWS[-1] // SMALL_GROUP)
-        menu = tuple(sorted({*menu, *_sizes_near((rows - padding(rows)) // groups)}))
+        menu = tuple(sorted({*menu, *_sizes_near(_without_padding(rows) // groups)}))
     return tuple(size for size in menu if smallest <= size <= rows) or menu[:1]
 
 
 def _sizes_near(share: int) -> range:
-    """Multiples of 16 from 0.85 to 1.25 of an even share, a sixth to a ninth of it apart."""
+    """Sizes from about 0.85 to 1.25 of an even share, a twelfth to a sixth of it apart, or 16 if that is more."""
     power = 1 << max(share.bit_length() - 1, 0)  # the largest power of two in it
     step = max(16, power // 8 if 2 * share < 3 * power else power // 4)
     first, last = (-(-share * part // (100 * step)) * step for part in (85, 125))
@@ -59,6 +59,11 @@ def padding(most_rows: int) -> int:
         return BLOCK_ROWS[-1]
     sizes = (0, 1, 2, 4, 8, *BLOCK_ROWS)
     return max(size - smaller for smaller, size in itertools.pairwise(sizes) if smaller < most_rows)
+
+
+def _without_padding(rows: int) -> int:
+    """The rows to which `padding` added so many that there are this many."""
+    return next((rows - added for added in range(rows) if padding(rows - added) == added), rows)
 
 
 def prepared(weight: Array, dtype: jnp.dtype) -> Array:
@@ -232,7 +237,10 @@ def _once_if(condition: Array, body: Callable[[Array, Any], Any], carry: Any) ->
 
 
 def _side_by_side(weights: Sequence[Array], e: Array, dtype: jnp.dtype) -> Array:
-    """Several weights of one group as one (X, sum of Y); a dynamic slice copies them anyway."""
+    """Several weights of one group as one (X, sum of Y); a dynamic slice copies them anyway.
+
+    Joined as bits: XLA's CPU before JAX 0.12 would join bfloat16 in float32, and convert it twice.
+    """
     return unpack(jnp.concatenate([pack(cast(weight[e], dtype)) for weight in weights], axis=1))
 
 
