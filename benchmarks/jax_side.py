@@ -73,7 +73,7 @@ def train_steps(quick: bool, peak: bool = False) -> Prepared:
 
     contenders = {precision: contender(precision) for precision in ("float32", "bfloat16")}
     if peak:
-        contenders |= {f"product {n}": matrix_product(n, quick) for n in peak_sizes(quick)}
+        contenders |= {f"XLA's product {n}": matrix_product(n, quick) for n in peak_sizes(quick)}
     return contenders, sizes_of(config.model, count_parameters(held[0].params))
 
 

@@ -55,7 +55,7 @@ def matrix_products(quick: bool) -> Prepared:
         a, b = torch.randn(2, n, n).bfloat16()
         return repeated(lambda: a @ b, quick)
 
-    return {f"product {n}": contender(n) for n in peak_sizes(quick)}, {}
+    return {f"PyTorch's product {n}": contender(n) for n in peak_sizes(quick)}, {}
 
 
 def deepseek_model(m: ModelConfig) -> DeepseekV3ForCausalLM:

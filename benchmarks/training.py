@@ -72,17 +72,13 @@ def against_peak(quick: bool, rounds: int) -> list[Finding]:
     ours = Worker("benchmarks.jax_side:train_steps", quick=quick, peak=True)
     theirs = Worker("benchmarks.torch_side:matrix_products", quick=quick)
     with ours as jax, theirs as torch:
-        products = {"float32": (jax, "product"), "bfloat16": (torch, "PyTorch's product")}
-        names = {
-            precision: {f"{title} {name.split()[1]}": name for name in side.contenders if name.startswith("product")}
-            for precision, (side, title) in products.items()
-        }
-        contenders = {precision: functools.partial(jax.go, precision) for precision in BOTH}
-        for precision, (side, _) in products.items():
-            contenders |= {title: functools.partial(side.go, name) for title, name in names[precision].items()}
+        contenders = {name: functools.partial(side.go, name) for side in (jax, torch) for name in side.contenders}
         runs = interleave(contenders, rounds, untimed=1 if rounds > 1 else 0)
-    targets = {"float32": 0.75, "bfloat16": 0.6}
-    return [_share_of_peak(runs, p, step, list(names[p]), at_least(targets[p])) for p in BOTH]
+        products = [name for name in jax.contenders if name not in BOTH]
+        return [
+            _share_of_peak(runs, "float32", step, products, at_least(0.75)),
+            _share_of_peak(runs, "bfloat16", step, torch.contenders, at_least(0.6)),
+        ]
 
 
 def _share_of_peak(runs: Runs, precision: str, step: float, products: Sequence[str], target: Target) -> Finding:

@@ -62,7 +62,7 @@ def padding(most_rows: int) -> int:
 
 
 def _without_padding(rows: int) -> int:
-    """The rows to which `padding` added so many that there are this many."""
+    """The inverse of `m + padding(m)`."""
     return next((rows - added for added in range(rows) if padding(rows - added) == added), rows)
 
 

@@ -1,7 +1,8 @@
 """bfloat16 numbers as their bits, in uint16, where a loop reads or writes a part of an array.
 
 XLA's CPU before JAX 0.12 has no slices of bfloat16. It converts the whole array to float32 and back in each turn of the
-loop, or once before it, at twice the memory. It slices integers in place.
+loop, or once before it, at twice the memory. It also joins such arrays in float32. It slices and joins integers as they
+are.
 """
 
 from collections.abc import Callable
