@@ -8,9 +8,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,9 +21,11 @@ from orbax.checkpoint.path import atomicity
 from jaxllm.config import ModelConfig, RunConfig
 from jaxllm.errors import UserError, one_line
 from jaxllm.files import plain_path, rename_durably, write_json
+from jaxllm.model.dtypes import check_floats
 from jaxllm.run.checkpoint import ResumeState, Weights, checkpoint_context
 from jaxllm.run.checksums import write_checksums
 from jaxllm.run.history import History
+from jaxllm.run.source import SourceFiles
 from jaxllm.train.state import TrainState, abstract_state
 
 
@@ -174,28 +175,37 @@ def write_run(
     weights: Weights,
     tokenizer_files: list[Path],
     training: tuple[RunConfig, ResumeState] | None = None,
-    kept: Mapping[str, Any] | None = None,
+    kept: SourceFiles | None = None,
 ) -> None:
     """Create a run folder that starts from given weights or, with `training`, resumes where they were reached.
 
-    `kept` are the names and contents of JSON files to keep in it.
+    `kept` are the files that came with the weights.
+
+    Raises:
+        UserError: a weight or a moment is not a finite floating-point number.
     """
+    state = None
+    if training is not None:
+        reached = training[1]
+        state = TrainState(*weights, reached.opt_state, reached.step, reached.dropout_key)
+    moments = () if state is None else state.opt_state[1:]
+    for path, leaf in jax.tree.leaves_with_path((tuple(weights), moments)):
+        check_floats(jax.tree_util.keystr(path[1:], simple=True, separator="."), leaf)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, values in (kept or {}).items():
-        write_json(folder / name, values)
     write_json(folder / "config.json", model.to_dict())
+    if kept is not None:
+        kept.write(folder)
     if tokenizer_files:
         (folder / "tokenizer").mkdir(exist_ok=True)
     for file in tokenizer_files:
         (folder / "tokenizer" / file.name).write_bytes(file.read_bytes())
     writer = CheckpointWriter(folder)
     try:
-        if training is None:
+        if training is None or state is None:
             writer.save_weights(weights)
         else:
             config, reached = training
             write_json(folder / "train_config.json", config.to_dict())
-            state = TrainState(*weights, reached.opt_state, reached.step, reached.dropout_key)
             positions = [position.to_bytes() for position in reached.positions]
             writer.save(int(reached.step), state, positions, reached.history)
         writer.wait()
