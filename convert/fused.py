@@ -1,4 +1,4 @@
-"""Experts that transformers 5 joins in memory, as tensors of single experts, which files have.
+"""Experts that transformers 5 joins in memory, as the tensors of single experts that files have.
 
 `experts.gate_up_proj` is (E, 2M, D), the gates first, and `experts.down_proj` is (E, D, M). A file has them where a
 state_dict was saved as it is.
@@ -6,33 +6,32 @@ state_dict was saved as it is.
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-import numpy as np
-
-if TYPE_CHECKING:
-    from convert.tensor_files import Tensor
+from typing import NamedTuple
 
 MAX_EXPERTS = 2**14
 
 _JOINED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 
 
-def unfused(tensor: "Tensor") -> "Iterator[Tensor]":
-    """The tensors of single experts that a tensor joins, or the tensor itself."""
-    match = _JOINED.fullmatch(tensor.name)
-    if match is None or len(tensor.shape) != 3 or tensor.shape[0] > MAX_EXPERTS:
-        yield tensor
+class Piece(NamedTuple):
+    """The tensor of one expert within a tensor of a file."""
+
+    name: str
+    shape: tuple[int, ...]
+    index: tuple[int | slice, ...] = ()
+
+
+def pieces(name: str, shape: tuple[int, ...]) -> Iterator[Piece]:
+    """The tensors that a tensor joins; it is the only one, whole, if it joins none."""
+    match = _JOINED.fullmatch(name)
+    if match is None or len(shape) != 3 or shape[0] > MAX_EXPERTS:
+        yield Piece(name, shape)
         return
-    E, rows, columns = tensor.shape
-    parts = {"gate_proj": slice(0, rows // 2), "up_proj": slice(rows // 2, None)}
+    experts, rows, columns = shape
+    parts = {"gate_proj": (0, rows // 2), "up_proj": (rows // 2, rows)}
     if match[2] == "down_proj":
-        parts = {"down_proj": slice(0, None)}
-    for expert in range(E):
-        for linear, part in parts.items():
-
-            def read(expert: int = expert, part: slice = part) -> np.ndarray:
-                return tensor.read()[expert, part]
-
-            shape = (len(range(rows)[part]), columns)
-            yield tensor._replace(name=f"{match[1]}.{expert}.{linear}.weight", shape=shape, read=read)
+        parts = {"down_proj": (0, rows)}
+    for expert in range(experts):
+        for linear, (start, end) in parts.items():
+            name = f"{match[1]}.{expert}.{linear}.weight"
+            yield Piece(name, (end - start, columns), (expert, slice(start, end)))

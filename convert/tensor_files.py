@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from convert.fused import unfused
+from convert.fused import pieces
 from convert.pickled import check_pickled
 from convert.weight_files import INDEX_NAME, MAX_INDEX_BYTES, WEIGHTS_NAME, weight_files
 from jaxllm.errors import UserError, listed, one_line
@@ -183,12 +183,12 @@ class TensorFiles:
                 held.add(tensor.name)
                 name = WRAPPERS.sub("", tensor.name)
                 wrapped += name != tensor.name
-                for piece in unfused(tensor._replace(name=name)):
+                for piece in pieces(name, tensor.shape):
                     fused += piece.name != name
                     if piece.name in self.shapes:
                         self.duplicates.append(piece.name)
-                    self.shapes[piece.name], self.dtypes[piece.name] = piece.shape, piece.dtype
-                    self._readers[piece.name] = piece.read
+                    self.shapes[piece.name], self.dtypes[piece.name] = piece.shape, tensor.dtype
+                    self._readers[piece.name] = lambda read=tensor.read, index=piece.index: read()[index]
             self.misplaced += sorted(expected - held)
             self.size += file.stat().st_size
         if wrapped:

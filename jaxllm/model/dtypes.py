@@ -34,13 +34,13 @@ def check_dtype(dtype: Any, name: str = "dtype") -> jnp.dtype:
     return known
 
 
-def check_floats(name: str, values: Any) -> None:
+def check_floats(name: str, values: Any, finite: bool = True) -> None:
     """Check what is to be written as a weight: packed bits or counts would be numbers with another meaning.
 
     Raises:
-        UserError: the values are not floating-point numbers, or some are not finite.
+        UserError: the values are not floating-point numbers, or some are not `finite`.
     """
     if not jnp.issubdtype(values.dtype, jnp.floating):
         raise UserError(f"{name} has the dtype {values.dtype}: a weight must be floating point; nothing was written")
-    if not np.isfinite(values).all():
+    if finite and not np.isfinite(values).all():
         raise UserError(f"{name} has values that are not finite: weights that diverged are not written")

@@ -182,7 +182,7 @@ def write_run(
     `kept` are the files that came with the weights.
 
     Raises:
-        UserError: a weight or a moment is not a finite floating-point number.
+        UserError: a weight or a moment is not a floating-point number; or a weight without `training` is not finite.
     """
     state = None
     if training is not None:
@@ -190,7 +190,7 @@ def write_run(
         state = TrainState(*weights, reached.opt_state, reached.step, reached.dropout_key)
     moments = () if state is None else state.opt_state[1:]
     for path, leaf in jax.tree.leaves_with_path((tuple(weights), moments)):
-        check_floats(jax.tree_util.keystr(path[1:], simple=True, separator="."), leaf)
+        check_floats(jax.tree_util.keystr(path[2:], simple=True, separator="."), leaf, finite=training is None)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", model.to_dict())
     if kept is not None:
