@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_families import numbered_weights
 
 from convert.tensor_files import DTYPES
 from convert.to_flax import import_run
@@ -20,6 +19,7 @@ from convert.to_torch import export_run, torch_tensors
 from jaxllm.config.families import is_interleaved, read_config
 from jaxllm.files import write_json
 from parity_tests.deepseek_cases import CASES
+from tests.test_families import numbered_weights
 
 INDEX = {"safetensors": "model.safetensors.index.json", "bin": "pytorch_model.bin.index.json"}
 SINGLE = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}

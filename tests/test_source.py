@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_families import V3, assert_same_bits, numbered_weights
 
 import train
 from convert.to_flax import import_run, read_folder
@@ -25,6 +24,7 @@ from jaxllm.run.checkpoint_writer import CheckpointWriter
 from jaxllm.run.lock import FolderLock
 from jaxllm.run.prepare import Prepared, parse_args, prepare
 from jaxllm.run.source import source_files
+from tests.test_families import V3, assert_same_bits, numbered_weights
 
 SOURCE = V3 | {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0, "torch_dtype": "float32"}
 KINDS = {

@@ -3,11 +3,13 @@
 import asyncio
 import contextlib
 import functools
+import json
 import logging
 import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -28,6 +30,9 @@ from jaxllm.run.history import History
 from jaxllm.run.source import SourceFiles
 from jaxllm.train.state import TrainState, abstract_state
 
+METADATA_SECONDS = 5.0
+"""How long orbax's own description of a checkpoint is waited for; it is written within milliseconds."""
+
 
 class _ChecksummedFolder(atomicity.AtomicRenameTemporaryPath):
     """The folder that a checkpoint is written to: it is found to be readable, gets its checksums, then its name."""
@@ -40,8 +45,20 @@ class _ChecksummedFolder(atomicity.AtomicRenameTemporaryPath):
         # Where orbax could not merge what the processes wrote, it says nothing: open every array.
         for item in {part.parent for part in made.glob("*/ocdbt.process_*/")}:
             await asyncio.to_thread(ocp.StandardCheckpointHandler().metadata, epath.Path(item))
+        deadline = time.monotonic() + METADATA_SECONDS
+        while not _names_its_items(made) and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
         write_checksums(made, checkpoint_context(final.parent.parent))
         rename_durably(made, final)
+
+
+def _names_its_items(checkpoint: Path) -> bool:
+    """Whether orbax, which does so in a thread that it does not wait for, has written its description for the second,
+    last time: else the checksums would be those of the first one."""
+    try:
+        return bool(json.loads((checkpoint / "_CHECKPOINT_METADATA").read_bytes()).get("item_handlers"))
+    except (OSError, ValueError):  # not there, or half written
+        return False
 
 
 class KeepBest(policies.PreservationPolicy):
