@@ -36,7 +36,7 @@ class ToTorch:
     """Folder of the run."""
     out: Annotated[Path, tyro.conf.Positional]
     """A new folder."""
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the written weights; none: that of the folder that the run was made from, or float32."""
     training: bool = False
     """Hand over the run: moments, step count and data position too, for python -m torch_ref.train."""
@@ -51,7 +51,7 @@ class ToFlax:
     """Make a run from a transformers folder, a state_dict file (.safetensors, .bin, .pt) or a PyTorch run."""
 
     source: Annotated[Path, tyro.conf.Positional]
-    """What is converted."""
+    """What is converted; also the Hub name of a model that is in the Hub's cache."""
     run: Annotated[Path, tyro.conf.Positional]
     """A new folder."""
     preset: str | None = None

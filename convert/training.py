@@ -15,7 +15,7 @@ import numpy as np
 
 from convert.mapping import PARAMS, entries
 from convert.pickled import check_pickled
-from convert.to_flax import TOKENIZER_FILES, read_weights
+from convert.to_flax import read_weights
 from convert.to_torch import check_new, write_model
 from jaxllm.config import RunConfig, TrainConfig
 from jaxllm.config.families import names_of
@@ -28,6 +28,7 @@ from jaxllm.run.checkpoint_writer import write_run
 from jaxllm.run.history import History
 from jaxllm.run.metrics import read_metrics, write_metrics
 from jaxllm.run.prepare import CONFIG_FILE, checkpoint_owner, read_config, read_model_config
+from jaxllm.run.source import tokenizer_files
 from jaxllm.train.optim import OptimizerState, of_adamw
 from jaxllm.train.state import dropout_key
 
@@ -109,8 +110,7 @@ def import_training(source: Path, run: Path) -> None:
     position = read_position(checkpoint.folder / POSITION_FILE, config.data.seq_len, model.vocab_size)
     # the key of dropout follows from the seed
     resumed = ResumeState(OptimizerState(count, mu, nu), count, dropout_key(config), [position], history)
-    files = [source / "tokenizer" / name for name in TOKENIZER_FILES]
-    write_run(run, model, weights, [file for file in files if file.is_file()], (config, resumed))
+    write_run(run, model, weights, [], (config, resumed), tokenizer_files(source / "tokenizer"))
     write_metrics(run, history.records)
 
 

@@ -27,10 +27,11 @@ from jaxllm.data.tokenizer import decode_after, encode_prompt, load_tokenizer
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.model.attention import Latents
 from jaxllm.model.decoder import CustomLLM, abstract_model, split_model
-from jaxllm.model.dtypes import Array
+from jaxllm.model.dtypes import Array, check_dtype
 from jaxllm.model.inference import for_inference
 from jaxllm.run.checkpoint import is_run, load_weights
 from jaxllm.run.runtime import check_devices, use_compilation_cache
+from jaxllm.run.source import SOURCE, model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -194,7 +195,7 @@ def sample_token(sampling: Sampling, logits: Array, key: Array) -> Array:
 
 def load_model(folder: Path, precision: Precision = "float32") -> CustomLLM:
     """The model of a run or of an exported folder; raises a UserError if the folder is neither."""
-    dtype = jnp.dtype(precision)
+    dtype = check_dtype(precision, "precision")
     if not is_run(folder):
         return from_pretrained(folder, dtype=dtype)
     config, weights = load_weights(folder)
@@ -203,8 +204,9 @@ def load_model(folder: Path, precision: Precision = "float32") -> CustomLLM:
 
 
 def tokenizer_folder(folder: Path) -> Path:
-    """The folder of the tokenizer of a run or of an exported folder."""
-    return folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
+    """The folder of the tokenizer of a run, or of an exported folder or one in the Hub's cache."""
+    kept = (folder / name for name in ("tokenizer", SOURCE) if is_run(folder))
+    return next((path for path in kept if path.is_dir()), model_folder(folder))
 
 
 def stream(

@@ -18,6 +18,7 @@ import numpy as np
 from jaxllm.config import PRESETS, TOKENIZER_SIZED_PRESETS, ModelConfig, RunConfig
 from jaxllm.data.source import Source
 from jaxllm.data.sources import hub_reachable
+from jaxllm.data.tokenizer_files import MAX_TOKENIZER_BYTES, is_there, tokenizer_class
 from jaxllm.errors import UserError, listed, one_line, shown
 from jaxllm.files import cache_folder, check_file, plain_path, read_json, write_text_atomically
 
@@ -43,9 +44,6 @@ CACHE_FORMAT = 2
 """Increase it when `train_tokenizer` gives another result for the same text."""
 
 
-MAX_TOKENIZER_BYTES = 64 * 2**20
-"""Largest tokenizer.json: a vocabulary of 250,000 tokens takes 20 MB."""
-
 MAX_GROWTH = 64
 """Limit of how much all replacements together lengthen a text; known tokenizers replace one letter by one."""
 
@@ -62,14 +60,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         UserError: there is none, or the Hub cannot be reached.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import PreTrainedTokenizerFast
+    import transformers
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # else it advises installing PyTorch
-    path = Path(name).expanduser()
+    path, kind = Path(name).expanduser(), ""
     if path.exists():
-        if not (path / "tokenizer.json").is_file():
-            raise UserError(f"tokenizer is {name!r}: the folder holds no tokenizer.json")
+        kind = tokenizer_class(path)
         check_tokenizer_files(path)
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"tokenizer is {name!r}: there is no such folder, and it is no Hub name (OWNER/NAME)")
@@ -78,7 +75,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         with panics_as_errors():
             if path.exists():  # not by AutoTokenizer: it would offer to run the code of an exported folder
                 with plain_path(path) as plain:
-                    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(plain))
+                    tokenizer = getattr(transformers, kind).from_pretrained(str(plain))
             else:
                 from transformers import AutoTokenizer  # here: where PyTorch is installed, its import takes seconds
 
@@ -107,23 +104,18 @@ def check_tokenizer_files(folder: Path) -> None:
     Raises:
         UserError: one does, or is no JSON object.
     """
-    contents = {name: read_json(folder / name, MAX_TOKENIZER_BYTES) for name in FILES if _is_there(folder / name)}
+    contents = {name: read_json(folder / name, MAX_TOKENIZER_BYTES) for name in FILES if is_there(folder / name)}
     for file in sorted((*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja"))):
         check_file(file, MAX_TOKENIZER_BYTES)
     if found := [key for key in ELSEWHERE if contents.get("tokenizer_config.json", {}).get(key)]:
         raise UserError(f"{folder / 'tokenizer_config.json'} has {listed(found)}: leave it to tokenizer.json")
-    steps = [contents["tokenizer.json"].get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]
+    steps = [contents.get("tokenizer.json", {}).get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]
     try:
         growth = _growth(steps)
     except RecursionError:
         raise UserError(f"{folder / 'tokenizer.json'} is nested too deeply: it is no tokenizer") from None
     if growth > MAX_GROWTH:
         raise UserError(f"{folder / 'tokenizer.json'} replaces letters by {shown(growth)} others: it is no tokenizer")
-
-
-def _is_there(file: Path) -> bool:
-    """Whether anything is there: what is no regular file is refused when it is read."""
-    return file.exists() or file.is_symlink()
 
 
 def _growth(part: Any) -> int:
@@ -260,11 +252,14 @@ def align(config: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-sequence token, which separates documents: pass another")
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    special = {
-        "bos_token_id": eos if bos is None else bos,
-        "eos_token_id": model.eos_token_id if eos in model.eos_token_ids else eos,  # a model may have several
-        "pad_token_id": eos if pad is None else pad,
-    }
+    special: dict[str, Any] = {}  # trained weights keep their own where they end a text as the tokenizer does
+    if eos not in model.eos_token_ids:
+        new_pad = eos if pad is None else pad
+        special = {
+            "bos_token_id": eos if bos is None else bos,
+            "eos_token_id": eos,
+            "pad_token_id": model.pad_token_id if model.eos_token_ids else new_pad,
+        }
     return config.with_options(model=dataclasses.replace(model, vocab_size=vocab_size, **special))
 
 

@@ -18,7 +18,7 @@ from jax.export import is_symbolic_dim
 
 from jaxllm.config import ModelConfig
 from jaxllm.model.attention import Latents
-from jaxllm.model.dtypes import Array, Pytree, at_least_float32
+from jaxllm.model.dtypes import Array, Pytree, at_least_float32, check_dtype
 from jaxllm.model.kernels import choose_kernels
 from jaxllm.model.kernels.dispatch import tokens_per_expert
 from jaxllm.model.kernels.matmul import linear
@@ -72,7 +72,7 @@ class CustomLLM(nnx.Module):
         rngs: nnx.Rngs,
         platform: str | None = None,
     ):
-        self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
+        self.config, self.dtype, self.remat = config, check_dtype(dtype), remat
         self.kernels = choose_kernels(config, dtype, platform)
         D, V, std = config.hidden_size, config.vocab_size, config.initializer_range
         positions = config.max_position_embeddings

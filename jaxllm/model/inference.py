@@ -6,7 +6,7 @@ from flax import nnx
 
 from jaxllm.model.decoder import CustomLLM, model_facts, split_model
 from jaxllm.model.dtypes import Array, Pytree
-from jaxllm.model.kernels.packed import pack
+from jaxllm.model.kernels.packed import pack, unpack
 from jaxllm.model.layers import ParameterFacts
 
 
@@ -14,7 +14,7 @@ def for_inference(model: CustomLLM) -> CustomLLM:
     """A bfloat16 model with its matrices and embeddings in bfloat16: half of the memory, and of what a token reads.
 
     Norms, biases and routers compute in float32 and stay as they are. The new model computes the same numbers. It can
-    be neither trained nor exported. The masters are freed when nothing refers to the given model. A model of another
+    be exported, but not trained. The masters are freed when nothing refers to the given model. A model of another
     dtype is returned as it is.
     """
     if model.dtype != jnp.bfloat16:
@@ -33,3 +33,8 @@ def for_inference(model: CustomLLM) -> CustomLLM:
         return jax.tree.map(narrowed, params, facts)
 
     return nnx.merge(graph, all_narrowed(params), bias)
+
+
+def unpacked(model: CustomLLM, params: Pytree) -> Pytree:
+    """The parameters of a model as numbers: the matrices of `for_inference` in bfloat16."""
+    return jax.tree.map(unpack, params) if model.kernels.packs and model.dtype == jnp.bfloat16 else params

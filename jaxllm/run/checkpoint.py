@@ -144,8 +144,8 @@ def _check_context(run: Path, checkpoint: Path) -> None:
     if written.get("model") is None:
         return
     model = read_model_config(run)
-    # weights that came without a tokenizer have the special tokens of the one that they are trained with
-    free = SPECIAL_TOKENS if written.get("tokenizer") is None else ()
+    # weights from elsewhere take the special tokens of the tokenizer that they are trained with
+    free = SPECIAL_TOKENS if written.get("tokenizer") is None or checkpoint.name == "0" else ()
     if read_config(written["model"] | {name: model.to_dict()[name] for name in free}) != model:
         raise UserError(f"{run / 'config.json'} is not the config that {checkpoint} was written with: put it back")
 

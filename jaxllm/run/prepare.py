@@ -41,15 +41,13 @@ from jaxllm.errors import UserError, shown
 from jaxllm.files import read_json, rename_durably, write_json
 from jaxllm.run.hardware import bfloat16_hardware
 from jaxllm.run.lock import LOCK_FILE, FolderLock
+from jaxllm.run.source import SOURCE, keep_source, model_folder, note_end_tokens, read_source, tokenizer_files
 from jaxllm.run.trackers import check_tracker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONFIG_FILE = "train_config.json"
-SOURCE_CONFIG = "source_config.json"
-"""In a run, the config.json that its weights came with."""
-GENERATION_CONFIG = "generation_config.json"
 
 INIT_LEARNING_RATE = 2e-5
 """Peak learning rate of a run that starts from trained weights, read by --init or made by the converter."""
@@ -100,8 +98,8 @@ def parse_args(argv: Sequence[str] | None, prog: str, description: str | None, k
     if start is not None:
         if chosen.preset is not None:
             raise UserError(f"preset is {shown(chosen.preset)}: --init gives the model, leave out one of the two")
-        tokenizer = str(start) if (start / "tokenizer.json").is_file() else None
-        default = _of_trained(default, read_model_config(start)).with_options(init=start, tokenizer=tokenizer)
+        model = read_model_config(model_folder(start))
+        default = _of_trained(default, model).with_options(init=start, tokenizer=str(model_folder(start)))
     folder = chosen.run_dir or default.folder
     saved = _saved_config(folder, kind)
     if saved is None and chosen.preset is None and start is None and not chosen.start_over and _is_converted(folder):
@@ -214,10 +212,9 @@ def check_resumable(config: RunConfig) -> None:
     if (config.folder / CONFIG_FILE).is_file():
         saved = read_config(config.folder, type(config)).to_dict()
         saved |= {"data_streams": saved.get("data_streams") or 1} if "data_streams" in saved else {}
-    else:  # made by the converter: weights without a training history
+    else:  # made by the converter: weights without a training history, which take the tokenizer's special tokens
         model = read_json(config.folder / "config.json")
-        if not (config.folder / "tokenizer").is_dir():  # weights without their tokenizer take the new one's tokens
-            model |= {name: config.model.to_dict()[name] for name in SPECIAL_TOKENS}
+        model |= {name: config.model.to_dict()[name] for name in SPECIAL_TOKENS}
         saved = config.to_dict() | {"model": model}
     if changed := changed_options(saved, config):
         was = "; ".join(f"{name} is {shown(now)}, and the run has {shown(before)}" for name, before, now in changed)
@@ -265,8 +262,12 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
     file = config.folder / CONFIG_FILE
     saved = read_json(file) if resumes and file.is_file() else {}
     config = _with_kept_options(config, saved, processes)
-    kept = _kept_files(config, resumes)
-    families.check_trainable(kept.get(SOURCE_CONFIG, {}))
+    source_folder = _new_source(config)
+    if source_folder is not None:
+        origin = read_json(source_folder / "config.json")
+    else:
+        origin = read_source(config.folder) if resumes else None
+    families.check_trainable(origin or {})
     own_tokenizer = config.folder / "tokenizer"
     tokenizer = load_tokenizer(str(own_tokenizer)) if resumes and own_tokenizer.is_dir() else None
     if tokenizer is not None:  # before anything else is refused: one message names all options that were changed
@@ -279,8 +280,15 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
     config = config.with_options(data_revision=source.revision)
     if saved:
         check_data(config, saved)
-    if tokenizer is None and config.data.tokenizer is not None:
-        tokenizer = with_pad_token(load_tokenizer(config.data.tokenizer), config)
+    given = config.data.tokenizer
+    if given is None and (source_folder is not None or (resumes and checkpoint_owner(config.folder))):
+        # never a new one for weights that are trained
+        given = str(
+            next(path for path in (source_folder, config.folder / SOURCE, config.folder) if path and path.is_dir())
+        )
+    if tokenizer is None and given is not None:
+        tokenizer = load_tokenizer(given)
+        tokenizer = with_pad_token(tokenizer, config) if origin is None else tokenizer
     elif tokenizer is None:
         tokenizer = train_or_recall_tokenizer(source, config.model.vocab_size, config.data.source)
     config = align(config, tokenizer)
@@ -297,23 +305,25 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
     held_out = held_out_rows(config, tokenizer)
     if not resumes:
         _clear(config.folder)
-        for name, values in kept.items():
-            write_json(config.folder / name, values)
     # First what identifies the folder as ours: a process may be killed between any two lines.
     write_json(file, config.to_dict())
     write_json(config.folder / "config.json", config.model.to_dict())
-    if not (config.folder / "tokenizer").is_dir():
-        _save_tokenizer(tokenizer, config.folder / "tokenizer")
+    if source_folder is not None:
+        keep_source(source_folder, config.folder, Path(given or source_folder))
+    elif origin is not None and given is not None and not own_tokenizer.is_dir():
+        tokenizer_files(Path(given)).write(config.folder)
+    if origin is not None and not saved:
+        note_end_tokens(config.folder, config.model, tokenizer)
+    if not own_tokenizer.is_dir():
+        _save_tokenizer(tokenizer, own_tokenizer)
     return Prepared(config, tokenizer, held_out, resumes)
 
 
-def _kept_files(config: RunConfig, resumes: bool) -> dict[str, Any]:
-    """The JSON files that a run keeps of the folder that its weights came from; only those that are there."""
-    folder = config.folder if resumes else getattr(config, "init", None)
-    if folder is None or (not resumes and families.names_of(config.model) == "customllm"):
-        return {}
-    sources = {SOURCE_CONFIG: SOURCE_CONFIG if resumes else "config.json", GENERATION_CONFIG: GENERATION_CONFIG}
-    return {name: read_json(folder / file) for name, file in sources.items() if (folder / file).is_file()}
+def _new_source(config: RunConfig) -> Path | None:
+    """The folder of --init, unless the run has its weights, and the files that came with them, already."""
+    init = getattr(config, "init", None)
+    taken = checkpoint_owner(config.folder) is not None or (config.folder / SOURCE).is_dir()
+    return None if init is None or (taken and not config.overwrite) else model_folder(init)
 
 
 def keep_left_out(config: RunConfig, left_out: Iterable[str]) -> None:
