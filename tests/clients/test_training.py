@@ -85,11 +85,10 @@ def test_preferences(client, tmp_path):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
-    args = trl.DPOConfig(str(tmp_path), **COMMON, max_length=64)
+    args = trl.DPOConfig(str(tmp_path), **COMMON, max_length=64, trust_remote_code=True)  # of the reference, by name
     rows = [{"prompt": "def f", "chosen": text, "rejected": "x"} for text in texts()]
     data = Dataset.from_list(rows)
-    models = client.load(), client.load()  # TRL would load the second without trust_remote_code
-    found = losses(trl.DPOTrainer(*models, args=args, train_dataset=data, processing_class=client.tokenizer))
+    found = losses(trl.DPOTrainer(client.load(), args=args, train_dataset=data, processing_class=client.tokenizer))
     assert found[0] == pytest.approx(math.log(2), rel=1e-3)  # model and reference are the same at first
 
 
