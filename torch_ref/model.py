@@ -795,11 +795,11 @@ class CustomLLM(CustomLLMModel, GenerationMixin):
 
 
 class CustomLLMForSequenceClassification(GenericForSequenceClassification, CustomLLMPreTrainedModel):
-    pass
+    accepts_loss_kwargs = False  # for the Trainer: the loss is a mean, and num_items_in_batch would go to the backbone
 
 
 class CustomLLMForTokenClassification(GenericForTokenClassification, CustomLLMPreTrainedModel):
-    pass
+    accepts_loss_kwargs = False
 
 
 AutoModel.register(CustomLLMConfig, CustomLLMModel, exist_ok=True)  # the last two build their backbone by it

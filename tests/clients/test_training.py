@@ -6,7 +6,13 @@ import math
 
 import pytest
 import torch
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +53,14 @@ def test_trainer(client, tmp_path, options):
     trainer = Trainer(model, args, train_dataset=rows, eval_dataset=rows, data_collator=collate)
     losses(trainer)
     assert trainer.evaluate()["eval_loss"] < wanted
+
+
+@pytest.mark.parametrize("auto", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+def test_trainer_of_a_classifier(client, tmp_path, auto):
+    one = auto is AutoModelForSequenceClassification
+    rows = [{"input_ids": client.ids(9, seed=i).tolist(), "labels": i % 3 if one else [i % 3] * 9} for i in range(12)]
+    args = TrainingArguments(str(tmp_path), **COMMON, gradient_accumulation_steps=2)
+    losses(Trainer(client.load(auto, num_labels=3), args, train_dataset=rows))
 
 
 def trl_model(client, lora: bool):
@@ -95,7 +109,6 @@ def test_preferences(client, tmp_path):
 def test_rewards(client, tmp_path):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
-    from transformers import AutoModelForSequenceClassification
 
     args = trl.RewardConfig(str(tmp_path), **COMMON, max_length=64)
     data = Dataset.from_list([{"chosen": text, "rejected": "x"} for text in texts()])
