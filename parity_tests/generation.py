@@ -21,6 +21,7 @@ from parity_tests.compare import TOLERANCES, Row, compare_arrays
 from parity_tests.forward import DTYPES, jax_precision, jax_weights, torch_precision
 from torch_ref import CustomLLM as TorchCustomLLM
 from torch_ref.generate import generate as torch_generate
+from torch_ref.model import CACHE
 
 PROMPT_TOKENS = (24, 9)
 """Prompt lengths of the batch. Flax pads on the right, PyTorch on the left."""
@@ -125,10 +126,10 @@ def _torch_decode(
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     logits = []
     with torch_precision(precision):
-        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        cache = model(ids, attention_mask=mask, use_cache=True)[CACHE]
         for token in torch.from_numpy(given).long().T:
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-            out = model(token[:, None], attention_mask=mask, past_key_values=cache, use_cache=True)
+            out = model(token[:, None], attention_mask=mask, use_cache=True, **{CACHE: cache})
             logits.append(out.logits[:, 0])
     return torch.stack(logits, dim=1).float().numpy() if precision == "bfloat16" else torch.stack(logits, dim=1).numpy()
 

@@ -28,7 +28,7 @@ from jaxllm.config.families import family_of
 from jaxllm.model.decoder import abstract_model
 from jaxllm.run.checkpoint import Weights
 from parity_tests.recording import recorded
-from torch_ref.model import no_autocast
+from torch_ref.model import CACHE, no_autocast
 from torch_ref.muon import Blocks
 
 Named = dict[str, np.ndarray]
@@ -201,7 +201,7 @@ class Cached(NamedTuple):
 def cached_latents(model: Any, ids: np.ndarray) -> Cached:
     with torch.no_grad():
         out = model(torch.from_numpy(np.asarray(ids, np.int64)), use_cache=True, output_router=True)
-    cached = ([getattr(layer, kind)[:, 0] for layer in out.past_key_values.layers] for kind in ("keys", "values"))
+    cached = ([getattr(layer, kind)[:, 0] for layer in out[CACHE].layers] for kind in ("keys", "values"))
     latents, keys = (torch.stack(layers).to(model.dtype).numpy() for layers in cached)
     if model.config.model_type == "deepseek_v2":  # it leaves the rotated pairs where they were
         keys = np.concatenate([keys[..., ::2], keys[..., 1::2]], axis=-1)
