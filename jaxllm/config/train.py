@@ -125,6 +125,7 @@ class RunConfig:
         values["model"] = ModelConfig.from_dict(values["model"])
         if isinstance(prompts := values.get("prompts"), list):
             values["prompts"] = tuple(prompts)
+        values.setdefault("special_tokens_in_text", "earlier")  # written before there was a choice
         values.pop("run_dir", None)  # of an earlier version: a run is where it is found
         return cls.from_options(**values)
 
