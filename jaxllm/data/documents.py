@@ -193,7 +193,7 @@ def check_vocabulary(counts: TextCounts, refuse: bool = True) -> None:
     Raises:
         UserError: it lacks so much that the tokenizer does not fit, and `refuse`.
     """
-    share = counts.unknown / max(1, counts.tokens)
+    share = counts.unknown / max(1, counts.tokens, counts.unknown)
     said = f"{100 * share:.1f} % of the tokens of the text stand for what the tokenizer's vocabulary lacks"
     if share > MAX_UNKNOWN and refuse:
         raise UserError(f"tokenizer: {said}: pass a --tokenizer that fits the data, or none to train one")

@@ -69,7 +69,9 @@ class Encoder:
         spec = json.loads(backend.to_str())
         self._unknown = _unknown_id(spec["model"])
         self.drops_characters = spec["model"]["type"] == "BPE" and self._unknown is None and not _has_bytes(spec)
-        self._backend = _backend_of(spec, {*self._control.values()})
+        normalizer = backend.normalizer
+        as_spelled = {t for t in self._control.values() if normalizer is None or normalizer.normalize_str(t) == t}
+        self._backend = _backend_of(spec, as_spelled, breaks=bool(self._control))
         self._special = _any_of({*control.values()})
 
     def ids(self, text: str) -> np.ndarray:  # (n,) int32
@@ -187,29 +189,30 @@ def encoder_of(tokenizer: PreTrainedTokenizerBase, special_tokens: str = "text")
     Raises:
         UserError: the tokenizer is not one of the library `tokenizers`.
     """
-    return _made(tokenizer, len(tokenizer), str(tokenizer.chat_template), tokenizer.eos_token_id, special_tokens)  # pyright: ignore[reportAttributeAccessIssue]
+    return _made(tokenizer, len(tokenizer), str(tokenizer.chat_template), str(tokenizer.eos_token), special_tokens)
 
 
 @functools.lru_cache(maxsize=4)
-def _made(
-    tokenizer: PreTrainedTokenizerBase, size: int, template: str, eos: int | None, special_tokens: str
-) -> Encoder:
+def _made(tokenizer: PreTrainedTokenizerBase, size: int, template: str, eos: str, special_tokens: str) -> Encoder:
     return Encoder(tokenizer, special_tokens)
 
 
-def _backend_of(spec: dict[str, Any], control: set[str]) -> Any:
-    """A tokenizer.json as the encoder uses it; special tokens are matched as the text spells them."""
+def _backend_of(spec: dict[str, Any], as_spelled: set[str], breaks: bool) -> Any:
+    """A tokenizer.json as the encoder uses it; with `breaks`, its normalizer takes out `MARK`.
+
+    Those special tokens that its normalizer leaves as they are must be matched before it, so that `MARK` is in the way.
+    """
     from tokenizers import Tokenizer
 
     spec |= {"truncation": None, "padding": None, "post_processor": None}
     if "dropout" in spec["model"]:
         spec["model"]["dropout"] = None
-    if control:
+    if breaks:
         unmarked = {"type": "Replace", "pattern": {"String": MARK}, "content": ""}
         steps = [unmarked] if spec["normalizer"] is None else [unmarked, spec["normalizer"]]
         spec["normalizer"] = {"type": "Sequence", "normalizers": steps}
         for token in spec["added_tokens"]:
-            token["normalized"] = token["normalized"] and token["content"] not in control
+            token["normalized"] = token["normalized"] and token["content"] not in as_spelled
     return Tokenizer.from_str(json.dumps(spec))
 
 

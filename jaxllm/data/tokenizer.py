@@ -359,6 +359,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, special_token
         raise
     except Exception as error:  # tokenizers raises Exception itself
         raise UserError(f"prompt is {shown(prompt)}: the tokenizer does not take it ({one_line(error)})") from None
-    if not ids and tokenizer.eos_token_id is None:  # pyright: ignore[reportAttributeAccessIssue]
+    end: Any = tokenizer.eos_token_id
+    if not ids and end is None:
         raise UserError("prompt is empty, and the tokenizer has no end-of-sequence token to start from: pass a prompt")
-    return ids or [tokenizer.eos_token_id]  # pyright: ignore[reportAttributeAccessIssue]
+    return ids or [end]
