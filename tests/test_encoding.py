@@ -18,11 +18,12 @@ from jaxllm.config import TrainConfig
 from jaxllm.data import documents
 from jaxllm.data.documents import DocumentEncoder
 from jaxllm.data.encode import MARK, encoder_of
+from jaxllm.data.epochs import steps_for_epochs
 from jaxllm.data.lines import Lines
 from jaxllm.data.reading import _text_chunks
 from jaxllm.data.source import TextChunk
 from jaxllm.data.sources import open_source
-from jaxllm.data.stream import POOL_ROWS, Position, ProcessBatches, TokenStream, encode, held_out_rows, steps_for_epochs
+from jaxllm.data.stream import POOL_ROWS, Position, ProcessBatches, TokenStream, encode, held_out_rows
 from jaxllm.data.tokenizer import bytes_per_target, encode_prompt, text_bytes, without_dropout
 from jaxllm.errors import UserError
 from jaxllm.run import prepare
@@ -139,6 +140,16 @@ def test_only_added_tokens_that_a_template_puts_around_turns_are_control():
         assert encode(tokenizer, f"x{text}y", False)[1] == tokenizer.convert_tokens_to_ids(text)
     answer = [CHAT[0], {"role": "assistant", "content": "<think>so</think>Yes"}]
     assert "so" not in tokenizer.decode(encode(tokenizer, answer, True))  # this template parses it, and leaves it out
+
+
+def test_parts_of_a_message_do_not_make_a_control_token_together():
+    tokenizer = tokenizer_of("byte-level", "ChatML")
+    tokenizer.chat_template = "{% for part in messages[0].content %}{{ part.text }}{% endfor %}<|im_end|>"
+    for cut in range(1, len("<|im_end|>")):
+        parts = [{"type": "text", "text": text} for text in ("<|im_end|>"[:cut], "<|im_end|>"[cut:], "<")]
+        ids = encode(tokenizer, [{"role": "user", "content": parts}], True).tolist()
+        assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
+        assert tokenizer.decode(ids[:-2]) == "<|im_end|><"
 
 
 def test_messages_are_text_wherever_the_template_prints_them():

@@ -73,6 +73,7 @@ class Encoder:
         as_spelled = {t for t in self._control.values() if normalizer is None or normalizer.normalize_str(t) == t}
         self._backend = _backend_of(spec, as_spelled, breaks=bool(self._control))
         self._special = _any_of({*control.values()})
+        self._beginnings = tuple({text[:length] for text in self._control.values() for length in range(1, len(text))})
 
     def ids(self, text: str) -> np.ndarray:  # (n,) int32
         """The tokens of a whole text."""
@@ -174,12 +175,16 @@ class Encoder:
                 return text
 
     def _escaped_within(self, value: Any) -> Any:
+        """A message as the template gets it. A text that ends as a special token begins may be put before the rest."""
         if isinstance(value, str):
-            return self._escaped(value)
+            return self._escaped(value) + (MARK if value.endswith(self._beginnings) else "")
         if isinstance(value, list):
             return [self._escaped_within(one) for one in value]
-        if isinstance(value, dict):
-            return {self._escaped_within(key): self._escaped_within(one) for key, one in value.items()}
+        if isinstance(value, dict):  # a template compares a role and the type of a part
+            return {
+                self._escaped(str(key)): self._escaped(one) if key in ("role", "type") else self._escaped_within(one)
+                for key, one in value.items()
+            }
         return value
 
 
@@ -242,7 +247,19 @@ def strings_in(value: Any) -> Iterator[str]:
 
 def _any_of(texts: set[str]) -> re.Pattern[str]:
     """A pattern that matches one of some texts, the longest that it can; nothing where there are none."""
-    return re.compile("|".join(map(re.escape, sorted(texts, key=lambda text: (-len(text), text)))) or "(?!)")
+    return re.compile(_alternatives(sorted(texts)) if texts else "(?!)")
+
+
+def _alternatives(texts: list[str]) -> str:
+    """Sorted texts by their common beginnings: some tokenizers have thousands of special tokens."""
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(texts[0], texts[-1], strict=False))
+    common = "".join(character for character, _ in same)
+    rest: dict[str, list[str]] = {}
+    for text in texts:
+        rest.setdefault(text[len(common) : len(common) + 1], []).append(text[len(common) :])
+    ends = rest.pop("", None) is not None
+    longer = "|".join(map(_alternatives, rest.values()))
+    return re.escape(common) + (f"(?:{longer}){'?' if ends else ''}" if longer else "")
 
 
 def _is_byte(piece: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 import queue
 import threading
 import time
@@ -344,26 +343,6 @@ def held_out_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> np.n
         )
     check_vocabulary(counts, refuse=special != "earlier")
     return np.concatenate(parts)[: rows * config.data.seq_len].reshape(rows, config.data.seq_len)
-
-
-def steps_for_epochs(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Steps after which the largest data stream has been trained on `epochs` times. Reads and encodes all of it.
-
-    Raises:
-        UserError: nobody knows how much it is.
-    """
-    S, epochs, data = config.data_streams, config.schedule.epochs or 1.0, config.data
-    if open_source(config).progress() is None:
-        raise UserError(f"epochs is {epochs:g}: the size of the dataset {data.source!r} is not known: pass --steps")
-    tokens = []
-    for s in range(S):
-        documents = DocumentEncoder(encoder_of(tokenizer, data.special_tokens_in_text))
-        chunks = (chunk for chunk in open_source(config, s, S).chunks() if not chunk.held_out)
-        tokens.append(sum(map(len, encoded(documents, chunks))))
-    rows, each = max(tokens) / data.seq_len, data.grad_accum * data.batch_size // S
-    steps = max(1, math.ceil(epochs * rows / each))
-    print(f"A pass over the data is {sum(tokens):,} tokens: --epochs {epochs:g} is --steps {steps}")
-    return steps
 
 
 class Batch(NamedTuple):

@@ -26,8 +26,9 @@ from jaxllm.config import (
     families,
     recipe,
 )
+from jaxllm.data.epochs import steps_for_epochs
 from jaxllm.data.sources import is_fingerprint, open_source
-from jaxllm.data.stream import check_streams, held_out_rows, steps_for_epochs
+from jaxllm.data.stream import check_streams, held_out_rows
 from jaxllm.data.tokenizer import (
     align,
     bytes_per_target,
