@@ -239,7 +239,9 @@ def chat(args: GenerateArgs, model: CustomLLM, tokenizer: PreTrainedTokenizerBas
         turns.append({"role": "user", "content": line})
         ids = encode_prompt(tokenizer, line, args.special_tokens_in_text)
         while tokenizer.chat_template:
-            ids = encoder_of(tokenizer, args.special_tokens_in_text).chat_ids(turns, True).tolist()
+            ids = (
+                encoder_of(tokenizer, args.special_tokens_in_text).chat_ids(turns, add_generation_prompt=True).tolist()
+            )
             if len(turns) == 1 or len(ids) + args.max_new_tokens <= model.config.max_position_embeddings:
                 break
             del turns[:2]  # the oldest message and its answer

@@ -132,6 +132,14 @@ def test_text_that_spells_special_tokens_round_trips():
             assert tokenizer.decode(encode(tokenizer, text, False)) == text
 
 
+def test_bytes_that_are_special_by_their_entry_stay_bytes():
+    tokenizer = tokenizer_of("Metaspace never")
+    usual = encode(tokenizer, "x\n😀<0x0A>\n", False).tolist()
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<0x{byte:02X}>" for byte in range(256)]})
+    assert encode(tokenizer, "x\n😀<0x0A>\n", False).tolist() == usual
+    assert usual.count(tokenizer.convert_tokens_to_ids("<0x0A>")) <= 2
+
+
 def test_only_added_tokens_that_a_template_puts_around_turns_are_control():
     """`<think>` is an added token too, and an answer's own; so are the runs of spaces of some tokenizers."""
     tokenizer = tokenizer_of("byte-level", "Qwen, thinking")
@@ -173,6 +181,8 @@ def test_no_second_end_token_where_a_kept_text_ends_with_one(text, ends):
     ids = made.add(TextChunk(text, True, False)).tolist()
     assert ids.count(tokenizer.eos_token_id) == ends
     assert (made.counts.special, made.counts.ends) == (text.count("</s>"), text.count("</s>"))
+    before = DocumentEncoder(encoder_of(tokenizer, "earlier")).add(TextChunk(text, True, False)).tolist()
+    assert before.count(tokenizer.eos_token_id) == text.count("</s>") + 1
     spelled = encode(tokenizer, text, True).tolist()
     assert (spelled.count(tokenizer.eos_token_id), spelled[-1]) == (1, tokenizer.eos_token_id)
 

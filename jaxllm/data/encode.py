@@ -57,8 +57,8 @@ class Encoder:
         backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise UserError("the tokenizer has no tokenizer.json, which encodes: pass another --tokenizer")
-        added = {id: token for id, token in backend.get_added_tokens_decoder().items() if token.content.strip()}
-        plain = [token.content for token in added.values() if not token.special]
+        added = backend.get_added_tokens_decoder()
+        plain = [token.content for token in added.values() if token.content.strip() and not token.special]
         special = {*tokenizer.all_special_ids}
         markers = _turn_markers(tokenizer, plain)
         control = {i: t.content for i, t in added.items() if t.special or i in special or t.content in markers}
@@ -99,7 +99,7 @@ class Encoder:
         if self.eos is None:
             return ids
         tail = ids[-TAIL:].tolist()
-        if self.eos in tail:
+        if self.eos in tail and not self.pieces_apart:
             after = tail[len(tail) - tail[::-1].index(self.eos) :]
             if not after or not str(self.tokenizer.decode(after)).strip():
                 return ids
@@ -158,7 +158,8 @@ class Encoder:
         """Whether a token is what the text says: a model's vocabulary may hold special tokens too."""
         if id not in self._control:
             return True
-        return MARK not in text and (id == self._unknown or text.strip() == self._control[id].strip())
+        produced = id == self._unknown or _is_byte(self._control[id])  # for what the vocabulary lacks
+        return MARK not in text and (produced or text.strip() == self._control[id].strip())
 
     def _in_parts(self, id: int) -> list[int]:
         model = self._backend.model

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -318,8 +317,8 @@ def bytes_per_target(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray) -> fl
 def text_bytes(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray) -> int:
     """UTF-8 bytes of the text of rows (n,T); of a character that a row's end cuts, those of its tokens there."""
     special, backend = set(tokenizer.all_special_ids), getattr(tokenizer, "backend_tokenizer", None)
-    spec = {} if backend is None else json.loads(backend.to_str())
-    if '"type": "ByteLevel"' in json.dumps(spec.get("decoder")):
+    if backend is not None and "ByteLevel" in str(backend.decoder):
+        special |= {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
         from tokenizers import pre_tokenizers
 
         letters = {*pre_tokenizers.ByteLevel.alphabet()}  # one for each byte
