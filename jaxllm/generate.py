@@ -229,7 +229,7 @@ def stream(
 def chat(args: GenerateArgs, model: CustomLLM, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> None:
     """Answer the lines of stdin until it ends; with a chat template as a conversation, else each line as a prompt."""
     turns: list[dict[str, str]] = []
-    eos = end_tokens(args, model, tokenizer)
+    encoder, eos = encoder_of(tokenizer, args.special_tokens_in_text), end_tokens(args, model, tokenizer)
     print(f"One line is one {'message' if tokenizer.chat_template else 'prompt'}; Ctrl-D ends.")
     while True:
         try:
@@ -239,9 +239,7 @@ def chat(args: GenerateArgs, model: CustomLLM, tokenizer: PreTrainedTokenizerBas
         turns.append({"role": "user", "content": line})
         ids = encode_prompt(tokenizer, line, args.special_tokens_in_text)
         while tokenizer.chat_template:
-            ids = (
-                encoder_of(tokenizer, args.special_tokens_in_text).chat_ids(turns, add_generation_prompt=True).tolist()
-            )
+            ids = encoder.chat_ids(turns, add_generation_prompt=True).tolist()
             if len(turns) == 1 or len(ids) + args.max_new_tokens <= model.config.max_position_embeddings:
                 break
             del turns[:2]  # the oldest message and its answer
