@@ -21,8 +21,9 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxllm.command_line import parse
 from jaxllm.config import Precision, TrainConfig
+from jaxllm.data.documents import DocumentEncoder, check_vocabulary
+from jaxllm.data.encode import encoder_of
 from jaxllm.data.sources import TextChunk, open_source
-from jaxllm.data.stream import encode
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.generate import load_model, tokenizer_folder
@@ -62,18 +63,23 @@ def score(
     seq_len: int,
     batch_size: int,
     max_tokens: int,
+    special_tokens: str = "text",
 ) -> Scores:
     """Score the chunks in order, until `max_tokens` tokens are reached.
 
+    `special_tokens` is the run's `special_tokens_in_text`.
+
     Raises:
-        UserError: there is no text, or `seq_len` is larger than `max_position_embeddings`.
+        UserError: there is no text, the tokenizer does not fit it, or `seq_len` is larger than
+            `max_position_embeddings`.
     """
     limit = model.config.max_position_embeddings
     if not 2 <= seq_len <= limit:
         raise UserError(f"seq_len is {seq_len}: it must lie in 2 to max_position_embeddings = {limit}")
     parts, tokens, text_bytes = [np.asarray([tokenizer.eos_token_id], np.int32)], 0, 0
+    documents = DocumentEncoder(encoder_of(tokenizer, special_tokens))
     for chunk in chunks:
-        if (ids := encode(tokenizer, chunk.text, chunk.ends_document)) is None:
+        if (ids := documents.add(chunk)) is None:
             continue
         parts.append(ids)
         tokens += len(ids)
@@ -83,6 +89,9 @@ def score(
             break
     if not text_bytes:
         raise UserError("data: there is no text to evaluate on")
+    parts.append(documents.flush())
+    tokens += len(parts[-1])
+    check_vocabulary(documents.counts)
     ids, step = np.concatenate(parts), seq_len - 1
     rows = np.full((-(-tokens // (step * batch_size)) * batch_size, seq_len), IGNORED, np.int32)
     for row, start in zip(rows, range(0, tokens, step), strict=False):
@@ -138,7 +147,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         chunks = open_source(TrainConfig.from_options(data=args.data, text_field=args.text_field)).chunks()
     seq_len = args.seq_len or (config.data.seq_len if config else model.config.max_position_embeddings)
-    found = score(model, tokenizer, chunks, seq_len=seq_len, batch_size=args.batch_size, max_tokens=args.max_tokens)
+    sizes = {"seq_len": seq_len, "batch_size": args.batch_size, "max_tokens": args.max_tokens}
+    special_tokens = config.data.special_tokens_in_text if config else "text"
+    found = score(model, tokenizer, chunks, **sizes, special_tokens=special_tokens)
     print(f"Tokens         {found.tokens:,} ({found.text_bytes:,} bytes of text)")
     print(f"Loss           {found.loss:.4f} nats per token")
     print(f"Perplexity     {found.perplexity:.2f}")

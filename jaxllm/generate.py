@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from flax import nnx
 from convert.to_flax import from_pretrained
 from jaxllm.command_line import parse
 from jaxllm.config import Precision
+from jaxllm.data.encode import encoder_of
 from jaxllm.data.tokenizer import decode_after, encode_prompt, load_tokenizer
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.model.attention import Latents
@@ -230,7 +231,7 @@ def stream(
 def chat(args: GenerateArgs, model: CustomLLM, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> None:
     """Answer the lines of stdin until it ends; with a chat template as a conversation, else each line as a prompt."""
     turns: list[dict[str, str]] = []
-    eos = end_tokens(args, model, tokenizer)
+    encoder, eos = encoder_of(tokenizer, args.special_tokens_in_text), end_tokens(args, model, tokenizer)
     print(f"One line is one {'message' if tokenizer.chat_template else 'prompt'}; Ctrl-D ends.")
     while True:
         try:
@@ -238,16 +239,16 @@ def chat(args: GenerateArgs, model: CustomLLM, tokenizer: PreTrainedTokenizerBas
         except EOFError:
             return
         turns.append({"role": "user", "content": line})
-        ids: Any = encode_prompt(tokenizer, line)
+        ids = encode_prompt(tokenizer, line, args.special_tokens_in_text)
         while tokenizer.chat_template:
-            ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+            ids = encoder.chat_ids(turns, add_generation_prompt=True).tolist()
             if len(turns) == 1 or len(ids) + args.max_new_tokens <= model.config.max_position_embeddings:
                 break
             del turns[:2]  # the oldest message and its answer
         if len(ids) >= model.config.max_position_embeddings:
             print(f"(that line is too long: max_position_embeddings is {model.config.max_position_embeddings})")
         said, printed = [], ""
-        for new in stream(model, list(ids), args.max_new_tokens, sampling, seed=args.seed, eos_token_ids=eos):
+        for new in stream(model, ids, args.max_new_tokens, sampling, seed=args.seed, eos_token_ids=eos):
             said += new
             text = str(tokenizer.decode(said)).rstrip("\ufffd")  # the rest of a character is still to come
             print(text[len(printed) :], end="", flush=True)
@@ -266,6 +267,9 @@ class GenerateArgs:
     """One or more prompts."""
     chat: bool = False
     """Answer what is typed, line by line, in place of --prompt."""
+    special_tokens_in_text: Literal["text", "keep"] = "text"
+    """What becomes of special tokens that a prompt or a message spells: `text`, encoded as other characters are, or
+    `keep`, control tokens."""
     max_new_tokens: int = 100
     """Most tokens to add to a prompt."""
     temperature: float = 0.8
@@ -301,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.chat:
         chat(args, model, tokenizer, sampling)
         return
-    prompts = [encode_prompt(tokenizer, prompt) for prompt in args.prompt]
+    prompts = [encode_prompt(tokenizer, prompt, args.special_tokens_in_text) for prompt in args.prompt]
     eos = end_tokens(args, model, tokenizer)
     made = generate(model, prompts, args.max_new_tokens, sampling, seed=args.seed, eos_token_ids=eos)
     for text, prompt, new in zip(args.prompt, prompts, made, strict=True):

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from jaxllm.config import ModelConfig, TrainConfig
+from jaxllm.data.documents import DocumentEncoder, encoded
+from jaxllm.data.encode import encoder_of
 from jaxllm.data.lines import SUFFIXES
 from jaxllm.data.sources import FileSource, open_source
-from jaxllm.data.stream import encode
 from jaxllm.data.tokenizer import load_tokenizer, train_tokenizer
 from jaxllm.errors import UserError
 
@@ -30,12 +31,12 @@ def read_tokens(config: ModelConfig, count: int, text: Path | None, tokenizer: P
     """
     open_text = _opener(text)
     if tokenizer is None:
-        encoder = train_tokenizer(open_text(), min(config.vocab_size, MAX_WORDS))
+        given = train_tokenizer(open_text(), min(config.vocab_size, MAX_WORDS))
     else:
-        encoder = load_tokenizer(str(tokenizer))
+        given = load_tokenizer(str(tokenizer))
     parts: list[np.ndarray] = []
-    for chunk in open_text().chunks():
-        parts.append(encode(encoder, chunk.text, chunk.ends_document and encoder.eos_token_id is not None))
+    for ids in encoded(DocumentEncoder(encoder_of(given)), open_text().chunks()):
+        parts.append(ids)
         if sum(map(len, parts)) >= count:
             break
     ids = np.concatenate(parts) if parts else np.zeros((0,), np.int32)

@@ -140,17 +140,19 @@ def test_chat_answers_lines_until_they_end(template, run, capsys, monkeypatch):
     prompts, encode = [], generation.generate
 
     def recorded(model, ids, *args, **options):
+        assert tokenizer.eos_token_id not in ids[0]  # also where it is typed
         prompts.append(tokenizer.decode(ids[0]))
         return encode(model, ids, *args, **options)
 
     monkeypatch.setattr(generation, "generate", recorded)
-    monkeypatch.setattr("sys.stdin", io.StringIO("def f\nx = 1\n" + "y" * 9 + "\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("def f\nx = 1\n" + "y" * 9 + "\n<|endoftext|>\n"))
     assert generation.main([str(run), "--chat", "--greedy", "--max-new-tokens", "4"]) == 0
     said = capsys.readouterr().out
-    assert said.count("> ") == 4
-    assert len(prompts) == 3
+    assert said.count("> ") == 5
+    assert len(prompts) == 4
+    assert "<|endoftext|>" in prompts[3]
     if template is None:
-        assert prompts == ["def f", "x = 1", "y" * 9]
+        assert prompts == ["def f", "x = 1", "y" * 9, "<|endoftext|>"]
     else:
         assert prompts[0] == "u:def f;a:"
         assert prompts[1].startswith("u:def f;a:")

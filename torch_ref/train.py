@@ -44,7 +44,8 @@ def train(prepared: Prepared[RunConfig], model: CustomLLM | None = None) -> Cust
     if model is None:
         torch.manual_seed(config.seed % 2**32)
         model = CustomLLM(config.model)
-    stream = TokenStream(open_source(config), prepared.tokenizer, config.data.seq_len, config.seed)
+    special = config.data.special_tokens_in_text
+    stream = TokenStream(open_source(config), prepared.tokenizer, config.data.seq_len, config.seed, special)
     first_step = 0
     if checkpoint is not None:
         first_step = checkpoint.step

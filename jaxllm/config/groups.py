@@ -57,6 +57,10 @@ class DataConfig(_Checked):
     of the field a. Where there is no field `text`, `messages` is read."""
     tokenizer: str | None = None
     """A Hub name or a folder; default: a byte-level BPE trained on the data."""
+    special_tokens_in_text: Literal["text", "keep", "earlier"] = "text"
+    """What becomes of special tokens that documents, messages and prompts spell: `text`, encoded as other characters
+    are; `keep`, control tokens, for data that rely on them. `earlier` is how runs were made before there was a choice,
+    and resume: kept, every 4,096 characters of a text file encoded alone, and rows of several passes mixed."""
     seq_len: int = option(256, ge=2)
     """Tokens in a row of a batch."""
     batch_size: int = option(8, ge=1, le=2**20)
@@ -99,6 +103,9 @@ class ScheduleConfig(_Checked):
 
     steps: int = option(600, ge=1, resumable=True)
     """Optimizer steps."""
+    epochs: float | None = option(None, gt=0, resumable=True)
+    """Passes over the training part of the data, in place of --steps: all of it is read and encoded once before the
+    first step, to count its rows. With several data streams, passes of the largest. Not for Hub datasets."""
     warmup_steps: int = option(50, ge=0)
     """Steps over which the learning rate rises from 0 to its peak."""
     schedule: Literal["cosine", "wsd"] = "cosine"

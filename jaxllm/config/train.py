@@ -127,6 +127,7 @@ class RunConfig:
             values["prompts"] = tuple(prompts)
         if isinstance(init := values.get("init"), str):  # a run may be killed before its weights are saved
             values["init"] = Path(init)
+        values.setdefault("special_tokens_in_text", "earlier")  # written before there was a choice
         values.pop("run_dir", None)  # of an earlier version: a run is where it is found
         return cls.from_options(**values)
 

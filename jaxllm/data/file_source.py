@@ -113,7 +113,8 @@ class FileSource:
                         continue
                     # Held out by whole files where there are enough of them, by chunks of the files where not.
                     unit = index if len(order) >= HOLD_OUT else index + chunk
-                    yield TextChunk(text, ends, held_out=unit % HOLD_OUT == 1)
+                    part = chunk if kind_of(self._files[index]) == "text" else 0
+                    yield TextChunk(text, ends, held_out=unit % HOLD_OUT == 1, part=part)
             read = self._at["bytes"] + self._sizes[index]
             self._at = self._at | {"file": number + 1, "chunk": 0, "offset": 0, "bytes": read, "within": 0}
         if all(name in skipped or name in self.left_out for name in self._names):

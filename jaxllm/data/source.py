@@ -16,6 +16,7 @@ class TextChunk(NamedTuple):
     text: str | Chat
     ends_document: bool
     held_out: bool
+    part: int = 0  # of a document that comes in several chunks, which one this is
 
 
 class Source(Protocol):

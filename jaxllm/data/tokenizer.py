@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from jaxllm.config import PRESETS, TOKENIZER_SIZED_PRESETS, ModelConfig, RunConfig
+from jaxllm.data.encode import encoder_of
 from jaxllm.data.source import Source
 from jaxllm.data.sources import hub_reachable
 from jaxllm.data.tokenizer_files import MAX_TOKENIZER_BYTES, is_there, tokenizer_class
@@ -218,6 +219,15 @@ def _training_texts(source: Source) -> Iterator[str]:
                 return
 
 
+def without_dropout(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Turn a BPE's dropout off, which would encode the same text in another way each time; said in a line."""
+    model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if dropout := getattr(model, "dropout", None):
+        model.dropout = None
+        print(f"Tokenizer: its BPE dropout of {dropout:g} is off: a run encodes the same text in the same way")
+    return tokenizer
+
+
 def _size(tokenizer: PreTrainedTokenizerBase) -> int:
     """Rows that a model needs for it."""
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
@@ -296,11 +306,29 @@ def bytes_per_target(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray) -> fl
 
     A loss in nats per token, divided by this and by ln 2, is in bits per byte, which different tokenizers share.
     """
-    whole, first = (
-        sum(len(text.encode("utf-8")) for text in tokenizer.batch_decode(part.tolist(), skip_special_tokens=True))
-        for part in (rows, rows[:, :1])
-    )
-    return (whole - first) / rows[:, 1:].size
+    return (text_bytes(tokenizer, rows) - text_bytes(tokenizer, rows[:, :1])) / rows[:, 1:].size
+
+
+def text_bytes(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray) -> int:
+    """UTF-8 bytes of the text of rows (n,T); of a character that a row's end cuts, those of its tokens there."""
+    special, backend = set(tokenizer.all_special_ids), getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and "ByteLevel" in str(backend.decoder):
+        special |= {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
+        from tokenizers import pre_tokenizers
+
+        letters = {*pre_tokenizers.ByteLevel.alphabet()}  # one for each byte
+        counts = np.bincount(rows.reshape(-1))
+        pieces = {int(id): str(tokenizer.convert_ids_to_tokens(int(id))) for id in np.flatnonzero(counts)}
+        sizes = {
+            id: len(piece) if letters.issuperset(piece) else len(piece.encode("utf-8")) for id, piece in pieces.items()
+        }
+        return sum(int(counts[id]) * size for id, size in sizes.items() if id not in special)
+    vocabulary = tokenizer.get_vocab()
+    single = [vocabulary[name] for byte in range(256) if (name := f"<0x{byte:02X}>") in vocabulary]
+    if len(single) == 256:  # any byte is one byte, and `A` can always be decoded
+        rows = np.where(np.isin(rows, single), vocabulary["<0x41>"], rows)
+    texts = tokenizer.batch_decode(rows.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return sum(len(text.encode("utf-8")) for text in texts)
 
 
 def decode_after(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], new: Sequence[int]) -> str:
@@ -310,17 +338,22 @@ def decode_after(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], new:
     return whole.removeprefix(before) if whole.startswith(before) else str(tokenizer.decode([*new]))
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, special_tokens: str = "text") -> list[int]:
     """Token ids of a prompt; an empty one is the token that separates documents.
+
+    `special_tokens` is the run's `special_tokens_in_text`.
 
     Raises:
         UserError: the tokenizer takes no such text, or has no token for an empty one.
     """
     try:
         with panics_as_errors():
-            ids: Any = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+            ids = encoder_of(tokenizer, special_tokens).ids(prompt).tolist()
+    except UserError:
+        raise
     except Exception as error:  # tokenizers raises Exception itself
         raise UserError(f"prompt is {shown(prompt)}: the tokenizer does not take it ({one_line(error)})") from None
-    if None in ids:
+    end: Any = tokenizer.eos_token_id
+    if not ids and end is None:
         raise UserError("prompt is empty, and the tokenizer has no end-of-sequence token to start from: pass a prompt")
-    return ids
+    return ids or [end]

@@ -26,6 +26,7 @@ from jaxllm.config import (
     families,
     recipe,
 )
+from jaxllm.data.epochs import steps_for_epochs
 from jaxllm.data.sources import is_fingerprint, open_source
 from jaxllm.data.stream import check_streams, held_out_rows
 from jaxllm.data.tokenizer import (
@@ -36,6 +37,7 @@ from jaxllm.data.tokenizer import (
     save_tokenizer,
     train_or_recall_tokenizer,
     with_pad_token,
+    without_dropout,
 )
 from jaxllm.errors import UserError, shown
 from jaxllm.files import read_json, rename_durably, write_json
@@ -90,7 +92,13 @@ def parse_args(argv: Sequence[str] | None, prog: str, description: str | None, k
     first.add_argument("--parallel")
     if kind is TrainConfig:
         first.add_argument("--init", type=expanded)
+    first.add_argument("--steps")
+    first.add_argument("--epochs")
     chosen, _ = first.parse_known_args(argv)
+    if None not in (chosen.steps, chosen.epochs):
+        raise UserError(
+            f"epochs is {shown(chosen.epochs)}: --steps {chosen.steps} says the same, leave out one of them"
+        )
     default = recipe(chosen.recipe or "default", chosen.preset or "tiny", kind)
     if kind is TrainConfig and default.recipe == "default" and bfloat16_hardware():
         default = default.with_options(precision="bfloat16")
@@ -109,6 +117,8 @@ def parse_args(argv: Sequence[str] | None, prog: str, description: str | None, k
         default = saved if same else default
         if chosen.mesh is not None or chosen.parallel is not None:  # one choice: the saved half of it does not hold
             default = default.with_options(mesh="", parallel="jit")
+    if chosen.steps is not None:
+        default = default.with_options(epochs=None)  # those of the run in the folder
     return parse(kind, argv, prog, description, default=default)
 
 
@@ -291,11 +301,12 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
         tokenizer = with_pad_token(tokenizer, config) if origin is None else tokenizer
     elif tokenizer is None:
         tokenizer = train_or_recall_tokenizer(source, config.model.vocab_size, config.data.source)
-    config = align(config, tokenizer)
+    config = align(config, without_dropout(tokenizer))
     if resumes and not own_tokenizer.is_dir():
         check_resumable(config)
     limit, sampling = config.model.max_position_embeddings, config.sampling
-    longest = max((len(encode_prompt(tokenizer, prompt)) for prompt in sampling.prompts), default=0)
+    special = config.data.special_tokens_in_text
+    longest = max((len(encode_prompt(tokenizer, prompt, special)) for prompt in sampling.prompts), default=0)
     if sampling.sample_tokens and longest >= limit:
         raise UserError(
             f"prompts has one of {longest} tokens: max_position_embeddings = {limit} leaves no room after it; pass "
@@ -303,6 +314,10 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
         )
     check_streams(config)
     held_out = held_out_rows(config, tokenizer)
+    if not bytes_per_target(tokenizer, held_out):
+        raise UserError("data: the tokens of the held-out part have no text: pass another --tokenizer")
+    if config.schedule.epochs is not None and saved.get("epochs") != config.schedule.epochs:
+        config = config.with_options(steps=steps_for_epochs(config, tokenizer))
     if not resumes:
         _clear(config.folder)
     # First what identifies the folder as ours: a process may be killed between any two lines.

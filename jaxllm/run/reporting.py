@@ -185,7 +185,8 @@ def write_samples(
     """
     if not (config.sampling.sample_tokens and config.sampling.prompts):
         return
-    prompts = [encode_prompt(tokenizer, prompt) for prompt in config.sampling.prompts]
+    special = config.data.special_tokens_in_text
+    prompts = [encode_prompt(tokenizer, prompt, special) for prompt in config.sampling.prompts]
     room = config.model.max_position_embeddings - max(len(prompt) for prompt in prompts)
     new = generate(prompts, min(config.sampling.sample_tokens, room))
     sections = []
