@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = for_inference(load_model(args.run, args.precision))
     tokenizer = load_tokenizer(str(tokenizer_folder(args.run)))
     if args.data is None and config is not None:
-        chunks = (chunk for chunk in open_source(config).chunks() if chunk.held_out)
+        chunks = open_source(config).held_out()
     else:
         chunks = open_source(TrainConfig.from_options(data=args.data, text_field=args.text_field)).chunks()
     seq_len = args.seq_len or (config.data.seq_len if config else model.config.max_position_embeddings)

@@ -126,6 +126,7 @@ class RunConfig:
         if isinstance(prompts := values.get("prompts"), list):
             values["prompts"] = tuple(prompts)
         values.pop("run_dir", None)  # of an earlier version: a run is where it is found
+        values.setdefault("hold_out", "count")  # of an earlier version, too
         return cls.from_options(**values)
 
     def as_type(self, cls: type[Config]) -> Config:

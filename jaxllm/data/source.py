@@ -1,7 +1,7 @@
 """What a source of text is: chunks, and a position to continue from."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from tqdm import tqdm
 
@@ -10,6 +10,10 @@ from jaxllm.errors import UserError
 
 HOLD_OUT = 20
 """One chunk in twenty is held out for evaluation."""
+
+HoldOut = Literal["files", "chunks", "nothing", "count"]
+"""What is held out of a source: whole files, chunks, or nothing where other text is evaluated. `count`: as earlier
+versions did, whole files if there are `HOLD_OUT`, however large they are."""
 
 
 class TextChunk(NamedTuple):
@@ -38,6 +42,11 @@ class Source(Protocol):
         ...
 
     @property
+    def hold_out(self) -> str:
+        """A `HoldOut`; of a mixture, those of its parts, joined by `+`."""
+        ...
+
+    @property
     def left_out(self) -> dict[str, str]:
         """Files that turned out damaged and are no longer read, each with the reason."""
         ...
@@ -51,9 +60,23 @@ class Source(Protocol):
         """Chunks from `position` to the end of the pass; afterwards `position` is the start of the next pass."""
         ...
 
+    def held_out(self) -> Iterator[TextChunk]:
+        """What is evaluated, from the start of a fresh source: what its shard holds out, or text of its own.
+
+        Where whole files are held out, no other file is read.
+        """
+        ...
+
     def progress(self) -> float | None:
         """Passes done, with a fraction; None where the size is not known."""
         ...
+
+
+def utf8_bytes(text: str | Chat) -> int:
+    """Bytes of a text, or of a chat's contents."""
+    if isinstance(text, str):
+        return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+    return sum(utf8_bytes(str(message.get("content") or "")) for message in text)
 
 
 def announce_pass(number: int, shard: int, num_shards: int) -> None:

@@ -4,6 +4,7 @@ A source yields `TextChunk`s, of which every `HOLD_OUT`-th belongs to the evalua
 value; a fresh source with this position continues there without reading what came before.
 """
 
+import functools
 import os
 import sysconfig
 import tempfile
@@ -12,41 +13,127 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.config import RunConfig
-from jaxllm.data.file_source import FILES, FileSource
-from jaxllm.data.folder import DataFiles, find_data
+from jaxllm.config.groups import DataConfig
+from jaxllm.data.file_source import FILES, FileSource, is_skipped
+from jaxllm.data.folder import DataFiles, check_split, find_data
 from jaxllm.data.hub_retry import RetryPolicy, report_client_retries, transient_cause
 from jaxllm.data.lines import kind_of
-from jaxllm.data.rows import text_in, value_of, wanted_fields
+from jaxllm.data.mixture import JOINED, Mixture, weighted
+from jaxllm.data.rows import text_in, value_of, wanted_fields, without_text
 from jaxllm.data.source import HOLD_OUT, Source, TextChunk, announce_pass, check_position
-from jaxllm.errors import UserError, listed, one_line
+from jaxllm.data.splits import ALL, VALIDATION
+from jaxllm.errors import UserError, listed, one_line, shown
 
 
 def open_source(config: RunConfig, shard: int = 0, num_shards: int = 1) -> Source:
     """The source that `config.data.source` names, or one of several disjoint shards of it.
 
     Raises:
-        UserError: nothing can be read there.
+        UserError: nothing can be read there, or an option does not apply to it.
     """
     data = config.data
-    path = Path(data.source).expanduser()
-    if data.source == "stdlib" or path.exists():
-        if data.source == "stdlib":
-            root = Path(sysconfig.get_path("stdlib"))
-            found = DataFiles(root, stdlib_files(root), {}, {})
-        else:
-            found = find_data(path, data.text_field, data.split)
-        return FileSource(found.files, config.seed, data.text_field, shard, num_shards, data.skip_data, found)
-    if data.source.count("/") != 1 or data.source.startswith((".", "/", "~")) or kind_of(path) is not None:
-        raise UserError(f"data is {data.source!r}: there is no such file or folder, and it is no Hub name (OWNER/NAME)")
-    return HubSource(
-        data.source,
-        data.subset,
-        data.split,
-        data.text_field,
-        shard,
-        num_shards,
-        None if is_fingerprint(data.revision) else data.revision,
+    weights = {} if Path(data.source).expanduser().exists() else weighted(data.source)
+    evaluation = None
+    if data.eval_data is not None:
+        evaluated = config.with_options(**_evaluated(data))
+        evaluation = functools.partial(open_source, evaluated, shard, num_shards)
+    if not weights:
+        return _open_one(config, shard, num_shards, evaluation)
+    parts = _parts(data, list(weights))
+    opened = {
+        name: _open_one(config.with_options(**part), shard, num_shards, evaluation) for name, part in parts.items()
+    }
+    return Mixture(opened, weights, evaluation)
+
+
+def _evaluated(data: DataConfig) -> dict[str, Any]:
+    """The options of the data that --eval-data names, all of which is evaluated."""
+    assert data.eval_data is not None
+    whole = {"eval_data": None, "hold_out": "nothing"}
+    name, path = data.eval_data, Path(data.eval_data).expanduser()
+    if path.exists() or "/" in name or kind_of(path) is not None or name == "stdlib":
+        return whole | {"data": name, "data_revision": None, "data_config": None, "data_split": ALL, "skip_data": ""}
+    if name == data.split:
+        raise UserError(f"eval_data is {name!r}: that split is trained on; pass another split, a file or a folder")
+    return whole | {"data_split": name, "skip_data": ""}
+
+
+def _parts(data: DataConfig, names: list[str]) -> dict[str, dict[str, Any]]:
+    """The options that each source of a mixture has for itself: name, revision, what it holds out and leaves out."""
+    revisions, hold_outs = (
+        value.split(JOINED) if value and value.count(JOINED) == len(names) - 1 else [value] * len(names)
+        for value in (data.revision, data.hold_out)
     )
+    skips = [part.strip() for part in data.skip_data.split(",") if part.strip()]
+    if other := [skip for skip in skips if not skip.startswith(tuple(f"{name}/" for name in names))]:
+        raise UserError(
+            f"skip_data is {shown(other[0])}: of several sources, begin with the one that is meant, NAME/FILE"
+        )
+    parts = {}
+    for name, revision, hold_out in zip(names, revisions, hold_outs, strict=True):
+        own = ",".join(skip.removeprefix(f"{name}/") for skip in skips if skip.startswith(f"{name}/"))
+        parts[name] = {
+            "data": name, "data_revision": revision, "hold_out": hold_out, "skip_data": own, "eval_data": None,
+            "data_config": data.subset if _is_hub_name(name) else None,
+        }  # fmt: skip
+    if data.subset is not None and not any(map(_is_hub_name, names)):
+        raise UserError(
+            f"data_config is {shown(data.subset)}: only datasets of the Hub have configurations; leave it out"
+        )
+    return parts
+
+
+def _open_one(
+    config: RunConfig, shard: int, num_shards: int, evaluation: Callable[[], Source] | None
+) -> "FileSource | HubSource":
+    """One source; nothing of it is held out if other text is evaluated."""
+    data = config.data
+    path = Path(data.source).expanduser()
+    is_old = data.hold_out == "count"  # some options were ignored then
+    if data.source != "stdlib" and not path.exists():
+        if not _is_hub_name(data.source):
+            several = "; several sources need weights, A=0.7,B=0.3" if "," in data.source else ""
+            raise UserError(
+                f"data is {data.source!r}: there is no such file or folder, and it is no Hub name (OWNER/NAME){several}"
+            )
+        if data.skip_data and not is_old:
+            raise UserError(
+                f"skip_data is {shown(data.skip_data)}: it leaves out files, and {data.source!r} is on the Hub"
+            )
+        revision = None if is_fingerprint(data.revision) else data.revision
+        where = (data.source, data.subset, data.split, data.text_field, shard, num_shards, revision)
+        return HubSource(*where, hold_out=data.hold_out, evaluation=evaluation)
+    if data.subset is not None and not is_old:
+        raise UserError(
+            f"data_config is {shown(data.subset)}: only a dataset of the Hub has configurations; leave it out"
+        )
+    if data.revision is not None and not is_fingerprint(data.revision) and not is_old:
+        raise UserError(f"data_revision is {shown(data.revision)}: only a dataset of the Hub has commits; leave it out")
+    if data.source == "stdlib":
+        root = Path(sysconfig.get_path("stdlib"))
+        if not is_old:
+            check_split("data is 'stdlib'", data.split, ())
+        found = DataFiles(root, stdlib_files(root), {}, {}, {})
+    else:
+        skip = None if is_old else functools.partial(is_skipped, data.skip_data)
+        found = find_data(path, data.text_field, data.split, skip)
+    if data.text_field != "text" and not is_old and all(kind_of(file) == "text" for file in found.files):
+        raise UserError(f"text_field is {shown(data.text_field)}: {data.source!r} has only text, no rows; leave it out")
+    hold_out = data.hold_out
+    validation = next((split for split in VALIDATION if split in found.splits and split != data.split), None)
+    if evaluation is None and not is_old and data.split != ALL and validation is not None:
+        other = config.with_options(data_split=validation, hold_out="nothing", skip_data="")
+        if hold_out in (None, "nothing"):
+            evaluation = functools.partial(_open_one, other, shard, num_shards, None)
+    if hold_out is None and evaluation is not None:
+        hold_out = "nothing"
+    where = (found.files, config.seed, data.text_field, shard, num_shards, data.skip_data, found)
+    return FileSource(*where, hold_out=hold_out, evaluation=evaluation)
+
+
+def _is_hub_name(name: str) -> bool:
+    path = Path(name).expanduser()
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and kind_of(path) is None and not path.exists()
 
 
 def is_fingerprint(revision: str | None) -> bool:
@@ -94,24 +181,33 @@ class HubSource:
         shard: int = 0,
         num_shards: int = 1,
         revision: str | None = None,
+        hold_out: str | None = None,
+        evaluation: Callable[[], Source] | None = None,
     ):
+        """`hold_out`, `evaluation`: as of a `FileSource`; of this one, no whole files are held out."""
         self._shard, self._num_shards = shard, num_shards
         self._name, self._config, self._split, self._text_field = name, config, split, text_field
         self._retry = RetryPolicy(f"the dataset {name!r} on the Hub")
         if not hub_reachable():
             raise UserError(
-                f"data: the Hugging Face Hub, for the dataset {name!r}, could not be reached: check the network, "
-                "or pass --data FILE and --tokenizer FOLDER"
+                f"data: there is no file or folder {name!r}, and the Hugging Face Hub, for a dataset of that name, "
+                "could not be reached: check the name and the network, or pass --data FILE and --tokenizer FOLDER"
             )
         commit = revision or self._with_retries(self._newest_revision)
         self.position = {"pass": 0, "row": 0, "stream": None, "revision": commit, "skipped": 0}
         self._opened = self._with_retries(self._open)  # now: a wrong name is reported before anything slow
         self._retry.succeeded()
+        validation = next((other for other in VALIDATION if other in self._splits and other != split), None)
+        if evaluation is None and validation is not None and hold_out in (None, "nothing"):
+            where = (name, config, validation, text_field, shard, num_shards, commit)
+            evaluation = functools.partial(HubSource, *where, hold_out="nothing")
+        self._evaluation = evaluation
+        self.hold_out = hold_out or ("nothing" if evaluation is not None else "chunks")
         names = self._opened.column_names
         self.notes: list[str] = []
         self.left_out: dict[str, str] = {}
         if names is not None and not {text_field.partition(".")[0], *wanted_fields(text_field)} & {*names}:
-            raise UserError(f"data: {name!r} has no field {text_field!r}: pass --text-field, one of {listed(names)}")
+            raise UserError(f"data: {name!r}: {without_text(text_field, names)}")
 
     @property
     def position(self) -> dict[str, Any]:
@@ -135,8 +231,13 @@ class HubSource:
             skipped = self._at["skipped"] + (text is None)
             self._at = self._at | {"row": number + 1, "stream": stream_position, "skipped": skipped}
             if text is not None:
-                yield TextChunk(text, True, held_out=number % HOLD_OUT == 1)
+                yield TextChunk(text, True, held_out=self.hold_out != "nothing" and number % HOLD_OUT == 1)
         self._at = self._at | {"pass": self._at["pass"] + 1, "row": 0, "stream": None}
+
+    def held_out(self) -> Iterator[TextChunk]:
+        if self._evaluation is not None:
+            return self._evaluation().chunks()
+        return (chunk for chunk in self.chunks() if chunk.held_out)
 
     def progress(self) -> None:
         return None
@@ -173,8 +274,8 @@ class HubSource:
                 if transient_cause(error) is None:
                     raise UserError(
                         f"data: the dataset {self._name!r} (config {self._config!r}, split {self._split!r}) could not "
-                        f"be opened on the Hub ({one_line(error)}): check the names and the network, "
-                        "or pass --data FILE"
+                        f"be opened on the Hub ({one_line(error)}), and there is no file or folder of that name: check "
+                        "the names and the network, or pass --data FILE"
                     ) from None
                 self._retry.wait(error)
             else:
@@ -199,8 +300,8 @@ class HubSource:
         try:
             # Not its own cache: if the Hub fails, `datasets` would use whatever commit was downloaded there before.
             with tempfile.TemporaryDirectory() as empty:
-                stream = datasets.load_dataset(
-                    self._name, self._config, split=self._split, streaming=True, revision=revision, cache_dir=empty
+                streams = datasets.load_dataset(
+                    self._name, self._config, split=None, streaming=True, revision=revision, cache_dir=empty
                 )
         except Exception as error:
             if not isinstance(error.__cause__ or error.__context__, RevisionNotFoundError):
@@ -209,6 +310,12 @@ class HubSource:
                 f"data: the dataset {self._name!r} no longer has the commit {revision} that the run was started on: "
                 "pass --overwrite to start over with its present state"
             ) from None
+        self._splits = [str(split) for split in streams]
+        if self._split not in self._splits:
+            raise UserError(
+                f"data: {self._name!r} has no split {self._split!r}: pass --data-split, one of {listed(self._splits)}"
+            )
+        stream = streams[self._split]
         if self._num_shards == 1:
             return stream
         return split_dataset_by_node(stream, rank=self._shard, world_size=self._num_shards)

@@ -269,8 +269,8 @@ def held_out_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> np.n
     parts, have, S = [], 0, config.data_streams
     for s in range(S):
         share = (s + 1) * wanted / S
-        for chunk in open_source(config, s, S).chunks() if have < share else ():
-            if chunk.held_out and (tokens := encode(tokenizer, chunk.text, chunk.ends_document)) is not None:
+        for chunk in open_source(config, s, S).held_out() if have < share else ():
+            if (tokens := encode(tokenizer, chunk.text, chunk.ends_document)) is not None:
                 parts.append(tokens)
                 have += len(parts[-1])
                 if have >= share:

@@ -276,7 +276,7 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
     source = open_source(config)
     for line in source.notes:
         print(f"Not read: {line}")
-    config = config.with_options(data_revision=source.revision)
+    config = config.with_options(data_revision=source.revision, hold_out=source.hold_out)
     if saved:
         check_data(config, saved)
     if tokenizer is None and config.data.tokenizer is not None:
@@ -329,6 +329,7 @@ def _with_kept_options(config: Config, saved: dict[str, Any], processes: int) ->
         facts["data_streams"] = (saved.get("data_streams") or 1) if saved else processes
     if config.data.revision is None:
         facts["data_revision"] = saved.get("data_revision")
+    facts["hold_out"] = saved.get("hold_out", "count") if saved else None
     return config.with_options(**facts)
 
 
