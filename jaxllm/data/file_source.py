@@ -5,7 +5,7 @@ import glob
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from jaxllm.data.fingerprint import Fingerprint, content_digest
 from jaxllm.data.folder import DataFiles, described
-from jaxllm.data.lines import NoText, Unreadable, kind_of
-from jaxllm.data.reading import CHUNK_CHARS, FileChunk, read_chunks
+from jaxllm.data.lines import NoText, Unreadable, ending_of, kind_of
+from jaxllm.data.reading import CHUNK_CHARS, FileChunk, read_chunks, rows_in
+from jaxllm.data.report import Kind, Seen, SourceReport
 from jaxllm.data.rows import Chat
-from jaxllm.data.source import HOLD_OUT, Source, TextChunk, announce_pass, check_position, utf8_bytes
+from jaxllm.data.source import HOLD_OUT, Evaluation, TextChunk, announce_pass, check_position, utf8_bytes
 from jaxllm.errors import UserError, listed, one_line, shown
 
 RUN_OF_CHUNKS = 8
@@ -56,13 +57,16 @@ class FileSource:
         skip: str = "",
         found: DataFiles | None = None,
         hold_out: str | None = None,
-        evaluation: Callable[[], Source] | None = None,
+        evaluation: Evaluation | None = None,
+        name: str = "files",
+        split: str = "train",
     ):
         """
         Args:
             found: where the files were found, and which of them are damaged.
             hold_out: a `HoldOut`; None: whole files where they hold their share of the bytes, else chunks.
-            evaluation: opens the text that is evaluated if nothing is held out.
+            evaluation: the text that is evaluated in place of what is held out.
+            name, split: for its report.
         """
         self._shard, self._num_shards = shard, num_shards
         self._seed, self._text_field = seed, text_field
@@ -76,7 +80,9 @@ class FileSource:
         self._by_files = len(self._files) >= HOLD_OUT * num_shards
         self.hold_out = hold_out or self._fitting_hold_out()
         self._whole_files = self.hold_out == "files" or (self.hold_out == "count" and len(self._files) >= HOLD_OUT)
-        self._evaluation = evaluation
+        self.evaluations = [evaluation] if evaluation is not None else []
+        self._name, self._split, self._splits = name, split, found.splits if found else {}
+        self.seen = Seen()
         self._damaged: set[str] = set()  # files whose damaged rows were named
         self._strict = self.hold_out != "count"
         left_out = dict(found.damaged) if found else {}
@@ -118,8 +124,10 @@ class FileSource:
         return self._pass(only_held_out=False)
 
     def held_out(self) -> Iterator[TextChunk]:
-        if self._evaluation is not None:
-            return self._evaluation().chunks()
+        if self.evaluations:
+            evaluated = self.evaluations[0].open()
+            self.seen = evaluated.seen
+            return evaluated.chunks()
         return (chunk for chunk in self._pass(only_held_out=True) if chunk.held_out)
 
     def _pass(self, only_held_out: bool) -> Iterator[TextChunk]:
@@ -161,6 +169,27 @@ class FileSource:
         parts, longest = LONGEST_HELD_OUT
         return self.hold_out == "count" or utf8_bytes(text) <= max(self._total / parts, longest)
 
+    def reports(self) -> list[SourceReport]:
+        kinds: dict[str, Kind] = {}
+        read = [i for i, digest in enumerate(self._digests) if digest]  # not those that are left out
+        for i in read:
+            kind = kinds.setdefault(ending_of(self._files[i]), Kind())
+            kind.files += 1
+            kind.bytes += self._sizes[i]
+            if (rows := rows_in(self._files[i])) is not None:
+                kind.rows = (kind.rows or 0) + rows
+        share, said = None, "nothing is held out"
+        if self._whole_files:
+            held_out = [self._sizes[i] for i in read if i % HOLD_OUT == 1]
+            share = sum(held_out) / max(1, sum(self._sizes[i] for i in read))
+            said = f"held out: {len(held_out)} whole files, {100 * share:.1f} % of the bytes"
+        elif self.hold_out != "nothing":
+            share = 1 / HOLD_OUT
+            said = f"held out: one chunk in {HOLD_OUT}, about {100 * share:.0f} % of the bytes"
+        if self.evaluations:
+            said = f"evaluated on {self.evaluations[0].name}; {said}"
+        return [SourceReport(self._name, kinds, self._split, dict(self._splits), said, share, self.seen)]
+
     def progress(self) -> float:
         return self._at["pass"] + (self._at["bytes"] + self._at["within"]) / self._total
 
@@ -185,13 +214,16 @@ class FileSource:
                 self._check_unchanged(index)
                 for read in read_chunks(file, size, self._at["offset"], self._text_field, self._strict):
                     tries, chunk = 0, self._at["chunk"]
+                    self.seen.file_bytes += read.done - self._at["within"]
                     self._at = self._at | {"offset": read.offset, "within": read.done}
                     if read.text is None:
                         self._at["skipped"] += counts
+                        self.seen.skipped_rows += counts
                         if read.damage and counts:
                             self._report_damage(name, read)
                     else:
                         self._at["chunk"] += 1
+                        self.seen.add(utf8_bytes(read.text), read.ends_document)
                         yield chunk, read.text, read.ends_document
                 return
             except (Unreadable, PermissionError) as error:

@@ -51,6 +51,12 @@ def kind_of(file: PurePath) -> str | None:
     return None if kind in ("parquet", "arrow") else kind
 
 
+def ending_of(file: PurePath) -> str:
+    """The ending by which a file's kind is known, with that of its compression."""
+    name = PurePath(file.name.lower())
+    return PurePath(name.stem).suffix + name.suffix if name.suffix in COMPRESSIONS else name.suffix
+
+
 @contextlib.contextmanager
 def errors_as_unreadable() -> Iterator[None]:
     import pyarrow

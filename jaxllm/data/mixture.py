@@ -1,10 +1,11 @@
 """Several sources with weights: each gives its share of the text, and keeps a position of its own."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from jaxllm.data.source import Source, TextChunk, check_position, utf8_bytes
+from jaxllm.data.report import Seen, SourceReport
+from jaxllm.data.source import Evaluation, Source, TextChunk, check_position, utf8_bytes
 from jaxllm.errors import UserError, shown
 
 JOINED = "+"
@@ -45,7 +46,7 @@ class Mixture:
     Shares are of bytes of text. A source that ends begins again; a pass ends when each of them has ended.
     """
 
-    def __init__(self, sources: dict[str, Source], weights: dict[str, float], evaluation: Callable[[], Source] | None):
+    def __init__(self, sources: Mapping[str, Source], weights: dict[str, float], evaluation: Evaluation | None):
         self._sources = list(sources.values())
         self._names, self._evaluation = list(sources), evaluation
         total = sum(weights.values())
@@ -53,6 +54,7 @@ class Mixture:
         self._given = [0] * len(sources)  # bytes of text
         self._skipped = 0  # rows that were skipped after they were read
         self._within: int | None = None  # the source whose document is not at its end
+        self.seen = Seen()
         self._pass, self._ended = 0, [False] * len(sources)  # which sources have ended since the pass began
         self.hold_out = JOINED.join(source.hold_out for source in self._sources)
 
@@ -97,9 +99,17 @@ class Mixture:
     def chunks(self) -> Iterator[TextChunk]:
         return self._in_turn(lambda source: source.chunks(), forever=True)
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """Each source's share of the text."""
+        return dict(zip(self._names, self._shares, strict=True))
+
     def held_out(self) -> Iterator[TextChunk]:
         if self._evaluation is not None:
-            return self._evaluation().chunks()
+            evaluated = self._evaluation.open()
+            for source in self._sources:
+                source.seen = evaluated.seen
+            return evaluated.chunks()
         return self._in_turn(lambda source: source.held_out(), forever=False)
 
     def _in_turn(self, opened: Callable[[Source], Iterator[TextChunk]], forever: bool) -> Iterator[TextChunk]:
@@ -123,6 +133,15 @@ class Mixture:
             self._within = None if chunk.ends_document else at
             yield chunk
         self._pass, self._ended = self._pass + 1, [False] * len(self._sources)
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        if self._evaluation is not None:
+            return [self._evaluation]
+        return [evaluation for source in self._sources for evaluation in source.evaluations]
+
+    def reports(self) -> list[SourceReport]:
+        return [report for source in self._sources for report in source.reports()]
 
     def progress(self) -> float | None:
         """Passes of the source that has done the fewest."""

@@ -8,7 +8,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxllm.data.lines import Lines, NoText, check_encoding, errors_as_unreadable, head_of, kind_of, lines_of
+from jaxllm.data.lines import (
+    Lines,
+    NoText,
+    Unreadable,
+    check_encoding,
+    errors_as_unreadable,
+    head_of,
+    kind_of,
+    lines_of,
+)
 from jaxllm.data.rows import Chat, look_at_footer, names_in, read_rows, text_in, value_of, wanted_fields, without_text
 
 CHUNK_CHARS = 4096
@@ -46,6 +55,19 @@ def read_chunks(file: Path, size: int, offset: int, text_field: str, strict: boo
             yield FileChunk(text, True, row.offset, row.done, row.damage)
     if not found:
         raise NoText(without_text(text_field, ()))
+
+
+def rows_in(file: Path) -> int | None:
+    """How many rows a parquet file has; None where it would have to be read."""
+    if kind_of(file) != "parquet":
+        return None
+    import pyarrow.parquet
+
+    try:
+        with errors_as_unreadable():
+            return pyarrow.parquet.read_metadata(file).num_rows
+    except (Unreadable, PermissionError):
+        return None
 
 
 def look(file: Path, size: int, text_field: str) -> None:

@@ -1,10 +1,11 @@
 """What a source of text is: chunks, and a position to continue from."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple, Protocol
 
 from tqdm import tqdm
 
+from jaxllm.data.report import Seen, SourceReport
 from jaxllm.data.rows import Chat
 from jaxllm.errors import UserError
 
@@ -20,6 +21,13 @@ class TextChunk(NamedTuple):
     text: str | Chat
     ends_document: bool
     held_out: bool
+
+
+class Evaluation(NamedTuple):
+    """Text that is evaluated in place of what a source would hold out."""
+
+    name: str
+    open: "Callable[[], Source]"
 
 
 class Source(Protocol):
@@ -41,9 +49,17 @@ class Source(Protocol):
         """What tells whether it is the same data: a commit of the Hub, or the fingerprint of files."""
         ...
 
+    seen: Seen
+    """What was read of it, or of the text that is evaluated in its place."""
+
     @property
     def hold_out(self) -> str:
         """A `HoldOut`; of a mixture, those of its parts, joined by `+`."""
+        ...
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        """The text that is evaluated in place of a held-out part; of a mixture, that of its sources."""
         ...
 
     @property
@@ -65,6 +81,10 @@ class Source(Protocol):
 
         Where whole files are held out, no other file is read.
         """
+        ...
+
+    def reports(self) -> list[SourceReport]:
+        """What is read of it; of a mixture, of each of its sources."""
         ...
 
     def progress(self) -> float | None:

@@ -19,8 +19,9 @@ from jaxllm.data.folder import DataFiles, check_split, find_data
 from jaxllm.data.hub_retry import RetryPolicy, report_client_retries, transient_cause
 from jaxllm.data.lines import kind_of
 from jaxllm.data.mixture import JOINED, Mixture, weighted
+from jaxllm.data.report import Seen, SourceReport
 from jaxllm.data.rows import text_in, value_of, wanted_fields, without_text
-from jaxllm.data.source import HOLD_OUT, Source, TextChunk, announce_pass, check_position
+from jaxllm.data.source import HOLD_OUT, Evaluation, Source, TextChunk, announce_pass, check_position, utf8_bytes
 from jaxllm.data.splits import ALL, VALIDATION
 from jaxllm.errors import UserError, listed, one_line, shown
 
@@ -36,7 +37,7 @@ def open_source(config: RunConfig, shard: int = 0, num_shards: int = 1) -> Sourc
     evaluation = None
     if data.eval_data is not None:
         evaluated = config.with_options(**_evaluated(data))
-        evaluation = functools.partial(open_source, evaluated, shard, num_shards)
+        evaluation = Evaluation(data.eval_data, functools.partial(open_source, evaluated, shard, num_shards))
     if not weights:
         return _open_one(config, shard, num_shards, evaluation)
     parts = _parts(data, list(weights))
@@ -84,7 +85,7 @@ def _parts(data: DataConfig, names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _open_one(
-    config: RunConfig, shard: int, num_shards: int, evaluation: Callable[[], Source] | None
+    config: RunConfig, shard: int, num_shards: int, evaluation: Evaluation | None
 ) -> "FileSource | HubSource":
     """One source; nothing of it is held out if other text is evaluated."""
     data = config.data
@@ -124,11 +125,12 @@ def _open_one(
     if evaluation is None and not is_old and data.split != ALL and validation is not None:
         other = config.with_options(data_split=validation, hold_out="nothing", skip_data="")
         if hold_out in (None, "nothing"):
-            evaluation = functools.partial(_open_one, other, shard, num_shards, None)
+            opened = functools.partial(_open_one, other, shard, num_shards, None)
+            evaluation = Evaluation(f"the split {validation!r}", opened)
     if hold_out is None and evaluation is not None:
         hold_out = "nothing"
     where = (found.files, config.seed, data.text_field, shard, num_shards, data.skip_data, found)
-    return FileSource(*where, hold_out=hold_out, evaluation=evaluation)
+    return FileSource(*where, hold_out, evaluation, name=data.source, split=data.split)
 
 
 def _is_hub_name(name: str) -> bool:
@@ -182,7 +184,7 @@ class HubSource:
         num_shards: int = 1,
         revision: str | None = None,
         hold_out: str | None = None,
-        evaluation: Callable[[], Source] | None = None,
+        evaluation: Evaluation | None = None,
     ):
         """`hold_out`, `evaluation`: as of a `FileSource`; of this one, no whole files are held out."""
         self._shard, self._num_shards = shard, num_shards
@@ -200,10 +202,13 @@ class HubSource:
         validation = next((other for other in VALIDATION if other in self._splits and other != split), None)
         if evaluation is None and validation is not None and hold_out in (None, "nothing"):
             where = (name, config, validation, text_field, shard, num_shards, commit)
-            evaluation = functools.partial(HubSource, *where, hold_out="nothing")
-        self._evaluation = evaluation
+            evaluation = Evaluation(
+                f"the split {validation!r}", functools.partial(HubSource, *where, hold_out="nothing")
+            )
+        self.evaluations = [evaluation] if evaluation is not None else []
         self.hold_out = hold_out or ("nothing" if evaluation is not None else "chunks")
         names = self._opened.column_names
+        self.seen = Seen()
         self.notes: list[str] = []
         self.left_out: dict[str, str] = {}
         if names is not None and not {text_field.partition(".")[0], *wanted_fields(text_field)} & {*names}:
@@ -230,14 +235,24 @@ class HubSource:
             number, text = self._at["row"], text_in(value_of(row, self._text_field))
             skipped = self._at["skipped"] + (text is None)
             self._at = self._at | {"row": number + 1, "stream": stream_position, "skipped": skipped}
+            self.seen.skipped_rows += text is None
             if text is not None:
+                self.seen.add(utf8_bytes(text), ends_document=True)
                 yield TextChunk(text, True, held_out=self.hold_out != "nothing" and number % HOLD_OUT == 1)
         self._at = self._at | {"pass": self._at["pass"] + 1, "row": 0, "stream": None}
 
     def held_out(self) -> Iterator[TextChunk]:
-        if self._evaluation is not None:
-            return self._evaluation().chunks()
+        if self.evaluations:
+            evaluated = self.evaluations[0].open()
+            self.seen = evaluated.seen
+            return evaluated.chunks()
         return (chunk for chunk in self.chunks() if chunk.held_out)
+
+    def reports(self) -> list[SourceReport]:
+        said = "nothing is held out" if self.hold_out == "nothing" else f"held out: one row in {HOLD_OUT}"
+        if self.evaluations:
+            said = f"evaluated on {self.evaluations[0].name}; {said}"
+        return [SourceReport(self._name, {}, self._split, dict.fromkeys(self._splits), said, None, self.seen)]
 
     def progress(self) -> None:
         return None

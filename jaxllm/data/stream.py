@@ -255,11 +255,14 @@ def check_streams(config: RunConfig) -> None:
             )
 
 
-def held_out_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+def held_out_rows(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, opened: list[Source] | None = None
+) -> np.ndarray:
     """Up to `eval_samples` rows of the held-out part, packed in order: (n, T) int32, n >= 1.
 
     They do not depend on the run's seed, so that runs with different seeds are evaluated on the same text. Each of
-    several data streams gives an equal share, if it has that many, of what is held out of its shard.
+    several data streams gives an equal share, if it has that many, of what is held out of its shard. The sources that
+    are read are added to `opened`.
 
     Raises:
         UserError: the held-out part does not fill one row.
@@ -269,7 +272,10 @@ def held_out_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> np.n
     parts, have, S = [], 0, config.data_streams
     for s in range(S):
         share = (s + 1) * wanted / S
-        for chunk in open_source(config, s, S).held_out() if have < share else ():
+        source = open_source(config, s, S)
+        if opened is not None:
+            opened.append(source)
+        for chunk in source.held_out() if have < share else ():
             if (tokens := encode(tokenizer, chunk.text, chunk.ends_document)) is not None:
                 parts.append(tokens)
                 have += len(parts[-1])

@@ -27,7 +27,7 @@ from jaxllm.config import (
     recipe,
 )
 from jaxllm.data.sources import is_fingerprint, open_source
-from jaxllm.data.stream import check_streams, held_out_rows
+from jaxllm.data.stream import check_streams
 from jaxllm.data.tokenizer import (
     align,
     bytes_per_target,
@@ -39,6 +39,7 @@ from jaxllm.data.tokenizer import (
 )
 from jaxllm.errors import UserError, shown
 from jaxllm.files import read_json, rename_durably, write_json
+from jaxllm.run import held_out
 from jaxllm.run.hardware import bfloat16_hardware
 from jaxllm.run.lock import LOCK_FILE, FolderLock
 from jaxllm.run.trackers import check_tracker
@@ -67,6 +68,7 @@ class Prepared(NamedTuple, Generic[Config]):
     tokenizer: PreTrainedTokenizerBase
     held_out: np.ndarray  # (n,T) int32, the rows that are evaluated
     resumes: bool  # whether the folder holds a run to resume
+    report: dict[str, Any]  # `DataReport.to_dict`
 
     @property
     def bytes_per_target(self) -> float:
@@ -294,7 +296,8 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
             "shorter --prompts or --sample-tokens 0"
         )
     check_streams(config)
-    held_out = held_out_rows(config, tokenizer)
+    evaluated = held_out.read_or_make(config, tokenizer, source)
+    report = held_out.data_report(config, tokenizer, source, evaluated).to_dict()
     if not resumes:
         _clear(config.folder)
         for name, values in kept.items():
@@ -304,7 +307,10 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
     write_json(config.folder / "config.json", config.model.to_dict())
     if not (config.folder / "tokenizer").is_dir():
         _save_tokenizer(tokenizer, config.folder / "tokenizer")
-    return Prepared(config, tokenizer, held_out, resumes)
+    held_out.keep(config, source, evaluated)
+    for line in report["lines"]:
+        print(f"Data: {line}")
+    return Prepared(config, tokenizer, evaluated.rows, resumes, report)
 
 
 def _kept_files(config: RunConfig, resumes: bool) -> dict[str, Any]:
