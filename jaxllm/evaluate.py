@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxllm.command_line import parse
 from jaxllm.config import Precision, TrainConfig
-from jaxllm.data.sources import TextChunk, open_source
+from jaxllm.data.sources import TextChunk, is_hub_name, open_source
+from jaxllm.data.splits import ALL
 from jaxllm.data.stream import encode
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.errors import UserError, exit_on_user_error
@@ -105,6 +106,8 @@ class EvaluateArgs:
     """Folder of a run, or an exported folder."""
     data: str | None = None
     """What train.py takes as --data; all of it is scored. Default: the held-out part of the run's data."""
+    data_split: str | None = None
+    """Split of --data; default: all of files, `train` of a Hub dataset."""
     text_field: str = "text"
     """Name of the field that holds the text, with --data."""
     seq_len: int | None = None
@@ -136,7 +139,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.data is None and config is not None:
         chunks = open_source(config).held_out()
     else:
-        chunks = open_source(TrainConfig.from_options(data=args.data, text_field=args.text_field)).chunks()
+        assert args.data is not None
+        split = args.data_split or ("train" if is_hub_name(args.data) else ALL)
+        data = TrainConfig.from_options(
+            data=args.data, data_split=split, text_field=args.text_field, hold_out="nothing"
+        )
+        source = open_source(data)
+        for line in source.notes:
+            print(f"Not read: {line}")
+        chunks = source.chunks()
     seq_len = args.seq_len or (config.data.seq_len if config else model.config.max_position_embeddings)
     found = score(model, tokenizer, chunks, seq_len=seq_len, batch_size=args.batch_size, max_tokens=args.max_tokens)
     print(f"Tokens         {found.tokens:,} ({found.text_bytes:,} bytes of text)")

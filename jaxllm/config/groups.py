@@ -50,8 +50,7 @@ class DataConfig(_Checked):
     """Split that is trained on, of a Hub dataset or of a folder whose names tell splits as on the Hub (train-*.parquet,
     test/...); `all` reads every file of a folder. If there is a validation split, the run is evaluated on it."""
     eval_data: str | None = option(None, resumable=True)
-    """Text that the run is evaluated on, in place of a held-out part: a file, a folder, a Hub name, or another split of
-    --data."""
+    """Text that the run is evaluated on, in place of a held-out part: a file, a folder, or another split of --data."""
     hold_out: tyro.conf.Suppress[str | None] = option(None, resumable=True)
     """What the run holds out for evaluation, which it decides at its first start (`jaxllm.data.source.HoldOut`)."""
     revision: Annotated[str | None, tyro.conf.arg(name="data-revision")] = option(None, resumable=True)

@@ -72,6 +72,7 @@ class FileSource:
         self._seed, self._text_field = seed, text_field
         self._folder = found.folder if found else Path(os.path.commonpath([file.parent for file in files]))
         here = {file.relative_to(self._folder).as_posix(): file for file in files}
+        self._present = [*here, *(found.passed_over if found else ())]
         gone = [name for name in _patterns(skip) if not glob.has_magic(name) and not _matching(name, here)]
         self._names = sorted([*here, *gone], key=lambda name: self._folder / name)
         self._files = [self._folder / name for name in self._names]
@@ -168,6 +169,13 @@ class FileSource:
             return False
         parts, longest = LONGEST_HELD_OUT
         return self.hold_out == "count" or utf8_bytes(text) <= max(self._total / parts, longest)
+
+    @property
+    def files(self) -> list[Path]:
+        return [file for file, digest in zip(self._files, self._digests, strict=True) if digest]
+
+    def has_file(self, pattern: str) -> bool:
+        return any(is_skipped(pattern, name) for name in self._present)
 
     def reports(self) -> list[SourceReport]:
         kinds: dict[str, Kind] = {}

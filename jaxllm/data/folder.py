@@ -36,7 +36,9 @@ class DataFiles(NamedTuple):
     splits: Mapping[str, int | None]  # files of each split; None: not counted; empty if there are none
 
 
-def find_data(path: Path, text_field: str, split: str, skip: Callable[[str], bool] | None = None) -> DataFiles:
+def find_data(
+    path: Path, text_field: str, split: str, skip: Callable[[str], bool] | None = lambda name: False
+) -> DataFiles:
     """The file itself, or the files below a folder that hold text.
 
     Hidden files and the folders of runs are not data. Of a folder that `datasets` saved, only its own files are. Text
@@ -44,7 +46,7 @@ def find_data(path: Path, text_field: str, split: str, skip: Callable[[str], boo
     another field. Of several splits, which `datasets` saved or the files' names tell, `split` is read.
 
     Args:
-        skip: whether a file's name is one that the user leaves out; None: names do not tell splits.
+        skip: whether a file's name is one that the user leaves out; None: names tell no splits, as formerly.
 
     Raises:
         UserError: there is none, or one may not be read.

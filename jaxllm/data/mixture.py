@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from jaxllm.data.report import Seen, SourceReport
@@ -139,6 +140,14 @@ class Mixture:
         if self._evaluation is not None:
             return [self._evaluation]
         return [evaluation for source in self._sources for evaluation in source.evaluations]
+
+    @property
+    def files(self) -> list[Path]:
+        return [file for source in self._sources for file in source.files]
+
+    def has_file(self, pattern: str) -> bool:
+        both = zip(self._names, self._sources, strict=True)
+        return any(s.has_file(pattern.removeprefix(f"{n}/")) for n, s in both if pattern.startswith(f"{n}/"))
 
     def reports(self) -> list[SourceReport]:
         return [report for source in self._sources for report in source.reports()]

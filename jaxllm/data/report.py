@@ -54,6 +54,7 @@ class SourceReport:
     evaluated: str  # what it is evaluated on
     share: float | None  # of its bytes that are held out, where that is known
     seen: Seen = field(default_factory=Seen)
+    passes: float | None = None  # that the run makes, as an estimate; None: the size of the data is not known
 
     @property
     def bytes(self) -> int:
@@ -65,7 +66,7 @@ class SourceReport:
 
     def lines(self) -> list[str]:
         kinds = [
-            f"{kind.files:,} {ending} ({_size(kind.bytes)}{'' if kind.rows is None else f', {kind.rows:,} rows'})"
+            f"{kind.files:,} {ending} files ({_size(kind.bytes)}{'' if kind.rows is None else f', {kind.rows:,} rows'})"
             for ending, kind in sorted(self.kinds.items())
         ]
         documents = self.whole(self.seen.documents)
@@ -73,7 +74,7 @@ class SourceReport:
         splits = [name if files is None else f"{name} ({files} files)" for name, files in self.splits.items()]
         return [
             f"{self.name}: {', '.join(kinds) or 'a dataset of the Hub, streamed'}{about}",
-            f"{self.name}: split {self.split!r} of {', '.join(splits)}" if splits else f"{self.name}: no splits",
+            f"{self.name}: " + (f"split {self.split!r} of {', '.join(splits)}" if splits else "read without splits"),
             f"{self.name}: {self.evaluated}",
         ]
 
@@ -96,7 +97,6 @@ class DataReport:
     sources: list[SourceReport]
     not_read: list[str]
     tokens: TokenCounts
-    passes: float | None  # that the run will make, as an estimate; None: the size of the data is not known
 
     def lines(self) -> list[str]:
         """The report in short lines, without what is not read."""
@@ -115,11 +115,11 @@ class DataReport:
             facts.append(
                 f"{tokens.special_tokens:,} special tokens in texts, {tokens.end_tokens or 0:,} of them end tokens"
             )
-        passes = "an unknown number of" if self.passes is None else f"about {self.passes:.2g}"
+        passes = [f"{source.passes:.2g} of {source.name}" for source in self.sources if source.passes is not None]
         return [
             *(line for source in self.sources for line in source.lines()),
             f"in the {read:,} documents that were read to be evaluated: {', '.join(facts)}",
-            f"training: {passes} passes",
+            "passes that the run makes: " + (f"about {', '.join(passes)}" if passes else "not known"),
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,18 +136,13 @@ def make_report(
     training_tokens: int,
     weights: Mapping[str, float],
 ) -> DataReport:
-    """The report of a run that trains on `training_tokens` tokens; `weights`: of several sources, their shares.
-
-    Its passes are those of the source that is read most often.
-    """
-    passes: list[float | None] = []
+    """The report of a run that trains on `training_tokens` tokens; `weights`: of several sources, their shares."""
     for source in sources:
         text = source.whole(source.seen.text_bytes)
         trained = text and text * (1 - (source.share or 0.0))
         given = training_tokens * bytes_per_token * weights.get(source.name, 1.0)
-        passes.append(given / trained if trained else None)
-    known = [each for each in passes if each is not None]
-    return DataReport(sources, not_read, tokens, max(known) if len(known) == len(passes) else None)
+        source.passes = given / trained if trained else None
+    return DataReport(sources, not_read, tokens)
 
 
 def _size(count: int) -> str:

@@ -1,6 +1,7 @@
 """What a source of text is: chunks, and a position to continue from."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from tqdm import tqdm
@@ -81,6 +82,15 @@ class Source(Protocol):
 
         Where whole files are held out, no other file is read.
         """
+        ...
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that are read."""
+        ...
+
+    def has_file(self, pattern: str) -> bool:
+        """Whether a pattern of --skip-data is of one of its files."""
         ...
 
     def reports(self) -> list[SourceReport]:

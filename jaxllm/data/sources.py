@@ -39,24 +39,34 @@ def open_source(config: RunConfig, shard: int = 0, num_shards: int = 1) -> Sourc
         evaluated = config.with_options(**_evaluated(data))
         evaluation = Evaluation(data.eval_data, functools.partial(open_source, evaluated, shard, num_shards))
     if not weights:
-        return _open_one(config, shard, num_shards, evaluation)
+        return _with_rows(_open_one(config, shard, num_shards, evaluation), data)
     parts = _parts(data, list(weights))
-    opened = {
+    sources = {
         name: _open_one(config.with_options(**part), shard, num_shards, evaluation) for name, part in parts.items()
     }
-    return Mixture(opened, weights, evaluation)
+    return _with_rows(Mixture(sources, weights, evaluation), data)
+
+
+def _with_rows(source: Source, data: DataConfig) -> Source:
+    """Check that a field is named only where there are rows; text that is evaluated may have none."""
+    is_named = data.text_field != "text" and data.hold_out not in ("count", "nothing")
+    if is_named and source.files and all(kind_of(file) == "text" for file in source.files):
+        raise UserError(f"text_field is {shown(data.text_field)}: {data.source!r} has only text, no rows; leave it out")
+    return source
 
 
 def _evaluated(data: DataConfig) -> dict[str, Any]:
     """The options of the data that --eval-data names, all of which is evaluated."""
     assert data.eval_data is not None
-    whole = {"eval_data": None, "hold_out": "nothing"}
-    name, path = data.eval_data, Path(data.eval_data).expanduser()
-    if path.exists() or "/" in name or kind_of(path) is not None or name == "stdlib":
-        return whole | {"data": name, "data_revision": None, "data_config": None, "data_split": ALL, "skip_data": ""}
+    other = {"eval_data": None, "hold_out": "nothing", "skip_data": ""}
+    name = data.eval_data
+    if name == "stdlib" or Path(name).expanduser().exists():
+        return other | {"data": name, "data_revision": None, "data_config": None, "data_split": ALL}
+    if "/" in name or kind_of(Path(name)) is not None:
+        raise UserError(f"eval_data is {name!r}: there is no such file or folder, and no split of that name")
     if name == data.split:
         raise UserError(f"eval_data is {name!r}: that split is trained on; pass another split, a file or a folder")
-    return whole | {"data_split": name, "skip_data": ""}
+    return other | {"data_split": name}
 
 
 def _parts(data: DataConfig, names: list[str]) -> dict[str, dict[str, Any]]:
@@ -75,9 +85,9 @@ def _parts(data: DataConfig, names: list[str]) -> dict[str, dict[str, Any]]:
         own = ",".join(skip.removeprefix(f"{name}/") for skip in skips if skip.startswith(f"{name}/"))
         parts[name] = {
             "data": name, "data_revision": revision, "hold_out": hold_out, "skip_data": own, "eval_data": None,
-            "data_config": data.subset if _is_hub_name(name) else None,
+            "data_config": data.subset if is_hub_name(name) else None,
         }  # fmt: skip
-    if data.subset is not None and not any(map(_is_hub_name, names)):
+    if data.subset is not None and not any(map(is_hub_name, names)):
         raise UserError(
             f"data_config is {shown(data.subset)}: only datasets of the Hub have configurations; leave it out"
         )
@@ -92,7 +102,7 @@ def _open_one(
     path = Path(data.source).expanduser()
     is_old = data.hold_out == "count"  # some options were ignored then
     if data.source != "stdlib" and not path.exists():
-        if not _is_hub_name(data.source):
+        if not is_hub_name(data.source):
             several = "; several sources need weights, A=0.7,B=0.3" if "," in data.source else ""
             raise UserError(
                 f"data is {data.source!r}: there is no such file or folder, and it is no Hub name (OWNER/NAME){several}"
@@ -118,8 +128,6 @@ def _open_one(
     else:
         skip = None if is_old else functools.partial(is_skipped, data.skip_data)
         found = find_data(path, data.text_field, data.split, skip)
-    if data.text_field != "text" and not is_old and all(kind_of(file) == "text" for file in found.files):
-        raise UserError(f"text_field is {shown(data.text_field)}: {data.source!r} has only text, no rows; leave it out")
     hold_out = data.hold_out
     validation = next((split for split in VALIDATION if split in found.splits and split != data.split), None)
     if evaluation is None and not is_old and data.split != ALL and validation is not None:
@@ -133,7 +141,8 @@ def _open_one(
     return FileSource(*where, hold_out, evaluation, name=data.source, split=data.split)
 
 
-def _is_hub_name(name: str) -> bool:
+def is_hub_name(name: str) -> bool:
+    """Whether data of this name are looked for on the Hub: OWNER/NAME, and no file or folder."""
     path = Path(name).expanduser()
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and kind_of(path) is None and not path.exists()
 
@@ -141,6 +150,21 @@ def _is_hub_name(name: str) -> bool:
 def is_fingerprint(revision: str | None) -> bool:
     """Whether the data are files, whose fingerprint stands in place of a commit."""
     return (revision or "").startswith(FILES)
+
+
+def check_new_data(config: RunConfig, source: Source) -> None:
+    """Refuse what cannot be meant where a run begins; later, files that an option names may be gone.
+
+    Raises:
+        UserError: --skip-data names no file, or the text to evaluate is the text that is trained on.
+    """
+    patterns = [pattern.strip() for pattern in config.data.skip_data.split(",") if pattern.strip()]
+    if unknown := [pattern for pattern in patterns if not source.has_file(pattern)]:
+        raise UserError(f"skip_data is {shown(config.data.skip_data)}: no file of the data is {shown(unknown[0])}")
+    trained = {file.resolve() for file in source.files}
+    for evaluation in source.evaluations:
+        if both := [file for file in evaluation.open().files if file.resolve() in trained]:
+            raise UserError(f"eval_data: {str(both[0])!r} is trained on, too: leave it out of one of them")
 
 
 def stdlib_files(root: Path) -> list[Path]:
@@ -247,6 +271,13 @@ class HubSource:
             self.seen = evaluated.seen
             return evaluated.chunks()
         return (chunk for chunk in self.chunks() if chunk.held_out)
+
+    @property
+    def files(self) -> list[Path]:
+        return []
+
+    def has_file(self, pattern: str) -> bool:
+        return False
 
     def reports(self) -> list[SourceReport]:
         said = "nothing is held out" if self.hold_out == "nothing" else f"held out: one row in {HOLD_OUT}"

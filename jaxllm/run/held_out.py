@@ -19,12 +19,16 @@ from jaxllm.data.report import DataReport, Seen, TokenCounts, make_report
 from jaxllm.data.source import Source
 from jaxllm.data.stream import held_out_rows
 from jaxllm.data.tokenizer import bytes_per_target
+from jaxllm.errors import UserError
+from jaxllm.files import check_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILE = "held_out.safetensors"
 """In a run's folder."""
+
+MAX_BYTES = 2**32
 
 FORMAT = 1
 """Increase it when the same text gives other rows."""
@@ -38,22 +42,29 @@ class HeldOut(NamedTuple):
     tokens: TokenCounts
 
 
-def read_or_make(config: RunConfig, tokenizer: PreTrainedTokenizerBase, source: Source) -> HeldOut:
-    """The rows that the run's folder keeps, if they were made of the same text in the same way; or new ones.
+def read_or_make(config: RunConfig, tokenizer: PreTrainedTokenizerBase, source: Source, resumes: bool) -> HeldOut:
+    """The rows that a run's folder keeps, if they were made of the same text in the same way; or new ones.
 
     Raises:
         UserError: the held-out part does not fill one row.
     """
-    with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):  # whatever it holds instead
+    if resumes and (kept := _kept(config, source)) is not None:
+        return kept
+    opened: list[Source] = []
+    rows = held_out_rows(config, tokenizer, opened)
+    parts = zip(*(one.reports() for one in opened), strict=True)
+    return HeldOut(rows, [sum((part.seen for part in shards), Seen()) for shards in parts], TokenCounts())
+
+
+def _kept(config: RunConfig, source: Source) -> HeldOut | None:
+    with contextlib.suppress(UserError, OSError, SafetensorError, ValueError, KeyError, TypeError):  # it is damaged
+        check_file(config.folder / FILE, MAX_BYTES)
         with safe_open(config.folder / FILE, "numpy") as file:
             rows, facts = file.get_tensor("rows"), json.loads((file.metadata() or {})["facts"])
         fits = rows.dtype == np.int32 and rows.ndim == 2 and rows.shape[1] == config.data.seq_len and len(rows) > 0
         if fits and facts["key"] == _key(config, source) and 0 <= rows.min() <= rows.max() < config.model.vocab_size:
             return HeldOut(rows, [Seen(**seen) for seen in facts["seen"]], TokenCounts(**facts["tokens"]))
-    opened: list[Source] = []
-    rows = held_out_rows(config, tokenizer, opened)
-    parts = zip(*(one.reports() for one in opened), strict=True)
-    return HeldOut(rows, [sum((part.seen for part in shards), Seen()) for shards in parts], TokenCounts())
+    return None
 
 
 def keep(config: RunConfig, source: Source, held_out: HeldOut) -> None:

@@ -26,7 +26,7 @@ from jaxllm.config import (
     families,
     recipe,
 )
-from jaxllm.data.sources import is_fingerprint, open_source
+from jaxllm.data.sources import check_new_data, is_fingerprint, open_source
 from jaxllm.data.stream import check_streams
 from jaxllm.data.tokenizer import (
     align,
@@ -276,6 +276,8 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
             config = align(config, tokenizer)
         check_resumable(config)
     source = open_source(config)
+    if not resumes:
+        check_new_data(config, source)
     for line in source.notes:
         print(f"Not read: {line}")
     config = config.with_options(data_revision=source.revision, hold_out=source.hold_out)
@@ -296,7 +298,7 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
             "shorter --prompts or --sample-tokens 0"
         )
     check_streams(config)
-    evaluated = held_out.read_or_make(config, tokenizer, source)
+    evaluated = held_out.read_or_make(config, tokenizer, source, resumes)
     report = held_out.data_report(config, tokenizer, source, evaluated).to_dict()
     if not resumes:
         _clear(config.folder)
