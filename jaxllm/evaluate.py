@@ -23,7 +23,8 @@ from jaxllm.command_line import parse
 from jaxllm.config import Precision, TrainConfig
 from jaxllm.data.documents import DocumentEncoder, check_vocabulary
 from jaxllm.data.encode import encoder_of
-from jaxllm.data.sources import TextChunk, open_source
+from jaxllm.data.sources import TextChunk, is_hub_name, open_source
+from jaxllm.data.splits import ALL
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.generate import load_model, tokenizer_folder
@@ -114,6 +115,8 @@ class EvaluateArgs:
     """Folder of a run, or an exported folder."""
     data: str | None = None
     """What train.py takes as --data; all of it is scored. Default: the held-out part of the run's data."""
+    data_split: str | None = None
+    """Split of --data; default: all of files, `train` of a Hub dataset."""
     text_field: str = "text"
     """Name of the field that holds the text, with --data."""
     seq_len: int | None = None
@@ -143,9 +146,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = for_inference(load_model(args.run, args.precision))
     tokenizer = load_tokenizer(str(tokenizer_folder(args.run)))
     if args.data is None and config is not None:
-        chunks = (chunk for chunk in open_source(config).chunks() if chunk.held_out)
+        chunks = open_source(config).held_out()
     else:
-        chunks = open_source(TrainConfig.from_options(data=args.data, text_field=args.text_field)).chunks()
+        assert args.data is not None
+        split = args.data_split or ("train" if is_hub_name(args.data) else ALL)
+        data = TrainConfig.from_options(
+            data=args.data, data_split=split, text_field=args.text_field, hold_out="nothing"
+        )
+        source = open_source(data)
+        for line in source.notes:
+            print(f"Not read: {line}")
+        chunks = source.chunks()
     seq_len = args.seq_len or (config.data.seq_len if config else model.config.max_position_embeddings)
     sizes = {"seq_len": seq_len, "batch_size": args.batch_size, "max_tokens": args.max_tokens}
     special_tokens = config.data.special_tokens_in_text if config else "text"

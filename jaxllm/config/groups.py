@@ -41,12 +41,18 @@ class DataConfig(_Checked):
     """What is read, and how it is cut into batches."""
 
     source: Annotated[str, tyro.conf.arg(name="data")] = option("stdlib", resumable=True)
-    """`stdlib` (the standard library's own source code), a file of text, JSONL, JSON, CSV, parquet or Arrow, a folder
-    of them, or the name of a dataset on the Hugging Face Hub. A run resumes with the same content by another name."""
+    """`stdlib` (the standard library's own source code), a file of text, JSONL, JSON, CSV, TSV, parquet or Arrow, a
+    folder of them, or the name of a dataset on the Hugging Face Hub. Several with weights: A=0.7,B=0.3, shares of the
+    text. A run resumes with the same content by another name."""
     subset: Annotated[str | None, tyro.conf.arg(name="data-config")] = None
     """Configuration of a Hub dataset."""
     split: Annotated[str, tyro.conf.arg(name="data-split")] = "train"
-    """Split of a Hub dataset, or of one that `datasets` saved."""
+    """Split that is trained on, of a Hub dataset or of a folder whose names tell splits as on the Hub (train-*.parquet,
+    test/...); `all` reads every file of a folder. If there is a validation split, the run is evaluated on it."""
+    eval_data: str | None = option(None, resumable=True)
+    """Text that the run is evaluated on, in place of a held-out part: a file, a folder, or another split of --data."""
+    hold_out: tyro.conf.Suppress[str | None] = option(None, resumable=True)
+    """What the run holds out for evaluation, which it decides at its first start (`jaxllm.data.source.HoldOut`)."""
     revision: Annotated[str | None, tyro.conf.arg(name="data-revision")] = option(None, resumable=True)
     """Commit of a Hub dataset; default: the newest one when the run starts. The run keeps it; of files, it keeps their
     fingerprint."""

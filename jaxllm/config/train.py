@@ -129,6 +129,7 @@ class RunConfig:
             values["init"] = Path(init)
         values.setdefault("special_tokens_in_text", "earlier")  # written before there was a choice
         values.pop("run_dir", None)  # of an earlier version: a run is where it is found
+        values.setdefault("hold_out", "count")  # of an earlier version, too
         return cls.from_options(**values)
 
     def as_type(self, cls: type[Config]) -> Config:

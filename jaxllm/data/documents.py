@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from jaxllm.data.encode import MARGIN, Encoder, Spans, strings_in
+from jaxllm.data.report import TextCounts
 from jaxllm.data.rows import Chat
 from jaxllm.data.source import TextChunk
 from jaxllm.errors import UserError
@@ -21,17 +21,6 @@ MAX_PENDING = 2**21
 
 MAX_UNKNOWN, SAID_UNKNOWN = 0.2, 0.01
 """Shares of unknown tokens above which a tokenizer is refused, and above which a line says so."""
-
-
-@dataclass
-class TextCounts:
-    """What was encoded."""
-
-    documents: int = 0  # texts and chats that ended
-    tokens: int = 0
-    unknown: int = 0  # tokens for what the vocabulary lacks, and characters that have no token at all
-    special: int = 0  # special tokens spelled in texts and messages
-    ends: int = 0  # end tokens among them
 
 
 class DocumentEncoder:
@@ -193,7 +182,7 @@ def check_vocabulary(counts: TextCounts, refuse: bool = True) -> None:
     Raises:
         UserError: it lacks so much that the tokenizer does not fit, and `refuse`.
     """
-    share = counts.unknown / max(1, counts.tokens, counts.unknown)
+    share = counts.unknown_share
     said = f"{100 * share:.1f} % of the tokens of the text stand for what the tokenizer's vocabulary lacks"
     if share > MAX_UNKNOWN and refuse:
         raise UserError(f"tokenizer: {said}: pass a --tokenizer that fits the data, or none to train one")

@@ -16,9 +16,10 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from jaxllm.config import RunConfig
-from jaxllm.data.documents import DocumentEncoder, TextCounts, check_vocabulary, encoded
+from jaxllm.data.documents import DocumentEncoder, check_vocabulary, encoded
 from jaxllm.data.encode import encoder_of
 from jaxllm.data.reading import CHUNK_CHARS
+from jaxllm.data.report import TextCounts
 from jaxllm.data.rows import Chat
 from jaxllm.data.source import Source, TextChunk
 from jaxllm.data.sources import open_source
@@ -308,24 +309,32 @@ def check_streams(config: RunConfig) -> None:
             )
 
 
-def held_out_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+def held_out_rows(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    opened: list[Source] | None = None,
+    counts: TextCounts | None = None,
+) -> np.ndarray:
     """Up to `eval_samples` rows of the held-out part, packed in order: (n, T) int32, n >= 1.
 
     They do not depend on the run's seed, so that runs with different seeds are evaluated on the same text. Each of
-    several data streams gives an equal share, if it has that many, of what is held out of its shard.
+    several data streams gives an equal share, if it has that many, of what is held out of its shard. The sources that
+    are read are added to `opened`, and what is encoded is counted in `counts`.
 
     Raises:
         UserError: the held-out part does not fill one row, or the tokenizer does not fit it.
     """
     config = dataclasses.replace(config, seed=0)
     wanted = config.logging.eval_samples * config.data.seq_len
-    special, counts = config.data.special_tokens_in_text, TextCounts()
+    special, counts = config.data.special_tokens_in_text, counts or TextCounts()
     parts, have, S = [], 0, config.data_streams
     for s in range(S):
         share = (s + 1) * wanted / S
+        source = open_source(config, s, S)
+        if opened is not None:
+            opened.append(source)
         documents = DocumentEncoder(encoder_of(tokenizer, special), counts)
-        chunks = (chunk for chunk in open_source(config, s, S).chunks() if chunk.held_out)
-        for tokens in encoded(documents, chunks) if have < share else ():
+        for tokens in encoded(documents, source.held_out()) if have < share else ():
             parts.append(tokens)
             have += len(parts[-1])
             if have >= share:

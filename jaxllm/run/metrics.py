@@ -26,11 +26,14 @@ class RunLog:
     There is no bar where stderr is no terminal.
     """
 
-    def __init__(self, config: RunConfig, history: History, first_step: int):
-        """`metrics.jsonl` is rewritten from the history: what an earlier process logged beyond it is dropped."""
+    def __init__(self, config: RunConfig, history: History, first_step: int, data: dict[str, Any] | None = None):
+        """`metrics.jsonl` is rewritten from the history: what an earlier process logged beyond it is dropped.
+
+        `data`: the report of the run's data.
+        """
         self._config, self._history = config, history
         self._path = config.folder / METRICS_FILE
-        write_metrics(config.folder, history.records)
+        write_metrics(config.folder, history.records, data)
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
         self._trackers = [TensorBoardWriter(config.folder / "tensorboard", first_step), Tracker(config)]
         self.bar = tqdm(total=config.schedule.steps, initial=first_step, unit="step", dynamic_ncols=True, disable=None)
@@ -102,9 +105,10 @@ def console_line(config: RunConfig, record: dict[str, Any]) -> str:
     )
 
 
-def write_metrics(folder: Path, records: list[dict[str, Any]]) -> None:
-    """Write `metrics.jsonl` atomically."""
-    write_text_atomically(folder / METRICS_FILE, "".join(map(json_line, records)))
+def write_metrics(folder: Path, records: list[dict[str, Any]], data: dict[str, Any] | None = None) -> None:
+    """Write `metrics.jsonl` atomically. The report of the data is its first line, which has no `step`."""
+    first = [] if data is None else [{"data": data}]
+    write_text_atomically(folder / METRICS_FILE, "".join(map(json_line, [*first, *records])))
 
 
 def json_line(record: dict[str, Any]) -> str:

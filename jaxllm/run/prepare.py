@@ -27,8 +27,8 @@ from jaxllm.config import (
     recipe,
 )
 from jaxllm.data.epochs import steps_for_epochs
-from jaxllm.data.sources import is_fingerprint, open_source
-from jaxllm.data.stream import check_streams, held_out_rows
+from jaxllm.data.sources import check_new_data, is_fingerprint, open_source
+from jaxllm.data.stream import check_streams
 from jaxllm.data.tokenizer import (
     align,
     bytes_per_target,
@@ -41,6 +41,7 @@ from jaxllm.data.tokenizer import (
 )
 from jaxllm.errors import UserError, shown
 from jaxllm.files import read_json, rename_durably, write_json
+from jaxllm.run import held_out
 from jaxllm.run.hardware import bfloat16_hardware
 from jaxllm.run.lock import LOCK_FILE, FolderLock
 from jaxllm.run.source import SOURCE, keep_source, model_folder, note_end_tokens, read_source, tokenizer_files
@@ -67,6 +68,7 @@ class Prepared(NamedTuple, Generic[Config]):
     tokenizer: PreTrainedTokenizerBase
     held_out: np.ndarray  # (n,T) int32, the rows that are evaluated
     resumes: bool  # whether the folder holds a run to resume
+    report: dict[str, Any]  # `DataReport.to_dict`
 
     @property
     def bytes_per_target(self) -> float:
@@ -285,9 +287,11 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
             config = align(config, tokenizer)
         check_resumable(config)
     source = open_source(config)
+    if not resumes:
+        check_new_data(config, source)
     for line in source.notes:
         print(f"Not read: {line}")
-    config = config.with_options(data_revision=source.revision)
+    config = config.with_options(data_revision=source.revision, hold_out=source.hold_out)
     if saved:
         check_data(config, saved)
     given = config.data.tokenizer
@@ -313,11 +317,12 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
             "shorter --prompts or --sample-tokens 0"
         )
     check_streams(config)
-    held_out = held_out_rows(config, tokenizer)
-    if not bytes_per_target(tokenizer, held_out):
+    evaluated = held_out.read_or_make(config, tokenizer, source, resumes)
+    if not bytes_per_target(tokenizer, evaluated.rows):
         raise UserError("data: the tokens of the held-out part have no text: pass another --tokenizer")
     if config.schedule.epochs is not None and saved.get("epochs") != config.schedule.epochs:
         config = config.with_options(steps=steps_for_epochs(config, tokenizer))
+    report = held_out.data_report(config, tokenizer, source, evaluated).to_dict()
     if not resumes:
         _clear(config.folder)
     # First what identifies the folder as ours: a process may be killed between any two lines.
@@ -331,7 +336,10 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
         note_end_tokens(config.folder, config.model, tokenizer)
     if not own_tokenizer.is_dir():
         _save_tokenizer(tokenizer, own_tokenizer)
-    return Prepared(config, tokenizer, held_out, resumes)
+    held_out.keep(config, source, evaluated)
+    for line in report["lines"]:
+        print(f"Data: {line}")
+    return Prepared(config, tokenizer, evaluated.rows, resumes, report)
 
 
 def _new_source(config: RunConfig) -> Path | None:
@@ -354,6 +362,7 @@ def _with_kept_options(config: Config, saved: dict[str, Any], processes: int) ->
         facts["data_streams"] = (saved.get("data_streams") or 1) if saved else processes
     if config.data.revision is None:
         facts["data_revision"] = saved.get("data_revision")
+    facts["hold_out"] = saved.get("hold_out", "count") if saved else None
     return config.with_options(**facts)
 
 

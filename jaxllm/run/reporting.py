@@ -142,12 +142,15 @@ def conclude(prepared: Prepared[Any], eval_loss: float, skipped_rows: int, left_
     )
     print(f"Evaluation loss {evaluation}")
     draw_losses(config.folder, unigram, bytes_each)
-    write_report(config, evaluation, skipped_rows)
+    write_report(config, evaluation, skipped_rows, prepared.report)
 
 
 @optional("writing report.md")
-def write_report(config: RunConfig, evaluation: str, skipped_rows: int) -> None:
-    """Write `report.md`: what was trained on what, the result, the speed, and commands to continue with."""
+def write_report(config: RunConfig, evaluation: str, skipped_rows: int, data: dict[str, Any]) -> None:
+    """Write `report.md`: what was trained on what, the result, the speed, and commands to continue with.
+
+    `data`: the report of the data.
+    """
     end = next(record for record in reversed(read_metrics(config.folder)) if "train_runtime" in record)
     steps, tokens = config.schedule.steps, config.tokens_per_step
     device = f", {end['device_peak_gib']:.2f} GiB on the device" if "device_peak_gib" in end else ""
@@ -164,6 +167,8 @@ def write_report(config: RunConfig, evaluation: str, skipped_rows: int) -> None:
     lines = [
         f"# {config.folder.name}\n\n| | |\n|---|---|",
         *(f"| {name} | {value} |" for name, value in rows.items()),
+        "\nData, as the last start found them:\n",
+        *(f"- {line}" for line in [*data["lines"], *(f"not read: {line}" for line in data["not_read"])]),
         "\n![Losses](loss.png)\n\n[samples.md](samples.md) has samples, `metrics.jsonl` the log, `train_config.json` "
         "the options. To continue:\n\n```bash",
         f"python -m jaxllm.generate {run} --chat",
