@@ -16,10 +16,10 @@ from typing import Any
 
 from flax import nnx
 
-from convert.to_flax import read_folder
 from jaxllm.config import TrainConfig
 from jaxllm.errors import exit_on_user_error
 from jaxllm.generate import Sampling, generate
+from jaxllm.packages import check_own
 from jaxllm.run.checkpoint import Weights
 from jaxllm.run.prepare import check_folder, parse_args
 from jaxllm.run.processes import barrier, init_distributed, is_primary
@@ -67,6 +67,9 @@ def first_weights(config: TrainConfig) -> Weights | None:
     """The weights that a new run starts from with --init; they are read before an earlier run is deleted."""
     if config.init is None or check_folder(config, "JAX"):
         return None
+    check_own("convert")
+    from convert.to_flax import read_folder
+
     return read_folder(config.init)[1]
 
 

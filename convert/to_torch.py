@@ -3,7 +3,6 @@
 A CustomLLM comes with its code; a model of the DeepSeek family is of a class that transformers has.
 """
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from jaxllm.data.tokenizer import export_tokenizer, load_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.files import read_json, write_json
 from jaxllm.model.decoder import CustomLLM, split_model
+from jaxllm.packages import ROOT, check_own
 from jaxllm.run.checkpoint import Weights, load_weights
 from jaxllm.run.prepare import GENERATION_CONFIG, SOURCE_CONFIG
 
@@ -101,10 +101,8 @@ def torch_tensors(
 
 def modeling_source() -> Path:
     """The PyTorch model's file, found without importing it (its import needs PyTorch)."""
-    package = importlib.util.find_spec("torch_ref")
-    if package is None or package.origin is None:
-        raise UserError("the package torch_ref is not installed: install this project with pip install -e .")
-    return Path(package.origin).parent / "model.py"
+    check_own("torch_ref")
+    return ROOT / "torch_ref" / "model.py"
 
 
 def write_model(

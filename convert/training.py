@@ -23,6 +23,7 @@ from jaxllm.data.stream import POSITION_FILE, read_position
 from jaxllm.errors import UserError
 from jaxllm.files import write_json
 from jaxllm.model.decoder import abstract_model
+from jaxllm.packages import check_own
 from jaxllm.run.checkpoint import CheckpointReader, ResumeState, Weights, read_newest
 from jaxllm.run.checkpoint_writer import write_run
 from jaxllm.run.history import History
@@ -126,6 +127,7 @@ def _check_tokenizer(run: Path) -> None:
 
 
 def _pytorch() -> ModuleType:
+    check_own("torch_ref")
     try:
         from torch_ref import hand_over
     except ImportError:

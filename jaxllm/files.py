@@ -12,6 +12,9 @@ from typing import Any
 
 from jaxllm.errors import UserError, shown
 
+StrPath = str | os.PathLike[str]
+"""A path, in functions that users call."""
+
 _PLAIN = re.compile(r"[\w/.,=+@~-]*", re.ASCII)
 
 MAX_JSON_BYTES = 8 * 2**20

@@ -37,7 +37,7 @@ from jaxllm.files import read_json
 from jaxllm.generate import tokenizer_folder
 from jaxllm.run.checkpoint import Weights, is_run, load_weights
 from jaxllm.run.prepare import CONFIG_FILE
-from jaxllm.run.runtime import check_devices
+from jaxllm.run.runtime import start_jax
 from parity_tests.compare import Row
 from parity_tests.forward import random_weights, torch_model
 from parity_tests.hf_mutations import STOCK_MUTATIONS
@@ -166,7 +166,7 @@ def find_tokenizer(args: ParityArgs) -> Path | None:
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> int:
     args: ParityArgs = parse(ParityArgs, argv, "python -m parity_tests", __doc__)
-    check_devices()
+    start_jax()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

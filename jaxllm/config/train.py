@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 import tyro
 
 from jaxllm.config import groups
-from jaxllm.config.fields import check_fields, option, option_names
+from jaxllm.config.fields import MAX_SEED, check_fields, option, option_names
 from jaxllm.config.model import ModelConfig
 from jaxllm.config.presets import PRESETS, preset
 from jaxllm.errors import UserError, listed, shown
@@ -49,7 +49,7 @@ class RunConfig:
     AVX512-BF16. `--recipe seed` is in float32 everywhere."""
     remat: bool = option(False, resumable=True)
     """Compute each layer again in the backward pass. Without it, what products made is kept."""
-    seed: int = option(0, ge=0, le=2**63 - 1)
+    seed: int = option(0, ge=0, le=MAX_SEED)
     """Of the weights, the order of the data, dropout and the samples."""
     data: Flat[groups.DataConfig] = field(default_factory=groups.DataConfig)
     optim: Flat[groups.OptimConfig] = field(default_factory=groups.OptimConfig)
