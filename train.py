@@ -20,7 +20,8 @@ from jaxllm.config import TrainConfig
 from jaxllm.errors import exit_on_user_error
 from jaxllm.generate import Sampling, generate
 from jaxllm.packages import check_own
-from jaxllm.run.checkpoint import Weights
+from jaxllm.run.checkpoint import Weights, oldest_step
+from jaxllm.run.init import check_shapes
 from jaxllm.run.prepare import check_folder, parse_args
 from jaxllm.run.processes import barrier, init_distributed, is_primary
 from jaxllm.run.reporting import write_samples
@@ -65,8 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def first_weights(config: TrainConfig) -> Weights | None:
     """The weights that a new run starts from with --init; they are read before an earlier run is deleted."""
-    if config.init is None or check_folder(config, "JAX"):
+    if config.init is None or (check_folder(config, "JAX") and oldest_step(config.folder) is not None):
         return None
+    check_shapes(config)
     check_own("convert")
     from convert.to_flax import read_folder
 

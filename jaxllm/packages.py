@@ -11,9 +11,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def is_installed(name: str) -> bool:
-    """Whether a library can be imported. A folder of its name, such as `wandb/` with logs, is not the library."""
+    """Whether a library can be imported. A folder of its name, such as `wandb/` with logs, is not the library.
+
+    Python finds a folder without `__init__.py` too: as a package without an origin.
+    """
     spec = importlib.util.find_spec(name)
-    return spec is not None and spec.origin is not None  # a folder without __init__.py has no origin
+    return spec is not None and (spec.origin is not None or spec.submodule_search_locations is None)
 
 
 def check_own(*names: str) -> None:

@@ -68,14 +68,13 @@ def train(prepared: Prepared[RunConfig], model: CustomLLM | None = None) -> Cust
     batches = MicroBatches(stream, config)
     trainer = CustomLLMTrainer(prepared, model, batches)
     history = History.from_records([record for record in read_metrics(config.folder) if record["step"] <= first_step])
-    run_log = RunLog(config, history, first_step)
-    trainer.add_callback(LogCallback(prepared, run_log, batches, trainer.routing, peak_tflops))
-    trainer.add_callback(samples)
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
+        with RunLog(config, history, first_step) as run_log:
+            trainer.add_callback(LogCallback(prepared, run_log, batches, trainer.routing, peak_tflops))
+            trainer.add_callback(samples)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
     finally:
         batches.prefetcher.close()
-        run_log.close()
     return model
 
 

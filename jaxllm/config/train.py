@@ -98,9 +98,9 @@ class RunConfig:
 
     def options(self) -> dict[str, Any]:
         """All flat options, as JSON values."""
-        run_dir = None if self.run_dir is None else str(self.run_dir)
-        as_json = {"model": self.model.to_dict(), "run_dir": run_dir, "prompts": list(self.sampling.prompts)}
-        return {known.name: known.value(self) for known in _options(type(self))} | as_json
+        values = {known.name: known.value(self) for known in _options(type(self))}
+        paths = {name: str(value) for name, value in values.items() if isinstance(value, Path)}
+        return values | paths | {"model": self.model.to_dict(), "prompts": list(self.sampling.prompts)}
 
     def to_dict(self) -> dict[str, Any]:
         """The flat options that train_config.json keeps, as JSON values."""
@@ -141,7 +141,7 @@ Config = TypeVar("Config", bound=RunConfig)
 class TrainConfig(RunConfig):
     """Everything that decides a run of train.py. `train.py --help` is this class."""
 
-    init: Path | None = option(None, resumable=True, saved=False)
+    init: Path | None = option(None, resumable=True)
     """Start a new run from the weights of this folder: of the DeepSeek family, or an exported CustomLLM. It gives the
     model and, where it has one, the tokenizer. The learning rate is then 2e-5, and the run's folder runs/NAME."""
     checkpoint: Flat[groups.CheckpointConfig] = field(default_factory=groups.CheckpointConfig)

@@ -253,10 +253,10 @@ def align(config: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
     model, size = config.model, _size(tokenizer)
     vocab_size = size if _takes_its_size(config) else model.vocab_size
     if size > vocab_size:
-        raise UserError(
-            f"vocab_size is {vocab_size}, but the tokenizer has {size} tokens: "
-            f"pass --model.vocab-size {size} or another --tokenizer"
-        )
+        remedy = f"pass --model.vocab-size {size} or another --tokenizer"
+        if getattr(config, "init", None) is not None or (config.folder / "checkpoints").is_dir():
+            remedy = "pass the --tokenizer that belongs to the weights"  # they have the rows that they have
+        raise UserError(f"vocab_size is {vocab_size}, but the tokenizer has {size} tokens: {remedy}")
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-sequence token, which separates documents: pass another")
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id

@@ -5,7 +5,7 @@ import json
 import math
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tqdm import tqdm
 
@@ -32,7 +32,7 @@ class RunLog:
         self._path = config.folder / METRICS_FILE
         write_metrics(config.folder, history.records)
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
-        self._trackers = [TensorBoardWriter(config.folder / "tensorboard", first_step), Tracker(config)]
+        self._board, self._tracker = TensorBoardWriter(config.folder / "tensorboard", first_step), Tracker(config)
         self.bar = tqdm(total=config.schedule.steps, initial=first_step, unit="step", dynamic_ncols=True, disable=None)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -47,14 +47,22 @@ class RunLog:
             self._file.write(json_line(record))
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from None
-        for each in self._trackers:
-            each.write(record)
+        self._board.write(record)
+        self._tracker.write(record)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
+        """Close everything; `failed`: an error ends the run. A second call does nothing."""
         self.bar.close()
         self._file.close()
-        for each in self._trackers:
-            each.close()
+        self._board.close()
+        self._tracker.close(failed=failed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        with contextlib.suppress(OSError) if error is not None else contextlib.nullcontext():
+            self.close(failed=error is not None)
 
 
 class NoLog(RunLog):
@@ -67,7 +75,7 @@ class NoLog(RunLog):
     def write(self, record: dict[str, Any]) -> None:
         self._history.add_record(record)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         pass
 
 

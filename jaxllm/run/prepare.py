@@ -38,7 +38,7 @@ from jaxllm.data.tokenizer import (
     with_pad_token,
 )
 from jaxllm.errors import UserError, shown
-from jaxllm.files import read_json, rename_durably, write_json
+from jaxllm.files import StrPath, delete_leftovers, read_json, rename_durably, write_json
 from jaxllm.run.hardware import bfloat16_hardware
 from jaxllm.run.lock import LOCK_FILE, FolderLock
 from jaxllm.run.trackers import check_tracker
@@ -50,6 +50,8 @@ CONFIG_FILE = "train_config.json"
 SOURCE_CONFIG = "source_config.json"
 """In a run, the config.json that its weights came with."""
 GENERATION_CONFIG = "generation_config.json"
+OVERWRITING = f".{CONFIG_FILE}.overwriting"
+"""In the folder of an earlier run while --overwrite deletes it: what is left of that run is not resumed."""
 
 INIT_LEARNING_RATE = 2e-5
 """Peak learning rate of a run that starts from trained weights, read by --init or made by the converter."""
@@ -103,10 +105,11 @@ def parse_args(argv: Sequence[str] | None, prog: str, description: str | None, k
         tokenizer = str(start) if (start / "tokenizer.json").is_file() else None
         default = _of_trained(default, read_model_config(start)).with_options(init=start, tokenizer=tokenizer)
     folder = chosen.run_dir or default.folder
-    saved = _saved_config(folder, kind)
-    if saved is None and chosen.preset is None and start is None and not chosen.start_over and _is_converted(folder):
+    resumes = not (chosen.start_over or (folder / OVERWRITING).exists())
+    saved = _saved_config(folder, kind) if resumes else None
+    if saved is None and chosen.preset is None and start is None and resumes and _is_converted(folder):
         default = _of_trained(default, read_model_config(folder))
-    if saved is not None and not chosen.start_over:
+    if saved is not None:
         same = chosen.preset in (None, saved.preset) and chosen.recipe in (None, saved.recipe)
         default = saved if same else default
         if chosen.mesh is not None or chosen.parallel is not None:  # one choice: the saved half of it does not hold
@@ -123,13 +126,13 @@ def _of_trained(config: Config, model: ModelConfig) -> Config:
     return config.with_options(model=model, seq_len=seq_len, learning_rate=INIT_LEARNING_RATE)
 
 
-def read_model_config(folder: Path) -> ModelConfig:
+def read_model_config(folder: StrPath) -> ModelConfig:
     """The model's shape from the config.json of a run or of a folder with weights.
 
     Raises:
         UserError: there is none, its family is not known, or it is not valid.
     """
-    file = folder / "config.json"
+    file = Path(folder, "config.json")
     if not file.is_file():
         raise UserError(f"{str(folder)!r} is no run and no exported model: it holds no config.json")
     try:
@@ -158,14 +161,14 @@ def _saved_config(folder: Path, kind: type[Config]) -> Config | None:
         raise UserError(f"{file}: {error}") from None
 
 
-def read_config(run: Path, kind: type[Config]) -> Config:
+def read_config(run: StrPath, kind: type[Config]) -> Config:
     """The config of a run.
 
     Raises:
         UserError: there is none, or it is not valid.
     """
     try:
-        return kind.from_dict(read_json(run / CONFIG_FILE)).with_options(run_dir=run)
+        return kind.from_dict(read_json(Path(run, CONFIG_FILE))).with_options(run_dir=run)
     except UserError as error:
         raise UserError(f"{str(run)!r} is no training run: {error}") from None
 
@@ -192,10 +195,10 @@ def check_folder(config: RunConfig, framework: Framework) -> bool:
         raise UserError(f"run_dir is {str(folder)!r}: that is a file")
     owner = checkpoint_owner(folder)
     # Not `checkpoint-*`: any project's Trainer writes such folders, next to any config.json.
-    ours = (folder / CONFIG_FILE).is_file() or _is_converted(folder)
+    ours = (folder / CONFIG_FILE).is_file() or _is_converted(folder) or (folder / OVERWRITING).exists()
     if not ours and not all(path.name.startswith((LOCK_FILE, f".{CONFIG_FILE}.")) for path in folder.iterdir()):
         raise UserError(f"run_dir is {str(folder)!r}: the folder holds something else; pass another --run-dir")
-    if not ours or config.overwrite:
+    if not ours or config.overwrite or (folder / OVERWRITING).exists():
         return False
     if owner not in (None, framework):
         raise UserError(
@@ -261,6 +264,7 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
     check_tracker(config)
     check_folder(config, framework)  # before anything is written there
     lock.take()
+    delete_leftovers(config.folder)
     resumes = check_folder(config, framework)
     file = config.folder / CONFIG_FILE
     saved = read_json(file) if resumes and file.is_file() else {}
@@ -297,10 +301,11 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
     held_out = held_out_rows(config, tokenizer)
     if not resumes:
         _clear(config.folder)
-        for name, values in kept.items():
-            write_json(config.folder / name, values)
     # First what identifies the folder as ours: a process may be killed between any two lines.
     write_json(file, config.to_dict())
+    (config.folder / OVERWRITING).unlink(missing_ok=True)
+    for name, values in kept.items():
+        write_json(config.folder / name, values)
     write_json(config.folder / "config.json", config.model.to_dict())
     if not (config.folder / "tokenizer").is_dir():
         _save_tokenizer(tokenizer, config.folder / "tokenizer")
@@ -309,11 +314,14 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
 
 def _kept_files(config: RunConfig, resumes: bool) -> dict[str, Any]:
     """The JSON files that a run keeps of the folder that its weights came from; only those that are there."""
-    folder = config.folder if resumes else getattr(config, "init", None)
-    if folder is None or (not resumes and families.names_of(config.model) == "customllm"):
-        return {}
-    sources = {SOURCE_CONFIG: SOURCE_CONFIG if resumes else "config.json", GENERATION_CONFIG: GENERATION_CONFIG}
-    return {name: read_json(folder / file) for name, file in sources.items() if (folder / file).is_file()}
+    init = getattr(config, "init", None)
+    found: dict[str, Path] = {}
+    if init is not None and families.names_of(config.model) != "customllm":
+        found = {SOURCE_CONFIG: init / "config.json", GENERATION_CONFIG: init / GENERATION_CONFIG}
+    if resumes:  # a process that was killed at the start may have written none of them yet
+        own = {name: config.folder / name for name in (SOURCE_CONFIG, GENERATION_CONFIG)}
+        found |= {name: file for name, file in own.items() if file.is_file()}
+    return {name: read_json(file) for name, file in found.items() if file.is_file()}
 
 
 def keep_left_out(config: RunConfig, left_out: Iterable[str]) -> None:
@@ -323,8 +331,19 @@ def keep_left_out(config: RunConfig, left_out: Iterable[str]) -> None:
 
 
 def _with_kept_options(config: Config, saved: dict[str, Any], processes: int) -> Config:
-    """Set what a run decides at its first start and then keeps, unless the user set it: streams, dataset commit."""
+    """Set what a run decides at its first start and then keeps, unless the user set it: streams, dataset commit.
+
+    Raises:
+        UserError: the weights that it started from are others than those of --init.
+    """
     facts: dict[str, Any] = {}
+    if (init := getattr(config, "init", None)) is not None:
+        facts["init"] = init.absolute()
+        if (before := saved.get("init")) is not None and Path(before).resolve() != init.resolve():
+            raise UserError(
+                f"init is {str(init)!r}, and the run in {config.folder} started from {before!r}: leave the option out "
+                "to resume it, or pass another --run-dir"
+            )
     if "data_streams" in config.options() and config.options()["data_streams"] is None:
         facts["data_streams"] = (saved.get("data_streams") or 1) if saved else processes
     if config.data.revision is None:
@@ -333,17 +352,18 @@ def _with_kept_options(config: Config, saved: dict[str, Any], processes: int) ->
 
 
 def _clear(folder: Path) -> None:
-    """Delete an earlier run; last the file that identifies the folder as ours, since a process may be killed."""
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+    """Delete an earlier run. A process may be killed meanwhile: a file then says that the rest is to be deleted."""
+    (folder / OVERWRITING).touch()
+    for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif not path.name.startswith(LOCK_FILE):
+        elif path.name != OVERWRITING and not path.name.startswith(LOCK_FILE):
             path.unlink()
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save it atomically: an incomplete one would be read as the run's tokenizer."""
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tokenizer-") as scratch:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         made = Path(scratch) / folder.name
         try:
             made.mkdir()
