@@ -40,4 +40,5 @@ def _with(model: ModelConfig, option: str, value: Any) -> Any:
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(abstract_model(model)[1:])
-    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
+    heads = {"head": (model.nope_head_dim, model.rope_head_dim, model.value_head_dim)}  # as which a matrix is read
+    return heads | {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
