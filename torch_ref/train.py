@@ -9,17 +9,31 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxllm.config import RunConfig
+from jaxllm.errors import UserError, exit_on_user_error
+from jaxllm.packages import is_installed
+from jaxllm.run.prepare import Prepared, parse_args, prepare
+
+PROGRAM = "python -m torch_ref.train"
+
+
+@exit_on_user_error
+def main_without_pytorch() -> None:
+    parse_args(None, PROGRAM, __doc__, RunConfig)  # --help ends here
+    raise UserError("PyTorch is not installed: pip install torch accelerate")
+
+
+if __name__ == "__main__" and not is_installed("torch"):
+    sys.exit(main_without_pytorch())  # before the imports that fail
+
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from jaxllm.config import RunConfig
 from jaxllm.data.sources import open_source
 from jaxllm.data.stream import POSITION_FILE, TokenStream, read_position
-from jaxllm.errors import exit_on_user_error
 from jaxllm.run.history import History
 from jaxllm.run.lock import FolderLock
 from jaxllm.run.metrics import RunLog, read_metrics
-from jaxllm.run.prepare import Prepared, parse_args, prepare
 from jaxllm.run.reporting import announce, announce_finished, announce_speed
 from torch_ref.batches import MicroBatches
 from torch_ref.callbacks import LogCallback, TextGenerationCallback
@@ -80,7 +94,7 @@ def train(prepared: Prepared[RunConfig], model: CustomLLM | None = None) -> Cust
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    config = parse_args(argv, "python -m torch_ref.train", __doc__, RunConfig)
+    config = parse_args(argv, PROGRAM, __doc__, RunConfig)
     disable_progress_bar()  # one for each written file: the run has its own bar
     choose_device(config)  # an unsuitable device is refused before anything is created or deleted
     with FolderLock(config.folder) as lock:

@@ -66,7 +66,7 @@ def check_fields(config: Any) -> None:
         name, value = option_names(type(config))[field.name], getattr(config, field.name)
         hint = _type_hints(type(config))[field.name]
         hint = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
-        choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        choices = typing.get_args(hint) if _is_union(hint) else (hint,)
         if isinstance(value, str | os.PathLike) and not _matches(value, hint):
             kind = next((kind for kind in (Path, str) if kind in choices), None)
             if kind is not None:
@@ -102,9 +102,13 @@ def _check_range(name: str, value: float, bounds: Mapping[str, Any]) -> None:
     raise UserError(f"{name} is {shown(value)}: it must be {bound}")
 
 
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (types.UnionType, typing.Union)  # the latter of a Literal and None
+
+
 def _matches(value: Any, hint: Any) -> bool:
     """Whether a value, perhaps read from JSON, has the annotated type; ints pass for floats."""
-    if isinstance(hint, types.UnionType):
+    if _is_union(hint):
         return any(_matches(value, choice) for choice in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
