@@ -21,7 +21,7 @@ from convert.to_torch import check_new
 from jaxllm.config import ModelConfig
 from jaxllm.config.families import is_interleaved, names_of
 from jaxllm.errors import UserError, listed
-from jaxllm.files import read_json
+from jaxllm.files import StrPath, read_json
 from jaxllm.model.decoder import CustomLLM, abstract_model
 from jaxllm.run.checkpoint import Weights
 from jaxllm.run.checkpoint_writer import write_run
@@ -41,7 +41,7 @@ ELEMENTS_PER_BYTE = 2
 _LAYER = re.compile(r"(?:model\.layers|decoder_layers)\.(\d+)\.")
 
 
-def read_folder(source: Path, layers: int | None = None) -> tuple[ModelConfig, Weights, dict[str, Any]]:
+def read_folder(source: StrPath, layers: int | None = None) -> tuple[ModelConfig, Weights, dict[str, Any]]:
     """The model's shape, its weights and the config.json of a folder, or of a file next to a config.json.
 
     Args:
@@ -50,6 +50,7 @@ def read_folder(source: Path, layers: int | None = None) -> tuple[ModelConfig, W
     Raises:
         UserError: there is no config.json, its family is not known, it is not valid, or the weights do not fit.
     """
+    source = Path(source)
     folder = source.parent if source.is_file() else source
     config, values = read_model_config(folder), read_json(folder / "config.json")
     if layers is not None:
@@ -60,7 +61,7 @@ def read_folder(source: Path, layers: int | None = None) -> tuple[ModelConfig, W
     return config, read_weights(source, config, is_interleaved(values), pass_over=layers is not None), values
 
 
-def import_run(source: Path, run: Path, config: ModelConfig | None = None, layers: int | None = None) -> None:
+def import_run(source: StrPath, run: StrPath, config: ModelConfig | None = None, layers: int | None = None) -> None:
     """Make a run folder from PyTorch weights.
 
     Args:
@@ -72,6 +73,7 @@ def import_run(source: Path, run: Path, config: ModelConfig | None = None, layer
     Raises:
         UserError: the weights do not fit, or `run` holds something already.
     """
+    source = Path(source)
     check_new(run)
     folder = source if source.is_dir() else source.parent
     if config is None and not (folder / "config.json").is_file():
@@ -88,19 +90,19 @@ def import_run(source: Path, run: Path, config: ModelConfig | None = None, layer
     write_run(run, config, weights, files, kept=kept)
 
 
-def from_pretrained(folder: str | Path, *, dtype: jnp.dtype = jnp.float32, remat: bool = False) -> CustomLLM:
+def from_pretrained(folder: StrPath, *, dtype: jnp.dtype = jnp.float32, remat: bool = False) -> CustomLLM:
     """The model of an exported folder, or of any folder of a known family.
 
     Raises:
         UserError: the folder or its weights are not those of a model of a known family.
     """
-    config, weights, _ = read_folder(Path(folder))
+    config, weights, _ = read_folder(folder)
     graph, params, _ = abstract_model(config, dtype=dtype, remat=remat)
     master = jax.tree.leaves(params)[0].dtype
     return nnx.merge(graph, *jax.tree.map(lambda leaf: jnp.asarray(leaf, master), tuple(weights)))
 
 
-def read_weights(source: Path, config: ModelConfig, interleaved: bool = True, *, pass_over: bool = False) -> Weights:
+def read_weights(source: StrPath, config: ModelConfig, interleaved: bool = True, *, pass_over: bool = False) -> Weights:
     """Read PyTorch weights into float32 Flax arrays, one tensor at a time.
 
     Every key is used exactly once. A missing routing bias of a CustomLLM is zero: the source's own files have none. No
@@ -116,6 +118,7 @@ def read_weights(source: Path, config: ModelConfig, interleaved: bool = True, *,
     Raises:
         UserError: keys are unknown, missing, duplicate, misplaced or misshaped, of each of which the first are named.
     """
+    source = Path(source)
     pass_over = pass_over or names_of(config) == "deepseek"
     with TensorFiles(source) as files:
         most = len(files.shapes) + MAX_MISSING

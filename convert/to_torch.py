@@ -17,7 +17,7 @@ from jaxllm.config import SPECIAL_TOKENS, ModelConfig
 from jaxllm.config.families import is_interleaved, names_of, write_config
 from jaxllm.data.tokenizer import export_tokenizer, load_tokenizer
 from jaxllm.errors import UserError
-from jaxllm.files import read_json, write_json
+from jaxllm.files import StrPath, read_json, write_json
 from jaxllm.model.decoder import CustomLLM, split_model
 from jaxllm.packages import ROOT, check_own
 from jaxllm.run.checkpoint import Weights, load_weights
@@ -34,7 +34,7 @@ AUTO_CLASSES = {
 """As in `torch_ref.model`, whose import needs PyTorch."""
 
 
-def export_run(run: Path, out: Path, *, dtype: str | None = None) -> None:
+def export_run(run: StrPath, out: StrPath, *, dtype: str | None = None) -> None:
     """Export the newest weights of a run, with its tokenizer and a model card.
 
     Args:
@@ -43,6 +43,7 @@ def export_run(run: Path, out: Path, *, dtype: str | None = None) -> None:
     Raises:
         UserError: `run` is no run, or `out` holds something already.
     """
+    run, out = Path(run), Path(out)
     check_new(out)
     config, weights = load_weights(run)
     source = read_source(run)
@@ -57,29 +58,30 @@ def export_run(run: Path, out: Path, *, dtype: str | None = None) -> None:
     write_model_card(run, out, config, weights)
 
 
-def read_source(run: Path) -> dict[str, Any] | None:
+def read_source(run: StrPath) -> dict[str, Any] | None:
     """The config.json that a run's weights came with; None: they are of no folder of the DeepSeek family."""
-    file = run / SOURCE_CONFIG
+    file = Path(run, SOURCE_CONFIG)
     return read_json(file) if file.is_file() else None
 
 
-def save_pretrained(model: CustomLLM, out: str | Path, *, dtype: str = "float32") -> None:
+def save_pretrained(model: CustomLLM, out: StrPath, *, dtype: str = "float32") -> None:
     """Export a model in memory: config.json, safetensors and, for a CustomLLM, the PyTorch modelling code.
 
     Raises:
         UserError: `out` holds something already.
     """
-    check_new(Path(out))
+    check_new(out)
     _, params, routing_bias = split_model(model)
-    write_model(model.config, Weights(params, routing_bias), Path(out), dtype)
+    write_model(model.config, Weights(params, routing_bias), out, dtype)
 
 
-def check_new(out: Path) -> None:
+def check_new(out: StrPath) -> None:
     """Check that nothing would be overwritten.
 
     Raises:
         UserError: `out` is a file, a folder that is not empty, or no place for a folder.
     """
+    out = Path(out)
     if out.is_symlink() and not out.exists():
         raise UserError(f"{out} is a symlink to nothing: pass a new folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -106,7 +108,7 @@ def modeling_source() -> Path:
 
 
 def write_model(
-    config: ModelConfig, weights: Weights, out: Path, dtype: str, source: Mapping[str, Any] | None = None
+    config: ModelConfig, weights: Weights, out: StrPath, dtype: str, source: Mapping[str, Any] | None = None
 ) -> None:
     """Write config.json, safetensors and, for a CustomLLM, the modelling code into a folder.
 
@@ -118,7 +120,7 @@ def write_model(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
-    values = write_config(config, dtype, source)
+    out, values = Path(out), write_config(config, dtype, source)
     out.mkdir(parents=True, exist_ok=True)
     write_safetensors(out, torch_tensors(config, weights, dtype, is_interleaved(source)))
     generation = {name: config.to_dict()[name] for name in SPECIAL_TOKENS}

@@ -63,15 +63,14 @@ def check_fields(config: Any) -> None:
         UserError: a value has another type or is outside its range.
     """
     for field in dataclasses.fields(config):
-        name, value = option_names(type(config))[field.name], getattr(config, field.name)
+        name = option_names(type(config))[field.name]
+        value: Any = getattr(config, field.name)
         hint = _type_hints(type(config))[field.name]
         hint = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
         choices = typing.get_args(hint) if _is_union(hint) else (hint,)
-        if isinstance(value, str | os.PathLike) and not _matches(value, hint):
-            kind = next((kind for kind in (Path, str) if kind in choices), None)
-            if kind is not None:
-                value = kind(os.fspath(value))
-                object.__setattr__(config, field.name, value)
+        if isinstance(value, str | os.PathLike) and not _matches(value, hint) and {Path, str} & {*choices}:
+            value = Path(value) if Path in choices else os.fspath(value)
+            object.__setattr__(config, field.name, value)
         if not _matches(value, hint):
             wanted = typing.get_args(hint) or (hint,)
             raise UserError(f"{name} is {shown(value)}: it must be {' or '.join(map(_named, wanted))}")

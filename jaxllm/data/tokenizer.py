@@ -19,7 +19,7 @@ from jaxllm.config import PRESETS, TOKENIZER_SIZED_PRESETS, ModelConfig, RunConf
 from jaxllm.data.source import Source
 from jaxllm.data.sources import hub_reachable
 from jaxllm.errors import UserError, listed, one_line, shown
-from jaxllm.files import cache_folder, check_file, plain_path, read_json, write_text_atomically
+from jaxllm.files import StrPath, cache_folder, check_file, plain_path, read_json, write_text_atomically
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -55,12 +55,13 @@ ELSEWHERE = ("fast_tokenizer_files", "gguf_file", "init_inputs", "tokenizer_obje
 """Keys of tokenizer_config.json by which transformers takes a tokenizer from another file, or from the key itself."""
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: StrPath) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or the Hub.
 
     Raises:
         UserError: there is none, or the Hub cannot be reached.
     """
+    name = os.fspath(name)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging

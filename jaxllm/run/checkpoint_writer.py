@@ -21,7 +21,7 @@ from orbax.checkpoint.path import atomicity
 
 from jaxllm.config import ModelConfig, RunConfig
 from jaxllm.errors import UserError, one_line
-from jaxllm.files import plain_path, rename_durably, write_json
+from jaxllm.files import StrPath, plain_path, rename_durably, write_json
 from jaxllm.run.checkpoint import ResumeState, Weights, checkpoint_context
 from jaxllm.run.checksums import write_checksums
 from jaxllm.run.history import History
@@ -67,8 +67,8 @@ class CheckpointWriter:
         keep_every: checkpoints whose step is a multiple of this are kept too; 0: none.
     """
 
-    def __init__(self, run: Path, *, keep: int | None = None, keep_every: int = 0):
-        self._folder = run / "checkpoints"
+    def __init__(self, run: StrPath, *, keep: int | None = None, keep_every: int = 0):
+        self._folder = Path(run, "checkpoints")
         self._keep_best = KeepBest()
         kept = [policies.LatestN(keep), self._keep_best]
         kept += [policies.EveryNSteps(keep_every)] if keep_every else []
@@ -79,7 +79,7 @@ class CheckpointWriter:
         _silence_duplicate_errors()
         self._cleanup = contextlib.ExitStack()
         with self._storage_errors():
-            alias = self._cleanup.enter_context(plain_path(run))
+            alias = self._cleanup.enter_context(plain_path(Path(run)))
             self._manager = ocp.CheckpointManager(epath.Path(alias / "checkpoints"), options=options)
 
     def save(self, step: int, state: TrainState, positions: Sequence[bytes], history: History) -> None:
@@ -169,10 +169,10 @@ def _silence_duplicate_errors() -> None:
 
 
 def write_run(
-    folder: Path,
+    folder: StrPath,
     model: ModelConfig,
     weights: Weights,
-    tokenizer_files: list[Path],
+    tokenizer_files: Sequence[StrPath],
     training: tuple[RunConfig, ResumeState] | None = None,
     kept: Mapping[str, Any] | None = None,
 ) -> None:
@@ -180,13 +180,14 @@ def write_run(
 
     `kept` are the names and contents of JSON files to keep in it.
     """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, values in (kept or {}).items():
         write_json(folder / name, values)
     write_json(folder / "config.json", model.to_dict())
     if tokenizer_files:
         (folder / "tokenizer").mkdir(exist_ok=True)
-    for file in tokenizer_files:
+    for file in map(Path, tokenizer_files):
         (folder / "tokenizer" / file.name).write_bytes(file.read_bytes())
     writer = CheckpointWriter(folder)
     try:

@@ -10,7 +10,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from jaxllm.config import RunConfig
-from jaxllm.files import write_text_atomically
+from jaxllm.files import StrPath, write_text_atomically
 from jaxllm.model import flops
 from jaxllm.run.history import History
 from jaxllm.run.tensorboard import TensorBoardWriter
@@ -110,9 +110,9 @@ def console_line(config: RunConfig, record: dict[str, Any]) -> str:
     )
 
 
-def write_metrics(folder: Path, records: list[dict[str, Any]]) -> None:
+def write_metrics(folder: StrPath, records: list[dict[str, Any]]) -> None:
     """Write `metrics.jsonl` atomically."""
-    write_text_atomically(folder / METRICS_FILE, "".join(map(json_line, records)))
+    write_text_atomically(Path(folder, METRICS_FILE), "".join(map(json_line, records)))
 
 
 def json_line(record: dict[str, Any]) -> str:
@@ -121,9 +121,9 @@ def json_line(record: dict[str, Any]) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: StrPath) -> list[dict[str, Any]]:
     """All complete records of a run; a last line that a killed process left incomplete is skipped."""
-    path = folder / METRICS_FILE
+    path = Path(folder, METRICS_FILE)
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError):
@@ -177,7 +177,7 @@ def _memory_columns(memory: dict[str, float]) -> dict[str, float]:
     return {name: rounded(value, 3) for name, value in memory.items()}
 
 
-def last_evaluation(folder: Path) -> dict[str, Any] | None:
+def last_evaluation(folder: StrPath) -> dict[str, Any] | None:
     """The newest evaluation line of a run whose loss is finite; None without one."""
     records = (record for record in reversed(read_metrics(folder)) if isinstance(record.get("eval_loss"), float))
     return next((record for record in records if math.isfinite(record["eval_loss"])), None)

@@ -134,7 +134,7 @@ def read_model_config(folder: StrPath) -> ModelConfig:
     """
     file = Path(folder, "config.json")
     if not file.is_file():
-        raise UserError(f"{str(folder)!r} is no run and no exported model: it holds no config.json")
+        raise UserError(f"{str(file.parent)!r} is no run and no exported model: it holds no config.json")
     try:
         return families.read_config(read_json(file))
     except UserError as error:
@@ -167,17 +167,18 @@ def read_config(run: StrPath, kind: type[Config]) -> Config:
     Raises:
         UserError: there is none, or it is not valid.
     """
+    run = Path(run)
     try:
-        return kind.from_dict(read_json(Path(run, CONFIG_FILE))).with_options(run_dir=run)
+        return kind.from_dict(read_json(run / CONFIG_FILE)).with_options(run_dir=run)
     except UserError as error:
         raise UserError(f"{str(run)!r} is no training run: {error}") from None
 
 
-def checkpoint_owner(folder: Path) -> Framework | None:
+def checkpoint_owner(folder: StrPath) -> Framework | None:
     """The framework whose checkpoints a run's folder holds; None: it holds none yet."""
-    if any(folder.glob("checkpoint-*/")):
+    if any(Path(folder).glob("checkpoint-*/")):
         return "PyTorch"
-    if any(folder.glob("checkpoints/*/")):
+    if any(Path(folder).glob("checkpoints/*/")):
         return "JAX"
     return None
 
