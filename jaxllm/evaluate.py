@@ -67,11 +67,13 @@ def score(
     """Score the chunks in order, until `max_tokens` tokens are reached.
 
     Raises:
-        UserError: there is no text, or `seq_len` is larger than `max_position_embeddings`.
+        UserError: there is no text, the tokenizer has no end token, or `seq_len` is beyond the model's positions.
     """
     limit = model.config.max_position_embeddings
     if not 2 <= seq_len <= limit:
         raise UserError(f"seq_len is {seq_len}: it must lie in 2 to max_position_embeddings = {limit}")
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end-of-sequence token, with which the first window begins")
     parts, tokens, text_bytes = [np.asarray([tokenizer.eos_token_id], np.int32)], 0, 0
     for chunk in chunks:
         if (ids := encode(tokenizer, chunk.text, chunk.ends_document)) is None:

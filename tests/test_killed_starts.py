@@ -14,6 +14,7 @@ import pytest
 
 import train
 from convert.to_flax import read_folder
+from jaxllm.run import replay as replaying
 from jaxllm.run.checkpoint import load_weights
 from jaxllm.run.prepare import SOURCE_CONFIG
 from jaxllm.train.trainer import Trainer
@@ -70,6 +71,8 @@ def test_an_init_run_that_is_killed_before_its_first_checkpoint_starts_from_the_
     other = shutil.copytree(deepseek, tmp_path / "other")
     assert train.main(["--init", str(other), *options]) == 2
     assert f"init is '{other}', and the run in {folder} started from '{deepseek}'" in capsys.readouterr().err
+    assert replaying.main([str(folder), "1"]) == 2
+    assert f"the run started from the weights of {deepseek}, and has no checkpoint" in capsys.readouterr().err
     (folder / SOURCE_CONFIG).unlink()
     assert train.main(options) == 0
     assert json.loads((folder / SOURCE_CONFIG).read_text()) == json.loads((deepseek / "config.json").read_text())
@@ -78,3 +81,12 @@ def test_an_init_run_that_is_killed_before_its_first_checkpoint_starts_from_the_
         np.testing.assert_array_equal(
             np.asarray(kept.params["decoder_layers"]["self_attn"][name]["weight"]), one["weight"]
         )
+
+
+def test_another_init_for_a_run_that_has_weights_is_refused(deepseek, run, narrow, tmp_path, capsys):
+    folder = shutil.copytree(run, tmp_path / "run")
+    assert train.main(["--init", str(deepseek), "--run-dir", str(folder)]) == 2
+    assert f"the run in {folder} started from new weights: leave the option out" in capsys.readouterr().err
+    (folder / "train_config.json").unlink()
+    assert train.main(["--init", str(deepseek), "--run-dir", str(folder)]) == 2
+    assert f"the run in {folder} started from the weights in it" in capsys.readouterr().err

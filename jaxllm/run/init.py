@@ -23,19 +23,22 @@ def check_shapes(config: TrainConfig) -> None:
     if _shapes(config.model) == shapes:
         return
     changed = changed_options(config.to_dict() | {"model": trained.to_dict()}, config)
-    alone = [change for change in changed if _with(trained, change[0], change[2]) != shapes]
+    alone = [(name, before, now) for name, before, now in changed if _reshapes(trained, name, now, shapes)]
     was = "; ".join(
         f"{name} is {shown(now)}, and the weights have {shown(before)}" for name, before, now in alone or changed
     )
     raise UserError(f"{was}: --init gives the model of {config.init}, leave the option out")
 
 
-def _with(model: ModelConfig, option: str, value: Any) -> Any:
-    """The shapes of the model with another value of one option; None: no model has it alone."""
+def _reshapes(model: ModelConfig, option: str, value: Any, shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether another value of one option changes the shapes, or needs others to change with it."""
+    name = option.removeprefix("model.")
+    if name not in {field.name for field in dataclasses.fields(model)}:  # of the router or the angles: no shape
+        return False
     try:
-        return _shapes(dataclasses.replace(model, **{option.removeprefix("model."): value}))
-    except (UserError, TypeError):  # TypeError: an option of a part, such as the router
-        return None
+        return _shapes(dataclasses.replace(model, **{name: value})) != shapes
+    except UserError:
+        return True
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -269,6 +269,8 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
     resumes = check_folder(config, framework)
     file = config.folder / CONFIG_FILE
     saved = read_json(file) if resumes and file.is_file() else {}
+    if resumes:
+        _check_init(config, saved)
     config = _with_kept_options(config, saved, processes)
     kept = _kept_files(config, resumes)
     families.check_trainable(kept.get(SOURCE_CONFIG, {}))
@@ -313,6 +315,24 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
     return Prepared(config, tokenizer, held_out, resumes)
 
 
+def _check_init(config: RunConfig, saved: dict[str, Any]) -> None:
+    """Compare --init with what a run started from; a run of an earlier version does not know it.
+
+    Raises:
+        UserError: it started from something else, and would go on from that.
+    """
+    init = getattr(config, "init", None)
+    if init is None or (saved and "init" not in saved):
+        return
+    before = saved.get("init")
+    if before is None or Path(before).resolve() != init.resolve():
+        start = "the weights in it" if not saved else "new weights" if before is None else repr(before)
+        raise UserError(
+            f"init is {str(init)!r}, and the run in {config.folder} started from {start}: leave the option out to "
+            "resume it, or pass another --run-dir"
+        )
+
+
 def _kept_files(config: RunConfig, resumes: bool) -> dict[str, Any]:
     """The JSON files that a run keeps of the folder that its weights came from; only those that are there."""
     init = getattr(config, "init", None)
@@ -332,19 +352,10 @@ def keep_left_out(config: RunConfig, left_out: Iterable[str]) -> None:
 
 
 def _with_kept_options(config: Config, saved: dict[str, Any], processes: int) -> Config:
-    """Set what a run decides at its first start and then keeps, unless the user set it: streams, dataset commit.
-
-    Raises:
-        UserError: the weights that it started from are others than those of --init.
-    """
+    """Set what a run decides at its first start and then keeps: streams, dataset commit, the source of its weights."""
     facts: dict[str, Any] = {}
-    if (init := getattr(config, "init", None)) is not None:
-        facts["init"] = init.absolute()
-        if (before := saved.get("init")) is not None and Path(before).resolve() != init.resolve():
-            raise UserError(
-                f"init is {str(init)!r}, and the run in {config.folder} started from {before!r}: leave the option out "
-                "to resume it, or pass another --run-dir"
-            )
+    if "init" in config.options() and (init := config.options()["init"] or saved.get("init")) is not None:
+        facts["init"] = Path(init).absolute()
     if "data_streams" in config.options() and config.options()["data_streams"] is None:
         facts["data_streams"] = (saved.get("data_streams") or 1) if saved else processes
     if config.data.revision is None:

@@ -89,6 +89,11 @@ def replay(folder: StrPath, step: int) -> None:
             raise UserError(
                 f"step is {step}: the oldest checkpoint that is left is that of step {oldest}, pass a later step"
             )
+        if saved is None and config.init is not None:
+            raise UserError(
+                f"step is {step}: the run started from the weights of {config.init}, and has no checkpoint before that "
+                "step, pass a later step"
+            )
         tokenizer = load_tokenizer(str(folder / "tokenizer"))
         _replay(config, tokenizer, step, saved)
 
