@@ -5,6 +5,8 @@ python train.py --preset customllm-1b --recipe seed     # the source's run
 python train.py --help                                  # every option
 """
 
+from __future__ import annotations
+
 from jaxllm.run.runtime import restart_with_huge_pages
 
 if __name__ == "__main__":
@@ -12,16 +14,18 @@ if __name__ == "__main__":
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flax import nnx
 
-from convert.to_flax import Imported, read_model
 from jaxllm.config import TrainConfig
 from jaxllm.errors import exit_on_user_error
 from jaxllm.files import write_json
 from jaxllm.generate import Sampling, generate
-from jaxllm.run.prepare import check_folder, checkpoint_owner, parse_args
+from jaxllm.packages import check_own
+from jaxllm.run.checkpoint import oldest_step
+from jaxllm.run.init import check_shapes
+from jaxllm.run.prepare import check_folder, parse_args
 from jaxllm.run.processes import barrier, init_distributed, is_primary
 from jaxllm.run.reporting import write_samples
 from jaxllm.run.run import Run
@@ -29,6 +33,9 @@ from jaxllm.run.runtime import use_compilation_cache
 from jaxllm.run.source import SOURCE_DTYPES
 from jaxllm.train.placement import choose_placement
 from jaxllm.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from convert.to_flax import Imported
 
 
 @exit_on_user_error
@@ -68,8 +75,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def read_start(config: TrainConfig) -> Imported | None:
     """What a new run starts from with --init; it is read before an earlier run is deleted."""
-    if config.init is None or (check_folder(config, "JAX") and checkpoint_owner(config.folder) is not None):
+    if config.init is None or (check_folder(config, "JAX") and oldest_step(config.folder) is not None):
         return None
+    check_shapes(config)
+    check_own("convert")
+    from convert.to_flax import read_model
+
     return read_model(config.init)
 
 

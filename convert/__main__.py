@@ -25,7 +25,7 @@ from convert.training import export_training, import_training, is_pytorch_run
 from jaxllm.command_line import parse
 from jaxllm.config import preset
 from jaxllm.errors import UserError, exit_on_user_error
-from jaxllm.run.runtime import check_devices
+from jaxllm.run.runtime import start_jax
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ Command = Annotated[ToTorch, tyro.conf.subcommand("to-torch")] | Annotated[ToFla
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     command: ToTorch | ToFlax = parse(Command, argv, "python -m convert", __doc__)
-    check_devices()
+    start_jax()
     if isinstance(command, ToTorch) and command.training:
         export_training(command.run, command.out)
         print(f"Wrote {command.out}: python -m torch_ref.train --run-dir {command.out} resumes it")

@@ -21,7 +21,7 @@ from convert.to_torch import check_new
 from jaxllm.config import ModelConfig
 from jaxllm.config.families import is_interleaved, names_of
 from jaxllm.errors import UserError, listed, note
-from jaxllm.files import read_json, write_json
+from jaxllm.files import StrPath, read_json, write_json
 from jaxllm.model.decoder import CustomLLM, abstract_model
 from jaxllm.model.dtypes import check_dtype
 from jaxllm.run.checkpoint import Weights
@@ -52,7 +52,7 @@ class Imported(NamedTuple):
     """Of the folder's weights, as `source_dtypes.json` in a run keeps them: the export has the same."""
 
 
-def read_model(source: str | Path, layers: int | None = None) -> Imported:
+def read_model(source: StrPath, layers: int | None = None) -> Imported:
     """The model of a folder, or of a file next to a config.json.
 
     Args:
@@ -74,14 +74,12 @@ def read_model(source: str | Path, layers: int | None = None) -> Imported:
     return Imported(config, weights, values, dtypes)
 
 
-def read_folder(source: str | Path, layers: int | None = None) -> tuple[ModelConfig, Weights, dict[str, Any]]:
+def read_folder(source: StrPath, layers: int | None = None) -> tuple[ModelConfig, Weights, dict[str, Any]]:
     """The model's shape, its weights and its config.json, as `read_model`."""
     return read_model(source, layers)[:3]
 
 
-def import_run(
-    source: str | Path, run: str | Path, config: ModelConfig | None = None, layers: int | None = None
-) -> None:
+def import_run(source: StrPath, run: StrPath, config: ModelConfig | None = None, layers: int | None = None) -> None:
     """Make a run folder from PyTorch weights.
 
     Args:
@@ -106,7 +104,7 @@ def import_run(
     write_json(run / SOURCE_DTYPES, dtypes)
 
 
-def from_pretrained(folder: str | Path, *, dtype: Any = jnp.float32, remat: bool = False) -> CustomLLM:
+def from_pretrained(folder: StrPath, *, dtype: Any = jnp.float32, remat: bool = False) -> CustomLLM:
     """The model of an exported folder, or of any folder of a known family.
 
     Args:
@@ -123,7 +121,7 @@ def from_pretrained(folder: str | Path, *, dtype: Any = jnp.float32, remat: bool
     return nnx.merge(graph, *jax.tree.map(lambda leaf: jnp.asarray(leaf, master), tuple(weights)))
 
 
-def read_weights(source: Path, config: ModelConfig, interleaved: bool = True, *, pass_over: bool = False) -> Weights:
+def read_weights(source: StrPath, config: ModelConfig, interleaved: bool = True, *, pass_over: bool = False) -> Weights:
     """Read PyTorch weights into float32 Flax arrays, one tensor at a time.
 
     Every key is used exactly once. A missing routing bias of a CustomLLM is zero: the source's own files have none. No
@@ -139,7 +137,7 @@ def read_weights(source: Path, config: ModelConfig, interleaved: bool = True, *,
     Raises:
         UserError: keys are unknown, missing, duplicate, misplaced or misshaped, of each of which the first are named.
     """
-    return _read_weights(source, config, interleaved, pass_over=pass_over)[0]
+    return _read_weights(Path(source), config, interleaved, pass_over=pass_over)[0]
 
 
 def _read_weights(

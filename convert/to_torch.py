@@ -3,7 +3,6 @@
 A CustomLLM comes with its code; a model of the DeepSeek family is of a class that transformers has.
 """
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,9 +18,10 @@ from jaxllm.config import SPECIAL_TOKENS, ModelConfig
 from jaxllm.config.families import is_interleaved, names_of, write_config
 from jaxllm.data.tokenizer import export_tokenizer, load_tokenizer
 from jaxllm.errors import UserError, shown
-from jaxllm.files import read_json, write_json
+from jaxllm.files import StrPath, read_json, write_json
 from jaxllm.model.decoder import CustomLLM, split_model
 from jaxllm.model.inference import unpacked
+from jaxllm.packages import ROOT, check_own
 from jaxllm.run.checkpoint import Weights, load_weights
 from jaxllm.run.prepare import CONFIG_FILE
 from jaxllm.run.source import GENERATION_CONFIG, SOURCE_DTYPES, kept_files, read_source
@@ -37,7 +37,7 @@ AUTO_CLASSES = {
 """As in `torch_ref.model`, whose import needs PyTorch."""
 
 
-def export_run(run: str | Path, out: str | Path, *, dtype: str | None = None) -> None:
+def export_run(run: StrPath, out: StrPath, *, dtype: str | None = None) -> None:
     """Export the newest weights of a run, with a model card, its tokenizer, and the files that the weights came with.
 
     Those files are the same, byte for byte, except where a line says otherwise.
@@ -108,7 +108,7 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     return ", ".join(changes)
 
 
-def save_pretrained(model: CustomLLM, out: str | Path, *, dtype: str = "float32") -> None:
+def save_pretrained(model: CustomLLM, out: StrPath, *, dtype: str = "float32") -> None:
     """Export a model in memory: config.json, safetensors and, for a CustomLLM, the PyTorch modelling code.
 
     A model of `for_inference` is exported with its matrices as they are, of which float32 holds every value.
@@ -119,17 +119,18 @@ def save_pretrained(model: CustomLLM, out: str | Path, *, dtype: str = "float32"
     Raises:
         UserError: `out` holds something already, there is no such dtype, or a weight is not a finite number in it.
     """
-    check_new(Path(out))
+    check_new(out)
     _, params, routing_bias = split_model(model)
-    write_model(model.config, Weights(unpacked(model, params), routing_bias), Path(out), dtype)
+    write_model(model.config, Weights(unpacked(model, params), routing_bias), out, dtype)
 
 
-def check_new(out: Path) -> None:
+def check_new(out: StrPath) -> None:
     """Check that nothing would be overwritten.
 
     Raises:
         UserError: `out` is a file, a folder that is not empty, or no place for a folder.
     """
+    out = Path(out)
     if out.is_symlink() and not out.exists():
         raise UserError(f"{out} is a symlink to nothing: pass a new folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -155,16 +156,14 @@ def torch_tensors(
 
 def modeling_source() -> Path:
     """The PyTorch model's file, found without importing it (its import needs PyTorch)."""
-    package = importlib.util.find_spec("torch_ref")
-    if package is None or package.origin is None:
-        raise UserError("the package torch_ref is not installed: install this project with pip install -e .")
-    return Path(package.origin).parent / "model.py"
+    check_own("torch_ref")
+    return ROOT / "torch_ref" / "model.py"
 
 
 def write_model(
     config: ModelConfig,
     weights: Weights,
-    out: Path,
+    out: StrPath,
     dtype: str,
     source: Mapping[str, Any] | None = None,
     others: Mapping[str, str] | None = None,
@@ -182,7 +181,7 @@ def write_model(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {shown(dtype)}: choose one of {', '.join(DTYPES)}")
-    values = write_config(config, dtype, source)
+    out, values = Path(out), write_config(config, dtype, source)
     out.mkdir(parents=True, exist_ok=True)
     write_safetensors(out, torch_tensors(config, weights, dtype, is_interleaved(source), others))
     generation = {name: config.to_dict()[name] for name in SPECIAL_TOKENS}

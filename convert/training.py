@@ -21,8 +21,9 @@ from jaxllm.config import RunConfig, TrainConfig
 from jaxllm.config.families import names_of
 from jaxllm.data.stream import POSITION_FILE, read_position
 from jaxllm.errors import UserError
-from jaxllm.files import write_json
+from jaxllm.files import StrPath, write_json
 from jaxllm.model.decoder import abstract_model
+from jaxllm.packages import check_own
 from jaxllm.run.checkpoint import CheckpointReader, ResumeState, Weights, read_newest
 from jaxllm.run.checkpoint_writer import write_run
 from jaxllm.run.history import History
@@ -33,13 +34,13 @@ from jaxllm.train.optim import OptimizerState, of_adamw
 from jaxllm.train.state import dropout_key
 
 
-def export_training(run: Path, out: Path) -> None:
+def export_training(run: StrPath, out: StrPath) -> None:
     """Make a PyTorch run that resumes from a JAX run's newest checkpoint.
 
     Raises:
         UserError: `run` has no training to resume, or `out` holds something already.
     """
-    hand_over = _pytorch()
+    run, out, hand_over = Path(run), Path(out), _pytorch()
     check_new(out)
     model = read_model_config(run)
     if names_of(model) != "customllm":
@@ -76,13 +77,13 @@ def export_training(run: Path, out: Path) -> None:
     shutil.copytree(run / "tokenizer", out / "tokenizer")
 
 
-def import_training(source: Path, run: Path) -> None:
+def import_training(source: StrPath, run: StrPath) -> None:
     """Make a JAX run that resumes from a PyTorch run's newest checkpoint.
 
     Raises:
         UserError: `source` has no complete checkpoint, or `run` holds something already.
     """
-    hand_over = _pytorch()
+    source, hand_over = Path(source), _pytorch()
     from torch_ref.checkpoint import OPTIMIZER_FILE, last_checkpoint, reading
 
     check_new(run)
@@ -114,9 +115,9 @@ def import_training(source: Path, run: Path) -> None:
     write_metrics(run, history.records)
 
 
-def is_pytorch_run(folder: Path) -> bool:
+def is_pytorch_run(folder: StrPath) -> bool:
     """Whether it is a run of `python -m torch_ref.train`, not just any folder with a Trainer's checkpoints."""
-    return checkpoint_owner(folder) == "PyTorch" and (folder / CONFIG_FILE).is_file()
+    return checkpoint_owner(folder) == "PyTorch" and Path(folder, CONFIG_FILE).is_file()
 
 
 def _check_tokenizer(run: Path) -> None:
@@ -126,6 +127,7 @@ def _check_tokenizer(run: Path) -> None:
 
 
 def _pytorch() -> ModuleType:
+    check_own("torch_ref")
     try:
         from torch_ref import hand_over
     except ImportError:

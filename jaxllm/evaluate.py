@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxllm.command_line import parse
 from jaxllm.config import Precision, TrainConfig
+from jaxllm.config.fields import check_fields, option
 from jaxllm.data.documents import DocumentEncoder, check_vocabulary
 from jaxllm.data.encode import encoder_of
 from jaxllm.data.sources import TextChunk, is_hub_name, open_source
@@ -33,7 +34,7 @@ from jaxllm.model.dtypes import Array
 from jaxllm.model.inference import for_inference
 from jaxllm.run.checkpoint import is_run
 from jaxllm.run.prepare import read_config
-from jaxllm.run.runtime import check_devices, use_compilation_cache
+from jaxllm.run.runtime import start_jax, use_compilation_cache
 from jaxllm.train.loss import IGNORED
 from jaxllm.train.step import summed_loss
 
@@ -71,12 +72,14 @@ def score(
     `special_tokens` is the run's `special_tokens_in_text`.
 
     Raises:
-        UserError: there is no text, the tokenizer does not fit it, or `seq_len` is larger than
-            `max_position_embeddings`.
+        UserError: there is no text, the tokenizer does not fit it or has no end token, or `seq_len` is beyond the
+            model's positions.
     """
     limit = model.config.max_position_embeddings
     if not 2 <= seq_len <= limit:
         raise UserError(f"seq_len is {seq_len}: it must lie in 2 to max_position_embeddings = {limit}")
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end-of-sequence token, with which the first window begins")
     parts, tokens, text_bytes = [np.asarray([tokenizer.eos_token_id], np.int32)], 0, 0
     documents = DocumentEncoder(encoder_of(tokenizer, special_tokens))
     for chunk in chunks:
@@ -94,6 +97,7 @@ def score(
     tokens += len(parts[-1])
     check_vocabulary(documents.counts)
     ids, step = np.concatenate(parts), seq_len - 1
+    batch_size = min(batch_size, -(-tokens // step))
     rows = np.full((-(-tokens // (step * batch_size)) * batch_size, seq_len), IGNORED, np.int32)
     for row, start in zip(rows, range(0, tokens, step), strict=False):
         window = ids[start : start + seq_len]
@@ -119,25 +123,23 @@ class EvaluateArgs:
     """Split of --data; default: all of files, `train` of a Hub dataset."""
     text_field: str = "text"
     """Name of the field that holds the text, with --data."""
-    seq_len: int | None = None
+    seq_len: int | None = option(None, ge=2)
     """Tokens of a window; default: the run's, or the model's `max_position_embeddings`."""
-    batch_size: int = 8
+    batch_size: int = option(8, ge=1)
     """Windows in a batch."""
-    max_tokens: int = 1_000_000
+    max_tokens: int = option(1_000_000, ge=1)
     """Stop after the chunk of text that reaches this many tokens."""
     precision: Precision = "float32"
     """Compute precision; bfloat16 needs half of the memory and reads half of the bytes."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        check_fields(self)
 
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     args: EvaluateArgs = parse(EvaluateArgs, argv, "python -m jaxllm.evaluate", __doc__)
-    check_devices()
+    start_jax()
     use_compilation_cache()
     trained = is_run(args.run) and (args.run / "train_config.json").is_file()
     if args.data is None and not trained:

@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from jaxllm.files import StrPath
 from jaxllm.run.reporting import new_figure
 from parity_tests.compare import MUON_BFLOAT16, TOLERANCES, Row
 from parity_tests.forward import PARTS
@@ -85,7 +86,9 @@ def first_divergence(rows: list[Row]) -> str | None:
     return f"{where} (rung {failed.rung})"
 
 
-def write_report(file: Path, rows: list[Row], curve: Curve, seconds: dict[str, float], about: dict[str, Any]) -> None:
+def write_report(
+    file: StrPath, rows: list[Row], curve: Curve, seconds: dict[str, float], about: dict[str, Any]
+) -> None:
     """Write `parity.json`: every row, both loss curves, the tolerances with their reasons, and the versions."""
     tolerances = [t._asdict() for t in TOLERANCES[about["precision"]].named()]
     report = {
@@ -98,7 +101,7 @@ def write_report(file: Path, rows: list[Row], curve: Curve, seconds: dict[str, f
         "rows": [{name: _number(value) for name, value in asdict(row).items()} for row in rows],
         "trajectory": asdict(curve),
     }
-    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    Path(file).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _number(value: Any) -> Any:
@@ -106,7 +109,7 @@ def _number(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def draw_report(file: Path, rows: list[Row], curve: Curve, title: str) -> None:
+def draw_report(file: StrPath, rows: list[Row], curve: Curve, title: str) -> None:
     """Draw `parity.png`: the error of each part by depth, both loss curves, and their difference."""
     figure = new_figure(figsize=(12, 4.5), layout="constrained")
     depth, losses = figure.subplots(1, 2)

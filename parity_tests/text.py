@@ -14,12 +14,13 @@ from jaxllm.data.lines import SUFFIXES
 from jaxllm.data.sources import FileSource, open_source
 from jaxllm.data.tokenizer import load_tokenizer, train_tokenizer
 from jaxllm.errors import UserError
+from jaxllm.files import StrPath
 
 MAX_WORDS = 4096
 """The maximum vocabulary of a tokenizer trained for the comparison; a larger one only takes longer."""
 
 
-def read_tokens(config: ModelConfig, count: int, text: Path | None, tokenizer: Path | None) -> np.ndarray:
+def read_tokens(config: ModelConfig, count: int, text: StrPath | None, tokenizer: StrPath | None) -> np.ndarray:
     """Token ids of a text, repeated if it is shorter: (count,) int32.
 
     Args:
@@ -29,7 +30,7 @@ def read_tokens(config: ModelConfig, count: int, text: Path | None, tokenizer: P
     Raises:
         UserError: the text cannot be read, or its tokens do not fit the model.
     """
-    open_text = _opener(text)
+    open_text = _opener(None if text is None else Path(text))
     if tokenizer is None:
         given = train_tokenizer(open_text(), min(config.vocab_size, MAX_WORDS))
     else:

@@ -31,6 +31,16 @@ STORY_PROMPTS = (
 )
 
 
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-4, 1e4
+"""Of sampling, besides 0. Beyond them logits leave float32, or every token is as likely as any other."""
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise UserError if it lies between 0, which is greedy, and the least that can be computed with."""
+    if 0 < temperature < MIN_TEMPERATURE:
+        raise UserError(f"temperature is {temperature}: it must be 0 (greedy) or lie in [{MIN_TEMPERATURE}, 10000]")
+
+
 class _Checked:
     def __post_init__(self) -> None:
         check_fields(self)
@@ -260,7 +270,11 @@ class SamplingConfig(_Checked):
     """Prompts that the trained model continues at the end."""
     sample_tokens: int = option(96, ge=0, resumable=True)
     """New tokens for each of these prompts; 0 generates nothing."""
-    temperature: float = option(0.5, ge=0, resumable=True)
+    temperature: float = option(0.5, ge=0, le=MAX_TEMPERATURE, resumable=True)
     """Divides the logits of the samples; 0 is greedy."""
     top_p: float = option(0.95, gt=0, le=1, resumable=True)
     """Only the likeliest tokens that together reach this probability."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_temperature(self.temperature)

@@ -21,7 +21,7 @@ from jaxllm.data.source import Source
 from jaxllm.data.sources import hub_reachable
 from jaxllm.data.tokenizer_files import MAX_TOKENIZER_BYTES, is_there, tokenizer_class
 from jaxllm.errors import UserError, listed, one_line, shown
-from jaxllm.files import cache_folder, check_file, plain_path, read_json, write_text_atomically
+from jaxllm.files import StrPath, cache_folder, check_file, plain_path, read_json, write_text_atomically
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -54,12 +54,13 @@ ELSEWHERE = ("fast_tokenizer_files", "gguf_file", "init_inputs", "tokenizer_obje
 """Keys of tokenizer_config.json by which transformers takes a tokenizer from another file, or from the key itself."""
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: StrPath) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or the Hub.
 
     Raises:
         UserError: there is none, or the Hub cannot be reached.
     """
+    name = os.fspath(name)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
     from transformers.utils import logging
@@ -255,10 +256,10 @@ def align(config: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
     model, size = config.model, _size(tokenizer)
     vocab_size = size if _takes_its_size(config) else model.vocab_size
     if size > vocab_size:
-        raise UserError(
-            f"vocab_size is {vocab_size}, but the tokenizer has {size} tokens: "
-            f"pass --model.vocab-size {size} or another --tokenizer"
-        )
+        remedy = f"pass --model.vocab-size {size} or another --tokenizer"
+        if getattr(config, "init", None) is not None or (config.folder / "checkpoints").is_dir():
+            remedy = "pass the --tokenizer that belongs to the weights"  # they have the rows that they have
+        raise UserError(f"vocab_size is {vocab_size}, but the tokenizer has {size} tokens: {remedy}")
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-sequence token, which separates documents: pass another")
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id

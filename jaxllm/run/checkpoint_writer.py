@@ -22,7 +22,7 @@ from orbax.checkpoint.path import atomicity
 
 from jaxllm.config import ModelConfig, RunConfig
 from jaxllm.errors import UserError, one_line
-from jaxllm.files import plain_path, rename_durably, write_json
+from jaxllm.files import StrPath, plain_path, rename_durably, write_json
 from jaxllm.model.dtypes import check_floats
 from jaxllm.run.checkpoint import ResumeState, Weights, checkpoint_context
 from jaxllm.run.checksums import write_checksums
@@ -85,8 +85,8 @@ class CheckpointWriter:
         keep_every: checkpoints whose step is a multiple of this are kept too; 0: none.
     """
 
-    def __init__(self, run: Path, *, keep: int | None = None, keep_every: int = 0):
-        self._folder = run / "checkpoints"
+    def __init__(self, run: StrPath, *, keep: int | None = None, keep_every: int = 0):
+        self._folder = Path(run, "checkpoints")
         self._keep_best = KeepBest()
         kept = [policies.LatestN(keep), self._keep_best]
         kept += [policies.EveryNSteps(keep_every)] if keep_every else []
@@ -97,7 +97,7 @@ class CheckpointWriter:
         _silence_duplicate_errors()
         self._cleanup = contextlib.ExitStack()
         with self._storage_errors():
-            alias = self._cleanup.enter_context(plain_path(run))
+            alias = self._cleanup.enter_context(plain_path(Path(run)))
             self._manager = ocp.CheckpointManager(epath.Path(alias / "checkpoints"), options=options)
 
     def save(self, step: int, state: TrainState, positions: Sequence[bytes], history: History) -> None:
@@ -187,10 +187,10 @@ def _silence_duplicate_errors() -> None:
 
 
 def write_run(
-    folder: Path,
+    folder: StrPath,
     model: ModelConfig,
     weights: Weights,
-    tokenizer_files: list[Path],
+    tokenizer_files: Sequence[StrPath],
     training: tuple[RunConfig, ResumeState] | None = None,
     kept: SourceFiles | None = None,
 ) -> None:
@@ -201,7 +201,7 @@ def write_run(
     Raises:
         UserError: a weight or a moment is not a floating-point number; or a weight without `training` is not finite.
     """
-    state = None
+    folder, state = Path(folder), None
     if training is not None:
         reached = training[1]
         state = TrainState(*weights, reached.opt_state, reached.step, reached.dropout_key)
@@ -214,7 +214,7 @@ def write_run(
         kept.write(folder)
     if tokenizer_files:
         (folder / "tokenizer").mkdir(exist_ok=True)
-    for file in tokenizer_files:
+    for file in map(Path, tokenizer_files):
         (folder / "tokenizer" / file.name).write_bytes(file.read_bytes())
     writer = CheckpointWriter(folder)
     try:

@@ -40,7 +40,7 @@ from jaxllm.data.tokenizer import (
     without_dropout,
 )
 from jaxllm.errors import UserError, shown
-from jaxllm.files import read_json, rename_durably, write_json
+from jaxllm.files import StrPath, delete_leftovers, read_json, rename_durably, write_json
 from jaxllm.run import held_out
 from jaxllm.run.hardware import bfloat16_hardware
 from jaxllm.run.lock import LOCK_FILE, FolderLock
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONFIG_FILE = "train_config.json"
+OVERWRITING = f".{CONFIG_FILE}.overwriting"
+"""In the folder of an earlier run while --overwrite deletes it: what is left of that run is not resumed."""
 
 INIT_LEARNING_RATE = 2e-5
 """Peak learning rate of a run that starts from trained weights, read by --init or made by the converter."""
@@ -111,10 +113,11 @@ def parse_args(argv: Sequence[str] | None, prog: str, description: str | None, k
         model = read_model_config(model_folder(start))
         default = _of_trained(default, model).with_options(init=start, tokenizer=str(model_folder(start)))
     folder = chosen.run_dir or default.folder
-    saved = _saved_config(folder, kind)
-    if saved is None and chosen.preset is None and start is None and not chosen.start_over and _is_converted(folder):
+    resumes = not (chosen.start_over or (folder / OVERWRITING).exists())
+    saved = _saved_config(folder, kind) if resumes else None
+    if saved is None and chosen.preset is None and start is None and resumes and _is_converted(folder):
         default = _of_trained(default, read_model_config(folder))
-    if saved is not None and not chosen.start_over:
+    if saved is not None:
         same = chosen.preset in (None, saved.preset) and chosen.recipe in (None, saved.recipe)
         default = saved if same else default
         if chosen.mesh is not None or chosen.parallel is not None:  # one choice: the saved half of it does not hold
@@ -133,15 +136,15 @@ def _of_trained(config: Config, model: ModelConfig) -> Config:
     return config.with_options(model=model, seq_len=seq_len, learning_rate=INIT_LEARNING_RATE)
 
 
-def read_model_config(folder: Path) -> ModelConfig:
+def read_model_config(folder: StrPath) -> ModelConfig:
     """The model's shape from the config.json of a run or of a folder with weights.
 
     Raises:
         UserError: there is none, its family is not known, or it is not valid.
     """
-    file = folder / "config.json"
+    file = Path(folder, "config.json")
     if not file.is_file():
-        raise UserError(f"{str(folder)!r} is no run and no exported model: it holds no config.json")
+        raise UserError(f"{str(file.parent)!r} is no run and no exported model: it holds no config.json")
     try:
         return families.read_config(read_json(file))
     except UserError as error:
@@ -168,23 +171,24 @@ def _saved_config(folder: Path, kind: type[Config]) -> Config | None:
         raise UserError(f"{file}: {error}") from None
 
 
-def read_config(run: Path, kind: type[Config]) -> Config:
+def read_config(run: StrPath, kind: type[Config]) -> Config:
     """The config of a run.
 
     Raises:
         UserError: there is none, or it is not valid.
     """
+    run = Path(run)
     try:
         return kind.from_dict(read_json(run / CONFIG_FILE)).with_options(run_dir=run)
     except UserError as error:
         raise UserError(f"{str(run)!r} is no training run: {error}") from None
 
 
-def checkpoint_owner(folder: Path) -> Framework | None:
+def checkpoint_owner(folder: StrPath) -> Framework | None:
     """The framework whose checkpoints a run's folder holds; None: it holds none yet."""
-    if any(folder.glob("checkpoint-*/")):
+    if any(Path(folder).glob("checkpoint-*/")):
         return "PyTorch"
-    if any(folder.glob("checkpoints/*/")):
+    if any(Path(folder).glob("checkpoints/*/")):
         return "JAX"
     return None
 
@@ -202,10 +206,10 @@ def check_folder(config: RunConfig, framework: Framework) -> bool:
         raise UserError(f"run_dir is {str(folder)!r}: that is a file")
     owner = checkpoint_owner(folder)
     # Not `checkpoint-*`: any project's Trainer writes such folders, next to any config.json.
-    ours = (folder / CONFIG_FILE).is_file() or _is_converted(folder)
+    ours = (folder / CONFIG_FILE).is_file() or _is_converted(folder) or (folder / OVERWRITING).exists()
     if not ours and not all(path.name.startswith((LOCK_FILE, f".{CONFIG_FILE}.")) for path in folder.iterdir()):
         raise UserError(f"run_dir is {str(folder)!r}: the folder holds something else; pass another --run-dir")
-    if not ours or config.overwrite:
+    if not ours or config.overwrite or (folder / OVERWRITING).exists():
         return False
     if owner not in (None, framework):
         raise UserError(
@@ -270,9 +274,12 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
     check_tracker(config)
     check_folder(config, framework)  # before anything is written there
     lock.take()
+    delete_leftovers(config.folder)
     resumes = check_folder(config, framework)
     file = config.folder / CONFIG_FILE
     saved = read_json(file) if resumes and file.is_file() else {}
+    if resumes:
+        _check_init(config, saved)
     config = _with_kept_options(config, saved, processes)
     source_folder = _new_source(config)
     if source_folder is not None:
@@ -327,6 +334,7 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
         _clear(config.folder)
     # First what identifies the folder as ours: a process may be killed between any two lines.
     write_json(file, config.to_dict())
+    (config.folder / OVERWRITING).unlink(missing_ok=True)
     write_json(config.folder / "config.json", config.model.to_dict())
     if source_folder is not None:
         keep_source(source_folder, config.folder, Path(given or source_folder))
@@ -349,6 +357,24 @@ def _new_source(config: RunConfig) -> Path | None:
     return None if init is None or (taken and not config.overwrite) else model_folder(init)
 
 
+def _check_init(config: RunConfig, saved: dict[str, Any]) -> None:
+    """Compare --init with what a run started from; a run of an earlier version does not know it.
+
+    Raises:
+        UserError: it started from something else, and would go on from that.
+    """
+    init = getattr(config, "init", None)
+    if init is None or (saved and "init" not in saved):
+        return
+    before = saved.get("init")
+    if before is None or Path(before).resolve() != model_folder(init).resolve():
+        start = "the weights in it" if not saved else "new weights" if before is None else repr(before)
+        raise UserError(
+            f"init is {str(init)!r}, and the run in {config.folder} started from {start}: leave the option out to "
+            "resume it, or pass another --run-dir"
+        )
+
+
 def keep_left_out(config: RunConfig, left_out: Iterable[str]) -> None:
     """Name damaged files in the run's config: they may be gone when it is resumed."""
     skip = ",".join(dict.fromkeys([*config.data.skip_data.split(","), *(name.replace(",", "?") for name in left_out)]))
@@ -356,8 +382,10 @@ def keep_left_out(config: RunConfig, left_out: Iterable[str]) -> None:
 
 
 def _with_kept_options(config: Config, saved: dict[str, Any], processes: int) -> Config:
-    """Set what a run decides at its first start and then keeps, unless the user set it: streams, dataset commit."""
+    """Set what a run decides at its first start and then keeps: streams, dataset commit, the source of its weights."""
     facts: dict[str, Any] = {}
+    if "init" in config.options() and (init := config.options()["init"] or saved.get("init")) is not None:
+        facts["init"] = model_folder(init).absolute()
     if "data_streams" in config.options() and config.options()["data_streams"] is None:
         facts["data_streams"] = (saved.get("data_streams") or 1) if saved else processes
     if config.data.revision is None:
@@ -367,17 +395,18 @@ def _with_kept_options(config: Config, saved: dict[str, Any], processes: int) ->
 
 
 def _clear(folder: Path) -> None:
-    """Delete an earlier run; last the file that identifies the folder as ours, since a process may be killed."""
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+    """Delete an earlier run. A process may be killed meanwhile: a file then says that the rest is to be deleted."""
+    (folder / OVERWRITING).touch()
+    for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif not path.name.startswith(LOCK_FILE):
+        elif path.name != OVERWRITING and not path.name.startswith(LOCK_FILE):
             path.unlink()
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save it atomically: an incomplete one would be read as the run's tokenizer."""
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tokenizer-") as scratch:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         made = Path(scratch) / folder.name
         try:
             made.mkdir()

@@ -19,6 +19,7 @@ from jaxllm.config import RunConfig
 from jaxllm.data.folder import described
 from jaxllm.data.tokenizer import decode_after, encode_prompt
 from jaxllm.errors import optional
+from jaxllm.files import StrPath
 from jaxllm.model import flops
 from jaxllm.run.metrics import bits_per_byte, read_metrics
 
@@ -101,7 +102,7 @@ def new_figure(**options: Any) -> Figure:
 
 
 @optional("drawing loss.png")
-def draw_losses(folder: Path, unigram: float, bytes_per_target: float) -> None:
+def draw_losses(folder: StrPath, unigram: float, bytes_per_target: float) -> None:
     """Draw `loss.png`: training and evaluation loss, and the learning rate, over the steps."""
     records = read_metrics(folder)
     train = [record for record in records if record.get("loss") is not None]
@@ -122,7 +123,7 @@ def draw_losses(folder: Path, unigram: float, bytes_per_target: float) -> None:
     rates.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
     for axis in (losses, rates):
         axis.grid(alpha=0.3)
-    figure.savefig(folder / "loss.png", dpi=100)
+    figure.savefig(Path(folder, "loss.png"), dpi=100)
 
 
 def conclude(prepared: Prepared[Any], eval_loss: float, skipped_rows: int, left_out: dict[str, str]) -> None:

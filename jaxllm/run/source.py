@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from jaxllm.config import ModelConfig
 from jaxllm.data.tokenizer_files import is_tokenizer_file, tokenizer_class
 from jaxllm.errors import UserError, listed, shown
-from jaxllm.files import read_json, rename_durably
+from jaxllm.files import StrPath, read_json, rename_durably
 
 SOURCE = "source"
 """In a run, the folder of these files."""
@@ -57,7 +57,7 @@ class SourceFiles(NamedTuple):
             print(f"Not kept for the export, as too large or no regular file: {listed(self.left_out)}", file=sys.stderr)
 
 
-def model_folder(given: str | Path) -> Path:
+def model_folder(given: StrPath) -> Path:
     """A folder or a file as it is; for the Hub name of a model, its folder in the Hub's cache.
 
     Raises:
@@ -160,7 +160,7 @@ def kept_files(run: Path) -> dict[str, Path]:
     return found
 
 
-def read_source(run: Path) -> dict[str, Any] | None:
+def read_source(run: StrPath) -> dict[str, Any] | None:
     """The config.json that a run's weights came with; None: they came from no folder."""
-    file = kept_files(run).get("config.json")
+    file = kept_files(Path(run)).get("config.json")
     return None if file is None else read_json(file)
