@@ -68,7 +68,7 @@ def train(prepared: Prepared[RunConfig], model: CustomLLM | None = None) -> Cust
     batches = MicroBatches(stream, config)
     trainer = CustomLLMTrainer(prepared, model, batches)
     history = History.from_records([record for record in read_metrics(config.folder) if record["step"] <= first_step])
-    run_log = RunLog(config, history, first_step, prepared.report)
+    run_log = RunLog(config, history, first_step)
     trainer.add_callback(LogCallback(prepared, run_log, batches, trainer.routing, peak_tflops))
     trainer.add_callback(samples)
     try:

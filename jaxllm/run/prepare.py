@@ -42,6 +42,7 @@ from jaxllm.files import read_json, rename_durably, write_json
 from jaxllm.run import held_out
 from jaxllm.run.hardware import bfloat16_hardware
 from jaxllm.run.lock import LOCK_FILE, FolderLock
+from jaxllm.run.metrics import DATA_REPORT
 from jaxllm.run.trackers import check_tracker
 
 if TYPE_CHECKING:
@@ -68,7 +69,6 @@ class Prepared(NamedTuple, Generic[Config]):
     tokenizer: PreTrainedTokenizerBase
     held_out: np.ndarray  # (n,T) int32, the rows that are evaluated
     resumes: bool  # whether the folder holds a run to resume
-    report: dict[str, Any]  # `DataReport.to_dict`
 
     @property
     def bytes_per_target(self) -> float:
@@ -299,7 +299,6 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
         )
     check_streams(config)
     evaluated = held_out.read_or_make(config, tokenizer, source, resumes)
-    report = held_out.data_report(config, tokenizer, source, evaluated).to_dict()
     if not resumes:
         _clear(config.folder)
         for name, values in kept.items():
@@ -310,9 +309,11 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
     if not (config.folder / "tokenizer").is_dir():
         _save_tokenizer(tokenizer, config.folder / "tokenizer")
     held_out.keep(config, source, evaluated)
-    for line in report["lines"]:
+    report = held_out.data_report(config, tokenizer, source, evaluated)
+    write_json(config.folder / DATA_REPORT, report.to_dict())
+    for line in report.lines():
         print(f"Data: {line}")
-    return Prepared(config, tokenizer, evaluated.rows, resumes, report)
+    return Prepared(config, tokenizer, evaluated.rows, resumes)
 
 
 def _kept_files(config: RunConfig, resumes: bool) -> dict[str, Any]:
