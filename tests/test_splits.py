@@ -180,6 +180,41 @@ def test_evaluation_data_of_the_user(tmp_path):
     assert tokenizer.decode(held_out_rows(config, tokenizer)[0]).startswith("other")
 
 
+CARD = """---
+license: mit
+configs:
+- config_name: english
+  data_files:
+  - split: train
+    path: en/a*
+  - split: validation
+    path: ["en/b.jsonl", "en/none*"]
+- config_name: german
+  data_files: de/*.jsonl
+---
+# A dataset
+"""
+
+
+def test_a_dataset_s_card_tells_its_splits_and_configurations(tmp_path):
+    for name in ("en/a1", "en/a2", "en/b", "en/c", "de/d"):
+        write(tmp_path / f"{name}.jsonl", name[-1] if name[-1].isalpha() else name[3:])
+    (tmp_path / "README.md").write_text(CARD)
+    with pytest.raises(UserError, match="several configurations: pass --data-config, one of english, german"):
+        read(tmp_path)
+    trained, evaluated, said = read(tmp_path, data_config="english")
+    assert (trained, evaluated) == ({"a1", "a2"}, {"b"})
+    assert "en/c.jsonl" in said
+    assert read(tmp_path, data_config="german")[0] == {"d"}
+    assert set().union(*read(tmp_path, data_config="english", data_split="all")[:2]) == {"a1", "a2", "b"}
+    assert set().union(*read(tmp_path, data_split="all")[:2]) == {"a1", "a2", "b", "c", "d"}
+    for options in ({"data_config": "french"}, {"data_config": "german", "data_split": "validation"}):
+        with pytest.raises(UserError, match="it has"):
+            read(tmp_path, **options)
+    (tmp_path / "README.md").write_text(CARD.replace("configs:", "configs: ["))  # no YAML
+    assert read(tmp_path)[0] == {"a1", "a2", "b", "c", "d"}
+
+
 # every option with every source
 
 SOURCES = ("stdlib", "text file", "text folder", "rows file", "rows folder", "saved", "splits", "mixture")

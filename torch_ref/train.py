@@ -84,7 +84,7 @@ def train(prepared: Prepared[RunConfig], model: CustomLLM | None = None) -> Cust
     trainer = CustomLLMTrainer(prepared, model, batches)
     history = History.from_records([record for record in read_metrics(config.folder) if record["step"] <= first_step])
     try:
-        with RunLog(config, history, first_step, prepared.report) as run_log:
+        with RunLog(config, history, first_step) as run_log:
             trainer.add_callback(LogCallback(prepared, run_log, batches, trainer.routing, peak_tflops))
             trainer.add_callback(samples)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))

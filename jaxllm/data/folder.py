@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from jaxllm.data.lines import COMPRESSIONS, SUFFIXES, NoText, Unreadable, kind_of
 from jaxllm.data.reading import look
-from jaxllm.data.splits import ALL, Ambiguous, recognized
+from jaxllm.data.splits import ALL, Ambiguous, of_card, recognized
 from jaxllm.errors import UserError, listed, shown
 from jaxllm.files import read_json
 
@@ -37,7 +37,11 @@ class DataFiles(NamedTuple):
 
 
 def find_data(
-    path: Path, text_field: str, split: str, skip: Callable[[str], bool] | None = lambda name: False
+    path: Path,
+    text_field: str,
+    split: str,
+    skip: Callable[[str], bool] | None = lambda name: False,
+    config: str | None = None,
 ) -> DataFiles:
     """The file itself, or the files below a folder that hold text.
 
@@ -46,6 +50,7 @@ def find_data(
     another field. Of several splits, which `datasets` saved or the files' names tell, `split` is read.
 
     Args:
+        config: of a dataset whose card has several.
         skip: whether a file's name is one that the user leaves out; None: names tell no splits, as formerly.
 
     Raises:
@@ -78,10 +83,15 @@ def find_data(
         raise UserError(f"data is {str(path)!r}: there is nothing to read in it: {said}")
     splits: Mapping[str, int | None] = saved
     if skip is not None and not saved:
-        found_in = {} if split == ALL or path.is_file() else _splits_by_name(path, list(files), skip)
+        found_in = {}
+        if config is not None or (split != ALL and not path.is_file()):
+            found_in = of_card(path, list(files), config)
+        if split != ALL and not path.is_file() and not found_in:
+            found_in = _splits_by_name(path, list(files), skip)
         splits = Counter(found for found in found_in.values() if found is not None)
         check_split(f"data is {str(path)!r}", split, list(splits))
-        for name in [name for name in files if found_in and found_in.get(name) != split]:
+        wanted = {*splits} if split == ALL else {split}
+        for name in [name for name in files if found_in and found_in.get(name) not in wanted]:
             del files[name]
             damaged.pop(name, None)
             passed_over[name] = _another(found_in.get(name), split)

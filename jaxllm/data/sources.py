@@ -114,20 +114,18 @@ def _open_one(
         revision = None if is_fingerprint(data.revision) else data.revision
         where = (data.source, data.subset, data.split, data.text_field, shard, num_shards, revision)
         return HubSource(*where, hold_out=data.hold_out, evaluation=evaluation)
-    if data.subset is not None and not is_old:
-        raise UserError(
-            f"data_config is {shown(data.subset)}: only a dataset of the Hub has configurations; leave it out"
-        )
     if data.revision is not None and not is_fingerprint(data.revision) and not is_old:
         raise UserError(f"data_revision is {shown(data.revision)}: only a dataset of the Hub has commits; leave it out")
     if data.source == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         if not is_old:
             check_split("data is 'stdlib'", data.split, ())
+            if data.subset is not None:
+                raise UserError(f"data_config is {shown(data.subset)}: only datasets have one; leave it out")
         found = DataFiles(root, stdlib_files(root), {}, {}, {})
     else:
         skip = None if is_old else functools.partial(is_skipped, data.skip_data)
-        found = find_data(path, data.text_field, data.split, skip)
+        found = find_data(path, data.text_field, data.split, skip, None if is_old else data.subset)
     hold_out = data.hold_out
     validation = next((split for split in VALIDATION if split in found.splits and split != data.split), None)
     if evaluation is None and not is_old and data.split != ALL and validation is not None:

@@ -1,4 +1,4 @@
-"""The splits of a dataset, recognized by the names of its files and folders as on the Hugging Face Hub.
+"""The splits of a dataset, recognized by its card or the names of its files and folders, as on the Hugging Face Hub.
 
 The Hub's documented words for a split are delimited by `-`, `_`, `.`, spaces or digits. That is how files of rows are
 named. Words of a language occur in the names of any text, so a text file needs the exact name (`train.txt`,
@@ -6,11 +6,15 @@ named. Words of a language occur in the names of any text, so a text file needs 
 if all of it lies in folders of splits.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from jaxllm.data.lines import kind_of
+from jaxllm.errors import UserError, listed, shown
+from jaxllm.files import MAX_JSON_BYTES
 
 WORDS = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
@@ -46,6 +50,45 @@ def recognized(names: list[str]) -> dict[str, str | None]:
     if len(by_shard) == len(names) and len({*by_shard.values()}) > 1 and any(map(_told, by_shard.values())):
         return {**by_shard}
     return _by(names, _of_folders, code=True) or _by(names, _of_name, code=False)
+
+
+def of_card(folder: Path, names: list[str], config: str | None) -> dict[str, str | None]:
+    """The split of each file by the folder's dataset card, README.md; empty if the card does not say.
+
+    Raises:
+        UserError: it has no such configuration, or several of which none is chosen.
+    """
+    from huggingface_hub import metadata_load
+
+    file, card = folder / "README.md", {}
+    with contextlib.suppress(Exception):  # YAML has errors of its own; such a card says nothing
+        card = (metadata_load(file) or {}) if file.is_file() and file.stat().st_size <= MAX_JSON_BYTES else {}
+    entries = [entry for entry in _list(card.get("configs")) if isinstance(entry, dict) and "data_files" in entry]
+    configs = {str(entry.get("config_name", "default")): entry for entry in entries}
+    if config is None:
+        by_default = (name for name, entry in configs.items() if entry.get("default") or name == "default")
+        config = next(iter(configs if len(configs) == 1 else by_default), None)
+    if config is None and configs:
+        raise UserError(
+            f"data is {str(folder)!r}, of several configurations: pass --data-config, one of {listed(configs)}"
+        )
+    if config is None:
+        return {}
+    if config not in configs:
+        has = f"it has {listed(configs)}" if configs else "only datasets have one, by their card; leave it out"
+        raise UserError(f"data_config is {shown(config)}: {str(folder)!r} has no such configuration: {has}")
+    found: dict[str, str | None] = dict.fromkeys(names)
+    for part in _list(configs[config]["data_files"]):
+        split, patterns = (part.get("split"), part.get("path")) if isinstance(part, dict) else ("train", part)
+        for pattern in _list(patterns):
+            with contextlib.suppress(ValueError, NotImplementedError, OSError):  # not a pattern below the folder
+                matching = {path.relative_to(folder).as_posix() for path in folder.glob(str(pattern))}
+                found |= {name: str(split) for name in names if name in matching}
+    return found if any(found.values()) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _by(names: list[str], split_of: Callable[[str, bool], str | None], code: bool) -> dict[str, str | None]:

@@ -10,7 +10,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from jaxllm.config import RunConfig
-from jaxllm.files import StrPath, write_text_atomically
+from jaxllm.files import StrPath, read_json, write_text_atomically
 from jaxllm.model import flops
 from jaxllm.run.history import History
 from jaxllm.run.tensorboard import TensorBoardWriter
@@ -18,6 +18,8 @@ from jaxllm.run.throughput import Speed
 from jaxllm.run.trackers import Tracker
 
 METRICS_FILE = "metrics.jsonl"
+DATA_REPORT = "data_report.json"
+"""What the run reads (`jaxllm.data.report`), as its last start found it."""
 
 
 class RunLog:
@@ -26,14 +28,11 @@ class RunLog:
     There is no bar where stderr is no terminal.
     """
 
-    def __init__(self, config: RunConfig, history: History, first_step: int, data: dict[str, Any] | None = None):
-        """`metrics.jsonl` is rewritten from the history: what an earlier process logged beyond it is dropped.
-
-        `data`: the report of the run's data.
-        """
+    def __init__(self, config: RunConfig, history: History, first_step: int):
+        """`metrics.jsonl` is rewritten from the history: what an earlier process logged beyond it is dropped."""
         self._config, self._history = config, history
         self._path = config.folder / METRICS_FILE
-        write_metrics(config.folder, history.records, data)
+        write_metrics(config.folder, history.records)
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
         self._board, self._tracker = TensorBoardWriter(config.folder / "tensorboard", first_step), Tracker(config)
         self.bar = tqdm(total=config.schedule.steps, initial=first_step, unit="step", dynamic_ncols=True, disable=None)
@@ -113,9 +112,10 @@ def console_line(config: RunConfig, record: dict[str, Any]) -> str:
     )
 
 
-def write_metrics(folder: StrPath, records: list[dict[str, Any]], data: dict[str, Any] | None = None) -> None:
-    """Write `metrics.jsonl` atomically. The report of the data is its first line, which has no `step`."""
-    first = [] if data is None else [{"data": data}]
+def write_metrics(folder: StrPath, records: list[dict[str, Any]]) -> None:
+    """Write `metrics.jsonl` atomically. The report of the data, if there is one, is a first line without a `step`."""
+    file = Path(folder, DATA_REPORT)
+    first = [{"data": read_json(file)}] if file.is_file() else []
     write_text_atomically(Path(folder, METRICS_FILE), "".join(map(json_line, [*first, *records])))
 
 

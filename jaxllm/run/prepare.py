@@ -44,6 +44,7 @@ from jaxllm.files import StrPath, delete_leftovers, read_json, rename_durably, w
 from jaxllm.run import held_out
 from jaxllm.run.hardware import bfloat16_hardware
 from jaxllm.run.lock import LOCK_FILE, FolderLock
+from jaxllm.run.metrics import DATA_REPORT
 from jaxllm.run.source import SOURCE, keep_source, model_folder, note_end_tokens, read_source, tokenizer_files
 from jaxllm.run.trackers import check_tracker
 
@@ -70,7 +71,6 @@ class Prepared(NamedTuple, Generic[Config]):
     tokenizer: PreTrainedTokenizerBase
     held_out: np.ndarray  # (n,T) int32, the rows that are evaluated
     resumes: bool  # whether the folder holds a run to resume
-    report: dict[str, Any]  # `DataReport.to_dict`
 
     @property
     def bytes_per_target(self) -> float:
@@ -329,7 +329,6 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
         raise UserError("data: the tokens of the held-out part have no text: pass another --tokenizer")
     if config.schedule.epochs is not None and saved.get("epochs") != config.schedule.epochs:
         config = config.with_options(steps=steps_for_epochs(config, tokenizer))
-    report = held_out.data_report(config, tokenizer, source, evaluated).to_dict()
     if not resumes:
         _clear(config.folder)
     # First what identifies the folder as ours: a process may be killed between any two lines.
@@ -345,9 +344,11 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
     if not own_tokenizer.is_dir():
         _save_tokenizer(tokenizer, own_tokenizer)
     held_out.keep(config, source, evaluated)
-    for line in report["lines"]:
+    report = held_out.data_report(config, tokenizer, source, evaluated)
+    write_json(config.folder / DATA_REPORT, report.to_dict())
+    for line in report.lines():
         print(f"Data: {line}")
-    return Prepared(config, tokenizer, evaluated.rows, resumes, report)
+    return Prepared(config, tokenizer, evaluated.rows, resumes)
 
 
 def _new_source(config: RunConfig) -> Path | None:

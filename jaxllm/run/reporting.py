@@ -19,9 +19,9 @@ from jaxllm.config import RunConfig
 from jaxllm.data.folder import described
 from jaxllm.data.tokenizer import decode_after, encode_prompt
 from jaxllm.errors import optional
-from jaxllm.files import StrPath
+from jaxllm.files import StrPath, read_json
 from jaxllm.model import flops
-from jaxllm.run.metrics import bits_per_byte, read_metrics
+from jaxllm.run.metrics import DATA_REPORT, bits_per_byte, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -143,15 +143,13 @@ def conclude(prepared: Prepared[Any], eval_loss: float, skipped_rows: int, left_
     )
     print(f"Evaluation loss {evaluation}")
     draw_losses(config.folder, unigram, bytes_each)
-    write_report(config, evaluation, skipped_rows, prepared.report)
+    write_report(config, evaluation, skipped_rows)
 
 
 @optional("writing report.md")
-def write_report(config: RunConfig, evaluation: str, skipped_rows: int, data: dict[str, Any]) -> None:
-    """Write `report.md`: what was trained on what, the result, the speed, and commands to continue with.
-
-    `data`: the report of the data.
-    """
+def write_report(config: RunConfig, evaluation: str, skipped_rows: int) -> None:
+    """Write `report.md`: what was trained on what, the result, the speed, and commands to continue with."""
+    data = read_json(config.folder / DATA_REPORT)
     end = next(record for record in reversed(read_metrics(config.folder)) if "train_runtime" in record)
     steps, tokens = config.schedule.steps, config.tokens_per_step
     device = f", {end['device_peak_gib']:.2f} GiB on the device" if "device_peak_gib" in end else ""

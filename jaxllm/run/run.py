@@ -119,7 +119,7 @@ class Run:
         if self.step >= config.schedule.steps:
             announce_finished(self.step)
             if self._history.records and is_primary():
-                write_metrics(config.folder, self._history.records, self._prepared.report)
+                write_metrics(config.folder, self._history.records)
             return
         check_room(config)
         self._start(trainer)
@@ -141,7 +141,7 @@ class Run:
         barrier("compiled")
         announce_speed(config, self._peak_tflops, self._compile_seconds)
         if is_primary():
-            self._log = RunLog(config, self._history, self.step, self._prepared.report)
+            self._log = RunLog(config, self._history, self.step)
         else:
             self._log = NoLog(self._history)
         self._cleanup.push(self._log)
@@ -316,14 +316,13 @@ def _prepare_together(config: TrainConfig, lock: FolderLock) -> tuple[Prepared[T
 
     def work() -> dict[str, Any]:
         made, step = prepare_and_choose()
-        facts = {"held_out": made.held_out.tolist(), "resumes": made.resumes, "report": made.report, "step": step}
-        return {"config": made.config.to_dict()} | facts
+        held_out = made.held_out.tolist()
+        return {"config": made.config.to_dict(), "held_out": held_out, "resumes": made.resumes, "step": step}
 
     made = primary_result(work)
     config = TrainConfig.from_dict(made["config"]).with_options(run_dir=config.folder)
     tokenizer = load_tokenizer(str(config.folder / "tokenizer"))
-    rows = np.asarray(made["held_out"], np.int32)
-    return Prepared(config, tokenizer, rows, made["resumes"], made["report"]), made["step"]
+    return Prepared(config, tokenizer, np.asarray(made["held_out"], np.int32), made["resumes"]), made["step"]
 
 
 def _create_token(folder: Path) -> str:
