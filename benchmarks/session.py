@@ -1,7 +1,6 @@
-"""One run of the command: its budget of time, its processes, and what later parts compare with."""
+"""One run of the command: its budget of time, its processes, and what later rows compare with."""
 
-from __future__ import annotations
-
+import math
 import os
 import subprocess
 import sys
@@ -26,26 +25,17 @@ ON_CPU = {"JAX_PLATFORMS": "cpu"}
 @dataclass
 class Session:
     quick: bool
-    ends: float
-    """When the budget is used up, in seconds of `time.monotonic`."""
-    target: Target | None
-    """The data sheet of the card here, and what the plan compiles for; None: there is none of this card."""
-    card: str = ""
-    """The name of the card here."""
-    plans: dict[bool, dict[str, Any]] = field(default_factory=dict)
-    """`plan_as_json` of the step without and with remat."""
-    flops_per_second: float | None = None
-    """Of a large product in bfloat16."""
-    bytes_per_second: float | None = None
-    """Of device memory."""
-    step_seconds: dict[bool, float] = field(default_factory=dict)
-    """Of our step, without and with remat."""
-    first_loss: float | None = None
-    """Of our first step, in nats."""
-
-    @property
-    def rounds(self) -> int:
-        return 1 if self.quick else 3
+    rounds: int
+    gpu: bool = False  # whether it measures the parts of a GPU; with `quick` they run on the CPU
+    ends: float = math.inf  # when the budget is used up, in seconds of `time.monotonic`
+    target: Target | None = None  # the data sheet of the card here, for which a plan compiles; None: there is none
+    card: str = ""  # the name of the card here
+    # what later parts compare with, from the parts before them
+    plans: dict[bool, dict[str, Any]] = field(default_factory=dict)  # `plan_as_json` of the step, by remat
+    flops_per_second: float | None = None  # of a large product in bfloat16
+    bytes_per_second: float | None = None  # of device memory
+    step_seconds: dict[bool, float] = field(default_factory=dict)  # of our step, by remat
+    first_loss: float | None = None  # of our first step, in nats
 
     @property
     def no_sheet(self) -> str:
@@ -57,26 +47,27 @@ class Session:
         """Seconds of the budget."""
         return self.ends - time.monotonic()
 
+    def __post_init__(self) -> None:
+        self._environment = ON_GPU if self.gpu and not self.quick else ON_CPU
+
     def jax(self, function: str, **arguments: Any) -> Worker:
-        """A process that prepares `module:function` of benchmarks, with JAX on the GPU."""
-        environment = ON_CPU if self.quick else ON_GPU
-        return Worker(f"benchmarks.{function}", environment=environment, limit=self.left, **arguments)
+        return Worker(f"benchmarks.jax_side:{function}", self._environment, self.left, **arguments)
 
     def torch(self, function: str, **arguments: Any) -> Worker:
-        """A process that prepares `module:function` of benchmarks, with the GPU for PyTorch."""
-        return Worker(f"benchmarks.{function}", environment=ON_CPU, limit=self.left, **arguments)
+        # its JAX stays on the CPU
+        return Worker(f"benchmarks.torch_side:{function}", ON_CPU, self.left, **arguments)
 
     def command(self, *arguments: str) -> int:
-        """Run a Python command of the checkout with JAX on the GPU; returns its exit status.
+        """Run a Python command of the checkout; returns its exit status.
 
         Raises:
             Failure: it took longer than the budget, or it ended with an error; with the last line that it wrote.
         """
-        environment = {**os.environ, **(ON_CPU if self.quick else ON_GPU)}
         try:
             done = subprocess.run(
                 [sys.executable, *arguments],
-                cwd=ROOT, env=environment, capture_output=True, text=True, errors="replace", timeout=max(self.left, 1),
+                cwd=ROOT, env={**os.environ, **self._environment}, capture_output=True, text=True, errors="replace",
+                timeout=max(self.left, 1),
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
             raise Failure(f"took longer than the {error.timeout:.0f} s that it had") from None
