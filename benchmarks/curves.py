@@ -40,11 +40,7 @@ LEARNERS = {
     "adamw": "jaxllm, AdamW",
     "transformers": "transformers DeepseekV3ForCausalLM, AdamW",
 }
-"""Keys of the learners, and how a picture names them."""
-
-
-Curves = dict[str, list[dict[str, Any]]]
-"""What `learn` returned, of each learner."""
+Curves = dict[str, list[dict[str, Any]]]  # what `learn` returned, of each learner
 
 
 @dataclass(frozen=True)

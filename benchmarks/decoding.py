@@ -84,9 +84,8 @@ def decode_on_gpu(session: Session) -> list[Finding]:
     config = decode_model(MODEL, session.quick)
     sizes = [DecodingSizes(2, 32, 32)] if session.quick else [DecodingSizes(1, 1024, 128), DecodingSizes(64, 128, 128)]
     work = {f"{s.batch} {key}": s._replace(new=new) for s in sizes for key, new in (("first", 1), ("all", 1 + s.new))}
-    with session.jax(
-        "decoding", name=MODEL, work=work, quick=session.quick, precisions=["bfloat16"], shared=False
-    ) as jax:
+    options = {"name": MODEL, "work": work, "quick": session.quick, "precisions": ["bfloat16"], "shared": False}
+    with session.jax("decoding", **options) as jax:
         runs = interleave(contenders_of(ours=jax), session.rounds)
     findings = []
     for s in sizes:
@@ -109,9 +108,6 @@ def step_seconds(whole: Sequence[Run], first: Sequence[Run], steps: int, quick: 
     """The time of a decoding step in each round: of the tokens after the first one.
 
     With `quick` it is the absolute value: so few steps of a small model take less than the noise.
-
-    Raises:
-        Failure: a round with these steps took no longer than the one without.
     """
     taken = [(a.seconds - b.seconds) / steps for a, b in zip(whole, first, strict=True)]
     if quick:
@@ -124,9 +120,7 @@ def step_seconds(whole: Sequence[Run], first: Sequence[Run], steps: int, quick: 
 def bytes_of_a_token(config: ModelConfig, sizes: DecodingSizes, weight_bytes: float, cache_bytes: float) -> float:
     """The least that decoding one token of each row reads: every weight that it uses, and the cache of the rows.
 
-    Args:
-        weight_bytes: of one parameter.
-        cache_bytes: of one token of one row, over all layers.
+    `weight_bytes` are those of one parameter, `cache_bytes` those of one token of one row, over all layers.
     """
     experts = min(config.n_routed_experts, sizes.batch * config.num_experts_per_tok)  # of a layer, at most
     length = sizes.prompt + sizes.new / 2
@@ -134,10 +128,7 @@ def bytes_of_a_token(config: ModelConfig, sizes: DecodingSizes, weight_bytes: fl
 
 
 def parameters_read(config: ModelConfig, experts: float) -> float:
-    """Parameters that a step of decoding reads, without the rows of tables.
-
-    `experts`: how many routed experts of a layer it uses.
-    """
+    """Parameters that a step of decoding reads that uses so many routed experts of a layer; no rows of tables."""
     read: dict[str, float] = dict(flops.parameters(config))
     read["routed_experts"] *= experts / config.n_routed_experts
     read["position_embeddings"] = 0

@@ -94,8 +94,8 @@ def compare(
 ) -> Finding:  # fmt: skip
     """The time of `ours` over that of the yardstick, or with a target of at least something the reverse: the speed.
 
-    `ours` and `yardstick` are names of runs. `show` is a format of a run's seconds `s`, of `ms`, of its `rate` of `work`
-    a second, and of its `name`, or its `form`, the name without the first word.
+    `ours` and `yardstick` are names of runs. `show` is a format of a run's seconds `s` or `ms`, of its `rate`, that is
+    `work` a second, and of its `name`, or its `form`: the name without the first word.
     """
     over, under = (runs[name] for name in ((yardstick, ours) if target.at_least else (ours, yardstick)))
     of_cpu = Spread.of([a.cpu_seconds / b.cpu_seconds for a, b in zip(over, under, strict=True)])

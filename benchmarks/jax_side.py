@@ -49,10 +49,8 @@ class JaxLearner:
     def __init__(self, config: TrainConfig, precisions: Sequence[str] = (), weights: tuple[Any, Any] | None = None):
         """`precisions`: none is that of the config. `weights`: parameters and routing bias; None: new ones."""
         self._config, started = config, time.perf_counter()
-        runs = (config.with_options(precision=precision) for precision in precisions or (config.precision,))
-        self.programs: dict[str, Any] = {
-            run.precision: lower_step(run, model_graph(run), ONE_DEVICE).compile() for run in runs
-        }
+        runs = {p: config.with_options(precision=p) for p in precisions or (config.precision,)}
+        self.programs = {p: lower_step(run, model_graph(run), ONE_DEVICE).compile() for p, run in runs.items()}
         self.compile_seconds = time.perf_counter() - started
         new = jax.jit(partial(init_state, config))
         self.state = jax.block_until_ready(new() if weights is None else start_state(config, *weights))
@@ -197,8 +195,7 @@ def ceilings(quick: bool) -> Prepared:
 def mixture(shape: list[int], dtype: str) -> Prepared:
     """Forward and backward pass of the routed experts, and of k dense experts with the same number of FLOPs.
 
-    `random` sends each token to k random experts; `skewed` sends all tokens to the same k. Weights are
-    float32 masters, cast at each product as in training.
+    `random` sends each token to k random experts, `skewed` all tokens to the same k. Weights are float32 masters.
     """
     s = sizes.MixtureSizes(*shape)
     config = dataclasses.replace(
@@ -209,10 +206,9 @@ def mixture(shape: list[int], dtype: str) -> Prepared:
     graph, weights = nnx.split(stack(lambda rngs: layer(rngs=rngs), s.experts, "expert", nnx.Rngs(0)))
     keys = jax.random.split(jax.random.key(1), 3)
     x, d_out = (jax.random.normal(key, (s.tokens, s.hidden), dtype) for key in keys[:2])
-    router = 0.02 * jax.random.normal(keys[2], (s.hidden, s.experts))
-    rng = np.random.default_rng(0)
-    random = np.stack([rng.permutation(s.experts)[: s.per_token] for _ in range(s.tokens)])
-    skewed = np.tile(np.arange(s.per_token), (s.tokens, 1))
+    router, rng = 0.02 * jax.random.normal(keys[2], (s.hidden, s.experts)), np.random.default_rng(0)
+    random = jnp.asarray([rng.permutation(s.experts)[: s.per_token] for _ in range(s.tokens)], jnp.int32)
+    skewed = jnp.tile(jnp.arange(s.per_token, dtype=jnp.int32), (s.tokens, 1))
 
     def routed(weights, router: Array, x: Array, experts: Array) -> Array:  # (N,D), (N,k) -> (N,D)
         routing = route(x, router, jnp.zeros(s.experts), s.per_token, experts)
@@ -234,8 +230,8 @@ def mixture(shape: list[int], dtype: str) -> Prepared:
 
     few = jax.tree.map(lambda leaf: leaf[: s.per_token], weights)  # no gradients for the other experts
     contenders = {
-        "random": contender(routed, weights, jnp.asarray(random, jnp.int32)),
-        "skewed": contender(routed, weights, jnp.asarray(skewed, jnp.int32)),
+        "random": contender(routed, weights, random),
+        "skewed": contender(routed, weights, skewed),
         "dense": contender(dense, few, None),
     }
     return contenders, {}
@@ -258,10 +254,7 @@ def compilations(quick: bool) -> Prepared:
 
 
 def decoding(name: str, work: dict[str, list[int]], quick: bool, precisions: list[str], shared: bool) -> Prepared:
-    """Greedy decoding of rows after a prompt, the pass over the prompt included, in each precision.
-
-    `work` has the `DecodingSizes` of each contender; `shared`: with the weights of the PyTorch worker.
-    """
+    """Greedy decoding, the prompt included, of `DecodingSizes`; `shared`: with the weights of the PyTorch worker."""
     config = sizes.decode_model(name, quick)
     new_weights = jax.jit(lambda: split_model(CustomLLM(config, rngs=nnx.Rngs(0)))[1:])
     weights = shared_weights(config) if shared else new_weights()

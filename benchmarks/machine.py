@@ -10,8 +10,8 @@ from typing import Any
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
 
+# those that determine the speed of matrix products
 INSTRUCTION_SETS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_tile", "amx_bf16")
-"""The instruction sets that determine the speed of matrix products."""
 
 
 def describe_machine() -> dict[str, Any]:
@@ -51,10 +51,7 @@ def peak_resident() -> int:
 
 
 def busy_seconds() -> float:
-    """CPU seconds used by all programs since the machine started; 0 if the system does not report them.
-
-    Includes time that the hypervisor gave to other virtual machines.
-    """
+    """CPU seconds of all programs, and of other virtual machines, since the start; 0 if the system does not say."""
     for line in _lines("/proc/stat")[:1]:
         user, nice, system, _idle, _waiting, irq, softirq, steal = map(int, line.split()[1:9])
         return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")

@@ -23,6 +23,9 @@ COLUMNS = ("row", "what", "ours", "yardstick", "ratio (quartiles)", "target", "v
 GPU_COLUMNS = ("part", "what", "result", "compared with", "ratio", "goal")
 
 
+STYLES = {"not measured": "bold red", "reached": "green", " of it": "yellow"}  # of cells with these words
+
+
 def as_json(about: dict[str, Any], found: Mapping[str, Found]) -> dict[str, Any]:
     """The whole report; `about` has `quick`, what the numbers depend on, and of a GPU its `device`."""
     gpu, quick = "device" in about, about["quick"]
@@ -95,17 +98,12 @@ def print_table(report: dict[str, Any]) -> None:
     for row in table_rows(report) if gpu else _cpu_rows(report):
         if row[0]:
             table.add_section()
-        table.add_row(*(Text(cell, _style(cell)) for cell in row))
+        styles = (next((style for words, style in STYLES.items() if words in cell), "") for cell in row)
+        table.add_row(*map(Text, row, styles))
     Console(width=None if sys.stdout.isatty() else 170, markup=False).print(table)
     loud = [row["row"] for row in report.get("rows", ()) if any(f["other_load"] > QUIET for f in row["findings"])]
     if loud and not quick:
         print(f"Other programs kept more than {QUIET:g} cores busy: {', '.join(loud)}.")
-
-
-def _style(cell: str) -> str:
-    if cell.startswith("not measured"):
-        return "bold red"
-    return "green" if cell.endswith("reached") else "yellow" if cell.endswith(" of it") else ""
 
 
 def device_line(report: dict[str, Any]) -> str:
@@ -119,9 +117,8 @@ def device_line(report: dict[str, Any]) -> str:
 
 
 def versions_line(report: dict[str, Any]) -> str:
-    machine = report["machine"]
-    versions = (f"{package} {version}" for package, version in machine["versions"].items() if version)
-    return ", ".join((f"Python {machine['python']}", *versions))
+    versions = {"Python": report["machine"]["python"], **report["machine"]["versions"]}
+    return ", ".join(f"{package} {version}" for package, version in versions.items() if version)
 
 
 def draw_report(file: Path, found: Mapping[str, Found], machine: dict[str, Any], quick: bool) -> None:

@@ -12,13 +12,12 @@ from benchmarks.worker import ROOT, Failure, Worker
 from jaxllm.plan.estimate import USABLE_MEMORY
 from jaxllm.plan.targets import Target
 
+# of a process in which JAX computes on the GPU: it takes memory as it needs it, up to what a plan counts as usable
 ON_GPU = {
     "JAX_PLATFORMS": "cuda",  # no silent fall-back to the CPU
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "XLA_PYTHON_CLIENT_MEM_FRACTION": str(USABLE_MEMORY["cuda"]),
 }
-"""Of a process in which JAX computes on the GPU: it takes memory as it needs it, up to what a plan counts as usable."""
-
 ON_CPU = {"JAX_PLATFORMS": "cpu"}
 
 
@@ -39,7 +38,6 @@ class Session:
 
     @property
     def no_sheet(self) -> str:
-        """What stands in place of a comparison with the data sheet."""
         return f"no data sheet for {self.card}"
 
     @property
@@ -58,11 +56,7 @@ class Session:
         return Worker(f"benchmarks.torch_side:{function}", ON_CPU, self.left, **arguments)
 
     def command(self, *arguments: str) -> int:
-        """Run a Python command of the checkout; returns its exit status.
-
-        Raises:
-            Failure: it took longer than the budget, or it ended with an error; with the last line that it wrote.
-        """
+        """Run a Python command of the checkout; returns its exit status, or raises a Failure with its last line."""
         try:
             done = subprocess.run(
                 [sys.executable, *arguments],

@@ -15,14 +15,9 @@ NARROW = {
     "vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "moe_intermediate_size": 32, "max_position_embeddings": 128,
 }  # fmt: skip
-"""A model that takes milliseconds."""
 
-PRECISIONS = ("float32", "bfloat16")
-"""Of a side that takes its fastest."""
-
-
-EXPERTS = ("eager", "grouped_mm")
-"""transformers' implementations of the experts."""
+PRECISIONS = ("float32", "bfloat16")  # of a side that takes its fastest
+EXPERTS = ("eager", "grouped_mm")  # transformers' implementations
 
 
 class MixtureSizes(NamedTuple):  # of one mixture of experts, without shared experts
@@ -40,11 +35,9 @@ class DecodingSizes(NamedTuple):  # of one decoding measurement
 
 
 def train_config(quick: bool, layers: int = 6, remat: bool = False) -> TrainConfig:
-    """A step of 4 x 256 tokens on `layers` layers of customllm-1b, with the source's recipe.
-
-    Dropout is off, because its random numbers differ between the frameworks and the losses are compared.
-    """
+    """A step of 4 x 256 tokens on `layers` layers of customllm-1b, with the source's recipe."""
     config = recipe("seed", MODEL)
+    # no dropout: its random numbers differ between the frameworks, and the losses are compared
     changes = {**NARROW, "dropout": 0.0} if quick else {"num_hidden_layers": layers, "dropout": 0.0}
     batch = {"batch_size": 2, "seq_len": 32} if quick else {"batch_size": 4, "seq_len": 256}
     return config.with_options(model=dataclasses.replace(config.model, **changes), grad_accum=1, remat=remat, **batch)
@@ -71,6 +64,7 @@ def gpu_config(quick: bool, remat: bool = False) -> TrainConfig:
     return TrainConfig.from_options(preset=MODEL, model=model, precision="bfloat16", remat=remat, **batch)
 
 
+# the steps that are measured, by the names under which workers know them
 STEPS: dict[str, Callable[[bool], TrainConfig]] = {
     "six layers": train_config,
     "all layers": partial(train_config, layers=24, remat=True),
@@ -79,7 +73,6 @@ STEPS: dict[str, Callable[[bool], TrainConfig]] = {
     "gpu": gpu_config,
     "gpu, remat": partial(gpu_config, remat=True),
 }
-"""The steps that are measured, by the names under which workers know them."""
 
 
 def step_labels(config: TrainConfig) -> np.ndarray:
@@ -89,7 +82,6 @@ def step_labels(config: TrainConfig) -> np.ndarray:
 
 
 def steps_in_a_turn(size: str, quick: bool) -> int:
-    """A GPU gets several without waiting in between."""
     return 8 if size.startswith("gpu") and not quick else 1
 
 
@@ -103,7 +95,6 @@ def mixture_sizes(quick: bool, gpu: bool) -> MixtureSizes:
 
 
 def peak_sizes(quick: bool) -> tuple[int, ...]:
-    """Sizes of the square matrix products; the fastest one defines the peak."""
     return (64,) if quick else (1024, 2048)
 
 

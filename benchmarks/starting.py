@@ -15,11 +15,8 @@ from benchmarks.timing import Spread, interleave, other_load, ready, seconds
 from benchmarks.worker import ROOT, Failure
 from jaxllm.run.throughput import GIB
 
-FULL_SIZE_GIB = 19.0
-"""Memory needed by the full-size step; with less, the machine swaps or kills the process."""
-
-STEPS_BETWEEN = 100
-"""Steps between checkpoints; the cost is relative to their time."""
+FULL_SIZE_GIB = 19.0  # needed by the full-size step; with less, the machine swaps or kills the process
+STEPS_BETWEEN = 100  # checkpoints, whose cost is relative to the time of these steps
 
 
 def compile_time(session: Session) -> list[Finding]:
@@ -59,17 +56,10 @@ def checkpoint_cost(session: Session) -> list[Finding]:
     ]
     blocked = Spread.of([run.figures["blocked"] for run in saved]).median
     more = seconds(saved).median - seconds(plain).median
-    return [
-        Finding(
-            f"a checkpoint every {STEPS_BETWEEN} steps of tiny, beyond its bytes",
-            f"{more:.2f} s, {blocked:.2f} s of it blocking",
-            f"{seconds(written).median:.2f} s ({size / 1e6:.0f} MB)",
-            Spread.of(slowdown),
-            at_most(1.02),
-            other_load=other_load(runs),
-            details={"steps_measured": number, "bytes": size, "blocked_seconds": blocked},
-        )
-    ]
+    what, ours = f"a checkpoint every {STEPS_BETWEEN} steps of tiny, beyond its bytes", f"{more:.2f} s"
+    shown = (f"{ours}, {blocked:.2f} s of it blocking", f"{seconds(written).median:.2f} s ({size / 1e6:.0f} MB)")
+    value, details = Spread.of(slowdown), {"steps_measured": number, "bytes": size, "blocked_seconds": blocked}
+    return [Finding(what, *shown, value, at_most(1.02), other_load=other_load(runs), details=details)]
 
 
 def start_up(session: Session) -> list[Finding]:

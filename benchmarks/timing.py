@@ -11,11 +11,8 @@ from benchmarks.worker import Run, Worker
 
 Runs = Mapping[str, Sequence[Run]]
 
-QUIET = 0.1
-"""A round is quiet if other programs used at most this many cores in each of its runs."""
-
-ATTEMPTS = 2
-"""A row may run this many times its rounds to find quiet ones; a single round is not repeated."""
+QUIET = 0.1  # a round is quiet if other programs used at most this many cores in each of its runs
+ATTEMPTS = 2  # a row may run this many times its rounds to find quiet ones; a single round is not repeated
 
 
 class Spread(NamedTuple):
@@ -54,19 +51,15 @@ def contenders_of(**workers: Worker) -> dict[str, Callable[[], Run]]:
 def interleave(
     contenders: Mapping[str, Callable[[], Run]], rounds: int, warmups: int = 1, untimed: int = 0
 ) -> dict[str, list[Run]]:
-    """Run all contenders in turn, round after round.
+    """Run all contenders in turn, round after round; those with the same index were made in the same round.
 
-    A round that other programs disturbed is repeated, up to a limit. The quietest rounds are kept. They are chosen by
+    A round that other programs disturbed is repeated, up to a limit. The quietest `rounds` are kept. They are chosen by
     the load of other programs, not by their times.
 
     Args:
-        rounds: how many to keep.
         warmups: rounds before the first measured one.
         untimed: runs at the beginning of each turn. After a pause, the first run is slower: it pays for pages that the
             kernel, or the host of a virtual machine, has reclaimed.
-
-    Returns:
-        `rounds` runs of each contender; runs with the same index were made in the same round.
     """
     for _ in range(warmups):
         for go in contenders.values():

@@ -24,12 +24,10 @@ from torch_ref import CustomLLM
 from torch_ref.generate import generate
 from torch_ref.step import StepMetrics, make_optimizer, make_schedule, tokens_per_expert, train_step
 
+# bytes of a GPU's step that do not grow with a micro-batch: weights, gradients and two moments, and libraries
 RESERVED = 20 * 2**30
-"""Bytes of a GPU's step that do not grow with a micro-batch: weights, gradients and two moments, and libraries."""
 
-
-Launch = Callable[[Tensor], StepMetrics]
-"""Of a step on labels (A,B,T)."""
+Launch = Callable[[Tensor], StepMetrics]  # of a step on labels (A,B,T)
 
 
 class TorchLearner:
@@ -84,10 +82,7 @@ def stock_learner(config: TrainConfig, experts: str = "eager", device: str = "cp
 def reference_steps(
     size: str, quick: bool, precisions: list[str], compiled: bool = False, on_gpu: bool = False
 ) -> Prepared:
-    """The training step of `torch_ref` in each precision, on one model; `compiled`: by torch.compile.
-
-    On a CPU with the weights of the JAX worker; on a GPU with new ones, and fused AdamW.
-    """
+    """The training step of `torch_ref`: with the weights of the JAX worker; on a GPU with new ones, and fused AdamW."""
     config, rows = sizes.STEPS[size](quick), None
     if on_gpu:
         with torch.device(_device(on_gpu)):
@@ -121,12 +116,9 @@ def _device(on_gpu: bool) -> str:
 
 
 def rows_that_fit(config: TrainConfig) -> int:
-    """Rows of a micro-batch of `torch_ref`, which keeps the attention weights of every layer, in float32 and bfloat16.
-
-    Trying larger ones would compile each of them.
-    """
+    """Rows of a micro-batch of `torch_ref`, which keeps all attention weights: each larger one would be compiled."""
     m, rows, free = config.model, config.data.batch_size, torch.cuda.mem_get_info()[0] - RESERVED
-    row = m.num_hidden_layers * m.num_attention_heads * config.data.seq_len**2 * (4 + 2)
+    row = m.num_hidden_layers * m.num_attention_heads * config.data.seq_len**2 * (4 + 2)  # float32 and bfloat16
     while rows > 1 and rows * row > free / 2:  # the other half: logits, experts, what the backward pass adds
         rows //= 2
     return rows
@@ -151,11 +143,7 @@ def _steps(
 
 
 def first_that_fits(step: Callable[[Tensor], Tensor], model: torch.nn.Module, labels: Tensor) -> tuple[float, Tensor]:
-    """The loss of the first step, and its labels (A,B,T) in micro-batches that fit; those given first.
-
-    Raises:
-        torch.OutOfMemoryError: not even one row does.
-    """
+    """The loss of the first step, and its labels (A,B,T) in micro-batches that fit; an OutOfMemoryError if none do."""
     while True:
         try:
             return float(step(labels)), labels

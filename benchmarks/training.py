@@ -10,8 +10,7 @@ from benchmarks.timing import Runs, fastest, interleave, ready
 from benchmarks.worker import Failure, Worker
 from jaxllm.model.flops import training_flops_per_token
 
-SAME_LOSS = {"float32": 1e-4, "bfloat16": 2e-2}
-"""The largest relative difference of the two sides' losses; above it, they did not compute the same."""
+SAME_LOSS = {"float32": 1e-4, "bfloat16": 2e-2}  # above this relative difference, the sides did not compute the same
 
 
 def fastest_steps(rounds: int, untimed: int, **workers: Worker) -> tuple[Runs, list[str]]:
@@ -30,12 +29,9 @@ def step(
     theirs: Sequence[str] = PRECISIONS,
     **options: Any,
 ) -> list[Finding]:
-    """Tokens per second, in the fastest form of each side.
+    """Tokens per second of a size of `STEPS`, in the fastest form of each side.
 
-    Args:
-        yardstick: a function of `torch_side`, with `options`; `reference_steps` have the weights of our side.
-        size: a name in `STEPS`.
-        ours: precisions, as `theirs`.
+    `yardstick` is a function of `torch_side`, with `options`; `reference_steps` have the weights of our side.
     """
     jax = session.jax("steps", size=size, quick=session.quick, precisions=ours)
     torch = session.torch(yardstick, size=size, quick=session.quick, precisions=theirs, **options)

@@ -27,11 +27,9 @@ ROOT = Path(__file__).parents[1]
 
 Result = TypeVar("Result")
 
+# one piece of work; a dict that it returns has figures, of which `seconds` replaces the measured wall time
 Contender = Callable[[], Any]
-"""One piece of work. A dict that it returns has figures, of which `seconds` replaces the measured wall time."""
-
-Prepared = tuple[dict[str, Contender], dict[str, Any]]
-"""What a worker can do, by name, and facts about it."""
+Prepared = tuple[dict[str, Contender], dict[str, Any]]  # what a worker can do, by name, and facts about it
 
 
 class Failure(Exception):
@@ -49,12 +47,9 @@ class Worker:
     """The parent's handle, a context manager: construction starts the process, entering waits until it is ready."""
 
     def __init__(self, prepare: str, environment: Mapping[str, str], limit: float = math.inf, **arguments: Any):
-        """Run `prepare` (`module:function`) in a new process; `contenders` and `facts` are set on entering.
+        """Run `prepare` (`module:function`) in a new process, which ends after `limit` seconds at the latest.
 
-        Args:
-            environment: additional variables of the process, beside those for the huge pages that train.py uses.
-            limit: seconds after which the process is ended.
-            arguments: of `prepare`, as JSON.
+        It has the huge pages that train.py uses. Arguments are sent as JSON. Entering sets `contenders` and `facts`.
         """
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed on exit
         self._process = subprocess.Popen(

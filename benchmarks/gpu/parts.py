@@ -21,8 +21,9 @@ from jaxllm.run.metrics import last_evaluation
 from jaxllm.run.prepare import CONFIG_FILE
 from jaxllm.run.throughput import GIB
 
-SAME_START = 0.05
-"""The largest relative difference of the sides' first losses: they draw their weights from the same distributions."""
+SAME_START = 0.05  # largest relative difference of the first losses: the sides' weights have the same distributions
+
+Show = Callable[[float], str]
 
 
 def target_of(device: str) -> Target | None:
@@ -75,14 +76,10 @@ def ladder(session: Session, precision: str) -> list[Finding]:
     agrees = f"{len(report['rows'])} comparisons agree, {rungs[0]} to {rungs[-1]}"
     errors = (row["relative_l2"] for row in report["rows"])
     largest = max((error for error in errors if isinstance(error, float)), default=0.0)
-    return [
-        Finding(
-            f"tiny, {precision}",
-            agrees if report["passed"] else f"BREACH, first in: {report['first_divergence']}",
-            f"PyTorch on the CPU; largest relative L2 {largest:.1e}",
-            details={"passed": report["passed"], "rungs": report["seconds"], "largest_relative_l2": largest},
-        )
-    ]
+    result = agrees if report["passed"] else f"BREACH, first in: {report['first_divergence']}"
+    reference = f"PyTorch on the CPU; largest relative L2 {largest:.1e}"
+    details = {"passed": report["passed"], "rungs": report["seconds"], "largest_relative_l2": largest}
+    return [Finding(f"tiny, {precision}", result, reference, details=details)]
 
 
 def ceilings(session: Session) -> list[Finding]:
@@ -91,26 +88,16 @@ def ceilings(session: Session) -> list[Finding]:
         runs = interleave(contenders_of(card=jax), session.rounds)
     rates = {name: amount / seconds(runs[f"card {name}"]).median for name, amount in jax.facts["work"].items()}
     session.flops_per_second, session.bytes_per_second = rates["product"], max(rates["copy"], rates["sum"])
-    peak, memory = (
-        (session.target.peak_tflops["bfloat16"], session.target.memory_gb_per_s) if session.target else (0, 0)
-    )
-    of_memory = (1e9, "GB/s", memory, "bytes_per_second")
-    about = {
-        "product": (
-            f"bfloat16 product of {jax.facts['side']:,}³, random numbers",
-            1e12,
-            "TFLOP/s",
-            peak,
-            "flops_per_second",
-        ),
-        "copy": ("reading and writing an array", *of_memory),
-        "sum": ("reading an array", *of_memory),
-    }
+    product = f"bfloat16 product of {jax.facts['side']:,}³, random numbers"
+    whats = {"product": product, "copy": "reading and writing an array", "sum": "reading an array"}
     findings = []
-    for name, (what, scale, unit, sheet, figure) in about.items():
-        measured = rates[name] / scale
-        beside = (f"data sheet {sheet:,.4g}", measured / sheet) if sheet else (session.no_sheet, None)
-        findings.append(Finding(what, f"{measured:,.4g} {unit}", *beside, details={figure: rates[name]}))
+    for name, what in whats.items():
+        rate, unit, sheet = rates[name] / 1e9, "GB/s", session.target and session.target.memory_gb_per_s
+        if name == "product":
+            rate, unit, sheet = rate / 1e3, "TFLOP/s", session.target and session.target.peak_tflops["bfloat16"]
+        beside = (f"data sheet {sheet:,.4g}", rate / sheet) if sheet else (session.no_sheet, None)
+        figure = "flops_per_second" if name == "product" else "bytes_per_second"
+        findings.append(Finding(what, f"{rate:,.4g} {unit}", *beside, details={figure: rates[name]}))
     return findings
 
 
@@ -137,15 +124,12 @@ def step(session: Session, remat: bool) -> list[Finding]:
             reference += f"; plan {plan['mfu_expected']['full']:.3f}, {plan['mfu_expected']['causal']:.3f}"
         what = "MFU of the measured product peak"
         findings.append(Finding(what, _mfu(mfu), reference, target=at_least(0.5), judged=mfu["full"], details=mfu))
-    planned_peak = plan and plan["memory"]["peak"]
-    compiled = f"{facts['chosen']}; compiled in {facts['compile_seconds']:.0f} s"
+    expected = plan and plan["memory"]["peak"]
+    findings.append(_beside_plan("device memory at its peak", peak, expected, _gib, {"bytes": peak}))
+    what, compiled = "kernels that multiply, of the compiled program", f"compiled in {facts['compile_seconds']:.0f} s"
     kernels = {"kernels": facts["kernels"], "memory": facts["memory"]}
-    findings += [
-        _beside_plan("device memory at its peak", peak, planned_peak, _gib, {"bytes": peak}),
-        Finding(
-            "kernels that multiply, of the compiled program", kernel_names(facts["kernels"]), compiled, details=kernels
-        ),
-    ]
+    reference = f"{facts['chosen']}; {compiled}"
+    findings.append(Finding(what, kernel_names(facts["kernels"]), reference, details=kernels))
     session.first_loss, session.step_seconds[remat] = first, taken  # last: nothing is compared with a step that failed
     return findings
 
@@ -179,19 +163,14 @@ def default_run(session: Session) -> list[Finding]:
         last, config = last_evaluation(run), read_json(run / CONFIG_FILE)
     if last is None:
         raise Failure("the run was not evaluated")
-    return [
-        Finding(
-            f"{config['preset']}, {last['step']} steps, {config['precision']}",
-            f"{taken:,.1f} s, start, compilation and samples included",
-            f"evaluation loss {last['eval_loss']:.4f}, {last['eval_bits_per_byte']:.4f} bits per byte",
-            details={"seconds": taken, "eval_loss": last["eval_loss"], "steps": last["step"]},
-        )
-    ]
+    what = f"{config['preset']}, {last['step']} steps, {config['precision']}"
+    measured = f"{taken:,.1f} s, start, compilation and samples included"
+    learned = f"evaluation loss {last['eval_loss']:.4f}, {last['eval_bits_per_byte']:.4f} bits per byte"
+    details = {"seconds": taken, "eval_loss": last["eval_loss"], "steps": last["step"]}
+    return [Finding(what, measured, learned, details=details)]
 
 
-def _beside_plan(
-    what: str, measured: float, planned: float | None, show: Callable[[float], str], details: dict[str, Any]
-) -> Finding:
+def _beside_plan(what: str, measured: float, planned: float | None, show: Show, details: dict[str, Any]) -> Finding:
     """The target is about the distance: 0.8 of the plan is as far from it as 1.25."""
     if planned is None:
         return Finding(what, show(measured), "no plan", details=details)
@@ -200,7 +179,7 @@ def _beside_plan(
     return Finding(what, show(measured), f"plan {show(planned)}", ratio, at_most(1.15), distance, details=details)
 
 
-def _speed(tokens: int) -> Callable[[float], str]:
+def _speed(tokens: int) -> Show:
     return lambda taken: f"{tokens / taken:,.0f} tokens/s ({1e3 * taken:,.1f} ms)"
 
 
