@@ -71,8 +71,8 @@ def _share_of_memory(quick: bool, key: str, first: str, sizes: DecodingSizes, ru
     idle = (1 - config.num_experts_per_tok / config.n_routed_experts) ** sizes.batch
     needed = bytes_each * parameters_read(config, config.n_routed_experts * (1 - idle))
     a_byte = {
-        "ours": [run._replace(seconds=step / needed) for run, step in zip(runs[best], taken, strict=True)],
-        "read": [run._replace(seconds=run.seconds / read_bytes) for run in runs["yardstick read"]],
+        "ours": [run.per(needed, step) for run, step in zip(runs[best], taken, strict=True)],
+        "read": [run.per(read_bytes) for run in runs["yardstick read"]],
     }
     what, each = f"{MODEL}, {key}, share of the memory's speed", 1e3 * Spread.of(taken).median
     shows = (f"{{rate:,.1f}} GB/s ({each:,.0f} ms a step)", "{rate:,.1f} GB/s (a sum)")

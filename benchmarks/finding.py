@@ -98,15 +98,14 @@ def compare(
     `work` a second, and of its `name`, or its `form`: the name without the first word.
     """
     over, under = (runs[name] for name in ((yardstick, ours) if target.at_least else (ours, yardstick)))
-    of_cpu = Spread.of([a.cpu_seconds / b.cpu_seconds for a, b in zip(over, under, strict=True)])
-    times = {name: seconds(side) for name, side in runs.items()}
-    figures = {"cpu_ratio": of_cpu.median, "seconds": {name: spread._asdict() for name, spread in times.items()}}
-    shown = []
+    times, shown = {name: seconds(side) for name, side in runs.items()}, []
+    if all(run.cpu_seconds for run in (*over, *under)):  # else the seconds are those of one unit of work
+        of_cpu = Spread.of([a.cpu_seconds / b.cpu_seconds for a, b in zip(over, under, strict=True)])
+        details |= {"cpu_ratio": of_cpu.median, "seconds": {name: spread._asdict() for name, spread in times.items()}}
     for name, form in ((ours, show), (yardstick, show_yardstick or show)):
         s = times[name].median
         shown.append(form.format(s=s, ms=1e3 * s, rate=work / s, name=name, form=name.partition(" ")[2]))
-    load = other_load(runs)
-    return Finding(what, *shown, ratio(over, under), target, other_load=load, details=figures | details)
+    return Finding(what, *shown, ratio(over, under), target, other_load=other_load(runs), details=details)
 
 
 def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:

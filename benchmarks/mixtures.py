@@ -18,19 +18,17 @@ def against_dense(session: Session) -> list[Finding]:
         runs = _in_turns(session, ("random", "dense", "skewed"), experts=(s, dtype))
         gflops = {name: flops / seconds(side).median / 1e9 for name, side in runs.items()}
         label = f"N={s.tokens:,} D={s.hidden:,} F={s.expert_hidden:,}" if session.gpu else dtype
+        shows = (MILLISECONDS, f"{s.per_token} dense experts {MILLISECONDS}" if session.gpu else MILLISECONDS)
         for routing, limit in LIMITS.items():
-            names = (f"experts {routing}", "experts dense")
-            what = f"{routing} routing, {label}"
-            findings.append(compare(what, runs, *names, at_most(limit), MILLISECONDS, gflops=gflops))
+            what, names = f"{routing} routing, {label}", (f"experts {routing}", "experts dense")
+            findings.append(compare(what, runs, *names, at_most(limit), *shows, gflops=gflops))
     return findings
 
 
 def many_experts(session: Session) -> list[Finding]:
     """8 and 64 experts: at the sizes of `against_dense`, and with smaller experts and more tokens."""
     coarse = mixture_sizes(session.quick, gpu=False)
-    fine = (
-        coarse if session.quick else MixtureSizes(tokens=4096, hidden=1024, expert_hidden=512, experts=7, per_token=2)
-    )
+    fine = coarse if session.quick else coarse._replace(tokens=4096, expert_hidden=512)
     findings = []
     for s in (coarse, fine):
         cases = {name: (s._replace(experts=experts), "float32") for name, experts in (("few", 8), ("many", 64))}

@@ -42,6 +42,10 @@ class Run(NamedTuple):
     other_load: float  # mean number of cores used by other programs during the run
     figures: dict[str, float]
 
+    def per(self, work: float, seconds: float | None = None) -> Self:
+        """One unit of work; `seconds`: of it all, None: those of the run. CPU seconds are unknown."""
+        return self._replace(seconds=(self.seconds if seconds is None else seconds) / work, cpu_seconds=0.0)
+
 
 class Worker:
     """The parent's handle, a context manager: construction starts the process, entering waits until it is ready."""
