@@ -43,20 +43,22 @@ def plan(session: Session, remat: bool) -> list[Finding]:
     plan = compile_plan(config, session.target)
     if isinstance(plan, Refused):
         raise Failure(f"does not fit: {plan.message}")
-    found = session.plans[remat] = plan_as_json(plan, config.tokens_per_step)
+    found = plan_as_json(plan, config.tokens_per_step)
     times, memory, mfu = found["seconds"], found["memory"], found["mfu_expected"]
     at_best = {name: plan.mfu(times["step_at_best"], name) for name in ("full", "causal")}
     bound = f"at best {1e3 * times['step_at_best']:,.1f} ms, bound by {times['bound_by']}"
     usable = f"{memory['usable'] / GIB:.1f} GiB usable"
     touched, kernels = found["bytes_touched"], found["kernels"]
     both = mfu | {f"{name}_at_best": share for name, share in at_best.items()}
-    return [
+    findings = [
         Finding("step, expected", _speed(config.tokens_per_step)(times["step_expected"]), bound, details=times),
         Finding("MFU of the data sheet's peak, expected", _mfu(mfu), f"at best {_mfu(at_best)}", details=both),
         Finding("device memory at its peak", _gib(memory["peak"]), usable, details=memory),
         Finding("memory read and written in a step", f"{touched / 1e9:,.1f} GB", details={"bytes": touched}),
         Finding("kernels that multiply", kernel_names(kernels), details=kernels),
     ]
+    session.plans[remat] = found  # last: nothing is compared with a plan that failed
+    return findings
 
 
 def kernel_names(totals: dict[str, dict[str, float]]) -> str:
@@ -87,7 +89,6 @@ def ceilings(session: Session) -> list[Finding]:
     with session.jax("ceilings", quick=session.quick) as jax:
         runs = interleave(contenders_of(card=jax), session.rounds)
     rates = {name: amount / seconds(runs[f"card {name}"]).median for name, amount in jax.facts["work"].items()}
-    session.flops_per_second, session.bytes_per_second = rates["product"], max(rates["copy"], rates["sum"])
     product = f"bfloat16 product of {jax.facts['side']:,}³, random numbers"
     whats = {"product": product, "copy": "reading and writing an array", "sum": "reading an array"}
     findings = []
@@ -98,6 +99,7 @@ def ceilings(session: Session) -> list[Finding]:
         beside = (f"data sheet {sheet:,.4g}", rate / sheet) if sheet else (session.no_sheet, None)
         figure = "flops_per_second" if name == "product" else "bytes_per_second"
         findings.append(Finding(what, f"{rate:,.4g} {unit}", *beside, details={figure: rates[name]}))
+    session.flops_per_second, session.bytes_per_second = rates["product"], max(rates["copy"], rates["sum"])
     return findings
 
 
