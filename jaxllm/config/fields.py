@@ -67,9 +67,8 @@ def check_fields(config: Any) -> None:
         value: Any = getattr(config, field.name)
         hint = _type_hints(type(config))[field.name]
         hint = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
-        choices = typing.get_args(hint) if _is_union(hint) else (hint,)
-        if isinstance(value, str | os.PathLike) and not _matches(value, hint) and {Path, str} & {*choices}:
-            value = Path(value) if Path in choices else os.fspath(value)
+        if not _matches(value, hint):
+            value = _converted_path(value, hint)
             object.__setattr__(config, field.name, value)
         if not _matches(value, hint):
             wanted = typing.get_args(hint) or (hint,)
@@ -78,6 +77,14 @@ def check_fields(config: Any) -> None:
             object.__setattr__(config, field.name, float(value))  # JAX refuses an int beyond 32 bits
         if isinstance(value, int | float) and not isinstance(value, bool):
             _check_range(name, value, field.metadata)
+
+
+def _converted_path(value: Any, hint: Any) -> Any:
+    """A path as the `Path` or the text that the field holds; anything else as it is."""
+    choices = typing.get_args(hint) if _is_union(hint) else (hint,)
+    if isinstance(value, str | os.PathLike) and Path in choices:
+        return Path(value)
+    return os.fspath(value) if isinstance(value, os.PathLike) and str in choices else value
 
 
 def _named(choice: Any) -> str:
