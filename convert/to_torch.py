@@ -66,7 +66,7 @@ def export_run(run: StrPath, out: StrPath, *, dtype: str | None = None) -> None:
 
 
 def _stored_dtypes(run: Path) -> dict[str, Any]:
-    """What `keep_dtypes` wrote."""
+    """The dtypes of the weights that a run started from (`convert.to_flax.Imported`), if it keeps them."""
     file = run / SOURCE_DTYPES
     return read_json(file, MAX_INDEX_BYTES) if file.is_file() else {}
 
@@ -77,13 +77,13 @@ def _copy_kept(kept: Mapping[str, Path], out: Path, config: ModelConfig, trained
     After training, generation_config.json ends texts with the tokens that ended them in training.
     """
     source, written = read_json(kept["config.json"]), {"config.json": read_json(out / "config.json")}
-    code = source.get("auto_map")
-    if isinstance(code, dict) and {f"{str(value).partition('.')[0]}.py" for value in code.values()} <= kept.keys():
-        written["config.json"].setdefault("auto_map", code)
+    if "auto_map" in source and _code_files(source["auto_map"]) <= kept.keys():
+        written["config.json"].setdefault("auto_map", source["auto_map"])
     if GENERATION_CONFIG in kept:
         generation = read_json(kept[GENERATION_CONFIG])
         ends = generation.get("eos_token_id")
-        if trained and not {*config.eos_token_ids} <= {*(ends if isinstance(ends, list) else [ends])}:
+        ends = ends if isinstance(ends, list) else [ends]
+        if trained and not all(token in ends for token in config.eos_token_ids):
             generation["eos_token_id"] = config.to_dict()["eos_token_id"]
         written[GENERATION_CONFIG] = generation
     for name, file in kept.items():
@@ -96,6 +96,15 @@ def _copy_kept(kept: Mapping[str, Path], out: Path, config: ModelConfig, trained
         else:
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, out / name)
+
+
+def _code_files(auto_map: Any) -> set[str]:
+    """The Python files that an auto_map names in its own folder; an entry may have several classes."""
+    found = set()
+    for entry in auto_map.values() if isinstance(auto_map, dict) else ():
+        classes = entry if isinstance(entry, list) else [entry]
+        found |= {f"{name.partition('.')[0]}.py" for name in classes if isinstance(name, str) and "--" not in name}
+    return found
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

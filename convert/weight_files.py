@@ -1,6 +1,7 @@
 """Which files of a folder hold its weights: decided here, and as transformers decides it."""
 
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,9 @@ INDEX_NAME = "model.safetensors.index.json"
 
 WEIGHT_SETS = ((WEIGHTS_NAME, INDEX_NAME), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 """A single file, and the index of its shards, in the order in which transformers looks for them."""
+
+MODEL_FILES = ("model*.safetensors*", "pytorch_model*.bin*", "consolidated*")
+"""Other files of weights are an optimizer's, an adapter's or a trainer's."""
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
@@ -73,8 +77,8 @@ def _of_set(path: Path, single: str, index: str, needed: Callable[[str], bool]) 
         unopened = [tensor for name in shards.keys() - wanted.keys() for tensor in shards[name]]
     if not read:
         raise UserError(f"{path / index} names no tensor of the model")
-    others = {name for name in held if name.endswith(WEIGHT_SUFFIXES)} - {file.name for file in read} - shards.keys()
-    if others:
+    others = {name for name in held if any(fnmatch(name, pattern) for pattern in MODEL_FILES)}
+    if others := others - {index, *(file.name for file in read)} - shards.keys():
         note(f"{path}: not read: {listed(sorted(others))}")
     return WeightFiles(read, unopened, rival)
 

@@ -559,7 +559,8 @@ class OwnModel(DeepseekV3ForCausalLM):
 def test_code_that_auto_map_names_travels_and_is_not_run(tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch")
-    source = V3 | {"auto_map": {"AutoModelForCausalLM": "modeling_own.OwnModel"}, "torch_dtype": "float32"}
+    named = {"AutoModelForCausalLM": "modeling_own.OwnModel", "AutoTokenizer": ["helper.Slow", None]}
+    source = V3 | {"auto_map": named, "torch_dtype": "float32"}
     folder = folder_of(tmp_path / "in", source)
     write_json(folder / "config.json", source)
     files = {"modeling_own.py": CODE, "helper.py": "WIDTH = 7\n", "broken.py": "raise SystemExit('it was run')\n"}
