@@ -19,9 +19,10 @@ from matplotlib.figure import Figure
 import train
 from jaxllm.config import TrainConfig
 from jaxllm.config.groups import CheckpointConfig, DataConfig, LoggingConfig, SamplingConfig
-from jaxllm.run import checkpoint, checkpoint_writer, reporting
+from jaxllm.run import reporting
 from jaxllm.run import run as running
 from jaxllm.run.signals import STOPPING
+from jaxllm.store import checkpoint, checkpoint_writer
 from jaxllm.train import trainer
 from jaxllm.train.placement import OneDevice, Placement
 

@@ -23,14 +23,14 @@ from jaxllm.errors import exit_on_user_error
 from jaxllm.files import write_json
 from jaxllm.generate import Sampling, generate
 from jaxllm.packages import check_own
-from jaxllm.run.checkpoint import oldest_step
+from jaxllm.run.arguments import parse_args
 from jaxllm.run.init import check_shapes
-from jaxllm.run.prepare import check_folder, parse_args
 from jaxllm.run.processes import barrier, init_distributed, is_primary
 from jaxllm.run.reporting import write_samples
 from jaxllm.run.run import Run
 from jaxllm.run.runtime import use_compilation_cache
-from jaxllm.run.source import SOURCE_DTYPES
+from jaxllm.store.folder import SOURCE_DTYPES, checkpoint_steps
+from jaxllm.store.resume import check_folder
 from jaxllm.train.placement import choose_placement
 from jaxllm.train.trainer import Trainer
 
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def read_start(config: TrainConfig) -> Imported | None:
     """What a new run starts from with --init; it is read before an earlier run is deleted."""
-    if config.init is None or (check_folder(config, "JAX") and oldest_step(config.folder) is not None):
+    if config.init is None or (check_folder(config, "JAX") and checkpoint_steps(config.folder)):
         return None
     check_shapes(config)
     check_own("convert")

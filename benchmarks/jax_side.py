@@ -33,9 +33,9 @@ from jaxllm.model.moe import DeepSeekExpertLayer, route
 from jaxllm.plan.hlo import read_program
 from jaxllm.plan.hlo_cost import matrix_products
 from jaxllm.plan.report import kernel_totals
-from jaxllm.run.checkpoint_writer import CheckpointWriter
-from jaxllm.run.history import History
 from jaxllm.run.throughput import GIB
+from jaxllm.store.checkpoint_writer import CheckpointWriter
+from jaxllm.store.history import History
 from jaxllm.train.placement import lower_step
 from jaxllm.train.state import init_state, start_state
 from jaxllm.train.step import StepMetrics, eval_step, model_graph

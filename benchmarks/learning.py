@@ -22,7 +22,7 @@ from jaxllm.command_line import parse
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.generate import Sampling, generate
-from jaxllm.run.metrics import last_evaluation
+from jaxllm.store.metrics_file import last_evaluation
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from benchmarks.machine import peak_resident
 from benchmarks.worker import Prepared, repeated, sustained
 from jaxllm.config import ModelConfig, TrainConfig
 from jaxllm.model.flops import active_parameters
-from jaxllm.run.checkpoint import Weights
+from jaxllm.store.checkpoint import Weights
 from jaxllm.train.state import init_state
 from parity_tests.forward import random_weights, torch_model
 from parity_tests.hf_side import stock_model

@@ -8,9 +8,9 @@ from jaxllm.config import ModelConfig, TrainConfig
 from jaxllm.config.families import names_of
 from jaxllm.errors import UserError
 from jaxllm.model import flops
-from jaxllm.run.checkpoint import Weights
-from jaxllm.run.metrics import last_evaluation
-from jaxllm.run.prepare import CONFIG_FILE, read_config
+from jaxllm.store.checkpoint import Weights
+from jaxllm.store.folder import CONFIG_FILE, read_config
+from jaxllm.store.metrics_file import last_evaluation
 
 CARD_FILE = "README.md"
 

@@ -24,10 +24,10 @@ from jaxllm.errors import UserError, listed, note
 from jaxllm.files import StrPath, read_json, write_json
 from jaxllm.model.decoder import CustomLLM, abstract_model
 from jaxllm.model.dtypes import check_dtype
-from jaxllm.run.checkpoint import Weights
-from jaxllm.run.checkpoint_writer import write_run
-from jaxllm.run.prepare import read_model_config
-from jaxllm.run.source import SOURCE_DTYPES, model_folder, source_files
+from jaxllm.store.checkpoint import Weights
+from jaxllm.store.checkpoint_writer import write_run
+from jaxllm.store.folder import SOURCE_DTYPES, read_model_config
+from jaxllm.store.source import model_folder, source_files
 
 _EXPORTED = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """The dtype of the export for each of a file: weights are float32 in between."""

@@ -22,9 +22,9 @@ from jaxllm.files import StrPath, read_json, write_json
 from jaxllm.model.decoder import CustomLLM, split_model
 from jaxllm.model.inference import unpacked
 from jaxllm.packages import ROOT, check_own
-from jaxllm.run.checkpoint import Weights, load_weights
-from jaxllm.run.prepare import CONFIG_FILE
-from jaxllm.run.source import GENERATION_CONFIG, SOURCE_DTYPES, kept_files, read_source
+from jaxllm.store.checkpoint import Weights, load_weights
+from jaxllm.store.folder import CONFIG_FILE, SOURCE_DTYPES, TOKENIZER
+from jaxllm.store.source import GENERATION_CONFIG, kept_files, read_source
 
 MODELING_FILE = "modeling_customllm.py"
 AUTO_CLASSES = {
@@ -58,8 +58,8 @@ def export_run(run: StrPath, out: StrPath, *, dtype: str | None = None) -> None:
     others = {} if dtype else stored.get("others", {})
     write_model(config, weights, out, given, source, others)
     if source is None:
-        if (run / "tokenizer" / "tokenizer.json").is_file():
-            export_tokenizer(load_tokenizer(str(run / "tokenizer")), config, out)
+        if (run / TOKENIZER / "tokenizer.json").is_file():
+            export_tokenizer(load_tokenizer(str(run / TOKENIZER)), config, out)
     else:
         _copy_kept(kept, out, config, trained=(run / CONFIG_FILE).is_file())
     write_model_card(run, out, config, weights)

@@ -24,12 +24,12 @@ from jaxllm.errors import UserError
 from jaxllm.files import StrPath, write_json
 from jaxllm.model.decoder import abstract_model
 from jaxllm.packages import check_own
-from jaxllm.run.checkpoint import CheckpointReader, ResumeState, Weights, read_newest
-from jaxllm.run.checkpoint_writer import write_run
-from jaxllm.run.history import History
-from jaxllm.run.metrics import read_metrics, write_metrics
-from jaxllm.run.prepare import CONFIG_FILE, checkpoint_owner, read_config, read_model_config
-from jaxllm.run.source import tokenizer_files
+from jaxllm.store.checkpoint import CheckpointReader, ResumeState, Weights, read_newest
+from jaxllm.store.checkpoint_writer import write_run
+from jaxllm.store.folder import CONFIG_FILE, MODEL_FILE, TOKENIZER, checkpoint_owner, read_config, read_model_config
+from jaxllm.store.history import History
+from jaxllm.store.metrics_file import read_metrics, write_metrics
+from jaxllm.store.source import tokenizer_files
 from jaxllm.train.optim import OptimizerState, of_adamw
 from jaxllm.train.state import dropout_key
 
@@ -71,10 +71,10 @@ def export_training(run: StrPath, out: StrPath) -> None:
     (checkpoint / POSITION_FILE).write_bytes(resumed.positions[0].to_bytes())
     torch_config = config.as_type(RunConfig).with_options(run_dir=out)
     hand_over.write_training(checkpoint, torch_config, int(resumed.step), of_parameter)
-    write_json(out / "config.json", model.to_dict())
+    write_json(out / MODEL_FILE, model.to_dict())
     write_json(out / CONFIG_FILE, torch_config.to_dict())
     write_metrics(out, resumed.history.records)
-    shutil.copytree(run / "tokenizer", out / "tokenizer")
+    shutil.copytree(run / TOKENIZER, out / TOKENIZER)
 
 
 def import_training(source: StrPath, run: StrPath) -> None:
@@ -111,7 +111,7 @@ def import_training(source: StrPath, run: StrPath) -> None:
     position = read_position(checkpoint.folder / POSITION_FILE, config.data.seq_len, model.vocab_size)
     # the key of dropout follows from the seed
     resumed = ResumeState(OptimizerState(count, mu, nu), count, dropout_key(config), [position], history)
-    write_run(run, model, weights, [], (config, resumed), tokenizer_files(source / "tokenizer"))
+    write_run(run, model, weights, [], (config, resumed), tokenizer_files(source / TOKENIZER))
     write_metrics(run, history.records)
 
 
@@ -122,8 +122,8 @@ def is_pytorch_run(folder: StrPath) -> bool:
 
 def _check_tokenizer(run: Path) -> None:
     """Without its tokenizer, a run would resume the old weights with another one."""
-    if not (run / "tokenizer" / "tokenizer.json").is_file():
-        raise UserError(f"{str(run)!r} lacks its tokenizer: put the run's tokenizer.json into {run / 'tokenizer'}")
+    if not (run / TOKENIZER / "tokenizer.json").is_file():
+        raise UserError(f"{str(run)!r} lacks its tokenizer: put the run's tokenizer.json into {run / TOKENIZER}")
 
 
 def _pytorch() -> ModuleType:

@@ -32,9 +32,8 @@ from jaxllm.generate import load_model, tokenizer_folder
 from jaxllm.model.decoder import CustomLLM
 from jaxllm.model.dtypes import Array
 from jaxllm.model.inference import for_inference
-from jaxllm.run.checkpoint import is_run
-from jaxllm.run.prepare import read_config
 from jaxllm.run.runtime import start_jax, use_compilation_cache
+from jaxllm.store.folder import CONFIG_FILE, is_run, read_config
 from jaxllm.train.loss import IGNORED
 from jaxllm.train.step import summed_loss
 
@@ -141,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args: EvaluateArgs = parse(EvaluateArgs, argv, "python -m jaxllm.evaluate", __doc__)
     start_jax()
     use_compilation_cache()
-    trained = is_run(args.run) and (args.run / "train_config.json").is_file()
+    trained = is_run(args.run) and (args.run / CONFIG_FILE).is_file()
     if args.data is None and not trained:
         raise UserError(f"data is missing: {str(args.run)!r} is no training run that holds out data; pass --data")
     config = read_config(args.run, TrainConfig) if trained else None

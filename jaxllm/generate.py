@@ -34,10 +34,10 @@ from jaxllm.model.dtypes import Array, check_dtype
 from jaxllm.model.inference import for_inference
 from jaxllm.model.numerics import pinned_sampling, random_key
 from jaxllm.packages import check_own
-from jaxllm.run.checkpoint import is_run, load_weights
-from jaxllm.run.prepare import read_model_config
 from jaxllm.run.runtime import start_jax, use_compilation_cache
-from jaxllm.run.source import SOURCE, model_folder
+from jaxllm.store.checkpoint import load_weights
+from jaxllm.store.folder import SOURCE, TOKENIZER, is_run, read_model_config
+from jaxllm.store.source import model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -244,7 +244,7 @@ def load_model(folder: StrPath, precision: Precision = "float32") -> CustomLLM:
 
 def tokenizer_folder(folder: StrPath) -> Path:
     """The folder of the tokenizer of a run, or of an exported folder or one in the Hub's cache."""
-    kept = (Path(folder, name) for name in ("tokenizer", SOURCE) if is_run(folder))
+    kept = (Path(folder, name) for name in (TOKENIZER, SOURCE) if is_run(folder))
     return next((path for path in kept if path.is_dir()), model_folder(folder))
 
 

@@ -21,9 +21,9 @@ from jaxllm.config.families import is_interleaved, names_of
 from jaxllm.errors import UserError, one_line, shown
 from jaxllm.files import read_bounded, read_json
 from jaxllm.generate import tokenizer_folder
-from jaxllm.run.checkpoint import Weights, is_run, load_weights
-from jaxllm.run.prepare import CONFIG_FILE
 from jaxllm.run.runtime import start_jax
+from jaxllm.store.checkpoint import Weights, load_weights
+from jaxllm.store.folder import CONFIG_FILE, is_run
 from parity_tests import hf_side
 from parity_tests.compare import Row
 from parity_tests.forward import random_weights, torch_model

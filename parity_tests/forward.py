@@ -19,7 +19,7 @@ from convert.to_torch import torch_tensors
 from jaxllm.config import ModelConfig
 from jaxllm.config.families import names_of
 from jaxllm.model.decoder import abstract_model
-from jaxllm.run.checkpoint import Weights
+from jaxllm.store.checkpoint import Weights
 from jaxllm.train.loss import count_targets
 from jaxllm.train.step import summed_loss
 from parity_tests import hf_side

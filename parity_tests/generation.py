@@ -15,7 +15,7 @@ from jaxllm.generate import generate, prefill
 from jaxllm.model.attention import Latents
 from jaxllm.model.decoder import abstract_model
 from jaxllm.model.kernels.packed import unpack
-from jaxllm.run.checkpoint import Weights
+from jaxllm.store.checkpoint import Weights
 from parity_tests import hf_side
 from parity_tests.compare import TOLERANCES, Row, compare_arrays
 from parity_tests.forward import DTYPES, jax_precision, jax_weights, torch_precision

@@ -28,7 +28,7 @@ from jaxllm.config import ModelConfig
 from jaxllm.config.families import family_of
 from jaxllm.errors import UserError, shown
 from jaxllm.model.decoder import abstract_model
-from jaxllm.run.checkpoint import Weights
+from jaxllm.store.checkpoint import Weights
 from parity_tests.recording import recorded
 from torch_ref.model import CACHE, no_autocast
 from torch_ref.muon import Blocks

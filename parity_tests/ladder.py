@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxllm.config import ModelConfig, TrainConfig
 from jaxllm.config.families import names_of
-from jaxllm.run.checkpoint import Weights
+from jaxllm.store.checkpoint import Weights
 from jaxllm.train.loss import IGNORED
 from parity_tests.compare import (
     DEEPSEEK_BFLOAT16,

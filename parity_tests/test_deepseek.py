@@ -19,8 +19,8 @@ from convert.mapping import PARAMS, ROUTING_BIAS, entries
 from jaxllm.config.families import is_interleaved, read_config
 from jaxllm.data.tokenizer import decode_after, encode_prompt, load_tokenizer
 from jaxllm.generate import generate, load_model
-from jaxllm.run.checkpoint import Weights
-from jaxllm.run.metrics import read_metrics
+from jaxllm.store.checkpoint import Weights
+from jaxllm.store.metrics_file import read_metrics
 from jaxllm.train.optim import OptimizerState
 from parity_tests import hf_side
 from parity_tests.compare import Flips, Row, expert_flips

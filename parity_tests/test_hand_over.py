@@ -14,9 +14,9 @@ import train
 from convert.__main__ import main
 from jaxllm.config import TrainConfig
 from jaxllm.files import read_json
-from jaxllm.run.checkpoint import ResumeState, Weights, newest_checkpoint
-from jaxllm.run.checkpoint_writer import write_run
-from jaxllm.run.metrics import read_metrics
+from jaxllm.store.checkpoint import ResumeState, Weights, newest_checkpoint
+from jaxllm.store.checkpoint_writer import write_run
+from jaxllm.store.metrics_file import read_metrics
 from parity_tests.training import random_moments
 from torch_ref import train as torch_training
 

@@ -28,11 +28,13 @@ from jaxllm.config import RunConfig, TrainConfig
 from jaxllm.data.sources import open_source
 from jaxllm.data.stream import POSITION_FILE, TokenStream
 from jaxllm.generate import generate as generate_in_jax
-from jaxllm.run.checkpoint import Weights
+from jaxllm.run.arguments import parse_args
 from jaxllm.run.evaluation import Evaluator
-from jaxllm.run.lock import FolderLock
-from jaxllm.run.metrics import RunLog, read_metrics
-from jaxllm.run.prepare import Prepared, parse_args, prepare
+from jaxllm.run.metrics import RunLog
+from jaxllm.run.prepare import Prepared, prepare
+from jaxllm.store.checkpoint import Weights
+from jaxllm.store.lock import FolderLock
+from jaxllm.store.metrics_file import read_metrics
 from jaxllm.train.state import TrainState
 from jaxllm.train.step import StepMetrics
 from jaxllm.train.trainer import Trainer

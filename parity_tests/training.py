@@ -19,7 +19,7 @@ import torch_ref.step as torch_step
 from jaxllm.config import TrainConfig
 from jaxllm.config.families import is_interleaved
 from jaxllm.model.decoder import abstract_model
-from jaxllm.run.checkpoint import Weights
+from jaxllm.store.checkpoint import Weights
 from jaxllm.train import step as jax_step
 from jaxllm.train.optim import OptimizerState, of_adamw
 from jaxllm.train.state import TrainState, start_state

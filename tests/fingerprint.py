@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxllm.config import TrainConfig
 from jaxllm.files import read_json
-from jaxllm.run.checkpoint import newest_checkpoint
+from jaxllm.store.checkpoint import newest_checkpoint
 
 MEASURED = ("second", "runtime", "mfu", "data_wait", "peak")
 """Parts of the names of columns that are measured, and so differ from run to run."""

@@ -15,8 +15,9 @@ from typing import Any
 import transformers
 
 from jaxllm.config import RunConfig, TrainConfig
-from jaxllm.run.lock import LOCK_FILE, FolderLock
-from jaxllm.run.prepare import parse_args, prepare
+from jaxllm.run.arguments import parse_args
+from jaxllm.run.prepare import prepare
+from jaxllm.store.lock import LOCK_FILE, FolderLock
 
 transformers.PreTrainedTokenizerFast  # noqa: B018  imported once, before the forks
 

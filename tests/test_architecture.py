@@ -41,7 +41,7 @@ def test_imports_go_down(checkout):
             "from jaxllm.train.optim import OptimizerState",
             "jaxllm.model.moe -> jaxllm.train.optim",
         ),
-        ("jaxllm/data/stream.py", "import jaxllm.run.lock", "jaxllm.data.stream -> jaxllm.run.lock"),
+        ("jaxllm/data/stream.py", "import jaxllm.store.lock", "jaxllm.data.stream -> jaxllm.store.lock"),
         ("jaxllm/train/step.py", "import torch", "jaxllm.train.step -> torch"),
     ],
 )

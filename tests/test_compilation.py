@@ -18,7 +18,7 @@ from jaxllm.config import TrainConfig
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.sources import FileSource, local_files
 from jaxllm.data.tokenizer import train_or_recall_tokenizer
-from jaxllm.run.prepare import parse_args
+from jaxllm.run.arguments import parse_args
 from jaxllm.run.runtime import use_compilation_cache
 from jaxllm.train.placement import OneDevice, compile_programs
 from jaxllm.train.state import init_state

@@ -17,8 +17,8 @@ import train
 from jaxllm.config import recipe
 from jaxllm.errors import UserError
 from jaxllm.run import reporting
-from jaxllm.run.metrics import read_metrics
 from jaxllm.run.tensorboard import TensorBoardWriter, scalars
+from jaxllm.store.metrics_file import read_metrics
 
 ROOT = Path(__file__).parents[1]
 

@@ -26,9 +26,9 @@ from convert.to_torch import write_model
 from jaxllm import CustomLLM, UserError, for_inference, from_pretrained, save_pretrained
 from jaxllm import generate as generation
 from jaxllm.model.decoder import split_model
-from jaxllm.run.checkpoint import load_weights
-from jaxllm.run.checkpoint_writer import write_run
-from jaxllm.run.metrics import read_metrics
+from jaxllm.store.checkpoint import load_weights
+from jaxllm.store.checkpoint_writer import write_run
+from jaxllm.store.metrics_file import read_metrics
 
 
 @pytest.fixture(scope="module")

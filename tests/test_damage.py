@@ -18,11 +18,12 @@ import train
 from convert import __main__ as convert
 from jaxllm import generate as generation
 from jaxllm.errors import UserError
-from jaxllm.run import checkpoint
-from jaxllm.run.checkpoint import CheckpointReader, choose_checkpoint, load_weights
-from jaxllm.run.checkpoint_writer import _ChecksummedFolder
-from jaxllm.run.checksums import CHECKSUMS_FILE, find_damage
-from jaxllm.run.metrics import read_metrics
+from jaxllm.store import resume
+from jaxllm.store.checkpoint import CheckpointReader, load_weights
+from jaxllm.store.checkpoint_writer import _ChecksummedFolder
+from jaxllm.store.checksums import CHECKSUMS_FILE, find_damage
+from jaxllm.store.metrics_file import read_metrics
+from jaxllm.store.resume import choose_checkpoint
 from tests.fingerprint import fingerprint
 
 
@@ -155,7 +156,7 @@ def test_a_checkpoint_that_the_trainer_removes_while_it_is_read_is_looked_for_ag
     """As with --keep-checkpoints 1: another one is there before the one that is being read goes."""
     folder = Path(shutil.copytree(run, tmp_path / "run"))
     (folder / "checkpoints" / "20").rename(tmp_path / "20")
-    where, name = (checkpoint, "find_damage") if moment == "checksums" else (CheckpointReader, "_restore")
+    where, name = (resume, "find_damage") if moment == "checksums" else (CheckpointReader, "_restore")
     original = getattr(where, name)
 
     def removing(*args, **kwargs):

@@ -20,9 +20,9 @@ from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.files import read_json, write_json
 from jaxllm.run import held_out
-from jaxllm.run.lock import FolderLock
-from jaxllm.run.metrics import read_metrics
 from jaxllm.run.prepare import Prepared, prepare
+from jaxllm.store.lock import FolderLock
+from jaxllm.store.metrics_file import read_metrics
 
 
 def write(file: Path, rows: int, words: int = 4) -> None:

@@ -27,7 +27,8 @@ from jaxllm.data.stream import POOL_ROWS, Position, ProcessBatches, TokenStream,
 from jaxllm.data.tokenizer import bytes_per_target, encode_prompt, text_bytes, without_dropout
 from jaxllm.errors import UserError
 from jaxllm.run import prepare
-from jaxllm.run.lock import FolderLock
+from jaxllm.run.arguments import parse_args
+from jaxllm.store.lock import FolderLock
 
 CHAT = [{"role": "user", "content": "Hello 1"}, {"role": "assistant", "content": "Hello 2"}]
 
@@ -315,7 +316,7 @@ def test_a_run_of_epochs_resumes_with_the_steps_that_it_counted(narrow_model, co
     arguments = [*narrow_model, "--data", str(corpus), "--run-dir", str(tmp_path / "run")]
 
     def start(*more: str) -> tuple[float | None, int]:
-        config = prepare.parse_args([*arguments, *more], "train.py", None, TrainConfig)
+        config = parse_args([*arguments, *more], "train.py", None, TrainConfig)
         with FolderLock(config.folder) as lock:
             schedule = prepare.prepare(config, "JAX", lock).config.schedule
         return schedule.epochs, schedule.steps

@@ -32,7 +32,7 @@ from jaxllm.config.families import FAMILIES, check_trainable, family_of, is_inte
 from jaxllm.errors import note
 from jaxllm.files import write_json
 from jaxllm.model.decoder import abstract_model
-from jaxllm.run.checkpoint import Weights, load_weights
+from jaxllm.store.checkpoint import Weights, load_weights
 
 V3: dict[str, Any] = {
     "model_type": "deepseek_v3", "vocab_size": 60, "hidden_size": 32, "intermediate_size": 40,

@@ -18,9 +18,10 @@ from convert import __main__ as convert
 from jaxllm import CustomLLM, ModelConfig, UserError
 from jaxllm import generate as generation
 from jaxllm.model.decoder import split_model
-from jaxllm.run.checkpoint import Weights, checkpoint_context, choose_checkpoint, load_weights
-from jaxllm.run.checkpoint_writer import write_run
-from jaxllm.run.checksums import find_damage, write_checksums
+from jaxllm.store.checkpoint import Weights, load_weights
+from jaxllm.store.checkpoint_writer import write_run
+from jaxllm.store.checksums import checkpoint_context, find_damage, write_checksums
+from jaxllm.store.resume import choose_checkpoint
 
 PRINTABLE = string.printable.replace("/", "")
 NOT_UTF_8 = os.fsdecode(b"\xff\xfe\x80")

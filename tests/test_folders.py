@@ -30,8 +30,8 @@ from jaxllm.data.stream import TokenStream, encode, held_out_rows
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.files import read_json
-from jaxllm.run.lock import FolderLock
 from jaxllm.run.prepare import prepare
+from jaxllm.store.lock import FolderLock
 
 TEXTS = [f'Row {i}: "grüße", 雪; it has\ttabs, commas and two\nlines ' + "words " * (i % 9) for i in range(60)]
 

@@ -42,9 +42,10 @@ from jaxllm.data.tokenizer import align, encode_prompt, load_tokenizer, train_to
 from jaxllm.errors import UserError
 from jaxllm.files import read_json, write_json
 from jaxllm.model.decoder import abstract_model
-from jaxllm.run.checkpoint import CheckpointReader, Weights, load_weights
-from jaxllm.run.checkpoint_writer import write_run
-from jaxllm.run.prepare import check_resumable, read_model_config
+from jaxllm.store.checkpoint import CheckpointReader, Weights, load_weights
+from jaxllm.store.checkpoint_writer import write_run
+from jaxllm.store.folder import read_model_config
+from jaxllm.store.resume import check_resumable
 from jaxllm.train.state import init_state
 
 MODEL = ModelConfig(

@@ -26,9 +26,10 @@ from jaxllm.data.stream import ProcessBatches
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.files import read_json
-from jaxllm.run.lock import FolderLock
-from jaxllm.run.metrics import read_metrics
-from jaxllm.run.prepare import parse_args, prepare
+from jaxllm.run.arguments import parse_args
+from jaxllm.run.prepare import prepare
+from jaxllm.store.lock import FolderLock
+from jaxllm.store.metrics_file import read_metrics
 from tests.hub_server import Fault, HubServer
 
 NAME, CONFIG = "HuggingFaceTB/smollm-corpus", "cosmopedia-v2"

@@ -14,8 +14,8 @@ import pytest
 import train
 from convert.to_flax import read_folder
 from jaxllm.run import replay as replaying
-from jaxllm.run.checkpoint import load_weights
-from jaxllm.run.source import SOURCE
+from jaxllm.store.checkpoint import load_weights
+from jaxllm.store.folder import SOURCE
 from jaxllm.train.trainer import Trainer
 from tests.test_families import V3, folder_of
 

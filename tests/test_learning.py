@@ -13,8 +13,8 @@ from benchmarks.learning import main, parses
 from benchmarks.sizes import learner_config
 from jaxllm.errors import UserError
 from jaxllm.files import read_json, write_json
-from jaxllm.run.metrics import last_evaluation
 from jaxllm.run.reporting import new_figure
+from jaxllm.store.metrics_file import last_evaluation
 
 
 @pytest.mark.parametrize(

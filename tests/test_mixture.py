@@ -20,7 +20,7 @@ from jaxllm.data.sources import open_source
 from jaxllm.data.stream import TokenStream, held_out_rows
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.errors import UserError
-from jaxllm.run.metrics import read_metrics
+from jaxllm.store.metrics_file import read_metrics
 
 WEIGHTED = {
     "a=0.7,b=0.3": {"a": 0.7, "b": 0.3},

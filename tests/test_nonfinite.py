@@ -21,11 +21,11 @@ from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.files import read_json
 from jaxllm.model.layers import ParameterFacts
 from jaxllm.run import replay
-from jaxllm.run.checkpoint import ResumeState, Weights, newest_checkpoint
-from jaxllm.run.checkpoint_writer import write_run
 from jaxllm.run.evaluation import Evaluator
-from jaxllm.run.history import History
-from jaxllm.run.metrics import read_metrics
+from jaxllm.store.checkpoint import ResumeState, Weights, newest_checkpoint
+from jaxllm.store.checkpoint_writer import write_run
+from jaxllm.store.history import History
+from jaxllm.store.metrics_file import read_metrics
 from jaxllm.train.optim import OptimizerState, adamw_update, learning_rate
 from jaxllm.train.state import init_state
 from jaxllm.train.step import model_graph, train_step

@@ -25,9 +25,9 @@ from jaxllm.errors import UserError
 from jaxllm.files import write_json
 from jaxllm.model.decoder import abstract_model, model_facts
 from jaxllm.model.layout import MESH_AXIS, Layout
-from jaxllm.run.checkpoint import newest_checkpoint
-from jaxllm.run.checkpoint_writer import CheckpointWriter
-from jaxllm.run.history import History
+from jaxllm.store.checkpoint import newest_checkpoint
+from jaxllm.store.checkpoint_writer import CheckpointWriter
+from jaxllm.store.history import History
 from jaxllm.train.loss import IGNORED
 from jaxllm.train.placement import OneDevice, choose_placement, compile_programs, lower_step
 from jaxllm.train.sharding import choose_mesh

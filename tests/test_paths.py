@@ -20,8 +20,9 @@ from jaxllm import TrainConfig, UserError
 from jaxllm.config import RunConfig
 
 MODULES = (
-    "jaxllm.generate", "jaxllm.evaluate", "jaxllm.run.checkpoint", "jaxllm.run.checkpoint_writer", "jaxllm.run.lock",
-    "jaxllm.run.metrics", "jaxllm.run.prepare", "jaxllm.run.replay", "jaxllm.run.reporting", "jaxllm.run.tensorboard",
+    "jaxllm.generate", "jaxllm.evaluate", "jaxllm.store.checkpoint", "jaxllm.store.checkpoint_writer",
+    "jaxllm.store.lock", "jaxllm.store.metrics_file", "jaxllm.run.metrics", "jaxllm.run.prepare", "jaxllm.run.replay",
+    "jaxllm.run.reporting", "jaxllm.run.tensorboard",
     "convert.to_flax", "convert.to_torch", "convert.training", "parity_tests.report", "parity_tests.text",
     "torch_ref.checkpoint", "torch_ref.generate",
 )  # fmt: skip

@@ -10,10 +10,11 @@ import pytest
 import train
 from convert import __main__ as convert
 from jaxllm.config import DEFAULT_RECIPE, RunConfig, TrainConfig
-from jaxllm.run import prepare
+from jaxllm.run import arguments
+from jaxllm.run.arguments import INIT_LEARNING_RATE, parse_args
 from jaxllm.run.hardware import bfloat16_hardware
-from jaxllm.run.metrics import RunLog, read_metrics
-from jaxllm.run.prepare import INIT_LEARNING_RATE, parse_args
+from jaxllm.run.metrics import RunLog
+from jaxllm.store.metrics_file import read_metrics
 
 
 def losses(folder):
@@ -86,7 +87,7 @@ def test_a_new_run_is_in_bfloat16_where_the_processor_multiplies_it(flags, wante
         (tmp_path / "proc").mkdir()
         (tmp_path / "proc" / "cpuinfo").write_text(flags)
     assert bfloat16_hardware(tmp_path) == wanted
-    monkeypatch.setattr(prepare, "bfloat16_hardware", lambda: wanted)
+    monkeypatch.setattr(arguments, "bfloat16_hardware", lambda: wanted)
     folder = ("--run-dir", str(tmp_path / "run"))
     assert options_of(*folder)["precision"] == ("bfloat16" if wanted else "float32")
     assert options_of(*folder, "--precision", "float32")["precision"] == "float32"
@@ -95,5 +96,5 @@ def test_a_new_run_is_in_bfloat16_where_the_processor_multiplies_it(flags, wante
 
 
 def test_a_run_keeps_its_precision_on_another_machine(run, monkeypatch):
-    monkeypatch.setattr(prepare, "bfloat16_hardware", lambda: "avx512_bf16")
+    monkeypatch.setattr(arguments, "bfloat16_hardware", lambda: "avx512_bf16")
     assert options_of("--run-dir", str(run))["precision"] == "float32"

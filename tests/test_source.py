@@ -20,10 +20,11 @@ from jaxllm.data.sources import open_source
 from jaxllm.data.tokenizer import load_tokenizer, train_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.files import read_json, write_json
-from jaxllm.run.checkpoint_writer import CheckpointWriter
-from jaxllm.run.lock import FolderLock
-from jaxllm.run.prepare import Prepared, parse_args, prepare
-from jaxllm.run.source import source_files
+from jaxllm.run.arguments import parse_args
+from jaxllm.run.prepare import Prepared, prepare
+from jaxllm.store.checkpoint_writer import CheckpointWriter
+from jaxllm.store.lock import FolderLock
+from jaxllm.store.source import source_files
 from tests.test_families import V3, assert_same_bits, numbered_weights
 
 SOURCE = V3 | {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0, "torch_dtype": "float32"}
@@ -201,7 +202,7 @@ def test_links_that_lead_elsewhere_and_large_files_are_named_and_not_kept(model,
     (model / "large.txt").write_bytes(b"x" * 100_000)
     (model / "adapter.safetensors").write_bytes(b"weights")
     os.mkfifo(model / "pipe")
-    monkeypatch.setattr("jaxllm.run.source.MAX_BYTES", 90_000)
+    monkeypatch.setattr("jaxllm.store.source.MAX_BYTES", 90_000)
     found = source_files(model)
     assert sorted(found.left_out) == ["large.txt", "notes.txt", "pipe"]
     assert "source/inside.txt" in found.places

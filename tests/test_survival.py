@@ -19,13 +19,13 @@ import pytest
 import train
 from jaxllm.data import stream as streams
 from jaxllm.data.stream import TokenStream
-from jaxllm.run.checkpoint import choose_checkpoint
 from jaxllm.run.evaluation import Evaluator
-from jaxllm.run.lock import LOCK_FILE, FolderLock
 from jaxllm.run.metrics import RunLog
 from jaxllm.run.monitor import StepMonitor
 from jaxllm.run.signals import STOPPING, stop_on_signals
 from jaxllm.run.tensorboard import TensorBoardWriter
+from jaxllm.store.lock import LOCK_FILE, FolderLock
+from jaxllm.store.resume import choose_checkpoint
 from tests.chaos import Options, chaos
 from tests.fingerprint import fingerprint
 
@@ -167,7 +167,7 @@ def test_an_interrupted_evaluation_is_repeated_at_the_next_start(run, narrow, tm
 @pytest.mark.usefixtures("signals_by_default")
 def test_a_second_ctrl_c_ends_the_process_at_once(narrow, run, tmp_path):
     """Also while the main thread waits in a place where Python handles no signals: here a save that hangs."""
-    program = "import sys, threading, train; from jaxllm.run.checkpoint_writer import CheckpointWriter\n"
+    program = "import sys, threading, train; from jaxllm.store.checkpoint_writer import CheckpointWriter\n"
     program += "CheckpointWriter.save = lambda *_: threading.Lock().acquire() and "
     program += "threading.Event().wait(); sys.exit(train.main())"
     folder = shutil.copytree(run, tmp_path / "run")

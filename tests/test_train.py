@@ -14,8 +14,8 @@ from jaxllm.config import ModelConfig, TrainConfig
 from jaxllm.data.stream import TokenStream
 from jaxllm.files import read_json
 from jaxllm.model import flops
-from jaxllm.run.metrics import read_metrics
 from jaxllm.run.reporting import announce
+from jaxllm.store.metrics_file import read_metrics
 from tests.fingerprint import without_times
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from jaxllm.config import RunConfig
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.packages import is_installed
-from jaxllm.run.prepare import Prepared, parse_args, prepare
+from jaxllm.run.arguments import parse_args
+from jaxllm.run.prepare import Prepared, prepare
 
 PROGRAM = "python -m torch_ref.train"
 
@@ -31,10 +32,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from jaxllm.data.sources import open_source
 from jaxllm.data.stream import POSITION_FILE, TokenStream, read_position
-from jaxllm.run.history import History
-from jaxllm.run.lock import FolderLock
-from jaxllm.run.metrics import RunLog, read_metrics
+from jaxllm.run.metrics import RunLog
 from jaxllm.run.reporting import announce, announce_finished, announce_speed
+from jaxllm.store.history import History
+from jaxllm.store.lock import FolderLock
+from jaxllm.store.metrics_file import read_metrics
 from torch_ref.batches import MicroBatches
 from torch_ref.callbacks import LogCallback, TextGenerationCallback
 from torch_ref.checkpoint import last_checkpoint, reading

@@ -17,9 +17,9 @@ from jaxllm.model.flops import training_flops_per_token
 from jaxllm.plan.estimate import Refused, check_extra, compile_plan
 from jaxllm.plan.report import plan_as_json
 from jaxllm.plan.targets import Target, load_target, target_names
-from jaxllm.run.metrics import last_evaluation
-from jaxllm.run.prepare import CONFIG_FILE
 from jaxllm.run.throughput import GIB
+from jaxllm.store.folder import CONFIG_FILE
+from jaxllm.store.metrics_file import last_evaluation
 
 SAME_START = 0.05  # largest relative difference of the first losses: the sides' weights have the same distributions
 

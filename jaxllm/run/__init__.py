@@ -1,1 +1,1 @@
-"""A run around its steps: preparation, checkpoints, history, log, signals, processes."""
+"""What surrounds the steps of a run: its options and preparation, log, signals, processes."""

@@ -21,6 +21,7 @@ from jaxllm.data.stream import held_out_rows
 from jaxllm.data.tokenizer import bytes_per_target
 from jaxllm.errors import UserError
 from jaxllm.files import check_file
+from jaxllm.store.folder import TOKENIZER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,7 +98,7 @@ def _key(config: RunConfig, source: Source) -> str:
     """What decides the rows: the content of the text, how it is read and encoded, and how many there are."""
     options = dataclasses.asdict(config.data) | {"source": None, "eval_data": None}  # both by their content
     evaluated = [evaluation.open().revision for evaluation in source.evaluations]
-    tokenizer = [_digest(file) for file in sorted((config.folder / "tokenizer").iterdir())]
+    tokenizer = [_digest(file) for file in sorted((config.folder / TOKENIZER).iterdir())]
     decisive = [FORMAT, options, evaluated, tokenizer, config.logging.eval_samples, config.data_streams]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 

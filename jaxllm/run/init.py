@@ -8,8 +8,8 @@ import jax
 from jaxllm.config import ModelConfig, TrainConfig, changed_options
 from jaxllm.errors import UserError, shown
 from jaxllm.model.decoder import abstract_model
-from jaxllm.run.prepare import read_model_config
-from jaxllm.run.source import model_folder
+from jaxllm.store.folder import read_model_config
+from jaxllm.store.source import model_folder
 
 
 def check_shapes(config: TrainConfig) -> None:

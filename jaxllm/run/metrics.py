@@ -1,25 +1,20 @@
 """What a run reports while it trains: console lines, metrics.jsonl, TensorBoard events, and other trackers."""
 
 import contextlib
-import json
 import math
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Self
 
 from tqdm import tqdm
 
 from jaxllm.config import RunConfig
-from jaxllm.files import StrPath, read_json, write_text_atomically
 from jaxllm.model import flops
-from jaxllm.run.history import History
 from jaxllm.run.tensorboard import TensorBoardWriter
 from jaxllm.run.throughput import Speed
 from jaxllm.run.trackers import Tracker
-
-METRICS_FILE = "metrics.jsonl"
-DATA_REPORT = "data_report.json"
-"""What the run reads (`jaxllm.data.report`), as its last start found it."""
+from jaxllm.store.folder import METRICS_FILE
+from jaxllm.store.history import History
+from jaxllm.store.metrics_file import json_line, write_metrics
 
 
 class RunLog:
@@ -112,31 +107,6 @@ def console_line(config: RunConfig, record: dict[str, Any]) -> str:
     )
 
 
-def write_metrics(folder: StrPath, records: list[dict[str, Any]]) -> None:
-    """Write `metrics.jsonl` atomically. The report of the data, if there is one, is a first line without a `step`."""
-    file = Path(folder, DATA_REPORT)
-    first = [{"data": read_json(file)}] if file.is_file() else []
-    write_text_atomically(Path(folder, METRICS_FILE), "".join(map(json_line, [*first, *records])))
-
-
-def json_line(record: dict[str, Any]) -> str:
-    """A record as a line of JSON, where a number that is not finite becomes null."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(finite, allow_nan=False) + "\n"
-
-
-def read_metrics(folder: StrPath) -> list[dict[str, Any]]:
-    """All complete records of a run; a last line that a killed process left incomplete is skipped."""
-    path = Path(folder, METRICS_FILE)
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict) and "step" in record:
-                records.append(record)
-    return records
-
-
 def nonfinite_record(loss: float, grad_norm: float, step: int, position: dict[str, Any]) -> dict[str, Any]:
     """A step that changed nothing, because its loss or its gradient was not finite; `position`: before its batch."""
     return {"nonfinite_loss": str(loss), "nonfinite_grad_norm": str(grad_norm), "position": position, "step": step}
@@ -179,12 +149,6 @@ def _speed_columns(speed: Speed, prefix: str = "") -> dict[str, float]:
 
 def _memory_columns(memory: dict[str, float]) -> dict[str, float]:
     return {name: rounded(value, 3) for name, value in memory.items()}
-
-
-def last_evaluation(folder: StrPath) -> dict[str, Any] | None:
-    """The newest evaluation line of a run whose loss is finite; None without one."""
-    records = (record for record in reversed(read_metrics(folder)) if isinstance(record.get("eval_loss"), float))
-    return next((record for record in records if math.isfinite(record["eval_loss"])), None)
 
 
 def bits_per_byte(loss: float, bytes_per_target: float) -> float:

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from jaxllm.data.stream import Position
 from jaxllm.errors import UserError
-from jaxllm.run.history import History
 from jaxllm.run.metrics import RunLog, nonfinite_record, spike_record
 from jaxllm.run.processes import all_gather
+from jaxllm.store.history import History
 from jaxllm.train.step import StepMetrics
 
 

@@ -32,10 +32,11 @@ from jaxllm.data.stream import ProcessBatches
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.files import StrPath, write_text_atomically
-from jaxllm.run.checkpoint import CheckpointReader, choose_checkpoint, oldest_step
-from jaxllm.run.lock import FolderLock
-from jaxllm.run.prepare import read_config
 from jaxllm.run.runtime import start_jax, use_compilation_cache
+from jaxllm.store.checkpoint import CheckpointReader
+from jaxllm.store.folder import TOKENIZER, checkpoint_steps, read_config
+from jaxllm.store.lock import FolderLock
+from jaxllm.store.resume import choose_checkpoint
 from jaxllm.train.placement import local_rows, on_one_device
 from jaxllm.train.state import TrainState
 from jaxllm.train.step import dropout_keys, gradients
@@ -84,17 +85,17 @@ def replay(folder: StrPath, step: int) -> None:
         raise UserError(f"step is {step}: the run in {folder} has {config.schedule.steps} steps")
     with FolderLock(folder) as lock:
         lock.take()
-        oldest, saved = oldest_step(folder), choose_checkpoint(folder, before=step).step
-        if saved is None and oldest is not None:
+        steps, saved = checkpoint_steps(folder), choose_checkpoint(folder, before=step).step
+        if saved is None and steps:
             raise UserError(
-                f"step is {step}: the oldest checkpoint that is left is that of step {oldest}, pass a later step"
+                f"step is {step}: the oldest checkpoint that is left is that of step {steps[0]}, pass a later step"
             )
         if saved is None and config.init is not None:
             raise UserError(
                 f"step is {step}: the run started from the weights of {config.init}, and has no checkpoint before that "
                 "step, pass a later step"
             )
-        tokenizer = load_tokenizer(str(folder / "tokenizer"))
+        tokenizer = load_tokenizer(str(folder / TOKENIZER))
         _replay(config, tokenizer, step, saved)
 
 

@@ -21,7 +21,9 @@ from jaxllm.data.tokenizer import decode_after, encode_prompt
 from jaxllm.errors import optional
 from jaxllm.files import StrPath, read_json
 from jaxllm.model import flops
-from jaxllm.run.metrics import DATA_REPORT, bits_per_byte, read_metrics
+from jaxllm.run.metrics import bits_per_byte
+from jaxllm.store.folder import DATA_REPORT
+from jaxllm.store.metrics_file import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -20,13 +20,9 @@ from jaxllm.errors import Stopped, UserError
 from jaxllm.model import flops
 from jaxllm.model.kernels import describe_kernels
 from jaxllm.model.summary import module_tree
-from jaxllm.run.checkpoint import CheckpointReader, choose_checkpoint, delete_unfinished, quarantine
-from jaxllm.run.checkpoint_writer import CheckpointWriter, check_room
 from jaxllm.run.evaluation import Evaluator
 from jaxllm.run.hardware import bfloat16_hardware
-from jaxllm.run.history import History
-from jaxllm.run.lock import FolderLock
-from jaxllm.run.metrics import NoLog, RunLog, end_record, step_record, write_metrics
+from jaxllm.run.metrics import NoLog, RunLog, end_record, step_record
 from jaxllm.run.monitor import NotFiniteError, StepMonitor
 from jaxllm.run.prepare import Prepared, keep_left_out, prepare
 from jaxllm.run.processes import (
@@ -46,6 +42,13 @@ from jaxllm.run.reporting import announce, announce_finished, announce_speed, co
 from jaxllm.run.runtime import device_name, measured_peak_tflops, peak_memory
 from jaxllm.run.signals import StopRequest, stop_on_signals
 from jaxllm.run.throughput import Meter
+from jaxllm.store.checkpoint import CheckpointReader, delete_unfinished, quarantine
+from jaxllm.store.checkpoint_writer import CheckpointWriter, check_room
+from jaxllm.store.folder import TOKENIZER
+from jaxllm.store.history import History
+from jaxllm.store.lock import FolderLock
+from jaxllm.store.metrics_file import write_metrics
+from jaxllm.store.resume import choose_checkpoint
 from jaxllm.train.placement import local_rows
 from jaxllm.train.state import TrainState
 from jaxllm.train.step import StepMetrics
@@ -321,7 +324,7 @@ def _prepare_together(config: TrainConfig, lock: FolderLock) -> tuple[Prepared[T
 
     made = primary_result(work)
     config = TrainConfig.from_dict(made["config"]).with_options(run_dir=config.folder)
-    tokenizer = load_tokenizer(str(config.folder / "tokenizer"))
+    tokenizer = load_tokenizer(str(config.folder / TOKENIZER))
     return Prepared(config, tokenizer, np.asarray(made["held_out"], np.int32), made["resumes"]), made["step"]
 
 

@@ -15,11 +15,8 @@ from jaxllm.config import ModelConfig
 from jaxllm.data.tokenizer_files import is_tokenizer_file, tokenizer_class
 from jaxllm.errors import UserError, listed, shown
 from jaxllm.files import StrPath, read_json, rename_durably
+from jaxllm.store.folder import SOURCE, TOKENIZER
 
-SOURCE = "source"
-"""In a run, the folder of these files."""
-SOURCE_DTYPES = "source_dtypes.json"
-"""In a run, the dtypes of the source's weights."""
 GENERATION_CONFIG = "generation_config.json"
 
 WEIGHT_ENDINGS = (
@@ -99,14 +96,14 @@ def source_files(folder: Path, tokenizer: bool = True) -> SourceFiles:
         if len(places) == MAX_FILES or not _may_be_kept(file, folder):
             left_out.append(name)
         else:
-            places[f"{'tokenizer' if tokenizer and of_tokenizer else SOURCE}/{name}"] = file
+            places[f"{TOKENIZER if tokenizer and of_tokenizer else SOURCE}/{name}"] = file
     return SourceFiles(places, left_out)
 
 
 def tokenizer_files(folder: Path) -> SourceFiles:
     """The files of a folder's tokenizer, for a run that takes it in place of its source's."""
     found = source_files(folder).places if folder.is_dir() else {}  # none of a Hub name
-    return SourceFiles({name: file for name, file in found.items() if name.startswith("tokenizer/")}, [])
+    return SourceFiles({name: file for name, file in found.items() if name.startswith(f"{TOKENIZER}/")}, [])
 
 
 def keep_source(folder: Path, run: Path, tokenizer: Path) -> None:
@@ -149,8 +146,8 @@ def _may_be_kept(file: Path, folder: Path) -> bool:
 def kept_files(run: Path) -> dict[str, Path]:
     """The files that a run keeps of its source's folder, by their path there; the tokenizer of the run among them."""
     found = {}
-    for part in (SOURCE, "tokenizer"):
-        if part == "tokenizer" and (run / part).is_dir():  # it replaces the source's
+    for part in (SOURCE, TOKENIZER):
+        if part == TOKENIZER and (run / part).is_dir():  # it replaces the source's
             found = {name: file for name, file in found.items() if not is_tokenizer_file(name)}
         folder = run / part
         found |= {file.relative_to(folder).as_posix(): file for file in _files(folder, recursive=True)}

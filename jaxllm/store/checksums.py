@@ -10,7 +10,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jaxllm.config import FORMAT
 from jaxllm.errors import listed, shown
+from jaxllm.files import StrPath, read_json
+from jaxllm.store.folder import MODEL_FILE, TOKENIZER
 
 CHECKSUMS_FILE = "checksums.json"
 
@@ -18,8 +21,18 @@ MAX_LIST_BYTES = 64 << 20
 """Largest list that is read: a checkpoint of a hundred thousand files has one of 15 MB."""
 
 
+def checkpoint_context(run: StrPath) -> dict[str, Any]:
+    """What a checkpoint depends on in its run's folder: the model's config, and the checksum of the tokenizer."""
+    config, tokenizer = Path(run, MODEL_FILE), Path(run, TOKENIZER, "tokenizer.json")
+    return {
+        "format": FORMAT,
+        "model": read_json(config) if config.is_file() else None,
+        "tokenizer": hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else None,
+    }
+
+
 def write_checksums(folder: Path, context: dict[str, Any]) -> None:
-    """Write the list of a folder's files, with the JSON values of `context` in it: `format`, `model`, `tokenizer`."""
+    """Write the list of a folder's files, with its `checkpoint_context` in it."""
     files = {}
     for name, file in sorted(_files(folder).items()):
         with file.open("rb") as opened:

@@ -1,18 +1,12 @@
-"""Reading the checkpoints of a run, and choosing one: nothing is read before all checksums of a checkpoint agree.
-
-    RUN/config.json            the model's shape             RUN/tokenizer/             the tokenizer
-    RUN/train_config.json      how it was trained            RUN/checkpoints/STEP/      weights | training | history |
-                                                                                       positions; checksums.json
+"""Reading the checkpoints of a run: nothing is read before all checksums of a checkpoint agree.
 
 Checkpoints are orbax's: weights, optimizer, data position and history in one atomic save. One with `weights` alone (the
 converter writes such) is a starting point.
 """
 
 import functools
-import hashlib
 import os
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -22,15 +16,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxllm.config import FORMAT, SPECIAL_TOKENS, ModelConfig, RunConfig
-from jaxllm.config.families import read_config
+from jaxllm.config import ModelConfig, RunConfig
 from jaxllm.data.stream import MAX_POSITION_BYTES, Position
 from jaxllm.errors import UserError, one_line
-from jaxllm.files import StrPath, plain_path, read_json
+from jaxllm.files import StrPath, plain_path
 from jaxllm.model.decoder import abstract_model
-from jaxllm.run.checksums import find_damage, read_list
-from jaxllm.run.history import History
-from jaxllm.run.prepare import read_model_config
+from jaxllm.store.folder import CHECKPOINTS, checkpoint_steps, is_run, read_model_config
+from jaxllm.store.history import History
+from jaxllm.store.resume import check_format, choose_checkpoint
 from jaxllm.train.optim import OptimizerState
 from jaxllm.train.state import TrainState, abstract_state, start_state
 
@@ -59,113 +52,21 @@ class ResumeState(NamedTuple):
     history: History
 
 
-class Choice(NamedTuple):
-    """Which checkpoint of a run is read."""
-
-    step: int | None  # the newest one that is not damaged; None: there is none
-    damaged: list[int]  # newer ones
-
-
-def is_run(folder: StrPath) -> bool:
-    return Path(folder, "config.json").is_file() and Path(folder, "checkpoints").is_dir()
-
-
-def choose_checkpoint(run: StrPath, *, strict: bool = False, before: int | None = None) -> Choice:
-    """The newest checkpoint whose checksums agree; each damaged one that is newer is named in a line on stderr.
-
-    A run that is training may remove a checkpoint while it is read, because it has saved a newer one: that is read.
-
-    Args:
-        run: the run's folder.
-        strict: refuse to use an older checkpoint in place of a damaged one.
-        before: consider only checkpoints of earlier steps than this.
-
-    Raises:
-        UserError: all are damaged, or one is and `strict` is set; or the model's config or the tokenizer is not the
-            one that the checkpoint was written with.
-    """
-    run = Path(run)
-    folder, newest = run / "checkpoints", _newest_step(run)
-    damaged: list[int] = []
-    for step in sorted(_steps(run), reverse=True):
-        if before is not None and step >= before:
-            continue
-        damage = find_damage(folder / str(step))
-        if damage is None:
-            _check_context(run, folder / str(step))
-            return Choice(step, damaged)
-        if _newest_step(run) > newest:
-            return choose_checkpoint(run, strict=strict, before=before)
-        if strict:
-            raise UserError(
-                f"the checkpoint {folder / str(step)} is damaged ({damage}): "
-                "leave out --strict to use the one before it, or put the file back"
-            )
-        print(f"warning: the checkpoint {folder / str(step)} is damaged ({damage})", file=sys.stderr)
-        damaged.append(step)
-    if damaged:
-        earlier = "" if before is None else f" before step {before}"
-        raise UserError(
-            f"{folder} holds no checkpoint{earlier} that is not damaged: put the files back, or start "
-            "over in another --run-dir"
-        )
-    return Choice(None, damaged)
-
-
-def _steps(run: Path) -> list[int]:
-    """Steps of the checkpoints in a run's folder, in no order."""
-    names = [path.name for path in (run / "checkpoints").glob("*/")]
-    return [int(name) for name in names if name.isdecimal() and name == str(int(name))]
-
-
-def oldest_step(run: StrPath) -> int | None:
-    return min(_steps(Path(run)), default=None)
-
-
-def _newest_step(run: Path) -> int:
-    return max(_steps(run), default=-1)
-
-
-def checkpoint_context(run: StrPath) -> dict[str, Any]:
-    """What a checkpoint depends on in its run's folder: the model's config, and the checksum of the tokenizer."""
-    config, tokenizer = Path(run, "config.json"), Path(run, "tokenizer", "tokenizer.json")
-    return {
-        "format": FORMAT,
-        "model": read_json(config) if config.is_file() else None,
-        "tokenizer": hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else None,
-    }
-
-
-def _check_context(run: Path, checkpoint: Path) -> None:
-    written, now = read_list(checkpoint) or {}, checkpoint_context(run)
-    if now["tokenizer"] is not None and written.get("tokenizer") not in (None, now["tokenizer"]):
-        raise UserError(
-            f"{run / 'tokenizer' / 'tokenizer.json'} is not the file that {checkpoint} was written with: put it back"
-        )
-    if written.get("model") is None:
-        return
-    model = read_model_config(run)
-    # weights from elsewhere take the special tokens of the tokenizer that they are trained with
-    free = SPECIAL_TOKENS if written.get("tokenizer") is None or checkpoint.name == "0" else ()
-    if read_config(written["model"] | {name: model.to_dict()[name] for name in free}) != model:
-        raise UserError(f"{run / 'config.json'} is not the config that {checkpoint} was written with: put it back")
-
-
 def quarantine(run: StrPath, damaged: Sequence[int]) -> None:
     """Move damaged checkpoints to RUN/damaged."""
     run = Path(run)
     for step in damaged:
-        target = (run / "checkpoints").resolve().parent / "damaged" / str(step)  # on the same disk
+        target = (run / CHECKPOINTS).resolve().parent / "damaged" / str(step)  # on the same disk
         target.parent.mkdir(exist_ok=True)
         if target.exists():  # the same step, damaged again
             shutil.rmtree(target)
-        os.replace(run / "checkpoints" / str(step), target)
+        os.replace(run / CHECKPOINTS / str(step), target)
         print(f"Moved the damaged checkpoint of step {step} to {target}")
 
 
 def delete_unfinished(run: StrPath) -> None:
     """Delete checkpoints that killed processes left unfinished. The caller holds the run's lock."""
-    for folder in Path(run, "checkpoints").glob("*.orbax-checkpoint-tmp*/"):
+    for folder in Path(run, CHECKPOINTS).glob("*.orbax-checkpoint-tmp*/"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -173,7 +74,7 @@ class CheckpointReader:
     """One checkpoint of a run: `choose_checkpoint` says which one is not damaged."""
 
     def __init__(self, run: StrPath, step: int):
-        self._folder = Path(run, "checkpoints", str(step))
+        self._folder = Path(run, CHECKPOINTS, str(step))
         self.step = step
 
     @property
@@ -215,12 +116,7 @@ class CheckpointReader:
         """
         if not self.has_training:
             return None
-        if (written := (read_list(self._folder) or {}).get("format", FORMAT)) != FORMAT:
-            raise UserError(
-                f"the checkpoint {self._folder} has format {written}, and this version resumes format "
-                f"{FORMAT} (see CHANGELOG.md): finish the run with the version that wrote it, or export its weights "
-                "with `python -m convert to-torch` and start a new run from them"
-            )
+        check_format(self._folder)
         targets = _targets(abstract_state(config), shardings)
         training = {"opt_state": targets.opt_state, "step": targets.step, "dropout_key": targets.dropout_key}
         restored = self._restore(training=training, positions=self._shapes_of_positions(), history=None)
@@ -278,7 +174,7 @@ def _targets(shapes: Pytree, shardings: Pytree | None) -> Pytree:
 
 
 def newest_checkpoint(run: StrPath) -> CheckpointReader:
-    """The newest undamaged checkpoint of a run folder.
+    """The newest undamaged checkpoint of a run's folder.
 
     Raises:
         UserError: it is no run, or there is none.
@@ -300,11 +196,11 @@ def read_newest(run: StrPath, read: Callable[[CheckpointReader], T]) -> T:
     """
     run = Path(run)
     for _ in range(MAX_LOOKS):
-        newest = _newest_step(run)
+        newest = checkpoint_steps(run)[-1:]
         try:
             return read(newest_checkpoint(run))
         except UserError:
-            if _newest_step(run) <= newest:
+            if checkpoint_steps(run)[-1:] <= newest:
                 raise
     raise UserError(
         f"{run / 'checkpoints'}: the run that trains there removes each checkpoint before it is read: resume it with "

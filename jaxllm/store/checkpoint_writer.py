@@ -24,10 +24,11 @@ from jaxllm.config import ModelConfig, RunConfig
 from jaxllm.errors import UserError, one_line
 from jaxllm.files import StrPath, plain_path, rename_durably, write_json
 from jaxllm.model.dtypes import check_floats
-from jaxllm.run.checkpoint import ResumeState, Weights, checkpoint_context
-from jaxllm.run.checksums import write_checksums
-from jaxllm.run.history import History
-from jaxllm.run.source import SourceFiles
+from jaxllm.store.checkpoint import ResumeState, Weights
+from jaxllm.store.checksums import checkpoint_context, write_checksums
+from jaxllm.store.folder import CHECKPOINTS, CONFIG_FILE, MODEL_FILE, TOKENIZER
+from jaxllm.store.history import History
+from jaxllm.store.source import SourceFiles
 from jaxllm.train.state import TrainState, abstract_state
 
 METADATA_SECONDS = 5.0
@@ -86,7 +87,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, run: StrPath, *, keep: int | None = None, keep_every: int = 0):
-        self._folder = Path(run, "checkpoints")
+        self._folder = Path(run, CHECKPOINTS)
         self._keep_best = KeepBest()
         kept = [policies.LatestN(keep), self._keep_best]
         kept += [policies.EveryNSteps(keep_every)] if keep_every else []
@@ -98,7 +99,7 @@ class CheckpointWriter:
         self._cleanup = contextlib.ExitStack()
         with self._storage_errors():
             alias = self._cleanup.enter_context(plain_path(Path(run)))
-            self._manager = ocp.CheckpointManager(epath.Path(alias / "checkpoints"), options=options)
+            self._manager = ocp.CheckpointManager(epath.Path(alias / CHECKPOINTS), options=options)
 
     def save(self, step: int, state: TrainState, positions: Sequence[bytes], history: History) -> None:
         """Save a state in the form of one device (`Trainer.unshard`), over however many devices it is spread.
@@ -209,20 +210,20 @@ def write_run(
     for path, leaf in jax.tree.leaves_with_path((tuple(weights), moments)):
         check_floats(jax.tree_util.keystr(path[2:], simple=True, separator="."), leaf, finite=training is None)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", model.to_dict())
+    write_json(folder / MODEL_FILE, model.to_dict())
     if kept is not None:
         kept.write(folder)
     if tokenizer_files:
-        (folder / "tokenizer").mkdir(exist_ok=True)
+        (folder / TOKENIZER).mkdir(exist_ok=True)
     for file in map(Path, tokenizer_files):
-        (folder / "tokenizer" / file.name).write_bytes(file.read_bytes())
+        (folder / TOKENIZER / file.name).write_bytes(file.read_bytes())
     writer = CheckpointWriter(folder)
     try:
         if training is None or state is None:
             writer.save_weights(weights)
         else:
             config, reached = training
-            write_json(folder / "train_config.json", config.to_dict())
+            write_json(folder / CONFIG_FILE, config.to_dict())
             positions = [position.to_bytes() for position in reached.positions]
             writer.save(int(reached.step), state, positions, reached.history)
         writer.wait()

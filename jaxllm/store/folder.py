@@ -1,0 +1,95 @@
+"""What a run's folder holds, and whose it is. Imports neither JAX nor PyTorch.
+
+A process may be killed between any two operations: `clear` says so in the folder, and files are written atomically.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from jaxllm.config import ModelConfig, RunConfig, families
+from jaxllm.errors import UserError
+from jaxllm.files import StrPath, read_json
+from jaxllm.store.lock import LOCK_FILE
+
+MODEL_FILE = "config.json"
+"""The model's shape."""
+CONFIG_FILE = "train_config.json"
+"""How it is trained."""
+CHECKPOINTS = "checkpoints"
+"""A folder for each saved step: `weights`, `training`, `history`, `positions` and `checksums.json`."""
+TOKENIZER = "tokenizer"
+"""Folder of the tokenizer."""
+SOURCE = "source"
+"""Folder of the files that came with the weights."""
+SOURCE_DTYPES = "source_dtypes.json"
+"""The dtypes of the weights that the run started from."""
+METRICS_FILE = "metrics.jsonl"
+DATA_REPORT = "data_report.json"
+"""What the run reads (`jaxllm.data.report`), as its last start found it."""
+OVERWRITING = f".{CONFIG_FILE}.overwriting"
+"""In the folder of an earlier run while --overwrite deletes it: what is left of that run is not resumed."""
+
+Framework = Literal["JAX", "PyTorch"]
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def is_run(folder: StrPath) -> bool:
+    """Whether it is a folder of JAX checkpoints: a run of train.py, or made by the converter without a history."""
+    return Path(folder, MODEL_FILE).is_file() and Path(folder, CHECKPOINTS).is_dir()
+
+
+def checkpoint_owner(folder: StrPath) -> Framework | None:
+    """The framework whose checkpoints a run's folder holds; None: it holds none yet."""
+    if any(Path(folder).glob("checkpoint-*/")):
+        return "PyTorch"
+    if any(Path(folder, CHECKPOINTS).glob("*/")):
+        return "JAX"
+    return None
+
+
+def checkpoint_steps(run: StrPath) -> list[int]:
+    """Steps of the checkpoints in a run's folder, ascending."""
+    names = [path.name for path in Path(run, CHECKPOINTS).glob("*/")]
+    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
+
+
+def read_config(run: StrPath, kind: type[Config]) -> Config:
+    """The config of a run.
+
+    Raises:
+        UserError: there is none, or it is not valid.
+    """
+    run = Path(run)
+    try:
+        return kind.from_dict(read_json(run / CONFIG_FILE)).with_options(run_dir=run)
+    except UserError as error:
+        raise UserError(f"{str(run)!r} is no training run: {error}") from None
+
+
+def read_model_config(folder: StrPath) -> ModelConfig:
+    """The model's shape from the config.json of a run or of a folder with weights.
+
+    Raises:
+        UserError: there is none, its family is not known, or it is not valid.
+    """
+    file = Path(folder, MODEL_FILE)
+    if not file.is_file():
+        raise UserError(f"{str(file.parent)!r} is no run and no exported model: it holds no config.json")
+    try:
+        return families.read_config(read_json(file))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def clear(folder: Path) -> None:
+    """Delete an earlier run. A process may be killed meanwhile: a file then says that the rest is to be deleted."""
+    (folder / OVERWRITING).touch()
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != OVERWRITING and not path.name.startswith(LOCK_FILE):
+            path.unlink()
