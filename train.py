@@ -20,7 +20,6 @@ from flax import nnx
 
 from jaxllm.config import TrainConfig
 from jaxllm.errors import exit_on_user_error
-from jaxllm.files import write_json
 from jaxllm.generate import Sampling, generate
 from jaxllm.packages import check_own
 from jaxllm.run.arguments import parse_args
@@ -29,7 +28,7 @@ from jaxllm.run.processes import barrier, init_distributed, is_primary
 from jaxllm.run.reporting import write_samples
 from jaxllm.run.run import Run
 from jaxllm.run.runtime import use_compilation_cache
-from jaxllm.store.folder import SOURCE_DTYPES, checkpoint_steps
+from jaxllm.store.folder import checkpoint_steps
 from jaxllm.store.resume import check_folder
 from jaxllm.train.placement import choose_placement
 from jaxllm.train.trainer import Trainer
@@ -44,15 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(argv, "train.py", __doc__, TrainConfig)
     init_distributed(config)
     placement = choose_placement(config)  # refused before the run's folder is touched
-    start = read_start(config)
-    with Run.open(config) as run:
-        trainer = Trainer(run.config, placement)
-        state = run.restore(trainer) or trainer.init(start and start.weights)
-        if start is not None and is_primary():
-            write_json(run.config.folder / SOURCE_DTYPES, start.dtypes)
-        del start  # the state has its own weights
-
-        for batch in run.batches(trainer, state):
+    with Run.open(config, placement, read_start) as (run, trainer, state):
+        for batch in run.batches():
             state, metrics = trainer.step(state, batch.rows)
             run.add_step(batch, metrics)
             if run.log_due:

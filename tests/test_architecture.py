@@ -42,6 +42,7 @@ def test_imports_go_down(checkout):
             "jaxllm.model.moe -> jaxllm.train.optim",
         ),
         ("jaxllm/data/stream.py", "import jaxllm.store.lock", "jaxllm.data.stream -> jaxllm.store.lock"),
+        ("jaxllm/store/resume.py", "import jaxllm.run.prepare", "jaxllm.store.resume -> jaxllm.run.prepare"),
         ("jaxllm/train/step.py", "import torch", "jaxllm.train.step -> torch"),
     ],
 )

@@ -15,13 +15,13 @@ from safetensors.numpy import save_file
 
 from jaxllm.config import RunConfig
 from jaxllm.data.mixture import Mixture
-from jaxllm.data.report import DataReport, Seen, TextCounts, make_report
+from jaxllm.data.report import Seen, TextCounts, make_report
 from jaxllm.data.source import Source
 from jaxllm.data.stream import held_out_rows
 from jaxllm.data.tokenizer import bytes_per_target
 from jaxllm.errors import UserError
-from jaxllm.files import check_file
-from jaxllm.store.folder import TOKENIZER
+from jaxllm.files import check_file, write_json
+from jaxllm.store.folder import DATA_REPORT, TOKENIZER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,12 +79,12 @@ def keep(config: RunConfig, source: Source, held_out: HeldOut) -> None:
         part.replace(config.folder / FILE)
 
 
-def data_report(config: RunConfig, tokenizer: PreTrainedTokenizerBase, source: Source, held_out: HeldOut) -> DataReport:
-    """What the run reads."""
+def report_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, source: Source, held_out: HeldOut) -> None:
+    """Write and print what the run reads."""
     reports = source.reports()
     for report, seen in zip(reports, held_out.seen, strict=True):
         report.seen = seen
-    return make_report(
+    report = make_report(
         reports,
         source.notes,
         held_out.tokens,
@@ -92,13 +92,16 @@ def data_report(config: RunConfig, tokenizer: PreTrainedTokenizerBase, source: S
         training_tokens=config.schedule.steps * config.tokens_per_step,
         weights=source.shares if isinstance(source, Mixture) else {},
     )
+    write_json(config.folder / DATA_REPORT, report.to_dict())
+    for line in report.lines():
+        print(f"Data: {line}")
 
 
 def _key(config: RunConfig, source: Source) -> str:
     """What decides the rows: the content of the text, how it is read and encoded, and how many there are."""
     options = dataclasses.asdict(config.data) | {"source": None, "eval_data": None}  # both by their content
     evaluated = [evaluation.open().revision for evaluation in source.evaluations]
-    tokenizer = [_digest(file) for file in sorted((config.folder / TOKENIZER).iterdir())]
+    tokenizer = [_digest(file) for file in sorted((config.folder / TOKENIZER).rglob("*")) if file.is_file()]
     decisive = [FORMAT, options, evaluated, tokenizer, config.logging.eval_samples, config.data_streams]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 

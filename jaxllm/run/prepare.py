@@ -34,7 +34,6 @@ from jaxllm.run import held_out
 from jaxllm.run.trackers import check_tracker
 from jaxllm.store.folder import (
     CONFIG_FILE,
-    DATA_REPORT,
     MODEL_FILE,
     OVERWRITING,
     SOURCE,
@@ -64,13 +63,6 @@ class Prepared(NamedTuple, Generic[Config]):
         return bytes_per_target(self.tokenizer, self.held_out)
 
 
-class _Origin(NamedTuple):
-    """Where a run's weights come from. Those of a new run from random ones come from nowhere: both are None."""
-
-    folder: Path | None  # of --init; None once the run has what it takes from there
-    values: dict[str, Any] | None  # its config.json, which the run keeps
-
-
 def prepare(config: Config, framework: Framework, lock: FolderLock, processes: int = 1) -> Prepared[Config]:
     """Check everything before anything is computed or deleted, and write what identifies the run's folder.
 
@@ -83,23 +75,24 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
     Raises:
         UserError: the folder, the data, the tokenizer or a prompt does not fit the config.
     """
-    _check_program(config, framework)
+    if framework == "PyTorch" and families.names_of(config.model) != "customllm":
+        raise UserError(f"preset is {shown(config.preset)}: python -m torch_ref.train trains CustomLLM alone")
+    check_tracker(config)
     resumes, saved = _take_folder(config, framework, lock)
     config = _with_kept_options(config, saved, processes)
-    origin = _find_origin(config, resumes)
-
-    kept = _kept_tokenizer(config) if resumes else None
+    source_folder, source_config = _origin(config, resumes)
+    own_tokenizer = config.folder / TOKENIZER
+    kept = load_tokenizer(str(own_tokenizer)) if resumes and own_tokenizer.is_dir() else None
     if kept is not None:  # before anything else is refused: one message names all options that were changed
         with contextlib.suppress(UserError):  # a vocabulary that is too small is one of them
             config = align(config, kept)
         check_resumable(config)
     config, source = _open_data(config, saved, resumes)
-    given = _tokenizer_given(config, origin, resumes)
-    tokenizer = kept if kept is not None else _new_tokenizer(config, source, given, origin)
+    given = _tokenizer_given(config, source_folder, resumes)
+    tokenizer = kept if kept is not None else _new_tokenizer(config, source, given, source_config)
     config = align(config, without_dropout(tokenizer))
     if resumes and kept is None:
         check_resumable(config)
-
     _check_prompts(config, tokenizer)
     check_streams(config)
     evaluated = held_out.read_or_make(config, tokenizer, source, resumes)
@@ -107,22 +100,23 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
         raise UserError("data: the tokens of the held-out part have no text: pass another --tokenizer")
     if config.schedule.epochs is not None and saved.get("epochs") != config.schedule.epochs:
         config = config.with_options(steps=steps_for_epochs(config, tokenizer))
-
     if not resumes:
         clear(config.folder)
-    _write_configs(config)
-    _keep_files(config, tokenizer, origin, given)
-    if origin.values is not None and not saved:
+    # First what identifies the folder as ours: a process may be killed between any two lines.
+    write_json(config.folder / CONFIG_FILE, config.to_dict())
+    (config.folder / OVERWRITING).unlink(missing_ok=True)
+    write_json(config.folder / MODEL_FILE, config.model.to_dict())
+    if source_folder is not None:
+        keep_source(source_folder, config.folder, Path(given or source_folder))
+    elif source_config is not None and given is not None and not own_tokenizer.is_dir():
+        tokenizer_files(Path(given)).write(config.folder)
+    if source_config is not None and not saved:
         note_end_tokens(config.folder, config.model, tokenizer)
+    if not own_tokenizer.is_dir():
+        _save_tokenizer(tokenizer, own_tokenizer)
     held_out.keep(config, source, evaluated)
-    _report_data(config, tokenizer, source, evaluated)
+    held_out.report_data(config, tokenizer, source, evaluated)
     return Prepared(config, tokenizer, evaluated.rows, resumes)
-
-
-def _check_program(config: RunConfig, framework: Framework) -> None:
-    if framework == "PyTorch" and families.names_of(config.model) != "customllm":
-        raise UserError(f"preset is {shown(config.preset)}: python -m torch_ref.train trains CustomLLM alone")
-    check_tracker(config)
 
 
 def _take_folder(config: RunConfig, framework: Framework, lock: FolderLock) -> tuple[bool, dict[str, Any]]:
@@ -151,7 +145,8 @@ def _with_kept_options(config: Config, saved: dict[str, Any], processes: int) ->
     return config.with_options(**facts)
 
 
-def _find_origin(config: RunConfig, resumes: bool) -> _Origin:
+def _origin(config: RunConfig, resumes: bool) -> tuple[Path | None, dict[str, Any] | None]:
+    """The folder of --init, unless the run has all of it already; and the config.json that the weights came with."""
     init = getattr(config, "init", None)
     taken = checkpoint_owner(config.folder) is not None or (config.folder / SOURCE).is_dir()
     folder = None if init is None or (taken and not config.overwrite) else model_folder(init)
@@ -159,12 +154,7 @@ def _find_origin(config: RunConfig, resumes: bool) -> _Origin:
     if folder is not None:
         values = read_json(folder / MODEL_FILE)
     families.check_trainable(values or {})
-    return _Origin(folder, values)
-
-
-def _kept_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase | None:
-    folder = config.folder / TOKENIZER
-    return load_tokenizer(str(folder)) if folder.is_dir() else None
+    return folder, values
 
 
 def _open_data(config: Config, saved: dict[str, Any], resumes: bool) -> tuple[Config, Source]:
@@ -180,18 +170,20 @@ def _open_data(config: Config, saved: dict[str, Any], resumes: bool) -> tuple[Co
     return config, source
 
 
-def _tokenizer_given(config: RunConfig, origin: _Origin, resumes: bool) -> str | None:
+def _tokenizer_given(config: RunConfig, source_folder: Path | None, resumes: bool) -> str | None:
     """The tokenizer of the option, or else of the weights' folder: never a new one for weights that are trained."""
-    if config.data.tokenizer is not None or not (origin.folder or (resumes and checkpoint_owner(config.folder))):
+    if config.data.tokenizer is not None or not (source_folder or (resumes and checkpoint_owner(config.folder))):
         return config.data.tokenizer
-    return str(next(path for path in (origin.folder, config.folder / SOURCE, config.folder) if path and path.is_dir()))
+    return str(next(path for path in (source_folder, config.folder / SOURCE, config.folder) if path and path.is_dir()))
 
 
-def _new_tokenizer(config: RunConfig, source: Source, given: str | None, origin: _Origin) -> PreTrainedTokenizerBase:
+def _new_tokenizer(
+    config: RunConfig, source: Source, given: str | None, source_config: dict[str, Any] | None
+) -> PreTrainedTokenizerBase:
     if given is None:
         return train_or_recall_tokenizer(source, config.model.vocab_size, config.data.source)
     tokenizer = load_tokenizer(given)
-    return with_pad_token(tokenizer, config) if origin.values is None else tokenizer
+    return with_pad_token(tokenizer, config) if source_config is None else tokenizer
 
 
 def _check_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -205,24 +197,6 @@ def _check_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Non
         )
 
 
-def _write_configs(config: RunConfig) -> None:
-    """Write first what identifies the folder as ours: a process may be killed between any two lines."""
-    write_json(config.folder / CONFIG_FILE, config.to_dict())
-    (config.folder / OVERWRITING).unlink(missing_ok=True)
-    write_json(config.folder / MODEL_FILE, config.model.to_dict())
-
-
-def _keep_files(config: RunConfig, tokenizer: PreTrainedTokenizerBase, origin: _Origin, given: str | None) -> None:
-    """Keep the files that came with the weights, and the tokenizer."""
-    own = config.folder / TOKENIZER
-    if origin.folder is not None:
-        keep_source(origin.folder, config.folder, Path(given or origin.folder))
-    elif origin.values is not None and given is not None and not own.is_dir():
-        tokenizer_files(Path(given)).write(config.folder)
-    if not own.is_dir():
-        _save_tokenizer(tokenizer, own)
-
-
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save it atomically: an incomplete one would be read as the run's tokenizer."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
@@ -233,15 +207,6 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(folder)) from None  # not the scratch folder
         rename_durably(made, folder)
-
-
-def _report_data(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, source: Source, evaluated: held_out.HeldOut
-) -> None:
-    report = held_out.data_report(config, tokenizer, source, evaluated)
-    write_json(config.folder / DATA_REPORT, report.to_dict())
-    for line in report.lines():
-        print(f"Data: {line}")
 
 
 def keep_left_out(config: RunConfig, left_out: Iterable[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from jaxllm.data.sources import open_source
 from jaxllm.data.stream import Batch, Prefetcher, ProcessBatches
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.errors import Stopped, UserError
+from jaxllm.files import write_json
 from jaxllm.model import flops
 from jaxllm.model.kernels import describe_kernels
 from jaxllm.model.summary import module_tree
@@ -40,16 +41,16 @@ from jaxllm.run.processes import (
 )
 from jaxllm.run.reporting import announce, announce_finished, announce_speed, conclude
 from jaxllm.run.runtime import device_name, measured_peak_tflops, peak_memory
-from jaxllm.run.signals import StopRequest, stop_on_signals
+from jaxllm.run.signals import stop_on_signals
 from jaxllm.run.throughput import Meter
 from jaxllm.store.checkpoint import CheckpointReader, delete_unfinished, quarantine
 from jaxllm.store.checkpoint_writer import CheckpointWriter, check_room
-from jaxllm.store.folder import TOKENIZER
+from jaxllm.store.folder import SOURCE_DTYPES, TOKENIZER
 from jaxllm.store.history import History
 from jaxllm.store.lock import FolderLock
 from jaxllm.store.metrics_file import write_metrics
 from jaxllm.store.resume import choose_checkpoint
-from jaxllm.train.placement import local_rows
+from jaxllm.train.placement import Placement, local_rows
 from jaxllm.train.state import TrainState
 from jaxllm.train.step import StepMetrics
 from jaxllm.train.trainer import Trainer
@@ -58,8 +59,8 @@ from jaxllm.train.trainer import Trainer
 class Run:
     """One start of a run: from a new folder, or from the newest checkpoint in it.
 
-    `open` prepares it and cleans up after it. Then `restore`, `batches`, and for each batch `add_step` and what is due;
-    at the end `finish`.
+    `open` makes it, with its trainer and state, and cleans up after it. Then `batches`, for each of them `add_step` and
+    what is due; at the end `finish`.
 
     Attributes:
         config: the run's, aligned with the tokenizer.
@@ -67,97 +68,71 @@ class Run:
         step: steps done.
     """
 
-    def __init__(self, prepared: Prepared[TrainConfig], resume_step: int | None):
-        self.config, self.tokenizer, self._prepared = prepared.config, prepared.tokenizer, prepared
-        self.step = 0
-        self._resume_step = resume_step
-        self._stream = ProcessBatches(self.config, self.tokenizer, *local_rows(self.config))
-        self._history = History()
-        self._cleanup = contextlib.ExitStack()
-        self._stop = StopRequest()
-        self._started = self._stop_after_step = False
+    def __init__(
+        self,
+        prepared: Prepared[TrainConfig],
+        trainer: Trainer,
+        stream: ProcessBatches,
+        history: History,
+        step: int,
+        cleanup: contextlib.ExitStack,
+    ):
+        """Compile the programs, and start what surrounds the steps; `cleanup` ends it."""
+        config, checkpoint = prepared.config, prepared.config.checkpoint
+        self.config, self.tokenizer, self._prepared = config, prepared.tokenizer, prepared
+        self.step = self._first_step = self._logged_step = self._saved_step = step
+        self._stream, self._history, self._cleanup = stream, history, cleanup
+        # measured before anything else is busy
+        peak = config.logging.peak_tflops or measured_peak_tflops(config.precision)
+        self._peak_tflops = trainer.placement.layout.devices * peak
+        self._position, self._progress = stream.position(), stream.progress()
+        self._prefetcher = Prefetcher(stream, config.data.grad_accum)  # fills while the programs are compiled
+        cleanup.callback(self._prefetcher.close)
+        self._compile_seconds = trainer.compile()
+        self._evaluator = Evaluator(trainer, prepared)
+        barrier("compiled")
+        announce_speed(config, self._peak_tflops, self._compile_seconds)
+        self._log = RunLog(config, history, step) if is_primary() else NoLog(history)
+        cleanup.push(self._log)
+        # an interrupted run keeps the checkpoint that is being written
+        self._writer = CheckpointWriter(
+            config.folder, keep=checkpoint.keep_checkpoints, keep_every=checkpoint.keep_every
+        )
+        cleanup.push(self._close_writer)
+        self._monitor = StepMonitor(history, self._log, checkpoint.max_nonfinite)
+        self._meter = Meter(config, self._peak_tflops, lambda: self._prefetcher.waited)
+        self._stop, self._stop_after_step = cleanup.enter_context(stop_on_signals()), False
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, config: TrainConfig) -> Iterator[Run]:
-        """Lock and prepare the folder of a run, and release everything at the end.
+    def open(
+        cls, config: TrainConfig, placement: Placement, read_start: Callable[[TrainConfig], Any]
+    ) -> Iterator[tuple[Run, Trainer, TrainState]]:
+        """Lock and prepare the folder of a run, restore or initialize its state, and release everything at the end.
+
+        `read_start` reads what a new run starts from (`convert.to_flax.Imported`; None: random weights).
 
         Raises:
             UserError: the folder, the data, the tokenizer or a prompt does not fit the config, or all checkpoints are
                 damaged; before anything is deleted.
         """
+        starts = [read_start(config)]  # before an earlier run is deleted
         with silence_non_primary(), FolderLock(config.folder) as lock:
-            run = cls(*_prepare_together(config, lock))
+            prepared, resume_step = _prepare_together(config, lock)
             try:
-                with run._cleanup:
-                    yield run
+                with contextlib.ExitStack() as cleanup:
+                    # nothing here keeps the state, nor the weights that it starts from
+                    yield _start(prepared, resume_step, placement, starts.pop(), cleanup)
             except BaseException as error:
                 if not isinstance(error, Stopped):
                     abort_if_multiprocess(error)
                 raise
 
-    def restore(self, trainer: Trainer) -> TrainState | None:
-        """The state of the checkpoint that the run resumes from; None for a new run."""
-        if self._resume_step is None:
-            return None
-        reader = CheckpointReader(self.config.folder, self._resume_step)
-        state, resumed = reader.state(self.config, trainer.placement.state_shardings(self.config))
-        self.step = int(state.step)
-        if resumed is not None:
-            self._stream.seek(resumed.positions)
-            self._history = resumed.history
-        print(f"Resuming from step {self.step} of {self.config.folder}")
-        return trainer.placement.shard(state)
-
-    def batches(self, trainer: Trainer, state: TrainState) -> Iterator[Batch]:
-        """The batches of the steps to come, this process's rows of them; ends at `steps`, or when a signal asks.
-
-        Before the first one, the run's facts are printed and the programs are compiled.
-        """
-        config = self.config
-        tree = module_tree(config.model) if self.step == 0 else None
-        announce(config, sum(flops.parameters(config.model).values()), tree, device_name(), bfloat16_hardware())
-        print(f"Layout: {trainer.placement.describe()}")
-        print(f"Kernels: {describe_kernels(config.model, jnp.dtype(config.precision))}")
-        if self.step >= config.schedule.steps:
-            announce_finished(self.step)
-            if self._history.records and is_primary():
-                write_metrics(config.folder, self._history.records)
-            return
-        check_room(config)
-        self._start(trainer)
-        self.evaluate(trainer, state)  # the evaluation that a signal interrupted before this start
+    def batches(self) -> Iterator[Batch]:
+        """The batches of the steps to come, this process's rows of them; ends at `steps`, or when a signal asks."""
         while not (self.finished or self._stopped):
             if (batch := self._prefetcher.take(lambda: self._stop.at_once)) is not None:
                 yield batch
-
-    def _start(self, trainer: Trainer) -> None:
-        config, checkpoint = self.config, self.config.checkpoint
-        # measured before anything else is busy
-        peak = config.logging.peak_tflops or measured_peak_tflops(config.precision)
-        self._peak_tflops = trainer.placement.layout.devices * peak
-        self._position, self._progress = self._stream.position(), self._stream.progress()
-        self._prefetcher = Prefetcher(self._stream, config.data.grad_accum)  # fills while the programs are compiled
-        self._cleanup.callback(self._prefetcher.close)
-        self._compile_seconds = trainer.compile()
-        self._evaluator = Evaluator(trainer, self._prepared)
-        barrier("compiled")
-        announce_speed(config, self._peak_tflops, self._compile_seconds)
-        if is_primary():
-            self._log = RunLog(config, self._history, self.step)
-        else:
-            self._log = NoLog(self._history)
-        self._cleanup.push(self._log)
-        # an interrupted run keeps the checkpoint that is being written
-        self._writer = CheckpointWriter(
-            config.folder, keep=checkpoint.keep_checkpoints, keep_every=checkpoint.keep_every
-        )
-        self._cleanup.push(self._close_writer)
-        self._monitor = StepMonitor(self._history, self._log, checkpoint.max_nonfinite)
-        self._first_step = self._logged_step = self._saved_step = self.step
-        self._meter = Meter(config, self._peak_tflops, lambda: self._prefetcher.waited)
-        self._stop = self._cleanup.enter_context(stop_on_signals())
-        self._started = True
 
     def _close_writer(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         # Other errors may have occurred in one process only: there the others are not waited for.
@@ -262,9 +237,8 @@ class Run:
         Raises:
             Stopped: a signal stopped the run before its end.
         """
-        if self._started:
-            self.save(trainer, state)
-            self._writer.wait()
+        self.save(trainer, state)
+        self._writer.wait()
         self._cleanup.close()  # the progress bar would be drawn among the lines to come
         if self._stopped and not self.finished:
             raise Stopped(
@@ -272,6 +246,9 @@ class Run:
                 f"{'without --overwrite ' if self.config.overwrite else ''}resumes from there",
                 code=self._stop.exit_code,
             )
+        self._conclude()
+
+    def _conclude(self) -> None:
         skipped_rows = all_sum(self._stream.skipped_rows)
         left_out = all_gather(self._stream.left_out)
         if is_primary() and self._history.records:
@@ -280,6 +257,60 @@ class Run:
     def _epoch(self) -> float:
         """Passes over the data, of the slowest stream; over the steps where the data has no known size."""
         return self.step / self.config.schedule.steps if self._progress is None else all_min(self._progress)
+
+
+class FinishedRun(Run):
+    """A run that had all its steps before this start: it trains nothing, and reports its result again."""
+
+    def __init__(self, prepared: Prepared[TrainConfig], stream: ProcessBatches, history: History, step: int):
+        self.config, self.tokenizer, self._prepared = prepared.config, prepared.tokenizer, prepared
+        self._stream, self._history, self.step = stream, history, step
+
+    def batches(self) -> Iterator[Batch]:
+        return iter(())
+
+    def finish(self, trainer: Trainer, state: TrainState) -> None:
+        self._conclude()
+
+
+def _start(
+    prepared: Prepared[TrainConfig],
+    resume_step: int | None,
+    placement: Placement,
+    start: Any,
+    cleanup: contextlib.ExitStack,
+) -> tuple[Run, Trainer, TrainState]:
+    """A run in its prepared folder, from the checkpoint of `resume_step` or from the beginning."""
+    config = prepared.config
+    stream, history = ProcessBatches(config, prepared.tokenizer, *local_rows(config)), History()
+    trainer = Trainer(config, placement)
+    if resume_step is None:
+        state, step = trainer.init(start and start.weights), 0
+    else:
+        saved = CheckpointReader(config.folder, resume_step)
+        state, resumed = saved.state(config, placement.state_shardings(config))
+        step = int(state.step)
+        if resumed is not None:
+            stream.seek(resumed.positions)
+            history = resumed.history
+        print(f"Resuming from step {step} of {config.folder}")
+        state = placement.shard(state)
+    if start is not None and is_primary():
+        write_json(config.folder / SOURCE_DTYPES, start.dtypes)
+    del start  # the state has its own weights
+    tree = module_tree(config.model) if step == 0 else None
+    announce(config, sum(flops.parameters(config.model).values()), tree, device_name(), bfloat16_hardware())
+    print(f"Layout: {placement.describe()}")
+    print(f"Kernels: {describe_kernels(config.model, jnp.dtype(config.precision))}")
+    if step >= config.schedule.steps:
+        announce_finished(step)
+        if history.records and is_primary():
+            write_metrics(config.folder, history.records)
+        return FinishedRun(prepared, stream, history, step), trainer, state
+    check_room(config)
+    run = Run(prepared, trainer, stream, history, step, cleanup)
+    run.evaluate(trainer, state)  # the evaluation that a signal interrupted before this start
+    return run, trainer, state
 
 
 def _prepare_together(config: TrainConfig, lock: FolderLock) -> tuple[Prepared[TrainConfig], int | None]:

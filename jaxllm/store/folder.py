@@ -1,7 +1,4 @@
-"""What a run's folder holds, and whose it is. Imports neither JAX nor PyTorch.
-
-A process may be killed between any two operations: `clear` says so in the folder, and files are written atomically.
-"""
+"""What a run's folder holds, and whose it is. Imports neither JAX nor PyTorch."""
 
 from __future__ import annotations
 
@@ -14,23 +11,15 @@ from jaxllm.errors import UserError
 from jaxllm.files import StrPath, read_json
 from jaxllm.store.lock import LOCK_FILE
 
-MODEL_FILE = "config.json"
-"""The model's shape."""
-CONFIG_FILE = "train_config.json"
-"""How it is trained."""
-CHECKPOINTS = "checkpoints"
-"""A folder for each saved step: `weights`, `training`, `history`, `positions` and `checksums.json`."""
-TOKENIZER = "tokenizer"
-"""Folder of the tokenizer."""
-SOURCE = "source"
-"""Folder of the files that came with the weights."""
-SOURCE_DTYPES = "source_dtypes.json"
-"""The dtypes of the weights that the run started from."""
+MODEL_FILE = "config.json"  # the model's shape
+CONFIG_FILE = "train_config.json"  # how it is trained
+TOKENIZER = "tokenizer"  # a folder
+SOURCE = "source"  # folder of the files that came with the weights
+SOURCE_DTYPES = "source_dtypes.json"  # of the weights that the run started from
+CHECKPOINTS = "checkpoints"  # in it, for each saved step: weights, training, history, positions; checksums.json
 METRICS_FILE = "metrics.jsonl"
-DATA_REPORT = "data_report.json"
-"""What the run reads (`jaxllm.data.report`), as its last start found it."""
-OVERWRITING = f".{CONFIG_FILE}.overwriting"
-"""In the folder of an earlier run while --overwrite deletes it: what is left of that run is not resumed."""
+DATA_REPORT = "data_report.json"  # what the run reads (`jaxllm.data.report`), as its last start found it
+OVERWRITING = f".{CONFIG_FILE}.overwriting"  # while --overwrite deletes an earlier run: what is left is not resumed
 
 Framework = Literal["JAX", "PyTorch"]
 
