@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if run.log_due:
                 run.log(metrics)
             if run.evaluation_due:
-                run.evaluate(trainer, state)
+                run.evaluate(state)
             if run.finished:
                 run.log_totals()
             if run.save_due:

@@ -9,7 +9,7 @@ from jaxllm.config.families import names_of
 from jaxllm.errors import UserError
 from jaxllm.model import flops
 from jaxllm.store.checkpoint import Weights
-from jaxllm.store.folder import CONFIG_FILE, read_config
+from jaxllm.store.folder import read_config
 from jaxllm.store.metrics_file import last_evaluation
 
 CARD_FILE = "README.md"
@@ -65,11 +65,9 @@ def write_model_card(run: Path, out: Path, config: ModelConfig, weights: Weights
 
 def _training(run: Path) -> dict[str, str]:
     """What the run was trained on, and its last evaluation; nothing if it was not trained here."""
-    if not (run / CONFIG_FILE).is_file():
-        return {}
     try:
         config = read_config(run, TrainConfig)
-    except UserError:  # of an earlier format: the weights are read all the same
+    except UserError:  # there is none, or it is of an earlier format: the weights are read all the same
         return {}
     last = last_evaluation(run)
     if last is None:

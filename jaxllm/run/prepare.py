@@ -89,7 +89,13 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
         check_resumable(config)
     config, source = _open_data(config, saved, resumes)
     given = _tokenizer_given(config, source_folder, resumes)
-    tokenizer = kept if kept is not None else _new_tokenizer(config, source, given, source_config)
+    if kept is not None:
+        tokenizer = kept
+    elif given is not None:
+        tokenizer = load_tokenizer(given)
+        tokenizer = with_pad_token(tokenizer, config) if source_config is None else tokenizer
+    else:
+        tokenizer = train_or_recall_tokenizer(source, config.model.vocab_size, config.data.source)
     config = align(config, without_dropout(tokenizer))
     if resumes and kept is None:
         check_resumable(config)
@@ -175,15 +181,6 @@ def _tokenizer_given(config: RunConfig, source_folder: Path | None, resumes: boo
     if config.data.tokenizer is not None or not (source_folder or (resumes and checkpoint_owner(config.folder))):
         return config.data.tokenizer
     return str(next(path for path in (source_folder, config.folder / SOURCE, config.folder) if path and path.is_dir()))
-
-
-def _new_tokenizer(
-    config: RunConfig, source: Source, given: str | None, source_config: dict[str, Any] | None
-) -> PreTrainedTokenizerBase:
-    if given is None:
-        return train_or_recall_tokenizer(source, config.model.vocab_size, config.data.source)
-    tokenizer = load_tokenizer(given)
-    return with_pad_token(tokenizer, config) if source_config is None else tokenizer
 
 
 def _check_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -194,7 +194,7 @@ class Run:
         )
         self._logged_step = self.step
 
-    def evaluate(self, trainer: Trainer, state: TrainState) -> None:
+    def evaluate(self, state: TrainState) -> None:
         """Evaluate at this step if that is due and not done. A signal interrupts it; the next start repeats it."""
         if self.step == 0 or not self.evaluation_due or str(self.step) in self._history.evaluations:
             return
@@ -309,7 +309,7 @@ def _start(
         return FinishedRun(prepared, stream, history, step), trainer, state
     check_room(config)
     run = Run(prepared, trainer, stream, history, step, cleanup)
-    run.evaluate(trainer, state)  # the evaluation that a signal interrupted before this start
+    run.evaluate(state)  # the evaluation that a signal interrupted before this start
     return run, trainer, state
 
 
