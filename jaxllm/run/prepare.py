@@ -156,9 +156,7 @@ def _origin(config: RunConfig, resumes: bool) -> tuple[Path | None, dict[str, An
     init = getattr(config, "init", None)
     taken = checkpoint_owner(config.folder) is not None or (config.folder / SOURCE).is_dir()
     folder = None if init is None or (taken and not config.overwrite) else model_folder(init)
-    values = read_source(config.folder) if resumes else None
-    if folder is not None:
-        values = read_json(folder / MODEL_FILE)
+    values = read_json(folder / MODEL_FILE) if folder is not None else read_source(config.folder) if resumes else None
     families.check_trainable(values or {})
     return folder, values
 
