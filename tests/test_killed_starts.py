@@ -51,6 +51,7 @@ def test_a_start_that_is_killed_anywhere_is_accepted_again(kind, narrow_model, c
         options = ["--init", str(deepseek), "--data", str(corpus), "--seq-len", "16", "--eval-samples", "7"]
     before = converted if kind in ("converted", "overwritten") else ""
     options += ["--overwrite"] if kind == "overwritten" else []
+    options += ["--tokenizer", str(run / "tokenizer")] if kind == "converted" else []
     # each writes at least three files by a scratch folder, a file in it, a rename and the folder's removal
     assert survivals("PyTorch" if kind == "torch" else "JAX", tmp_path / "run", before, *options) >= 12
 

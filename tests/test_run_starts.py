@@ -39,7 +39,7 @@ def test_ctrl_c_ends_with_one_line_and_the_run_resumes(narrow, run, tmp_path, ca
     assert losses(tmp_path / "run") == losses(run)
 
 
-def test_weights_without_tokenizer_and_special_tokens_get_those_of_the_data(narrow, run, tmp_path):
+def test_weights_without_tokenizer_need_one_and_take_its_special_tokens(narrow, run, tmp_path, capsys):
     exported, raw = tmp_path / "exported", tmp_path / "raw"
     assert convert.main(["to-torch", str(run), str(exported)]) == 0
     raw.mkdir()
@@ -48,7 +48,10 @@ def test_weights_without_tokenizer_and_special_tokens_get_those_of_the_data(narr
     (raw / "config.json").write_text(json.dumps(config | unset))
     shutil.copy(exported / "model.safetensors", raw)
     assert convert.main(["to-flax", str(raw), str(tmp_path / "run")]) == 0
-    assert train.main([*narrow, "--run-dir", str(tmp_path / "run")]) == 0
+    args = [*narrow, "--run-dir", str(tmp_path / "run")]
+    assert train.main(args) == 2
+    assert "holds no tokenizer.json: pass --tokenizer FOLDER" in capsys.readouterr().err
+    assert train.main([*args, "--tokenizer", str(run / "tokenizer")]) == 0
     assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").is_file()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["eos_token_id"] == 0
 
