@@ -142,6 +142,7 @@ def test_files_of_one_source_are_left_out_by_its_name(mixed, tmp_path):
         texts(skip_data="1.jsonl")
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mixture_resumes(narrow_model, mixed, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(streams, "POOL_ROWS", 16)
     run = tmp_path / "runs" / "mixed"
