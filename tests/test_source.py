@@ -283,7 +283,7 @@ def test_values_of_weights_are_in_the_dtype_of_the_source(model, corpus, tmp_pat
     write_model(config, numbered_weights(config), tmp_path / "half", "float16", SOURCE)
     shutil.copy(tmp_path / "half" / "model.safetensors", model)
     write_json(model / "config.json", {key: value for key, value in SOURCE.items() if key != "torch_dtype"})
-    found = train.read_start(TrainConfig.from_options(init=model, run_dir=tmp_path / "run"))
+    found = train.read_start(TrainConfig.from_options(init=model, model=config, seq_len=16, run_dir=tmp_path / "run"))
     assert found is not None
     assert found.dtypes["dtype"] == "float16"
     assert set(found.dtypes["others"].values()) == {"float32"}  # of the correction biases

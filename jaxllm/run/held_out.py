@@ -97,7 +97,7 @@ def _key(config: RunConfig, source: Source) -> str:
     """What decides the rows: the content of the text, how it is read and encoded, and how many there are."""
     options = dataclasses.asdict(config.data) | {"source": None, "eval_data": None}  # both by their content
     evaluated = [evaluation.open().revision for evaluation in source.evaluations]
-    tokenizer = [_digest(file) for file in sorted((config.folder / "tokenizer").iterdir())]
+    tokenizer = [_digest(file) for file in sorted((config.folder / "tokenizer").rglob("*")) if file.is_file()]
     decisive = [FORMAT, options, evaluated, tokenizer, config.logging.eval_samples, config.data_streams]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 

@@ -46,7 +46,7 @@ class SourceFiles(NamedTuple):
         for part in sorted(parts, reverse=True):  # `SOURCE` last: it tells that all are there
             if (run / part).exists():
                 continue
-            with tempfile.TemporaryDirectory(dir=run, prefix=f".{part}-") as scratch:
+            with tempfile.TemporaryDirectory(dir=run, prefix=f".{part}.") as scratch:
                 for name, file in self.places.items():
                     if name.startswith(f"{part}/"):
                         copy = Path(scratch) / name
