@@ -23,10 +23,10 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 @dataclasses.dataclass(frozen=True)
 class ParameterFacts:
-    """What is known of a parameter where it is created; a leaf of a pytree."""
+    """Metadata of a parameter: axis names, weight decay, optimizer. A leaf of a pytree."""
 
     axes: tuple[str, ...]
-    """A name for each of its axes: `jaxllm.model.layout.MESH_AXIS` says along which of them it is cut."""
+    """A name for each axis; `jaxllm.model.layout.MESH_AXIS` maps some of them to axes of a mesh."""
     decays: bool
     """Whether weight decay applies: to matrices and embeddings, not to norms and biases, as in the Trainer."""
     is_hidden_matrix: bool = False
@@ -34,7 +34,7 @@ class ParameterFacts:
 
 
 class RoutingBias(nnx.Variable):
-    """State that steers the choice of experts. It is no parameter: it takes no gradient and no weight decay."""
+    """State that steers the choice of experts. It is not a parameter: no gradient, no weight decay."""
 
 
 def parameter(
@@ -99,7 +99,7 @@ class Embedding(nnx.Module):
     """A table (rows, D), looked up by row."""
 
     def __init__(self, rows: int, features: int, axis: str, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs):
-        """`axis`: what the rows are."""
+        """`axis`: name of the row axis, e.g. `vocab`."""
         self.rows, self.features, self.dtype = rows, features, dtype
         self.weight = parameter(_normal(rngs, (rows, features), std, dtype), (axis, "hidden"), decays=True)
 
