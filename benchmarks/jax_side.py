@@ -33,7 +33,9 @@ from jaxllm.generate import generate, prefill
 from jaxllm.model import flops
 from jaxllm.model.decoder import CustomLLM, abstract_model, count_parameters
 from jaxllm.model.inference import for_inference
+from jaxllm.model.kernels import choose_kernels
 from jaxllm.model.kernels.dispatch import plan_dispatch
+from jaxllm.model.kernels.expert_ffn import expert_ffn, expert_slice
 from jaxllm.model.kernels.matmul import linear
 from jaxllm.model.kernels.swiglu import plain_swiglu
 from jaxllm.model.layers import stack
@@ -155,6 +157,7 @@ def mixture(s: MixtureSizes, dtype: jnp.dtype) -> dict[str, Contender]:
     graph, weights = nnx.split(
         stack(lambda rngs: DeepSeekExpertLayer(config, dtype=dtype, rngs=rngs), s.experts, "expert", nnx.Rngs(0))
     )
+    kernels = choose_kernels(config, dtype).routed
     keys = jax.random.split(jax.random.key(1), 3)
     x = jax.random.normal(keys[0], (s.tokens, s.hidden), dtype)
     d_out = jax.random.normal(keys[1], x.shape, dtype)
@@ -165,8 +168,8 @@ def mixture(s: MixtureSizes, dtype: jnp.dtype) -> dict[str, Contender]:
 
     def routed(weights, router: Array, x: Array, experts: Array) -> Array:  # (N,D), (N,k) -> (N,D)
         routing = route(x, router, jnp.zeros(s.experts), s.per_token, experts)
-        plan = plan_dispatch(routing.experts, s.experts)
-        return nnx.merge(graph, weights).routed(x, routing.gates, plan).output
+        plan, masters = plan_dispatch(routing.experts, s.experts), nnx.merge(graph, weights).weights()
+        return expert_ffn(kernels, x, routing.gates, plan, expert_slice(kernels, masters, dtype)).output
 
     def dense(weights, router: Array, x: Array, experts: None) -> Array:  # (N,D) -> (N,D)
         layers = nnx.merge(graph, weights)

@@ -174,10 +174,13 @@ def test_no_layer_rewrites_what_the_others_wrote(rewritten):
 
 
 def test_decoding_copies_neither_weights_nor_cache(monkeypatch):
-    """The loop over tokens reads both in place: its temporaries are far smaller than the weights alone."""
-    config = dataclasses.replace(SMALL, hidden_size=256, moe_intermediate_size=512, num_hidden_layers=6)
+    """The loop over tokens reads both in place: its temporaries are far smaller than the layers' or the table's."""
+    config = dataclasses.replace(
+        SMALL, hidden_size=256, moe_intermediate_size=256, num_hidden_layers=6, vocab_size=20_000
+    )
     model = nnx.eval_shape(lambda: inference.for_inference(CustomLLM(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))))
-    weights = sum(leaf.size * 2 for leaf in jax.tree.leaves(split_model(model)[1]["decoder_layers"]))
+    weights = 2 * 256 * 20_000
+    assert sum(leaf.size * 2 for leaf in jax.tree.leaves(split_model(model)[1]["decoder_layers"])) > weights
 
     def temporaries(new_tokens: int) -> int:
         return generation(model, new_tokens).memory_analysis().temp_size_in_bytes

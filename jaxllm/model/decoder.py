@@ -89,9 +89,7 @@ class CustomLLM(nnx.Module):
         self.decoder_layers = layers(config.moe_layers, False)
         self.final_norm = CustomRMSNorm(D, eps=config.rms_norm_eps, dtype=dtype) if config.final_norm else None
         head = (
-            None
-            if config.tie_word_embeddings
-            else Linear(D, V, ("hidden", "vocab"), bias=config.lm_head_bias, is_hidden=False, **init)
+            None if config.tie_word_embeddings else Linear(D, V, ("hidden", "vocab"), bias=config.lm_head_bias, **init)
         )
         self.lm_head = head  # None: the table of token embeddings
 

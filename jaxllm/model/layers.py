@@ -16,6 +16,7 @@ from flax import nnx
 from jaxllm.config import ModelConfig
 from jaxllm.model.dtypes import Array, Pytree, at_least_float32
 from jaxllm.model.kernels.matmul import in_dtype, linear
+from jaxllm.model.kernels.packed import read
 from jaxllm.model.kernels.rms_norm import rms_norm
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -78,14 +79,13 @@ class Linear(nnx.Module):
         axes: tuple[str, ...],
         *,
         bias: bool = False,
-        is_hidden: bool = True,
         std: float,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        """`is_hidden`: one of the linear maps of the layers, neither router nor head."""
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
         weight = _normal(rngs, (in_features, out_features), std, dtype)
+        is_hidden = not {"score", "vocab"} & {*axes}  # neither a router nor the head
         self.weight = parameter(weight, axes, decays=True, is_hidden_matrix=is_hidden)
         zeros = jnp.zeros((out_features,), at_least_float32(dtype))
         self.bias = parameter(zeros, axes[1:], decays=False) if bias else None
@@ -104,7 +104,7 @@ class Embedding(nnx.Module):
         self.weight = parameter(_normal(rngs, (rows, features), std, dtype), (axis, "hidden"), decays=True)
 
     def __call__(self, ids: Array) -> Array:  # (...) -> (..., D)
-        return in_dtype(self.weight[...][ids], self.dtype)
+        return in_dtype(read(self.weight[...], ids), self.dtype)
 
 
 class CustomRMSNorm(nnx.Module):

@@ -110,9 +110,7 @@ class DeepSeekMoE(nnx.Module):
 
         self.shared_experts = stack(expert, config.n_shared_experts, "shared_expert", rngs)
         self.routed_experts = stack(expert, E, "expert", rngs)
-        self.router = Linear(
-            D, E, ("hidden", "score"), is_hidden=False, std=config.initializer_range, dtype=dtype, rngs=rngs
-        )
+        self.router = Linear(D, E, ("hidden", "score"), std=config.initializer_range, dtype=dtype, rngs=rngs)
         zeros = jnp.zeros((E,), at_least_float32(dtype))
         bias = parameter(zeros, ("score",), decays=False, kind=RoutingBias)
         self.routing_bias = bias if config.router.has_bias else None

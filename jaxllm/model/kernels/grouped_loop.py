@@ -19,7 +19,7 @@ from jax.export import is_symbolic_dim
 
 from jaxllm.model.dtypes import Array, at_least_float32
 from jaxllm.model.kernels.interface import ExpertKernels, ExpertRows, Saved, Weights
-from jaxllm.model.kernels.matmul import cast, in_dtype, matmul
+from jaxllm.model.kernels.matmul import FEW_ROWS, cast, in_dtype, matmul
 from jaxllm.model.kernels.packed import pack, read, unpack
 from jaxllm.model.kernels.swiglu import swiglu, swiglu_gradients
 
@@ -27,16 +27,13 @@ from jaxllm.model.kernels.swiglu import swiglu, swiglu_gradients
 BLOCK_ROWS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Sizes for any group. Most groups have about an even share of the rows: `_sizes_near` has more sizes there."""
 
-FEW_ROWS = 32
-"""Up to this many rows in all, as in decoding, a weight is used for a row or two: small blocks, and no copy of it."""
-
 SMALL_GROUP = 8
 """Groups of less than this part of an even share are rare: they are padded to it, and need no sizes of their own."""
 
 
 def block_sizes(rows: int, groups: int) -> tuple[int, ...]:
     """The sizes that blocks can have, of this many rows in all; the last holds any group, or is the very largest."""
-    few = rows <= FEW_ROWS
+    few = rows <= FEW_ROWS  # a weight is used for a row or two: small blocks
     menu = (1, 2, 4, 8, *BLOCK_ROWS) if few else BLOCK_ROWS
     smallest = 1
     if not (few or is_symbolic_dim(rows)):

@@ -16,11 +16,12 @@ from jax.export import is_symbolic_dim
 
 from jaxllm.model.dtypes import Array, at_least_float32
 
-FEW_ROWS = 16
-"""A float32 product of fewer rows, as in decoding, copies no operand: that would cost more than it saves."""
+FEW_ROWS = 32
+"""Up to this many rows, as in decoding, float32 operands and the experts' weights are not copied into a faster form:
+that would cost more than it saves."""
 
 SAVED = "saved"
-"""The name that `save_for_backward` gives, for the policy of `jax.checkpoint`: see `Layout.checkpoint`."""
+"""The name that `save_for_backward` gives, for the policy of `jax.checkpoint`: see `layout.checkpoint`."""
 
 
 def save_for_backward(x: Array) -> Array:
@@ -60,7 +61,7 @@ def matmul(
         product = _row_major(jnp.matmul(left, right, preferred_element_type=jnp.float32))
         return product[..., :rows, :].astype(out_dtype)
 
-    is_small = rows is not None and rows < FEW_ROWS
+    is_small = rows is not None and rows <= FEW_ROWS
     if a.dtype != jnp.bfloat16 and (is_small or a.dtype != jnp.float32 or not transpose_a):
         return usual(a, b)
     return jax.lax.platform_dependent(a, b, cpu=row_major_operands, default=usual)

@@ -34,10 +34,10 @@ def _numbers(x: Array) -> Array:
 
 
 def read(x: Array, i: Array | int) -> Array:
-    """`x[i]` along the first axis, by a loop that only reads x: (L,...), () -> (...).
+    """`x[i]` along the first axis, inside a loop that only reads x: (L,...), one index or several.
 
-    The barrier keeps XLA from converting all of x before the loop. It then converts only what the slice reads.
+    The barrier keeps XLA from converting all of x before the loop. It then converts only what is read.
     """
     if NEEDED and x.dtype == jnp.bfloat16:
         x, i = jax.lax.optimization_barrier((x, jnp.asarray(i)))
-    return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+    return x[i] if jnp.ndim(i) else jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
