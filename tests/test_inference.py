@@ -150,7 +150,7 @@ def rewritten_stacks(model: CustomLLM) -> list[str]:
     graph, params, bias = split_model(model)
     gradient = jax.jit(jax.grad(lambda params: nnx.merge(graph, params, bias)(TOKENS).std()))
     program = gradient.lower(params).compile().as_text()
-    return re.findall(rf"dynamic-update-slice[\w.-]* = bf16\[{SMALL.num_hidden_layers},", program)
+    return re.findall(rf"dynamic-update-slice_convert[\w.-]* = bf16\[{SMALL.num_hidden_layers},", program)
 
 
 def generation(model: CustomLLM, new_tokens: int = 4) -> jax.stages.Compiled:
@@ -163,7 +163,9 @@ def generation(model: CustomLLM, new_tokens: int = 4) -> jax.stages.Compiled:
 
 def rewritten_caches(model: CustomLLM) -> list[str]:
     """The same for the cache of generation."""
-    return re.findall(rf"dynamic-update-slice[\w.-]* = bf16\[{SMALL.num_hidden_layers},", generation(model).as_text())
+    return re.findall(
+        rf"dynamic-update-slice_convert[\w.-]* = bf16\[{SMALL.num_hidden_layers},", generation(model).as_text()
+    )
 
 
 @pytest.mark.parametrize("rewritten", [rewritten_stacks, rewritten_caches])

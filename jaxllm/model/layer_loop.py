@@ -5,7 +5,7 @@
 
 `layer` is an ordinary function of one layer. Most weights are sliced: a layer gets a copy of its part. The experts are
 most of the weights, so they are not: a layer gets the arrays of all layers and its place in them (`ExpertSlice`), and
-writes there its part of the gradient and of what it saves. Autodiff of a plain scan would make both anew in each layer.
+writes there its part of the gradient and of what it saves. Autodiff of a plain scan would copy both in each layer.
 
 What a pullback holds of its layer's arguments is not saved: the backward pass has them, and puts them back. So the two
 arrays that a layer wrote to are, in the backward pass, the ones that all layers wrote to.
@@ -114,7 +114,7 @@ def decode_layers(stacks: Sequence[DecoderLayer], x: Array, positions: Array, ca
 def _decode_stack(
     layers: DecoderLayer, x: Array, positions: Array, packed: Latents, first: int
 ) -> tuple[Array, Latents]:
-    """-> x, and the token's latents (L,B,1,...), packed like the cache, in which the layers begin at `first`."""
+    """Returns x, and the token's latents (L,B,1,...), packed like the cache, in which these layers begin at `first`."""
     merge, _, weights = _split(layers, in_place=True)
     without_gradient = {name: experts._replace(masters=None) for name, experts in weights.experts.items()}
     weights, packs = weights._replace(experts=without_gradient), layers.kernels.packs

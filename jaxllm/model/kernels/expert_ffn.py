@@ -28,8 +28,8 @@ from jaxllm.model.kernels.matmul import save_for_backward
 class ExpertSlice(NamedTuple):
     """The experts of one layer: E of S, which are those of all layers when a loop runs the layers.
 
-    A gradient of the whole arrays in each layer would be a sum of L arrays of their size, and so would copies of what
-    each layer saves. So the loop gives each layer the same two arrays, and each writes its part of them in place.
+    If each layer returned a gradient of the whole arrays, L arrays of that size would be made and added. So the loop
+    hands the same two arrays, `gradient` and `saved`, from layer to layer, and each writes its part of them in place.
     """
 
     masters: Weights | None  # in float32 or wider, whose gradient `gradient` becomes; None: it has no gradient
@@ -63,15 +63,14 @@ def expert_ffn(kernels: ExpertKernels, x: Array, gates: Array, plan: Dispatch, e
 
     The weights' gradients have the masters' dtype.
     """
-    return ExpertOutput(
-        add_all(_ffn(kernels, rows, plan, None)[0] for rows in _passes(kernels, x, gates, plan, experts)), experts.saved
-    )
+    outputs = (_ffn(kernels, rows, plan, None).output for rows in _passes(kernels, x, gates, plan, experts))
+    return ExpertOutput(add_all(outputs), experts.saved)
 
 
 def _passes(
     kernels: ExpertKernels, x: Array, gates: Array, plan: Dispatch, experts: ExpertSlice
 ) -> Iterator[ExpertRows]:
-    """The operands of all routed experts together, or of one expert that every token goes through after the other."""
+    """The kernels' operands: of all routed experts at once, or of one shared expert at a time."""
     if plan.order is None:
         for j in range(gates.shape[1]):
             yield ExpertRows(x, None, gates[:, j : j + 1], plan.group_sizes, experts.weights, experts.offset + j)
@@ -111,7 +110,7 @@ def _forward(kernels: ExpertKernels, x: Array, gates: Array, plan: Dispatch, exp
             output, made = _ffn(kernels, rows, plan, room)
             own.append(jax.tree.map(save_for_backward, made))
         outputs.append(output)
-    # the two arrays of all layers as they were given: the loop over the layers puts the written ones in their place
+    # `experts` as given: in the backward pass, the layer loop puts the arrays that all layers wrote in their place
     return ExpertOutput(add_all(outputs), written), (x, gates, plan, experts, own)
 
 
