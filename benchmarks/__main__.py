@@ -46,7 +46,7 @@ class BenchmarkArgs:
     rounds: int | None = None
     """How often each contender of a row runs; short ones run three times as often. Default: 5, for a GPU 3."""
     budget: float | None = None
-    """Of a GPU, seconds in all: a part that would begin later is not measured, one that runs is ended. Default: 450."""
+    """Of a GPU, seconds in all: then a part is ended and the rest not begun. Default: 450, with --quick no limit."""
     out: Path | None = None
     """The folder for benchmarks.json and benchmarks.png, default runs/benchmarks; for a GPU the file of the report,
     default benchmarks/gpu.json, with --quick runs/gpu.json."""
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name:18} {row.what}" + (f", against: {row.yardstick}" if row.yardstick else ""))
         return 0
     target = load_target("h100") if args.gpu else None  # of a plan without a GPU, and of one with small sizes
-    ends = time.monotonic() + (args.budget or (450.0 if args.gpu else math.inf))
+    ends = time.monotonic() + (args.budget or (450.0 if args.gpu and not args.quick else math.inf))
     session = Session(args.quick, args.rounds or (1 if args.quick else 3 if args.gpu else 5), args.gpu, ends, target)
     order = args.table if args.gpu else args.names  # on a GPU, what others compare with comes first
     chosen = {name: args.table[name] for name in order if name in args.names}

@@ -23,8 +23,9 @@ from jaxllm.generate import generate, prefill
 from jaxllm.model.decoder import CustomLLM, abstract_model, split_model
 from jaxllm.model.flops import active_parameters
 from jaxllm.model.inference import for_inference
-from jaxllm.model.kernels import describe_kernels
+from jaxllm.model.kernels import choose_kernels, describe_kernels
 from jaxllm.model.kernels.dispatch import plan_dispatch
+from jaxllm.model.kernels.expert_ffn import expert_ffn, expert_slice
 from jaxllm.model.kernels.matmul import linear
 from jaxllm.model.kernels.swiglu import plain_swiglu
 from jaxllm.model.layers import stack
@@ -204,6 +205,7 @@ def mixture(shape: list[int], dtype: str) -> Prepared:
     )  # fmt: skip
     layer = partial(DeepSeekExpertLayer, config, dtype=jnp.dtype(dtype))
     graph, weights = nnx.split(stack(lambda rngs: layer(rngs=rngs), s.experts, "expert", nnx.Rngs(0)))
+    kernels = choose_kernels(config, dtype).routed
     keys = jax.random.split(jax.random.key(1), 3)
     x, d_out = (jax.random.normal(key, (s.tokens, s.hidden), dtype) for key in keys[:2])
     router, rng = 0.02 * jax.random.normal(keys[2], (s.hidden, s.experts)), np.random.default_rng(0)
@@ -212,8 +214,8 @@ def mixture(shape: list[int], dtype: str) -> Prepared:
 
     def routed(weights, router: Array, x: Array, experts: Array) -> Array:  # (N,D), (N,k) -> (N,D)
         routing = route(x, router, jnp.zeros(s.experts), s.per_token, experts)
-        plan = plan_dispatch(routing.experts, s.experts)
-        return nnx.merge(graph, weights).routed(x, routing.gates, plan).output
+        plan, masters = plan_dispatch(routing.experts, s.experts), nnx.merge(graph, weights).weights()
+        return expert_ffn(kernels, x, routing.gates, plan, expert_slice(kernels, masters, dtype)).output
 
     def dense(weights, router: Array, x: Array, experts: None) -> Array:  # (N,D) -> (N,D)
         layers = nnx.merge(graph, weights)

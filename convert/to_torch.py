@@ -20,7 +20,6 @@ from jaxllm.data.tokenizer import export_tokenizer, load_tokenizer
 from jaxllm.errors import UserError, shown
 from jaxllm.files import StrPath, read_json, write_json
 from jaxllm.model.decoder import CustomLLM, split_model
-from jaxllm.model.inference import unpacked
 from jaxllm.packages import ROOT, check_own
 from jaxllm.store.checkpoint import Weights, load_weights
 from jaxllm.store.folder import CONFIG_FILE, SOURCE_DTYPES, TOKENIZER
@@ -130,7 +129,7 @@ def save_pretrained(model: CustomLLM, out: StrPath, *, dtype: str = "float32") -
     """
     check_new(out)
     _, params, routing_bias = split_model(model)
-    write_model(model.config, Weights(unpacked(model, params), routing_bias), out, dtype)
+    write_model(model.config, Weights(params, routing_bias), out, dtype)
 
 
 def check_new(out: StrPath) -> None:

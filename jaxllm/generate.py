@@ -32,6 +32,7 @@ from jaxllm.model.attention import Latents
 from jaxllm.model.decoder import CustomLLM, abstract_model, split_model
 from jaxllm.model.dtypes import Array, check_dtype
 from jaxllm.model.inference import for_inference
+from jaxllm.model.kernels.packed import pack, unpack
 from jaxllm.model.numerics import pinned_sampling, random_key
 from jaxllm.packages import check_own
 from jaxllm.run.runtime import start_jax, use_compilation_cache
@@ -91,7 +92,7 @@ class _Decoding(NamedTuple):
     token: Array  # (B,) the newest
     positions: Array  # (B,) its position, which is its cache slot
     done: Array  # (B,) whether an end-of-sequence token was chosen
-    cache: Latents  # (L,B,S,...)
+    cache: Latents  # (L,B,S,...), packed
 
 
 def generate(
@@ -175,7 +176,7 @@ def _generate(
         return (now.count < max_new) & ~now.done.all()
 
     def next_token(now: _Decoding) -> _Decoding:
-        logits, cache = model.decode(now.token[:, None], now.positions[:, None], now.cache)
+        logits, cache = model.decode(now.token[:, None], now.positions[:, None], unpack(now.cache))
         token = sample_token(kind, numbers, logits[:, 0], jax.random.fold_in(key, now.count))
         return _Decoding(
             count=now.count + 1,
@@ -183,10 +184,10 @@ def _generate(
             token=token,
             positions=now.positions + 1,
             done=now.done | jnp.isin(token, eos),
-            cache=cache,
+            cache=pack(cache),
         )
 
-    start = _Decoding(jnp.ones((), jnp.int32), tokens, first, lengths, jnp.isin(first, eos), cache)
+    start = _Decoding(jnp.ones((), jnp.int32), tokens, first, lengths, jnp.isin(first, eos), pack(cache))
     end = jax.lax.while_loop(unfinished, next_token, start)
     return end.tokens, end.count
 

@@ -14,7 +14,6 @@ from jaxllm.config import ModelConfig
 from jaxllm.generate import generate, prefill
 from jaxllm.model.attention import Latents
 from jaxllm.model.decoder import abstract_model
-from jaxllm.model.kernels.packed import unpack
 from jaxllm.store.checkpoint import Weights
 from parity_tests import hf_side
 from parity_tests.compare import TOLERANCES, Row, compare_arrays
@@ -99,7 +98,7 @@ class JaxGeneration:
 @functools.partial(jax.jit, static_argnums=0)
 def _latents(graph: nnx.GraphDef, params, routing_bias, ids: jax.Array, experts: jax.Array | None) -> Any:
     model = nnx.merge(graph, params, routing_bias)
-    return jax.tree.map(unpack, model.hidden_states(ids, experts=experts, keep_latents=True)[1].latents)
+    return model.hidden_states(ids, experts=experts, keep_latents=True)[1].latents
 
 
 @functools.partial(jax.jit, static_argnums=0)

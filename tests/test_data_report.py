@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import train
 from jaxllm.config import TrainConfig
 from jaxllm.data import reading
 from jaxllm.data.report import Seen
@@ -128,26 +127,23 @@ def test_kept_rows_are_made_again_where_they_would_be_others(change, tokenizer, 
     assert (change == "damage") == np.array_equal(changed.held_out, first.held_out)
 
 
-def test_the_report_is_the_same_in_all_places(narrow, tmp_path, capsys):
-    (tmp_path / "data").mkdir()
+def test_the_report_is_the_same_in_all_places(run, tokenizer, tmp_path, capsys):
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["data"]
+    assert first == read_json(run / "data_report.json")
+    page = (run / "report.md").read_text()
+    assert all(f"- {line}\n" in page for line in first["lines"])
+    assert "25 .py files" in page
+    assert all("step" in record for record in read_metrics(run))  # readers of the log do not see it
+
     for i in range(25):
         write(tmp_path / "data" / f"{i:02}.jsonl", 30)
     (tmp_path / "data" / "image.png").touch()
-    copy = tmp_path / "run"
-    options = ("--data", str(tmp_path / "data"), "--steps", "2", "--eval-every", "2", "--run-dir", str(copy))
-    assert train.main([*narrow, *options]) == 0
-    said = capsys.readouterr().out
-    first = json.loads((copy / "metrics.jsonl").read_text().splitlines()[0])["data"]
-    assert len(first["not_read"]) == 1
-    assert "image.png" in first["not_read"][0]
-    report = (copy / "report.md").read_text()
-    for line in first["lines"]:
-        assert f"Data: {line}\n" in said
-        assert f"- {line}\n" in report
-    assert "Not read: image.png" in said
-    assert "- not read: image.png" in report
+    start(tmp_path / "run", data=str(tmp_path / "data"), tokenizer=tokenizer, seq_len=16, eval_samples=5)
+    said, report = capsys.readouterr().out, read_json(tmp_path / "run" / "data_report.json")
+    assert all(f"Data: {line}\n" in said for line in report["lines"])
+    assert all(f"Not read: {line}\n" in said for line in report["not_read"])
+    assert "image.png" in report["not_read"][0]
     assert "passes that the run makes: about" in said
-    assert all("step" in record for record in read_metrics(copy))  # readers of the log do not see it
 
 
 def test_seen_counts_documents_of_several_chunks():

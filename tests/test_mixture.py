@@ -124,6 +124,9 @@ def test_other_data_in_one_source_is_refused(mixed, tmp_path):
     (tmp_path / "small" / "1.jsonl").write_text('{"text": "other"}\n')
     with pytest.raises(UserError, match=r"'1\.jsonl' has another content"):
         open_source(config).position = position
+    other = config.with_options(data=mixed.replace("=5,", "=6,"))
+    with pytest.raises(UserError, match=r"shares 0.5, 0.3, 0.2 of the text, not 0.54.*pass the old weights"):
+        open_source(other).position = position
     one = config.with_options(data=str(tmp_path / "large"))
     with pytest.raises(UserError, match="other data"):
         open_source(one).position = position
@@ -139,6 +142,7 @@ def test_files_of_one_source_are_left_out_by_its_name(mixed, tmp_path):
         texts(skip_data="1.jsonl")
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mixture_resumes(narrow_model, mixed, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(streams, "POOL_ROWS", 16)
     run = tmp_path / "runs" / "mixed"

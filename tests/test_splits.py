@@ -43,6 +43,7 @@ def test_the_hub_s_names_tell_a_split(name):
         ["a.jsonl", "b.jsonl"],
         ["trains.jsonl", "contest.jsonl", "retrain.jsonl", "evaluate.jsonl"],
         ["train.jsonl", "more.jsonl"],
+        ["an evaluation of trains.txt"],
         ["the test of time.txt", "a train journey.txt", "le dormeur du val.txt", "z.txt"],
         ["train.py", "test.py", "model.py"],
         ["src/a.py", "test/test_a.py", "train/b.py"],
@@ -145,6 +146,18 @@ def test_a_run_of_before_reads_all_files_as_it_did(tmp_path):
     source = open_source(TrainConfig.from_dict(saved))
     assert {chunk.text.split()[0] for chunk in source.chunks()} == {"train", "validation", "test"}
     assert source.hold_out == "count"
+
+
+def test_a_validation_split_that_is_gone_is_named(tmp_path):
+    for word in ("train", "validation", "test"):
+        write(tmp_path / f"{word}.jsonl", word)
+    config = TrainConfig.from_options(data=str(tmp_path), seq_len=8, eval_samples=2)
+    tokenizer = train_tokenizer(open_source(config), 300)
+    config = config.with_options(hold_out=open_source(config).hold_out)
+    held_out_rows(config, tokenizer)
+    (tmp_path / "validation.jsonl").unlink()
+    with pytest.raises(UserError, match="the text that it is evaluated on is gone"):
+        held_out_rows(config, tokenizer)
 
 
 def test_splits_that_datasets_saved(tmp_path):

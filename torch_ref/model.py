@@ -656,13 +656,13 @@ class CustomLLMModel(CustomLLMPreTrainedModel):
     forward = can_return_tuple(run_layers)
 
     def _check_arguments(self, cache: Any, kwargs: dict[str, Any], position_ids: Tensor | None) -> None:
-        attention = self.config._attn_implementation
+        attention = str(self.config._attn_implementation)
         if isinstance(cache, PagedAttentionCache):
-            function = ALL_ATTENTION_FUNCTIONS.get_interface(attention, eager_attention_forward)
             # since 5.24 the layer fills the pages, before that the attention function
-            if not (
-                CACHE == "cache" or attention.startswith("paged|") or "cache" in inspect.signature(function).parameters
-            ):
+            taken = inspect.signature(
+                ALL_ATTENTION_FUNCTIONS.get_interface(attention, eager_attention_forward)
+            ).parameters
+            if not (CACHE == "cache" or "cache" in taken or attention.startswith("paged|")):
                 raise TypeError(f"attn_implementation={attention!r} does not read a paged cache: call generate_batch")
             return
         given = [name for name, value in kwargs.items() if value is not None]

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxllm.data.report import Seen, SourceReport
 from jaxllm.data.source import Evaluation, Source, TextChunk, check_position, utf8_bytes
-from jaxllm.errors import UserError, shown
+from jaxllm.errors import UserError, listed, shown
 
 JOINED = "+"
 """Between the revisions of the sources, and between what they hold out."""
@@ -64,15 +64,15 @@ class Mixture:
         positions = [source.position for source in self._sources]
         skipped = self._skipped + sum(position["skipped"] for position in positions)
         turn = {"given": list(self._given), "within": self._within, "ended": list(self._ended)}
-        return {"pass": self._pass, "sources": positions, "skipped": skipped} | turn
+        return {"pass": self._pass, "sources": positions, "shares": self._shares, "skipped": skipped} | turn
 
     @position.setter
     def position(self, position: dict[str, Any]) -> None:
-        check_position(position, {"pass", "sources", "given", "within", "ended", "skipped"})
-        if len(position["sources"]) != len(self._sources):
+        check_position(position, {"pass", "sources", "shares", "given", "within", "ended", "skipped"})
+        if position["shares"] != self._shares:
             raise UserError(
-                f"data: the run's position is of {len(position['sources'])} sources, and there are "
-                f"{len(self._sources)}: pass the old data, or --overwrite to start over"
+                f"data: the run's sources have the shares {listed(map(str, position['shares']))} of the text, not "
+                f"{listed(map(str, self._shares))}: pass the old weights, or --overwrite to start over"
             )
         for source, of_source in zip(self._sources, position["sources"], strict=True):
             source.position = of_source

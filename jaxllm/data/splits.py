@@ -93,8 +93,9 @@ def _list(value: Any) -> list[Any]:
 
 def _by(names: list[str], split_of: Callable[[str, bool], str | None], code: bool) -> dict[str, str | None]:
     found = {name: split_of(name, False) if code or not _is_code(name) else None for name in names}
-    if not {None, _SEVERAL} & {*found.values()}:  # every file belongs to a split
-        return found if {*found.values()} != {"train"} else {}
+    splits = {*found.values()}
+    if not {None, _SEVERAL} & splits and (len(splits) > 1 or not any(map(_is_text, names))):  # each belongs to one
+        return found if splits != {"train"} else {}
     found = {name: None if _is_code(name) else split_of(name, _is_text(name)) for name in names}
     if {*found.values()} <= {None, "train"}:
         return {}

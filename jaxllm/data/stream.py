@@ -340,6 +340,11 @@ def held_out_rows(
             if have >= share:
                 break
     rows = min(config.logging.eval_samples, have // config.data.seq_len)
+    if have == 0 and config.data.hold_out == "nothing":
+        raise UserError(
+            f"data is {config.data.source!r}: the run holds nothing out of it, and the text that it is evaluated on is "
+            "gone or has nothing to read: put it back, or pass --eval-data"
+        )
     if have == 0:
         raise UserError(
             f"data is {config.data.source!r}: it is one row, or a text of at most {CHUNK_CHARS} characters, which "

@@ -6,7 +6,6 @@ from flax import nnx
 
 from jaxllm.model.decoder import CustomLLM, model_facts, split_model
 from jaxllm.model.dtypes import Array, Pytree
-from jaxllm.model.kernels.packed import pack, unpack
 from jaxllm.model.layers import ParameterFacts
 
 
@@ -25,16 +24,10 @@ def for_inference(model: CustomLLM) -> CustomLLM:
     def narrowed(weight: Array, known: ParameterFacts) -> Array:
         if not known.decays or "score" in known.axes:  # norms and biases, or a router
             return weight
-        narrow = weight.astype(model.dtype)
-        return pack(narrow) if model.kernels.packs else narrow
+        return weight.astype(model.dtype)
 
     @jax.jit
     def all_narrowed(params: Pytree) -> Pytree:
         return jax.tree.map(narrowed, params, facts)
 
     return nnx.merge(graph, all_narrowed(params), bias)
-
-
-def unpacked(model: CustomLLM, params: Pytree) -> Pytree:
-    """The parameters of a model as numbers: the matrices of `for_inference` in bfloat16."""
-    return jax.tree.map(unpack, params) if model.kernels.packs and model.dtype == jnp.bfloat16 else params

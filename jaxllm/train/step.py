@@ -13,7 +13,7 @@ from jaxllm.config import RunConfig
 from jaxllm.model.decoder import STACKS, CustomLLM, abstract_model, model_facts
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
-from jaxllm.model.moe import updated_routing_bias
+from jaxllm.model.load_balance import updated_routing_bias
 from jaxllm.model.numerics import KEY_IMPL
 from jaxllm.train.loss import count_targets, next_token_targets, summed_cross_entropy
 from jaxllm.train.optim import learning_rate, tree_where, update
