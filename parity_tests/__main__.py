@@ -8,6 +8,7 @@ python -m parity_tests --preset customllm-1b --layers 2 --rungs weights layers l
 python -m parity_tests --precision float64
 python -m parity_tests --optimizer muon --rungs step trajectory
 python -m parity_tests --mutate rope_halves_swapped         # plant a fault; a rung must catch it
+python -m parity_tests pair my_pair.py                      # any pair of models; also `record` and `compare`
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ import tyro
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # both frameworks on one device, else the comparison is between devices
 
+from parity_tests.engine.command import COMMANDS
+from parity_tests.engine.command import main as compare_pair
+
+if __name__ == "__main__" and sys.argv[1:] and sys.argv[1] in COMMANDS:
+    sys.exit(compare_pair(sys.argv[1:]))  # before the imports of both frameworks, of which it may need one
+
 from convert.to_flax import read_folder
 from convert.to_torch import export_run, read_source
 from jaxllm.command_line import parse
@@ -39,11 +46,12 @@ from jaxllm.run.checkpoint import Weights, is_run, load_weights
 from jaxllm.run.prepare import CONFIG_FILE
 from jaxllm.run.runtime import check_devices
 from parity_tests.compare import Row
+from parity_tests.engine.report import first_divergence, print_table
 from parity_tests.forward import random_weights, torch_model
 from parity_tests.hf_mutations import STOCK_MUTATIONS
 from parity_tests.ladder import MIN_STEPS, RUNGS, Ladder, Rung
 from parity_tests.mutations import MUTATIONS, Mutation
-from parity_tests.report import draw_report, first_divergence, print_table, write_report
+from parity_tests.report import NAMED, draw_report, write_report
 from parity_tests.text import read_tokens
 from torch_ref import CustomLLM as TorchCustomLLM
 
@@ -194,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.layers:
         name += f", {args.layers} layers"
     title = f"JAX and PyTorch on {name}, {ladder.ids.size} tokens, {args.precision}, {optimizer}"
-    print_table(rows, title)
+    print_table(rows, title, NAMED)
     about = {"model": name, "precision": args.precision, "optimizer": optimizer, "mutation": args.mutate}
     about["config"] = config.to_dict()
     write_report(args.out / "parity.json", rows, ladder.curve, seconds, about)

@@ -1,0 +1,382 @@
+"""Judge two records: the formula first, in float64 and without anybody's tolerance, then the rounding.
+
+Where a side could not be lifted to float64, both are compared in their own precision, and the bound is what a change of
+the parameters by a unit of roundoff does to either. That is weaker, and the verdict says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from jaxllm.errors import UserError, listed
+from parity_tests.engine.mapping import Entry, TensorMap
+from parity_tests.engine.order import ROOT, path_of
+from parity_tests.engine.pairing import fitted, paired_outputs
+from parity_tests.engine.record import Named, Record, Run
+from parity_tests.engine.rows import ANY, Row, Tolerance, compare_arrays, compare_bits, compare_numbers, relative_l2
+
+FORMULA = Tolerance("formula", 1e-8, ANY, "both sides in float64: right pairs differ by 2e-16 to 5e-11")
+TRAINING = Tolerance("training", 1e-6, ANY, "as the formula, amplified by a few steps")
+ROUNDING = {"float32": 6e-4, "float64": 1e-9, "bfloat16": 3e-1, "float16": 1e-1}
+"""Largest distance of a run from its lifted run, by the dtype of the parameters: 1e4 units of roundoff in float32."""
+COMPARABLE = 100.0
+"""Largest quotient of both sides' distances from their lifted runs."""
+ZERO = {"lifted": 1e-11, "own": 1e-5}
+"""A gradient is zero in theory if it is smaller, relative to the gradients that it is summed from."""
+CONTROL_FACTOR, CONTROL_FLOOR = 10.0, 10.0
+"""Without lifting, a difference may be this many times the controls, and in any case this many units of roundoff."""
+EPSILON = {"float32": 2.0**-24, "float64": 2.0**-53, "bfloat16": 2.0**-9, "float16": 2.0**-12}
+
+RUNGS = ("weights", "modules", "results", "gradients", "state", "step", "training", "rounding", "batch", "logprobs")
+
+
+@dataclass
+class Judgement:
+    """What was compared, and what was not.
+
+    Attributes:
+        controls: for a row (rung, what, leaf) the rounding of both sides there.
+        not_compared: one line each.
+        findings: casts below the model's dtype, what could not be lifted.
+        last_equal: the output compared last before the first difference.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    controls: dict[tuple[str, str, str], float] = field(default_factory=dict)
+    not_compared: list[str] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
+    lifted: bool = True
+
+    @property
+    def first(self) -> Row | None:
+        return next((row for row in self.rows if not row.passed), None)
+
+    @property
+    def last_equal(self) -> str | None:
+        """The module before the first one that differs."""
+        before = None
+        for row in self.rows:
+            if row.rung == "modules":
+                if not row.passed:
+                    return before
+                before = row.leaf
+        return None
+
+
+def judge(jax: Record, torch: Record, mapping: TensorMap) -> Judgement:
+    """Compare everything that both records hold."""
+    found = Judgement()
+    compare = _Comparison(jax, torch, mapping, found)
+    for rung in (compare.weights, compare.modules, compare.results, compare.gradients, compare.state, compare.trained,
+                 compare.rounding):  # fmt: skip
+        found.rows += rung()
+    return found
+
+
+class _Comparison:
+    def __init__(self, jax: Record, torch: Record, mapping: TensorMap, found: Judgement):
+        self.jax, self.torch, self.mapping, self.found = jax, torch, mapping, found
+        found.lifted = "lifted" in jax.runs and "lifted" in torch.runs
+        self.main = "lifted" if found.lifted else "own"
+        self.dead: set[str] = set()
+        self.epsilon = max(EPSILON.get(dtype, 2.0**-24) for record in (jax, torch) for dtype in record.about["dtypes"])
+        if not found.lifted:
+            for record in (jax, torch):
+                if "lifted" not in record.runs:
+                    reason = record.about.get("not lifted", "it was recorded without")
+                    found.findings.append(f"the {record.framework} side is not lifted to float64: {reason}")
+        for record in (jax, torch):
+            for run in record.runs.values():
+                notes = [f"{record.framework}: {note}" for note in run.findings]
+                notes += [f"{record.framework}: {hole} ran in its own dtype" for hole in run.holes]
+                found.findings += [note for note in notes if note not in found.findings]
+        if jax.about["inputs"] and torch.about["inputs"] and not {*jax.about["inputs"]} & {*torch.about["inputs"]}:
+            found.findings.append("no input array is the same on both sides")
+
+    # rungs
+
+    def weights(self) -> list[Row]:
+        shapes = {name: self.jax.weights[name].shape for name in self.jax.weights}
+        wanted = dict(self._made(self.torch.weights, shapes))
+        rows = compare_bits("weights", "weights", {n: np.asarray(self.jax.weights[n]) for n in wanted}, wanted)
+        if not all(row.passed for row in rows):
+            return rows
+        missing = [(name, "PyTorch", self.torch) for name in self.mapping.without_jax]
+        missing += [(name, "JAX", self.jax) for name in self.mapping.without_torch]
+        for name, framework, record in missing:
+            if name not in record.trainable:
+                continue
+            gradient = record.runs[self.main].grads.get(name)
+            if gradient is not None and np.any(gradient):
+                rows.append(Row("weights", "without partner", name, False, "mapped", note=f"{framework} trains it"))
+        for framework, names in (("PyTorch", self.mapping.without_jax), ("JAX", self.mapping.without_torch)):
+            if names:
+                self.found.not_compared.append(f"{framework}'s tensors without a partner: {listed(names)}")
+        return rows
+
+    def modules(self) -> list[Row]:
+        pairing = paired_outputs(self.jax, self.torch, self.mapping, self.main)
+        ours, theirs = self.jax.runs[self.main].outputs, self.torch.runs[self.main].outputs
+        self.pairs = pairing.pairs
+        self.channels_last = any(op.startswith("conv") for e in self.mapping.entries.values() for op in e.operations
+                                 if isinstance(op, str))  # fmt: skip
+        rows = [self._output_row("modules", "output", "outputs", a, b, ours[a], theirs[b]) for a, b in self.pairs]
+        if pairing.alone:
+            self.found.not_compared.append(
+                f"outputs of modules without a partner: {listed(path or ROOT for path in pairing.alone)}"
+            )
+        return [row for row in rows if row is not None]
+
+    def results(self) -> list[Row]:
+        ours, theirs = self.jax.runs[self.main], self.torch.runs[self.main]
+        if list(ours.results) != list(theirs.results):
+            raise UserError(
+                f"call returns {len(ours.results)} floating-point arrays in JAX and {len(theirs.results)} in PyTorch: "
+                "return the same ones, in the same order"
+            )
+        for name in ours.results:
+            if ours.results[name].shape != theirs.results[name].shape:
+                raise UserError(
+                    f"call returns {name} of shape {list(ours.results[name].shape)} in JAX and of "
+                    f"{list(theirs.results[name].shape)} in PyTorch: return the same layout"
+                )
+        rows = [
+            self._row("results", "result", name, theirs.results[name], ours.results[name], ("results", name, name))
+            for name in ours.results
+        ]
+        scale = max(abs(theirs.loss), 1e-300)
+        tolerance = self._tolerance(FORMULA, self._control(lambda run: run.loss) / scale)
+        return [*rows, compare_numbers("results", "loss", theirs.loss, ours.loss, tolerance)]
+
+    def gradients(self) -> list[Row]:
+        ours, theirs = self.jax.runs[self.main], self.torch.runs[self.main]
+        if not ours.grads or not theirs.grads:
+            self.found.not_compared.append("gradients: a side recorded none")
+            return []
+        rows: list[Row | None] = []
+        scales = self._scales(theirs)
+        for a, b in reversed(self.pairs):
+            if a in ours.output_grads and b in theirs.output_grads:
+                one, other = ours.output_grads[a], theirs.output_grads[b]
+                parent = scales.get(path_of(b).rpartition(".")[0], 0.0)
+                if max(np.linalg.norm(one), np.linalg.norm(other)) <= ZERO[self.main] * parent:
+                    rows.append(self._zero("gradient at an output", b))
+                else:
+                    rows.append(
+                        self._output_row("gradients", "gradient at an output", "output_grads", a, b, one, other)
+                    )
+        for label, one, other, key in self._gradient_pairs(ours.grads, theirs.grads):
+            if one is None or other is None:
+                continue
+            scale = self._scale_of(key, scales, theirs.grads)
+            if max(np.linalg.norm(one), np.linalg.norm(other)) <= ZERO[self.main] * scale:
+                self.dead.add(label)
+                rows.append(self._zero("gradient", label))
+                continue
+            control = self._gradient_control(label, other)
+            tolerance = self._tolerance(FORMULA, control)
+            row = compare_arrays("gradients", "gradient", label, other, one, tolerance)
+            self.found.controls[row.rung, row.what, row.leaf] = control
+            rows.append(row)
+        return [row for row in rows if row is not None]
+
+    def state(self) -> list[Row]:
+        ours, theirs = self.jax.runs.get("training"), self.torch.runs.get("training")
+        if ours is None or theirs is None:
+            if self.torch.about.get("same modes"):
+                return []
+            reasons = [record.about.get("no training mode", "") for record in (self.jax, self.torch)]
+            self.found.not_compared.append(f"training mode: {'; '.join(filter(None, reasons)) or 'not recorded'}")
+            return []
+        rows = [
+            compare_arrays("state", "result in training mode", name, theirs.results[name], ours.results[name], FORMULA)
+            for name in ours.results
+            if name in theirs.results
+        ]
+        for name, entry in self.mapping.entries.items():
+            if name in ours.state and all(torch in theirs.state for torch in entry.torch):
+                made = entry.made([theirs.state[torch] for torch in entry.torch], ours.state[name].shape)
+                before = entry.made([self.torch.weights[torch] for torch in entry.torch], ours.state[name].shape)
+                # the change is compared: a statistic moves by a tenth of what a batch says
+                rows.append(
+                    compare_arrays(
+                        "state", "change of a statistic", name, made - before, ours.state[name] - before, FORMULA
+                    )
+                )
+        for label, one, other, _ in self._gradient_pairs(ours.grads, theirs.grads):
+            if one is not None and other is not None and label not in self.dead:
+                rows.append(compare_arrays("state", "gradient in training mode", label, other, one, FORMULA))
+        return rows
+
+    def trained(self) -> list[Row]:
+        ours, theirs = self.jax.trained, self.torch.trained
+        if ours is None or theirs is None:
+            self.found.not_compared.append("an optimizer's step and a training: not recorded")
+            return []
+        losses = min(len(ours.losses), len(theirs.losses))
+        first, last = FORMULA, TRAINING
+        if not self.found.lifted:
+            first = last = Tolerance("own rounding", 1e3 * self.epsilon, ANY, "1,000 units of roundoff in an update")
+        rows = self._update_rows("step", "update", ours.first, theirs.first, first)
+        rows.append(compare_arrays("training", "losses", "", np.asarray(theirs.losses[:losses]),
+                                   np.asarray(ours.losses[:losses]), last))  # fmt: skip
+        return rows + self._update_rows("training", f"change in {losses} steps", ours.last, theirs.last, last)
+
+    def rounding(self) -> list[Row]:
+        rows, distances = [], {}
+        for record in (self.jax, self.torch):
+            own, again, lifted = (record.runs.get(name) for name in ("own", "again", "lifted"))
+            if own is not None and again is not None:
+                pairs = [(kind[n], other[n]) for kind, other in ((own.results, again.results), (own.grads, again.grads))
+                         for n in kind]  # fmt: skip
+                same = all(np.array_equal(one, other, equal_nan=True) for one, other in pairs)
+                note = "" if same else "two runs differ: something is random, or sums in no fixed order"
+                rows.append(
+                    Row("rounding", "two runs have the same bits", record.framework, same, "bitwise", note=note)
+                )
+            if own is None or lifted is None:
+                continue
+            distance = max(relative_l2(np.float64(lifted.results[n]), np.float64(own.results[n])) for n in own.results)
+            cap = max(ROUNDING.get(dtype, ROUNDING["float32"]) for dtype in record.about["dtypes"])
+            distances[record.framework] = distance
+            passed = distance <= cap
+            rows.append(Row("rounding", "distance from float64", record.framework, passed, f"{cap:g}", None, distance))
+        if len(distances) == 2:
+            floor = {f: max(d, self.epsilon) for f, d in distances.items()}
+            quotient = max(floor.values()) / min(floor.values())
+            rows.append(Row("rounding", "quotient of the distances", "", quotient <= COMPARABLE, f"{COMPARABLE:g}",
+                            quotient))  # fmt: skip
+        return rows
+
+    # parts
+
+    def _made(self, torch: Named, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray]]:
+        for name, entry in self.mapping.entries.items():
+            yield name, entry.made([np.asarray(torch[t]) for t in entry.torch], shapes[name])
+
+    def _output_row(self, rung: str, what: str, kind: str, a: str, b: str, one: Any, other: Any) -> Row | None:
+        fit = fitted(one, other, self.channels_last)
+        if fit is None:
+            return None
+        return self._row(rung, what, b, other, fit, (kind, a, b))
+
+    def _row(self, rung: str, what: str, leaf: str, other: Any, one: Any, key: tuple[str, str, str]) -> Row:
+        kind, a, b = key
+        norm = max(float(np.linalg.norm(np.float64(other))), 1e-300)
+        control = self._control(lambda run, name: getattr(run, kind).get(name), a, b) / norm
+        row = compare_arrays(rung, what, leaf, other, one, self._tolerance(FORMULA, control))
+        self.found.controls[rung, what, leaf] = control
+        return row
+
+    def _control(self, values_of: Any, *names: str) -> float:
+        """How far both sides' rounding reaches: from the lifted run, or from runs with moved parameters."""
+        total = 0.0
+        for record, *name in zip((self.jax, self.torch), *((names,) if names else ()), strict=True):
+            own = values_of(record.runs["own"], *name) if "own" in record.runs else None
+            if own is not None:
+                others = [values_of(run, *name) for run in _controls(record)]
+                total += max((_apart(own, other) for other in others if other is not None), default=0.0)
+        return total
+
+    def _gradient_control(self, label: str, other: np.ndarray) -> float:
+        norm, total = max(float(np.linalg.norm(other)), 1e-300), 0.0
+        for record in (self.jax, self.torch):
+            if "own" not in record.runs:
+                continue
+            own, apart = record.runs["own"].grads, [0.0]
+            known = self._sources(label, record.framework)
+            for other in (run.grads for run in _controls(record)):
+                apart.append(math.hypot(*(_apart(own[n], other[n]) for n in known if n in own and n in other)))
+            total += max(apart)
+        return total / norm
+
+    def _sources(self, label: str, framework: str) -> tuple[str, ...]:
+        if label in self.mapping.entries:
+            return (label,) if framework == "jax" else self.mapping.entries[label].torch
+        jax = tuple(name for name, entry in self.mapping.entries.items() if label in entry.torch)
+        return jax if framework == "jax" else (label,)
+
+    def _tolerance(self, formula: Tolerance, control: float) -> Tolerance:
+        if self.found.lifted:
+            return formula
+        limit = CONTROL_FACTOR * control + CONTROL_FLOOR * self.epsilon
+        return Tolerance(f"{limit:.0e}, own rounding", limit, ANY, "10 times what a unit of roundoff changes")
+
+    def _gradient_pairs(self, ours: Named, theirs: Named) -> Iterator[tuple[str, Any, Any, str]]:
+        """Gradients in one layout: JAX's, or PyTorch's where several tensors of JAX share one of PyTorch."""
+        uses: dict[str, list[Entry]] = {}
+        for entry in self.mapping.entries.values():
+            for torch in dict.fromkeys(entry.torch):
+                uses.setdefault(torch, []).append(entry)
+        shared = {torch for torch, entries in uses.items() if len(entries) > 1}
+        trainable = {*self.jax.trainable}
+        for name, entry in self.mapping.entries.items():
+            if name not in trainable or shared & {*entry.torch}:
+                continue
+            shape = self.jax.weights[name].shape
+            arrays = [theirs.get(t, np.zeros(self.torch.weights[t].shape)) for t in entry.torch]
+            yield name, ours.get(name, np.zeros(shape)), entry.made(arrays, shape, linear=True), entry.torch[0]
+        for torch in sorted(shared):
+            if torch not in self.torch.trainable:
+                continue
+            total = np.zeros(int(np.prod(self.torch.weights[torch].shape)))
+            for entry in uses[torch]:
+                shapes = [self.torch.weights[t].shape for t in entry.torch]
+                places = entry.sources(shapes, self.jax.weights[entry.jax].shape).ravel()
+                start = sum(math.prod(s) for s in shapes[: entry.torch.index(torch)])
+                inside = (places >= start) & (places < start + total.size)
+                values = np.asarray(
+                    ours.get(entry.jax, np.zeros(self.jax.weights[entry.jax].shape)), np.float64
+                ).ravel()
+                np.add.at(total, places[inside] - start, values[inside])
+            gradient = theirs.get(torch, np.zeros(self.torch.weights[torch].shape))
+            yield torch, total.reshape(gradient.shape), np.asarray(gradient), torch
+
+    def _scales(self, run: Run) -> dict[str, float]:
+        """The norm of the gradient at the outputs of each module of PyTorch."""
+        norms: dict[str, float] = {}
+        for key, gradient in run.output_grads.items():
+            path = path_of(key)
+            norms[path] = max(norms.get(path, 0.0), float(np.linalg.norm(gradient)))
+        return norms
+
+    def _scale_of(self, torch_name: str, scales: dict[str, float], grads: Named) -> float:
+        """The size of the gradients that one is summed from: at the outputs of its module and of the one around it."""
+        owner = torch_name.rpartition(".")[0]
+        near = max(scales.get(owner, 0.0), scales.get(owner.rpartition(".")[0], 0.0))
+        return near or max((float(np.linalg.norm(gradient)) for gradient in grads.values()), default=0.0)
+
+    def _zero(self, what: str, leaf: str) -> Row:
+        note = f"zero in theory: below {ZERO[self.main]:g} of what it is summed from, on both sides"
+        return Row("gradients", f"{what}, zero in theory", leaf, True, "zero", note=note)
+
+    def _update_rows(self, rung: str, what: str, ours: Named, theirs: Named, tolerance: Tolerance) -> list[Row]:
+        rows, untold = [], []
+        for name, entry in self.mapping.entries.items():
+            if name not in ours or not all(torch in theirs for torch in entry.torch):
+                continue
+            one = ours[name]
+            other = entry.made([theirs[torch] for torch in entry.torch], one.shape, linear=True)
+            row = compare_arrays(rung, what, name, other, one, tolerance)
+            if not row.passed and {name, *entry.torch} & self.dead:
+                untold.append(name)
+                continue
+            rows.append(row)
+        if untold:
+            self.found.not_compared.append(f"{what} where the gradient is zero in theory: {listed(untold)}")
+        return rows
+
+
+def _controls(record: Record) -> list[Run]:
+    """The runs whose distance from the side's own run is its rounding."""
+    lifted = record.runs.get("lifted")
+    return [run for name, run in record.runs.items() if name.startswith("moved")] if lifted is None else [lifted]
+
+
+def _apart(one: Any, other: Any) -> float:
+    return float(np.linalg.norm(np.float64(one) - np.float64(other)))
