@@ -69,10 +69,8 @@ class RecordArgs:
 class CompareArgs:
     """Compare two records. Neither framework is needed."""
 
-    jax: Annotated[Path, tyro.conf.Positional]
-    """The record of the side in JAX."""
-    torch: Annotated[Path, tyro.conf.Positional]
-    """The record of the side in PyTorch."""
+    records: Annotated[tuple[Path, Path], tyro.conf.Positional]
+    """One of a side in JAX, one of a side in PyTorch."""
     out: Path = Path("runs/parity")
     """The folder for parity.html and card.json."""
 
@@ -137,7 +135,12 @@ def _record(args: RecordArgs, command: str) -> int:
 
 
 def _compare(args: CompareArgs, command: str) -> int:
-    verdict = pair(RecordedSide(args.jax), RecordedSide(args.torch))
+    sides = {one.framework: one for one in map(RecordedSide, args.records)}
+    if len(sides) != 2:
+        raise UserError(
+            f"records: both are of {', '.join(sides)}: give one of a side in JAX and one of a side in PyTorch"
+        )
+    verdict = pair(sides["jax"], sides["torch"])
     return _report(verdict, args.out, command, None)
 
 
@@ -163,10 +166,11 @@ def load(path: Path) -> ModuleType:
     """
     if not path.is_file():
         raise UserError(f"file is {str(path)!r}: it must be a Python file that defines `jax` and `torch`")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"described_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"file is {str(path)!r}: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where classes that it defines look for it
     sys.path.insert(0, str(path.parent.resolve()))  # for modules beside it, which its functions may import later
     try:
         spec.loader.exec_module(module)

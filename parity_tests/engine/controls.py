@@ -26,8 +26,15 @@ class Control(NamedTuple):
     note: str = ""
 
 
-def controls(side: TorchSide, jax: Record, torch: Record, mapping: TensorMap, steps_in_training: bool) -> list[Control]:
-    """Plant every fault alone on the PyTorch side. The JAX side is not run again."""
+def controls(
+    side: TorchSide, jax: Record, torch: Record, mapping: TensorMap, known: set[tuple[str, str, str]], in_training: bool
+) -> list[Control]:
+    """Plant every fault alone on the PyTorch side. The JAX side is not run again.
+
+    Args:
+        known: comparisons that differ without a fault, which show nothing.
+        in_training: whether the steps run in training mode.
+    """
     from parity_tests.engine.faults import FAULTS
 
     found = []
@@ -46,10 +53,7 @@ def controls(side: TorchSide, jax: Record, torch: Record, mapping: TensorMap, st
         try:
             if fault.optimizer:
                 trained = side.train(
-                    "lifted",
-                    len(torch.trained.losses) if torch.trained else 1,
-                    steps_in_training,
-                    optimizer_plant=plant,
+                    "lifted", len(torch.trained.losses) if torch.trained else 1, in_training, optimizer_plant=plant
                 )
             elif fault.training:
                 runs["training"] = side.run("lifted", training=True, plant=plant)
@@ -59,12 +63,15 @@ def controls(side: TorchSide, jax: Record, torch: Record, mapping: TensorMap, st
             found.append(Control(fault.name, "not applicable", note=f"planted, it fails: {type(error).__name__}"))
             continue
         faulty = dataclasses.replace(torch, runs=runs, trained=trained)
-        found.append(_classified(fault.name, faulty, torch, jax, mapping))
+        found.append(_classified(fault.name, faulty, torch, jax, mapping, known))
     return found
 
 
-def _classified(name: str, faulty: Record, clean: Record, jax: Record, mapping: TensorMap) -> Control:
-    breach = judge(jax, faulty, mapping).first
+def _classified(
+    name: str, faulty: Record, clean: Record, jax: Record, mapping: TensorMap, known: set[tuple[str, str, str]]
+) -> Control:
+    breaches = (row for row in judge(jax, faulty, mapping).rows if not row.passed)
+    breach = next((row for row in breaches if (row.rung, row.what, row.leaf) not in known), None)
     if breach is not None:
         return Control(name, "seen", breach.rung, f"{breach.what} {breach.leaf}".strip())
     results, inside = 0.0, 0.0

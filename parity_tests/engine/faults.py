@@ -171,7 +171,7 @@ def _norm(model: nn.Module) -> Any:
 
 @_fault("rotary halves in the other convention")
 def _halves(model: nn.Module) -> Any:
-    homes = [sys.modules[type(module).__module__] for module in model.modules()]
+    homes = [sys.modules.get(type(module).__module__) for module in model.modules()]
     home = next((home for home in homes if hasattr(home, "rotate_half")), None)
 
     def interleaved(x: torch.Tensor) -> torch.Tensor:

@@ -169,11 +169,13 @@ class eqx_side(JaxSide):
         self._eqx, self._call, self._train_call = eqx, call, train_call
         is_made = isinstance(module, (eqx.Module, tuple))
         self._make = None if is_made else module
-        made = module if is_made else module()
-        self._made = made if isinstance(made, tuple) else (made,)
-        self._state_names: list[str] = []
-        values = self._named(self._made)
-        trainable = [name for name in values if name not in self._state_names]
+        self._made = _pair(module if is_made else module())
+        model, *state = self._made
+        floats = eqx.filter(model, eqx.is_inexact_array)
+        values = {key_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(floats)[0]}
+        trainable = list(values)
+        if state:
+            values |= {name: np.asarray(leaf) for name, leaf in self._state_values(model, state[0]).items()}
         super().__init__(values, trainable, **options)
 
     def can_train(self) -> bool:
@@ -182,30 +184,44 @@ class eqx_side(JaxSide):
     def movable(self) -> list[str]:
         return list(self.values)
 
-    def _named(self, made: tuple[Any, ...]) -> dict[str, np.ndarray]:
-        values = {}
-        for i, part in enumerate(made):
-            floats = self._eqx.filter(part, self._eqx.is_inexact_array)
-            for n, (path, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(floats)[0]):
-                name = f"state.{n}" if i else key_name(path)
-                values[name] = np.asarray(leaf)
-                if i:
-                    self._state_names.append(name)
-        return values
+    def _state_indices(self, part: Any, path: str = "") -> dict[str, Any]:
+        """The keys of the state, by the path of the module that has them."""
+        if isinstance(part, self._eqx.nn.StateIndex):
+            return {path: part}
+        inner: dict[str, Any] = {}
+        if isinstance(part, self._eqx.Module):
+            inner = vars(part)
+        elif isinstance(part, (list, tuple)):
+            inner = {str(i): item for i, item in enumerate(part)}
+        elif isinstance(part, dict):
+            inner = part
+        found = {}
+        for name, item in inner.items():
+            found |= self._state_indices(item, f"{path}.{name}".strip("."))
+        return found
+
+    def _state_values(self, model: Any, state: Any) -> Values:
+        """Floating-point arrays of the state; those of a batch norm are called `mean` and `var`."""
+        found = {}
+        for path, index in self._state_indices(model).items():
+            leaves = jax.tree.leaves(state.get(index))
+            owner = path.rpartition(".")[0]
+            statistics = len(leaves) == 2 and all(leaf.ndim == 1 for leaf in leaves)
+            for i, leaf in enumerate(leaves):
+                if jnp.issubdtype(leaf.dtype, jnp.inexact):
+                    found[f"{owner}.{('mean', 'var')[i]}".strip(".") if statistics else f"{path}.{i}"] = leaf
+        return found
 
     def _filled(self, values: Values) -> tuple[Any, ...]:
-        made = self._made
-        if self._make is not None:
-            made = self._make()
-            made = made if isinstance(made, tuple) else (made,)
-
-        model, *state = made
-        model = jax.tree_util.tree_map_with_path(lambda path, leaf: values.get(key_name(path), leaf), model)
+        model, *state = self._made if self._make is None else _pair(self._make())
         if state:
-            floats, rest = self._eqx.partition(state[0], self._eqx.is_inexact_array)
-            leaves, tree = jax.tree.flatten(floats)
-            filled = [values.get(f"state.{n}", leaf) for n, leaf in enumerate(leaves)]
-            state = [self._eqx.combine(jax.tree.unflatten(tree, filled), rest)]
+            after = jax.tree.map(lambda x: x, state[0])  # a state that was changed must not be used again
+            for index in self._state_indices(model).values():
+                old = after.get(index)
+                named = {id(leaf): name for name, leaf in self._state_values(model, after).items()}
+                after = after.set(index, jax.tree.map(lambda x, named=named: values.get(named.get(id(x), ""), x), old))
+            state = [after]
+        model = jax.tree_util.tree_map_with_path(lambda path, leaf: values.get(key_name(path), leaf), model)
         return self._tapped(model, ""), *state
 
     def _tapped(self, part: Any, path: str) -> Any:
@@ -230,8 +246,7 @@ class eqx_side(JaxSide):
         if not state:
             return out, {}
         out, after = out
-        floats = self._eqx.filter(after, self._eqx.is_inexact_array)
-        return out, {f"state.{n}": leaf for n, leaf in enumerate(jax.tree.leaves(floats))}
+        return out, self._state_values(model, after)
 
     def tree(self, params: Values) -> Any:
         """The module itself with these leaves, as `eqx.filter` gives it to an optimizer."""
@@ -240,6 +255,10 @@ class eqx_side(JaxSide):
 
     def bound(self, values: Values) -> Any:
         return self._eqx.nn.inference_mode(self._filled(values)[0])
+
+
+def _pair(made: Any) -> tuple[Any, ...]:
+    return made if isinstance(made, tuple) else (made,)
 
 
 def _value(variable: Any) -> Any:

@@ -85,7 +85,9 @@ class _Comparison:
         self.main = "lifted" if found.lifted else "own"
         self.dead: set[str] = set()
         self.epsilon = max(EPSILON.get(dtype, 2.0**-24) for record in (jax, torch) for dtype in record.about["dtypes"])
+        self.even = FORMULA
         if not found.lifted:
+            self.even = Tolerance("1,000 roundings", 1e3 * self.epsilon, ANY, "where no control was run")
             for record in (jax, torch):
                 if "lifted" not in record.runs:
                     reason = record.about.get("not lifted", "it was recorded without")
@@ -170,19 +172,7 @@ class _Comparison:
                     rows.append(
                         self._output_row("gradients", "gradient at an output", "output_grads", a, b, one, other)
                     )
-        for label, one, other, key in self._gradient_pairs(ours.grads, theirs.grads):
-            if one is None or other is None:
-                continue
-            scale = self._scale_of(key, scales, theirs.grads)
-            if max(np.linalg.norm(one), np.linalg.norm(other)) <= ZERO[self.main] * scale:
-                self.dead.add(label)
-                rows.append(self._zero("gradient", label))
-                continue
-            control = self._gradient_control(label, other)
-            tolerance = self._tolerance(FORMULA, control)
-            row = compare_arrays("gradients", "gradient", label, other, one, tolerance)
-            self.found.controls[row.rung, row.what, row.leaf] = control
-            rows.append(row)
+        rows += self._parameter_rows("gradients", "gradient", ours, theirs)
         return [row for row in rows if row is not None]
 
     def state(self) -> list[Row]:
@@ -194,7 +184,9 @@ class _Comparison:
             self.found.not_compared.append(f"training mode: {'; '.join(filter(None, reasons)) or 'not recorded'}")
             return []
         rows = [
-            compare_arrays("state", "result in training mode", name, theirs.results[name], ours.results[name], FORMULA)
+            compare_arrays(
+                "state", "result in training mode", name, theirs.results[name], ours.results[name], self.even
+            )
             for name in ours.results
             if name in theirs.results
         ]
@@ -205,13 +197,10 @@ class _Comparison:
                 # the change is compared: a statistic moves by a tenth of what a batch says
                 rows.append(
                     compare_arrays(
-                        "state", "change of a statistic", name, made - before, ours.state[name] - before, FORMULA
+                        "state", "change of a statistic", name, made - before, ours.state[name] - before, self.even
                     )
                 )
-        for label, one, other, _ in self._gradient_pairs(ours.grads, theirs.grads):
-            if one is not None and other is not None and label not in self.dead:
-                rows.append(compare_arrays("state", "gradient in training mode", label, other, one, FORMULA))
-        return rows
+        return rows + self._parameter_rows("state", "gradient in training mode", ours, theirs)
 
     def trained(self) -> list[Row]:
         ours, theirs = self.jax.trained, self.torch.trained
@@ -219,13 +208,11 @@ class _Comparison:
             self.found.not_compared.append("an optimizer's step and a training: not recorded")
             return []
         losses = min(len(ours.losses), len(theirs.losses))
-        first, last = FORMULA, TRAINING
-        if not self.found.lifted:
-            first = last = Tolerance("own rounding", 1e3 * self.epsilon, ANY, "1,000 units of roundoff in an update")
-        rows = self._update_rows("step", "update", ours.first, theirs.first, first)
+        rows = self._update_rows("step", "update", "first", FORMULA)
         rows.append(compare_arrays("training", "losses", "", np.asarray(theirs.losses[:losses]),
-                                   np.asarray(ours.losses[:losses]), last))  # fmt: skip
-        return rows + self._update_rows("training", f"change in {losses} steps", ours.last, theirs.last, last)
+                                   np.asarray(ours.losses[:losses]),
+                                   TRAINING if self.found.lifted else self.even))  # fmt: skip
+        return rows + self._update_rows("training", f"change in {losses} steps", "last", TRAINING)
 
     def rounding(self) -> list[Row]:
         rows, distances = [], {}
@@ -351,18 +338,43 @@ class _Comparison:
         near = max(scales.get(owner, 0.0), scales.get(owner.rpartition(".")[0], 0.0))
         return near or max((float(np.linalg.norm(gradient)) for gradient in grads.values()), default=0.0)
 
-    def _zero(self, what: str, leaf: str) -> Row:
+    def _zero(self, what: str, leaf: str, rung: str = "gradients") -> Row:
         note = f"zero in theory: below {ZERO[self.main]:g} of what it is summed from, on both sides"
-        return Row("gradients", f"{what}, zero in theory", leaf, True, "zero", note=note)
+        return Row(rung, f"{what}, zero in theory", leaf, True, "zero", note=note)
 
-    def _update_rows(self, rung: str, what: str, ours: Named, theirs: Named, tolerance: Tolerance) -> list[Row]:
+    def _parameter_rows(self, rung: str, what: str, ours: Run, theirs: Run) -> list[Row]:
+        """Gradients of parameters; those that are zero in theory stand apart."""
+        rows, scales = [], self._scales(theirs)
+        for label, one, other, torch in self._gradient_pairs(ours.grads, theirs.grads):
+            scale = self._scale_of(torch, scales, theirs.grads)
+            if max(np.linalg.norm(one), np.linalg.norm(other)) <= ZERO[self.main] * scale:
+                self.dead.add(label)
+                rows.append(self._zero(what, label, rung))
+                continue
+            control = self._gradient_control(label, other)
+            rows.append(compare_arrays(rung, what, label, other, one, self._tolerance(FORMULA, control)))
+            self.found.controls[rung, what, label] = control
+        return rows
+
+    def _update_rows(self, rung: str, what: str, when: str, tolerance: Tolerance) -> list[Row]:
+        ours, theirs = getattr(self.jax.trained, when), getattr(self.torch.trained, when)
         rows, untold = [], []
         for name, entry in self.mapping.entries.items():
             if name not in ours or not all(torch in theirs for torch in entry.torch):
                 continue
             one = ours[name]
             other = entry.made([theirs[torch] for torch in entry.torch], one.shape, linear=True)
-            row = compare_arrays(rung, what, name, other, one, tolerance)
+            allowed = tolerance
+            if not self.found.lifted:
+                apart = sum(
+                    math.hypot(
+                        *(_apart(getattr(record.trained, when)[n], getattr(record.moved, when)[n]) for n in names)
+                    )
+                    for record, names in ((self.jax, (name,)), (self.torch, entry.torch))
+                    if record.moved is not None
+                )
+                allowed = self._tolerance(tolerance, apart / max(float(np.linalg.norm(other)), 1e-300))
+            row = compare_arrays(rung, what, name, other, one, allowed)
             if not row.passed and {name, *entry.torch} & self.dead:
                 untold.append(name)
                 continue

@@ -2,7 +2,7 @@
 
 A program that is traced with 64-bit types still computes in float32 where it asks for that by name, and so it differs
 from another right program by float32's rounding. Lifted, float32 is float64 everywhere: casts, iotas, accumulators, and
-literals by their shortest decimal (0.044715 is meant, not the float32 next to it). Casts below float32 stay, and are
+literals by their decimal (0.044715 is meant, not the float32 next to it). Casts below float32 stay, and are
 findings.
 """
 
@@ -49,6 +49,10 @@ IN_THEIR_OWN_DTYPE = {
     "triton_kernel_call", "custom_call",
 }  # fmt: skip
 """Primitives whose meaning depends on the dtype, or whose code is compiled for it."""
+
+
+DIGITS = 6
+"""Of a literal that somebody wrote; with more it was computed, and its float32 value counts."""
 
 
 class Interpreter:
@@ -252,23 +256,33 @@ class Interpreter:
         return self.wider.get(np.dtype(dtype), dtype) if not jnp.issubdtype(dtype, jax.dtypes.extended) else dtype
 
     def _wide(self, x: Any) -> Any:
-        """A value in the wider dtype; a scalar by its shortest decimal."""
+        """A value in the wider dtype."""
         dtype = getattr(x, "dtype", None)
         if not self.wider or jnp.issubdtype(dtype, jax.dtypes.extended) or np.dtype(dtype) not in self.wider:
             return x
         wider = self.wider[np.dtype(dtype)]
         if isinstance(x, jax.core.Tracer):
             return x.astype(wider)
-        values = np.asarray(x)
-        if values.ndim == 0 and values.dtype == np.float32:
-            return np.float64(str(values[()]))
-        return values.astype(wider)
+        return meant(np.asarray(x)).astype(wider)
 
     def _literal(self, atom: Literal) -> Any:
         dtype = atom.aval.dtype
         if jnp.issubdtype(dtype, jax.dtypes.extended):
             return atom.val
-        return self._wide(np.asarray(atom.val, dtype))
+        value = np.asarray(atom.val, dtype)
+        return meant(value) if self.lifted and value.dtype == np.float64 else self._wide(value)
+
+
+def meant(value: np.ndarray) -> np.ndarray:
+    """A scalar that is a short decimal rounded to float32, as that decimal: JAX folds such literals into wider ones."""
+    if value.ndim or value.dtype not in (np.float32, np.float64) or not np.isfinite(value):
+        return value
+    with np.errstate(over="ignore", under="ignore"):
+        narrow = np.float32(value)
+    if np.float64(narrow) != value:
+        return value
+    digits = np.format_float_scientific(narrow).partition("e")[0].lstrip("-").replace(".", "").rstrip("0")
+    return np.asarray(np.float64(str(narrow))) if len(digits) <= DIGITS else value
 
 
 def _bits(aval: Any) -> int:

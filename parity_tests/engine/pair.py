@@ -79,6 +79,8 @@ class Verdict:
         where = f"{row.what} {row.leaf}".strip()
         size = "" if row.relative_l2 is None else f", by {row.relative_l2:.1e}"
         said = f"The two sides differ{how}, first in: {where} (rung {row.rung}){size}"
+        if row.rung == "weights" and row.tolerance == "bitwise":
+            said += "; they start from different weights: record one side with --weights and the other's record"
         if row.rung == "modules" and self.judgement.last_equal:
             said += f"; {self.judgement.last_equal} before it agrees"
         if self.between:
@@ -181,20 +183,21 @@ def record(side: Any, options: Options | None = None, training: bool | None = No
             about["not lifted"] = f"{type(error).__name__}: {one_line(error)}"
     else:
         about["not lifted"] = "lifting is off"
-    if "lifted" not in runs:
-        start = {name: np.array(values) for name, values in side.tensors().items() if name in {*side.trainable()}}
-        epsilon = max(EPSILON.get(dtype, EPSILON["float32"]) for dtype in about["dtypes"])
-        for i in range(options.directions):
-            side.load({**_loaded(side), **by_a_roundoff(start, i, epsilon)})
-            runs[f"moved{i}"] = side.run("own")
-        side.load({**_loaded(side), **start})
     precision = "lifted" if "lifted" in runs else "own"
     in_training = _training_mode(side, runs, precision, about, training)
-    trained = None
-    if options.steps:
-        trained = side.train(precision, options.steps, in_training)
-        about["steps in training mode"] = in_training
-    return Record(side.framework, side.tensors(), side.trainable(), side.modules(), runs, trained, about)
+    about["steps in training mode"] = in_training
+    trained = side.train(precision, options.steps, in_training) if options.steps else None
+    moved = None
+    if "lifted" not in runs:
+        start = {name: np.array(side.tensors()[name]) for name in side.trainable()}
+        epsilon = max(EPSILON.get(dtype, EPSILON["float32"]) for dtype in about["dtypes"])
+        for i in range(options.directions):
+            side.load({**_others(side), **by_a_roundoff(start, i, epsilon)})
+            runs[f"moved{i}"] = side.run("own")
+            if options.steps and moved is None:
+                moved = side.train("own", options.steps, in_training)
+        side.load({**_others(side), **start})
+    return Record(side.framework, side.tensors(), side.trainable(), side.modules(), runs, trained, about, moved)
 
 
 def _training_mode(side: Any, runs: dict[str, Any], precision: Any, about: dict[str, Any], wanted: bool | None) -> bool:
@@ -242,14 +245,15 @@ def _verdict(jax: Record, torch: Record, names: TensorMap, options: Options, tor
         judgement.not_compared.append("planted faults: they are off")
     elif torch_side is None:
         judgement.not_compared.append("planted faults: the PyTorch side is a record")
-    elif first is not None:
-        judgement.not_compared.append("planted faults: they need a pair that agrees")
+    elif first is not None and first.rung in ("weights", "modules", "results", "gradients"):
+        judgement.not_compared.append("planted faults: they need a pair that agrees up to its gradients")
     elif not judgement.lifted:
         judgement.not_compared.append("planted faults: they need both sides lifted to float64")
     else:
         from parity_tests.engine.controls import controls
 
-        verdict.controls = controls(torch_side, jax, torch, names, bool(modes[1]))
+        known = {(row.rung, row.what, row.leaf) for row in judgement.rows if not row.passed}
+        verdict.controls = controls(torch_side, jax, torch, names, known, bool(modes[1]))
     return verdict
 
 
@@ -284,7 +288,7 @@ def _started(side: Any, mapped: list[str], noise: float) -> dict[str, np.ndarray
     return {name: moved.get(name, values[name]) for name in names}
 
 
-def _loaded(side: Any) -> dict[str, np.ndarray]:
+def _others(side: Any) -> dict[str, np.ndarray]:
     trainable = {*side.trainable()}
     movable = {*side.movable()}
     return {name: values for name, values in side.tensors().items() if name in movable and name not in trainable}

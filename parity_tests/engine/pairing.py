@@ -21,20 +21,19 @@ class Pairing(NamedTuple):
 
 def paired_outputs(jax: Record, torch: Record, mapping: TensorMap, run: str) -> Pairing:
     """The outputs of modules that hold the same parameters; of several around the same ones the innermost."""
-    owners = {name: module.path for module in jax.modules for name in module.own}
+    places = _places(jax)
     ours = _by_parameters(
         jax.runs[run].outputs,
         lambda path, iteration: frozenset(
             torch_name
             for name, entry in mapping.entries.items()
-            if _inside(owners.get(name, name.rpartition(".")[0]), path)
+            if _inside(places[name], path)
             for torch_name in entry.image(iteration)
         ),
     )
     mapped = mapping.torch_names()
-    torch_owners = {name: module.path for module in torch.modules for name in module.own}
     theirs = _by_parameters(
-        torch.runs[run].outputs, lambda path, _: frozenset(name for name in mapped if _inside(torch_owners[name], path))
+        torch.runs[run].outputs, lambda path, _: frozenset(name for name in mapped if _inside(name, path))
     )
     sizes = {
         "jax": {key: value.shape for key, value in jax.runs[run].outputs.items()},
@@ -59,8 +58,15 @@ def paired_outputs(jax: Record, torch: Record, mapping: TensorMap, run: str) -> 
     return Pairing(pairs, [path for path in own if path not in reached])
 
 
-def _inside(path: str, around: str) -> bool:
-    return not around or path == around or path.startswith(f"{around}.")
+def _places(record: Record) -> dict[str, str]:
+    """Each tensor with the path of its module and its own last name; linen's names begin with a collection."""
+    return {
+        name: f"{module.path}.{name.rpartition('.')[2]}".strip(".") for module in record.modules for name in module.own
+    }
+
+
+def _inside(place: str, around: str) -> bool:
+    return not around or place == around or place.startswith(f"{around}.")
 
 
 def _by_parameters(keys: Iterable[str], parameters_of) -> dict[frozenset[str], dict[tuple, list[str]]]:

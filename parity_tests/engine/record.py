@@ -86,6 +86,8 @@ class Record:
     runs: dict[str, Run]
     trained: Trained | None = None
     about: dict[str, Any] = field(default_factory=dict)
+    moved: Trained | None = None
+    """The same training from moved parameters, of a side that is not lifted."""
 
     def write(self, path: Path) -> None:
         """Write one file, an array at a time."""
@@ -94,19 +96,14 @@ class Record:
             "format": FORMAT, "framework": self.framework, "trainable": self.trainable,
             "modules": [list(module) for module in self.modules], "about": self.about,
             "weights": _indexed(arrays, "weights", self.weights),
-            "runs": {}, "trained": None,
+            "runs": {}, "trained": _of_training(arrays, "trained", self.trained),
+            "moved": _of_training(arrays, "moved", self.moved),
         }  # fmt: skip
         for name, run in self.runs.items():
             index["runs"][name] = {
                 "loss": run.loss, "findings": run.findings, "holes": run.holes,
                 **{kind: _indexed(arrays, f"{name}/{kind}", getattr(run, kind)) for kind in KINDS},
             }  # fmt: skip
-        if self.trained is not None:
-            index["trained"] = {
-                "losses": self.trained.losses,
-                "first": _indexed(arrays, "first", self.trained.first),
-                "last": _indexed(arrays, "last", self.trained.last),
-            }
         _write(path, arrays, {"index": json.dumps(index)})
 
     @classmethod
@@ -138,14 +135,18 @@ class Record:
                 )
                 for name, run in index["runs"].items()
             }  # fmt: skip
-            trained = index["trained"] and Trained(
-                [float(loss) for loss in index["trained"]["losses"]],
-                lazy("first", index["trained"]["first"]),
-                lazy("last", index["trained"]["last"]),
+            trained, moved = (
+                index[key]
+                and Trained(
+                    [float(loss) for loss in index[key]["losses"]],
+                    lazy(f"{key}/first", index[key]["first"]),
+                    lazy(f"{key}/last", index[key]["last"]),
+                )
+                for key in ("trained", "moved")
             )
             return cls(
                 str(index["framework"]), lazy("weights", index["weights"]), list(index["trainable"]),
-                [Module(*module) for module in index["modules"]], runs, trained, dict(index["about"]),
+                [Module(*module) for module in index["modules"]], runs, trained, dict(index["about"]), moved,
             )  # fmt: skip
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is not a complete record ({one_line(error)}): record the side again") from None
@@ -178,6 +179,16 @@ def _indexed(arrays: dict[str, np.ndarray], prefix: str, named: Named) -> list[s
     for i, name in enumerate(named):
         arrays[f"{prefix}/{i}"] = named[name]
     return list(named)
+
+
+def _of_training(arrays: dict[str, np.ndarray], prefix: str, trained: Trained | None) -> dict[str, Any] | None:
+    if trained is None:
+        return None
+    return {
+        "losses": trained.losses,
+        "first": _indexed(arrays, f"{prefix}/first", trained.first),
+        "last": _indexed(arrays, f"{prefix}/last", trained.last),
+    }
 
 
 def storable(values: Any) -> np.ndarray:
