@@ -131,7 +131,7 @@ class Interpreter:
         if name in CALLS:
             return self._call(eqn, ins, iteration)
         if name == "scan":
-            return self._scan(params, ins, iteration)
+            return self._scan(eqn, ins, iteration)
         if name == "cond":
             branches = [self._quiet(branch, iteration) for branch in params["branches"]]
             return jax.lax.switch(ins[0], branches, *ins[1:])
@@ -173,10 +173,14 @@ class Interpreter:
         finally:
             self._again -= again
 
-    def _scan(self, params: dict[str, Any], ins: list[Any], iteration: str) -> list[Any]:
-        n, m = params["num_consts"], params["num_consts"] + params["num_carry"]
+    def _scan(self, eqn: Any, ins: list[Any], iteration: str) -> list[Any]:
+        params, inner = eqn.params, eqn.params["jaxpr"].jaxpr
+        # what is scanned over has one axis more than what the body sees of it; JAX 0.12 does not say the numbers
+        scanned = sum(x.aval.ndim > part.aval.ndim for x, part in zip(eqn.invars, inner.invars, strict=True))
+        carried = sum(x.aval.ndim == part.aval.ndim for x, part in zip(eqn.outvars, inner.outvars, strict=True))
+        n, m = len(ins) - scanned - carried, len(ins) - scanned
         consts, carry, xs = ins[:n], ins[n:m], ins[m:]
-        if not has_taps(params["jaxpr"].jaxpr):
+        if not has_taps(inner):
             quiet = self._quiet(params["jaxpr"], iteration)
 
             def body(carry: Any, x: Any) -> tuple[list[Any], list[Any]]:
