@@ -22,7 +22,7 @@ from torch import nn
 from jaxllm.errors import UserError
 from parity_tests import FunctionSide, Options, Record, RecordedSide, TorchSide, linen_side, nnx_side, pair, record, tap
 from parity_tests.engine import logprobs
-from parity_tests.engine.command import start
+from parity_tests.engine.command import main
 from parity_tests.engine.lift import Interpreter
 from parity_tests.engine.mapping import Entry, read_mapping, regroups
 from parity_tests.engine.propose import relations
@@ -449,7 +449,7 @@ class Page(html.parser.HTMLParser):
 
 def test_the_command_names_what_differs(tmp_path, capsys):
     (tmp_path / "my_pair.py").write_text(PAIR.replace("FACTOR", "1.001"))
-    assert start(["pair", str(tmp_path / "my_pair.py"), "--steps", "1", "--out", str(tmp_path / "out")]) == 1
+    assert main(["pair", str(tmp_path / "my_pair.py"), "--steps", "1", "--out", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().out.splitlines()[-1]
     assert said.startswith("The two sides differ, first in: result result (rung results), by ")
     card = json.loads((tmp_path / "out" / "card.json").read_text())
@@ -478,7 +478,7 @@ def test_bad_input_is_refused_in_one_line(arguments, said, tmp_path, monkeypatch
     Path("my_pair.py").write_text(PAIR.replace("FACTOR", "1"))
     Path("empty.py").write_text("")
     Path("needy.py").write_text("import no_such_package\n")
-    assert start(arguments) == 2
+    assert main(arguments) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1

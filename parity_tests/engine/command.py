@@ -75,18 +75,9 @@ class CompareArgs:
     """The folder for parity.html and card.json."""
 
 
-def start(argv: Sequence[str] | None = None) -> int:
-    """`jaxllm-parity`: these commands, or the ladder, which needs both frameworks."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    if given[:1] and given[0] in COMMANDS:
-        return main(given)
-    from parity_tests.__main__ import main as ladder
-
-    return ladder(given)
-
-
 @exit_on_user_error
 def main(argv: Sequence[str]) -> int:
+    """Run the command that `argv` begins with."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # both frameworks on one device
     name, *rest = argv
     kind = {"pair": PairArgs, "record": RecordArgs, "compare": CompareArgs}[name]

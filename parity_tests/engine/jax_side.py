@@ -15,8 +15,17 @@ import numpy as np
 from jaxllm.errors import one_line
 from parity_tests.engine.lift import Interpreter
 from parity_tests.engine.order import ordered_modules
-from parity_tests.engine.record import Module, Run, Trained, storable
-from parity_tests.engine.side import LEARNING_RATE, STEPS, WEIGHT_DECAY, Precision, check_results, hashed, projection
+from parity_tests.engine.record import Lazy, Module, Named, Run, Trained, storable
+from parity_tests.engine.side import (
+    LEARNING_RATE,
+    STEPS,
+    WEIGHT_DECAY,
+    Precision,
+    check_results,
+    hashed,
+    projection,
+    signs,
+)
 
 Values = dict[str, Any]
 
@@ -54,7 +63,7 @@ class JaxSide:
         """
         self.values, self._trainable = values, trainable
         self.loss, self.optimizer, self.logits, self.variants = loss, optimizer, logits, dict(variants or {})
-        self._loaded: dict[str, np.ndarray] = {}
+        self._loaded: Mapping[str, np.ndarray] = {}
         self.kinds: dict[str, str] = {}
         self._compiled: dict[Any, Any] = {}
         self.traced: dict[str, str] = {}
@@ -78,11 +87,28 @@ class JaxSide:
 
     # the protocol of a side
 
-    def tensors(self) -> dict[str, np.ndarray]:
-        return {name: storable(self._loaded.get(name, value)) for name, value in self.values.items()}
+    def tensors(self) -> Named:
+        loaded = self._loaded  # of now: what is loaded next may be made of these
+        return Lazy(self.values, lambda name: storable(loaded.get(name, self.values[name])))
 
     def load(self, values: Mapping[str, np.ndarray]) -> None:
-        self._loaded = dict(values)
+        self._loaded = values
+
+    @contextlib.contextmanager
+    def nudged(self, direction: int) -> Iterator[None]:
+        before, names = self._loaded, set(self._trainable)
+
+        def moved(name: str) -> np.ndarray:
+            value = np.asarray(before.get(name, self.values[name]), self.values[name].dtype)
+            if name not in names:
+                return value
+            return np.nextafter(value, (signs(name, value.shape, direction) * np.inf).astype(value.dtype))
+
+        self._loaded = Lazy([*before, *self._trainable], moved)
+        try:
+            yield
+        finally:
+            self._loaded = before
 
     def trainable(self) -> list[str]:
         return self._trainable
@@ -113,7 +139,7 @@ class JaxSide:
 
     def run(self, precision: Precision, *, training: bool = False, grads: bool = True) -> Run:
         lifted = precision == "lifted"
-        key = precision, training, grads, frozenset(self._loaded)
+        key = precision, training, grads, frozenset(self._loaded) - {*self._trainable}
         if key not in self._compiled:
             self._compiled[key] = self._compile(*self._trace(precision, training, grads), lifted)
         program, notes = self._compiled[key]

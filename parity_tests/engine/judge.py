@@ -7,7 +7,7 @@ the parameters by a unit of roundoff does to either. That is weaker, and the ver
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from parity_tests.engine.mapping import Entry, TensorMap
 from parity_tests.engine.order import ROOT, path_of
 from parity_tests.engine.pairing import fitted, paired_outputs
 from parity_tests.engine.record import Named, Record, Run
-from parity_tests.engine.rows import ANY, Row, Tolerance, compare_arrays, compare_bits, compare_numbers, relative_l2
+from parity_tests.engine.rows import ANY, Row, Tolerance, compare_arrays, compare_bits, compare_numbers
 
 FORMULA = Tolerance("formula", 1e-8, ANY, "both sides in float64: right pairs differ by 2e-16 to 5e-11")
 TRAINING = Tolerance("training", 1e-6, ANY, "as the formula, amplified by a few steps")
@@ -152,7 +152,7 @@ class _Comparison:
             for name in ours.results
         ]
         scale = max(abs(theirs.loss), 1e-300)
-        tolerance = self._tolerance(FORMULA, self._control(lambda run: run.loss) / scale)
+        tolerance = self._tolerance(FORMULA, self._control(["loss"], ["loss"]) / scale)
         return [*rows, compare_numbers("results", "loss", theirs.loss, ours.loss, tolerance)]
 
     def gradients(self) -> list[Row]:
@@ -217,27 +217,25 @@ class _Comparison:
     def rounding(self) -> list[Row]:
         rows, distances = [], {}
         for record in (self.jax, self.torch):
-            own, again, lifted = (record.runs.get(name) for name in ("own", "again", "lifted"))
-            if own is not None and again is not None:
-                pairs = [(kind[n], other[n]) for kind, other in ((own.results, again.results), (own.grads, again.grads))
-                         for n in kind]  # fmt: skip
-                same = all(np.array_equal(one, other, equal_nan=True) for one, other in pairs)
-                note = "" if same else "two runs differ: something is random, or sums in no fixed order"
-                rows.append(
-                    Row("rounding", "two runs have the same bits", record.framework, same, "bitwise", note=note)
-                )
-            if own is None or lifted is None:
+            note = "" if record.repeats else "two runs differ: something is random, or sums in no fixed order"
+            what = "two runs have the same bits"
+            rows.append(Row("rounding", what, record.framework, record.repeats, "bitwise", note=note))
+            lifted = record.runs.get("lifted")
+            if lifted is None:
                 continue
-            distance = max(relative_l2(np.float64(lifted.results[n]), np.float64(own.results[n])) for n in own.results)
+            distance = max(
+                record.rounding[f"results/{name}"] / max(float(np.linalg.norm(values)), 1e-300)
+                for name, values in lifted.results.items()
+            )
             cap = max(ROUNDING.get(dtype, ROUNDING["float32"]) for dtype in record.about["dtypes"])
             distances[record.framework] = distance
-            passed = distance <= cap
-            rows.append(Row("rounding", "distance from float64", record.framework, passed, f"{cap:g}", None, distance))
+            what = "distance from float64"
+            rows.append(Row("rounding", what, record.framework, distance <= cap, f"{cap:g}", relative_l2=distance))
         if len(distances) == 2:
-            floor = {f: max(d, self.epsilon) for f, d in distances.items()}
-            quotient = max(floor.values()) / min(floor.values())
-            rows.append(Row("rounding", "quotient of the distances", "", quotient <= COMPARABLE, f"{COMPARABLE:g}",
-                            quotient))  # fmt: skip
+            sizes = [max(distance, self.epsilon) for distance in distances.values()]
+            quotient = max(sizes) / min(sizes)
+            passed = quotient <= COMPARABLE
+            rows.append(Row("rounding", "quotient of the distances", "", passed, f"{COMPARABLE:g}", quotient))
         return rows
 
     # parts
@@ -255,32 +253,19 @@ class _Comparison:
     def _row(self, rung: str, what: str, leaf: str, other: Any, one: Any, key: tuple[str, str, str]) -> Row:
         kind, a, b = key
         norm = max(float(np.linalg.norm(np.float64(other))), 1e-300)
-        control = self._control(lambda run, name: getattr(run, kind).get(name), a, b) / norm
+        control = self._control([f"{kind}/{a}"], [f"{kind}/{b}"]) / norm
         row = compare_arrays(rung, what, leaf, other, one, self._tolerance(FORMULA, control))
         self.found.controls[rung, what, leaf] = control
         return row
 
-    def _control(self, values_of: Any, *names: str) -> float:
-        """How far both sides' rounding reaches: from the lifted run, or from runs with moved parameters."""
-        total = 0.0
-        for record, *name in zip((self.jax, self.torch), *((names,) if names else ()), strict=True):
-            own = values_of(record.runs["own"], *name) if "own" in record.runs else None
-            if own is not None:
-                others = [values_of(run, *name) for run in _controls(record)]
-                total += max((_apart(own, other) for other in others if other is not None), default=0.0)
-        return total
+    def _control(self, jax: Iterable[str], torch: Iterable[str]) -> float:
+        """How far the rounding of both sides reaches in some of their arrays."""
+        pairs = ((self.jax, jax), (self.torch, torch))
+        return sum(math.hypot(*(record.rounding.get(name, 0.0) for name in names)) for record, names in pairs)
 
     def _gradient_control(self, label: str, other: np.ndarray) -> float:
-        norm, total = max(float(np.linalg.norm(other)), 1e-300), 0.0
-        for record in (self.jax, self.torch):
-            if "own" not in record.runs:
-                continue
-            own, apart = record.runs["own"].grads, [0.0]
-            known = self._sources(label, record.framework)
-            for other in (run.grads for run in _controls(record)):
-                apart.append(math.hypot(*(_apart(own[n], other[n]) for n in known if n in own and n in other)))
-            total += max(apart)
-        return total / norm
+        names = ([f"grads/{name}" for name in self._sources(label, framework)] for framework in ("jax", "torch"))
+        return self._control(*names) / max(float(np.linalg.norm(other)), 1e-300)
 
     def _sources(self, label: str, framework: str) -> tuple[str, ...]:
         if label in self.mapping.entries:
@@ -366,13 +351,7 @@ class _Comparison:
             other = entry.made([theirs[torch] for torch in entry.torch], one.shape, linear=True)
             allowed = tolerance
             if not self.found.lifted:
-                apart = sum(
-                    math.hypot(
-                        *(_apart(getattr(record.trained, when)[n], getattr(record.moved, when)[n]) for n in names)
-                    )
-                    for record, names in ((self.jax, (name,)), (self.torch, entry.torch))
-                    if record.moved is not None
-                )
+                apart = self._control([f"{when}/{name}"], [f"{when}/{torch}" for torch in entry.torch])
                 limit = CONTROL_FACTOR * apart / max(float(np.linalg.norm(other)), 1e-300) + self.even.relative_l2
                 allowed = Tolerance(f"{limit:.0e}, own rounding", limit, ANY, "Adam divides by small second moments")
             row = compare_arrays(rung, what, name, other, one, allowed)
@@ -383,13 +362,3 @@ class _Comparison:
         if untold:
             self.found.not_compared.append(f"{what} where the gradient is zero in theory: {listed(untold)}")
         return rows
-
-
-def _controls(record: Record) -> list[Run]:
-    """The runs whose distance from the side's own run is its rounding."""
-    lifted = record.runs.get("lifted")
-    return [run for name, run in record.runs.items() if name.startswith("moved")] if lifted is None else [lifted]
-
-
-def _apart(one: Any, other: Any) -> float:
-    return float(np.linalg.norm(np.float64(one) - np.float64(other)))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.errors import UserError, listed, shown
+from parity_tests.engine.record import Lazy, Named
 
 CONVOLUTIONS = {"conv1d": (2, 1, 0), "conv2d": (2, 3, 1, 0), "conv3d": (2, 3, 4, 1, 0)}
 """PyTorch's kernel (out, in, *spatial) as JAX's (*spatial, in, out)."""
@@ -85,12 +86,14 @@ class TensorMap:
     def torch_names(self) -> list[str]:
         return list(dict.fromkeys(name for entry in self.entries.values() for name in entry.torch))
 
-    def to_jax(self, values: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    def to_jax(self, values: Named, shapes: Mapping[str, tuple[int, ...]]) -> Named:
         """PyTorch's values by JAX's names and in JAX's layout."""
-        return {
-            name: entry.made([np.asarray(values[t]) for t in entry.torch], shapes[name])
-            for name, entry in self.entries.items()
-        }
+
+        def made(name: str) -> np.ndarray:
+            entry = self.entries[name]
+            return entry.made([np.asarray(values[torch]) for torch in entry.torch], shapes[name])
+
+        return Lazy(self.entries, made)
 
     def spelled(self) -> dict[str, Any]:
         """As JSON: what `read_mapping` reads again.

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from jaxllm.errors import UserError, one_line
-from parity_tests.engine.judge import EPSILON, Judgement, judge
+from parity_tests.engine.judge import Judgement, judge
 from parity_tests.engine.mapping import TensorMap, read_mapping
 from parity_tests.engine.propose import propose
-from parity_tests.engine.record import Named, Record
+from parity_tests.engine.record import Lazy, Named, Record, Run, Trained
 from parity_tests.engine.rows import Row
-from parity_tests.engine.side import STEPS, RecordedSide, Side, by_a_roundoff, moved_weights
+from parity_tests.engine.side import STEPS, RecordedSide, Side, moved_weights
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,9 @@ def record(side: Any, options: Options | None = None, training: bool | None = No
     options = options or Options()
     if options.noise:
         side.load(_started(side, side.trainable(), options.noise))
-    runs = {"own": side.run("own"), "again": side.run("own")}
-    about = side.about()
+    own, about = side.run("own"), side.about()
+    repeats = _same_bits(own, side.run("own"))
+    runs, rounding = {}, {}
     if options.lift:
         try:
             runs["lifted"] = side.run("lifted")
@@ -184,20 +185,50 @@ def record(side: Any, options: Options | None = None, training: bool | None = No
     else:
         about["not lifted"] = "lifting is off"
     precision = "lifted" if "lifted" in runs else "own"
+    if precision == "lifted":
+        rounding = distances(own, runs["lifted"])
+    else:
+        runs["own"] = own
     in_training = _training_mode(side, runs, precision, about, training)
     about["steps in training mode"] = in_training
     trained = side.train(precision, options.steps, in_training) if options.steps else None
-    moved = None
-    if "lifted" not in runs:
-        start = {name: np.array(side.tensors()[name]) for name in side.trainable()}
-        epsilon = max(EPSILON.get(dtype, EPSILON["float32"]) for dtype in about["dtypes"])
-        for i in range(options.directions):
-            side.load({**_others(side), **by_a_roundoff(start, i, epsilon)})
-            runs[f"moved{i}"] = side.run("own")
-            if options.steps and moved is None:
-                moved = side.train("own", options.steps, in_training)
-        side.load({**_others(side), **start})
-    return Record(side.framework, side.tensors(), side.trainable(), side.modules(), runs, trained, about, moved)
+    if precision == "own":
+        rounding = _moved(side, own, trained, options, in_training)
+    return Record(
+        side.framework, side.tensors(), side.trainable(), side.modules(), runs, trained, about, rounding, repeats
+    )
+
+
+def _moved(side: Any, own: Run, trained: Trained | None, options: Options, in_training: bool) -> dict[str, float]:
+    """How far a run and a training move with the parameters, the largest of some directions."""
+    largest: dict[str, float] = {}
+    for direction in range(options.directions):
+        with side.nudged(direction):
+            found = distances(own, side.run("own"))
+            if trained is not None and not direction:
+                again = side.train("own", options.steps, in_training)
+                for when in ("first", "last"):
+                    found |= _apart(when, getattr(trained, when), getattr(again, when))
+        for name, value in found.items():
+            largest[name] = max(value, largest.get(name, 0.0))
+    return largest
+
+
+def distances(one: Run, other: Run) -> dict[str, float]:
+    """The norm of the difference of every array of two runs, and of their losses."""
+    found = {"loss": abs(one.loss - other.loss)}
+    for kind in ("results", "outputs", "output_grads", "grads"):
+        found |= _apart(kind, getattr(one, kind), getattr(other, kind))
+    return found
+
+
+def _apart(kind: str, one: Named, other: Named) -> dict[str, float]:
+    return {f"{kind}/{n}": float(np.linalg.norm(np.float64(one[n]) - np.float64(other[n]))) for n in one if n in other}
+
+
+def _same_bits(one: Run, other: Run) -> bool:
+    pairs = [(getattr(one, kind), getattr(other, kind)) for kind in ("results", "grads")]
+    return one.loss == other.loss and all(np.array_equal(a[n], b[n], equal_nan=True) for a, b in pairs for n in a)
 
 
 def _training_mode(side: Any, runs: dict[str, Any], precision: Any, about: dict[str, Any], wanted: bool | None) -> bool:
@@ -279,19 +310,12 @@ def from_jax(names: TensorMap, values: Named, made: Named) -> dict[str, np.ndarr
     return found
 
 
-def _started(side: Any, mapped: list[str], noise: float) -> dict[str, np.ndarray]:
+def _started(side: Any, mapped: list[str], noise: float) -> Named:
     """The weights to start from: parameters and statistics are moved, other mapped buffers are as made."""
-    values = side.tensors()
-    movable = set(side.movable())
+    values, movable = side.tensors(), set(side.movable())
+    moved = moved_weights(values, movable, noise)
     names = dict.fromkeys([*mapped, *side.trainable(), *movable])
-    moved = moved_weights(values, [name for name in names if name in movable], noise)
-    return {name: moved.get(name, values[name]) for name in names}
-
-
-def _others(side: Any) -> dict[str, np.ndarray]:
-    trainable = {*side.trainable()}
-    movable = {*side.movable()}
-    return {name: values for name, values in side.tensors().items() if name in movable and name not in trainable}
+    return Lazy(names, lambda name: moved[name] if name in movable else values[name])
 
 
 def _mapping(jax: Any, torch: Any, mapping: Any) -> TensorMap:

@@ -7,7 +7,7 @@ Arrays are read one at a time, and nothing in it is executed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,8 +74,8 @@ class Record:
         weights: the tensors that the runs started from, by this side's names.
         trainable: names of those that have gradients.
         modules: those that own tensors, in order of execution.
-        runs: `lifted` (float64), `own` (the side's precision), `again` (the same once more), `moved0`... (parameters
-            moved by a unit of roundoff), `training` (lifted, in training mode).
+        runs: `lifted` (float64) or, where that is not possible, `own` (the side's precision); `training` the same in
+            training mode.
         about: framework, versions, precision, hashes of the inputs, reasons why a run is missing.
     """
 
@@ -86,8 +86,11 @@ class Record:
     runs: dict[str, Run]
     trained: Trained | None = None
     about: dict[str, Any] = field(default_factory=dict)
-    moved: Trained | None = None
-    """The same training from moved parameters, of a side that is not lifted."""
+    rounding: dict[str, float] = field(default_factory=dict)
+    """For `outputs/NAME` and the like, how far the side's own run is from the lifted one; where that is not possible,
+    how far it moves if the parameters are moved by a unit of roundoff."""
+    repeats: bool = True
+    """Whether the same run twice gives the same bits."""
 
     def write(self, path: Path) -> None:
         """Write one file, an array at a time."""
@@ -97,7 +100,7 @@ class Record:
             "modules": [list(module) for module in self.modules], "about": self.about,
             "weights": _indexed(arrays, "weights", self.weights),
             "runs": {}, "trained": _of_training(arrays, "trained", self.trained),
-            "moved": _of_training(arrays, "moved", self.moved),
+            "rounding": self.rounding, "repeats": self.repeats,
         }  # fmt: skip
         for name, run in self.runs.items():
             index["runs"][name] = {
@@ -126,7 +129,11 @@ class Record:
             names = set(opened.keys())
 
             def lazy(prefix: str, listed: list[str]) -> Named:
-                return _Lazy(opened, {name: f"{prefix}/{i}" for i, name in enumerate(listed)}, names, path)
+                keys = {name: f"{prefix}/{i}" for i, name in enumerate(listed)}
+                missing = [name for name, key in keys.items() if key not in names]
+                if missing:
+                    raise UserError(f"{path} lacks the array {shown(missing[0])}: record the side again")
+                return Lazy(keys, lambda name: opened.get_tensor(keys[name]))
 
             runs = {
                 name: Run(
@@ -135,43 +142,40 @@ class Record:
                 )
                 for name, run in index["runs"].items()
             }  # fmt: skip
-            trained, moved = (
-                index[key]
-                and Trained(
-                    [float(loss) for loss in index[key]["losses"]],
-                    lazy(f"{key}/first", index[key]["first"]),
-                    lazy(f"{key}/last", index[key]["last"]),
-                )
-                for key in ("trained", "moved")
+            trained = index["trained"] and Trained(
+                [float(loss) for loss in index["trained"]["losses"]],
+                lazy("trained/first", index["trained"]["first"]),
+                lazy("trained/last", index["trained"]["last"]),
             )
+            rounding = {str(name): float(value) for name, value in index["rounding"].items()}
             return cls(
                 str(index["framework"]), lazy("weights", index["weights"]), list(index["trainable"]),
-                [Module(*module) for module in index["modules"]], runs, trained, dict(index["about"]), moved,
+                [Module(*module) for module in index["modules"]], runs, trained, dict(index["about"]), rounding,
+                bool(index["repeats"]),
             )  # fmt: skip
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is not a complete record ({one_line(error)}): record the side again") from None
 
 
-class _Lazy(Mapping):
-    """Arrays of a file by name, each read when it is asked for."""
+class Lazy(Mapping[str, np.ndarray]):
+    """Arrays by name, each made when it is asked for, so that one of them is in memory at a time."""
 
-    def __init__(self, opened: Any, keys: dict[str, str], known: set[str], path: Path):
-        missing = [name for name, key in keys.items() if key not in known]
-        if missing:
-            raise UserError(f"{path} lacks the array {shown(missing[0])}: record the side again")
-        self._opened, self._keys = opened, keys
+    def __init__(self, names: Iterable[str], read: Callable[[str], np.ndarray]):
+        self._names, self._read = dict.fromkeys(names), read
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._opened.get_tensor(self._keys[name])
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._keys
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._names)
 
 
 def _indexed(arrays: dict[str, np.ndarray], prefix: str, named: Named) -> list[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from jaxllm.errors import UserError
-from parity_tests.engine.record import Module, Named, Record, Run, Trained
+from parity_tests.engine.record import Lazy, Module, Named, Record, Run, Trained
 
 Precision = Literal["lifted", "own"]
 
@@ -26,12 +27,16 @@ class Side(Protocol):
 
     framework: str
 
-    def tensors(self) -> dict[str, np.ndarray]:
+    def tensors(self) -> Named:
         """Floating-point parameters and buffers; a tensor that has two names is there once."""
         ...
 
     def load(self, values: Named) -> None:
         """Tensors that the next runs start from; others stay as the model is made."""
+        ...
+
+    def movable(self) -> list[str]:
+        """Names of the tensors that may start from any values: parameters and running statistics."""
         ...
 
     def trainable(self) -> list[str]:
@@ -54,6 +59,10 @@ class Side(Protocol):
         """A short training with this side's optimizer, in training mode or not."""
         ...
 
+    def nudged(self, direction: int) -> AbstractContextManager[None]:
+        """In its context each element of the parameters is a neighbour of its value."""
+        ...
+
     def can_train(self) -> bool:
         """Whether the model was given a call in training mode."""
         ...
@@ -72,32 +81,27 @@ class RecordedSide:
         self.framework = self.record.framework
 
 
-def moved_weights(values: Named, names: Iterable[str], scale: float = 1.0, seed: int = 0) -> dict[str, np.ndarray]:
+def moved_weights(values: Named, names: Iterable[str], scale: float = 1.0) -> Named:
     """Values that reveal errors: no bias is zero, no norm weight is one, and two layers are never alike.
 
     Values that are all positive (variances, norm weights) are multiplied, so that they stay positive.
     """
-    moved = {}
-    for name in names:
+
+    def moved(name: str) -> np.ndarray:
         array = np.asarray(values[name])
-        drawn = np.random.default_rng([seed, *name.encode()]).standard_normal(array.shape).astype(np.float32)
         if scale == 0 or not array.size:
-            moved[name] = array
-        elif (array > 0).all():
-            moved[name] = (array * np.exp(0.2 * scale * drawn)).astype(array.dtype)
-        else:
-            spread = float(array.std()) or 0.5
-            moved[name] = (array + 0.2 * scale * spread * drawn).astype(array.dtype)
-    return moved
+            return array
+        drawn = np.random.default_rng([0, *name.encode()]).standard_normal(array.shape, np.float32)
+        if (array > 0).all():
+            return (array * np.exp(0.2 * scale * drawn)).astype(array.dtype)
+        return (array + 0.2 * scale * (float(array.std()) or 0.5) * drawn).astype(array.dtype)
+
+    return Lazy(names, moved)
 
 
-def by_a_roundoff(values: Named, direction: int, epsilon: float) -> dict[str, np.ndarray]:
-    """Each element moved up or down by a unit of roundoff."""
-    moved = {}
-    for name in values:
-        signs = np.random.default_rng([direction, *name.encode()]).integers(0, 2, np.shape(values[name])) * 2 - 1
-        moved[name] = np.asarray(values[name] * (1 + epsilon * signs), np.asarray(values[name]).dtype)
-    return moved
+def signs(name: str, shape: tuple[int, ...], direction: int) -> np.ndarray:
+    """Which elements of a tensor move up and which down."""
+    return np.random.default_rng([direction, *name.encode()]).integers(0, 2, shape, np.int8) * 2 - 1
 
 
 def projection(shape: tuple[int, ...], index: int) -> np.ndarray:

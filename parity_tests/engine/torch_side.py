@@ -13,7 +13,16 @@ import numpy as np
 from jaxllm.errors import UserError
 from parity_tests.engine.order import ROOT, numbered, ordered_modules, path_of
 from parity_tests.engine.record import Module, Named, Run, Trained, storable
-from parity_tests.engine.side import LEARNING_RATE, STEPS, WEIGHT_DECAY, Precision, check_results, hashed, projection
+from parity_tests.engine.side import (
+    LEARNING_RATE,
+    STEPS,
+    WEIGHT_DECAY,
+    Precision,
+    check_results,
+    hashed,
+    projection,
+    signs,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,8 +82,26 @@ class TorchSide:
         tensors = _names(self.model("own"))[0]
         with torch.no_grad():
             for name in values:
-                tensors[name].copy_(torch.from_numpy(np.array(values[name])))
+                tensors[name].copy_(torch.from_numpy(np.ascontiguousarray(values[name])))
         self._loaded = list(values)
+
+    @contextmanager
+    def nudged(self, direction: int) -> Iterator[None]:
+        import torch
+
+        parameters = {name: p for name, p in self.model("own").named_parameters() if p.is_floating_point()}
+
+        def move(way: float) -> None:
+            with torch.no_grad():
+                for name, p in parameters.items():
+                    towards = torch.from_numpy(signs(name, tuple(p.shape), direction)).to(p.dtype) * way
+                    p.copy_(torch.nextafter(p, towards))
+
+        move(np.inf)
+        try:
+            yield
+        finally:
+            move(-np.inf)  # the neighbour's neighbour is the value itself
 
     def trainable(self) -> list[str]:
         return [name for name, p in self.model("own").named_parameters() if p.is_floating_point() and p.requires_grad]
