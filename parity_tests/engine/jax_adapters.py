@@ -31,10 +31,12 @@ class nnx_side(JaxSide):
         self._nnx, self._call, self._train_call = nnx, call, train_call
         made = module if isinstance(module, nnx.Module) else _made(module, nnx.Module, "nnx.Module")
         self._make = None if isinstance(module, nnx.Module) else module
-        self._graph, state = nnx.split(made)
-        self._flat = dict(nnx.to_flat_state(state))
+        graph, state = nnx.split(made)
+        flat = dict(nnx.to_flat_state(state))
+        self._given = None if self._make is not None else (graph, flat)
         values, trainable = {}, []
-        for path, variable in self._flat.items():
+        self._statistics = [".".join(map(str, path)) for path, v in flat.items() if isinstance(v, nnx.BatchStat)]
+        for path, variable in flat.items():
             value = _value(variable)
             if hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.floating):
                 name = ".".join(map(str, path))
@@ -49,15 +51,15 @@ class nnx_side(JaxSide):
         return True
 
     def movable(self) -> list[str]:
-        statistics = [".".join(map(str, p)) for p, v in self._flat.items() if isinstance(v, self._nnx.BatchStat)]
-        return [*self._trainable, *(name for name in statistics if name in self.values)]
+        return [*self._trainable, *(name for name in self._statistics if name in self.values)]
 
     def _module(self, values: Values) -> Any:
         nnx = self._nnx
-        graph, flat = self._graph, self._flat
-        if self._make is not None:
+        if self._given is None:
             graph, state = nnx.split(self._make())
             flat = dict(nnx.to_flat_state(state))
+        else:
+            graph, flat = self._given
         filled = {  # new variables: NNX refuses to change those of another level of tracing
             path: variable.replace(values.get(".".join(map(str, path)), _value(variable)))
             for path, variable in flat.items()

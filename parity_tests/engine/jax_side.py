@@ -93,6 +93,8 @@ class JaxSide:
 
     def load(self, values: Mapping[str, np.ndarray]) -> None:
         self._loaded = values
+        for name in values:  # as made it is not needed any more, only its shape and dtype
+            self.values[name] = np.broadcast_to(np.zeros((), self.values[name].dtype), self.values[name].shape)
 
     @contextlib.contextmanager
     def nudged(self, direction: int) -> Iterator[None]:

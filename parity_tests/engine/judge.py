@@ -217,12 +217,13 @@ class _Comparison:
     def rounding(self) -> list[Row]:
         rows, distances = [], {}
         for record in (self.jax, self.torch):
+            if record.repeats is None:
+                self.found.not_compared.append(f"whether two runs of {record.framework} have the same bits")
+                continue
             note = "" if record.repeats else "two runs differ: something is random, or sums in no fixed order"
             what = "two runs have the same bits"
             rows.append(Row("rounding", what, record.framework, record.repeats, "bitwise", note=note))
-            lifted = record.runs.get("lifted")
-            if lifted is None:
-                continue
+            lifted = record.runs["lifted"]
             distance = max(
                 record.rounding[f"results/{name}"] / max(float(np.linalg.norm(values)), 1e-300)
                 for name, values in lifted.results.items()

@@ -173,8 +173,7 @@ def record(side: Any, options: Options | None = None, training: bool | None = No
     if options.noise:
         side.load(_started(side, side.trainable(), options.noise))
     own, about = side.run("own"), side.about()
-    repeats = _same_bits(own, side.run("own"))
-    runs, rounding = {}, {}
+    runs, rounding, repeats = {}, {}, None
     if options.lift:
         try:
             runs["lifted"] = side.run("lifted")
@@ -186,6 +185,7 @@ def record(side: Any, options: Options | None = None, training: bool | None = No
         about["not lifted"] = "lifting is off"
     precision = "lifted" if "lifted" in runs else "own"
     if precision == "lifted":
+        repeats = _same_bits(own, side.run("own"))
         rounding = distances(own, runs["lifted"])
     else:
         runs["own"] = own

@@ -89,8 +89,8 @@ class Record:
     rounding: dict[str, float] = field(default_factory=dict)
     """For `outputs/NAME` and the like, how far the side's own run is from the lifted one; where that is not possible,
     how far it moves if the parameters are moved by a unit of roundoff."""
-    repeats: bool = True
-    """Whether the same run twice gives the same bits."""
+    repeats: bool | None = None
+    """Whether the same run twice gives the same bits; None: it was run once, as a side that is not lifted."""
 
     def write(self, path: Path) -> None:
         """Write one file, an array at a time."""
@@ -151,7 +151,7 @@ class Record:
             return cls(
                 str(index["framework"]), lazy("weights", index["weights"]), list(index["trainable"]),
                 [Module(*module) for module in index["modules"]], runs, trained, dict(index["about"]), rounding,
-                bool(index["repeats"]),
+                index["repeats"] and bool(index["repeats"]),
             )  # fmt: skip
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is not a complete record ({one_line(error)}): record the side again") from None
