@@ -123,7 +123,7 @@ class JaxSide:
 
     def about(self) -> dict[str, Any]:
         closed, _ = self._trace("own", False, False)
-        consts = [np.asarray(c) for c in closed.consts if not jnp.issubdtype(c.dtype, jax.dtypes.extended)]
+        consts = [storable(c) for c in closed.consts if not jnp.issubdtype(c.dtype, jax.dtypes.extended)]
         return {
             "versions": {name: _version(name) for name in ("jax", "jaxlib", "flax", "equinox", "optax", "numpy")},
             "dtypes": sorted({str(self.values[name].dtype) for name in self._trainable}),

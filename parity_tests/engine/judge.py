@@ -32,8 +32,6 @@ CONTROL_FACTOR, CONTROL_FLOOR = 10.0, 10.0
 """Without lifting, a difference may be this many times the controls, and in any case this many units of roundoff."""
 EPSILON = {"float32": 2.0**-24, "float64": 2.0**-53, "bfloat16": 2.0**-9, "float16": 2.0**-12}
 
-RUNGS = ("weights", "modules", "results", "gradients", "state", "step", "training", "rounding", "batch", "logprobs")
-
 
 @dataclass
 class Judgement:

@@ -196,9 +196,11 @@ def _of_training(arrays: dict[str, np.ndarray], prefix: str, trained: Trained | 
 
 
 def storable(values: Any) -> np.ndarray:
-    """As float64, float32 or an integer type: bfloat16 and float16 keep their values in float32."""
+    """As float64, float32 or an integer type, without a change of the values."""
     values = np.asarray(values)
-    return values if values.dtype.name in _DTYPES else values.astype(np.float32)
+    if values.dtype.name in _DTYPES:
+        return values
+    return values.astype(np.int64 if values.dtype.kind in "iu" else np.float32)
 
 
 def _write(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:

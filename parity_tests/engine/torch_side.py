@@ -175,9 +175,6 @@ class TorchSide:
                     tensors[name].copy_(own[name])
         return model
 
-    def forget(self, precision: Precision) -> None:
-        self._models.pop(precision, None)
-
     def run(
         self, precision: Precision, *, training: bool = False, grads: bool = True, plant: Plant | None = None
     ) -> Run:
