@@ -7,7 +7,7 @@ the parameters by a unit of roundoff does to either. That is weaker, and the ver
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,9 +101,11 @@ class _Comparison:
     # rungs
 
     def weights(self) -> list[Row]:
-        shapes = {name: self.jax.weights[name].shape for name in self.jax.weights}
-        wanted = dict(self._made(self.torch.weights, shapes))
-        rows = compare_bits("weights", "weights", {n: np.asarray(self.jax.weights[n]) for n in wanted}, wanted)
+        rows = []
+        for name, entry in self.mapping.entries.items():  # one tensor of each side in memory
+            ours = np.asarray(self.jax.weights[name])
+            theirs = entry.made([np.asarray(self.torch.weights[torch]) for torch in entry.torch], ours.shape)
+            rows += compare_bits("weights", "weights", {name: ours}, {name: theirs})
         if not all(row.passed for row in rows):
             return rows
         missing = [(name, "PyTorch", self.torch) for name in self.mapping.without_jax]
@@ -238,10 +240,6 @@ class _Comparison:
         return rows
 
     # parts
-
-    def _made(self, torch: Named, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray]]:
-        for name, entry in self.mapping.entries.items():
-            yield name, entry.made([np.asarray(torch[t]) for t in entry.torch], shapes[name])
 
     def _output_row(self, rung: str, what: str, kind: str, a: str, b: str, one: Any, other: Any) -> Row | None:
         fit = fitted(one, other, self.channels_last)
