@@ -213,6 +213,22 @@ def test_without_lifting_the_control_is_a_moved_parameter():
     assert pair(jax_attention(eps=1e-3), torch_attention(), options=options).first == "norm"
 
 
+def test_one_side_that_cannot_be_lifted_is_enough():
+    class Float32Only(TorchSide):
+        def run(self, precision, **options):
+            if precision == "lifted":
+                raise NotImplementedError("grouped_mm has no float64")
+            return super().run(precision, **options)
+
+    side = Float32Only(lambda: Attention(6), lambda m: m(torch.from_numpy(X)))
+    verdict = pair(jax_attention(), side, options=QUICK)
+    assert verdict.agrees, verdict.line()
+    assert "the torch side is not lifted to float64: NotImplementedError: grouped_mm has no float64" in " ".join(
+        verdict.judgement.findings
+    )
+    assert pair(jax_attention(eps=1e-3), side, options=QUICK).first == "norm"
+
+
 def test_a_fault_that_nothing_depends_on_is_an_invariance():
     """What no result and no gradient depends on cannot be seen: here a second layer, which is multiplied by zero."""
 

@@ -173,7 +173,7 @@ def record(side: Any, options: Options | None = None, training: bool | None = No
     if options.noise:
         side.load(_started(side, side.trainable(), options.noise))
     own, about = side.run("own"), side.about()
-    runs, rounding, repeats = {}, {}, None
+    runs, rounding, repeats = {"own": own}, {}, None
     if options.lift:
         try:
             runs["lifted"] = side.run("lifted")
@@ -187,8 +187,6 @@ def record(side: Any, options: Options | None = None, training: bool | None = No
     if precision == "lifted":
         repeats = _same_bits(own, side.run("own"))
         rounding = distances(own, runs["lifted"])
-    else:
-        runs["own"] = own
     in_training = _training_mode(side, runs, precision, about, training)
     about["steps in training mode"] = in_training
     trained = side.train(precision, options.steps, in_training) if options.steps else None
@@ -231,6 +229,12 @@ def _same_bits(one: Run, other: Run) -> bool:
     return one.loss == other.loss and all(np.array_equal(a[n], b[n], equal_nan=True) for a, b in pairs for n in a)
 
 
+def _same_modes(training: Run, evaluated: Run) -> bool:
+    """Whether training mode gives the same results, and changes no state."""
+    pairs = ((training.results, evaluated.results), (training.state, evaluated.state))
+    return all(np.array_equal(one[name], other[name]) for one, other in pairs for name in one)
+
+
 def _training_mode(side: Any, runs: dict[str, Any], precision: Any, about: dict[str, Any], wanted: bool | None) -> bool:
     """Run in training mode where that says more than evaluation mode; whether the steps run in it."""
     if not side.can_train():
@@ -240,6 +244,9 @@ def _training_mode(side: Any, runs: dict[str, Any], precision: Any, about: dict[
         about["no training mode"] = "the other side has no train_call, or is the same in both modes"
         if side.framework == "jax":
             return False
+    if side.framework == "torch" and _same_modes(side.run(precision, training=True, grads=False), runs[precision]):
+        about["same modes"] = True
+        return False
     first = side.run(precision, training=True)
     if side.framework == "torch":
         side.seed += 1
@@ -248,11 +255,8 @@ def _training_mode(side: Any, runs: dict[str, Any], precision: Any, about: dict[
         if any(not np.array_equal(first.results[name], second.results[name]) for name in first.results):
             about["no training mode"] = "PyTorch's draws random numbers (dropout); set its probability to 0"
             return False
-    evaluated = runs[precision]
-    same = all(np.array_equal(first.results[name], evaluated.results[name]) for name in first.results)
-    if same and all(np.array_equal(first.state[name], evaluated.state.get(name)) for name in first.state):
+    if _same_modes(first, runs[precision]):
         about["same modes"] = True
-        about["no training mode"] = "it is the same as evaluation mode"
         return False
     if wanted is False:
         return False

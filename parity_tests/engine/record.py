@@ -74,8 +74,7 @@ class Record:
         weights: the tensors that the runs started from, by this side's names.
         trainable: names of those that have gradients.
         modules: those that own tensors, in order of execution.
-        runs: `lifted` (float64) or, where that is not possible, `own` (the side's precision); `training` the same in
-            training mode.
+        runs: `own` (the side's precision), `lifted` (float64, where that is possible), `training` (in training mode).
         about: framework, versions, precision, hashes of the inputs, reasons why a run is missing.
     """
 
