@@ -5,6 +5,8 @@ python train.py --preset customllm-1b --recipe seed     # the source's run
 python train.py --help                                  # every option
 """
 
+from __future__ import annotations
+
 from jaxllm.run.runtime import restart_with_huge_pages
 
 if __name__ == "__main__":
@@ -12,22 +14,28 @@ if __name__ == "__main__":
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flax import nnx
 
-from convert.to_flax import read_folder
 from jaxllm.config import TrainConfig
 from jaxllm.errors import exit_on_user_error
+from jaxllm.files import write_json
 from jaxllm.generate import Sampling, generate
-from jaxllm.run.checkpoint import Weights
+from jaxllm.packages import check_own
+from jaxllm.run.checkpoint import oldest_step
+from jaxllm.run.init import check_shapes
 from jaxllm.run.prepare import check_folder, parse_args
 from jaxllm.run.processes import barrier, init_distributed, is_primary
 from jaxllm.run.reporting import write_samples
 from jaxllm.run.run import Run
 from jaxllm.run.runtime import use_compilation_cache
+from jaxllm.run.source import SOURCE_DTYPES
 from jaxllm.train.placement import choose_placement
 from jaxllm.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from convert.to_flax import Imported
 
 
 @exit_on_user_error
@@ -36,11 +44,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(argv, "train.py", __doc__, TrainConfig)
     init_distributed(config)
     placement = choose_placement(config)  # refused before the run's folder is touched
-    weights = first_weights(config)
+    start = read_start(config)
     with Run.open(config) as run:
         trainer = Trainer(run.config, placement)
-        state = run.restore(trainer) or trainer.init(weights)
-        del weights  # the state has its own
+        state = run.restore(trainer) or trainer.init(start and start.weights)
+        if start is not None and is_primary():
+            write_json(run.config.folder / SOURCE_DTYPES, start.dtypes)
+        del start  # the state has its own weights
 
         for batch in run.batches(trainer, state):
             state, metrics = trainer.step(state, batch.rows)
@@ -63,11 +73,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\nEverything is in {run.config.folder}")
 
 
-def first_weights(config: TrainConfig) -> Weights | None:
-    """The weights that a new run starts from with --init; they are read before an earlier run is deleted."""
-    if config.init is None or check_folder(config, "JAX"):
+def read_start(config: TrainConfig) -> Imported | None:
+    """What a new run starts from with --init; it is read before an earlier run is deleted."""
+    if config.init is None or (check_folder(config, "JAX") and oldest_step(config.folder) is not None):
         return None
-    return read_folder(config.init)[1]
+    check_shapes(config)
+    check_own("convert")
+    from convert.to_flax import read_model
+
+    return read_model(config.init)
 
 
 def sample(run: Run, trainer: Trainer, params: Any, routing_bias: Any) -> None:

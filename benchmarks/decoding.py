@@ -1,67 +1,52 @@
 """Rows for decoding: tokens per second, the share of the memory's speed, the first token, the bytes of the cache."""
 
-from __future__ import annotations
-
-import functools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any
 
-from benchmarks.finding import Finding, at_least, at_most
-from benchmarks.sizes import PRECISIONS, decode_model
-from benchmarks.timing import Runs, Spread, cpu_ratio, fastest, interleave, other_load, ratio, seconds
-from benchmarks.worker import Failure, Run, Worker
+from benchmarks.finding import Finding, at_least, at_most, compare
+from benchmarks.session import Session
+from benchmarks.sizes import MODEL, PRECISIONS, DecodingSizes, decode_model
+from benchmarks.timing import Runs, Spread, contenders_of, fastest, interleave, seconds
+from benchmarks.worker import Failure, Run
 from jaxllm.config import ModelConfig
 from jaxllm.model import flops
 
 
-class Decoded(NamedTuple):
-    """What a contender does: rows of a prompt's length, continued by some tokens."""
-
-    rows: int
-    prompt: int
-    new: int
-
-
-def decode(quick: bool, rounds: int) -> list[Finding]:
-    new, long = (4, 64) if quick else (64, 1024)
-    findings = []
-    for name in ("tiny", "customllm-1b"):
-        work = {"one row": Decoded(1, 32, new)}
-        if name != "tiny":
-            work |= {
-                "first token": Decoded(1, 32, 1),
-                "eight rows": Decoded(8, 32, new),
-                "first tokens": Decoded(8, 32, 1),
-                "long prompt": Decoded(1, long, 1),
-            }
-        arguments = {"name": name, "work": {key: list(value) for key, value in work.items()}, "quick": quick}
-        with (
-            Worker("benchmarks.jax_side:decoding", **arguments) as jax,
-            Worker("benchmarks.torch_side:decoding", **arguments) as torch,
-        ):
-            contenders = {f"ours {key}": functools.partial(jax.go, key) for key in jax.contenders}
-            contenders |= {f"yardstick {key}": functools.partial(torch.go, key) for key in torch.contenders}
-            runs = interleave(contenders, rounds)
-            kept, read_bytes = jax.facts["cache_bytes"], torch.facts["read_bytes"]
-        findings.append(_speeds(name, "one row", work["one row"], runs, 2.0))
-        if name != "tiny":
-            findings.append(_speeds(name, "eight rows", work["eight rows"], runs, 2.0))
-            for key, first in (("one row", "first token"), ("eight rows", "first tokens")):
-                findings.append(_share_of_memory(quick, name, key, first, work, runs, read_bytes))
-            findings.append(_first_token(name, long, runs))
-    config = decode_model(name, quick)
+def decode(session: Session) -> list[Finding]:
+    """On a CPU, both sides in their fastest precision."""
+    new, long = (4, 64) if session.quick else (64, 1024)
+    tiny = {"one row": DecodingSizes(1, 32, new)}
+    work = tiny | {
+        "first token": DecodingSizes(1, 32, 1),
+        "eight rows": DecodingSizes(8, 32, new),
+        "first tokens": DecodingSizes(8, 32, 1),
+        "long prompt": DecodingSizes(1, long, 1),
+    }
+    runs, _, _ = _in_turns(session, "tiny", tiny)
+    speed = "{rate:,.1f} tokens/s"  # of all new tokens, the pass over the prompt included
+    findings = [_compare("tiny, one row", "one row", runs, 2.0, speed, new)]
+    runs, cache, read_bytes = _in_turns(session, MODEL, work)
+    for key, rows in (("one row", 1), ("eight rows", 8)):
+        findings.append(_compare(f"{MODEL}, {key}", key, runs, 2.0, speed, rows * new))
+    for key, first in (("one row", "first token"), ("eight rows", "first tokens")):
+        findings.append(_share_of_memory(session.quick, key, first, work[key], runs, read_bytes))
+    what = f"{MODEL}, first token after {long:,}"
+    findings.append(_compare(what, "long prompt", runs, 1.0, "{s:,.2f} s"))
+    config = decode_model(MODEL, session.quick)
     full = 2 * config.num_hidden_layers * config.hidden_size * 4
-    findings.append(
-        Finding(
-            what=f"{name}, cache of a token",
-            ours=f"{kept:,.0f} bytes",
-            yardstick=f"{full:,.0f} bytes",
-            value=Spread(kept / full, kept / full, kept / full),
-            target=at_most(0.4),
-            timed=False,
-        )
-    )
-    return findings
+    sizes, share = (f"{cache:,.0f} bytes", f"{full:,.0f} bytes"), cache / full
+    return [*findings, Finding(f"{MODEL}, cache of a token", *sizes, share, at_most(0.4))]
+
+
+def _in_turns(session: Session, name: str, work: Mapping[str, DecodingSizes]) -> tuple[Runs, float, int]:
+    """The runs of both sides, and bytes: of the cache of a token, and of what `yardstick read` reads."""
+    arguments: dict[str, Any] = {"name": name, "work": work, "quick": session.quick}
+    with (  # one prepares after the other: both at once would take all memory
+        session.jax("decoding", precisions=PRECISIONS, shared=True, **arguments) as jax,
+        session.torch("decoding", **arguments) as torch,
+    ):
+        runs = interleave(contenders_of(ours=jax, yardstick=torch), session.rounds)
+    return runs, jax.facts["cache_bytes"], torch.facts["read_bytes"]
 
 
 def _best(side: str, key: str, runs: Runs) -> str:
@@ -69,52 +54,60 @@ def _best(side: str, key: str, runs: Runs) -> str:
     return fastest(runs, [f"{side} {key} {precision}" for precision in PRECISIONS])
 
 
-def _speeds(name: str, key: str, work: Decoded, runs: Runs, limit: float) -> Finding:
-    """All new tokens, the pass over the prompt included."""
-    ours, theirs = (_best(side, key, runs) for side in ("ours", "yardstick"))
-    speeds = {side: work.rows * work.new / seconds(runs[side]).median for side in (ours, theirs)}
-    return Finding(
-        what=f"{name}, {key}",
-        ours=f"{speeds[ours]:,.1f} tokens/s {ours.split()[-1]}",
-        yardstick=f"{speeds[theirs]:,.1f} tokens/s {theirs.split()[-1]}",
-        value=ratio(runs[theirs], runs[ours]),
-        target=at_least(limit),
-        other_load=other_load(runs),
-        details={
-            "cpu_ratio": cpu_ratio(runs[theirs], runs[ours]),
-            "seconds": {side: seconds(runs[side])._asdict() for side in runs if f" {key} " in side},
-        },
-    )
+def _compare(what: str, key: str, runs: Runs, limit: float, show: str, tokens: int = 1) -> Finding:
+    best = [_best(side, key, runs) for side in ("ours", "yardstick")]
+    shows = [f"{show} {name.split()[-1]}" for name in best]
+    of_key = {name: side for name, side in runs.items() if f" {key} " in name}
+    return compare(what, of_key, *best, at_least(limit), *shows, work=tokens)
 
 
-def _share_of_memory(
-    quick: bool, name: str, key: str, first: str, work: Mapping[str, Decoded], runs: Runs, read_bytes: int
-) -> Finding:
+def _share_of_memory(quick: bool, key: str, first: str, sizes: DecodingSizes, runs: Runs, read_bytes: int) -> Finding:
     """The bytes of weights that a token needs, over what the memory reads in the time that it takes."""
     best = _best("ours", key, runs)
     precision = best.split()[-1]
-    taken = step_seconds(runs[best], runs[f"ours {first} {precision}"], work[key].new - 1, quick)
-    needed = weight_bytes(decode_model(name, quick), work[key].rows, 4 if precision == "float32" else 2)
-    pairs = zip(taken, runs["yardstick read"], strict=True)
-    shares = [needed / step / (read_bytes / read.seconds) for step, read in pairs]
-    each = Spread.of(taken).median
-    return Finding(
-        what=f"{name}, {key}, share of the memory's speed",
-        ours=f"{needed / each / 1e9:,.1f} GB/s ({1e3 * each:,.0f} ms a step)",
-        yardstick=f"{read_bytes / seconds(runs['yardstick read']).median / 1e9:,.1f} GB/s (a sum)",
-        value=Spread.of(shares),
-        target=at_least(0.6),
-        other_load=other_load(runs),
-    )
+    taken = step_seconds(runs[best], runs[f"ours {first} {precision}"], sizes.new - 1, quick)
+    config, bytes_each = decode_model(MODEL, quick), 4 if precision == "float32" else 2
+    # of rows whose tokens choose their experts at random
+    idle = (1 - config.num_experts_per_tok / config.n_routed_experts) ** sizes.batch
+    needed = bytes_each * parameters_read(config, config.n_routed_experts * (1 - idle))
+    a_byte = {
+        "ours": [run.per(needed, step) for run, step in zip(runs[best], taken, strict=True)],
+        "read": [run.per(read_bytes) for run in runs["yardstick read"]],
+    }
+    what, each = f"{MODEL}, {key}, share of the memory's speed", 1e3 * Spread.of(taken).median
+    shows = (f"{{rate:,.1f}} GB/s ({each:,.0f} ms a step)", "{rate:,.1f} GB/s (a sum)")
+    return compare(what, a_byte, "ours", "read", at_least(0.6), *shows, work=1e-9)
+
+
+def decode_on_gpu(session: Session) -> list[Finding]:
+    """Weights in bfloat16: the time to the first token, and the tokens after it."""
+    config = decode_model(MODEL, session.quick)
+    sizes = [DecodingSizes(2, 32, 32)] if session.quick else [DecodingSizes(1, 1024, 128), DecodingSizes(64, 128, 128)]
+    work = {f"{s.batch} {key}": s._replace(new=new) for s in sizes for key, new in (("first", 1), ("all", 1 + s.new))}
+    options = {"name": MODEL, "work": work, "quick": session.quick, "precisions": ["bfloat16"], "shared": False}
+    with session.jax("decoding", **options) as jax:
+        runs = interleave(contenders_of(ours=jax), session.rounds)
+    findings = []
+    for s in sizes:
+        first, whole = (runs[f"ours {s.batch} {key} bfloat16"] for key in ("first", "all"))
+        prefill, token = seconds(first), Spread.of(step_seconds(whole, first, s.new, session.quick)).median
+        needed = bytes_of_a_token(config, s, weight_bytes=2, cache_bytes=jax.facts["cache_bytes"])
+        floor = needed / session.bytes_per_second if session.bytes_per_second else None
+        speed = f"{s.batch / token:,.0f} tokens/s ({1e3 * token:,.2f} ms a step)"
+        read = f"{needed / 1e9:,.2f} GB to read" + (f": {1e3 * floor:,.2f} ms" if floor else "")
+        figures, share = {"seconds_a_step": token, "bytes_a_step": needed}, floor / token if floor else None
+        what, times = f"first token after {s.prompt:,}, batch {s.batch}", {"seconds": prefill._asdict()}
+        findings += [
+            Finding(what, f"{1e3 * prefill.median:,.1f} ms", details=times),
+            Finding(f"{s.new} tokens after it, batch {s.batch}", speed, read, share, details=figures),
+        ]
+    return findings
 
 
 def step_seconds(whole: Sequence[Run], first: Sequence[Run], steps: int, quick: bool) -> list[float]:
     """The time of a decoding step in each round: of the tokens after the first one.
 
     With `quick` it is the absolute value: so few steps of a small model take less than the noise.
-
-    Raises:
-        Failure: a round with these steps took no longer than the one without.
     """
     taken = [(a.seconds - b.seconds) / steps for a, b in zip(whole, first, strict=True)]
     if quick:
@@ -124,29 +117,18 @@ def step_seconds(whole: Sequence[Run], first: Sequence[Run], steps: int, quick: 
     return taken
 
 
-def _first_token(name: str, length: int, runs: Runs) -> Finding:
-    ours, theirs = (_best(side, "long prompt", runs) for side in ("ours", "yardstick"))
-    return Finding(
-        what=f"{name}, first token after {length:,}",
-        ours=f"{seconds(runs[ours]).median:,.2f} s {ours.split()[-1]}",
-        yardstick=f"{seconds(runs[theirs]).median:,.2f} s {theirs.split()[-1]}",
-        value=ratio(runs[theirs], runs[ours]),
-        target=at_least(1.0),
-        other_load=other_load(runs),
-    )
+def bytes_of_a_token(config: ModelConfig, sizes: DecodingSizes, weight_bytes: float, cache_bytes: float) -> float:
+    """The least that decoding one token of each row reads: every weight that it uses, and the cache of the rows.
 
-
-def weight_bytes(config: ModelConfig, rows: int, bytes_each: int) -> float:
-    """Bytes of weights that a step of decoding reads, for rows whose tokens choose their experts at random."""
-    E = config.n_routed_experts
-    return bytes_each * parameters_read(config, E * (1 - (1 - config.num_experts_per_tok / E) ** rows))
+    `weight_bytes` are those of one parameter, `cache_bytes` those of one token of one row, over all layers.
+    """
+    experts = min(config.n_routed_experts, sizes.batch * config.num_experts_per_tok)  # of a layer, at most
+    length = sizes.prompt + sizes.new / 2
+    return parameters_read(config, experts) * weight_bytes + sizes.batch * length * cache_bytes
 
 
 def parameters_read(config: ModelConfig, experts: float) -> float:
-    """Parameters that a step of decoding reads, without the rows of tables.
-
-    `experts`: how many routed experts of a layer it uses.
-    """
+    """Parameters that a step of decoding reads that uses so many routed experts of a layer; no rows of tables."""
     read: dict[str, float] = dict(flops.parameters(config))
     read["routed_experts"] *= experts / config.n_routed_experts
     read["position_embeddings"] = 0

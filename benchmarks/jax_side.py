@@ -1,13 +1,11 @@
 """The contenders of the JAX worker. Each function returns contenders and facts about them."""
 
-from __future__ import annotations
-
 import dataclasses
-import functools
 import os
-import resource
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +14,84 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.sizes import (
-    NARROW,
-    PRECISIONS,
-    MixtureSizes,
-    decode_model,
-    decode_prompts,
-    peak_sizes,
-    train_config,
-    train_labels,
-)
-from benchmarks.worker import Contender, repeated
+from benchmarks import sizes
+from benchmarks.machine import driver_version, peak_resident
+from benchmarks.worker import Contender, Prepared, repeated, sustained
 from jaxllm.config import ModelConfig, TrainConfig, preset
 from jaxllm.data.stream import POOL_ROWS, Position
 from jaxllm.generate import generate, prefill
-from jaxllm.model import flops
-from jaxllm.model.decoder import CustomLLM, abstract_model, count_parameters
+from jaxllm.model.decoder import CustomLLM, abstract_model, split_model
+from jaxllm.model.flops import active_parameters
 from jaxllm.model.inference import for_inference
+from jaxllm.model.kernels import choose_kernels, describe_kernels
 from jaxllm.model.kernels.dispatch import plan_dispatch
+from jaxllm.model.kernels.expert_ffn import expert_ffn, expert_slice
 from jaxllm.model.kernels.matmul import linear
 from jaxllm.model.kernels.swiglu import plain_swiglu
 from jaxllm.model.layers import stack
+from jaxllm.model.layout import ONE_DEVICE
 from jaxllm.model.moe import DeepSeekExpertLayer, route
+from jaxllm.plan.hlo import read_program
+from jaxllm.plan.hlo_cost import matrix_products
+from jaxllm.plan.report import kernel_totals
 from jaxllm.run.checkpoint_writer import CheckpointWriter
 from jaxllm.run.history import History
+from jaxllm.run.throughput import GIB
+from jaxllm.train.placement import lower_step
 from jaxllm.train.state import init_state, start_state
-from jaxllm.train.step import model_graph, train_step
+from jaxllm.train.step import StepMetrics, eval_step, model_graph
 
 Array = jax.Array
-Prepared = tuple[dict[str, Contender], dict[str, Any]]
+
+
+class JaxLearner:
+    """What `train.py` trains: one state, with a step compiled for each precision."""
+
+    def __init__(self, config: TrainConfig, precisions: Sequence[str] = (), weights: tuple[Any, Any] | None = None):
+        """`precisions`: none is that of the config. `weights`: parameters and routing bias; None: new ones."""
+        self._config, started = config, time.perf_counter()
+        runs = {p: config.with_options(precision=p) for p in precisions or (config.precision,)}
+        self.programs = {p: lower_step(run, model_graph(run), ONE_DEVICE).compile() for p, run in runs.items()}
+        self.compile_seconds = time.perf_counter() - started
+        new = jax.jit(partial(init_state, config))
+        self.state = jax.block_until_ready(new() if weights is None else start_state(config, *weights))
+        self._evaluate = jax.jit(partial(eval_step, config, model_graph(config)))
+        total = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+        self.sizes = {"parameters": total, "active_parameters": sum(active_parameters(config.model).values())}
+
+    def step(self, labels: np.ndarray, precision: str | None = None) -> StepMetrics:
+        """Launch one optimizer step on labels (A,B,T)."""
+        self.state, metrics = self.programs[precision or self._config.precision](self.state, labels)
+        return metrics
+
+    def expert_load(self, labels: np.ndarray) -> float:
+        """Tokens of the fullest expert over the mean, in the worst layer, in a step on labels (A,B,T)."""
+        return float(self.step(labels).expert_load)
+
+    def loss(self, rows: np.ndarray) -> float:
+        """Mean cross-entropy of rows (n,T), in nats per token; n is a multiple of the batch size."""
+        batches = rows.reshape(-1, self._config.data.batch_size, rows.shape[-1])
+        sums = [self._evaluate(self.state.params, self.state.routing_bias, batch) for batch in batches]
+        return sum(float(nll) for nll, _ in sums) / sum(int(count) for _, count in sums)
+
+
+def device() -> Prepared:
+    """The first device; `memory_gib` is what a program may have of it, None: it does not say."""
+    first, platform = jax.devices()[0], jax.default_backend()
+    limit = (first.memory_stats() or {}).get("bytes_limit")
+    return {}, {
+        "platform": platform,
+        "name": first.device_kind,
+        "compute_capability": getattr(first, "compute_capability", None),
+        "memory_gib": limit and limit / GIB,
+        "runtime": " ".join(first.client.platform_version.split()),
+        "driver": driver_version() if platform == "gpu" else None,
+    }
+
+
+def peak_memory() -> int:
+    """The most bytes so far: of device memory, or on a CPU of this process."""
+    return peak_resident() if jax.default_backend() == "cpu" else jax.devices()[0].memory_stats()["peak_bytes_in_use"]
 
 
 def shared_weights(config: ModelConfig) -> tuple[Any, Any]:
@@ -55,52 +102,50 @@ def shared_weights(config: ModelConfig) -> tuple[Any, Any]:
     return params, jax.tree.map(jnp.zeros_like, routing_bias)
 
 
-def train_steps(quick: bool, peak: bool = False) -> Prepared:
-    """The training step in both precisions, on one state; with `peak`, also matrix products."""
-    config = train_config(quick)
-    held = [start_state(config, *shared_weights(config.model))]
-    labels = jnp.asarray(train_labels(config))
+def steps(size: str, quick: bool, precisions: list[str], described: bool = False) -> Prepared:
+    """The training step in each precision, on one state; `described`: the facts say how the first was compiled.
 
-    def contender(precision: str) -> Contender:
-        run = config.with_options(precision=precision)
-        step = jax.jit(functools.partial(train_step, run, model_graph(run)), donate_argnums=0)
+    `six layers` start with the weights of the PyTorch worker, other sizes with new ones.
+    """
+    config = sizes.STEPS[size](quick)
+    learner = JaxLearner(config, precisions, shared_weights(config.model) if size == "six layers" else None)
+    facts: dict[str, Any] = {"sizes": learner.sizes, "peak_after_init": peak_memory()}
+    labels = sizes.step_labels(config)
+    facts["first_loss"] = float(learner.step(labels, precisions[0]).loss)
+    if described:
+        compiled = learner.programs[precisions[0]]
+        memory = compiled.memory_analysis()
+        facts |= {
+            "compile_seconds": learner.compile_seconds,
+            "chosen": describe_kernels(config.model, jnp.dtype(precisions[0])),
+            "kernels": kernel_totals(matrix_products(read_program(compiled.as_text()))),
+            "memory": {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes},
+        }
 
-        def go() -> dict[str, float]:
-            held[0], metrics = jax.block_until_ready(step(held[0], labels))
-            return {"loss": float(metrics.loss)}
+    def figures(metrics: StepMetrics) -> dict[str, float]:
+        jax.block_until_ready(learner.state)
+        return {"loss": float(metrics.loss), "peak": peak_memory()}
 
-        return go
-
-    contenders = {precision: contender(precision) for precision in ("float32", "bfloat16")}
-    if peak:
-        contenders |= {f"XLA's product {n}": matrix_product(n, quick) for n in peak_sizes(quick)}
-    return contenders, sizes_of(config.model, count_parameters(held[0].params))
+    turn = sizes.steps_in_a_turn(size, quick)
+    return {p: sustained(partial(learner.step, labels, p), turn, figures) for p in precisions}, facts
 
 
 def saving_steps(quick: bool) -> Prepared:
     """Steps of the default run with and without a checkpoint, and the checkpoint's bytes written to a file."""
-    config = TrainConfig()
-    if quick:
-        model = dataclasses.replace(config.model, **NARROW)
-        config = config.with_options(model=model, batch_size=2, seq_len=32)
-    steps = 4 if quick else 25
-    labels = np.random.default_rng(1).integers(
-        config.model.vocab_size, size=(1, config.data.batch_size, config.data.seq_len), dtype=np.int32
-    )
-    step = jax.jit(functools.partial(train_step, config, model_graph(config)), donate_argnums=0)
-    held = [step(init_state(config), labels)[0]]
+    config, number = sizes.learner_config("adamw", quick), 4 if quick else 25
+    learner, labels = JaxLearner(config), sizes.step_labels(config)
+    learner.step(labels)
     folder = tempfile.TemporaryDirectory()  # the contenders keep it; it is removed when the worker ends
     checkpoints = CheckpointWriter(Path(folder.name), keep=1)
     position = Position({"pass": 0}, 0, np.zeros(0, np.int32), np.zeros((POOL_ROWS, config.data.seq_len), np.int32))
 
     def go(saves: bool) -> dict[str, float]:
         blocked = 0.0
-        for number in range(steps):
-            held[0], metrics = step(held[0], labels)
-            metrics.loss.block_until_ready()
-            if saves and number == 0:
+        for i in range(number):
+            learner.step(labels).loss.block_until_ready()
+            if saves and i == 0:
                 asked = time.perf_counter()
-                checkpoints.save(int(held[0].step), held[0], [position.to_bytes()], History())
+                checkpoints.save(int(learner.state.step), learner.state, [position.to_bytes()], History())
                 blocked = time.perf_counter() - asked
         if saves:
             checkpoints.wait()
@@ -116,57 +161,61 @@ def saving_steps(quick: bool) -> Prepared:
 
     go(saves=True)
     size = sum(file.stat().st_size for file in Path(folder.name, "checkpoints").rglob("*") if file.is_file())
-    contenders = {"saved": lambda: go(True), "plain": lambda: go(False), "written": write}
-    return contenders, {"steps": steps, "bytes": size}
+    contenders = {"saved": partial(go, True), "plain": partial(go, False), "written": write}
+    return contenders, {"steps": number, "bytes": size}
 
 
-def matrix_product(n: int, quick: bool) -> Contender:
-    """Float32 products of (n,n) matrices."""
-    a, b = jax.random.normal(jax.random.key(0), (2, n, n))
+def products(quick: bool) -> Prepared:
+    """Float32 products of square matrices."""
     product = jax.jit(jnp.matmul)
-    return repeated(lambda: product(a, b).block_until_ready(), quick)
+
+    def once(n: int) -> Callable[[], Array]:
+        a, b = jax.random.normal(jax.random.key(0), (2, n, n))
+        return lambda: product(a, b).block_until_ready()
+
+    return {f"product {n}": repeated(once(n), quick) for n in sizes.peak_sizes(quick)}, {}
 
 
-def sizes_of(config: ModelConfig, total: int) -> dict[str, Any]:
-    """The number of parameters, and of those that a token uses; embedding tables count in full."""
-    return {"parameters": total, "active_parameters": sum(flops.active_parameters(config).values())}
+def ceilings(quick: bool) -> Prepared:
+    """A large product in bfloat16 and passes over a large array; `work` are the FLOPs or bytes of one of them."""
+    side, size, repetitions = (256, 2**20, 2) if quick else (8192, 2**28, 20)
+    a, b = jax.random.normal(jax.random.key(0), (2, side, side), jnp.bfloat16)
+    array = jnp.ones(size, jnp.float32)
+    copied = [jnp.array(array)]
+    product, add, total = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1, donate_argnums=0), jax.jit(jnp.sum)
+
+    def copy() -> Array:
+        copied[0] = add(copied[0])
+        return copied[0]
+
+    launches = {"product": partial(product, a, b), "copy": copy, "sum": partial(total, array)}
+    contenders = {name: sustained(launch, repetitions, jax.block_until_ready) for name, launch in launches.items()}
+    return contenders, {"side": side, "work": {"product": 2 * side**3, "copy": 2 * array.nbytes, "sum": array.nbytes}}
 
 
-def mixtures(cases: list[tuple[list[int], str]]) -> Prepared:
-    """Contenders of several cases, each a `MixtureSizes` and a compute dtype; names begin with the case's index."""
-    made = [mixture(MixtureSizes(*sizes), jnp.dtype(dtype)) for sizes, dtype in cases]
-    return {f"{i} {name}": go for i, contenders in enumerate(made) for name, go in contenders.items()}, {}
-
-
-def mixture(s: MixtureSizes, dtype: jnp.dtype) -> dict[str, Contender]:
+def mixture(shape: list[int], dtype: str) -> Prepared:
     """Forward and backward pass of the routed experts, and of k dense experts with the same number of FLOPs.
 
-    `random` sends each token to k random experts; `skewed` sends all tokens to the same k. Weights are
-    float32 masters, cast at each product as in training.
+    `random` sends each token to k random experts, `skewed` all tokens to the same k. Weights are float32 masters.
     """
+    s = sizes.MixtureSizes(*shape)
     config = dataclasses.replace(
-        preset("customllm-1b"),
-        hidden_size=s.hidden,
-        num_attention_heads=1,
-        moe_intermediate_size=s.expert_hidden,
-        n_routed_experts=s.experts,
-        num_experts_per_tok=s.per_token,
-    )
-    graph, weights = nnx.split(
-        stack(lambda rngs: DeepSeekExpertLayer(config, dtype=dtype, rngs=rngs), s.experts, "expert", nnx.Rngs(0))
-    )
+        preset(sizes.MODEL), hidden_size=s.hidden, num_attention_heads=1, moe_intermediate_size=s.expert_hidden,
+        n_routed_experts=s.experts, num_experts_per_tok=s.per_token,
+    )  # fmt: skip
+    layer = partial(DeepSeekExpertLayer, config, dtype=jnp.dtype(dtype))
+    graph, weights = nnx.split(stack(lambda rngs: layer(rngs=rngs), s.experts, "expert", nnx.Rngs(0)))
+    kernels = choose_kernels(config, dtype).routed
     keys = jax.random.split(jax.random.key(1), 3)
-    x = jax.random.normal(keys[0], (s.tokens, s.hidden), dtype)
-    d_out = jax.random.normal(keys[1], x.shape, dtype)
-    router = 0.02 * jax.random.normal(keys[2], (s.hidden, s.experts))
-    rng = np.random.default_rng(0)
-    random = np.stack([rng.permutation(s.experts)[: s.per_token] for _ in range(s.tokens)])
-    skewed = np.tile(np.arange(s.per_token), (s.tokens, 1))
+    x, d_out = (jax.random.normal(key, (s.tokens, s.hidden), dtype) for key in keys[:2])
+    router, rng = 0.02 * jax.random.normal(keys[2], (s.hidden, s.experts)), np.random.default_rng(0)
+    random = jnp.asarray([rng.permutation(s.experts)[: s.per_token] for _ in range(s.tokens)], jnp.int32)
+    skewed = jnp.tile(jnp.arange(s.per_token, dtype=jnp.int32), (s.tokens, 1))
 
     def routed(weights, router: Array, x: Array, experts: Array) -> Array:  # (N,D), (N,k) -> (N,D)
         routing = route(x, router, jnp.zeros(s.experts), s.per_token, experts)
-        plan = plan_dispatch(routing.experts, s.experts)
-        return nnx.merge(graph, weights).routed(x, routing.gates, plan).output
+        plan, masters = plan_dispatch(routing.experts, s.experts), nnx.merge(graph, weights).weights()
+        return expert_ffn(kernels, x, routing.gates, plan, expert_slice(kernels, masters, dtype)).output
 
     def dense(weights, router: Array, x: Array, experts: None) -> Array:  # (N,D) -> (N,D)
         layers = nnx.merge(graph, weights)
@@ -179,82 +228,46 @@ def mixture(s: MixtureSizes, dtype: jnp.dtype) -> dict[str, Contender]:
             out, back = jax.vjp(lambda *inputs: function(*inputs, experts), weights, router, x)
             return out, back(d_out)
 
-        def go() -> None:
-            jax.block_until_ready(both_ways(weights, router, x, d_out, experts))
-
-        return go
+        return lambda: jax.block_until_ready(both_ways(weights, router, x, d_out, experts))
 
     few = jax.tree.map(lambda leaf: leaf[: s.per_token], weights)  # no gradients for the other experts
-    return {
-        "random": contender(routed, weights, jnp.asarray(random, jnp.int32)),
-        "skewed": contender(routed, weights, jnp.asarray(skewed, jnp.int32)),
+    contenders = {
+        "random": contender(routed, weights, random),
+        "skewed": contender(routed, weights, skewed),
         "dense": contender(dense, few, None),
     }
+    return contenders, {}
 
 
 def compilations(quick: bool) -> Prepared:
-    """Trace, lower and compile the training step of a deep and of a shallow model, without a cache."""
+    """Trace, lower and compile the training step of a shallow and of a deep model, without a cache."""
     jax.config.update("jax_enable_compilation_cache", False)
 
-    def contender(layers: int) -> Contender:
-        config = train_config(quick)
-        config = config.with_options(model=dataclasses.replace(config.model, num_hidden_layers=layers))
-        graph, state = model_graph(config), jax.eval_shape(functools.partial(init_state, config))
-        labels = jax.ShapeDtypeStruct(train_labels(config).shape, jnp.int32)
+    def go(config: TrainConfig, graph: nnx.GraphDef) -> None:
+        jax.clear_caches()
+        lower_step(config, graph, ONE_DEVICE).compile()
 
-        def go() -> None:
-            jax.clear_caches()
-            jax.jit(functools.partial(train_step, config, graph), donate_argnums=0).lower(state, labels).compile()
-
-        return go
-
-    return {f"{layers} layers": contender(layers) for layers in (2, 24)}, {}
+    model = sizes.train_config(quick).model
+    configs = {
+        layers: sizes.train_config(quick).with_options(model=dataclasses.replace(model, num_hidden_layers=layers))
+        for layers in (2, 24)
+    }
+    return {f"{layers} layers": partial(go, config, model_graph(config)) for layers, config in configs.items()}, {}
 
 
-def full_size(quick: bool) -> Prepared:
-    """Full training steps of customllm-1b with rematerialization, from initialization; `peak` is in bytes."""
-    config = train_config(quick, layers=24).with_options(remat=True)
-    state = jax.block_until_ready(jax.jit(functools.partial(init_state, config))())
-    step = jax.jit(functools.partial(train_step, config, model_graph(config)), donate_argnums=0)
-    held, labels = [state], jnp.asarray(train_labels(config))
-
-    def go() -> dict[str, float]:
-        held[0], metrics = jax.block_until_ready(step(held[0], labels))
-        return {"loss": float(metrics.loss), "peak": peak_memory()}
-
-    facts = sizes_of(config.model, count_parameters(state.params))
-    return {"step": go}, {**facts, "peak_after_init": peak_memory()}
-
-
-def peak_memory() -> int:
-    """Peak resident memory of this process, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def decoding(name: str, work: dict[str, list[int]], quick: bool) -> Prepared:
-    """Greedy decoding of rows after a prompt, the pass over the prompt included, in both precisions.
-
-    `work` has rows, tokens of the prompt and new tokens of each contender.
-    """
-    config = decode_model(name, quick)
-    weights = shared_weights(config)
-    masters = (nnx.merge(abstract_model(config, dtype=jnp.dtype(p))[0], *weights) for p in PRECISIONS)
-    models = {p: for_inference(model) for p, model in zip(PRECISIONS, masters, strict=True)}
-
-    def contender(model: CustomLLM, rows: int, prompt: int, new: int) -> Contender:
-        ids = decode_prompts(config, rows, prompt)
-
-        def go() -> None:
-            generate(model, ids, new)
-
-        return go
-
-    contenders = {f"{key} {p}": contender(model, *sizes) for key, sizes in work.items() for p, model in models.items()}
-    return contenders, {"cache_bytes": cache_bytes(models["float32"])}
-
-
-def cache_bytes(model: CustomLLM) -> float:
-    """Cache bytes per token over all layers, from the shapes of a prefill."""
+def decoding(name: str, work: dict[str, list[int]], quick: bool, precisions: list[str], shared: bool) -> Prepared:
+    """Greedy decoding, the prompt included, of `DecodingSizes`; `shared`: with the weights of the PyTorch worker."""
+    config = sizes.decode_model(name, quick)
+    new_weights = jax.jit(lambda: split_model(CustomLLM(config, rngs=nnx.Rngs(0)))[1:])
+    weights = shared_weights(config) if shared else new_weights()
+    masters = {p: nnx.merge(abstract_model(config, dtype=jnp.dtype(p))[0], *weights) for p in precisions}
+    models = {p: for_inference(masters.pop(p)) for p in precisions}
+    contenders = {
+        f"{key} {p}": partial(generate, model, sizes.decode_prompts(config, rows, prompt), new)
+        for key, (rows, prompt, new) in work.items()
+        for p, model in models.items()
+    }
     tokens = jax.ShapeDtypeStruct((1, 32), jnp.int32)
-    _, cache = jax.eval_shape(lambda ids: prefill(model, ids, 0), tokens)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) / tokens.size
+    _, cache = jax.eval_shape(lambda ids: prefill(models[precisions[0]], ids, 0), tokens)
+    cached = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    return contenders, {"cache_bytes": cached / tokens.size}  # of one token of one row, over all layers

@@ -6,8 +6,6 @@ Bits per byte of the evaluation, and the share of samples of Python that parse. 
 the middle, so it is left out; `ast.parse` must accept the others. The prompt is the beginning of a document.
 """
 
-from __future__ import annotations
-
 import ast
 import math
 import sys

@@ -1,22 +1,23 @@
 """The machine of a measurement (without its host name), its free memory and its load."""
 
-from __future__ import annotations
-
 import os
 import platform
+import resource
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
 
+# those that determine the speed of matrix products
 INSTRUCTION_SETS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_tile", "amx_bf16")
-"""The instruction sets that determine the speed of matrix products."""
 
 
 def describe_machine() -> dict[str, Any]:
     """CPU model, cores, memory in GiB, instruction sets, system, and package versions."""
-    info = _cpu_info()
+    pairs = (line.split(":", 1) for line in _lines("/proc/cpuinfo") if ":" in line)
+    info = {name.strip(): value.strip() for name, value in pairs}
     flags = set(info.get("flags", info.get("Features", "")).split())
     return {
         "cpu": info.get("model name", platform.machine()),
@@ -40,30 +41,36 @@ def _version(package: str) -> str | None:
 
 def available_gib() -> float:
     """Memory available without swapping, in GiB; infinite if the system does not report it."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return float("inf")
-    return next(int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable"))
+    lines = (line.split() for line in _lines("/proc/meminfo"))
+    return next((int(size) / 2**20 for name, size, *_ in lines if name == "MemAvailable:"), float("inf"))
+
+
+def peak_resident() -> int:
+    """The most memory that this process had so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def busy_seconds() -> float:
-    """CPU seconds used by all programs since the machine started; 0 if the system does not report them.
+    """CPU seconds of all programs, and of other virtual machines, since the start; 0 if the system does not say."""
+    for line in _lines("/proc/stat")[:1]:
+        user, nice, system, _idle, _waiting, irq, softirq, steal = map(int, line.split()[1:9])
+        return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
-    Includes time that the hypervisor gave to other virtual machines.
-    """
+
+def driver_version() -> str | None:
+    """Of NVIDIA's driver; None: it does not say."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
-    except OSError:
-        return 0.0
-    user, nice, system, _idle, _waiting, irq, softirq, steal = map(int, fields[:8])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.split("\n")[0].strip() or None
 
 
-def _cpu_info() -> dict[str, str]:
+def _lines(file: str) -> list[str]:
+    """None on a system that has no such file."""
     try:
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        return Path(file).read_text().splitlines()
     except OSError:
-        return {}
-    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
-    return {name.strip(): value.strip() for name, value in pairs}
+        return []

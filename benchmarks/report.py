@@ -1,132 +1,140 @@
-"""Report the results: a table, a picture and JSON."""
-
-from __future__ import annotations
+"""Report the results: JSON, a table, and for the rows of a CPU a picture."""
 
 import json
 import sys
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from benchmarks.finding import Finding
-from benchmarks.rows import ROWS
+from benchmarks.finding import Finding, Found
+from benchmarks.rows import PARTS, ROWS
 from benchmarks.timing import QUIET
+from benchmarks.worker import ROOT
 from jaxllm.run.reporting import new_figure
 
-Findings = dict[str, list[Finding] | str]
-"""The findings of each row, or the reason why there are none."""
+GPU_REPORT = ROOT / "benchmarks" / "gpu.json"
+
+COLUMNS = ("row", "what", "ours", "yardstick", "ratio (quartiles)", "target", "verdict", "other load", "CPU ratio")
+
+GPU_COLUMNS = ("part", "what", "result", "compared with", "ratio", "goal")
 
 
-def verdict(finding: Finding, quick: bool) -> str:
-    if quick:
-        return "not judged"
-    if finding.passed:
-        return "reached"
-    return f"{finding.target.reached(finding.value.median):.2f} of it"
+STYLES = {"not measured": "bold red", "reached": "green", " of it": "yellow"}  # of cells with these words
 
 
-def print_table(findings: Findings, quick: bool) -> None:
-    title = "Small sizes: checks only that every row runs" if quick else "Measurements and their yardsticks"
-    table = Table(title=title, title_justify="left")
-    for column in (
-        "row",
-        "what",
-        "ours",
-        "yardstick",
-        "ratio (quartiles)",
-        "target",
-        "verdict",
-        "other load",
-        "CPU ratio",
-    ):
-        right = column in ("ours", "ratio (quartiles)", "target")
-        table.add_column(column, justify="right" if right else "left")
-    for name, found in findings.items():
-        row = ROWS[name]
-        table.add_section()
-        if isinstance(found, str):
-            table.add_row(name, row.what, "", row.yardstick, "", "", f"[bold red]not measured:[/] {found}")
-            continue
-        for i, finding in enumerate(found):
-            color = "dim" if quick else "green" if finding.passed else "yellow"
-            load = f"{finding.other_load:.2f} cores" if finding.timed else ""
-            cpu = f"{finding.details['cpu_ratio']:.2f}x" if "cpu_ratio" in finding.details else ""
-            table.add_row(
-                "" if i else name,
-                finding.what if i else f"{row.what}\n{finding.what}",
-                finding.ours if i else f"\n{finding.ours}",
-                finding.yardstick if i else f"{row.yardstick}\n{finding.yardstick}",
-                _value(finding) if i else f"\n{_value(finding)}",
-                str(finding.target) if i else f"\n{finding.target}",
-                f"[{color}]{verdict(finding, quick)}[/]" if i else f"\n[{color}]{verdict(finding, quick)}[/]",
-                load if i else f"\n{load}",
-                cpu if i else f"\n{cpu}",
-            )
-    console = Console(width=None if sys.stdout.isatty() else 170)
-    console.print(table)
-    loud = [name for name, found in findings.items() if not isinstance(found, str) for f in found if _is_loud(f)]
-    if loud and not quick:
-        console.print(f"Other programs kept more than {QUIET:g} cores busy: {', '.join(dict.fromkeys(loud))}.")
-
-
-def _is_loud(finding: Finding) -> bool:
-    return finding.timed and finding.other_load > QUIET
-
-
-def _value(finding: Finding) -> str:
-    median, low, high = finding.value
-    unit = "x" if finding.unit == "x" else f" {finding.unit}"
-    return f"{median:.2f}{unit}" + (f" ({low:.2f} - {high:.2f})" if finding.timed else "")
-
-
-def write_report(file: Path, findings: Findings, machine: dict[str, Any], quick: bool, rounds: int) -> None:
-    """Write `benchmarks.json`."""
+def as_json(about: dict[str, Any], found: Mapping[str, Found]) -> dict[str, Any]:
+    """The whole report; `about` has `quick`, what the numbers depend on, and of a GPU its `device`."""
+    gpu, quick = "device" in about, about["quick"]
+    one, several, convert = ("part", "lines", _line_as_json) if gpu else ("row", "findings", _finding_as_json)
     rows = [
         {
-            "row": name,
-            "what": ROWS[name].what,
-            "yardstick": ROWS[name].yardstick,
-            **(
-                {"not_measured": found} if isinstance(found, str) else {"findings": [_as_json(f, quick) for f in found]}
-            ),
+            one: name,
+            "what": (PARTS if gpu else ROWS)[name].what,
+            **({} if gpu else {"yardstick": ROWS[name].yardstick}),
+            "seconds": round(of_row.seconds, 1),
+            "not_measured": of_row.not_measured,
+            several: [convert(finding, quick) for finding in of_row.findings],
         }
-        for name, found in findings.items()
+        for name, of_row in found.items()
     ]
-    report = {"quick": quick, "rounds": rounds, "machine": machine, "rows": rows}
+    return {**about, f"{one}s": rows}
+
+
+def _finding_as_json(f: Finding, quick: bool) -> dict[str, Any]:
+    return {
+        "what": f.what, "ours": f.ours, "yardstick": f.yardstick, "value": f.spread and f.spread._asdict(),
+        "shown": f.shown, "target": str(f.target), "unit": f.unit, "timed": f.timed, "other_load": f.other_load,
+        "details": f.details, "verdict": "not judged" if quick else f.verdict,
+    }  # fmt: skip
+
+
+def _line_as_json(f: Finding, quick: bool) -> dict[str, Any]:
+    ratio = f"{f.spread.median:.2f}x" if f.spread else ""
+    return {
+        "what": f.what, "measured": f.ours, "reference": f.yardstick, "ratio": ratio, "goal": "" if quick else f.goal,
+        "figures": f.details,
+    }  # fmt: skip
+
+
+def write(file: Path, report: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _as_json(finding: Finding, quick: bool) -> dict[str, Any]:
-    values = asdict(finding)
-    return values | {
-        "value": finding.value._asdict(),
-        "target": str(finding.target),
-        "verdict": verdict(finding, quick),
-    }
+def table_rows(report: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """The rows of a GPU's table: one for each line; a part that was not measured has one, with the reason."""
+    for part in report["parts"]:
+        if part["not_measured"]:
+            yield part["part"], part["what"], f"not measured: {part['not_measured']}", "", "", ""
+        for number, line in enumerate(part["lines"]):
+            name = "" if number else part["part"]
+            yield name, line["what"], line["measured"], line["reference"], line["ratio"], line["goal"]
 
 
-def draw_report(file: Path, findings: Findings, machine: dict[str, Any], quick: bool) -> None:
+def _cpu_rows(report: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """For each row its yardstick, or why it was not measured; then its findings."""
+    for row in report["rows"]:
+        reason = row["not_measured"] and f"not measured: {row['not_measured']}"
+        yield row["row"], row["what"], "", row["yardstick"], "", "", reason
+        for f in row["findings"]:
+            load = f"{f['other_load']:.2f} cores" if f["timed"] else ""
+            cpu = f"{f['details']['cpu_ratio']:.2f}x" if "cpu_ratio" in f["details"] else ""
+            yield "", f["what"], f["ours"], f["yardstick"], f["shown"], f["target"], f["verdict"], load, cpu
+
+
+def print_table(report: dict[str, Any]) -> None:
+    """A row with a name in its first column begins a section."""
+    gpu, quick = "parts" in report, report["quick"]
+    title = device_line(report) if gpu else "Measurements and their yardsticks"
+    if quick:
+        title = f"Small sizes on the CPU: checks only that every {'part' if gpu else 'row'} runs"
+    table = Table(title=title, title_justify="left")
+    for column in GPU_COLUMNS if gpu else COLUMNS:
+        table.add_column(column, justify="right" if column == "ours" or "ratio" in column else "left")
+    for row in table_rows(report) if gpu else _cpu_rows(report):
+        if row[0]:
+            table.add_section()
+        styles = (next((style for words, style in STYLES.items() if words in cell), "") for cell in row)
+        table.add_row(*map(Text, row, styles))
+    Console(width=None if sys.stdout.isatty() else 170, markup=False).print(table)
+    loud = [row["row"] for row in report.get("rows", ()) if any(f["other_load"] > QUIET for f in row["findings"])]
+    if loud and not quick:
+        print(f"Other programs kept more than {QUIET:g} cores busy: {', '.join(loud)}.")
+
+
+def device_line(report: dict[str, Any]) -> str:
+    """The device, the processor and the versions, in one line."""
+    device, machine = report["device"], report["machine"]
+    names = [device["name"]] if device else ["no GPU"]
+    for key, what in (("compute_capability", "compute capability"), ("driver", "driver")):
+        if device and device[key]:
+            names.append(f"{what} {device[key]}")
+    return f"{', '.join(names)}; {machine['cores']} cores of {machine['cpu']}; {versions_line(report)}"
+
+
+def versions_line(report: dict[str, Any]) -> str:
+    versions = {"Python": report["machine"]["python"], **report["machine"]["versions"]}
+    return ", ".join(f"{package} {version}" for package, version in versions.items() if version)
+
+
+def draw_report(file: Path, found: Mapping[str, Found], machine: dict[str, Any], quick: bool) -> None:
     """Draw `benchmarks.png`: the fraction of its target that each finding reaches, with its spread."""
-    bars = [
-        (f"{name}: {finding.what}", finding)
-        for name, found in findings.items()
-        if not isinstance(found, str)
-        for finding in found
-    ]
+    bars = [(f"{name}: {f.what}", f) for name, of_row in found.items() for f in of_row.findings]
     figure = new_figure(figsize=(10, 1.2 + 0.4 * max(1, len(bars))), layout="constrained")
     axes = figure.subplots()
     for i, (_, finding) in enumerate(bars):
-        middle, *ends = (finding.target.reached(value) for value in finding.value)
-        color = "lightgray" if quick else "tab:green" if finding.passed else "tab:orange"
+        middle, *ends = (finding.target.reached(value) for value in finding.spread)
+        color = "lightgray" if quick else "tab:green" if finding.verdict == "reached" else "tab:orange"
         axes.barh(i, middle, color=color, xerr=[[middle - min(ends)], [max(ends) - middle]], capsize=3)
-        axes.text(max(*ends, middle), i, f"  {_value(finding)}, target {finding.target}", va="center", fontsize=8)
+        axes.text(max(*ends, middle), i, f"  {finding.shown}, target {finding.target}", va="center", fontsize=8)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(bars)), [label for label, _ in bars])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.6 * max([1.0, *(f.target.reached(f.value.median) for _, f in bars)]))
+    axes.set_xlim(0, 1.6 * max([1.0, *(f.reached for _, f in bars)]))
     axes.set_xlabel("fraction of the target reached (whiskers: quartiles of the pairwise ratios)")
     sets = " ".join(machine["instruction_sets"])
     title = "Small sizes: no verdicts" if quick else "Measurements and their yardsticks"

@@ -4,30 +4,32 @@ The thread pools of JAX and PyTorch spin for a while after their work. In one pr
 and their peak memory could not be separated.
 """
 
-from __future__ import annotations
-
+import contextlib
 import importlib
 import json
+import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self, TypeVar
 
 from benchmarks.machine import busy_seconds
 from jaxllm.run.runtime import huge_pages_environment
 
 ROOT = Path(__file__).parents[1]
 
-Contender = Callable[[], dict[str, float] | None]
-"""One measured piece of work. It may return figures; a figure `seconds` replaces the measured wall time."""
+Result = TypeVar("Result")
+
+# one piece of work; a dict that it returns has figures, of which `seconds` replaces the measured wall time
+Contender = Callable[[], Any]
+Prepared = tuple[dict[str, Contender], dict[str, Any]]  # what a worker can do, by name, and facts about it
 
 
 class Failure(Exception):
@@ -40,50 +42,29 @@ class Run(NamedTuple):
     other_load: float  # mean number of cores used by other programs during the run
     figures: dict[str, float]
 
+    def per(self, work: float, seconds: float | None = None) -> Self:
+        """One unit of work; `seconds`: of it all, None: those of the run. CPU seconds are unknown."""
+        return self._replace(seconds=(self.seconds if seconds is None else seconds) / work, cpu_seconds=0.0)
+
 
 class Worker:
     """The parent's handle, a context manager: construction starts the process, entering waits until it is ready."""
 
-    def __init__(
-        self,
-        prepare: str,
-        *,
-        environment: Mapping[str, str] = MappingProxyType({}),
-        limit: float | None = None,
-        **arguments: Any,
-    ):
-        """Run `prepare` (`module:function`) in a new process; `contenders` and `facts` are set on entering.
+    def __init__(self, prepare: str, environment: Mapping[str, str], limit: float = math.inf, **arguments: Any):
+        """Run `prepare` (`module:function`) in a new process, which ends after `limit` seconds at the latest.
 
-        Args:
-            environment: additional variables of the process. Without any, JAX computes on the CPU.
-            limit: seconds after which the process is ended; None: never.
-            arguments: of `prepare`, as JSON.
+        It has the huge pages that train.py uses. Arguments are sent as JSON. Entering sets `contenders` and `facts`.
         """
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed on exit
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", prepare, json.dumps(arguments)],
-            cwd=ROOT,
-            # both frameworks on the CPU unless asked for, and with the huge pages that train.py uses
-            env={"JAX_PLATFORMS": "cpu", **os.environ, **huge_pages_environment(), **environment},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-        )
-        self._limit, self._ended = limit, False
-        self._clock = threading.Timer(limit or 0.0, self._end)
-        self._clock.daemon = True
-        if limit is not None:
-            self._clock.start()
-        self.facts: dict[str, Any] = {}
-        self.contenders: list[str] = []
+            [sys.executable, "-m", "benchmarks.worker", prepare, json.dumps(arguments), str(limit)],
+            cwd=ROOT, env={**os.environ, **huge_pages_environment(), **environment},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+        )  # fmt: skip
+        self._limit = limit
 
     def go(self, contender: str) -> Run:
-        """Run one contender once.
-
-        Raises:
-            Failure: the process ended.
-        """
+        """Run one contender once; raises a Failure if the process ends."""
         busy = busy_seconds()
         self._process.stdin.write(contender + "\n")
         self._process.stdin.flush()
@@ -92,10 +73,6 @@ class Worker:
         elapsed, cpu = reply.pop("elapsed"), reply.pop("cpu")
         seconds = reply.pop("seconds", elapsed)
         return Run(seconds, cpu, max(0.0, busy - cpu) / max(elapsed, 1e-3), reply)
-
-    def _end(self) -> None:
-        self._ended = True
-        self._process.kill()
 
     def _reply(self) -> dict[str, Any]:
         line = self._process.stdout.readline()
@@ -106,30 +83,24 @@ class Worker:
                 raise Failure(reply["failed"])
             return reply
         self._process.wait()
-        if self._ended:
+        if self._process.returncode == -signal.SIGALRM:
             raise Failure(f"took longer than the {self._limit:.0f} s that it had")
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines() or ["no message"]
         raise Failure(f"process ended with code {self._process.returncode}: {lines[-1]}")
 
-    def __enter__(self) -> Worker:
-        """Wait until it is ready.
-
-        Raises:
-            Failure: the process ended.
-        """
+    def __enter__(self) -> Self:
+        """Wait until it is ready; raises a Failure if the process ends."""
         self.facts = self._reply()
-        self.contenders = self.facts.pop("contenders")
+        self.contenders: list[str] = self.facts.pop("contenders")
         return self
 
     def __exit__(self, *_exception) -> None:
-        self._clock.cancel()
         self._process.stdin.close()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._process.kill()
+        self._process.wait()
         self._process.stdout.close()
         self._log.close()
 
@@ -148,11 +119,30 @@ def repeated(work: Callable[[], object], quick: bool) -> Contender:
     return go
 
 
-def serve(prepare: str, arguments: dict[str, Any]) -> None:
+def sustained(launch: Callable[[], Result], repetitions: int, wait: Callable[[Result], Any]) -> Contender:
+    """A contender that launches the same work several times without waiting in between; `seconds` are those of one.
+
+    `wait`: for the last result; it may return figures.
+    """
+
+    def go() -> dict[str, float]:
+        started = time.perf_counter()
+        for _ in range(repetitions):
+            result = launch()
+        waited = wait(result)
+        taken = (time.perf_counter() - started) / repetitions
+        return {"seconds": taken, **(waited if isinstance(waited, dict) else {})}
+
+    return go
+
+
+def serve(prepare: str, arguments: dict[str, Any], limit: float) -> None:
     """The child process: writes one line of JSON when ready, then one for each contender named on stdin.
 
     An error ends it; its type and first line are the last reply, its traceback goes to the log.
     """
+    if limit < math.inf:
+        signal.setitimer(signal.ITIMER_REAL, max(limit, 1e-3))  # its signal ends the process
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # output of the frameworks goes to the log
 
@@ -167,8 +157,9 @@ def serve(prepare: str, arguments: dict[str, Any]) -> None:
         for line in sys.stdin:
             contender: Contender = contenders[line.strip()]
             cpu, started = time.process_time(), time.perf_counter()
-            figures = contender() or {}
+            result = contender()
             elapsed = time.perf_counter() - started
+            figures = result if isinstance(result, dict) else {}
             reply({"elapsed": elapsed, "cpu": time.process_time() - cpu, **figures})
     except Exception as error:
         traceback.print_exc()
@@ -177,4 +168,4 @@ def serve(prepare: str, arguments: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], json.loads(sys.argv[2]))
+    serve(sys.argv[1], json.loads(sys.argv[2]), float(sys.argv[3]))

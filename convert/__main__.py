@@ -25,7 +25,7 @@ from convert.training import export_training, import_training, is_pytorch_run
 from jaxllm.command_line import parse
 from jaxllm.config import preset
 from jaxllm.errors import UserError, exit_on_user_error
-from jaxllm.run.runtime import check_devices
+from jaxllm.run.runtime import start_jax
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ToTorch:
     """Folder of the run."""
     out: Annotated[Path, tyro.conf.Positional]
     """A new folder."""
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the written weights; none: that of the folder that the run was made from, or float32."""
     training: bool = False
     """Hand over the run: moments, step count and data position too, for python -m torch_ref.train."""
@@ -51,7 +51,7 @@ class ToFlax:
     """Make a run from a transformers folder, a state_dict file (.safetensors, .bin, .pt) or a PyTorch run."""
 
     source: Annotated[Path, tyro.conf.Positional]
-    """What is converted."""
+    """What is converted; also the Hub name of a model that is in the Hub's cache."""
     run: Annotated[Path, tyro.conf.Positional]
     """A new folder."""
     preset: str | None = None
@@ -66,7 +66,7 @@ Command = Annotated[ToTorch, tyro.conf.subcommand("to-torch")] | Annotated[ToFla
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     command: ToTorch | ToFlax = parse(Command, argv, "python -m convert", __doc__)
-    check_devices()
+    start_jax()
     if isinstance(command, ToTorch) and command.training:
         export_training(command.run, command.out)
         print(f"Wrote {command.out}: python -m torch_ref.train --run-dir {command.out} resumes it")

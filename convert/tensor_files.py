@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,14 +14,13 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from convert.fused import pieces
 from convert.pickled import check_pickled
-from jaxllm.errors import UserError, listed, one_line, shown
-from jaxllm.files import read_json, unique_keys, write_json
+from convert.weight_files import INDEX_NAME, MAX_INDEX_BYTES, WEIGHTS_NAME, weight_files
+from jaxllm.errors import UserError, listed, one_line
+from jaxllm.files import unique_keys, write_json
+from jaxllm.model.dtypes import check_floats
 
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-MAX_INDEX_BYTES = 64 * 2**20
-"""Largest index, or header of a file, that is read: one with a million tensors."""
 MAX_SHARD_BYTES = 5_000_000_000
 
 WRAPPERS = re.compile(
@@ -32,10 +31,16 @@ WRAPPERS = re.compile(
 NESTED = ("state_dict", "model_state_dict", "model", "module")
 """Keys under which training scripts save a state_dict."""
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-_SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16"}
-_FP8_DTYPES = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu)}
-"""Which the `safetensors` package does not give as NumPy arrays."""
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+"""Those that are written."""
+
+_SAFETENSORS_DTYPES: dict[str, Any] = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+    "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+_SAFETENSORS_NAMES = {np.dtype(kind): name for name, kind in _SAFETENSORS_DTYPES.items()}
 
 
 class Tensor(NamedTuple):
@@ -53,6 +58,9 @@ def write_safetensors(folder: Path, tensors: Iterable[Tensor]) -> None:
 
     The `safetensors` package can only write from a dict of all tensors; the format is simple enough to stream: the
     header's length, the header as JSON, the tensors' bytes (https://huggingface.co/docs/safetensors).
+
+    Raises:
+        UserError: a tensor does not hold finite floating-point numbers that its dtype can represent.
     """
     shards: list[list[Tensor]] = [[]]
     filled = 0
@@ -84,36 +92,68 @@ def _write_file(path: Path, tensors: list[Tensor]) -> None:
     for tensor in tensors:
         end = offset + _bytes(tensor)
         header[tensor.name] = {
-            "dtype": _SAFETENSORS_NAMES[tensor.dtype],
+            "dtype": _SAFETENSORS_NAMES[DTYPES[tensor.dtype]],
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the format aligns the data
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        for tensor in tensors:
-            values = np.ascontiguousarray(tensor.read(), DTYPES[tensor.dtype])
-            file.write(values.reshape(-1).view(np.uint8).data)
+    try:
+        with path.open("wb") as file:
+            file.write(len(encoded).to_bytes(8, "little"))
+            file.write(encoded)
+            for tensor in tensors:
+                file.write(_checked(tensor).reshape(-1).view(np.uint8).data)
+    except UserError:
+        path.unlink()
+        raise
+
+
+def _checked(tensor: Tensor) -> np.ndarray:
+    """The values of a tensor to be written, in its dtype."""
+    values = tensor.read()
+    if values.shape != tensor.shape:
+        raise UserError(f"{tensor.name} has the shape {list(values.shape)}: {list(tensor.shape)} is expected")
+    check_floats(tensor.name, values)
+    with np.errstate(over="ignore"):
+        written = np.ascontiguousarray(values, DTYPES[tensor.dtype])
+    if not np.isfinite(written).all():
+        raise UserError(
+            f"{tensor.name} has a value of {float(np.abs(values).max()):.3g}, which {tensor.dtype} cannot hold: pass "
+            "the dtype bfloat16 or float32"
+        )
+    return written
 
 
 class TensorFiles:
     """The tensors of a folder or a file, by name; closed by `with`.
+
+    A folder may hold several sets of weight files. That which transformers reads is read; a line names the others.
 
     Attributes:
         shapes: each name with its shape.
         dtypes: each name with its dtype, in the words of the safetensors format.
         duplicates: names that more than one file holds.
         misplaced: names that the index puts into a file that does not hold them.
+        unopened: names in shards that were not opened, as nothing in them is needed.
         size: bytes of all files.
     """
 
-    def __init__(self, path: Path):
+    def __init__(
+        self,
+        path: Path,
+        needed: Callable[[str], bool] = lambda name: True,
+        files: Mapping[Path, set[str]] | None = None,
+    ):
         """
+        Args:
+            path: a folder, or a file.
+            needed: which tensors will be read, by name: a shard that has none of them may be missing.
+            files: those to read, each with the tensors that an index puts there; None: by the rules of `weight_files`.
+
         Raises:
-            UserError: there are no weights at `path`, or they cannot be read.
+            UserError: there are no weights at `path`, they cannot be read, or there are two sets of them that differ.
         """
         self._stack = ExitStack()
         self._readers: dict[str, Callable[[], np.ndarray]] = {}
@@ -121,27 +161,53 @@ class TensorFiles:
         self.dtypes: dict[str, str] = {}
         self.duplicates: list[str] = []
         self.misplaced: list[str] = []
+        self.unopened: list[str] = []
         self.size = 0
         self._path = path
+        rival = {}
+        if files is None:
+            files, self.unopened, rival = weight_files(path, lambda name: needed(WRAPPERS.sub("", name)))
         try:
-            wrapped = 0
-            for file, expected in _weight_files(path).items():
-                held = set()
-                for tensor in self._open(file):
-                    name = WRAPPERS.sub("", tensor.name)
-                    wrapped += name != tensor.name
-                    if name in self.shapes:
-                        self.duplicates.append(name)
-                    self.shapes[name], self.dtypes[name] = tensor.shape, tensor.dtype
-                    self._readers[name] = tensor.read
-                    held.add(tensor.name)
-                self.misplaced += sorted(expected - held)
-                self.size += file.stat().st_size
-            if wrapped:
-                print(f"{path}: {wrapped} names are read without what torch.compile or another wrapper put into them")
+            self._add(files)
+            if rival:
+                self._check_equal(rival)
         except BaseException:
             self._stack.close()
             raise
+
+    def _add(self, files: Mapping[Path, set[str]]) -> None:
+        wrapped = fused = 0
+        for file, expected in files.items():
+            held = set()
+            for tensor in self._open(file):
+                held.add(tensor.name)
+                name = WRAPPERS.sub("", tensor.name)
+                wrapped += name != tensor.name
+                for piece in pieces(name, tensor.shape):
+                    fused += piece.name != name
+                    if piece.name in self.shapes:
+                        self.duplicates.append(piece.name)
+                    self.shapes[piece.name], self.dtypes[piece.name] = piece.shape, tensor.dtype
+                    self._readers[piece.name] = lambda read=tensor.read, index=piece.index: read()[index]
+            self.misplaced += sorted(expected - held)
+            self.size += file.stat().st_size
+        if wrapped:
+            print(f"{self._path}: {wrapped} names are read without what torch.compile or another wrapper put into them")
+        if fused:
+            print(f"{self._path}: {fused} tensors of single experts are read from those that transformers 5 joins")
+
+    def _check_equal(self, rival: Mapping[Path, set[str]]) -> None:
+        """Refuse another set of weights that differs from this one."""
+        with TensorFiles(self._path, files=rival) as other:
+            differing = sorted(self.shapes.keys() ^ other.shapes.keys())
+            if not differing:
+                differing = [name for name in self.shapes if not self.equals(name, other, name)]
+        if differing:
+            raise UserError(
+                f"{self._path} holds two sets of weights that differ in {listed(differing)}: a single file, which "
+                f"transformers reads, and the shards of an index: move the set that is not "
+                "meant out of the folder"
+            )
 
     def read(self, name: str) -> np.ndarray:
         """
@@ -150,8 +216,15 @@ class TensorFiles:
         """
         try:
             return self._readers[name]()
-        except Exception as error:  # safetensors, PyTorch and NumPy raise kinds of their own
+        except Exception as error:  # PyTorch and NumPy raise kinds of their own
             raise UserError(f"{self._path}: {listed([name])} cannot be read ({one_line(error)})") from None
+
+    def equals(self, name: str, other: TensorFiles, other_name: str) -> bool:
+        """Whether a tensor has the shape, the dtype and the bits of one of other files."""
+        if (self.shapes[name], self.dtypes[name]) != (other.shapes[other_name], other.dtypes[other_name]):
+            return False
+        one, two = (np.ascontiguousarray(x).view(np.uint8) for x in (self.read(name), other.read(other_name)))
+        return np.array_equal(one, two)
 
     def __enter__(self) -> TensorFiles:
         return self
@@ -169,16 +242,16 @@ class TensorFiles:
         try:
             opened = self._stack.enter_context(safe_open(file, "numpy"))
         except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{file} is no complete safetensors file ({one_line(error)}): copy or export it again"
-            ) from None
+            raise _incomplete(file, one_line(error)) from None
         for name in opened.keys():  # noqa: SIM118, it is no dict
             shape, dtype = tuple(header[name]["shape"]), header[name]["dtype"]
-            if dtype in _FP8_DTYPES:
-                place = {"offset": start + header[name]["data_offsets"][0], "shape": shape, "dtype": _FP8_DTYPES[dtype]}
-                yield Tensor(name, shape, lambda place=place: np.memmap(file, mode="r", **place), dtype)
-            else:
-                yield Tensor(name, shape, lambda name=name: opened.get_tensor(name), dtype)
+            place = {"offset": start + header[name]["data_offsets"][0], "shape": shape}
+
+            # by NumPy: the package gives no FP8 arrays, and an expert is a slice of an array that is not read whole
+            def read(place: dict[str, Any] = place, dtype: str = dtype) -> np.ndarray:
+                return np.memmap(file, _SAFETENSORS_DTYPES[dtype], "r", **place)
+
+            yield Tensor(name, shape, read, dtype)
 
     def _open_torch(self, file: Path) -> Iterator[Tensor]:
         try:
@@ -198,15 +271,26 @@ class TensorFiles:
         if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
             raise UserError(f"{file} holds no state_dict: a dict of names and tensors is expected")
         for name, value in state.items():
-            yield Tensor(str(name), tuple(value.shape), lambda value=value: _torch_to_numpy(value), str(value.dtype))
+            yield Tensor(str(name), tuple(value.shape), lambda value=value: _torch_to_numpy(value), _torch_dtype(value))
+
+
+def _torch_dtype(value) -> str:
+    """In the words of the safetensors format where it has one."""
+    name = str(value.dtype).removeprefix("torch.")
+    try:
+        return _SAFETENSORS_NAMES.get(np.dtype(name), name)
+    except TypeError:  # a quantized one
+        return name
 
 
 def _torch_to_numpy(value) -> np.ndarray:
     import torch
 
     value = value.detach()  # a trained parameter, where the dict is no state_dict() proper
-    if value.dtype == torch.bfloat16:
-        return value.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    kind = _SAFETENSORS_DTYPES.get(_torch_dtype(value))
+    if kind is not None and np.dtype(kind).kind == "V":  # NumPy has it from ml_dtypes, unknown to PyTorch
+        bits = torch.uint16 if np.dtype(kind).itemsize == 2 else torch.uint8
+        return value.contiguous().view(bits).numpy().view(kind)
     return value.numpy()
 
 
@@ -225,34 +309,3 @@ def _read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
 
 def _incomplete(file: Path, reason: str) -> UserError:
     return UserError(f"{file} is no complete safetensors file ({reason}): copy or export it again")
-
-
-def _weight_files(path: Path) -> dict[Path, set[str]]:
-    """The files, each with the tensors that an index puts there. A file may be a symlink, as in the Hub's cache."""
-    if path.is_file():
-        if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
-            raise UserError(f"{path}: the ending must be one of .safetensors, .bin, .pt, .pth")
-        return {path: set()}
-    if not path.is_dir():
-        raise UserError(f"{path}: there is no such file or folder")
-    if (path / INDEX_NAME).is_file():
-        return _indexed_files(path)
-    for name in (WEIGHTS_NAME, "pytorch_model.bin"):
-        if (path / name).is_file():
-            return {path / name: set()}
-    raise UserError(f"{path} holds no {WEIGHTS_NAME}, {INDEX_NAME} or pytorch_model.bin")
-
-
-def _indexed_files(path: Path) -> dict[Path, set[str]]:
-    weight_map = read_json(path / INDEX_NAME, MAX_INDEX_BYTES).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{path / INDEX_NAME} has no weight_map")
-    held = {file.name for file in path.iterdir() if file.is_file()}  # so that no name leads elsewhere
-    files: dict[Path, set[str]] = {}
-    for tensor, name in sorted(weight_map.items()):
-        if not isinstance(name, str) or name not in held:
-            raise UserError(f"{path / INDEX_NAME} names the file {shown(name)}, which the folder does not hold")
-        if not name.endswith(".safetensors"):
-            raise UserError(f"{path / INDEX_NAME} names the file {shown(name)}: the ending must be .safetensors")
-        files.setdefault(path / name, set()).add(tensor)
-    return files

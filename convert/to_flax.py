@@ -4,10 +4,10 @@ import dataclasses
 import itertools
 import math
 import re
-import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +20,17 @@ from convert.tensor_files import TensorFiles
 from convert.to_torch import check_new
 from jaxllm.config import ModelConfig
 from jaxllm.config.families import is_interleaved, names_of
-from jaxllm.errors import UserError, listed
-from jaxllm.files import read_json
+from jaxllm.errors import UserError, listed, note
+from jaxllm.files import StrPath, read_json, write_json
 from jaxllm.model.decoder import CustomLLM, abstract_model
+from jaxllm.model.dtypes import check_dtype
 from jaxllm.run.checkpoint import Weights
 from jaxllm.run.checkpoint_writer import write_run
-from jaxllm.run.prepare import GENERATION_CONFIG, SOURCE_CONFIG, read_model_config
+from jaxllm.run.prepare import read_model_config
+from jaxllm.run.source import SOURCE_DTYPES, model_folder, source_files
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja", "chat_template.json", "tokenizer.model", "tiktoken.model",
-)  # fmt: skip
+_EXPORTED = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""The dtype of the export for each of a file: weights are float32 in between."""
 
 MAX_MISSING = 10_000
 """Tensors by which a model may exceed a file and still have the missing ones named."""
@@ -41,15 +41,28 @@ ELEMENTS_PER_BYTE = 2
 _LAYER = re.compile(r"(?:model\.layers|decoder_layers)\.(\d+)\.")
 
 
-def read_folder(source: Path, layers: int | None = None) -> tuple[ModelConfig, Weights, dict[str, Any]]:
-    """The model's shape, its weights and the config.json of a folder, or of a file next to a config.json.
+class Imported(NamedTuple):
+    """A model that was read from a folder."""
+
+    config: ModelConfig
+    weights: Weights
+    values: dict[str, Any]
+    """The folder's config.json."""
+    dtypes: dict[str, Any]
+    """Of the folder's weights, as `source_dtypes.json` in a run keeps them: the export has the same."""
+
+
+def read_model(source: StrPath, layers: int | None = None) -> Imported:
+    """The model of a folder, or of a file next to a config.json.
 
     Args:
+        source: a folder, a file, or the Hub name of a model that is in the Hub's cache.
         layers: only this many of the first layers; None: all.
 
     Raises:
         UserError: there is no config.json, its family is not known, it is not valid, or the weights do not fit.
     """
+    source = model_folder(source)
     folder = source.parent if source.is_file() else source
     config, values = read_model_config(folder), read_json(folder / "config.json")
     if layers is not None:
@@ -57,14 +70,20 @@ def read_folder(source: Path, layers: int | None = None) -> tuple[ModelConfig, W
             raise UserError(f"layers is {layers}: it must be 1 to {config.num_hidden_layers}, the model's")
         dense = min(config.first_k_dense_replace, layers)
         config = dataclasses.replace(config, num_hidden_layers=layers, first_k_dense_replace=dense)
-    return config, read_weights(source, config, is_interleaved(values), pass_over=layers is not None), values
+    weights, dtypes = _read_weights(source, config, is_interleaved(values), pass_over=layers is not None)
+    return Imported(config, weights, values, dtypes)
 
 
-def import_run(source: Path, run: Path, config: ModelConfig | None = None, layers: int | None = None) -> None:
+def read_folder(source: StrPath, layers: int | None = None) -> tuple[ModelConfig, Weights, dict[str, Any]]:
+    """The model's shape, its weights and its config.json, as `read_model`."""
+    return read_model(source, layers)[:3]
+
+
+def import_run(source: StrPath, run: StrPath, config: ModelConfig | None = None, layers: int | None = None) -> None:
     """Make a run folder from PyTorch weights.
 
     Args:
-        source: a folder of a known family, or a state_dict file.
+        source: a folder of a known family, a state_dict file, or the Hub name of a model in the Hub's cache.
         run: a new folder.
         config: the model's shape; None: read it from the config.json next to the weights.
         layers: only this many of the first layers of a folder; None: all.
@@ -72,35 +91,37 @@ def import_run(source: Path, run: Path, config: ModelConfig | None = None, layer
     Raises:
         UserError: the weights do not fit, or `run` holds something already.
     """
+    run, source = Path(run), model_folder(source)
     check_new(run)
     folder = source if source.is_dir() else source.parent
     if config is None and not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json: name the model's shape with --preset")
     if config is None:
-        config, weights, values = read_folder(source, layers)
+        config, weights, _, dtypes = read_model(source, layers)
     else:
-        weights, values = read_weights(source, config), None
-    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    generation = folder / GENERATION_CONFIG
-    kept = {SOURCE_CONFIG: values} if values and names_of(config) != "customllm" else {}
-    if kept and generation.is_file():
-        kept[generation.name] = read_json(generation)
-    write_run(run, config, weights, files, kept=kept)
+        weights, dtypes = _read_weights(source, config)
+    write_run(run, config, weights, [], kept=source_files(folder))
+    write_json(run / SOURCE_DTYPES, dtypes)
 
 
-def from_pretrained(folder: str | Path, *, dtype: jnp.dtype = jnp.float32, remat: bool = False) -> CustomLLM:
+def from_pretrained(folder: StrPath, *, dtype: Any = jnp.float32, remat: bool = False) -> CustomLLM:
     """The model of an exported folder, or of any folder of a known family.
 
+    Args:
+        folder: or the Hub name of a model in the Hub's cache.
+        dtype: compute dtype, float32 or bfloat16. Weights are float32 masters.
+
     Raises:
-        UserError: the folder or its weights are not those of a model of a known family.
+        UserError: the folder or its weights are not those of a model of a known family, or there is no such dtype.
     """
-    config, weights, _ = read_folder(Path(folder))
+    dtype = check_dtype(dtype)
+    config, weights, _ = read_folder(folder)
     graph, params, _ = abstract_model(config, dtype=dtype, remat=remat)
     master = jax.tree.leaves(params)[0].dtype
     return nnx.merge(graph, *jax.tree.map(lambda leaf: jnp.asarray(leaf, master), tuple(weights)))
 
 
-def read_weights(source: Path, config: ModelConfig, interleaved: bool = True, *, pass_over: bool = False) -> Weights:
+def read_weights(source: StrPath, config: ModelConfig, interleaved: bool = True, *, pass_over: bool = False) -> Weights:
     """Read PyTorch weights into float32 Flax arrays, one tensor at a time.
 
     Every key is used exactly once. A missing routing bias of a CustomLLM is zero: the source's own files have none. No
@@ -116,8 +137,16 @@ def read_weights(source: Path, config: ModelConfig, interleaved: bool = True, *,
     Raises:
         UserError: keys are unknown, missing, duplicate, misplaced or misshaped, of each of which the first are named.
     """
+    return _read_weights(Path(source), config, interleaved, pass_over=pass_over)[0]
+
+
+def _read_weights(
+    source: Path, config: ModelConfig, interleaved: bool = True, *, pass_over: bool = False
+) -> tuple[Weights, dict[str, Any]]:
+    """`read_weights`, and the dtypes of the files."""
     pass_over = pass_over or names_of(config) == "deepseek"
-    with TensorFiles(source) as files:
+    L = config.num_hidden_layers
+    with TensorFiles(source, needed=lambda name: not (pass_over and _is_beyond(name, L))) as files:
         most = len(files.shapes) + MAX_MISSING
         table = {entry.torch_name: entry for entry in itertools.islice(entries(config, interleaved), most + 1)}
         if len(table) > most:
@@ -127,12 +156,15 @@ def read_weights(source: Path, config: ModelConfig, interleaved: bool = True, *,
             )
         _, params, routing_bias = abstract_model(config)
         trees = {PARAMS: params, ROUTING_BIAS: routing_bias}
-        ignored = _passed_over(source, files, config.num_hidden_layers) if pass_over else set()
+        ignored = _passed_over(source, files, L) if pass_over else set()
+        ignored |= _repeated_head(source, files) if config.tie_word_embeddings else set()
         scales = {name: scale for name, scale in fp8.scales_of(files.dtypes).items() if name not in ignored}
         wanted = {name: entry.shape(trees) for name, entry in table.items()}
         wanted |= {scale: fp8.scale_shape(files.shapes[name]) for name, scale in scales.items()}
         optional = {name for name, entry in table.items() if entry.optional}
         _check_keys(source, files, wanted, optional, ignored)
+        if "F64" in files.dtypes.values():
+            note(f"{source}: float64 weights are read as float32")
         elements = sum(math.prod(shape) for shape in files.shapes.values())
         if elements > ELEMENTS_PER_BYTE * files.size:  # a PyTorch file can show a few bytes as many tensors
             raise UserError(
@@ -145,18 +177,48 @@ def read_weights(source: Path, config: ModelConfig, interleaved: bool = True, *,
             tensor = files.read(name)
             if name in scales:
                 tensor = fp8.dequantize(tensor, files.read(scales[name]))
-            if not np.issubdtype(tensor.dtype, np.floating) and tensor.dtype.name != "bfloat16":
+            if not jnp.issubdtype(tensor.dtype, jnp.floating):
                 raise UserError(f"{source}: {name} has the dtype {tensor.dtype}: floating point is expected")
             entry.write(arrays, tensor)
-    return Weights(arrays[PARAMS], arrays[ROUTING_BIAS])
+        return Weights(arrays[PARAMS], arrays[ROUTING_BIAS]), _exported_dtypes(files)
+
+
+def _exported_dtypes(files: TensorFiles) -> dict[str, Any]:
+    """The dtype of most values, and the tensors that have another one; of FP8 files, among those that are not FP8."""
+    counts: Counter[str] = Counter()
+    known = {name: _EXPORTED[dtype] for name, dtype in files.dtypes.items() if dtype in _EXPORTED}
+    for name, dtype in known.items():
+        counts[dtype] += math.prod(files.shapes[name])
+    main = max(counts, key=counts.__getitem__, default="float32")
+    return {"dtype": main, "others": {name: dtype for name, dtype in known.items() if dtype != main}}
+
+
+def _is_beyond(name: str, layers: int) -> bool:
+    match = _LAYER.match(name)
+    return match is not None and int(match[1]) >= layers
 
 
 def _passed_over(source: Path, files: TensorFiles, layers: int) -> set[str]:
     """The tensors of layers that the model does not have, and tables that it computes; a line says so."""
-    beyond = {name for name in files.shapes if (match := _LAYER.match(name)) and int(match[1]) >= layers}
-    if beyond:
-        print(f"{source}: passed over {len(beyond)} tensors of layers from {layers} on", file=sys.stderr)
+    beyond = {name for name in files.shapes if _is_beyond(name, layers)}
+    if beyond or files.unopened:
+        count = len(beyond) + len(files.unopened)
+        note(f"{source}: passed over {count} tensors of layers from {layers} on")
     return beyond | {name for name in files.shapes if name.endswith(".rotary_emb.inv_freq")}
+
+
+def _repeated_head(source: Path, files: TensorFiles) -> set[str]:
+    """The head that a file has besides the table of embeddings to which it is tied; refused where it is another one."""
+    head, table = "lm_head.weight", "model.embed_tokens.weight"
+    if head not in files.shapes or table not in files.shapes:
+        return set()
+    if not files.equals(head, files, table):
+        raise UserError(
+            f"{source}: tie_word_embeddings is true, and {head} differs from {table}: set it to false in config.json, "
+            f"or leave {head} out of the file, as one of the two is not the model's"
+        )
+    note(f"{source}: {head} is {table}, to which it is tied")
+    return {head}
 
 
 def _check_keys(

@@ -3,7 +3,6 @@
 A CustomLLM comes with its code; a model of the DeepSeek family is of a class that transformers has.
 """
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from convert.mapping import PARAMS, ROUTING_BIAS, entries
-from convert.model_card import write_model_card
+from convert.model_card import CARD_FILE, write_model_card
 from convert.tensor_files import DTYPES, Tensor, write_safetensors
+from convert.weight_files import MAX_INDEX_BYTES
 from jaxllm.config import SPECIAL_TOKENS, ModelConfig
 from jaxllm.config.families import is_interleaved, names_of, write_config
 from jaxllm.data.tokenizer import export_tokenizer, load_tokenizer
-from jaxllm.errors import UserError
-from jaxllm.files import read_json, write_json
+from jaxllm.errors import UserError, shown
+from jaxllm.files import StrPath, read_json, write_json
 from jaxllm.model.decoder import CustomLLM, split_model
+from jaxllm.packages import ROOT, check_own
 from jaxllm.run.checkpoint import Weights, load_weights
-from jaxllm.run.prepare import GENERATION_CONFIG, SOURCE_CONFIG
+from jaxllm.run.prepare import CONFIG_FILE
+from jaxllm.run.source import GENERATION_CONFIG, SOURCE_DTYPES, kept_files, read_source
 
 MODELING_FILE = "modeling_customllm.py"
 AUTO_CLASSES = {
@@ -34,8 +36,10 @@ AUTO_CLASSES = {
 """As in `torch_ref.model`, whose import needs PyTorch."""
 
 
-def export_run(run: Path, out: Path, *, dtype: str | None = None) -> None:
-    """Export the newest weights of a run, with its tokenizer and a model card.
+def export_run(run: StrPath, out: StrPath, *, dtype: str | None = None) -> None:
+    """Export the newest weights of a run, with a model card, its tokenizer, and the files that the weights came with.
+
+    Those files are the same, byte for byte, except where a line says otherwise.
 
     Args:
         dtype: of the weights; None: that of the folder that they came from, or float32.
@@ -43,43 +47,98 @@ def export_run(run: Path, out: Path, *, dtype: str | None = None) -> None:
     Raises:
         UserError: `run` is no run, or `out` holds something already.
     """
+    run, out = Path(run), Path(out)
     check_new(out)
     config, weights = load_weights(run)
+    kept, stored = kept_files(run), _stored_dtypes(run)
     source = read_source(run)
-    given = (source or {}).get("dtype") or (source or {}).get("torch_dtype")
-    write_model(config, weights, out, dtype or (given if given in DTYPES else "float32"), source)
-    if (run / GENERATION_CONFIG).is_file():
-        shutil.copyfile(run / GENERATION_CONFIG, out / GENERATION_CONFIG)
-    if source is not None and (run / "tokenizer").is_dir():  # it came with the weights
-        shutil.copytree(run / "tokenizer", out, dirs_exist_ok=True)
-    elif (run / "tokenizer" / "tokenizer.json").is_file():
-        export_tokenizer(load_tokenizer(str(run / "tokenizer")), config, out)
+    named = (source or {}).get("dtype") or (source or {}).get("torch_dtype")
+    given = dtype or stored.get("dtype") or (named if named in DTYPES else "float32")
+    others = {} if dtype else stored.get("others", {})
+    write_model(config, weights, out, given, source, others)
+    if source is None:
+        if (run / "tokenizer" / "tokenizer.json").is_file():
+            export_tokenizer(load_tokenizer(str(run / "tokenizer")), config, out)
+    else:
+        _copy_kept(kept, out, config, trained=(run / CONFIG_FILE).is_file())
     write_model_card(run, out, config, weights)
 
 
-def read_source(run: Path) -> dict[str, Any] | None:
-    """The config.json that a run's weights came with; None: they are of no folder of the DeepSeek family."""
-    file = run / SOURCE_CONFIG
-    return read_json(file) if file.is_file() else None
+def _stored_dtypes(run: Path) -> dict[str, Any]:
+    """The dtypes of the weights that a run started from (`convert.to_flax.Imported`), if it keeps them."""
+    file = run / SOURCE_DTYPES
+    return read_json(file, MAX_INDEX_BYTES) if file.is_file() else {}
 
 
-def save_pretrained(model: CustomLLM, out: str | Path, *, dtype: str = "float32") -> None:
+def _copy_kept(kept: Mapping[str, Path], out: Path, config: ModelConfig, trained: bool) -> None:
+    """Copy what came with the weights into their export; a line names each file of it that is changed or left out.
+
+    After training, generation_config.json ends texts with the tokens that ended them in training.
+    """
+    source, written = read_json(kept["config.json"]), {"config.json": read_json(out / "config.json")}
+    if "auto_map" in source and _code_files(source["auto_map"]) <= kept.keys():
+        written["config.json"].setdefault("auto_map", source["auto_map"])
+    if GENERATION_CONFIG in kept:
+        generation = read_json(kept[GENERATION_CONFIG])
+        ends = generation.get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [ends]
+        if trained and not all(token in ends for token in config.eos_token_ids):
+            generation["eos_token_id"] = config.to_dict()["eos_token_id"]
+        written[GENERATION_CONFIG] = generation
+    for name, file in kept.items():
+        if name in written and (changes := _changes(read_json(file), written[name])):
+            write_json(out / name, written[name])
+            print(f"{name} is the source's, except: {changes}")
+        elif name == CARD_FILE or (name == MODELING_FILE and (out / name).exists()):
+            if name == CARD_FILE or (out / name).read_bytes() != file.read_bytes():
+                print(f"{name} is new: the source's is left out")
+        else:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, out / name)
+
+
+def _code_files(auto_map: Any) -> set[str]:
+    """The Python files that an auto_map names in its own folder; an entry may have several classes."""
+    found = set()
+    for entry in auto_map.values() if isinstance(auto_map, dict) else ():
+        classes = entry if isinstance(entry, list) else [entry]
+        found |= {f"{name.partition('.')[0]}.py" for name in classes if isinstance(name, str) and "--" not in name}
+    return found
+
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    changes = [f"{key} is left out" for key in before if key not in after]
+    for key, value in after.items():
+        if key not in before:
+            changes.append(f"{key} is {shown(value)}")
+        elif value != before[key]:
+            changes.append(f"{key} is {shown(value)}, not {shown(before[key])}")
+    return ", ".join(changes)
+
+
+def save_pretrained(model: CustomLLM, out: StrPath, *, dtype: str = "float32") -> None:
     """Export a model in memory: config.json, safetensors and, for a CustomLLM, the PyTorch modelling code.
 
+    A model of `for_inference` is exported with its matrices as they are, of which float32 holds every value.
+
+    Args:
+        dtype: of the file: float32, bfloat16 or float16.
+
     Raises:
-        UserError: `out` holds something already.
+        UserError: `out` holds something already, there is no such dtype, or a weight is not a finite number in it.
     """
-    check_new(Path(out))
+    check_new(out)
     _, params, routing_bias = split_model(model)
-    write_model(model.config, Weights(params, routing_bias), Path(out), dtype)
+    write_model(model.config, Weights(params, routing_bias), out, dtype)
 
 
-def check_new(out: Path) -> None:
+def check_new(out: StrPath) -> None:
     """Check that nothing would be overwritten.
 
     Raises:
         UserError: `out` is a file, a folder that is not empty, or no place for a folder.
     """
+    out = Path(out)
     if out.is_symlink() and not out.exists():
         raise UserError(f"{out} is a symlink to nothing: pass a new folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -90,44 +149,56 @@ def check_new(out: Path) -> None:
 
 
 def torch_tensors(
-    config: ModelConfig, weights: Weights, dtype: str = "float32", interleaved: bool = True
+    config: ModelConfig,
+    weights: Weights,
+    dtype: str = "float32",
+    interleaved: bool = True,
+    others: Mapping[str, str] | None = None,
 ) -> Iterator[Tensor]:
-    """The PyTorch state_dict of given weights, each tensor made when it is read."""
+    """The PyTorch state_dict of given weights, each tensor made when it is read; `others` have another dtype."""
     trees = {PARAMS: weights.params, ROUTING_BIAS: weights.routing_bias}
     for entry in entries(config, interleaved):
-        own = "float32" if entry.float32 else dtype
+        own = "float32" if entry.float32 else (others or {}).get(entry.torch_name, dtype)
         yield Tensor(entry.torch_name, entry.shape(trees), lambda entry=entry: entry.to_torch(trees), own)
 
 
 def modeling_source() -> Path:
     """The PyTorch model's file, found without importing it (its import needs PyTorch)."""
-    package = importlib.util.find_spec("torch_ref")
-    if package is None or package.origin is None:
-        raise UserError("the package torch_ref is not installed: install this project with pip install -e .")
-    return Path(package.origin).parent / "model.py"
+    check_own("torch_ref")
+    return ROOT / "torch_ref" / "model.py"
 
 
 def write_model(
-    config: ModelConfig, weights: Weights, out: Path, dtype: str, source: Mapping[str, Any] | None = None
+    config: ModelConfig,
+    weights: Weights,
+    out: StrPath,
+    dtype: str,
+    source: Mapping[str, Any] | None = None,
+    others: Mapping[str, str] | None = None,
 ) -> None:
     """Write config.json, safetensors and, for a CustomLLM, the modelling code into a folder.
 
     Args:
+        dtype: of the weights.
         source: the config.json that the weights came with.
+        others: tensors that have another dtype.
 
     Raises:
-        UserError: there is no such dtype, or no PyTorch model has all options of the config.
+        UserError: there is no such dtype, a weight is not a finite number in it, or no PyTorch model has all options of
+            the config.
     """
     if dtype not in DTYPES:
-        raise UserError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
-    values = write_config(config, dtype, source)
+        raise UserError(f"dtype is {shown(dtype)}: choose one of {', '.join(DTYPES)}")
+    out, values = Path(out), write_config(config, dtype, source)
     out.mkdir(parents=True, exist_ok=True)
-    write_safetensors(out, torch_tensors(config, weights, dtype, is_interleaved(source)))
+    write_safetensors(out, torch_tensors(config, weights, dtype, is_interleaved(source), others))
     generation = {name: config.to_dict()[name] for name in SPECIAL_TOKENS}
     if names_of(config) == "customllm":
         shutil.copyfile(modeling_source(), out / MODELING_FILE)
-        module, made_with = Path(MODELING_FILE).stem, {"transformers_version": version("transformers")}
+        module = Path(MODELING_FILE).stem
         values |= {"auto_map": {auto: f"{module}.{own}" for auto, own in AUTO_CLASSES.items()}, "use_cache": True}
-        values, generation = values | made_with, generation | made_with
+        if source is None:
+            made_with = {"transformers_version": version("transformers")}
+            values, generation = values | made_with, generation | made_with
     write_json(out / GENERATION_CONFIG, generation)
     write_json(out / "config.json", values)  # last: it makes the folder a model

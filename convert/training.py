@@ -15,30 +15,32 @@ import numpy as np
 
 from convert.mapping import PARAMS, entries
 from convert.pickled import check_pickled
-from convert.to_flax import TOKENIZER_FILES, read_weights
+from convert.to_flax import read_weights
 from convert.to_torch import check_new, write_model
 from jaxllm.config import RunConfig, TrainConfig
 from jaxllm.config.families import names_of
 from jaxllm.data.stream import POSITION_FILE, read_position
 from jaxllm.errors import UserError
-from jaxllm.files import write_json
+from jaxllm.files import StrPath, write_json
 from jaxllm.model.decoder import abstract_model
+from jaxllm.packages import check_own
 from jaxllm.run.checkpoint import CheckpointReader, ResumeState, Weights, read_newest
 from jaxllm.run.checkpoint_writer import write_run
 from jaxllm.run.history import History
 from jaxllm.run.metrics import read_metrics, write_metrics
 from jaxllm.run.prepare import CONFIG_FILE, checkpoint_owner, read_config, read_model_config
+from jaxllm.run.source import tokenizer_files
 from jaxllm.train.optim import OptimizerState, of_adamw
 from jaxllm.train.state import dropout_key
 
 
-def export_training(run: Path, out: Path) -> None:
+def export_training(run: StrPath, out: StrPath) -> None:
     """Make a PyTorch run that resumes from a JAX run's newest checkpoint.
 
     Raises:
         UserError: `run` has no training to resume, or `out` holds something already.
     """
-    hand_over = _pytorch()
+    run, out, hand_over = Path(run), Path(out), _pytorch()
     check_new(out)
     model = read_model_config(run)
     if names_of(model) != "customllm":
@@ -75,13 +77,13 @@ def export_training(run: Path, out: Path) -> None:
     shutil.copytree(run / "tokenizer", out / "tokenizer")
 
 
-def import_training(source: Path, run: Path) -> None:
+def import_training(source: StrPath, run: StrPath) -> None:
     """Make a JAX run that resumes from a PyTorch run's newest checkpoint.
 
     Raises:
         UserError: `source` has no complete checkpoint, or `run` holds something already.
     """
-    hand_over = _pytorch()
+    source, hand_over = Path(source), _pytorch()
     from torch_ref.checkpoint import OPTIMIZER_FILE, last_checkpoint, reading
 
     check_new(run)
@@ -109,14 +111,13 @@ def import_training(source: Path, run: Path) -> None:
     position = read_position(checkpoint.folder / POSITION_FILE, config.data.seq_len, model.vocab_size)
     # the key of dropout follows from the seed
     resumed = ResumeState(OptimizerState(count, mu, nu), count, dropout_key(config), [position], history)
-    files = [source / "tokenizer" / name for name in TOKENIZER_FILES]
-    write_run(run, model, weights, [file for file in files if file.is_file()], (config, resumed))
+    write_run(run, model, weights, [], (config, resumed), tokenizer_files(source / "tokenizer"))
     write_metrics(run, history.records)
 
 
-def is_pytorch_run(folder: Path) -> bool:
+def is_pytorch_run(folder: StrPath) -> bool:
     """Whether it is a run of `python -m torch_ref.train`, not just any folder with a Trainer's checkpoints."""
-    return checkpoint_owner(folder) == "PyTorch" and (folder / CONFIG_FILE).is_file()
+    return checkpoint_owner(folder) == "PyTorch" and Path(folder, CONFIG_FILE).is_file()
 
 
 def _check_tokenizer(run: Path) -> None:
@@ -126,6 +127,7 @@ def _check_tokenizer(run: Path) -> None:
 
 
 def _pytorch() -> ModuleType:
+    check_own("torch_ref")
     try:
         from torch_ref import hand_over
     except ImportError:

@@ -34,6 +34,8 @@ def __getattr__(name: str) -> Any:
     # On demand: configurations and error messages need no JAX, whose import takes a second.
     for module, names in _PLACES.items():
         if name in names:
+            if module.startswith("convert."):
+                importlib.import_module("jaxllm.packages").check_own("convert")
             return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -69,6 +69,12 @@ def optional(what: str) -> Iterator[None]:
         print(f"warning: {what} failed ({type(error).__name__}: {one_line(error)})", file=sys.stderr)
 
 
+@functools.cache
+def note(line: str) -> None:
+    """Say once what is read otherwise than one may expect: on stderr, since stdout may be a generated text."""
+    print(line, file=sys.stderr)
+
+
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 120
 _repr.maxlevel = 3

@@ -21,8 +21,11 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxllm.command_line import parse
 from jaxllm.config import Precision, TrainConfig
-from jaxllm.data.sources import TextChunk, open_source
-from jaxllm.data.stream import encode
+from jaxllm.config.fields import check_fields, option
+from jaxllm.data.documents import DocumentEncoder, check_vocabulary
+from jaxllm.data.encode import encoder_of
+from jaxllm.data.sources import TextChunk, is_hub_name, open_source
+from jaxllm.data.splits import ALL
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.generate import load_model, tokenizer_folder
@@ -31,7 +34,7 @@ from jaxllm.model.dtypes import Array
 from jaxllm.model.inference import for_inference
 from jaxllm.run.checkpoint import is_run
 from jaxllm.run.prepare import read_config
-from jaxllm.run.runtime import check_devices, use_compilation_cache
+from jaxllm.run.runtime import start_jax, use_compilation_cache
 from jaxllm.train.loss import IGNORED
 from jaxllm.train.step import summed_loss
 
@@ -62,18 +65,25 @@ def score(
     seq_len: int,
     batch_size: int,
     max_tokens: int,
+    special_tokens: str = "text",
 ) -> Scores:
     """Score the chunks in order, until `max_tokens` tokens are reached.
 
+    `special_tokens` is the run's `special_tokens_in_text`.
+
     Raises:
-        UserError: there is no text, or `seq_len` is larger than `max_position_embeddings`.
+        UserError: there is no text, the tokenizer does not fit it or has no end token, or `seq_len` is beyond the
+            model's positions.
     """
     limit = model.config.max_position_embeddings
     if not 2 <= seq_len <= limit:
         raise UserError(f"seq_len is {seq_len}: it must lie in 2 to max_position_embeddings = {limit}")
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end-of-sequence token, with which the first window begins")
     parts, tokens, text_bytes = [np.asarray([tokenizer.eos_token_id], np.int32)], 0, 0
+    documents = DocumentEncoder(encoder_of(tokenizer, special_tokens))
     for chunk in chunks:
-        if (ids := encode(tokenizer, chunk.text, chunk.ends_document)) is None:
+        if (ids := documents.add(chunk)) is None:
             continue
         parts.append(ids)
         tokens += len(ids)
@@ -83,7 +93,11 @@ def score(
             break
     if not text_bytes:
         raise UserError("data: there is no text to evaluate on")
+    parts.append(documents.flush())
+    tokens += len(parts[-1])
+    check_vocabulary(documents.counts)
     ids, step = np.concatenate(parts), seq_len - 1
+    batch_size = min(batch_size, -(-tokens // step))
     rows = np.full((-(-tokens // (step * batch_size)) * batch_size, seq_len), IGNORED, np.int32)
     for row, start in zip(rows, range(0, tokens, step), strict=False):
         window = ids[start : start + seq_len]
@@ -105,27 +119,27 @@ class EvaluateArgs:
     """Folder of a run, or an exported folder."""
     data: str | None = None
     """What train.py takes as --data; all of it is scored. Default: the held-out part of the run's data."""
+    data_split: str | None = None
+    """Split of --data; default: all of files, `train` of a Hub dataset."""
     text_field: str = "text"
     """Name of the field that holds the text, with --data."""
-    seq_len: int | None = None
+    seq_len: int | None = option(None, ge=2)
     """Tokens of a window; default: the run's, or the model's `max_position_embeddings`."""
-    batch_size: int = 8
+    batch_size: int = option(8, ge=1)
     """Windows in a batch."""
-    max_tokens: int = 1_000_000
+    max_tokens: int = option(1_000_000, ge=1)
     """Stop after the chunk of text that reaches this many tokens."""
     precision: Precision = "float32"
     """Compute precision; bfloat16 needs half of the memory and reads half of the bytes."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        check_fields(self)
 
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     args: EvaluateArgs = parse(EvaluateArgs, argv, "python -m jaxllm.evaluate", __doc__)
-    check_devices()
+    start_jax()
     use_compilation_cache()
     trained = is_run(args.run) and (args.run / "train_config.json").is_file()
     if args.data is None and not trained:
@@ -134,11 +148,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = for_inference(load_model(args.run, args.precision))
     tokenizer = load_tokenizer(str(tokenizer_folder(args.run)))
     if args.data is None and config is not None:
-        chunks = (chunk for chunk in open_source(config).chunks() if chunk.held_out)
+        chunks = open_source(config).held_out()
     else:
-        chunks = open_source(TrainConfig.from_options(data=args.data, text_field=args.text_field)).chunks()
+        assert args.data is not None
+        split = args.data_split or ("train" if is_hub_name(args.data) else ALL)
+        data = TrainConfig.from_options(
+            data=args.data, data_split=split, text_field=args.text_field, hold_out="nothing"
+        )
+        source = open_source(data)
+        for line in source.notes:
+            print(f"Not read: {line}")
+        chunks = source.chunks()
     seq_len = args.seq_len or (config.data.seq_len if config else model.config.max_position_embeddings)
-    found = score(model, tokenizer, chunks, seq_len=seq_len, batch_size=args.batch_size, max_tokens=args.max_tokens)
+    sizes = {"seq_len": seq_len, "batch_size": args.batch_size, "max_tokens": args.max_tokens}
+    special_tokens = config.data.special_tokens_in_text if config else "text"
+    found = score(model, tokenizer, chunks, **sizes, special_tokens=special_tokens)
     print(f"Tokens         {found.tokens:,} ({found.text_bytes:,} bytes of text)")
     print(f"Loss           {found.loss:.4f} nats per token")
     print(f"Perplexity     {found.perplexity:.2f}")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.errors import UserError, shown
+
+StrPath = str | os.PathLike[str]
+"""A path, in functions that users call."""
 
 _PLAIN = re.compile(r"[\w/.,=+@~-]*", re.ASCII)
 
@@ -35,6 +39,14 @@ def write_text_atomically(file: Path, text: str) -> None:
             os.fsync(opened.fileno())  # else a power cut could leave the new name on bytes that were never written
         os.replace(part, file)
         fsync_folder(file.parent)
+
+
+def delete_leftovers(folder: Path) -> None:
+    """Delete what killed processes left of files they were writing: folders `.NAME.xxxxxxxx` with NAME, or empty."""
+    for path in folder.glob(".*.*/"):
+        name = path.name[1:].rpartition(".")[0]
+        if re.fullmatch(r".+\.[a-z0-9_]{8}", path.name) and {part.name for part in path.iterdir()} <= {name}:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def rename_durably(made: Path, name: Path) -> None:

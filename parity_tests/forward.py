@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -93,15 +94,20 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
 
 
 def torch_model(
-    config: ModelConfig, weights: Weights, precision: str = "float32", source: Mapping[str, Any] | None = None
+    config: ModelConfig,
+    weights: Weights,
+    precision: str = "float32",
+    source: Mapping[str, Any] | None = None,
+    folder: Path | None = None,
 ) -> Any:
     """The PyTorch model with these weights: torch_ref's CustomLLM, mapped by the converter's table, or transformers'.
 
     Args:
         source: the config.json that the weights came with.
+        folder: that the weights came with; transformers reads it too.
     """
     if names_of(config) == "deepseek":
-        return hf_side.stock_model(config, weights, precision, source)
+        return hf_side.stock_model(config, weights, precision, source, folder)
     with torch.device("meta"):
         model = TorchCustomLLM(config)
     # copies: a fault planted in one framework must not change the other's weights

@@ -14,13 +14,13 @@ from jaxllm.config import ModelConfig
 from jaxllm.generate import generate, prefill
 from jaxllm.model.attention import Latents
 from jaxllm.model.decoder import abstract_model
-from jaxllm.model.kernels.packed import unpack
 from jaxllm.run.checkpoint import Weights
 from parity_tests import hf_side
 from parity_tests.compare import TOLERANCES, Row, compare_arrays
 from parity_tests.forward import DTYPES, jax_precision, jax_weights, torch_precision
 from torch_ref import CustomLLM as TorchCustomLLM
 from torch_ref.generate import generate as torch_generate
+from torch_ref.model import CACHE
 
 PROMPT_TOKENS = (24, 9)
 """Prompt lengths of the batch. Flax pads on the right, PyTorch on the left."""
@@ -98,7 +98,7 @@ class JaxGeneration:
 @functools.partial(jax.jit, static_argnums=0)
 def _latents(graph: nnx.GraphDef, params, routing_bias, ids: jax.Array, experts: jax.Array | None) -> Any:
     model = nnx.merge(graph, params, routing_bias)
-    return jax.tree.map(unpack, model.hidden_states(ids, experts=experts, keep_latents=True)[1].latents)
+    return model.hidden_states(ids, experts=experts, keep_latents=True)[1].latents
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -125,10 +125,10 @@ def _torch_decode(
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     logits = []
     with torch_precision(precision):
-        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        cache = model(ids, attention_mask=mask, use_cache=True)[CACHE]
         for token in torch.from_numpy(given).long().T:
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-            out = model(token[:, None], attention_mask=mask, past_key_values=cache, use_cache=True)
+            out = model(token[:, None], attention_mask=mask, use_cache=True, **{CACHE: cache})
             logits.append(out.logits[:, 0])
     return torch.stack(logits, dim=1).float().numpy() if precision == "bfloat16" else torch.stack(logits, dim=1).numpy()
 

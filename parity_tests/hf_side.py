@@ -7,6 +7,7 @@ router, softmax, angles, loss) is float64 in a float64 model here, else no compa
 from __future__ import annotations
 
 import functools
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,10 +26,11 @@ from convert.mapping import PARAMS, entries
 from convert.to_torch import write_model
 from jaxllm.config import ModelConfig
 from jaxllm.config.families import family_of
+from jaxllm.errors import UserError, shown
 from jaxllm.model.decoder import abstract_model
 from jaxllm.run.checkpoint import Weights
 from parity_tests.recording import recorded
-from torch_ref.model import no_autocast
+from torch_ref.model import CACHE, no_autocast
 from torch_ref.muon import Blocks
 
 Named = dict[str, np.ndarray]
@@ -61,27 +63,47 @@ def float32_is_float64(kind: type) -> Iterator[None]:
 
 
 def stock_model(
-    config: ModelConfig, weights: Weights, precision: str = "float32", source: Mapping[str, Any] | None = None
+    config: ModelConfig,
+    weights: Weights,
+    precision: str = "float32",
+    source: Mapping[str, Any] | None = None,
+    folder: Path | None = None,
 ) -> Any:
-    """The stock transformers model with these weights, loaded from an exported folder as a user loads it.
+    """The stock transformers model with these weights, loaded as a user loads it: from their own folder, or an export.
 
     Args:
         source: the config.json that the weights came with.
+        folder: that they came with; None: they are exported first, as are weights that need a GPU in transformers.
 
     Raises:
-        RuntimeError: transformers finds keys that are missing, unexpected or mismatched.
+        UserError: transformers finds keys that are missing, unexpected or mismatched.
     """
     kind = getattr(transformers, family_of(config, source).architecture)
     options: Any = {"attn_implementation": "eager", "experts_implementation": "eager", "output_loading_info": True}
     with tempfile.TemporaryDirectory() as scratch, _lifted(kind, precision == "float64"):
-        write_model(config, weights, Path(scratch), "float32", source)
+        if folder is None or not loads_itself(source):
+            folder = Path(scratch)
+            write_model(config, weights, folder, "float32", source)
         dtype = torch.float64 if precision == "float64" else torch.float32
-        model, info = kind.from_pretrained(scratch, dtype=dtype, **options)
-    if faults := {name: keys for name, keys in info.items() if keys}:
-        raise RuntimeError(f"{kind.__name__}.from_pretrained: {faults}")
+        model, info = kind.from_pretrained(folder, dtype=dtype, **options)
+    beyond = {name for name in info["unexpected_keys"] if _passed_over(name, config.num_hidden_layers)}
+    info["unexpected_keys"] = set(info["unexpected_keys"]) - beyond
+    if faults := {name: sorted(map(str, keys)) for name, keys in info.items() if keys}:
+        raise UserError(f"{kind.__name__} of transformers does not take the weights of {folder}: {shown(faults)}")
     model.model.embed_tokens.padding_idx = None  # else that row takes no gradient
     _adapt(model, config)
     return model.eval()
+
+
+def loads_itself(source: Mapping[str, Any] | None) -> bool:
+    """Whether transformers reads a folder with this config.json on a CPU: not if it is quantized."""
+    return not (source or {}).get("quantization_config")
+
+
+def _passed_over(name: str, layers: int) -> bool:
+    """Whether `convert` passes over a tensor of that name: of a layer beyond the model's, or a table of angles."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return name.endswith(".rotary_emb.inv_freq") or (layer is not None and int(layer[1]) >= layers)
 
 
 def is_stock(model: Any) -> bool:
@@ -201,7 +223,7 @@ class Cached(NamedTuple):
 def cached_latents(model: Any, ids: np.ndarray) -> Cached:
     with torch.no_grad():
         out = model(torch.from_numpy(np.asarray(ids, np.int64)), use_cache=True, output_router=True)
-    cached = ([getattr(layer, kind)[:, 0] for layer in out.past_key_values.layers] for kind in ("keys", "values"))
+    cached = ([getattr(layer, kind)[:, 0] for layer in out[CACHE].layers] for kind in ("keys", "values"))
     latents, keys = (torch.stack(layers).to(model.dtype).numpy() for layers in cached)
     if model.config.model_type == "deepseek_v2":  # it leaves the rotated pairs where they were
         keys = np.concatenate([keys[..., ::2], keys[..., 1::2]], axis=-1)

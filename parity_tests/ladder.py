@@ -14,7 +14,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -40,14 +40,9 @@ from parity_tests.compare import (
 )
 from parity_tests.forward import ROUTER_PARTS, Trace, jax_trace, state_dict_arrays, torch_named, torch_trace
 from parity_tests.generation import JaxGeneration
+from parity_tests.options import MIN_STEPS, RUNGS
 from parity_tests.training import JaxTraining, Named, Trained, random_moments, torch_gradients, torch_train
 from torch_ref import CustomLLM as TorchCustomLLM
-
-Rung = Literal["weights", "layers", "logits", "loss", "gradients", "step", "trajectory", "generation"]
-RUNGS: tuple[Rung, ...] = get_args(Rung)
-
-MIN_STEPS = 5
-"""With fewer, the step after the warm-up would be at the end of the cosine, where the learning rate is zero."""
 
 ACCUMULATED, ROWS, ROW_TOKENS = 2, 2, 64
 """Batches of the training rungs: micro-batches in a step, rows in a micro-batch, tokens in a row."""

@@ -253,8 +253,8 @@ def shared_expert_lost(model: CustomLLM) -> Iterator[None]:
 def residual_after_the_norm(model: CustomLLM) -> Iterator[None]:
     """The experts' output is added to the normalized stream instead of the residual stream."""
 
-    def post_norm(self, x, positions, mask, experts=None, past_key_values=None, **kwargs):
-        x = x + self.self_attn(self.input_norm(x), positions, mask, past_key_values)[0]
+    def post_norm(self, x, positions, mask, experts=None, **kwargs):
+        x = x + self.self_attn(self.input_norm(x), positions, mask, **kwargs)[0]
         normed = self.post_attn_norm(x)
         mixed, routing = self.mlp(normed, experts)
         return normed + mixed, routing, None

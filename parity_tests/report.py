@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxllm.files import StrPath
 from jaxllm.run.reporting import new_figure
 from parity_tests.compare import MUON_BFLOAT16, TOLERANCES, Row
 from parity_tests.engine.report import first_divergence, number, rows_as_json
@@ -23,7 +24,9 @@ NAMED = [*(tolerance for group in TOLERANCES.values() for tolerance in group.nam
 """The tolerances whose size is shown in the table."""
 
 
-def write_report(file: Path, rows: list[Row], curve: Curve, seconds: dict[str, float], about: dict[str, Any]) -> None:
+def write_report(
+    file: StrPath, rows: list[Row], curve: Curve, seconds: dict[str, float], about: dict[str, Any]
+) -> None:
     """Write `parity.json`: every row, both loss curves, the tolerances with their reasons, and the versions."""
     tolerances = [t._asdict() for t in TOLERANCES[about["precision"]].named()]
     report = {
@@ -36,10 +39,10 @@ def write_report(file: Path, rows: list[Row], curve: Curve, seconds: dict[str, f
         "rows": rows_as_json(rows),
         "trajectory": asdict(curve),
     }
-    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    Path(file).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def draw_report(file: Path, rows: list[Row], curve: Curve, title: str) -> None:
+def draw_report(file: StrPath, rows: list[Row], curve: Curve, title: str) -> None:
     """Draw `parity.png`: the error of each part by depth, both loss curves, and their difference."""
     figure = new_figure(figsize=(12, 4.5), layout="constrained")
     depth, losses = figure.subplots(1, 2)

@@ -46,6 +46,9 @@ def restored(run: Path):
     return state, position
 
 
+LAST_DIGIT = 1.01e-4  # a loss in the log has four decimals, and a difference of 1e-7 may round to another
+
+
 def losses(run: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in read_metrics(run) if "loss" in record}
 
@@ -81,7 +84,7 @@ def test_twenty_steps_in_jax_and_twenty_in_pytorch_are_forty_in_jax(whole, half,
     ours, theirs = losses(whole), losses(folder)
     assert theirs.keys() == ours.keys() == set(range(1, 41))
     assert [theirs[i] for i in range(1, 21)] == [ours[i] for i in range(1, 21)]  # the log was converted too
-    assert [theirs[i] for i in range(21, 41)] == pytest.approx([ours[i] for i in range(21, 41)], rel=2e-5)
+    assert [theirs[i] for i in range(21, 41)] == pytest.approx([ours[i] for i in range(21, 41)], abs=LAST_DIGIT)
     assert evaluations(folder)[40] == pytest.approx(evaluations(whole)[40], rel=1e-5)
     # and the final state is the one of the JAX run
     assert main(["to-flax", str(folder), str(tmp_path / "back")]) == 0
@@ -123,7 +126,7 @@ def test_a_pytorch_run_resumes_in_jax(narrow, tmp_path, capsys):
     assert train.main([*options, "--run-dir", str(tmp_path / "run")]) == 0
     assert "Resuming from step 20" in capsys.readouterr().out
     ours = losses(tmp_path / "run")
-    assert [ours[i] for i in range(1, 41)] == pytest.approx([theirs[i] for i in range(1, 41)], rel=2e-5)
+    assert [ours[i] for i in range(1, 41)] == pytest.approx([theirs[i] for i in range(1, 41)], abs=LAST_DIGIT)
 
 
 @pytest.mark.slow
@@ -219,7 +222,7 @@ def test_a_run_with_muon_changes_frameworks_both_ways(narrow, tmp_path):
     assert train.main([*options, "--run-dir", str(back)]) == 0
     ours = losses(whole)
     assert losses(back) == ours
-    assert list(losses(folder).values()) == pytest.approx(list(ours.values()), rel=2e-5)
+    assert list(losses(folder).values()) == pytest.approx(list(ours.values()), abs=LAST_DIGIT)
     assert main(["to-flax", str(folder), str(tmp_path / "again")]) == 0
     for a, b in zip(*(jax.tree.leaves(restored(run)[0].params) for run in (whole, tmp_path / "again")), strict=True):
         assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a)

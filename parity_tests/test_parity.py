@@ -14,8 +14,9 @@ from jaxllm.config import PRESETS, ModelConfig, RouterConfig
 from parity_tests.__main__ import main
 from parity_tests.compare import TOLERANCES, compare_arrays, compare_leaves, expert_flips
 from parity_tests.forward import random_weights, torch_model
-from parity_tests.ladder import RUNGS, Ladder
+from parity_tests.ladder import Ladder
 from parity_tests.mutations import MUTATIONS, FaultyAdamW
+from parity_tests.options import RUNGS
 from parity_tests.text import read_tokens
 
 TINY = PRESETS["tiny"]

@@ -8,17 +8,19 @@ from pathlib import Path
 import numpy as np
 
 from jaxllm.config import ModelConfig, TrainConfig
+from jaxllm.data.documents import DocumentEncoder, encoded
+from jaxllm.data.encode import encoder_of
 from jaxllm.data.lines import SUFFIXES
 from jaxllm.data.sources import FileSource, open_source
-from jaxllm.data.stream import encode
 from jaxllm.data.tokenizer import load_tokenizer, train_tokenizer
 from jaxllm.errors import UserError
+from jaxllm.files import StrPath
 
 MAX_WORDS = 4096
 """The maximum vocabulary of a tokenizer trained for the comparison; a larger one only takes longer."""
 
 
-def read_tokens(config: ModelConfig, count: int, text: Path | None, tokenizer: Path | None) -> np.ndarray:
+def read_tokens(config: ModelConfig, count: int, text: StrPath | None, tokenizer: StrPath | None) -> np.ndarray:
     """Token ids of a text, repeated if it is shorter: (count,) int32.
 
     Args:
@@ -28,14 +30,14 @@ def read_tokens(config: ModelConfig, count: int, text: Path | None, tokenizer: P
     Raises:
         UserError: the text cannot be read, or its tokens do not fit the model.
     """
-    open_text = _opener(text)
+    open_text = _opener(None if text is None else Path(text))
     if tokenizer is None:
-        encoder = train_tokenizer(open_text(), min(config.vocab_size, MAX_WORDS))
+        given = train_tokenizer(open_text(), min(config.vocab_size, MAX_WORDS))
     else:
-        encoder = load_tokenizer(str(tokenizer))
+        given = load_tokenizer(str(tokenizer))
     parts: list[np.ndarray] = []
-    for chunk in open_text().chunks():
-        parts.append(encode(encoder, chunk.text, chunk.ends_document and encoder.eos_token_id is not None))
+    for ids in encoded(DocumentEncoder(encoder_of(given)), open_text().chunks()):
+        parts.append(ids)
         if sum(map(len, parts)) >= count:
             break
     ids = np.concatenate(parts) if parts else np.zeros((0,), np.int32)

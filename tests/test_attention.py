@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from jaxllm.config import PRESETS, ModelConfig
-from jaxllm.model.kernels import ANY, CUDA, choose_kernels, describe_kernels, grouped_triton
-from jaxllm.model.kernels import grouped_loop as grouped_loop
+from jaxllm.model.kernels import ANY, CUDA, choose_kernels, describe_kernels, grouped_loop, grouped_triton, packed
 from jaxllm.model.kernels.causal_attention import blocked_attention, cudnn_attention
 
 SCALE = 0.3
@@ -68,15 +67,17 @@ def test_the_choice_of_kernels():
     model = PRESETS["customllm-1b"]
     on_cpu = choose_kernels(model, jnp.float32)
     assert on_cpu == choose_kernels(model, jnp.float32, ANY)
-    assert (on_cpu.grouped, on_cpu.attention, on_cpu.packs) == (grouped_loop, blocked_attention, False)
-    assert choose_kernels(model, jnp.bfloat16, ANY) == dataclasses.replace(on_cpu, packs=True)
+    assert (on_cpu.routed, on_cpu.attention, on_cpu.packs) == (grouped_loop.KERNELS, blocked_attention, False)
+    assert choose_kernels(model, jnp.bfloat16, ANY) == dataclasses.replace(on_cpu, packs=packed.NEEDED)
     assert not choose_kernels(model, jnp.bfloat16, CUDA).packs
     on_gpu = choose_kernels(model, jnp.bfloat16, CUDA)
-    assert (on_gpu.grouped, on_gpu.attention) == (grouped_triton, cudnn_attention)
+    assert (on_gpu.routed, on_gpu.attention) == (grouped_triton.KERNELS, cudnn_attention)
+    assert choose_kernels(model, jnp.bfloat16, CUDA, remat=True) == on_gpu  # it saves what the experts' kernels made
+    assert choose_kernels(model, jnp.float32, ANY, remat=True).routed.recomputes
     assert choose_kernels(model, jnp.float32, CUDA).attention is blocked_attention
     assert choose_kernels(model, jnp.float64, CUDA) == on_cpu
     odd = ModelConfig(vocab_size=8, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, moe_intermediate_size=9)
-    assert choose_kernels(odd, jnp.bfloat16, CUDA).grouped is grouped_loop
+    assert choose_kernels(odd, jnp.bfloat16, CUDA).routed == grouped_loop.KERNELS
     assert "cuDNN" in describe_kernels(model, jnp.bfloat16, CUDA)
     with pytest.raises(ValueError, match="platform is 'gpu'"):
         choose_kernels(model, jnp.float32, "gpu")

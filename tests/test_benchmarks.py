@@ -14,9 +14,10 @@ from benchmarks.__main__ import main
 from benchmarks.decoding import step_seconds
 from benchmarks.finding import Finding, at_least, at_most
 from benchmarks.rows import ROWS
-from benchmarks.sizes import train_config, train_labels
+from benchmarks.session import Session
+from benchmarks.sizes import step_labels, train_config
 from benchmarks.timing import Spread, interleave, ratio
-from benchmarks.worker import Failure, Run, Worker
+from benchmarks.worker import Failure, Run
 
 FEW = ("step-autocast",)  # both sides
 
@@ -61,14 +62,14 @@ def test_list_names_every_row(capsys):
 @pytest.mark.parametrize(
     ("fails", "reason"),
     [
-        (lambda quick, rounds: 1 / 0, "ZeroDivisionError: division by zero"),
-        (lambda quick, rounds: [finding(math.nan)], "step: value.median is nan"),
-        (lambda quick, rounds: [finding(1.0, losses={"ours": math.inf})], "step: losses.ours is inf"),
+        (lambda session: 1 / 0, "ZeroDivisionError: division by zero"),
+        (lambda session: [finding(math.nan)], "step: value.median is nan"),
+        (lambda session: [finding(1.0, losses={"ours": math.inf})], "step: losses.ours is inf"),
     ],
 )
 def test_a_row_that_fails_is_a_line_and_the_others_run(fails, reason, tmp_path, monkeypatch):
     monkeypatch.setitem(ROWS, "memory", ROWS["memory"]._replace(measure=fails))
-    monkeypatch.setitem(ROWS, "compile", ROWS["compile"]._replace(measure=lambda quick, rounds: [finding(2.0)]))
+    monkeypatch.setitem(ROWS, "compile", ROWS["compile"]._replace(measure=lambda session: [finding(2.0)]))
     assert main(["memory", "compile", "--quick", "--out", str(tmp_path)]) == 1
     failed, measured = json.loads((tmp_path / "benchmarks.json").read_text(), parse_constant=pytest.fail)["rows"]
     assert failed["not_measured"] == reason
@@ -80,7 +81,7 @@ def finding(value: float, **details) -> Finding:
 
 
 def test_a_side_that_cannot_prepare_gives_the_reason():
-    with pytest.raises(Failure, match="no_such_function"), Worker("benchmarks.jax_side:no_such_function"):
+    with pytest.raises(Failure, match="no_such_function"), Session(True, 1).jax("no_such_function"):
         pass
 
 
@@ -93,15 +94,15 @@ def test_disturbed_rounds_are_repeated_and_quiet_ones_are_kept():
 def test_micro_batches_of_the_yardstick_are_one_batch():
     import torch
 
-    from benchmarks.torch_side import deepseek_training
+    from benchmarks.torch_side import stock_learner
 
     config = train_config(quick=True)
-    rows = torch.from_numpy(train_labels(config)).long()[0]
+    rows = torch.from_numpy(step_labels(config)).long()[0]
     losses, after = [], []
     for labels in (rows[None], rows[:, None]):
-        model, step = deepseek_training(config, torch.device("cpu"))
-        losses.append([float(step(labels, "float32")) for _ in range(3)])
-        after.append(model.lm_head.weight)
+        learner = stock_learner(config)
+        losses.append([float(learner.step(labels, "float32").loss) for _ in range(3)])
+        after.append(learner.model.lm_head.weight)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     torch.testing.assert_close(*after)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 import train
 from jaxllm.config import recipe
+from jaxllm.errors import UserError
 from jaxllm.run import reporting
 from jaxllm.run.metrics import read_metrics
 from jaxllm.run.tensorboard import TensorBoardWriter, scalars
@@ -123,8 +125,8 @@ class _Library(ModuleType):
     def log(self, values, step) -> None:
         self.calls.append(("log", values | {"step": step}))
 
-    def finish(self) -> None:
-        self.calls.append(("finish", {}))
+    def finish(self, **options) -> None:
+        self.calls.append(("finish", options))
 
 
 def test_the_log_goes_to_a_tracker_too(narrow, tmp_path, monkeypatch):
@@ -137,6 +139,54 @@ def test_the_log_goes_to_a_tracker_too(narrow, tmp_path, monkeypatch):
     assert library.calls[0][1]["config"]["steps"] == 2
     assert [values["step"] for _, values in library.calls[1:-1]] == [1, 2, 2, 2]
     assert library.calls[1][1]["train/loss"] == read_metrics(tmp_path / "run")[0]["loss"]
+
+
+WANDB = """
+import json, os
+def _add(*call):
+    with open(os.environ["CALLS"], "a") as file:
+        file.write(json.dumps(call) + "\\n")
+def init(**options): _add("init", options)
+def log(values, step): _add("log", step)
+def finish(exit_code=0): _add("finish", exit_code)
+"""
+
+
+def test_a_resumed_run_is_the_same_one_in_wandb_and_an_error_ends_it_as_failed(narrow, tmp_path, monkeypatch):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "wandb.py").write_text(WANDB)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setitem(sys.modules, "wandb", None)  # restored: it is not installed
+    del sys.modules["wandb"]
+    start = [*narrow, "--log-to", "wandb", "--sample-tokens", "0", "--run-dir", str(tmp_path / "run")]
+
+    def failing(self, record):
+        if record["step"] == 5:
+            raise UserError("an error of the fifth step")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorBoardWriter, "write", failing)
+        assert train.main([*start, "--save-every", "4"]) == 2
+    monkeypatch.delenv("WANDB_PROJECT")
+    assert train.main([*start, "--steps", "6"]) == 0
+    assert train.main([*start, "--steps", "6", "--overwrite"]) == 0
+    calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    first, second, third = (options for name, options in calls if name == "init")
+    assert [code for name, code in calls if name == "finish"] == [1, 0, 0]
+    assert (first["project"], first["resume"]) == ("mine", "allow")
+    assert (second["project"], second["id"], second["resume"]) == ("mine", first["id"], "allow")
+    assert (third["project"], third["resume"]) == ("jaxllm", "allow")
+    assert third["id"] != first["id"]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_folder_of_a_tracker_s_name_is_not_the_library(name, narrow, tmp_path, capsys, monkeypatch):
+    (tmp_path / name / "run-1").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert train.main([*narrow, "--log-to", name, "--run-dir", str(tmp_path / "run")]) == 2
+    assert f"log_to is '{name}': it is not installed" in capsys.readouterr().err
 
 
 def test_a_tracker_that_is_not_installed_is_named_before_training(narrow, tmp_path, capsys):

@@ -21,11 +21,13 @@ from safetensors.numpy import load_file, save_file
 import train
 from convert import tensor_files
 from convert.__main__ import main
-from convert.to_flax import read_weights
-from jaxllm import UserError, from_pretrained, save_pretrained
+from convert.to_flax import read_folder, read_weights
+from convert.to_torch import write_model
+from jaxllm import CustomLLM, UserError, for_inference, from_pretrained, save_pretrained
 from jaxllm import generate as generation
 from jaxllm.model.decoder import split_model
 from jaxllm.run.checkpoint import load_weights
+from jaxllm.run.checkpoint_writer import write_run
 from jaxllm.run.metrics import read_metrics
 
 
@@ -63,7 +65,7 @@ def test_the_exported_folder_is_what_pytorch_people_know(exported, run):
         "20 steps, 1,280 tokens, adamw",
     ):
         assert part in card, card
-    assert "trust_remote_code=True" in card
+    assert card.count('from_pretrained("FOLDER", trust_remote_code=True)') == 2  # else the tokenizer asks for consent
     assert "| data | corpus |" in card  # not where it lies
     tensors = load_file(exported / "model.safetensors")  # the official reader takes the file that we stream
     _, weights = load_weights(run)
@@ -246,3 +248,148 @@ def test_save_and_from_pretrained_round_trip(run, tmp_path):
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"holds no config\.json"):
         from_pretrained(tmp_path)
+
+
+# several sets of weight files
+
+
+def as_shards(folder: Path, ending: str, shift: float = 0.0) -> Path:
+    """Two shards of a folder's weights and their index, next to its single file; with `shift`, of other numbers."""
+    tensors = {name: values + np.float32(shift) for name, values in load_file(folder / "model.safetensors").items()}
+    weight_map = {}
+    for shard, part in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2])):
+        file = f"part-{shard}.{ending}"
+        if ending == "safetensors":
+            save_file({name: tensors[name] for name in part}, folder / file)
+        else:
+            torch = pytest.importorskip("torch")
+            torch.save({name: torch.from_numpy(tensors[name]) for name in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = folder / {"safetensors": "model.safetensors.index.json", "bin": "pytorch_model.bin.index.json"}[ending]
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    return index
+
+
+def read(folder: Path):
+    return read_folder(folder)[1]
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_shards_are_read_and_a_missing_one_is_named(ending, run, copy):
+    as_shards(copy, ending)
+    (copy / "model.safetensors").unlink()
+    assert_same_weights(load_weights(run)[1], read(copy))
+    (copy / f"part-1.{ending}").unlink()
+    with pytest.raises(UserError, match=f"names the file 'part-1.{ending}', which the folder does not hold"):
+        read(copy)
+
+
+def test_equal_shards_next_to_the_single_file_are_said_and_others_refused(run, copy, capsys):
+    as_shards(copy, "safetensors")
+    assert_same_weights(load_weights(run)[1], read(copy))
+    assert "model.safetensors is read, and compared with the shards" in capsys.readouterr().err
+    as_shards(copy, "safetensors", shift=1.0)
+    with pytest.raises(UserError, match=r"two sets of weights that differ in .* and 39 more.*move the set"):
+        read(copy)
+    with pytest.raises(UserError, match="two sets of weights"):
+        from_pretrained(copy)
+
+
+@pytest.mark.parametrize("gone", [("part-0.safetensors", "part-1.safetensors"), ("part-1.safetensors",)])
+def test_a_stale_index_does_not_hide_the_single_file(gone, run, copy, capsys):
+    as_shards(copy, "safetensors", shift=1.0)
+    for name in gone:
+        (copy / name).unlink()
+    assert_same_weights(load_weights(run)[1], read(copy))
+    assert f"model.safetensors is read; model.safetensors.index.json is out of date, it names {', '.join(gone)}" in (
+        capsys.readouterr().err
+    )
+
+
+def test_safetensors_go_before_pytorch_s_files_as_in_transformers(run, copy, capsys):
+    as_shards(copy, "bin", shift=1.0)
+    assert_same_weights(load_weights(run)[1], read(copy))
+    assert "not read: pytorch_model.bin.index.json" in capsys.readouterr().err
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(copy, trust_remote_code=True).state_dict()
+    ours = load_file(copy / "model.safetensors")
+    np.testing.assert_array_equal(theirs["lm_head.bias"].numpy(), ours["lm_head.bias"])
+
+
+# what is written
+
+
+UNFIT = {
+    "bits of bfloat16": (lambda x: x.astype(jnp.bfloat16).view(np.uint16), "has the dtype uint16"),
+    "integers": (lambda x: x.astype(np.int32), "has the dtype int32"),
+    "truth values": (lambda x: x > 0, "has the dtype bool"),
+    "complex": (lambda x: x.astype(np.complex64), "has the dtype complex64"),
+    "not a number": (lambda x: np.where(np.arange(x.size).reshape(x.shape) == 3, np.nan, x), "that are not finite"),
+    "infinity": (lambda x: np.where(np.arange(x.size).reshape(x.shape) == 3, np.inf, x), "that are not finite"),
+}
+
+
+def spoilt(weights, leaf: int, spoil) -> tuple:
+    leaves, tree = jax.tree.flatten(weights)
+    leaves[leaf] = spoil(np.asarray(leaves[leaf]))
+    return jax.tree.unflatten(tree, leaves)
+
+
+@pytest.mark.parametrize("leaf", [0, 7, -1])
+@pytest.mark.parametrize("what", UNFIT)
+def test_no_leaf_reaches_a_file_without_its_dtype_and_values_checked(what, leaf, run, tmp_path):
+    config, weights = load_weights(run)
+    spoil, message = UNFIT[what]
+    bad = spoilt(weights, leaf, spoil)
+    model = nnx.merge(split_model(generation.load_model(run))[0], *bad)
+    for write in (
+        lambda: save_pretrained(model, tmp_path / "out"),
+        lambda: write_model(config, bad, tmp_path / "out", "bfloat16"),
+        lambda: write_run(tmp_path / "out", config, bad, []),
+    ):
+        with pytest.raises(UserError, match=message) as refused:
+            write()
+        assert "\n" not in str(refused.value)
+        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_value_that_the_dtype_cannot_hold_is_refused(run, tmp_path):
+    config, weights = load_weights(run)
+    large = spoilt(weights, 3, lambda x: x + np.float32(70_000))
+    write_model(config, large, tmp_path / "wide", "bfloat16")
+    with pytest.raises(UserError, match=r"7e.04, which float16 cannot hold: pass the dtype bfloat16 or float32"):
+        write_model(config, large, tmp_path / "out", "float16")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_for_inference_is_exported_with_its_values(dtype, exported, tmp_path):
+    model = for_inference(from_pretrained(exported, dtype="bfloat16"))
+    save_pretrained(model, tmp_path / "out", dtype=dtype)
+    masters, found = (load_file(folder / "model.safetensors") for folder in (exported, tmp_path / "out"))
+    for name, values in masters.items():
+        whole = dtype == "float32" and (values.ndim == 1 or "router" in name)  # norms, biases, routers are not narrowed
+        expected = values if whole else values.astype(jnp.bfloat16)
+        np.testing.assert_array_equal(found[name].astype(np.float32), expected.astype(np.float32), err_msg=name)
+        assert found[name].dtype.name == dtype
+
+
+# dtypes that are asked for
+
+
+@pytest.mark.parametrize("dtype", ["int8", np.int32, bool, "float8_e4m3fn", "complex64", "float16", "float64", None])
+def test_a_dtype_that_models_do_not_compute_in_is_refused(dtype, exported, run):
+    config = load_weights(run)[0]
+    for make in (
+        lambda: from_pretrained(exported, dtype=dtype),
+        lambda: generation.load_model(run, dtype),
+        lambda: generation.load_model(exported, dtype),
+        lambda: CustomLLM(config, dtype=dtype, rngs=nnx.Rngs(0)),
+    ):
+        with pytest.raises(UserError, match=r"(dtype|precision) is .*: choose one of float32, bfloat16$"):
+            make()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float64", "float8_e4m3fn", None, np.float32])
+def test_a_dtype_that_is_not_written_is_refused(dtype, run, tmp_path):
+    with pytest.raises(UserError, match=r"dtype is .*: choose one of float32, bfloat16, float16"):
+        save_pretrained(generation.load_model(run), tmp_path / "out", dtype=dtype)

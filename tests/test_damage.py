@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from jaxllm import generate as generation
 from jaxllm.errors import UserError
 from jaxllm.run import checkpoint
 from jaxllm.run.checkpoint import CheckpointReader, choose_checkpoint, load_weights
+from jaxllm.run.checkpoint_writer import _ChecksummedFolder
 from jaxllm.run.checksums import CHECKSUMS_FILE, find_damage
 from jaxllm.run.metrics import read_metrics
 from tests.fingerprint import fingerprint
@@ -182,3 +186,18 @@ def test_checkpoints_that_are_removed_faster_than_they_are_read_end_in_a_line(ru
     monkeypatch.setattr(CheckpointReader, "_restore", removing)
     with pytest.raises(UserError, match="larger --keep-checkpoints"):
         load_weights(folder)
+
+
+def test_a_description_that_orbax_writes_late_is_in_the_checksums(run, tmp_path):
+    """It is written in a thread that orbax does not wait for: the checkpoint would be taken for a damaged one."""
+    made, final = tmp_path / "checkpoints" / "5.tmp", tmp_path / "checkpoints" / "5"
+    shutil.copytree(run / "checkpoints" / "20", made)
+    description = made / "_CHECKPOINT_METADATA"
+    whole = description.read_text()
+    description.write_text('{"item_handlers": null, "init_timestamp_nsecs": 1}')
+    late = threading.Timer(0.3, description.write_text, (whole,))
+    late.start()
+    places = SimpleNamespace(get=lambda: made, get_final=lambda: final)
+    asyncio.run(_ChecksummedFolder.finalize(places))  # pyright: ignore[reportArgumentType]
+    late.join()
+    assert find_damage(final) is None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from convert.to_torch import write_model
 from jaxllm import PRESETS, UserError, from_pretrained
 from jaxllm.config import ModelConfig, RouterConfig, YarnConfig
 from jaxllm.config.families import FAMILIES, check_trainable, family_of, is_interleaved, read_config, write_config
+from jaxllm.errors import note
 from jaxllm.files import write_json
 from jaxllm.model.decoder import abstract_model
 from jaxllm.run.checkpoint import Weights, load_weights
@@ -416,3 +418,162 @@ def test_several_end_tokens_and_yarn_are_read():
     )
     np.testing.assert_allclose(config.softmax_scale * 18**0.5, 1.5896, rtol=1e-4)  # DeepSeek-V2-Lite's
     assert config.router == RouterConfig(n_group=4, topk_group=2, routed_scaling_factor=2.5)
+
+
+# what real folders are like
+
+
+@pytest.mark.parametrize(
+    ("change", "bos", "eos", "said"),
+    [
+        ({"bos_token_id": 128_000}, None, 1, "bos_token_id is 128000: left out 128000, as vocab_size is 60"),
+        ({"eos_token_id": 60}, 0, None, "eos_token_id is 60: left out 60"),
+        ({"eos_token_id": [3, 128_001, 4]}, 0, (3, 4), r"eos_token_id is \[3, 128001, 4\]: left out 128001,"),
+        ({"eos_token_id": [128_001]}, 0, None, "left out 128001"),
+        ({"eos_token_id": -1}, 0, None, "eos_token_id is -1: left out -1"),
+        ({"bos_token_id": 59}, 59, 1, None),
+    ],
+)
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "youtu", "customllm"])
+def test_a_special_token_beyond_the_vocabulary_is_left_out_in_a_line(model_type, change, bos, eos, said, capsys):
+    note.cache_clear()
+    shape = {name: V3[name] for name in ("vocab_size", "num_hidden_layers")}
+    customllm = shape | {"hidden_size": 32, "num_attention_heads": 2, "moe_intermediate_size": 24}
+    source = (customllm if model_type == "customllm" else V3) | {"bos_token_id": 0, "eos_token_id": 1}
+    config = read_config(source | {"model_type": model_type} | change)
+    assert (config.bos_token_id, config.eos_token_id) == (bos, eos)
+    err = capsys.readouterr().err
+    assert re.search(said, err) if said else not err
+    with pytest.raises(UserError, match="pad_token_id is 60"):  # transformers refuses it as well
+        read_config(source | {"model_type": model_type, "pad_token_id": 60})
+
+
+def test_a_file_keeps_the_special_tokens_that_it_is_not_read_with():
+    source = V3 | {"bos_token_id": 128_000, "eos_token_id": [1, 128_001]}
+    written = write_config(read_config(source), "float32", source)
+    assert {key: written[key] for key in source} == source
+
+
+@pytest.mark.parametrize("name", [name for name, model in PRESETS.items() if family_of(model).names == "deepseek"])
+def test_what_servers_read_without_a_default_is_written(name):
+    written = write_config(PRESETS[name], "bfloat16")
+    bare = {"moe_layer_freq": 1, "seq_aux": True, "aux_loss_alpha": 0.0, "ep_size": 1}
+    assert {key: written[key] for key in bare} == bare
+    assert written["torch_dtype"] == written["dtype"] == "bfloat16"
+
+
+def test_only_what_changed_is_written_anew():
+    source = V3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}, "ep_size": 1, "custom": {"a": None}}
+    config = read_config(source)
+    named = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "architectures": ["DeepseekV3ForCausalLM"]}
+    assert write_config(config, "float16", source) == source | named
+    changed = write_config(dataclasses.replace(config, eos_token_id=(4, 5)), "float16", source)
+    assert changed == source | named | {"eos_token_id": [4, 5]}
+    other = write_config(dataclasses.replace(config, rope_theta=1e4), "float16", source)
+    assert other["rope_theta"] == 1e4
+    assert "rope_parameters" not in other
+    assert read_config(other).rope_theta == 1e4
+
+
+def sharded(folder: Path, keep: tuple[int, ...] = (0, 1, 2)) -> None:
+    """A folder's weights as one shard for each layer, and one for the rest; of the layers only those in `keep`."""
+    tensors = tensors_of(folder)
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for name in tensors:
+        layer = name.split(".")[2] if ".layers." in name else "rest"
+        weight_map[name] = f"model-{layer}.safetensors"
+    for file in {*weight_map.values()}:
+        if file == "model-rest.safetensors" or int(file[6]) in keep:
+            write_tensors(folder, {name: values for name, values in tensors.items() if weight_map[name] == file})
+            (folder / "model.safetensors").rename(folder / file)
+    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+
+
+def test_a_piece_needs_only_its_shards(tmp_path, capsys):
+    folder = folder_of(tmp_path / "model")
+    whole = read_folder(folder, layers=2)
+    sharded(folder, keep=(0, 1))
+    found = read_folder(folder, layers=2)
+    assert found[0] == whole[0]
+    assert_same_bits(tuple(found[1]), tuple(whole[1]))
+    assert "passed over 38 tensors of layers from 2 on" in capsys.readouterr().err
+    assert convert(["to-flax", str(folder), str(tmp_path / "run"), "--layers", "2"]) == 0
+    assert convert(["to-torch", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    for layers in (None, 3):
+        with pytest.raises(UserError, match=r"names the file 'model-2\.safetensors', which the folder does not hold"):
+            read_folder(folder, layers)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_a_tied_head_in_the_file_must_be_the_table(form, tmp_path, capsys):
+    note.cache_clear()
+    folder = folder_of(tmp_path / "model", V3 | {"tie_word_embeddings": True})
+    write_json(folder / "config.json", V3 | {"tie_word_embeddings": True})
+    tensors = tensors_of(folder)
+    table = tensors["model.embed_tokens.weight"]
+
+    def save(head: np.ndarray) -> None:
+        if form == "safetensors":
+            write_tensors(folder, tensors | {"lm_head.weight": head})
+            return
+        torch = pytest.importorskip("torch")
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        state = {name: torch.from_numpy(values) for name, values in (tensors | {"lm_head.weight": head}).items()}
+        torch.save(state, folder / "pytorch_model.bin")
+
+    save(table)
+    _, weights, _ = read_folder(folder)
+    assert_same_bits(tuple(weights), tuple(numbered_weights(read_config(V3 | {"tie_word_embeddings": True}))))
+    assert "lm_head.weight is model.embed_tokens.weight, to which it is tied" in capsys.readouterr().err
+    save(table + np.float32(1))
+    with pytest.raises(UserError, match=r"tie_word_embeddings is true, and lm_head\.weight differs from"):
+        read_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2"])
+def test_a_state_dict_of_transformers_5_is_read(name, tmp_path):
+    """Saved as it is in memory, with joined experts: the same model as the folder that `save_pretrained` writes."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    source = V3 | {"model_type": name} | ({"topk_method": "greedy"} if name == "deepseek_v2" else {})
+    folder = folder_of(tmp_path / "model", source)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    (tmp_path / "saved").mkdir()
+    torch.save(model.state_dict(), tmp_path / "saved" / "pytorch_model.bin")
+    assert any(key.endswith("experts.gate_up_proj") for key in model.state_dict())
+    (tmp_path / "saved" / "config.json").write_bytes((folder / "config.json").read_bytes())
+    assert_same_bits(tuple(read_folder(tmp_path / "saved")[1]), tuple(read_folder(folder)[1]))
+
+
+CODE = """
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+from .helper import WIDTH
+
+
+class OwnModel(DeepseekV3ForCausalLM):
+    width = WIDTH
+"""
+
+
+def test_code_that_auto_map_names_travels_and_is_not_run(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    named = {"AutoModelForCausalLM": "modeling_own.OwnModel", "AutoTokenizer": ["helper.Slow", None]}
+    source = V3 | {"auto_map": named, "torch_dtype": "float32"}
+    folder = folder_of(tmp_path / "in", source)
+    write_json(folder / "config.json", source)
+    files = {"modeling_own.py": CODE, "helper.py": "WIDTH = 7\n", "broken.py": "raise SystemExit('it was run')\n"}
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    assert convert(["to-flax", str(folder), str(tmp_path / "run")]) == 0
+    assert convert(["to-torch", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    for name, content in files.items():
+        assert (tmp_path / "out" / name).read_text() == content
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert (type(loaded).__name__, loaded.width) == ("OwnModel", 7)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
+    assert type(stock).__name__ == "DeepseekV3ForCausalLM"
+    (tmp_path / "run" / "source" / "modeling_own.py").unlink()
+    assert convert(["to-torch", str(tmp_path / "run"), str(tmp_path / "without")]) == 0
+    assert "auto_map" not in json.loads((tmp_path / "without" / "config.json").read_text())

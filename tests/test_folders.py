@@ -620,3 +620,70 @@ def test_a_folder_of_anything_gives_the_rows_that_a_reader_expects(rows, no_data
         assert parent in said, (name, said)
     for name in {*contents} - {*passed_over}:
         assert f"{name} (" not in said
+
+
+# a dataset with splits, in which anything may be damaged
+
+LETTERS = "abc"
+LAYOUTS = ("{split}-0000{i}.{kind}", "data/{split}_{i}.{kind}", "{split}/{letter}.{kind}", "{letter}{i}.{kind}")
+SPLITS = ("train", "train", "validation", "test")
+WRITE = {
+    "jsonl": lines, "jsonl.gz": lambda rows: gzip.compress(lines(rows)), "json": lambda rows: json.dumps(rows).encode(),
+    "csv": lambda rows: delimited(rows, ","), "tsv": lambda rows: delimited(rows, "\t"), "parquet": parquet,
+    "arrow": arrow,
+}  # fmt: skip
+DAMAGED_ROW = {
+    "jsonl": b'{"id": 1, "text": "cut\n', "csv": b'1,"stray\n', "tsv": b"1\ttoo\tmany\n",
+}  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    layout=st.sampled_from(
+        ["{split}-0000{i}.{kind}", "data/{split}_{i}.{kind}", "{split}/{letter}.{kind}", "{letter}{i}.{kind}"]
+    ),
+    files=st.lists(
+        st.tuples(
+            st.sampled_from(["train", "train", "validation", "test"]), st.sampled_from(sorted(WRITE)), st.booleans()
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    extra=st.sets(st.sampled_from(["README.md", "image.png", "broken.parquet", ".hidden.jsonl"])),
+)
+def test_of_a_dataset_with_splits_the_rows_of_one_are_read(layout, files, extra, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("splits")
+    texts_of: dict[str, list[str]] = {}
+    names: dict[str, str] = {}
+    damaged = {"train": 0, "validation": 0, "test": 0}
+    told = "split" in layout
+    for i, (split, kind, damage) in enumerate(files):
+        name = layout.format(split=split, i=i, letter=LETTERS[i % 3] + str(i), kind=kind)
+        rows = [{"id": j, "text": f"{split} {i} row {j}: some words"} for j in range(12)]
+        content = WRITE[kind](rows)
+        if damage and kind in DAMAGED_ROW:
+            newline = content.index(b"\n", content.index(b"row 5")) + 1
+            content = content[:newline] + DAMAGED_ROW[kind] + content[newline:]
+            damaged[split] += 1
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+        texts_of.setdefault(split, []).extend(row["text"] for row in rows)
+        names[name] = split
+    for name in extra:
+        (folder / name).write_bytes(b"words")
+    has_splits = told and texts_of.keys() != {"train"}
+    try:
+        source = open_files(folder)
+    except UserError as error:
+        assert has_splits
+        assert "train" not in texts_of or "broken.parquet" in extra
+        assert "split" in str(error)  # noqa: PT017
+        return
+    want = texts_of["train"] if has_splits else [text for part in texts_of.values() for text in part]
+    assert sorted(texts(source)) == sorted(want)
+    assert source.position["skipped"] == (damaged["train"] if has_splits else sum(damaged.values()))
+    said = " ".join(source.notes)
+    assert all(name in said for name in extra)
+    assert all((name in said) == (has_splits and split != "train") for name, split in names.items())
+    if has_splits and "validation" in texts_of:
+        assert sorted(chunk.text for chunk in open_files(folder).held_out()) == sorted(texts_of["validation"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from flax import nnx
 from jaxllm import CustomLLM, ModelConfig, UserError
 from jaxllm import generate as generation
 from jaxllm.data.tokenizer import load_tokenizer
-from jaxllm.generate import Sampling, generate, sample_token, stream
+from jaxllm.generate import GenerateArgs, Sampling, generate, sample_token, stream
 from jaxllm.model.attention import Latents
 
 SMALL = ModelConfig(
@@ -85,16 +87,66 @@ def test_a_cached_token_is_smaller_than_its_keys_and_values(model):
         (Sampling(temperature=1.0, top_k=2), {2, 3}),
         (Sampling(temperature=1.0, top_p=0.5), {3}),
         (Sampling(temperature=1.0, top_p=0.8), {2, 3}),
+        (Sampling(temperature=1.0, top_k=3, top_p=0.62), {3}),  # of the three: 0.63, 0.26, 0.11
+        (Sampling(temperature=1.0, top_k=10**9), {0, 1, 2, 3}),
+        (Sampling(temperature=1.0, top_p=1e-38), {3}),
+        (Sampling(temperature=1e-4), {3}),
         (Sampling(temperature=1.0), {0, 1, 2, 3}),
     ],
 )
 def test_sampling_is_limited_to_the_likeliest_tokens(sampling, possible):
     probabilities = jnp.asarray([0.05, 0.1, 0.25, 0.6])
     logits = jnp.broadcast_to(jnp.log(probabilities), (2000, 4))
-    chosen = np.asarray(sample_token(sampling, logits, jax.random.key(0)))
+    chosen = drawn(sampling, logits)
     assert set(chosen) == possible
     if len(possible) == 4:
         np.testing.assert_allclose(np.bincount(chosen) / 2000, probabilities, atol=0.04)
+
+
+def drawn(sampling: Sampling, logits) -> np.ndarray:
+    return np.asarray(sample_token(sampling.kind, sampling.numbers(), jnp.asarray(logits), jax.random.key(0)))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "possible"),
+    [
+        (Sampling(top_k=1), {1}),
+        (Sampling(top_k=2), {1, 2}),
+        (Sampling(top_k=4), {0, 1, 2, 4}),
+        (Sampling(top_p=0.1), {1}),
+        (Sampling(top_p=0.5), {1, 2}),
+    ],
+)
+def test_of_equal_tokens_the_first_ones_stay_as_in_greedy_choice(sampling, possible):
+    logits = np.broadcast_to(np.asarray([1.0, 2.0, 2.0, 0.0, 2.0], np.float32), (2000, 5))
+    assert drawn(Sampling(temperature=0.0), logits)[0] == 1
+    assert set(drawn(sampling, logits)) == possible
+
+
+def test_other_sampling_numbers_compile_nothing(model):
+    count = generation._generate._cache_size
+    generate(model, [[1, 2]], 5, Sampling(0.7, 3, 0.9))
+    compiled = count()
+    for numbers in ((0.3, 3, 0.9), (0.7, 100, 0.9), (1.3, 0, 0.5)):
+        generate(model, [[1, 2]], 5, Sampling(*numbers))
+    assert count() == compiled
+
+
+@pytest.mark.parametrize("kind", [Sampling, GenerateArgs])
+@pytest.mark.parametrize("temperature", [1e-38, 1e-5, float("nan"), float("inf"), 1e300, -1.0])
+def test_a_temperature_that_cannot_be_computed_with_is_refused(kind, temperature):
+    with pytest.raises(UserError, match=re.escape(f"temperature is {temperature}: it must be")):
+        kind(**{"temperature": temperature} | ({"run": Path("run")} if kind is GenerateArgs else {}))
+
+
+def test_seeds_beyond_the_range_are_refused(model, capsys):
+    assert generation.main(["nowhere", "--seed", "12345678901234567890123"]) == 2
+    assert capsys.readouterr().err.startswith("error: seed is 12345678901234567890123: it must be at most")
+    for seed in (2**63, -1):
+        with pytest.raises(UserError, match="seed is"):
+            generate(model, [[1]], 5, seed=seed)
+    last = 2**63 - 1
+    assert len(joined(stream(model, [1, 2], 12, Sampling(), seed=last, eos_token_ids=()))) == 12
 
 
 def test_too_long_is_refused(model):
@@ -140,17 +192,19 @@ def test_chat_answers_lines_until_they_end(template, run, capsys, monkeypatch):
     prompts, encode = [], generation.generate
 
     def recorded(model, ids, *args, **options):
+        assert tokenizer.eos_token_id not in ids[0]  # also where it is typed
         prompts.append(tokenizer.decode(ids[0]))
         return encode(model, ids, *args, **options)
 
     monkeypatch.setattr(generation, "generate", recorded)
-    monkeypatch.setattr("sys.stdin", io.StringIO("def f\nx = 1\n" + "y" * 9 + "\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("def f\nx = 1\n" + "y" * 9 + "\n<|endoftext|>\n"))
     assert generation.main([str(run), "--chat", "--greedy", "--max-new-tokens", "4"]) == 0
     said = capsys.readouterr().out
-    assert said.count("> ") == 4
-    assert len(prompts) == 3
+    assert said.count("> ") == 5
+    assert len(prompts) == 4
+    assert "<|endoftext|>" in prompts[3]
     if template is None:
-        assert prompts == ["def f", "x = 1", "y" * 9]
+        assert prompts == ["def f", "x = 1", "y" * 9, "<|endoftext|>"]
     else:
         assert prompts[0] == "u:def f;a:"
         assert prompts[1].startswith("u:def f;a:")

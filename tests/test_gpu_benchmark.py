@@ -12,18 +12,19 @@ from typing import Any
 
 import pytest
 
-from benchmarks.finding import at_least, at_most
-from benchmarks.gpu import command, plans
-from benchmarks.gpu.command import REPORT, main, measure
-from benchmarks.gpu.decoding import bytes_of_a_token
-from benchmarks.gpu.line import Line
+from benchmarks import __main__ as command
+from benchmarks.__main__ import main, measure
+from benchmarks.decoding import bytes_of_a_token
+from benchmarks.finding import Finding, at_least, at_most
+from benchmarks.gpu import parts
 from benchmarks.gpu.page import PAGE, page
 from benchmarks.gpu.page import main as make_page
-from benchmarks.gpu.parts import PARTS, Part
-from benchmarks.gpu.plans import target_of
-from benchmarks.gpu.session import Session
-from benchmarks.gpu.sizes import DecodingSizes
-from benchmarks.worker import Failure, Run, Worker
+from benchmarks.gpu.parts import target_of
+from benchmarks.report import GPU_REPORT
+from benchmarks.rows import PARTS, Row
+from benchmarks.session import Session
+from benchmarks.sizes import DecodingSizes
+from benchmarks.worker import Failure, Run
 from jaxllm.config import preset
 from jaxllm.errors import UserError
 from jaxllm.model import flops
@@ -33,7 +34,7 @@ FEW = ("ceilings", "step-remat", "torch-ref")  # both sides, and what they are c
 
 
 def session(seconds: float = 60.0) -> Session:
-    return Session(quick=True, ends=time.monotonic() + seconds, target=load_target("h100"))
+    return Session(True, rounds=1, gpu=True, ends=time.monotonic() + seconds, target=load_target("h100"))
 
 
 @pytest.mark.parametrize("parts", [FEW, pytest.param((*PARTS,), marks=pytest.mark.slow)], ids=["few", "all"])
@@ -47,7 +48,7 @@ def test_every_part_runs_and_the_page_shows_it(parts, tmp_path):
     report = json.loads(file.read_text())
     assert [part["part"] for part in report["parts"]] == list(parts)
     missing = {part["part"]: part["not_measured"] for part in report["parts"] if part["not_measured"]}
-    assert not {name for name in missing if PARTS[name].on_gpu}, missing
+    assert not {name for name in missing if not PARTS[name].planned}, missing
     assert all("jax[cuda13]" in reason for reason in missing.values())  # what a plan needs
     assert done.returncode == bool(missing), done.stdout + done.stderr
     assert report["device"]["platform"] == "cpu"
@@ -70,10 +71,10 @@ def test_every_part_runs_and_the_page_shows_it(parts, tmp_path):
 
 def test_the_page_is_made_of_the_report():
     """Fails if one of them was changed alone: run `python -m benchmarks.gpu.page`."""
-    assert PAGE.read_text() == page(json.loads(REPORT.read_text()))
+    assert PAGE.read_text() == page(json.loads(GPU_REPORT.read_text()))
 
 
-def raises(session: Session) -> list[Line]:
+def raises(session: Session) -> list[Finding]:
     raise ValueError("one\ntwo")
 
 
@@ -81,19 +82,19 @@ def raises(session: Session) -> list[Line]:
     ("fails", "reason"),
     [
         (raises, "ValueError: one"),
-        (lambda session: [Line("loss", "nan", figures={"step": {"first": math.nan}})], "loss: step.first is nan"),
-        (lambda session: [Line("speed", "", ratio=math.inf)], "speed: ratio is inf"),
+        (lambda session: [Finding("loss", "nan", details={"step": {"first": math.nan}})], "loss: step.first is nan"),
+        (lambda session: [Finding("speed", "", value=math.inf)], "speed: value is inf"),
     ],
 )
 def test_a_part_that_fails_is_a_line_and_the_others_run(fails, reason, tmp_path, monkeypatch, capsys):
-    def works(session: Session) -> list[Line]:
-        return [Line("what", "1 s")]
+    def works(session: Session) -> list[Finding]:
+        return [Finding("what", "1 s")]
 
     monkeypatch.setattr(command, "find_device", lambda session: {"name": "cpu", "memory_gib": None} | DEVICE)
-    monkeypatch.setitem(PARTS, "ceilings", Part("", fails))
-    monkeypatch.setitem(PARTS, "step", Part("", works))
+    monkeypatch.setitem(PARTS, "ceilings", Row("", fails))
+    monkeypatch.setitem(PARTS, "step", Row("", works))
     file = tmp_path / "gpu.json"
-    assert main(["ceilings", "step", "--quick", "--out", str(file)]) == 1
+    assert main(["gpu", "ceilings", "step", "--quick", "--out", str(file)]) == 1
     failed, measured = json.loads(file.read_text())["parts"]
     assert failed["not_measured"] == reason
     assert [line["measured"] for line in measured["lines"]] == ["1 s"]
@@ -104,6 +105,7 @@ class FakeWorker:
     """A worker whose steps take a second."""
 
     def __init__(self, **facts: Any):
+        self.contenders = ["product", "copy", "sum"]
         self.facts = {"kernels": {}, "chosen": "", "compile_seconds": 0.0, "memory": {}} | facts
 
     def __enter__(self) -> FakeWorker:
@@ -112,16 +114,16 @@ class FakeWorker:
     def __exit__(self, *_exception) -> None: ...
 
     def go(self, contender: str) -> Run:
-        return Run(1.0, 1.0, 0.0, {})
+        return Run(1.0, 1.0, 0.0, {"peak": 2**30})
 
 
 def test_nothing_is_compared_with_a_step_that_failed(monkeypatch):
     ours = session()
     monkeypatch.setattr(Session, "jax", lambda *_, **__: FakeWorker(first_loss=math.nan))
-    assert measure("step", ours).not_measured == "step: first_loss is nan"
+    assert measure(PARTS["step"], ours).not_measured == "step: first_loss is nan"
     monkeypatch.setattr(Session, "torch", lambda *_, **__: FakeWorker(first_loss=5.0, micro_batches=1))
-    (theirs,) = measure("torch-ref", ours).lines
-    assert theirs.reference == "ours was not measured"
+    (theirs,) = measure(PARTS["torch-ref"], ours).findings
+    assert theirs.yardstick == "ours was not measured"
 
 
 DEVICE = {"platform": "cpu", "compute_capability": None, "driver": None, "runtime": ""}
@@ -129,8 +131,7 @@ DEVICE = {"platform": "cpu", "compute_capability": None, "driver": None, "runtim
 
 def test_a_step_that_does_not_fit_is_tried_in_micro_batches_and_leaves_no_peak(monkeypatch):
     """On a stand-in for a GPU whose peak grows with the rows of a micro-batch, and that has room for two."""
-    from benchmarks.gpu import torch_side
-    from benchmarks.gpu.torch_side import torch
+    from benchmarks.torch_side import first_that_fits, torch
 
     peak, tried = [0], []
 
@@ -144,33 +145,33 @@ def test_a_step_that_does_not_fit_is_tried_in_micro_batches_and_leaves_no_peak(m
 
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 0))
-    loss, labels = torch_side._first_that_fits(step, torch.nn.Linear(1, 1), torch.arange(32).reshape(1, 8, 4))
+    loss, labels = first_that_fits(step, torch.nn.Linear(1, 1), torch.arange(32).reshape(1, 8, 4))
     assert (loss, labels.shape, peak, tried) == (5.0, (4, 2, 4), [2], [8, 4, 2])
     assert labels.flatten().tolist() == list(range(32))
 
 
 def test_nothing_begins_after_the_budget():
-    found = measure("step", session(seconds=-1))
+    found = measure(PARTS["step"], session(seconds=-1))
     assert "budget" in found.not_measured
-    assert not found.lines
+    assert not found.findings
 
 
 def test_a_process_that_takes_too_long_is_ended():
-    with pytest.raises(Failure, match="took longer than the 0 s"), Worker("benchmarks.gpu.jax_side:device", limit=0.2):
+    with pytest.raises(Failure, match="took longer than the 0 s"), session(seconds=0.2).jax("device"):
         pass
     with pytest.raises(Failure, match="took longer than the 1 s"):
         session(seconds=0.5).command("-c", "import time; time.sleep(60)")
 
 
 def test_a_process_that_fails_gives_its_reason():
-    with pytest.raises(Failure, match=r"TypeError: .*'nothing'"), Worker("benchmarks.gpu.jax_side:device", nothing=1):
+    with pytest.raises(Failure, match=r"TypeError: .*'nothing'"), session().jax("device", nothing=1):
         pass
     with pytest.raises(Failure, match="ended with code 1: ZeroDivisionError"):
         session().command("-c", "1 / 0")
 
 
 def test_without_a_gpu_one_line_says_so(tmp_path, capsys):
-    assert main(["ceilings", "--out", str(tmp_path / "gpu.json")]) == 2
+    assert main(["gpu", "ceilings", "--out", str(tmp_path / "gpu.json")]) == 2
     error = capsys.readouterr().err
     assert "there is no GPU" in error
     assert "--quick" in error
@@ -182,7 +183,7 @@ def test_without_a_gpu_one_line_says_so(tmp_path, capsys):
     [(["speed"], "parts has 'speed'"), (["--budget", "0"], "budget is 0"), (["--out", "/"], "it is a folder")],
 )
 def test_bad_input_is_refused_in_one_line(arguments, message, capsys):
-    assert main(arguments) == 2
+    assert main(["gpu", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -229,9 +230,9 @@ def test_a_card_is_compared_with_no_other_cards_data_sheet(card, sheet, ratio, t
     facts = {"side": 8192, "work": {"product": 2e14, "copy": 1e12, "sum": 2e12}, "first_loss": 5.0}
     monkeypatch.setattr(command, "find_device", lambda session: {"name": card, "memory_gib": 70.0} | DEVICE)
     monkeypatch.setattr(Session, "jax", lambda *_, **__: FakeWorker(**facts))
-    monkeypatch.setattr(plans, "check_extra", not_installed)
+    monkeypatch.setattr(parts, "check_extra", not_installed)
     file = tmp_path / "gpu.json"
-    assert main(["plan", "ceilings", "step", "--out", str(file)]) == 1
+    assert main(["gpu", "plan", "ceilings", "step", "--out", str(file)]) == 1
     report = json.loads(file.read_text())
     plan, ceilings, step = report["parts"]
     own = target_of(card)
@@ -255,6 +256,6 @@ def test_decoding_reads_the_weights_that_its_tokens_use():
 
 
 def test_a_goal_is_about_the_ratio_or_another_number():
-    assert Line("", "", ratio=1.0, goal=at_least(2.0)).verdict == ">= 2: 0.50 of it"
-    assert Line("", "", ratio=1.0, goal=at_most(2.0), judged=3.0).verdict == "<= 2: 0.67 of it"
-    assert Line("", "", goal=at_most(2.0)).verdict == ""
+    assert Finding("", "", value=1.0, target=at_least(2.0)).goal == ">= 2: 0.50 of it"
+    assert Finding("", "", value=1.0, target=at_most(2.0), judged=3.0).goal == "<= 2: 0.67 of it"
+    assert Finding("", "", target=at_most(2.0)).goal == ""

@@ -22,10 +22,9 @@ from jax.experimental import topologies
 
 import jaxllm
 from jaxllm.config import PRESETS, TrainConfig
-from jaxllm.model import decoder, layout
+from jaxllm.model import layer_loop, layout
 from jaxllm.model.decoder import abstract_model
 from jaxllm.model.kernels import CUDA
-from jaxllm.model.layer_stack import split_layers
 from jaxllm.plan.hlo import read_program
 from jaxllm.plan.hlo_cost import kernels, matrix_products
 from jaxllm.train import loss
@@ -143,5 +142,6 @@ def test_smaller_chunks_of_the_loss_are_seen(monkeypatch):
 
 
 def test_experts_copied_by_the_scan_are_seen(monkeypatch):
-    monkeypatch.setattr(decoder, "split_layers", lambda layers, apart: split_layers(layers, apart=()))
+    split = layer_loop._split
+    monkeypatch.setattr(layer_loop, "_split", lambda layers, in_place: split(layers, in_place=False))
     assert gigabytes(compile_step(CONFIG).as_text()) > TRAFFIC + 40

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,8 @@ from jax.experimental import pallas as pl
 
 from jaxllm.config import ModelConfig
 from jaxllm.model.decoder import CustomLLM, split_model
-from jaxllm.model.kernels import ANY, CUDA, grouped_loop, grouped_triton
-from jaxllm.model.kernels.packed import unpack
-from jaxllm.model.kernels.stacks import Kept
+from jaxllm.model.kernels import ANY, CUDA, grouped_loop, grouped_triton, grouped_whole
+from jaxllm.model.kernels.interface import ExpertKernels, ExpertRows, Saved
 from jaxllm.train.loss import summed_cross_entropy
 
 SMALL = ModelConfig(
@@ -27,10 +27,14 @@ SMALL = ModelConfig(
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Kernels run in Pallas' interpreter, on stacks whose contents at the start are not numbers."""
+    """Kernels run in Pallas' interpreter, on arrays whose contents at the start are not numbers."""
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
-    monkeypatch.setattr(grouped_triton, "new_kept", lambda *args: jnp.full(args[:3], jnp.nan, args[3]))
-    monkeypatch.setattr(grouped_triton, "new_gradient", lambda weight: jnp.full_like(weight, jnp.nan))
+    nowhere: dict[str, Any] = {
+        "new_saved": lambda *args: jnp.full(args[:3], jnp.nan, args[3]),
+        "new_gradient": lambda weight: jnp.full_like(weight, jnp.nan),
+    }
+    for module in (grouped_triton, grouped_whole):
+        monkeypatch.setattr(module, "KERNELS", dataclasses.replace(module.KERNELS, **nowhere))
 
 
 @pytest.mark.parametrize(
@@ -49,32 +53,32 @@ def test_the_triton_kernels_equal_the_loops(interpreted, sizes, dtype):
     weights = [jax.random.normal(key, shape, jnp.float32) for key, shape in zip(keys[3:6], shapes, strict=True)]
     counts, second = jnp.asarray(sizes), jnp.asarray(1)
 
-    def results(grouped) -> list[np.ndarray]:
+    def results(grouped: ExpertKernels) -> list[np.ndarray]:
         def pad(a):
             return jnp.pad(a, ((0, grouped.padding(M)), *[(0, 0)] * (a.ndim - 1)))
 
-        inputs = x, pad(tokens), pad(row_weights)
-        alone = [grouped.prepared(weight, x.dtype) for weight in weights]
-        stacks = [grouped.prepared(jnp.concatenate([a + 1, a, a - 1]), x.dtype) for a in weights]
-        at_start = jnp.nan if grouped is grouped_triton else 0  # the loops leave the zeros of empty groups
+        def rows(experts, offset) -> ExpertRows:
+            read = tuple(grouped.prepared(weight, x.dtype) for weight in experts)
+            return ExpertRows(x, pad(tokens), pad(row_weights), counts, read, offset)
+
+        of_layer = rows([jnp.concatenate([a + 1, a, a - 1]) for a in weights], 4 * second)
+        at_start = 0 if grouped == grouped_loop.KERNELS else jnp.nan  # the loops leave the zeros of empty groups
         totals = tuple(jnp.ones((12, *shape[1:])).at[4:8].set(at_start) for shape in shapes)
-        room = Kept(jnp.zeros_like(grouped.new_kept(3, M, 96, x.dtype)), second)
-        out, kept = grouped.ffn(*inputs, stacks, counts, 4 * second, room)
-        out_alone, _ = grouped.ffn(*inputs, alone, counts)
-        d_rows, d_row_weights, totals = grouped.ffn_gradients(
-            *inputs, d_out, stacks, Kept(kept, second), counts, totals, 4 * second
-        )
+        room = Saved(jnp.zeros_like(grouped.new_saved(3, M, 96, x.dtype)), second)
+        out, saved = grouped.ffn(of_layer, room)
+        out_alone, _ = grouped.ffn(rows(weights, 0), None)
+        d_rows, d_row_weights, totals = grouped.ffn_gradients(of_layer, d_out, Saved(saved, second), totals)
         made = [out[:M], out_alone[:M], d_rows[:M], d_row_weights[:M], *totals]
-        made += [unpack(kept)[layer, :M] for layer in (1, 0, 2)]
+        made += [saved[layer, :M] for layer in (1, 0, 2)]
         return [np.asarray(a, np.float64) for a in made]
 
     tolerance = 1e-5 if dtype == "float32" else 1e-2
-    wanted = results(grouped_loop)
-    in_stack, alone, *_, first_layer, last_layer = wanted
-    np.testing.assert_array_equal(in_stack, alone)
+    wanted = results(grouped_loop.KERNELS)
+    of_layer, alone, *_, first_layer, last_layer = wanted
+    np.testing.assert_array_equal(of_layer, alone)
     assert not first_layer.any()
     assert not last_layer.any()
-    for ours, theirs in zip(results(grouped_triton), wanted, strict=True):
+    for ours, theirs in zip(results(grouped_triton.KERNELS), wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * np.abs(theirs).max())
 
 
@@ -112,7 +116,7 @@ def test_the_step_s_gradients(interpreted, remat):
 
 
 def test_the_gradients_of_the_auxiliary_losses_alone(interpreted):
-    """They do not depend on the last layer's output, and must find what the layers kept all the same."""
+    """They do not depend on the last layer's output, and must find what the layers saved all the same."""
     (wanted, wanted_gradients), (made, gradients) = (
         loss_and_gradients(SMALL, platform, remat=True, auxiliary=True) for platform in (ANY, CUDA)
     )
@@ -145,7 +149,9 @@ def test_decoding_reads_its_layer_s_experts(interpreted):
     @nnx.jit
     def both(model, ids):
         latents = model.hidden_states(ids[:, :8], keep_latents=True)[1].latents
-        cache = jax.tree.map(lambda kept: jnp.pad(kept, [(0, 0), (0, 0), (0, 1)] + [(0, 0)] * (kept.ndim - 3)), latents)
+        cache = jax.tree.map(
+            lambda slots: jnp.pad(slots, [(0, 0), (0, 0), (0, 1)] + [(0, 0)] * (slots.ndim - 3)), latents
+        )
         return model.decode(ids[:, 8:], jnp.full((1, 1), 8), cache)[0][:, 0], model(ids)[:, 8]
 
     made, wanted = both(model, ids)

@@ -20,7 +20,8 @@ from huggingface_hub import constants
 
 from jaxllm.config import TrainConfig
 from jaxllm.data import hub_retry as patience
-from jaxllm.data.sources import FileSource, HubSource, local_files
+from jaxllm.data import sources
+from jaxllm.data.sources import FileSource, HubSource, local_files, open_source
 from jaxllm.data.stream import ProcessBatches
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.errors import UserError
@@ -268,6 +269,43 @@ def test_a_run_keeps_its_commit_or_reports_that_it_is_gone(hub):
     resumed.position = source.position
     with pytest.raises(UserError, match=rf"no longer has the commit {commit}.*--overwrite"):
         texts(resumed)
+
+
+def test_a_split_that_is_not_there_is_refused_and_a_validation_split_is_evaluated(hub):
+    with pytest.raises(UserError, match="has no split 'nosuch': pass --data-split, one of train"):
+        HubSource(NAME, CONFIG, "nosuch", "text")
+    assert {chunk.text for chunk in open_hub().held_out()} == {*texts(open_hub())[1::20]}
+    validation = f"  - split: validation\n    path: {CONFIG}/dev*\n"
+    more = README.replace("- config_name: other", f"{validation}- config_name: other")
+    rows = parquet([{"text": f"validation {i}"} for i in range(9)])
+    hub.add("datasets", NAME, corpus_files() | {"README.md": more.encode(), f"{CONFIG}/dev.parquet": rows})
+    source = open_hub()
+    assert [chunk.text for chunk in source.held_out()] == [f"validation {i}" for i in range(9)]
+    (report,) = source.reports()
+    assert "evaluated on the split 'validation'; nothing is held out" in report.evaluated
+    assert report.seen.documents == 9
+    assert not any(chunk.held_out for chunk in source.chunks())
+    running = HubSource(NAME, CONFIG, "train", "text", hold_out="chunks")  # a run that began before there was one
+    assert any(chunk.held_out for chunk in running.chunks())
+
+
+@pytest.mark.parametrize(
+    "option", ["skip_data", "eval_data", "data_split", "text_field", "data_config", "data_revision"]
+)
+def test_no_option_is_ignored_for_a_dataset_of_the_hub(option, hub):
+    config = TrainConfig.from_options(**{"data": NAME, "data_config": CONFIG, option: "nosuch"})
+    with pytest.raises(UserError) as refused:
+        next(open_source(config).held_out())
+    assert "nosuch" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_mistyped_path_is_not_only_the_hub_s_fault(hub, monkeypatch):
+    with pytest.raises(UserError, match="there is no file or folder of that name"):
+        open_source(TrainConfig.from_options(data="corpora/mine"))
+    monkeypatch.setattr(sources, "hub_reachable", lambda: False)
+    with pytest.raises(UserError, match="there is no file or folder 'corpora/mine', and the Hugging Face Hub"):
+        open_source(TrainConfig.from_options(data="corpora/mine"))
 
 
 # Below: the seed recipe. The slow tests start it in a separate process, as a user does.

@@ -196,7 +196,7 @@ def test_a_copy_computes_the_same_and_is_apart(made):
 def test_tabulate_reads_every_layer():
     model = small_model()
     table = nnx.tabulate(model, tokens(9), console_kwargs={"width": 400})
-    for path in ("decoder_layers/self_attn/o_proj", "decoder_layers/mlp/routed_experts/routed"):
+    for path in ("decoder_layers/self_attn/o_proj", "decoder_layers/mlp/routed_ffn"):
         assert path in table
     counted = count_parameters(split_model(model)[1]) + SMALL.num_hidden_layers * SMALL.n_routed_experts
     assert f"Total Parameters: {counted:,}" in table  # it counts the routing bias too

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -15,10 +16,10 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from jaxllm.config import ModelConfig
-from jaxllm.model import moe
-from jaxllm.model.kernels import grouped_loop as grouped_loop
+from jaxllm.model import load_balance, moe
+from jaxllm.model.kernels import choose_kernels, grouped_loop
 from jaxllm.model.kernels.dispatch import combine, gather_slots, plan_dispatch
-from jaxllm.model.kernels.expert_ffn import expert_ffn
+from jaxllm.model.kernels.expert_ffn import expert_ffn, expert_slice
 
 SMALL = ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, moe_intermediate_size=24)
 
@@ -47,11 +48,15 @@ def oracle_and_gradients(cotangent, x, gates, weights, experts):
     return out, pullback(cotangent)
 
 
-@jax.jit
-def expert_ffn_and_gradients(cotangent, x, gates, weights, experts):
-    def function(x, gates, weights):
-        return expert_ffn(grouped_loop, x, gates, weights, plan_dispatch(experts, len(weights[0])))
+def chosen_experts(x, gates, weights, experts, kernels=grouped_loop.KERNELS):
+    plan = plan_dispatch(experts, len(weights[0]))
+    return expert_ffn(kernels, x, gates, plan, expert_slice(kernels, weights, x.dtype)).output
 
+
+@functools.partial(jax.jit, static_argnums=0)
+def expert_ffn_and_gradients(recomputes, cotangent, x, gates, weights, experts):
+    kernels = dataclasses.replace(grouped_loop.KERNELS, recomputes=recomputes)
+    function = functools.partial(chosen_experts, experts=experts, kernels=kernels)
     out, pullback = jax.vjp(function, x, gates, weights)
     return out, pullback(cotangent)
 
@@ -73,17 +78,17 @@ def test_expert_ffn_equals_a_loop_over_experts(sizes, here, seed):
     weights = tuple(jax.random.normal(key, shape) for key, shape in zip(keys[3:6], shapes, strict=True))
     experts = jax.random.permutation(keys[6], np.repeat(np.arange(4), sizes)).reshape(-1, 2)
 
-    made = expert_ffn_and_gradients(cotangent, x, gates, weights, experts)
     wanted = oracle_and_gradients(cotangent, x, gates, weights, experts)
-    for ours, theirs in zip(jax.tree.leaves(made), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-11 * np.abs(theirs).max())
+    for recomputes in (False, True):
+        made = expert_ffn_and_gradients(recomputes, cotangent, x, gates, weights, experts)
+        for ours, theirs in zip(jax.tree.leaves(made), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-11 * np.abs(theirs).max())
 
 
 def test_the_backward_pass_moves_rows_by_gathers_alone():
     x, gates, experts = jnp.ones((6, 8)), jnp.ones((6, 2)), jnp.arange(12).reshape(6, 2) % 4
     weights = jnp.ones((4, 8, 6)), jnp.ones((4, 8, 6)), jnp.ones((4, 6, 8))
-    plan = plan_dispatch(experts, 4)
-    _, pullback = jax.vjp(functools.partial(expert_ffn, grouped_loop, plan=plan), x, gates, weights)
+    _, pullback = jax.vjp(functools.partial(chosen_experts, experts=experts), x, gates, weights)
     program = str(jax.make_jaxpr(pullback)(x))
     assert "gather" in program
     assert "scatter" not in program
@@ -94,7 +99,7 @@ def test_joined_weights_stay_in_bfloat16():
     """XLA's CPU before JAX 0.12 joins arrays of bfloat16 in float32, and converts all of them twice for it."""
     x, gates, experts = jnp.ones((64, 8), jnp.bfloat16), jnp.ones((64, 2)), jnp.arange(128).reshape(64, 2) % 4
     weights = jnp.ones((4, 8, 6)), jnp.ones((4, 8, 6)), jnp.ones((4, 6, 8))
-    experts_of = functools.partial(expert_ffn, grouped_loop, plan=plan_dispatch(experts, 4))
+    experts_of = functools.partial(chosen_experts, experts=experts)
 
     @jax.jit
     def both_passes(x, gates, weights):
@@ -170,7 +175,8 @@ def loop_over_tokens(layer: moe.DeepSeekMoE, x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("crowded", [False, True], ids=["random routing", "all tokens on one pair"])
 def test_no_token_is_dropped(crowded):
-    layer = nnx.jit(lambda: moe.DeepSeekMoE(SMALL, dtype=jnp.float64, rngs=nnx.Rngs(0)))()
+    kernels = choose_kernels(SMALL, jnp.float64)
+    layer = nnx.jit(lambda: moe.DeepSeekMoE(SMALL, kernels=kernels, dtype=jnp.float64, rngs=nnx.Rngs(0)))()
     bias = np.random.default_rng(0).normal(size=7) * 0.05
     if crowded:
         bias[[2, 5]] += 10
@@ -214,14 +220,14 @@ def test_each_slot_has_the_row_that_is_its_own():
 
 def test_routing_bias_moves_against_the_crowd():
     counts = jnp.asarray([[10, 0, 5, 5], [4, 4, 4, 4]])
-    moved = moe.updated_routing_bias(jnp.zeros((2, 4)), counts, 1e-3)
+    moved = load_balance.updated_routing_bias(jnp.zeros((2, 4)), counts, 1e-3)
     np.testing.assert_allclose(moved, [[-1e-3, 1e-3, 0, 0], [0, 0, 0, 0]])
 
 
 def test_balance_and_z_loss_of_known_routings():
     even = moe.route(jnp.zeros((8, 4)), jnp.zeros((4, 4)), jnp.zeros(4), 2, experts=jnp.asarray([[0, 1], [2, 3]] * 4))
-    assert moe.balance_loss(even, batch=2) == pytest.approx(1.0)
-    assert moe.z_loss(even) == pytest.approx(np.log(4) ** 2)
+    assert load_balance.balance_loss(even, batch=2) == pytest.approx(1.0)
+    assert load_balance.z_loss(even) == pytest.approx(np.log(4) ** 2)
     logits = jnp.asarray([[9.0, 9.0, -9.0, -9.0]] * 8)
     crowded = moe.route(logits, jnp.eye(4), jnp.zeros(4), 2)
-    assert moe.balance_loss(crowded, batch=2) == pytest.approx(2.0, rel=1e-3)
+    assert load_balance.balance_loss(crowded, batch=2) == pytest.approx(2.0, rel=1e-3)

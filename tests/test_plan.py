@@ -116,7 +116,9 @@ def test_bad_options_are_refused_before_anything_is_compiled(options, parts, cap
         assert part in error
 
 
-@pytest.mark.parametrize(("target", "remedy"), [("h100", "'.[cuda13]'"), ("tpu-v5e", "pip install 'jax[tpu]'")])
+@pytest.mark.parametrize(
+    ("target", "remedy"), [("h100", "pip install 'jax[cuda13]'"), ("tpu-v5e", "pip install 'jax[tpu]'")]
+)
 def test_a_missing_extra_is_named(target, remedy, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(planning, "compile_plan", None)

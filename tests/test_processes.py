@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from encoding_kinds import tokenizer_of
 
 from jaxllm.config import TrainConfig
 from jaxllm.data.sources import FileSource
@@ -131,25 +132,17 @@ def test_a_problem_of_one_process_is_reported_before_anything_is_deleted(narrow,
 CONFIG = TrainConfig.from_options(batch_size=8, grad_accum=2, seq_len=16)
 
 
-class Words:
-    """A tokenizer of whole words."""
-
-    eos_token_id = 0
-
-    def __call__(self, text: str, **_) -> dict[str, list[int]]:
-        return {"input_ids": [hash(word) % 999 + 1 for word in text.split()]}
-
-
 def test_batches_depend_on_the_streams_and_not_on_the_processes(corpus):
     config = CONFIG.with_options(data=str(corpus), data_streams=4)
-    whole = ProcessBatches(config, Words(), 0, 8)
-    parts = [ProcessBatches(config, Words(), first, rows) for first, rows in ((0, 3), (3, 1), (4, 4))]
+    tokenizer = tokenizer_of("Metaspace first")
+    whole = ProcessBatches(config, tokenizer, 0, 8)
+    parts = [ProcessBatches(config, tokenizer, first, rows) for first, rows in ((0, 3), (3, 1), (4, 4))]
     for _ in range(3):
         rows = whole.next_rows(2).reshape(2, 8, 16)
         np.testing.assert_array_equal(np.concatenate([p.next_rows(2).reshape(2, -1, 16) for p in parts], 1), rows)
     positions = {s: position for part in parts for s, position in part.position().items()}
     assert sorted(parts[2].position()) == [2, 3]
-    later = ProcessBatches(config, Words(), 0, 8)
+    later = ProcessBatches(config, tokenizer, 0, 8)
     later.seek([positions[s] for s in range(4)])
     np.testing.assert_array_equal(later.next_rows(1), whole.next_rows(1))
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from jaxllm.config import MAX_INT
 from jaxllm.data.stream import POSITION_FILE
 from jaxllm.errors import UserError, one_line
-from jaxllm.files import read_json
+from jaxllm.files import StrPath, read_json
 
 OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE = "optimizer.pt", "scheduler.pt", "trainer_state.json"
 
@@ -30,9 +30,9 @@ class Checkpoint(NamedTuple):
     step: int  # updates done
 
 
-def last_checkpoint(run: Path) -> Checkpoint | None:
+def last_checkpoint(run: StrPath) -> Checkpoint | None:
     """The newest complete checkpoint of a run; a partly written one is skipped. Raises UserError if it lacks a file."""
-    states = [(folder, trainer_state(folder)) for folder in run.glob("checkpoint-*/")]
+    states = [(folder, trainer_state(folder)) for folder in Path(run).glob("checkpoint-*/")]
     complete = [(state["global_step"], folder, state) for folder, state in states if state is not None]
     if not complete:
         return None
@@ -46,10 +46,10 @@ def last_checkpoint(run: Path) -> Checkpoint | None:
     return Checkpoint(folder, step)
 
 
-def trainer_state(folder: Path) -> dict[str, Any] | None:
+def trainer_state(folder: StrPath) -> dict[str, Any] | None:
     """A checkpoint's `trainer_state.json`; None if it is missing, incomplete or without a step count."""
     try:
-        state = read_json(folder / STATE_FILE, MAX_STATE_BYTES)
+        state = read_json(Path(folder, STATE_FILE), MAX_STATE_BYTES)
     except UserError:
         return None
     return state if _is_count(state.get("global_step")) else None
@@ -60,7 +60,7 @@ def _is_count(value: Any) -> bool:
 
 
 @contextmanager
-def reading(folder: str | Path) -> Iterator[None]:
+def reading(folder: StrPath) -> Iterator[None]:
     """Turns any error while a checkpoint is read into a UserError of one line."""
     try:
         yield

@@ -12,9 +12,10 @@ as `modeling_customllm.py`. All shape comments use these axis letters:
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -22,8 +23,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils.versions import require_version
+
+require_version("transformers>=5.4", "To load this model: pip install -U transformers")  # older ones lack what follows
+
 from transformers import AutoModel, Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
@@ -33,14 +39,14 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
-from transformers.utils.versions import require_version
-
-require_version("transformers>=5.4", "To load this model: pip install -U transformers")
 
 # The rows of each expert are a number that only the data know; else torch.compile breaks the graph at each layer.
 torch._dynamo.config.capture_scalar_outputs = True  # pyright: ignore[reportAttributeAccessIssue]
 
 IGNORED = -100  # the label of a position that is not a target
+# transformers 5.24 renamed an argument and an output. Both names are taken; the one of this version is used.
+CACHE_NAMES = ("past_key_values", "cache")
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 CODE_FILE = "modeling_customllm.py"  # the name of this file in an exported folder
 AUTO_CLASSES = {
     "AutoConfig": "CustomLLMConfig",
@@ -86,7 +92,7 @@ class CustomLLMConfig(PretrainedConfig):
     """
 
     model_type = "customllm"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]  # the Trainer adds a list to it
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [*CACHE_NAMES]  # the Trainer adds a list to it
     base_model_tp_plan: ClassVar[dict[str, str]] = TP_PLAN
     base_model_fsdp_plan: ClassVar[dict[str, str]] = FSDP_PLAN
 
@@ -208,9 +214,8 @@ def causal_mask(
     """
     if attention_mask is None and position_ids is None:  # one mask for all rows; only shape, dtype and device are read
         x = x.new_empty((1, x.shape[1], 0))
-    mask = create_causal_mask(
-        config=config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=cache, position_ids=position_ids
-    )
+    options: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids, CACHE: cache}
+    mask = create_causal_mask(config=config, inputs_embeds=x, **options)
     if isinstance(mask, Tensor) and isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
         past = 0 if cache is None else cache.get_seq_length()
         query = torch.arange(x.shape[1], device=x.device)[:, None] + past  # (T,1), the slot of each query
@@ -226,7 +231,7 @@ def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
     return scores.softmax(dim=-1)
 
 
-def eager_attention(
+def eager_attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -268,12 +273,10 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = nn.Linear(D, D, bias=False)
         self.rotary_emb = RotaryEmbedding(half, config.rope_theta)
 
-    def forward(
-        self, x: Tensor, positions: Tensor, mask: Any, past_key_values: Cache | None = None, **kwargs
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, positions: Tensor, mask: Any, **kwargs) -> tuple[Tensor, Tensor | None]:
         """(B,T,D), positions (B|1,T), mask (B|1,1,T,S) -> (B,T,D) and, from `eager`, the attention weights (B,H,T,S).
 
-        The cache grows from S-T to S slots. `kwargs` go to the attention function.
+        The cache, `kwargs[CACHE]`, grows from S-T to S slots. The other `kwargs` go to the attention function.
         """
         kv, q_latent = self.kv_proj_d(x), self.q_proj_d(x)  # (B,T,R)
         half = self.head_dim // 2
@@ -282,9 +285,13 @@ class MultiHeadLatentAttention(nn.Module):
         k = torch.cat([self.k_proj_u(kv).unflatten(-1, (-1, half)), k_rope], dim=-1).transpose(1, 2)  # (B,H,T,h)
         q = torch.cat([self.q_proj_u(q_latent).unflatten(-1, (-1, half)), q_rope], dim=-1).transpose(1, 2)
         v = self.v_proj_u(kv).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)  # (B,H,S,h)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(str(self.config._attn_implementation), eager_attention)
+        cache = kwargs.pop(CACHE, None)
+        if cache is not None:
+            # a paged cache finds the slots of each token in `kwargs`
+            k, v = cache.update(k, v, self.layer_idx, **({} if isinstance(cache, Cache) else {"kwargs": kwargs}))
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+            str(self.config._attn_implementation), eager_attention_forward
+        )
         context, weights = attention(self, q, k, v, mask, scaling=self.scaling, position_ids=positions, **kwargs)
         return self.o_proj(context.flatten(2)), weights  # context (B,T,H,h)
 
@@ -437,11 +444,10 @@ class DecoderLayer(GradientCheckpointingLayer):
         positions: Tensor,
         mask: Any,
         experts: Tensor | None = None,
-        past_key_values: Cache | None = None,  # transformers finds it by name, and drops it when checkpointing
         output_attentions: bool = False,
-        **kwargs,
+        **kwargs,  # transformers finds the cache here by its name, and drops it when checkpointing
     ) -> tuple[Tensor, Routing, Tensor | None]:  # (B,T,D) -> (B,T,D), and (B,H,T,S) if asked for
-        attended, weights = self.self_attn(self.input_norm(x), positions, mask, past_key_values, **kwargs)
+        attended, weights = self.self_attn(self.input_norm(x), positions, mask, **kwargs)
         x = x + attended
         mixed, routing = self.mlp(self.post_attn_norm(x), experts)
         return x + mixed, routing, weights if output_attentions else None
@@ -481,6 +487,16 @@ class PositionLimit(StoppingCriteria):
         return torch.full((len(input_ids),), full, device=input_ids.device)
 
 
+def either_cache(past_key_values: Any, cache: Any) -> Any:
+    """The argument with two names. Raises TypeError if both are given, or something else than a cache."""
+    if past_key_values is not None and cache is not None:
+        raise TypeError("pass either cache or past_key_values: they are two names of one argument")
+    cache = past_key_values if cache is None else cache
+    if not isinstance(cache, Cache | PagedAttentionCache | None):
+        raise TypeError(f"cache has type {type(cache).__name__}: pass a transformers Cache, such as DynamicCache()")
+    return cache
+
+
 class CustomLLMPreTrainedModel(PreTrainedModel):
     """What all models of this file have in common.
 
@@ -498,7 +514,7 @@ class CustomLLMPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _input_embed_layer = "token_embeddings"
     _no_split_modules: ClassVar = ["DecoderLayer"]
-    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar = [*CACHE_NAMES]
     _keep_in_fp32_modules: ClassVar = ["router"]  # in float16; and no quantizer takes it
     _keep_in_fp32_modules_strict: ClassVar = {"routing_bias"}  # bfloat16 would lose updates of 1e-3
     _keys_to_ignore_on_load_missing: ClassVar = [r"\.routing_bias$"]  # it is then zero
@@ -562,6 +578,7 @@ class CustomLLMModel(CustomLLMPreTrainedModel):
         output_attentions: bool | None = None,
         output_router: bool = False,
         expert_indices: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> CustomLLMModelOutput:
         """The input of lm_head, (B, T, D), after any final norm.
@@ -572,7 +589,8 @@ class CustomLLMModel(CustomLLMPreTrainedModel):
                 scores; None: no padding.
             position_ids: (B|1, T); None: counted without padding. Without a mask and a cache, a document begins
                 wherever a position is not the one before it plus 1, and no token attends to another document.
-            past_key_values: the cached keys and values of earlier tokens; extended in place.
+            past_key_values, cache: two names of one argument: the keys and values of earlier tokens; extended in place.
+                `generate_batch` passes its paged cache.
             inputs_embeds: (B, T, D) in place of the embeddings of `input_ids`.
             use_cache: return keys and values, in a new `DynamicCache` if none is given; None: as the config says, but
                 not in training.
@@ -587,14 +605,16 @@ class CustomLLMModel(CustomLLMPreTrainedModel):
         Raises:
             ValueError: a position is not in the position table, the mask does not fit, or there are not exactly one of
                 `input_ids` and `inputs_embeds`.
-            TypeError: another argument has a value that the attention function does not use.
+            TypeError: the cache is given twice or has another type, or the attention function does not use an argument.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
-        self._check_arguments(kwargs, position_ids)
+        cache = either_cache(past_key_values, cache)
+        paged = isinstance(cache, PagedAttentionCache)  # it brings a mask and positions
+        self._check_arguments(cache, kwargs, position_ids)
         config: Any = self.config
         tokens: Any = self.token_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        length, past = tokens.shape[1], 0 if past_key_values is None else past_key_values.get_seq_length()
+        length, past = tokens.shape[1], 0 if cache is None or paged else cache.get_seq_length()
         positions = position_ids
         if positions is None:
             positions = self._positions(past, length, attention_mask, tokens.device)
@@ -602,19 +622,20 @@ class CustomLLMModel(CustomLLMPreTrainedModel):
             self._check_mask(past, length, attention_mask)
             if position_ids is not None or past + length > config.max_position_embeddings:
                 self._check_positions(positions)
-        mask = causal_mask(config, tokens, attention_mask, past_key_values, position_ids)
+        mask = causal_mask(config, tokens, attention_mask, None if paged else cache, position_ids)
         if use_cache is None:
             use_cache = config.use_cache and not self.training and not torch.compiler.is_exporting()
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=config)
         hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         kwargs["output_attentions"] = config.output_attentions if output_attentions is None else output_attentions
+        kwargs["cache" if paged else CACHE] = cache
 
         x = self.dropout(tokens + self.position_embeddings(positions))
         hidden_states, routings, attentions = [x], [], []
         for i, layer in enumerate(self.decoder_layers):
             forced = None if expert_indices is None else expert_indices[i]
-            x, routing, weights = layer(x, positions, mask, forced, past_key_values=past_key_values, **kwargs)
+            x, routing, weights = layer(x, positions, mask, forced, **kwargs)
             if hidden:
                 hidden_states.append(x)
             if kwargs["output_attentions"]:
@@ -624,7 +645,7 @@ class CustomLLMModel(CustomLLMPreTrainedModel):
         x = x[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
         return CustomLLMModelOutput(
             last_hidden_state=self.final_norm(x) if config.final_norm else x,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             hidden_states=tuple(hidden_states) if hidden else None,
             attentions=tuple(attentions) or None,
             router_experts=tuple(routing.experts for routing in routings) or None,
@@ -634,12 +655,20 @@ class CustomLLMModel(CustomLLMPreTrainedModel):
 
     forward = can_return_tuple(run_layers)
 
-    def _check_arguments(self, kwargs: dict[str, Any], position_ids: Tensor | None) -> None:
+    def _check_arguments(self, cache: Any, kwargs: dict[str, Any], position_ids: Tensor | None) -> None:
+        attention = str(self.config._attn_implementation)
+        if isinstance(cache, PagedAttentionCache):
+            # since 5.24 the layer fills the pages, before that the attention function
+            taken = inspect.signature(
+                ALL_ATTENTION_FUNCTIONS.get_interface(attention, eager_attention_forward)
+            ).parameters
+            if not (CACHE == "cache" or "cache" in taken or attention.startswith("paged|")):
+                raise TypeError(f"attn_implementation={attention!r} does not read a paged cache: call generate_batch")
+            return
         given = [name for name, value in kwargs.items() if value is not None]
         if position_ids is not None:
             given = [name for name in given if name not in PACKING]
-        paged = self.config._attn_implementation == "sdpa" and kwargs.get("cache") is not None  # continuous batching
-        if given and not paged and self.config._attn_implementation in ("eager", "sdpa", "flex_attention"):
+        if given and attention in ("eager", "sdpa", "flex_attention"):
             raise TypeError(
                 f"{type(self).__name__} does not use {', '.join(given)}"
                 + (": pass position_ids to pack documents" if PACKING & set(given) else "")
@@ -708,6 +737,7 @@ class CustomLLM(CustomLLMModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> CustomLLMOutput:
         """Logits of the next token.
@@ -723,8 +753,9 @@ class CustomLLM(CustomLLMModel, GenerationMixin):
         """
         # if the signature named it, the Trainer would expect it in every batch
         shift_labels = kwargs.pop("shift_labels", None)
+        cache = either_cache(past_key_values, cache)
         out = self.run_layers(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, logits_to_keep, **kwargs
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, logits_to_keep, **kwargs
         )
         logits = self.lm_head(out.last_hidden_state)
         logits = logits.to(at_least_float32(logits.dtype))
@@ -738,12 +769,21 @@ class CustomLLM(CustomLLMModel, GenerationMixin):
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # pyright: ignore[reportAttributeAccessIssue]
     def prepare_inputs_for_generation(self, *args, tokenizer: Any = None, assistant_tokenizer: Any = None, **kwargs):
-        """transformers', without what `generate` was given for `stop_strings`: it would pass that on to `forward`."""
-        return super().prepare_inputs_for_generation(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        """transformers', without what `generate` was given for `stop_strings`: it would pass that on to `forward`.
+
+        The cache goes on by its first name: by that alone PEFT knows whether its virtual tokens are in it.
+        """
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return {"past_key_values": inputs.pop("cache"), **inputs} if "cache" in inputs else inputs
 
     @functools.wraps(GenerationMixin.generate)  # pyright: ignore[reportAttributeAccessIssue]
-    def generate(self, *args, stopping_criteria: Any = None, **kwargs) -> Any:
+    def generate(
+        self, *args, stopping_criteria: Any = None, past_key_values: Any = None, cache: Any = None, **kwargs
+    ) -> Any:
         """transformers'; it ends where the position table does, with a warning and what there is."""
+        cache = either_cache(past_key_values, cache)
+        if cache is not None:
+            kwargs[CACHE] = cache
         mask, embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
         length = self.config.max_position_embeddings
         if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -755,11 +795,11 @@ class CustomLLM(CustomLLMModel, GenerationMixin):
 
 
 class CustomLLMForSequenceClassification(GenericForSequenceClassification, CustomLLMPreTrainedModel):
-    pass
+    accepts_loss_kwargs = False  # for the Trainer: the loss is a mean, and num_items_in_batch would go to the backbone
 
 
 class CustomLLMForTokenClassification(GenericForTokenClassification, CustomLLMPreTrainedModel):
-    pass
+    accepts_loss_kwargs = False
 
 
 AutoModel.register(CustomLLMConfig, CustomLLMModel, exist_ok=True)  # the last two build their backbone by it

@@ -9,17 +9,31 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxllm.config import RunConfig
+from jaxllm.errors import UserError, exit_on_user_error
+from jaxllm.packages import is_installed
+from jaxllm.run.prepare import Prepared, parse_args, prepare
+
+PROGRAM = "python -m torch_ref.train"
+
+
+@exit_on_user_error
+def main_without_pytorch() -> None:
+    parse_args(None, PROGRAM, __doc__, RunConfig)  # --help ends here
+    raise UserError("PyTorch is not installed: pip install torch accelerate")
+
+
+if __name__ == "__main__" and not is_installed("torch"):
+    sys.exit(main_without_pytorch())  # before the imports that fail
+
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from jaxllm.config import RunConfig
 from jaxllm.data.sources import open_source
 from jaxllm.data.stream import POSITION_FILE, TokenStream, read_position
-from jaxllm.errors import exit_on_user_error
 from jaxllm.run.history import History
 from jaxllm.run.lock import FolderLock
 from jaxllm.run.metrics import RunLog, read_metrics
-from jaxllm.run.prepare import Prepared, parse_args, prepare
 from jaxllm.run.reporting import announce, announce_finished, announce_speed
 from torch_ref.batches import MicroBatches
 from torch_ref.callbacks import LogCallback, TextGenerationCallback
@@ -44,7 +58,8 @@ def train(prepared: Prepared[RunConfig], model: CustomLLM | None = None) -> Cust
     if model is None:
         torch.manual_seed(config.seed % 2**32)
         model = CustomLLM(config.model)
-    stream = TokenStream(open_source(config), prepared.tokenizer, config.data.seq_len, config.seed)
+    special = config.data.special_tokens_in_text
+    stream = TokenStream(open_source(config), prepared.tokenizer, config.data.seq_len, config.seed, special)
     first_step = 0
     if checkpoint is not None:
         first_step = checkpoint.step
@@ -68,20 +83,19 @@ def train(prepared: Prepared[RunConfig], model: CustomLLM | None = None) -> Cust
     batches = MicroBatches(stream, config)
     trainer = CustomLLMTrainer(prepared, model, batches)
     history = History.from_records([record for record in read_metrics(config.folder) if record["step"] <= first_step])
-    run_log = RunLog(config, history, first_step)
-    trainer.add_callback(LogCallback(prepared, run_log, batches, trainer.routing, peak_tflops))
-    trainer.add_callback(samples)
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
+        with RunLog(config, history, first_step) as run_log:
+            trainer.add_callback(LogCallback(prepared, run_log, batches, trainer.routing, peak_tflops))
+            trainer.add_callback(samples)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
     finally:
         batches.prefetcher.close()
-        run_log.close()
     return model
 
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    config = parse_args(argv, "python -m torch_ref.train", __doc__, RunConfig)
+    config = parse_args(argv, PROGRAM, __doc__, RunConfig)
     disable_progress_bar()  # one for each written file: the run has its own bar
     choose_device(config)  # an unsuitable device is refused before anything is created or deleted
     with FolderLock(config.folder) as lock:

@@ -4,8 +4,6 @@ python -m benchmarks.gpu.page
 python -m benchmarks.gpu.page runs/gpu.json --out runs/gpu.md
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +12,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from benchmarks.gpu.command import REPORT
-from benchmarks.gpu.parts import PARTS
-from benchmarks.gpu.report import COLUMNS, device_line, table_rows, versions_line
+from benchmarks.report import GPU_COLUMNS, GPU_REPORT, device_line, table_rows, versions_line
+from benchmarks.rows import PARTS
 from benchmarks.worker import ROOT
 from jaxllm.command_line import parse
 from jaxllm.errors import UserError, exit_on_user_error
@@ -40,7 +37,7 @@ measured. MFU counts the model's products, no recomputation; attention is counte
 class PageArgs:
     """Which report to show, and where."""
 
-    report: Annotated[Path, tyro.conf.Positional] = REPORT
+    report: Annotated[Path, tyro.conf.Positional] = GPU_REPORT
     """A file that `python -m benchmarks gpu` wrote."""
     out: Path = PAGE
     """The page."""
@@ -48,7 +45,7 @@ class PageArgs:
 
 def page(report: dict[str, Any]) -> str:
     """The page in Markdown."""
-    measured = [part["part"] for part in report["parts"] if PARTS[part["part"]].on_gpu and not part["not_measured"]]
+    measured = any(not (PARTS[part["part"]].planned or part["not_measured"]) for part in report["parts"])
     if report["quick"]:
         state = "**Small sizes on the CPU: this shows that the code runs, and no speed.**"
     elif measured:
@@ -60,13 +57,9 @@ def page(report: dict[str, Any]) -> str:
             f"**Nothing was measured on a GPU yet.** The table has plans for one {report['target']} alone, made on a "
             f"machine without it ({versions_line(report)})."
         )
-    rows = [COLUMNS, ("---",) * len(COLUMNS), *table_rows(report)]
-    table = "\n".join(f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rows)
-    return "\n".join((HEAD, state, "", NOTES, table, ""))
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    rows = [GPU_COLUMNS, ("---",) * len(GPU_COLUMNS), *table_rows(report)]
+    cells = ((cell.replace("|", "\\|") for cell in row) for row in rows)
+    return "\n".join((HEAD, state, "", NOTES, *(f"| {' | '.join(row)} |" for row in cells), ""))
 
 
 @exit_on_user_error

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jaxllm.config.model import CUSTOMLLM_FIELDS, SPECIAL_TOKENS, ModelConfig, RouterConfig, YarnConfig, deepseek
-from jaxllm.errors import UserError, shown
+from jaxllm.config.model import CUSTOMLLM_FIELDS, ModelConfig, RouterConfig, YarnConfig, deepseek
+from jaxllm.errors import UserError, listed, note, shown
 
 Json = Mapping[str, Any]
 Names = Literal["customllm", "deepseek"]
@@ -102,25 +102,37 @@ def write_config(config: ModelConfig, dtype: str, source: Json | None = None) ->
         UserError: no family has all options of the config.
     """
     family = family_of(config, source)
-    head = {"architectures": [family.architecture], "model_type": family.model_type, "dtype": dtype}
+    head = {"architectures": [family.architecture], "model_type": family.model_type}
     written = family.write(config)
-    if family.names == "customllm":
-        return head | written
+    if source is None:
+        more = {} if family.names == "customllm" else _READ_BARE | {"torch_dtype": dtype}
+        return head | {"dtype": dtype} | written | more
     if "rope_interleave" in written:
         written["rope_interleave"] = is_interleaved(source)
-    kept = {key: value for key, value in (source or {}).items() if key not in ("quantization_config", "auto_map")}
-    if source is None or not _same_model(source, config):
-        respelled = ("rope_parameters", "mlp_layer_types")
-        kept = {key: value for key, value in kept.items() if key not in respelled} | written
-    named = {key: written[key] for key in ("topk_method", "scoring_func") if key in written}
-    return kept | head | named | {"torch_dtype": dtype, "num_nextn_predict_layers": 0}
+    before = _written_before(source, family)
+    changed = {key: value for key, value in written.items() if key not in before or before[key] != value}
+    stale = {"quantization_config", "auto_map"} | (set() if before else {"mlp_layer_types"})
+    stale |= {"rope_parameters"} if changed.keys() & {"rope_theta", "rope_scaling"} else set()
+    kept = {key: value for key, value in source.items() if key not in stale}
+    for key in ("topk_method", "scoring_func"):  # servers route wrongly where they are not named
+        if key in written and kept.get(key) is None:
+            kept[key] = written[key]
+    if kept.get("num_nextn_predict_layers"):
+        kept["num_nextn_predict_layers"] = 0
+    if source.get("dtype", source.get("torch_dtype", dtype)) != dtype:
+        head |= {key: dtype for key in ("dtype", "torch_dtype") if key in source}
+    return kept | changed | head
 
 
-def _same_model(source: Json, config: ModelConfig) -> bool:
+def _written_before(source: Json, family: Family) -> dict[str, Any]:
+    """What is written for the model of a config.json as it is; nothing if it is of another family or not valid."""
     try:
-        return dataclasses.replace(read_config(source), dropout=config.dropout) == config
+        before = family.write(read_config(source))
     except UserError:
-        return False
+        return {}
+    if FAMILIES.get(source.get("model_type", "")) is not family:
+        return {}
+    return before | ({"rope_interleave": is_interleaved(source)} if "rope_interleave" in before else {})
 
 
 def check_trainable(source: Json) -> None:
@@ -139,7 +151,9 @@ def check_trainable(source: Json) -> None:
 def _read_customllm(values: Json) -> ModelConfig:
     if values.get("tie_word_embeddings"):
         raise UserError("tie_word_embeddings is True: it must be False, CustomLLM's lm_head has a separate matrix")
-    return ModelConfig.from_dict({name: values[name] for name in CUSTOMLLM_FIELDS if name in values})
+    known = {name: values[name] for name in CUSTOMLLM_FIELDS if name in values}
+    known |= {key: _within_vocabulary(key, values) for key in ("bos_token_id", "eos_token_id") if key in known}
+    return ModelConfig.from_dict(known)
 
 
 def _write_customllm(config: ModelConfig) -> dict[str, Any]:
@@ -148,6 +162,11 @@ def _write_customllm(config: ModelConfig) -> dict[str, Any]:
 
 
 # The DeepSeek family
+
+_READ_BARE: dict[str, Any] = {
+    "moe_layer_freq": 1, "seq_aux": True, "aux_loss_alpha": 0.0, "ep_size": 1, "num_nextn_predict_layers": 0,
+}  # fmt: skip
+"""Keys that servers read without a default. `aux_loss_alpha` weighs a loss that DeepSeek's own training code adds."""
 
 _NO_EXPERTS: dict[str, Any] = {
     "moe_intermediate_size": 1, "n_routed_experts": 1, "n_shared_experts": 1, "num_experts_per_tok": 1,
@@ -197,9 +216,8 @@ def _read_deepseek(defaults: Json, file: Json) -> ModelConfig:
     for key in ("topk_method", "scoring_func"):  # null: not said
         values[key] = defaults[key] if values[key] is None else values[key]
     _refuse(values, defaults)
-    for key in SPECIAL_TOKENS:  # a default is of the family's own vocabulary
-        if key not in file and isinstance(values["vocab_size"], int) and defaults.get(key, 0) >= values["vocab_size"]:
-            values[key] = None
+    for key in ("bos_token_id", "eos_token_id"):
+        values[key] = _within_vocabulary(key, values, said=key in file)  # a default is of the family's own vocabulary
     L = values["num_hidden_layers"]
     dense = _dense_layers(values)
     shape: dict[str, Any] = {name: values.get(name) for name in _SIZES}
@@ -215,6 +233,22 @@ def _read_deepseek(defaults: Json, file: Json) -> ModelConfig:
         eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
         **_rope(values),
     )
+
+
+def _within_vocabulary(key: str, values: Json, said: bool = True) -> Any:
+    """A special token's id, or ids, without those that the vocabulary does not have: transformers writes the defaults
+    of its classes into small models. A line says so where the file has them."""
+    given, size = values.get(key), values.get("vocab_size")
+    if not isinstance(size, int):
+        return given
+    ids = given if isinstance(given, list) else [given]
+    beyond = [token for token in ids if isinstance(token, int) and not 0 <= token < size]
+    if not beyond:
+        return given
+    if said:
+        note(f"{key} is {shown(given)}: left out {listed(map(str, beyond))}, as vocab_size is {size}")
+    inside = [token for token in ids if token not in beyond]
+    return (inside or None) if isinstance(given, list) else None
 
 
 def _refuse(values: Json, defaults: Json) -> None:

@@ -2,16 +2,20 @@
 
 import dataclasses
 import functools
+import os
 import sys
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from jaxllm.errors import UserError, shown
 
 MAX_INT = 2**31 - 1
 """Upper bound of integer fields that declare none: a config may come from anywhere."""
+
+MAX_SEED = 2**63 - 1
 
 
 def option(
@@ -53,22 +57,40 @@ def option_names(cls: type) -> dict[str, str]:
 
 
 def check_fields(config: Any) -> None:
-    """Check the type and the range of every field; ints in float fields become floats.
+    """Check the type and the range of every field; ints in float fields become floats, and paths what the field holds.
 
     Raises:
         UserError: a value has another type or is outside its range.
     """
     for field in dataclasses.fields(config):
-        name, value = option_names(type(config))[field.name], getattr(config, field.name)
+        name = option_names(type(config))[field.name]
+        value: Any = getattr(config, field.name)
         hint = _type_hints(type(config))[field.name]
         hint = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
         if not _matches(value, hint):
-            wanted = " or ".join(str(choice) for choice in typing.get_args(hint))
-            raise UserError(f"{name} is {shown(value)}: it must be {wanted or getattr(hint, '__name__', str(hint))}")
+            value = _converted_path(value, hint)
+            object.__setattr__(config, field.name, value)
+        if not _matches(value, hint):
+            wanted = typing.get_args(hint) or (hint,)
+            raise UserError(f"{name} is {shown(value)}: it must be {' or '.join(map(_named, wanted))}")
         if hint is float:
             object.__setattr__(config, field.name, float(value))  # JAX refuses an int beyond 32 bits
         if isinstance(value, int | float) and not isinstance(value, bool):
             _check_range(name, value, field.metadata)
+
+
+def _converted_path(value: Any, hint: Any) -> Any:
+    """A path as the `Path` or the text that the field holds; anything else as it is."""
+    choices = typing.get_args(hint) if _is_union(hint) else (hint,)
+    if isinstance(value, str | os.PathLike) and Path in choices:
+        return Path(value)
+    return os.fspath(value) if isinstance(value, os.PathLike) and str in choices else value
+
+
+def _named(choice: Any) -> str:
+    """A type, or one of a Literal's values, for a message."""
+    known = {float: "a finite number", types.NoneType: "None"}
+    return known.get(choice) or getattr(choice, "__name__", str(choice))
 
 
 def _check_range(name: str, value: float, bounds: Mapping[str, Any]) -> None:
@@ -86,9 +108,13 @@ def _check_range(name: str, value: float, bounds: Mapping[str, Any]) -> None:
     raise UserError(f"{name} is {shown(value)}: it must be {bound}")
 
 
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (types.UnionType, typing.Union)  # the latter of a Literal and None
+
+
 def _matches(value: Any, hint: Any) -> bool:
     """Whether a value, perhaps read from JSON, has the annotated type; ints pass for floats."""
-    if isinstance(hint, types.UnionType):
+    if _is_union(hint):
         return any(_matches(value, choice) for choice in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)

@@ -31,6 +31,16 @@ STORY_PROMPTS = (
 )
 
 
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-4, 1e4
+"""Of sampling, besides 0. Beyond them logits leave float32, or every token is as likely as any other."""
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise UserError if it lies between 0, which is greedy, and the least that can be computed with."""
+    if 0 < temperature < MIN_TEMPERATURE:
+        raise UserError(f"temperature is {temperature}: it must be 0 (greedy) or lie in [{MIN_TEMPERATURE}, 10000]")
+
+
 class _Checked:
     def __post_init__(self) -> None:
         check_fields(self)
@@ -41,12 +51,18 @@ class DataConfig(_Checked):
     """What is read, and how it is cut into batches."""
 
     source: Annotated[str, tyro.conf.arg(name="data")] = option("stdlib", resumable=True)
-    """`stdlib` (the standard library's own source code), a file of text, JSONL, JSON, CSV, parquet or Arrow, a folder
-    of them, or the name of a dataset on the Hugging Face Hub. A run resumes with the same content by another name."""
+    """`stdlib` (the standard library's own source code), a file of text, JSONL, JSON, CSV, TSV, parquet or Arrow, a
+    folder of them, or the name of a dataset on the Hugging Face Hub. Several with weights: A=0.7,B=0.3, shares of the
+    text. A run resumes with the same content by another name."""
     subset: Annotated[str | None, tyro.conf.arg(name="data-config")] = None
     """Configuration of a Hub dataset."""
     split: Annotated[str, tyro.conf.arg(name="data-split")] = "train"
-    """Split of a Hub dataset, or of one that `datasets` saved."""
+    """Split that is trained on, of a Hub dataset or of a folder whose names tell splits as on the Hub (train-*.parquet,
+    test/...); `all` reads every file of a folder. If there is a validation split, the run is evaluated on it."""
+    eval_data: str | None = option(None, resumable=True)
+    """Text that the run is evaluated on, in place of a held-out part: a file, a folder, or another split of --data."""
+    hold_out: tyro.conf.Suppress[str | None] = option(None, resumable=True)
+    """What the run holds out for evaluation, which it decides at its first start (`jaxllm.data.source.HoldOut`)."""
     revision: Annotated[str | None, tyro.conf.arg(name="data-revision")] = option(None, resumable=True)
     """Commit of a Hub dataset; default: the newest one when the run starts. The run keeps it; of files, it keeps their
     fingerprint."""
@@ -57,6 +73,10 @@ class DataConfig(_Checked):
     of the field a. Where there is no field `text`, `messages` is read."""
     tokenizer: str | None = None
     """A Hub name or a folder; default: a byte-level BPE trained on the data."""
+    special_tokens_in_text: Literal["text", "keep", "earlier"] = "text"
+    """What becomes of special tokens that documents, messages and prompts spell: `text`, encoded as other characters
+    are; `keep`, control tokens, for data that rely on them. `earlier` is how runs were made before there was a choice,
+    and resume: kept, every 4,096 characters of a text file encoded alone, and rows of several passes mixed."""
     seq_len: int = option(256, ge=2)
     """Tokens in a row of a batch."""
     batch_size: int = option(8, ge=1, le=2**20)
@@ -99,6 +119,9 @@ class ScheduleConfig(_Checked):
 
     steps: int = option(600, ge=1, resumable=True)
     """Optimizer steps."""
+    epochs: float | None = option(None, gt=0, resumable=True)
+    """Passes over the training part of the data, in place of --steps: all of it is read and encoded once before the
+    first step, to count its rows. With several data streams, passes of the largest. Not for Hub datasets."""
     warmup_steps: int = option(50, ge=0)
     """Steps over which the learning rate rises from 0 to its peak."""
     schedule: Literal["cosine", "wsd"] = "cosine"
@@ -247,7 +270,11 @@ class SamplingConfig(_Checked):
     """Prompts that the trained model continues at the end."""
     sample_tokens: int = option(96, ge=0, resumable=True)
     """New tokens for each of these prompts; 0 generates nothing."""
-    temperature: float = option(0.5, ge=0, resumable=True)
+    temperature: float = option(0.5, ge=0, le=MAX_TEMPERATURE, resumable=True)
     """Divides the logits of the samples; 0 is greedy."""
     top_p: float = option(0.95, gt=0, le=1, resumable=True)
     """Only the likeliest tokens that together reach this probability."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_temperature(self.temperature)

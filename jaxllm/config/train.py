@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 import tyro
 
 from jaxllm.config import groups
-from jaxllm.config.fields import check_fields, option, option_names
+from jaxllm.config.fields import MAX_SEED, check_fields, option, option_names
 from jaxllm.config.model import ModelConfig
 from jaxllm.config.presets import PRESETS, preset
 from jaxllm.errors import UserError, listed, shown
@@ -49,7 +49,7 @@ class RunConfig:
     AVX512-BF16. `--recipe seed` is in float32 everywhere."""
     remat: bool = option(False, resumable=True)
     """Compute each layer again in the backward pass. Without it, what products made is kept."""
-    seed: int = option(0, ge=0, le=2**63 - 1)
+    seed: int = option(0, ge=0, le=MAX_SEED)
     """Of the weights, the order of the data, dropout and the samples."""
     data: Flat[groups.DataConfig] = field(default_factory=groups.DataConfig)
     optim: Flat[groups.OptimConfig] = field(default_factory=groups.OptimConfig)
@@ -98,9 +98,9 @@ class RunConfig:
 
     def options(self) -> dict[str, Any]:
         """All flat options, as JSON values."""
-        run_dir = None if self.run_dir is None else str(self.run_dir)
-        as_json = {"model": self.model.to_dict(), "run_dir": run_dir, "prompts": list(self.sampling.prompts)}
-        return {known.name: known.value(self) for known in _options(type(self))} | as_json
+        values = {known.name: known.value(self) for known in _options(type(self))}
+        paths = {name: str(value) for name, value in values.items() if isinstance(value, Path)}
+        return values | paths | {"model": self.model.to_dict(), "prompts": list(self.sampling.prompts)}
 
     def to_dict(self) -> dict[str, Any]:
         """The flat options that train_config.json keeps, as JSON values."""
@@ -125,7 +125,9 @@ class RunConfig:
         values["model"] = ModelConfig.from_dict(values["model"])
         if isinstance(prompts := values.get("prompts"), list):
             values["prompts"] = tuple(prompts)
+        values.setdefault("special_tokens_in_text", "earlier")  # written before there was a choice
         values.pop("run_dir", None)  # of an earlier version: a run is where it is found
+        values.setdefault("hold_out", "count")  # of an earlier version, too
         return cls.from_options(**values)
 
     def as_type(self, cls: type[Config]) -> Config:
@@ -141,7 +143,7 @@ Config = TypeVar("Config", bound=RunConfig)
 class TrainConfig(RunConfig):
     """Everything that decides a run of train.py. `train.py --help` is this class."""
 
-    init: Path | None = option(None, resumable=True, saved=False)
+    init: Path | None = option(None, resumable=True)
     """Start a new run from the weights of this folder: of the DeepSeek family, or an exported CustomLLM. It gives the
     model and, where it has one, the tokenizer. The learning rate is then 2e-5, and the run's folder runs/NAME."""
     checkpoint: Flat[groups.CheckpointConfig] = field(default_factory=groups.CheckpointConfig)

@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from jaxllm.data.fingerprint import Fingerprint, content_digest
 from jaxllm.data.folder import DataFiles, described
-from jaxllm.data.lines import NoText, Unreadable, kind_of
-from jaxllm.data.reading import read_chunks
+from jaxllm.data.lines import NoText, Unreadable, ending_of, kind_of
+from jaxllm.data.reading import CHUNK_CHARS, FileChunk, read_chunks, rows_in
+from jaxllm.data.report import Kind, Seen, SourceReport
 from jaxllm.data.rows import Chat
-from jaxllm.data.source import HOLD_OUT, TextChunk, announce_pass, check_position
+from jaxllm.data.source import HOLD_OUT, Evaluation, TextChunk, announce_pass, check_position, utf8_bytes
 from jaxllm.errors import UserError, listed, one_line, shown
 
 RUN_OF_CHUNKS = 8
@@ -30,6 +31,12 @@ TRIES = 3
 
 WAIT = 1.0
 """Seconds between these tries: a file server may be back."""
+
+HELD_OUT_SHARE = (1 / (2 * HOLD_OUT), 2 / HOLD_OUT)
+"""Whole files are held out only if they hold this share of the bytes, at least and at most."""
+
+LONGEST_HELD_OUT = (HOLD_OUT, 4 * CHUNK_CHARS)
+"""A row is trained on if it has more than one of so many parts of the corpus, and more than so many bytes."""
 
 
 class FileSource:
@@ -49,18 +56,36 @@ class FileSource:
         num_shards: int = 1,
         skip: str = "",
         found: DataFiles | None = None,
+        hold_out: str | None = None,
+        evaluation: Evaluation | None = None,
+        name: str = "files",
+        split: str = "train",
     ):
-        """`found`: where the files were found, and which of them are damaged."""
+        """
+        Args:
+            found: where the files were found, and which of them are damaged.
+            hold_out: a `HoldOut`; None: whole files where they hold their share of the bytes, else chunks.
+            evaluation: the text that is evaluated in place of what is held out.
+            name, split: for its report.
+        """
         self._shard, self._num_shards = shard, num_shards
         self._seed, self._text_field = seed, text_field
         self._folder = found.folder if found else Path(os.path.commonpath([file.parent for file in files]))
         here = {file.relative_to(self._folder).as_posix(): file for file in files}
+        self._present = [*here, *(found.passed_over if found else ())]
         gone = [name for name in _patterns(skip) if not glob.has_magic(name) and not _matching(name, here)]
         self._names = sorted([*here, *gone], key=lambda name: self._folder / name)
         self._files = [self._folder / name for name in self._names]
         self._sizes = [size_of(file) for file in self._files]
         self._total = sum(self._sizes) or 1
         self._by_files = len(self._files) >= HOLD_OUT * num_shards
+        self.hold_out = hold_out or self._fitting_hold_out()
+        self._whole_files = self.hold_out == "files" or (self.hold_out == "count" and len(self._files) >= HOLD_OUT)
+        self.evaluations = [evaluation] if evaluation is not None else []
+        self._name, self._split, self._splits = name, split, found.splits if found else {}
+        self.seen = Seen()
+        self._damaged: set[str] = set()  # files whose damaged rows were named
+        self._strict = self.hold_out != "count"
         left_out = dict(found.damaged) if found else {}
         skipped = dict.fromkeys(_matching(skip, self._names), "--skip-data")
         self._digests = [
@@ -97,6 +122,17 @@ class FileSource:
         return self._at["left_out"]
 
     def chunks(self) -> Iterator[TextChunk]:
+        return self._pass(only_held_out=False)
+
+    def held_out(self) -> Iterator[TextChunk]:
+        if self.evaluations:
+            evaluated = self.evaluations[0].open()
+            self.seen = evaluated.seen
+            return evaluated.chunks()
+        return (chunk for chunk in self._pass(only_held_out=True) if chunk.held_out)
+
+    def _pass(self, only_held_out: bool) -> Iterator[TextChunk]:
+        """The rest of a pass, or its held-out files where whole files are held out."""
         at = self._at
         if (at["file"], at["chunk"]) == (0, 0):
             announce_pass(at["pass"], self._shard, self._num_shards)
@@ -107,13 +143,13 @@ class FileSource:
             index = order[number]
             name = self._names[index]
             mine = not self._by_files or number % self._num_shards == self._shard
+            mine = mine and not (only_held_out and self._whole_files and index % HOLD_OUT != 1)
             if mine and name not in skipped and name not in self.left_out:
                 for chunk, text, ends in self._chunks_of(index):
                     if not self._by_files and (index + chunk // RUN_OF_CHUNKS) % self._num_shards != self._shard:
                         continue
-                    # Held out by whole files where there are enough of them, by chunks of the files where not.
-                    unit = index if len(order) >= HOLD_OUT else index + chunk
-                    yield TextChunk(text, ends, held_out=unit % HOLD_OUT == 1)
+                    part = chunk if kind_of(self._files[index]) == "text" else 0
+                    yield TextChunk(text, ends, self._is_held_out(index, chunk, text), part)
             read = self._at["bytes"] + self._sizes[index]
             self._at = self._at | {"file": number + 1, "chunk": 0, "offset": 0, "bytes": read, "within": 0}
         if all(name in skipped or name in self.left_out for name in self._names):
@@ -121,6 +157,47 @@ class FileSource:
             raise UserError(f"data: every file of {str(self._folder)!r} is left out: {said}")
         kept = {name: self._at[name] for name in ("skipped", "skip", "left_out")}
         self._at = self._start_of_pass(self._at["pass"] + 1, kept)
+
+    def _fitting_hold_out(self) -> str:
+        least, most = HELD_OUT_SHARE
+        fits = len(self._files) >= HOLD_OUT and least <= sum(self._sizes[1::HOLD_OUT]) / self._total <= most
+        return "files" if fits else "chunks"
+
+    def _is_held_out(self, index: int, chunk: int, text: str | Chat) -> bool:
+        if self._whole_files:
+            return index % HOLD_OUT == 1
+        if self.hold_out == "nothing" or (index + chunk) % HOLD_OUT != 1:
+            return False
+        parts, longest = LONGEST_HELD_OUT
+        return self.hold_out == "count" or utf8_bytes(text) <= max(self._total / parts, longest)
+
+    @property
+    def files(self) -> list[Path]:
+        return [file for file, digest in zip(self._files, self._digests, strict=True) if digest]
+
+    def has_file(self, pattern: str) -> bool:
+        return any(is_skipped(pattern, name) for name in self._present)
+
+    def reports(self) -> list[SourceReport]:
+        kinds: dict[str, Kind] = {}
+        read = [i for i, digest in enumerate(self._digests) if digest]  # not those that are left out
+        for i in read:
+            kind = kinds.setdefault(ending_of(self._files[i]), Kind())
+            kind.files += 1
+            kind.bytes += self._sizes[i]
+            if (rows := rows_in(self._files[i])) is not None:
+                kind.rows = (kind.rows or 0) + rows
+        share, said = None, "nothing is held out"
+        if self._whole_files:
+            held_out = [self._sizes[i] for i in read if i % HOLD_OUT == 1]
+            share = sum(held_out) / max(1, sum(self._sizes[i] for i in read))
+            said = f"held out: {len(held_out)} whole files, {100 * share:.1f} % of the bytes"
+        elif self.hold_out != "nothing":
+            share = 1 / HOLD_OUT
+            said = f"held out: one chunk in {HOLD_OUT}, about {100 * share:.0f} % of the bytes"
+        if self.evaluations:
+            said = f"evaluated on {self.evaluations[0].name}; {said}"
+        return [SourceReport(self._name, kinds, self._split, dict(self._splits), said, share, self.seen)]
 
     def progress(self) -> float:
         return self._at["pass"] + (self._at["bytes"] + self._at["within"]) / self._total
@@ -144,13 +221,18 @@ class FileSource:
         while reason is None:
             try:
                 self._check_unchanged(index)
-                for read in read_chunks(file, size, self._at["offset"], self._text_field):
+                for read in read_chunks(file, size, self._at["offset"], self._text_field, self._strict):
                     tries, chunk = 0, self._at["chunk"]
+                    self.seen.file_bytes += read.done - self._at["within"]
                     self._at = self._at | {"offset": read.offset, "within": read.done}
                     if read.text is None:
                         self._at["skipped"] += counts
+                        self.seen.skipped_rows += counts
+                        if read.damage and counts:
+                            self._report_damage(name, read)
                     else:
                         self._at["chunk"] += 1
+                        self.seen.add(utf8_bytes(read.text), read.ends_document)
                         yield chunk, read.text, read.ends_document
                 return
             except (Unreadable, PermissionError) as error:
@@ -172,6 +254,15 @@ class FileSource:
         if self._at["chunk"] and kind_of(file) == "text":
             yield self._at["chunk"], "", True  # the next file is another document
 
+    def _report_damage(self, name: str, read: FileChunk) -> None:
+        """Print the first damaged row of a file; the others are counted."""
+        if name not in self._damaged:
+            self._damaged.add(name)
+            tqdm.write(
+                f"Data: {name}: rows with damage are skipped and counted; the first, before byte or row {read.offset}: "
+                f"{read.damage}"
+            )
+
     def _check_unchanged(self, index: int) -> None:
         file, size = self._files[index], self._sizes[index]
         if content_digest(file, len(self._files)) != self._digests[index]:
@@ -186,6 +277,11 @@ def size_of(file: Path) -> int:
         return file.stat().st_size
     except OSError:
         return 0
+
+
+def is_skipped(skip: str, name: str) -> bool:
+    """Whether `skip`, patterns separated by commas, names a file."""
+    return bool(_matching(skip, [name]))
 
 
 def _patterns(skip: str) -> list[str]:

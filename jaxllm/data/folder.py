@@ -3,21 +3,24 @@
 import functools
 import os
 import re
-from collections.abc import Iterator
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from jaxllm.data.lines import COMPRESSIONS, SUFFIXES, NoText, Unreadable, kind_of
 from jaxllm.data.reading import look
+from jaxllm.data.splits import ALL, Ambiguous, of_card, recognized
 from jaxllm.errors import UserError, listed, shown
 from jaxllm.files import read_json
 
 ENDINGS = f"{', '.join(SUFFIXES)}, all but the last two also with {', '.join(COMPRESSIONS)}"
 
-_NOTES = re.compile(
+_ABOUT = (
     r"(readme|licen[sc]e|copying|notice|changelog|authors|contribut(ing|ors)|citation|requirements|constraints|version"
-    r"|manifest|todo|checksums?|(md5|sha\d+)sums?)([^a-z].*)?|.*\.(md|py)(\..*)?"
+    r"|manifest|todo|checksums?|(md5|sha\d+)sums?)([^a-z].*)?"
 )
+_NOTES = re.compile(rf"{_ABOUT}|.*\.(md|py)(\..*)?")
 """Names of text files that describe the data, in a folder that also has files of rows."""
 
 
@@ -30,20 +33,32 @@ class DataFiles(NamedTuple):
     files: list[Path]  # sorted
     damaged: dict[str, str]  # those of them that cannot be read: the reason by name
     passed_over: dict[str, str]  # of other files, the reason by name
+    splits: Mapping[str, int | None]  # files of each split; None: not counted; empty if there are none
 
 
-def find_data(path: Path, text_field: str, split: str) -> DataFiles:
+def find_data(
+    path: Path,
+    text_field: str,
+    split: str,
+    skip: Callable[[str], bool] | None = lambda name: False,
+    config: str | None = None,
+) -> DataFiles:
     """The file itself, or the files below a folder that hold text.
 
-    Hidden files and the folders of runs are no data. Of a folder that `datasets` saved, only its own files are; of
-    several splits, `split` is. Text files that describe the data (`_NOTES`) are left out where files of rows are read,
-    or are the larger part but have another field.
+    Hidden files and the folders of runs are not data. Of a folder that `datasets` saved, only its own files are. Text
+    files that describe the data (`_NOTES`) are left out where files of rows are read, or are the larger part but have
+    another field. Of several splits, which `datasets` saved or the files' names tell, `split` is read.
+
+    Args:
+        config: of a dataset whose card has several.
+        skip: whether a file's name is one that the user leaves out; None: names tell no splits, as formerly.
 
     Raises:
         UserError: there is none, or one may not be read.
     """
     passed_over: dict[str, str] = {}
-    folder, found = (path.parent, [path]) if path.is_file() else (path, _candidates(path, split, passed_over))
+    saved: dict[str, int | None] = {}
+    folder, found = (path.parent, [path]) if path.is_file() else (path, _candidates(path, split, passed_over, saved))
     files, damaged, row_bytes = {}, {}, 0
     for file in sorted(found):
         name = file.relative_to(folder).as_posix()
@@ -63,11 +78,61 @@ def find_data(path: Path, text_field: str, split: str) -> DataFiles:
             del files[name]
             damaged.pop(name, None)
             passed_over[name] = "a text file next to files of rows"
-    readable = files.keys() - damaged.keys()
-    if not readable:
+    if not files.keys() - damaged.keys():
         said = "; ".join(described(passed_over | damaged)[:3]) or "it is empty"
         raise UserError(f"data is {str(path)!r}: there is nothing to read in it: {said}")
-    return DataFiles(folder, list(files.values()), damaged, passed_over)
+    splits: Mapping[str, int | None] = saved
+    if skip is not None and not saved:
+        found_in = {}
+        if config is not None or (split != ALL and not path.is_file()):
+            found_in = of_card(path, list(files), config)
+        if split != ALL and not path.is_file() and not found_in:
+            found_in = _splits_by_name(path, list(files), skip)
+        splits = Counter(found for found in found_in.values() if found is not None)
+        check_split(f"data is {str(path)!r}", split, list(splits))
+        wanted = {*splits} if split == ALL else {split}
+        for name in [name for name in files if found_in and found_in.get(name) not in wanted]:
+            del files[name]
+            damaged.pop(name, None)
+            passed_over[name] = _another(found_in.get(name), split)
+        if not files.keys() - damaged.keys():
+            raise UserError(
+                f"data is {str(path)!r}: nothing of its split {split!r} can be read: "
+                f"{'; '.join(described(damaged)[:3])}"
+            )
+    return DataFiles(folder, list(files.values()), damaged, passed_over, splits)
+
+
+def check_split(what: str, split: str, splits: Collection[str]) -> None:
+    """Refuse a split that is not there; data without splits is `train`, and any local data is `all`.
+
+    Raises:
+        UserError: it is not one of `splits`.
+    """
+    if split in splits or split == ALL or (split == "train" and not splits):
+        return
+    if not splits:
+        raise UserError(f"{what}: it has no splits, and data_split is {split!r}: leave out --data-split")
+    raise UserError(f"{what}: it has no split {split!r}: pass --data-split, one of {listed(splits)}, or {ALL!r}")
+
+
+def _splits_by_name(path: Path, names: list[str], skip: Callable[[str], bool]) -> dict[str, str | None]:
+    """What `recognized` finds; files that the user leaves out are considered only where it is clear with them, too."""
+    names = [name for name in names if not re.fullmatch(_ABOUT, PurePosixPath(name).name.lower())]
+    try:
+        return recognized(names)
+    except Ambiguous as ambiguous:
+        try:
+            return recognized([name for name in names if not skip(name)])
+        except Ambiguous:
+            raise UserError(
+                f"data is {str(path)!r}: {ambiguous}, so the files to train on are not known: leave some out with "
+                f"--skip-data NAME, or pass --data-split {ALL} to train on all"
+            ) from None
+
+
+def _another(split: str | None, wanted: str) -> str:
+    return f"of no split, and {wanted!r} is read" if split is None else f"split {split!r}, and {wanted!r} is read"
 
 
 @functools.cache
@@ -84,7 +149,9 @@ def _verdict(file: Path, size: int, mtime_ns: int, text_field: str) -> tuple[str
     return None, False
 
 
-def _candidates(root: Path, split: str, passed_over: dict[str, str]) -> Iterator[Path]:
+def _candidates(root: Path, split: str, passed_over: dict[str, str], saved: dict[str, int | None]) -> Iterator[Path]:
+    """The files below a folder that may be data. `saved`: the splits that `datasets` saved there are added."""
+
     def forbidden(error: OSError) -> None:
         raise UserError(f"data: cannot read {error.filename}: {error.strerror}")
 
@@ -104,13 +171,17 @@ def _candidates(root: Path, split: str, passed_over: dict[str, str]) -> Iterator
             continue
         if "dataset_dict.json" in own:
             splits = _read(folder / "dataset_dict.json").get("splits")
-            if isinstance(splits, list) and split not in splits:
-                raise UserError(f"data: {folder} has no split {split!r}: pass --data-split, one of {listed(splits)}")
-            for name in [name for name in subfolders if name != split]:
-                leave_out(name, f"another split than {split!r}, see --data-split")
+            splits = [name for name in splits if isinstance(name, str)] if isinstance(splits, list) else [split]
+            check_split(f"data: {folder}", split, splits)
+            saved |= dict.fromkeys(splits)
+            for name in [name for name in subfolders if split not in (name, ALL)]:
+                leave_out(name, _another(name, split))
                 subfolders.remove(name)
         if {"state.json", "dataset_info.json"} <= own:
-            parts = _read(folder / "state.json").get("_data_files")
+            state = _read(folder / "state.json")
+            parts, own_split = state.get("_data_files"), state.get("_split")
+            if own_split == split and not saved:
+                saved[split] = None
             if isinstance(parts, list):
                 own = {part.get("filename") for part in parts if isinstance(part, dict)}
         for name in [*subfolders, *names]:

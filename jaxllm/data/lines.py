@@ -6,7 +6,7 @@ import csv
 import lzma
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import BinaryIO
 
 from jaxllm.errors import one_line
@@ -42,13 +42,19 @@ class NoText(Unreadable):
     """No row of a file has a text."""
 
 
-def kind_of(file: Path) -> str | None:
+def kind_of(file: PurePath) -> str | None:
     """What a file's name says it holds, a value of `SUFFIXES`; None: nothing that is read."""
-    name = Path(file.name.lower())
+    name = PurePath(file.name.lower())
     if name.suffix not in COMPRESSIONS:
         return SUFFIXES.get(name.suffix)
-    kind = SUFFIXES.get(Path(name.stem).suffix)
+    kind = SUFFIXES.get(PurePath(name.stem).suffix)
     return None if kind in ("parquet", "arrow") else kind
+
+
+def ending_of(file: PurePath) -> str:
+    """The ending by which a file's kind is known, with that of its compression."""
+    name = PurePath(file.name.lower())
+    return PurePath(name.stem).suffix + name.suffix if name.suffix in COMPRESSIONS else name.suffix
 
 
 @contextlib.contextmanager
@@ -76,10 +82,10 @@ def check_encoding(head: bytes) -> None:
         raise Unreadable("it is not UTF-8: write it as UTF-8, e.g. with `iconv -f LATIN1 -t UTF-8`")
 
 
-def head_of(file: Path) -> bytes:
+def head_of(file: Path, size: int = BLOCK) -> bytes:
     """The first bytes of a file, as UTF-8, without a mark."""
     with file.open("rb") as raw:
-        return as_utf8(file, raw)[0].read(BLOCK).removeprefix(codecs.BOM_UTF8)
+        return as_utf8(file, raw)[0].read(size).removeprefix(codecs.BOM_UTF8)
 
 
 def as_utf8(file: Path, raw: BinaryIO) -> tuple[BinaryIO, int]:
@@ -155,3 +161,12 @@ class Lines:
         self._start += count
         self.offset += count
         return taken
+
+
+def skip_long_line(lines: Lines, raw: bytes, most: int, block: int = BLOCK) -> str:
+    """Skip the rest of a line of which `raw` is only the first `most` bytes; returns what is wrong with it, if so."""
+    if len(raw) < most or raw.endswith((b"\n", b"\r")):
+        return ""
+    while (rest := lines.take(block)) and not rest.endswith((b"\n", b"\r")):
+        pass
+    return f"a line of more than {most} bytes"

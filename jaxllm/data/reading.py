@@ -6,9 +6,18 @@ An offset is a byte of the UTF-8 text (of text, JSON lines and CSV), or a row (o
 import codecs
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jaxllm.data.lines import Lines, NoText, check_encoding, errors_as_unreadable, head_of, kind_of, lines_of
+from jaxllm.data.lines import (
+    Lines,
+    NoText,
+    Unreadable,
+    check_encoding,
+    errors_as_unreadable,
+    head_of,
+    kind_of,
+    lines_of,
+)
 from jaxllm.data.rows import Chat, look_at_footer, names_in, read_rows, text_in, value_of, wanted_fields, without_text
 
 CHUNK_CHARS = 4096
@@ -25,10 +34,11 @@ class FileChunk(NamedTuple):
     ends_document: bool
     offset: int  # where the next one starts
     done: int  # bytes of the file up to there; of a parquet file, its share of the rows
+    damage: str = ""  # of a row without text, what is wrong with it, if that is known
 
 
-def read_chunks(file: Path, size: int, offset: int, text_field: str) -> Iterator[FileChunk]:
-    """The chunks of a file from an offset on.
+def read_chunks(file: Path, size: int, offset: int, text_field: str, strict: bool = True) -> Iterator[FileChunk]:
+    """The chunks of a file from an offset on. `strict`: damaged rows are not repaired, as earlier versions did.
 
     Raises:
         Unreadable: it cannot be read, or has no such field.
@@ -39,12 +49,25 @@ def read_chunks(file: Path, size: int, offset: int, text_field: str) -> Iterator
             yield from _text_chunks(*lines_of(file, raw, offset))
             return
         found = offset > 0
-        for row in read_rows(file, raw, size, offset, text_field):
+        for row in read_rows(file, raw, size, offset, text_field, strict):
             text = text_in(value_of(row.values, text_field))
             found = found or text is not None
-            yield FileChunk(text, True, row.offset, row.done)
+            yield FileChunk(text, True, row.offset, row.done, row.damage)
     if not found:
         raise NoText(without_text(text_field, ()))
+
+
+def rows_in(file: Path) -> int | None:
+    """How many rows a parquet file has; None where it would have to be read."""
+    if kind_of(file) != "parquet":
+        return None
+    import pyarrow.parquet
+
+    try:
+        with errors_as_unreadable():
+            return pyarrow.parquet.read_metadata(file).num_rows
+    except (Unreadable, PermissionError):
+        return None
 
 
 def look(file: Path, size: int, text_field: str) -> None:
@@ -66,7 +89,9 @@ def look(file: Path, size: int, text_field: str) -> None:
         if kind == "text":
             return
         fields: dict[str, None] = {}
+        rows, row = 0, None
         for row in read_rows(file, raw, size, 0, text_field):
+            rows += 1
             if text_in(value_of(row.values, text_field)) is not None:
                 return
             fields |= dict.fromkeys(names_in(row.values))
@@ -74,7 +99,20 @@ def look(file: Path, size: int, text_field: str) -> None:
                 if not fields.keys().isdisjoint(wanted_fields(text_field)):
                     return  # later rows may have a text
                 break
-        raise NoText(without_text(text_field, fields))
+        if rows == 1 and row is not None and (found := _whole_file_in(row.values or {}, text_field)):
+            raise NoText(f"it is one JSON object, {found}: write each row as a line, in JSONL")
+        raise NoText(f"it has {row.damage}" if row and row.damage and not fields else without_text(text_field, fields))
+
+
+def _whole_file_in(row: dict[str, Any], text_field: str) -> str:
+    """Where a single object holds the rows of the file; empty if it does not."""
+    for name, value in row.items():
+        kinds = {type(one) for one in value} if isinstance(value, list) else set()
+        if kinds == {str} and name == text_field:
+            return f"whose field {name!r} is a column of {len(value)} texts"
+        if kinds == {dict}:
+            return f"whose field {name!r} holds {len(value)} rows"
+    return ""
 
 
 def _text_chunks(lines: Lines, done: Callable[[int], int]) -> Iterator[FileChunk]:

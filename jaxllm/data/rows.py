@@ -1,90 +1,103 @@
 """Rows of JSON, CSV, parquet and Arrow files, and the text in them."""
 
 import csv
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from jaxllm.data.lines import BLOCK, MAX_ROW_BYTES, Lines, NoText, Unreadable, as_utf8, head_of, kind_of, lines_of
+from jaxllm.data.chats import CHAT_FIELDS, Chat, chat_in, paired_fields
+from jaxllm.data.delimited import csv_records, tsv_records, written_as_csv
+from jaxllm.data.json_rows import Decoder, document_rows, form_of
+from jaxllm.data.lines import (
+    BLOCK,
+    MAX_ROW_BYTES,
+    Lines,
+    NoText,
+    Unreadable,
+    as_utf8,
+    head_of,
+    kind_of,
+    lines_of,
+    skip_long_line,
+)
 from jaxllm.errors import listed
-
-CHAT = "messages"
-"""Field of a chat: a list of messages, each with a `role`. It is read where there is no field `text`."""
-
-MAX_ARRAY_BYTES = 2 << 30
-"""A longer JSON array is refused: it is read at once."""
 
 BATCH_ROWS = 1024
 """Rows of a parquet file that are decoded at once."""
-
-Chat = list[dict[str, Any]]
 
 
 class Row(NamedTuple):
     values: dict[str, Any] | None  # by field; None: no row could be made of these bytes
     offset: int
     done: int
+    damage: str = ""  # why no row could be made, if that is known
 
 
-def read_rows(file: Path, raw: BinaryIO, size: int, offset: int, text_field: str) -> Iterator[Row]:
-    """The rows of a file from an offset on, with all their fields or only the one that is asked for."""
+def read_rows(file: Path, raw: BinaryIO, size: int, offset: int, text_field: str, strict: bool = True) -> Iterator[Row]:
+    """The rows of a file from an offset on, with all their fields or only the one that is asked for.
+
+    `strict`: damaged rows of CSV and TSV are not repaired, as earlier versions did.
+    """
     kind = kind_of(file)
     if kind == "parquet":
         return _parquet_rows(raw, size, offset, text_field)
     if kind == "arrow":
         return _arrow_rows(raw, offset, text_field)
     if kind == "csv":
-        delimiters = "\t,;|" if ".tsv" in file.name.lower() else ",;\t|"
-        return _csv_rows(*lines_of(file, raw, 0), offset, text_field, delimiters)
-    if kind == "json" and head_of(file).lstrip().startswith(b"["):
-        return _array_rows(as_utf8(file, raw)[0], size, offset)
+        return _delimited_rows(file, *lines_of(file, raw, 0), offset, text_field, strict)
+    form = form_of(file)
+    if form != "lines":
+        return _document_rows(document_rows(as_utf8(file, raw)[0], form), size, offset)
     return _line_rows(*lines_of(file, raw, offset))
 
 
 def _line_rows(lines: Lines, done: Callable[[int], int]) -> Iterator[Row]:
     """JSON lines."""
+    decoder = Decoder()
     while raw := lines.take(MAX_ROW_BYTES):
-        if len(raw) == MAX_ROW_BYTES and not _ended(raw):
-            while not _ended(lines.take(BLOCK) or b"\n"):
-                pass
-            yield Row(None, lines.offset, done(lines.offset))
+        if long := skip_long_line(lines, raw, MAX_ROW_BYTES, BLOCK):
+            yield Row(None, lines.offset, done(lines.offset), long)
         elif (line := raw.decode("utf-8", "replace")).strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            yield Row(row if isinstance(row, dict) else None, lines.offset, done(lines.offset))
+            row = decoder.line(line)
+            damage = "" if row is not None else "a line that is not one JSON object with each key once"
+            yield Row(row, lines.offset, done(lines.offset), damage)
 
 
-def _ended(raw: bytes) -> bool:
-    return raw.endswith((b"\n", b"\r"))
-
-
-def _array_rows(stream: BinaryIO, size: int, offset: int) -> Iterator[Row]:
-    """A JSON array, which is read at once."""
-    content = stream.read(MAX_ARRAY_BYTES + 1)
-    if len(content) > MAX_ARRAY_BYTES:
-        raise Unreadable(f"it is a JSON array of more than {MAX_ARRAY_BYTES >> 30} GiB: write it as JSONL")
-    rows = json.loads(content.decode("utf-8-sig", "replace"))
+def _document_rows(rows: list[dict[str, Any] | None], size: int, offset: int) -> Iterator[Row]:
+    """A JSON file that was read at once."""
     for number, row in enumerate(rows[offset:], start=offset + 1):
-        yield Row(row if isinstance(row, dict) else None, number, size * number // len(rows))
+        damage = "" if row is not None else "a value that is not a JSON object with each key once"
+        yield Row(row, number, size * number // len(rows), damage)
 
 
-def _csv_rows(lines: Lines, done: Callable[[int], int], offset: int, text_field: str, delimiters: str) -> Iterator[Row]:
-    """CSV with a header; its delimiter is the first of some with which the header has the field."""
+def _delimited_rows(
+    file: Path, lines: Lines, done: Callable[[int], int], offset: int, text_field: str, strict: bool
+) -> Iterator[Row]:
+    """CSV or TSV with a header; its delimiter is the first of some with which the header has the field."""
     csv.field_size_limit(MAX_ROW_BYTES)
+    is_tsv = ".tsv" in file.name.lower()
+    is_plain = strict and is_tsv and not written_as_csv(head_of(file).decode("utf-8", "replace"))
     first = lines.take(MAX_ROW_BYTES).decode("utf-8", "replace")
+    delimiters, wanted = "\t,;|" if is_tsv else ",;\t|", {*wanted_fields(text_field)}
     headers = {delimiter: next(csv.reader([first], delimiter=delimiter), []) for delimiter in delimiters}
-    delimiter = next((d for d in headers if not set(wanted_fields(text_field)).isdisjoint(headers[d])), delimiters[0])
+    if is_plain:
+        headers["\t"] = first.rstrip("\r\n").split("\t")
+    delimiter = next((d for d in headers if not wanted.isdisjoint(headers[d])), delimiters[0])
     header = headers[delimiter]
-    if set(wanted_fields(text_field)).isdisjoint(header):
+    if wanted.isdisjoint(header):
         raise NoText(without_text(text_field, header))
+    if twice := [name for name in header if name in wanted and header.count(name) > 1]:
+        raise Unreadable(f"its header has the field {twice[0]!r} twice")
     lines.skip_to(max(offset, lines.offset))
-    texts = (raw.decode("utf-8", "replace") for raw in iter(lambda: lines.take(MAX_ROW_BYTES), b""))
-    for values in csv.reader(texts, delimiter=delimiter):
-        if values:
+    if not strict:
+        texts = (raw.decode("utf-8", "replace") for raw in iter(lambda: lines.take(MAX_ROW_BYTES), b""))
+        for values in filter(None, csv.reader(texts, delimiter=delimiter)):
             yield Row(dict(zip(header, values, strict=False)), lines.offset, done(lines.offset))
+        return
+    is_plain = is_plain and delimiter == "\t"
+    records = tsv_records(lines, len(header)) if is_plain else csv_records(lines, len(header), delimiter)
+    for values, at, damage in records:
+        yield Row(None if damage else dict(zip(header, values, strict=True)), at, done(at), damage)
 
 
 def _parquet_rows(raw: BinaryIO, size: int, offset: int, text_field: str) -> Iterator[Row]:
@@ -174,13 +187,18 @@ def _names(fields: Any, outer: str = "") -> Iterator[str]:
 
 def wanted_fields(text_field: str) -> tuple[str, ...]:
     """The fields that may hold a text, the first one that does."""
-    return (text_field, CHAT) if text_field == "text" else (text_field,)
+    return (text_field, *CHAT_FIELDS) if text_field == "text" else (text_field,)
 
 
 def without_text(text_field: str, fields: Iterable[str]) -> str:
     fields = list(fields)
     if not fields or text_field in fields:
         return f"no row has a text in the field {text_field!r}"
+    if pair := paired_fields(fields):
+        return (
+            f"there is no field {text_field!r}, but questions and answers in {listed(pair)}: write each row as a chat, "
+            'e.g. {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}'
+        )
     return f"there is no field {text_field!r}, but {listed(fields)}: pass --text-field"
 
 
@@ -211,6 +229,6 @@ def text_in(value: object) -> str | Chat | None:
     """A row's text or chat; None where the field holds something else or nothing."""
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
-    if isinstance(value, list) and all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in value):
-        return value or None
+    if isinstance(value, list):
+        return chat_in(value)
     return valid_unicode(value) if isinstance(value, str) and value else None

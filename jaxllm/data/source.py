@@ -1,21 +1,35 @@
 """What a source of text is: chunks, and a position to continue from."""
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
 
 from tqdm import tqdm
 
+from jaxllm.data.report import Seen, SourceReport
 from jaxllm.data.rows import Chat
 from jaxllm.errors import UserError
 
 HOLD_OUT = 20
 """One chunk in twenty is held out for evaluation."""
 
+HoldOut = Literal["files", "chunks", "nothing", "count"]
+"""What is held out of a source: whole files, chunks, or nothing where other text is evaluated. `count`: as earlier
+versions did, whole files if there are `HOLD_OUT`, however large they are."""
+
 
 class TextChunk(NamedTuple):
     text: str | Chat
     ends_document: bool
     held_out: bool
+    part: int = 0  # of a document that comes in several chunks, which one this is
+
+
+class Evaluation(NamedTuple):
+    """Text that is evaluated in place of what a source would hold out."""
+
+    name: str
+    open: "Callable[[], Source]"
 
 
 class Source(Protocol):
@@ -37,6 +51,19 @@ class Source(Protocol):
         """What tells whether it is the same data: a commit of the Hub, or the fingerprint of files."""
         ...
 
+    seen: Seen
+    """What was read of it, or of the text that is evaluated in its place."""
+
+    @property
+    def hold_out(self) -> str:
+        """A `HoldOut`; of a mixture, those of its parts, joined by `+`."""
+        ...
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        """The text that is evaluated in place of a held-out part; of a mixture, that of its sources."""
+        ...
+
     @property
     def left_out(self) -> dict[str, str]:
         """Files that turned out damaged and are no longer read, each with the reason."""
@@ -51,9 +78,36 @@ class Source(Protocol):
         """Chunks from `position` to the end of the pass; afterwards `position` is the start of the next pass."""
         ...
 
+    def held_out(self) -> Iterator[TextChunk]:
+        """What is evaluated, from the start of a fresh source: what its shard holds out, or text of its own.
+
+        Where whole files are held out, no other file is read.
+        """
+        ...
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that are read."""
+        ...
+
+    def has_file(self, pattern: str) -> bool:
+        """Whether a pattern of --skip-data is of one of its files."""
+        ...
+
+    def reports(self) -> list[SourceReport]:
+        """What is read of it; of a mixture, of each of its sources."""
+        ...
+
     def progress(self) -> float | None:
         """Passes done, with a fraction; None where the size is not known."""
         ...
+
+
+def utf8_bytes(text: str | Chat) -> int:
+    """Bytes of a text, or of a chat's contents."""
+    if isinstance(text, str):
+        return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+    return sum(utf8_bytes(str(message.get("content") or "")) for message in text)
 
 
 def announce_pass(number: int, shard: int, num_shards: int) -> None:

@@ -16,9 +16,12 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from jaxllm.config import RunConfig
+from jaxllm.data.documents import DocumentEncoder, check_vocabulary, encoded
+from jaxllm.data.encode import encoder_of
 from jaxllm.data.reading import CHUNK_CHARS
-from jaxllm.data.rows import Chat, valid_unicode
-from jaxllm.data.source import Source
+from jaxllm.data.report import TextCounts
+from jaxllm.data.rows import Chat
+from jaxllm.data.source import Source, TextChunk
 from jaxllm.data.sources import open_source
 from jaxllm.errors import UserError, one_line
 from jaxllm.files import read_bounded
@@ -46,20 +49,23 @@ CLOSING = 5.0
 class Position(NamedTuple):
     """Everything that decides the batches to come.
 
-    Its one encoding, in a checkpoint, in a file or between processes, is a safetensors file with the tensors `tokens`
-    and `pool`, and `state`: a JSON object with `source` and `drawn`, as UTF-8 bytes.
+    Its one encoding, in a checkpoint, in a file or between processes, is a safetensors file with the tensors `tokens`,
+    `pool` and `passes`, and `state`: a JSON object with `source`, `drawn` and `text`, as UTF-8 bytes. Positions of
+    earlier versions have no `passes` and `text`.
     """
 
     source: dict[str, Any]  # JSON values
     drawn: int  # rows drawn so far: the number of the next random draw
     tokens: np.ndarray  # (n,) int32, packed tokens that do not fill a row yet
     pool: np.ndarray  # (P,T) int32, rows that wait to be drawn
+    passes: np.ndarray | None = None  # (P+1,) int32, the pass in which each of them began, and that of `tokens`
+    text: list[Any] | None = None  # `DocumentEncoder.state`
 
     def to_bytes(self) -> bytes:
         """Encode the position."""
-        state = json.dumps({"source": self.source, "drawn": self.drawn}).encode()
-        arrays = {"tokens": np.ascontiguousarray(self.tokens), "pool": np.ascontiguousarray(self.pool)}
-        return save({"state": np.frombuffer(state, np.uint8), **arrays})
+        state = json.dumps({"source": self.source, "drawn": self.drawn, "text": self.text}).encode()
+        arrays = {"tokens": self.tokens, "pool": self.pool} | ({} if self.passes is None else {"passes": self.passes})
+        return save({"state": np.frombuffer(state, np.uint8)} | {k: np.ascontiguousarray(v) for k, v in arrays.items()})
 
     @classmethod
     def from_bytes(cls, encoded: bytes, where: str, seq_len: int, vocab_size: int) -> Position:
@@ -71,19 +77,32 @@ class Position(NamedTuple):
         try:
             arrays = load(encoded)
             state = json.loads(arrays["state"].tobytes())
-            position = cls(state["source"], state["drawn"], arrays["tokens"], arrays["pool"])
+            known = state["source"], state["drawn"], arrays["tokens"], arrays["pool"]
+            position = cls(*known, arrays.get("passes"), state.get("text"))
         except Exception as error:  # safetensors, json and NumPy raise kinds of their own
             raise UserError(f"the data position {where} cannot be read ({one_line(error)})") from None
         drawn = position.drawn
         fits = isinstance(position.source, dict) and type(drawn) is int and 0 <= drawn < 2**63
         if not fits or (position.tokens.ndim, position.pool.ndim) != (1, 2):
             raise UserError(f"{where} is no data position: its source, drawn, tokens or pool has another type")
+        if not (position.passes is None or _are_passes(position)) or not (position.text is None or _is_text(position)):
+            raise UserError(f"{where} is no data position: its passes or text has another type")
         if position.pool.shape[1] != seq_len:
             raise UserError(f"{where} has rows of {position.pool.shape[1]} tokens, and the run has seq_len = {seq_len}")
         for name, tokens in (("tokens", position.tokens), ("pool", position.pool)):
             if tokens.dtype != np.int32 or (tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size):
                 raise UserError(f"{where}: {name} must be int32 from 0 to below vocab_size = {vocab_size}")
         return position
+
+
+def _are_passes(position: Position) -> bool:
+    passes = position.passes
+    return passes is not None and passes.dtype == np.int32 and passes.shape == (len(position.pool) + 1,)
+
+
+def _is_text(position: Position) -> bool:
+    text = position.text
+    return isinstance(text, list) and [type(part) for part in text] == [str, int, int, int]
 
 
 def read_position(file: Path, seq_len: int, vocab_size: int) -> Position:
@@ -100,29 +119,50 @@ class TokenStream:
 
     Documents are concatenated, each followed by the end-of-sequence token, and cut into rows regardless of their
     borders, so there is no padding. The next row is drawn from a pool, which is then refilled. The random number
-    depends only on the seed and the number of the draw.
+    depends only on the seed and the number of the draw. Rows of the oldest pass in the pool are drawn first, so that
+    each row of a pass is drawn before any of the next one.
     """
 
-    def __init__(self, source: Source, tokenizer: PreTrainedTokenizerBase, seq_len: int, seed: int):
-        self._source, self._tokenizer, self._seq_len, self._seed = source, tokenizer, seq_len, seed
+    def __init__(
+        self, source: Source, tokenizer: PreTrainedTokenizerBase, seq_len: int, seed: int, special_tokens: str = "text"
+    ):
+        """`special_tokens`: the run's `special_tokens_in_text`."""
+        self._source, self._seq_len, self._seed = source, seq_len, seed
+        self._documents = DocumentEncoder(encoder_of(tokenizer, special_tokens))
+        self._by_pass = special_tokens != "earlier"
         self._tokens = np.zeros((0,), np.int32)
         self._pool = np.zeros((0, seq_len), np.int32)
+        self._passes = np.zeros((0,), np.int32)  # (P,), in which each of them began
+        self._row_pass = self._tokens_pass = 0  # in which the last packed row began, and `tokens`
         self._drawn = 0
         self._rows = self._pack()
 
     def position(self) -> Position:
         # `tokens` is only sliced, never written to, so a long document is not copied for each of its rows
-        return Position(copy.deepcopy(self._source.position), self._drawn, self._tokens, self._pool.copy())
+        source, text = copy.deepcopy(self._source.position), self._documents.state
+        passes = np.append(self._passes, np.int32(self._tokens_pass))
+        return Position(source, self._drawn, self._tokens, self._pool.copy(), passes, text)
 
     def seek(self, position: Position) -> None:
         """Continue from `position`, without reading what came before."""
         self._source.position = copy.deepcopy(position.source)
         self._drawn, self._tokens, self._pool = position.drawn, position.tokens, position.pool.copy()
+        passes = np.zeros(len(self._pool) + 1, np.int32) if position.passes is None else position.passes
+        self._passes, self._tokens_pass = passes[:-1].copy(), int(passes[-1])
+        self._documents = DocumentEncoder(self._documents.encoder)
+        if position.text is not None:
+            self._documents.state = position.text
         self._rows = self._pack()
 
+    @property
+    def counts(self) -> TextCounts:
+        """What was encoded since the start of this process."""
+        return self._documents.counts
+
     def progress(self) -> float | None:
-        """Passes over the data; None where its size is not known."""
-        return self._source.progress()
+        """Passes over the data by the rows that were drawn, without those in the pool; None: its size is not known."""
+        read = self._source.progress()
+        return None if read is None else read * self._drawn / max(1, self._drawn + len(self._pool))
 
     @property
     def skipped_rows(self) -> int:
@@ -136,55 +176,57 @@ class TokenStream:
 
     def next_rows(self, count: int) -> np.ndarray:  # (count, T) int32
         if len(self._pool) < POOL_ROWS:
-            self._pool = np.concatenate(
-                [self._pool, *(next(self._rows)[None] for _ in range(POOL_ROWS - len(self._pool)))]
-            )
+            new = [(next(self._rows), self._row_pass) for _ in range(POOL_ROWS - len(self._pool))]
+            self._pool = np.concatenate([self._pool, [row for row, _ in new]])
+            self._passes = np.concatenate([self._passes, np.asarray([number for _, number in new], np.int32)])
         rows = np.empty((count, self._seq_len), np.int32)
         for i in range(count):
-            choice = np.random.Generator(np.random.Philox(key=self._seed, counter=self._drawn)).integers(POOL_ROWS)
+            among = np.flatnonzero(self._passes == self._passes.min()) if self._by_pass else np.arange(POOL_ROWS)
+            random = np.random.Generator(np.random.Philox(key=self._seed, counter=self._drawn))
+            choice = among[random.integers(len(among))]
             rows[i] = self._pool[choice]
             self._pool[choice] = next(self._rows)
+            self._passes[choice] = self._row_pass
             self._drawn += 1
         return rows
 
     def _pack(self) -> Iterator[np.ndarray]:
-        yield from self._full_rows()  # tokens of a seek, before another chunk is read
+        yield from self._full_rows(self._tokens_pass)  # tokens of a seek, before another chunk is read
         empty_passes = 0
         while empty_passes < 2:  # the first may be the end of a pass, after a seek
             empty_passes += 1
+            number = self._source.position["pass"]
             for chunk in self._source.chunks():
                 if chunk.held_out:
                     continue
-                if (tokens := encode(self._tokenizer, chunk.text, chunk.ends_document)) is None:
+                if (tokens := self._documents.add(chunk)) is None:
                     position = self._source.position
                     self._source.position = position | {"skipped": position["skipped"] + 1}
                     continue
                 empty_passes = 0
+                if not self._tokens.size:
+                    self._tokens_pass = number
                 self._tokens = np.concatenate([self._tokens, tokens])
-                yield from self._full_rows()
+                yield from self._full_rows(number)
         raise UserError("data: there is nothing to train on besides the held-out part: pass more text")
 
-    def _full_rows(self) -> Iterator[np.ndarray]:
+    def _full_rows(self, number: int) -> Iterator[np.ndarray]:
+        """The rows that the tokens fill; those after the first one begin in pass `number`."""
         while len(self._tokens) >= self._seq_len:
             row, self._tokens = self._tokens[: self._seq_len], self._tokens[self._seq_len :]
+            self._row_pass, self._tokens_pass = self._tokens_pass, number
             yield row
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str | Chat, ends_document: bool) -> np.ndarray | None:
-    """Token ids of a text or a chat: (n,) int32. None: the chat template does not take this chat.
+    """Token ids of a whole text or chat: (n,) int32. None: the chat template does not take this chat.
 
     Raises:
         UserError: the tokenizer has no chat template.
     """
-    if not isinstance(text, str):
-        if not tokenizer.chat_template:
-            raise UserError("data: its rows are chats: pass --tokenizer, one with a chat template, or --text-field")
-        try:
-            text = valid_unicode(str(tokenizer.apply_chat_template(text, tokenize=False)))
-        except Exception:  # a template can raise anything
-            return None
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return np.asarray([*ids, tokenizer.eos_token_id] if ends_document else ids, np.int32)
+    documents = DocumentEncoder(encoder_of(tokenizer))
+    ids = documents.add(TextChunk(text, ends_document, held_out=False))
+    return None if ids is None else np.concatenate([ids, documents.flush()])
 
 
 class ProcessBatches:
@@ -201,7 +243,13 @@ class ProcessBatches:
         self._each = config.data.batch_size // S  # rows of a stream
         self._local = range(first_row, first_row + rows)
         self._streams = {
-            s: TokenStream(open_source(config, s, S), tokenizer, config.data.seq_len, config.seed + (s << 64))
+            s: TokenStream(
+                open_source(config, s, S),
+                tokenizer,
+                config.data.seq_len,
+                config.seed + (s << 64),
+                config.data.special_tokens_in_text,
+            )
             for s in range(first_row // self._each, -(-(first_row + rows) // self._each))
         }
 
@@ -224,10 +272,16 @@ class ProcessBatches:
             stream.seek(positions[s])
 
     def progress(self) -> float | None:
-        """Passes over the data by the slowest stream; None where its size is not known."""
+        """Passes over the data by the rows that the slowest stream has drawn; None where its size is not known."""
         done = [stream.progress() for stream in self._streams.values()]
         known = [passes for passes in done if passes is not None]
         return min(known) if len(known) == len(done) else None
+
+    @property
+    def counts(self) -> TextCounts:
+        """What the streams that are read here have encoded since the start of this process."""
+        each = [dataclasses.astuple(stream.counts) for stream in self._streams.values()]
+        return TextCounts(*map(sum, zip(*each, strict=True)))
 
     @property
     def skipped_rows(self) -> int:
@@ -255,27 +309,42 @@ def check_streams(config: RunConfig) -> None:
             )
 
 
-def held_out_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+def held_out_rows(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    opened: list[Source] | None = None,
+    counts: TextCounts | None = None,
+) -> np.ndarray:
     """Up to `eval_samples` rows of the held-out part, packed in order: (n, T) int32, n >= 1.
 
     They do not depend on the run's seed, so that runs with different seeds are evaluated on the same text. Each of
-    several data streams gives an equal share, if it has that many, of what is held out of its shard.
+    several data streams gives an equal share, if it has that many, of what is held out of its shard. The sources that
+    are read are added to `opened`, and what is encoded is counted in `counts`.
 
     Raises:
-        UserError: the held-out part does not fill one row.
+        UserError: the held-out part does not fill one row, or the tokenizer does not fit it.
     """
     config = dataclasses.replace(config, seed=0)
     wanted = config.logging.eval_samples * config.data.seq_len
+    special, counts = config.data.special_tokens_in_text, counts or TextCounts()
     parts, have, S = [], 0, config.data_streams
     for s in range(S):
         share = (s + 1) * wanted / S
-        for chunk in open_source(config, s, S).chunks() if have < share else ():
-            if chunk.held_out and (tokens := encode(tokenizer, chunk.text, chunk.ends_document)) is not None:
-                parts.append(tokens)
-                have += len(parts[-1])
-                if have >= share:
-                    break
+        source = open_source(config, s, S)
+        if opened is not None:
+            opened.append(source)
+        documents = DocumentEncoder(encoder_of(tokenizer, special), counts)
+        for tokens in encoded(documents, source.held_out()) if have < share else ():
+            parts.append(tokens)
+            have += len(parts[-1])
+            if have >= share:
+                break
     rows = min(config.logging.eval_samples, have // config.data.seq_len)
+    if have == 0 and config.data.hold_out == "nothing":
+        raise UserError(
+            f"data is {config.data.source!r}: the run holds nothing out of it, and the text that it is evaluated on is "
+            "gone or has nothing to read: put it back, or pass --eval-data"
+        )
     if have == 0:
         raise UserError(
             f"data is {config.data.source!r}: it is one row, or a text of at most {CHUNK_CHARS} characters, which "
@@ -286,6 +355,7 @@ def held_out_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> np.n
             f"data is {config.data.source!r}: its held-out part has {have} tokens, which do not fill one row of "
             f"seq_len = {config.data.seq_len}: pass more text or a smaller --seq-len"
         )
+    check_vocabulary(counts, refuse=special != "earlier")
     return np.concatenate(parts)[: rows * config.data.seq_len].reshape(rows, config.data.seq_len)
 
 

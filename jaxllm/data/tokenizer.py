@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from jaxllm.config import PRESETS, TOKENIZER_SIZED_PRESETS, ModelConfig, RunConfig
+from jaxllm.data.encode import encoder_of
 from jaxllm.data.source import Source
 from jaxllm.data.sources import hub_reachable
+from jaxllm.data.tokenizer_files import MAX_TOKENIZER_BYTES, is_there, tokenizer_class
 from jaxllm.errors import UserError, listed, one_line, shown
-from jaxllm.files import cache_folder, check_file, plain_path, read_json, write_text_atomically
+from jaxllm.files import StrPath, cache_folder, check_file, plain_path, read_json, write_text_atomically
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -43,9 +45,6 @@ CACHE_FORMAT = 2
 """Increase it when `train_tokenizer` gives another result for the same text."""
 
 
-MAX_TOKENIZER_BYTES = 64 * 2**20
-"""Largest tokenizer.json: a vocabulary of 250,000 tokens takes 20 MB."""
-
 MAX_GROWTH = 64
 """Limit of how much all replacements together lengthen a text; known tokenizers replace one letter by one."""
 
@@ -55,21 +54,21 @@ ELSEWHERE = ("fast_tokenizer_files", "gguf_file", "init_inputs", "tokenizer_obje
 """Keys of tokenizer_config.json by which transformers takes a tokenizer from another file, or from the key itself."""
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: StrPath) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or the Hub.
 
     Raises:
         UserError: there is none, or the Hub cannot be reached.
     """
+    name = os.fspath(name)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import PreTrainedTokenizerFast
+    import transformers
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # else it advises installing PyTorch
-    path = Path(name).expanduser()
+    path, kind = Path(name).expanduser(), ""
     if path.exists():
-        if not (path / "tokenizer.json").is_file():
-            raise UserError(f"tokenizer is {name!r}: the folder holds no tokenizer.json")
+        kind = tokenizer_class(path)
         check_tokenizer_files(path)
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"tokenizer is {name!r}: there is no such folder, and it is no Hub name (OWNER/NAME)")
@@ -78,7 +77,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         with panics_as_errors():
             if path.exists():  # not by AutoTokenizer: it would offer to run the code of an exported folder
                 with plain_path(path) as plain:
-                    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(plain))
+                    tokenizer = getattr(transformers, kind).from_pretrained(str(plain))
             else:
                 from transformers import AutoTokenizer  # here: where PyTorch is installed, its import takes seconds
 
@@ -107,23 +106,18 @@ def check_tokenizer_files(folder: Path) -> None:
     Raises:
         UserError: one does, or is no JSON object.
     """
-    contents = {name: read_json(folder / name, MAX_TOKENIZER_BYTES) for name in FILES if _is_there(folder / name)}
+    contents = {name: read_json(folder / name, MAX_TOKENIZER_BYTES) for name in FILES if is_there(folder / name)}
     for file in sorted((*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja"))):
         check_file(file, MAX_TOKENIZER_BYTES)
     if found := [key for key in ELSEWHERE if contents.get("tokenizer_config.json", {}).get(key)]:
         raise UserError(f"{folder / 'tokenizer_config.json'} has {listed(found)}: leave it to tokenizer.json")
-    steps = [contents["tokenizer.json"].get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]
+    steps = [contents.get("tokenizer.json", {}).get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]
     try:
         growth = _growth(steps)
     except RecursionError:
         raise UserError(f"{folder / 'tokenizer.json'} is nested too deeply: it is no tokenizer") from None
     if growth > MAX_GROWTH:
         raise UserError(f"{folder / 'tokenizer.json'} replaces letters by {shown(growth)} others: it is no tokenizer")
-
-
-def _is_there(file: Path) -> bool:
-    """Whether anything is there: what is no regular file is refused when it is read."""
-    return file.exists() or file.is_symlink()
 
 
 def _growth(part: Any) -> int:
@@ -226,6 +220,15 @@ def _training_texts(source: Source) -> Iterator[str]:
                 return
 
 
+def without_dropout(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Turn a BPE's dropout off, which would encode the same text in another way each time; said in a line."""
+    model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if dropout := getattr(model, "dropout", None):
+        model.dropout = None
+        print(f"Tokenizer: its BPE dropout of {dropout:g} is off: a run encodes the same text in the same way")
+    return tokenizer
+
+
 def _size(tokenizer: PreTrainedTokenizerBase) -> int:
     """Rows that a model needs for it."""
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
@@ -253,18 +256,21 @@ def align(config: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
     model, size = config.model, _size(tokenizer)
     vocab_size = size if _takes_its_size(config) else model.vocab_size
     if size > vocab_size:
-        raise UserError(
-            f"vocab_size is {vocab_size}, but the tokenizer has {size} tokens: "
-            f"pass --model.vocab-size {size} or another --tokenizer"
-        )
+        remedy = f"pass --model.vocab-size {size} or another --tokenizer"
+        if getattr(config, "init", None) is not None or (config.folder / "checkpoints").is_dir():
+            remedy = "pass the --tokenizer that belongs to the weights"  # they have the rows that they have
+        raise UserError(f"vocab_size is {vocab_size}, but the tokenizer has {size} tokens: {remedy}")
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-sequence token, which separates documents: pass another")
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    special = {
-        "bos_token_id": eos if bos is None else bos,
-        "eos_token_id": model.eos_token_id if eos in model.eos_token_ids else eos,  # a model may have several
-        "pad_token_id": eos if pad is None else pad,
-    }
+    special: dict[str, Any] = {}  # trained weights keep their own where they end a text as the tokenizer does
+    if eos not in model.eos_token_ids:
+        new_pad = eos if pad is None else pad
+        special = {
+            "bos_token_id": eos if bos is None else bos,
+            "eos_token_id": eos,
+            "pad_token_id": model.pad_token_id if model.eos_token_ids else new_pad,
+        }
     return config.with_options(model=dataclasses.replace(model, vocab_size=vocab_size, **special))
 
 
@@ -301,11 +307,29 @@ def bytes_per_target(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray) -> fl
 
     A loss in nats per token, divided by this and by ln 2, is in bits per byte, which different tokenizers share.
     """
-    whole, first = (
-        sum(len(text.encode("utf-8")) for text in tokenizer.batch_decode(part.tolist(), skip_special_tokens=True))
-        for part in (rows, rows[:, :1])
-    )
-    return (whole - first) / rows[:, 1:].size
+    return (text_bytes(tokenizer, rows) - text_bytes(tokenizer, rows[:, :1])) / rows[:, 1:].size
+
+
+def text_bytes(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray) -> int:
+    """UTF-8 bytes of the text of rows (n,T); of a character that a row's end cuts, those of its tokens there."""
+    special, backend = set(tokenizer.all_special_ids), getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and "ByteLevel" in str(backend.decoder):
+        special |= {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
+        from tokenizers import pre_tokenizers
+
+        letters = {*pre_tokenizers.ByteLevel.alphabet()}  # one for each byte
+        counts = np.bincount(rows.reshape(-1))
+        pieces = {int(id): str(tokenizer.convert_ids_to_tokens(int(id))) for id in np.flatnonzero(counts)}
+        sizes = {
+            id: len(piece) if letters.issuperset(piece) else len(piece.encode("utf-8")) for id, piece in pieces.items()
+        }
+        return sum(int(counts[id]) * size for id, size in sizes.items() if id not in special)
+    vocabulary = tokenizer.get_vocab()
+    single = [vocabulary[name] for byte in range(256) if (name := f"<0x{byte:02X}>") in vocabulary]
+    if len(single) == 256:  # any byte is one byte, and `A` can always be decoded
+        rows = np.where(np.isin(rows, single), vocabulary["<0x41>"], rows)
+    texts = tokenizer.batch_decode(rows.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return sum(len(text.encode("utf-8")) for text in texts)
 
 
 def decode_after(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], new: Sequence[int]) -> str:
@@ -315,17 +339,22 @@ def decode_after(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], new:
     return whole.removeprefix(before) if whole.startswith(before) else str(tokenizer.decode([*new]))
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, special_tokens: str = "text") -> list[int]:
     """Token ids of a prompt; an empty one is the token that separates documents.
+
+    `special_tokens` is the run's `special_tokens_in_text`.
 
     Raises:
         UserError: the tokenizer takes no such text, or has no token for an empty one.
     """
     try:
         with panics_as_errors():
-            ids: Any = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+            ids = encoder_of(tokenizer, special_tokens).ids(prompt).tolist()
+    except UserError:
+        raise
     except Exception as error:  # tokenizers raises Exception itself
         raise UserError(f"prompt is {shown(prompt)}: the tokenizer does not take it ({one_line(error)})") from None
-    if None in ids:
+    end: Any = tokenizer.eos_token_id
+    if not ids and end is None:
         raise UserError("prompt is empty, and the tokenizer has no end-of-sequence token to start from: pass a prompt")
-    return ids
+    return ids or [end]

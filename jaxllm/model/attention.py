@@ -11,9 +11,9 @@ from flax import nnx
 
 from jaxllm.config import ModelConfig
 from jaxllm.model.dtypes import Array, at_least_float32
-from jaxllm.model.kernels import choose_kernels
+from jaxllm.model.kernels import Kernels
 from jaxllm.model.kernels.causal_attention import masked_softmax
-from jaxllm.model.kernels.matmul import in_dtype, keep
+from jaxllm.model.kernels.matmul import in_dtype, save_for_backward
 from jaxllm.model.layers import CustomRMSNorm, Linear, RotaryEmbedding
 
 
@@ -30,9 +30,8 @@ class Attended(NamedTuple):
 
 
 class MultiHeadLatentAttention(nnx.Module):
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, platform: str | None = None):
-        self.config, self.dtype = config, dtype
-        self.kernels = choose_kernels(config, dtype, platform)
+    def __init__(self, config: ModelConfig, *, kernels: Kernels, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config, self.kernels, self.dtype = config, kernels, dtype
         D, R, Q, H = config.hidden_size, config.kv_latent_size, config.q_latent_size, config.num_attention_heads
         queries = (Q, "latent", "heads") if Q else (D, "hidden", "query")  # what queries are made of, and the axes
 
@@ -72,9 +71,10 @@ class MultiHeadLatentAttention(nnx.Module):
         """Attend within x: (B,T,D), positions (B|1,T), mask (B,T) or None."""
         latents = self.latents(x, positions)
         q_nope, q_rope = self.queries(x, positions)
-        q = keep(jnp.concatenate([q_nope, q_rope], axis=-1))  # (B,T,H,n+r)
+        q = save_for_backward(jnp.concatenate([q_nope, q_rope], axis=-1))  # (B,T,H,n+r)
         k_rope = jnp.broadcast_to(latents.k_rope, q_rope.shape)
-        k = keep(jnp.concatenate([self._heads(self.k_proj_u(latents.kv)), k_rope], axis=-1))
+        k_nope = self._heads(self.k_proj_u(latents.kv))
+        k = save_for_backward(jnp.concatenate([k_nope, k_rope], axis=-1))
         v = self._heads(self.v_proj_u(latents.kv))
         context = self.kernels.attention(q, k, v, attention_mask, self.config.softmax_scale)  # (B,T,H,v)
         return Attended(self.o_proj(context.reshape(*x.shape[:2], -1)), latents)

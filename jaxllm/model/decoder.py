@@ -18,17 +18,15 @@ from jax.export import is_symbolic_dim
 
 from jaxllm.config import ModelConfig
 from jaxllm.model.attention import Latents
-from jaxllm.model.dtypes import Array, Pytree, at_least_float32
+from jaxllm.model.dtypes import Array, Pytree, at_least_float32, check_dtype
 from jaxllm.model.kernels import choose_kernels
 from jaxllm.model.kernels.dispatch import tokens_per_expert
 from jaxllm.model.kernels.matmul import linear
-from jaxllm.model.kernels.packed import pack, packing_residuals
-from jaxllm.model.kernels.stacks import Carried, end_of_layers
-from jaxllm.model.layer import DecoderLayer, LayerTrace
-from jaxllm.model.layer_stack import EXPERTS, split_layers
+from jaxllm.model.layer import DecoderLayer, LayerInputs, LayerTrace
+from jaxllm.model.layer_loop import decode_layers, run_layers
 from jaxllm.model.layers import CustomRMSNorm, Embedding, Linear, RoutingBias, parameter_facts, stack
 from jaxllm.model.layout import ONE_DEVICE, Layout
-from jaxllm.model.moe import balance_loss, z_loss
+from jaxllm.model.load_balance import balance_loss, z_loss
 
 STACKS = ("dense_layers", "decoder_layers")
 """The attributes of a model that are stacks of layers, in their order; a stack without layers is None."""
@@ -43,7 +41,7 @@ class LayerAux(NamedTuple):
     counts: Array  # (L,E) int32, tokens of each expert
     balance_loss: Array  # (L,)
     z_loss: Array  # (L,)
-    latents: Latents | None  # (L,B,T,...), to fill a cache; packed, if the kernels pack
+    latents: Latents | None  # (L,B,T,...), to fill a cache
     trace: LayerTrace | None  # (L,...), to compare
 
 
@@ -58,7 +56,7 @@ class CustomLLM(nnx.Module):
     Args:
         config: the model's shape.
         dtype: compute dtype, float32 or bfloat16 (float64 with jax_enable_x64). Weights are float32 masters.
-        remat: compute each layer again in the backward pass; see `Layout.checkpoint`.
+        remat: compute each layer again in the backward pass; see `layout.checkpoint`.
         rngs: for the initialization.
         platform: whose kernels to use (`kernels.choose_kernels`); None: those of the device here.
     """
@@ -72,8 +70,8 @@ class CustomLLM(nnx.Module):
         rngs: nnx.Rngs,
         platform: str | None = None,
     ):
-        self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
-        self.kernels = choose_kernels(config, dtype, platform)
+        self.config, self.dtype, self.remat = config, check_dtype(dtype), remat
+        self.kernels = choose_kernels(config, dtype, platform, remat=remat)
         D, V, std = config.hidden_size, config.vocab_size, config.initializer_range
         positions = config.max_position_embeddings
         init: Any = {"std": std, "dtype": dtype, "rngs": rngs}
@@ -83,7 +81,7 @@ class CustomLLM(nnx.Module):
 
         def layers(count: int, dense: bool) -> DecoderLayer | None:
             def layer(rngs: nnx.Rngs) -> DecoderLayer:
-                return DecoderLayer(config, dense, dtype=dtype, rngs=rngs, platform=platform)
+                return DecoderLayer(config, dense, kernels=self.kernels, dtype=dtype, rngs=rngs)
 
             return stack(layer, count, "layer", rngs) if count else None
 
@@ -91,9 +89,7 @@ class CustomLLM(nnx.Module):
         self.decoder_layers = layers(config.moe_layers, False)
         self.final_norm = CustomRMSNorm(D, eps=config.rms_norm_eps, dtype=dtype) if config.final_norm else None
         head = (
-            None
-            if config.tie_word_embeddings
-            else Linear(D, V, ("hidden", "vocab"), bias=config.lm_head_bias, is_hidden=False, **init)
+            None if config.tie_word_embeddings else Linear(D, V, ("hidden", "vocab"), bias=config.lm_head_bias, **init)
         )
         self.lm_head = head  # None: the table of token embeddings
 
@@ -124,80 +120,30 @@ class CustomLLM(nnx.Module):
             input_ids, attention_mask: as in `__call__`.
             dropout_keys: (B,) random keys: a row's dropout does not depend on its device. None: no dropout.
             experts: (L,B,T,k) experts to use instead of the router's choice, of the layers that have experts.
-            keep_latents: return the latents, which fill a decoding cache.
-            keep_trace: return the output of every part of every layer.
+            keep_latents, keep_trace: return the latents, to fill a decoding cache; the outputs of all parts of layers.
             layout: of the devices among which the weights are cut, in a step that runs on each of them.
         """
         check_inputs(self.config, input_ids, attention_mask)
-        batch, length = input_ids.shape
-        if attention_mask is None:
-            positions = jnp.arange(length)[None]
-        else:
-            positions = jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=-1) - 1, 0)
-
-        def run(layers: DecoderLayer, x: Array, forced: Array | None) -> tuple[Array, LayerAux]:
-            # `fsdp` gathers all weights of a layer when it runs. Otherwise the experts stay in stacks of all layers.
-            apart = () if layout.fsdp > 1 else EXPERTS if self.kernels.shared else EXPERTS[:1]
-            stack = split_layers(layers, apart)
-            facts = parameter_facts(stack.others)
-            prepared = stack.prepared(self.kernels, self.dtype)
-
-            def body(prepared: nnx.State, carry: tuple[Array, dict[str, Carried]], layer_inputs):
-                (x, carried), (state, forced, layer) = carry, layer_inputs
-                module = nnx.merge(stack.graph, prepared, layout.gather(state, facts))
-                in_stacks = stack.in_stacks(layer, carried, self.remat)
-                trace, carried = module(x, positions, attention_mask, forced, layout, in_stacks=in_stacks)
-                routing: Any = trace.routing
-                return (trace.residual, carried), LayerAux(
-                    counts=routing and tokens_per_expert(routing.experts, self.config.n_routed_experts),
-                    balance_loss=routing and balance_loss(routing, batch),
-                    z_loss=routing and z_loss(routing),
-                    latents=self.cached(trace.latents) if keep_latents else None,
-                    trace=trace if keep_trace else None,
-                )
-
-            body = layout.checkpoint(body, self.remat)
-            if self.kernels.packs:
-                body = packing_residuals(body)
-            inputs = nnx.to_pure_dict(stack.others), forced, jnp.arange(stack.layers)
-            rows = batch * length * layout.expert * self.config.num_experts_per_tok
-            carried = stack.first_carried(self.kernels, batch * length, rows, self.dtype)
-            (x, carried), aux = jax.lax.scan(functools.partial(body, prepared), (x, carried), inputs)
-            outputs: Any = end_of_layers(self.kernels.grouped, (x, aux), carried)
-            return outputs
-
+        positions = _positions(input_ids, attention_mask)
         x = self.embed(input_ids, positions)
         if dropout_keys is not None:
             x = jax.vmap(lambda row, key: self.dropout(row, rngs=key))(x, dropout_keys)
-        records = []
-        for layers, forced in ((self.dense_layers, None), (self.decoder_layers, experts)):
-            if layers is not None:
-                x, record = run(layers, x, forced)
-                records.append(record)
+        record, records = functools.partial(_record, self.config, keep_latents, keep_trace), []
+        for layers in self.stacks:
+            inputs = LayerInputs(positions, attention_mask, experts if layers is self.decoder_layers else None)
+            x, of_layers = run_layers(layers, x, inputs, record, layout, self.remat)
+            records.append(of_layers)
         return HiddenStates(x, _joined(records, self.config.n_routed_experts))
 
     def decode(self, token: Array, positions: Array, cache: Latents) -> tuple[Array, Latents]:
         """Logits after one more token of each row: (B,1), (B,1), cache (L,B,S,...) -> (B,1,V) and the cache."""
-        x, first = self.embed(token, positions), 0
-        for name in STACKS:
-            if (layers := getattr(self, name)) is None:
-                continue
-            stack = split_layers(layers, apart=EXPERTS[:1])
-            prepared = stack.prepared(self.kernels, self.dtype)
-
-            def body(carry: tuple[Array, Latents], layer_inputs, stack=stack, prepared=prepared, first=first):
-                state, layer = layer_inputs
-                in_stacks = stack.in_stacks(layer, dict.fromkeys(EXPERTS, Carried(masters=None, kept=None)))
-                module = nnx.merge(stack.graph, prepared, state)
-                return module.decode(carry[0], positions, carry[1], first + layer, in_stacks), None
-
-            (x, cache), _ = jax.lax.scan(body, (x, cache), (stack.others, jnp.arange(stack.layers)))
-            first += stack.layers
+        x, cache = decode_layers(self.stacks, self.embed(token, positions), positions, cache)
         return self.logits(x), cache
 
-    def cached(self, latents: Latents) -> Latents:
-        """Latents as a cache keeps them."""
-        return jax.tree.map(pack, latents) if self.kernels.packs else latents
+    @property
+    def stacks(self) -> list[DecoderLayer]:
+        """The layers in their order: the dense ones stacked, and those with experts."""
+        return [layers for layers in (self.dense_layers, self.decoder_layers) if layers is not None]
 
     def embed(self, input_ids: Array, positions: Array) -> Array:  # (B,T), (B|1,T) -> (B,T,D)
         x = self.token_embeddings(input_ids)
@@ -217,6 +163,24 @@ class CustomLLM(nnx.Module):
         if self.lm_head is None:
             return self.token_embeddings.weight[...].T, None
         return self.lm_head.weight[...], None if self.lm_head.bias is None else self.lm_head.bias[...]
+
+
+def _positions(input_ids: Array, attention_mask: Array | None) -> Array:  # (B,T) -> (B|1,T)
+    if attention_mask is None:
+        return jnp.arange(input_ids.shape[1])[None]
+    return jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=-1) - 1, 0)
+
+
+def _record(config: ModelConfig, keep_latents: bool, keep_trace: bool, trace: LayerTrace) -> LayerAux:
+    """What is returned of one layer."""
+    routing: Any = trace.routing
+    return LayerAux(
+        counts=routing and tokens_per_expert(routing.experts, config.n_routed_experts),
+        balance_loss=routing and balance_loss(routing, trace.residual.shape[0]),
+        z_loss=routing and z_loss(routing),
+        latents=trace.latents if keep_latents else None,
+        trace=trace if keep_trace else None,
+    )
 
 
 def _joined(records: Sequence[LayerAux], n_experts: int) -> LayerAux:

@@ -6,7 +6,6 @@ from flax import nnx
 
 from jaxllm.model.decoder import CustomLLM, model_facts, split_model
 from jaxllm.model.dtypes import Array, Pytree
-from jaxllm.model.kernels.packed import pack
 from jaxllm.model.layers import ParameterFacts
 
 
@@ -14,7 +13,7 @@ def for_inference(model: CustomLLM) -> CustomLLM:
     """A bfloat16 model with its matrices and embeddings in bfloat16: half of the memory, and of what a token reads.
 
     Norms, biases and routers compute in float32 and stay as they are. The new model computes the same numbers. It can
-    be neither trained nor exported. The masters are freed when nothing refers to the given model. A model of another
+    be exported, but not trained. The masters are freed when nothing refers to the given model. A model of another
     dtype is returned as it is.
     """
     if model.dtype != jnp.bfloat16:
@@ -25,8 +24,7 @@ def for_inference(model: CustomLLM) -> CustomLLM:
     def narrowed(weight: Array, known: ParameterFacts) -> Array:
         if not known.decays or "score" in known.axes:  # norms and biases, or a router
             return weight
-        narrow = weight.astype(model.dtype)
-        return pack(narrow) if model.kernels.packs else narrow
+        return weight.astype(model.dtype)
 
     @jax.jit
     def all_narrowed(params: Pytree) -> Pytree:

@@ -1,6 +1,6 @@
 """DecoderLayer: attention and a feed-forward network, with the residual stream around them."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,18 @@ from flax import nnx
 from jaxllm.config import ModelConfig
 from jaxllm.model.attention import Latents, MultiHeadLatentAttention
 from jaxllm.model.dtypes import Array
-from jaxllm.model.kernels.packed import packed_like, unpack
-from jaxllm.model.kernels.stacks import Carried
+from jaxllm.model.kernels import Kernels
 from jaxllm.model.layers import CustomRMSNorm
 from jaxllm.model.layout import ONE_DEVICE, Layout
-from jaxllm.model.moe import DeepSeekExpertLayer, DeepSeekMoE, InStacks, Mixture, Routing
+from jaxllm.model.moe import DeepSeekExpertLayer, DeepSeekMoE, ExpertSlices, Mixture, Routing
+
+
+class LayerInputs(NamedTuple):
+    """What a layer needs besides its weights and the residual stream; it has no gradient."""
+
+    positions: Array  # (B|1,T)
+    attention_mask: Array | None  # (B,T), zero at padding; None: no padding
+    experts: Array | None  # (B,T,k) experts to use instead of the router's choice
 
 
 class LayerTrace(NamedTuple):
@@ -30,64 +37,61 @@ class LayerTrace(NamedTuple):
 
 class LayerOutput(NamedTuple):
     trace: LayerTrace
-    carried: dict[str, Carried]  # for the next layer
+    saved: dict[str, Array | None]  # of the experts, see `Mixture`
 
 
 class DecoderLayer(nnx.Module):
     """Attention and a feed-forward network: experts, or with `dense` a single one."""
 
-    def __init__(
-        self, config: ModelConfig, dense: bool, *, dtype: jnp.dtype, rngs: nnx.Rngs, platform: str | None = None
-    ):
-        options: Any = {"dtype": dtype, "rngs": rngs, "platform": platform}
-        self.self_attn = MultiHeadLatentAttention(config, **options)
+    def __init__(self, config: ModelConfig, dense: bool, *, kernels: Kernels, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config, self.kernels, self.dtype = config, kernels, dtype
+        self.self_attn = MultiHeadLatentAttention(config, kernels=kernels, dtype=dtype, rngs=rngs)
         if dense:
-            self.mlp = DeepSeekExpertLayer(config, hidden=config.intermediate_size, **options)
+            self.mlp = DeepSeekExpertLayer(config, hidden=config.intermediate_size, dtype=dtype, rngs=rngs)
         else:
-            self.mlp = DeepSeekMoE(config, **options)
+            self.mlp = DeepSeekMoE(config, kernels=kernels, dtype=dtype, rngs=rngs)
         self.input_norm = CustomRMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.post_attn_norm = CustomRMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
 
     def __call__(
-        self,
-        x: Array,
-        positions: Array,
-        attention_mask: Array | None,
-        experts: Array | None,
-        layout: Layout,
-        in_stacks: InStacks | None = None,
+        self, x: Array, inputs: LayerInputs, layout: Layout = ONE_DEVICE, experts: ExpertSlices | None = None
     ) -> LayerOutput:
-        """(B,T,D) -> the residual stream (B,T,D), and the outputs of the parts before it."""
-        normed = self.input_norm(x)
-        attended, latents = self.self_attn(normed, positions, attention_mask)
-        x = x + attended
-        normed_again = self.post_attn_norm(x)
-        mixed, routing, carried = self.feed_forward(normed_again, experts, layout, in_stacks=in_stacks)
-        trace = LayerTrace(normed, latents, attended, normed_again, routing, mixed, residual=x + mixed)
-        return LayerOutput(trace, carried)
+        """(B,T,D) -> the residual stream (B,T,D), and the outputs of the parts before it.
 
-    def feed_forward(
-        self, x: Array, experts: Array | None = None, layout: Layout = ONE_DEVICE, in_stacks: InStacks | None = None
-    ) -> Mixture:  # arguments as in DeepSeekMoE
-        if isinstance(self.mlp, DeepSeekMoE):
-            return self.mlp(x, experts, layout, in_stacks=in_stacks)
-        return Mixture(self.mlp(x), routing=None, carried={})
-
-    def decode(
-        self, x: Array, positions: Array, cache: Latents, layer: Array, in_stacks: InStacks
-    ) -> tuple[Array, Latents]:
-        """One token of each row on the cache of all layers (L,B,S,...): (B,1,D), positions (B,1) -> (B,1,D), cache.
-
-        A token's cache slot is its position, so a row attends to the slots up to this position. The routed experts are
-        those of all layers.
+        layout, experts: as in `DeepSeekMoE`.
         """
         normed = self.input_norm(x)
-        row = jnp.arange(x.shape[0])
-        new = self.self_attn.latents(normed, positions)
-        cache = jax.tree.map(
-            lambda slots, token: slots.at[layer, row, positions[:, 0]].set(packed_like(token[:, 0], slots)), cache, new
-        )
-        mask = jnp.arange(cache.kv.shape[2]) <= positions[:, :, None]  # (B,1,S)
-        local = jax.tree.map(lambda slots: unpack(slots[layer]), cache)
-        x = x + self.self_attn.attend_latents(normed, positions, local, mask[:, None])
-        return x + self.feed_forward(self.post_attn_norm(x), in_stacks=in_stacks).output, cache
+        attended, latents = self.self_attn(normed, inputs.positions, inputs.attention_mask)
+        x = x + attended
+        normed_again = self.post_attn_norm(x)
+        mixed, routing, saved = self.feed_forward(normed_again, inputs.experts, layout, experts)
+        trace = LayerTrace(normed, latents, attended, normed_again, routing, mixed, residual=x + mixed)
+        return LayerOutput(trace, saved)
+
+    def feed_forward(
+        self, x: Array, forced: Array | None = None, layout: Layout = ONE_DEVICE, experts: ExpertSlices | None = None
+    ) -> Mixture:
+        """(B,T,D) -> (B,T,D); arguments as in `DeepSeekMoE`."""
+        if isinstance(self.mlp, DeepSeekMoE):
+            return self.mlp(x, forced, layout, experts)
+        return Mixture(self.mlp(x), routing=None, saved={})
+
+    def decode(
+        self, x: Array, positions: Array, cached: Latents, experts: ExpertSlices | None = None
+    ) -> tuple[Array, Latents]:
+        """One token of each row: (B,1,D), positions (B,1), this layer's cache (B,S,...) -> (B,1,D), latents (B,1,...).
+
+        A token's cache slot is its position. A row attends to the slots before it and to the token itself, whose
+        latents are returned and not yet in the cache.
+        """
+        normed = self.input_norm(x)
+        own = self.self_attn.latents(normed, positions)
+        slots = jnp.arange(cached.kv.shape[1])  # (S,)
+
+        def with_own(before: Array, token: Array) -> Array:
+            is_own = (slots == positions).reshape(*before.shape[:2], *[1] * (before.ndim - 2))
+            return jnp.where(is_own, token, before)
+
+        mask = slots <= positions[:, :, None]  # (B,1,S)
+        x = x + self.self_attn.attend_latents(normed, positions, jax.tree.map(with_own, cached, own), mask[:, None])
+        return x + self.feed_forward(self.post_attn_norm(x), experts=experts).output, own

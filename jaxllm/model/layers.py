@@ -16,6 +16,7 @@ from flax import nnx
 from jaxllm.config import ModelConfig
 from jaxllm.model.dtypes import Array, Pytree, at_least_float32
 from jaxllm.model.kernels.matmul import in_dtype, linear
+from jaxllm.model.kernels.packed import read
 from jaxllm.model.kernels.rms_norm import rms_norm
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -23,10 +24,10 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 @dataclasses.dataclass(frozen=True)
 class ParameterFacts:
-    """What is known of a parameter where it is created; a leaf of a pytree."""
+    """Metadata of a parameter: axis names, weight decay, optimizer. A leaf of a pytree."""
 
     axes: tuple[str, ...]
-    """A name for each of its axes: `jaxllm.model.layout.MESH_AXIS` says along which of them it is cut."""
+    """A name for each axis; `jaxllm.model.layout.MESH_AXIS` maps some of them to axes of a mesh."""
     decays: bool
     """Whether weight decay applies: to matrices and embeddings, not to norms and biases, as in the Trainer."""
     is_hidden_matrix: bool = False
@@ -34,7 +35,7 @@ class ParameterFacts:
 
 
 class RoutingBias(nnx.Variable):
-    """State that steers the choice of experts. It is no parameter: it takes no gradient and no weight decay."""
+    """State that steers the choice of experts. It is not a parameter: no gradient, no weight decay."""
 
 
 def parameter(
@@ -78,14 +79,13 @@ class Linear(nnx.Module):
         axes: tuple[str, ...],
         *,
         bias: bool = False,
-        is_hidden: bool = True,
         std: float,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        """`is_hidden`: one of the linear maps of the layers, neither router nor head."""
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
         weight = _normal(rngs, (in_features, out_features), std, dtype)
+        is_hidden = not {"score", "vocab"} & {*axes}  # neither a router nor the head
         self.weight = parameter(weight, axes, decays=True, is_hidden_matrix=is_hidden)
         zeros = jnp.zeros((out_features,), at_least_float32(dtype))
         self.bias = parameter(zeros, axes[1:], decays=False) if bias else None
@@ -99,12 +99,12 @@ class Embedding(nnx.Module):
     """A table (rows, D), looked up by row."""
 
     def __init__(self, rows: int, features: int, axis: str, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs):
-        """`axis`: what the rows are."""
+        """`axis`: name of the row axis, e.g. `vocab`."""
         self.rows, self.features, self.dtype = rows, features, dtype
         self.weight = parameter(_normal(rngs, (rows, features), std, dtype), (axis, "hidden"), decays=True)
 
     def __call__(self, ids: Array) -> Array:  # (...) -> (..., D)
-        return in_dtype(self.weight[...][ids], self.dtype)
+        return in_dtype(read(self.weight[...], ids), self.dtype)
 
 
 class CustomRMSNorm(nnx.Module):

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxllm.config import AXES
 from jaxllm.model.dtypes import Array, Pytree
-from jaxllm.model.kernels.matmul import KEPT
+from jaxllm.model.kernels.matmul import SAVED
 
 MESH_AXIS = {"hidden": "fsdp", "heads": "fsdp", "expert": "expert"}
 """Along which axis of the mesh a parameter's axis is cut. A parameter's other axes are whole on every device."""
@@ -35,7 +35,7 @@ def _is_of_gpu_kernel(primitive, *_, **__) -> bool:
 
 
 def _is_kept(primitive, *_, **parameters) -> bool:
-    marked = primitive.name == "name" and parameters["name"] == KEPT
+    marked = primitive.name == "name" and parameters["name"] == SAVED
     return marked or primitive.name in (*_GPU_KERNELS, *_ROUTING)
 
 
@@ -98,16 +98,6 @@ class Layout:
             return function
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    def checkpoint(self, body: Callable, remat: bool) -> Callable:
-        """A layer's function, with what its backward pass keeps.
-
-        Without `remat` it keeps what products made. It recomputes elementwise work, which costs no more than writing
-        and reading the result, and gathers weights again along `fsdp`: kept, they would be the whole model. With
-        `remat` it keeps only what a GPU's own kernels made, which cost the most to run again.
-        """
-        # the layers run in a scan, across whose two loops XLA merges nothing
-        return jax.checkpoint(body, prevent_cse=False, policy=_is_of_gpu_kernel if remat else _is_kept)
-
     def parameter_spec(self, axes: tuple[str, ...]) -> PartitionSpec:
         """Where a parameter with these axes is cut."""
         return PartitionSpec(*(axis if axis in self.axes else None for axis in map(MESH_AXIS.get, axes)))
@@ -118,3 +108,14 @@ class Layout:
 
 
 ONE_DEVICE = Layout()
+
+
+def checkpoint(layer: Callable, remat: bool) -> Callable:
+    """A layer's function, with what its backward pass saves.
+
+    Without `remat` it saves the results of products. It recomputes elementwise work, which costs no more than writing
+    and reading the result, and gathers weights again along `fsdp`: saved, they would be the whole model. With `remat`
+    it saves only the results of a GPU's own kernels, which cost the most to run again.
+    """
+    # the layers run in a scan, across whose two loops XLA merges nothing
+    return jax.checkpoint(layer, prevent_cse=False, policy=_is_of_gpu_kernel if remat else _is_kept)

@@ -9,6 +9,7 @@ from flax import nnx
 
 from jaxllm.config import ModelConfig
 from jaxllm.model.decoder import CustomLLM
+from jaxllm.model.kernels import Kernels
 from jaxllm.model.layer import DecoderLayer
 from jaxllm.model.layers import Embedding, Linear
 from jaxllm.model.moe import DeepSeekExpertLayer
@@ -17,11 +18,16 @@ from jaxllm.model.moe import DeepSeekExpertLayer
 def module_tree(config: ModelConfig) -> str:
     """The tree of a CustomLLM in the style of `print(torch_module)`; takes no memory."""
     lines: list[str] = []
-    jax.eval_shape(lambda: lines.extend(_render(CustomLLM(config, rngs=nnx.Rngs(0)), config)))
+
+    def render() -> None:
+        model = CustomLLM(config, rngs=nnx.Rngs(0))
+        lines.extend(_render(model, config, model.kernels))
+
+    jax.eval_shape(render)
     return "\n".join(lines)
 
 
-def _render(module: nnx.Module, config: ModelConfig) -> list[str]:
+def _render(module: nnx.Module, config: ModelConfig, kernels: Kernels) -> list[str]:
     if isinstance(module, Embedding):
         return [f"Embedding({module.rows}, {module.features})"]
     if isinstance(module, Linear):
@@ -31,8 +37,8 @@ def _render(module: nnx.Module, config: ModelConfig) -> list[str]:
         return [f"Dropout(p={module.rate}, inplace=False)"]
     # A stack has lost the order of its attributes, so one fresh element of it is rendered.
     stacks: dict[str, tuple[int, Callable[..., nnx.Module]]] = {
-        "dense_layers": (config.dense_layers, functools.partial(DecoderLayer, config, True)),
-        "decoder_layers": (config.moe_layers, functools.partial(DecoderLayer, config, False)),
+        "dense_layers": (config.dense_layers, functools.partial(DecoderLayer, config, True, kernels=kernels)),
+        "decoder_layers": (config.moe_layers, functools.partial(DecoderLayer, config, False, kernels=kernels)),
         "shared_experts": (config.n_shared_experts, functools.partial(DeepSeekExpertLayer, config)),
         "routed_experts": (config.n_routed_experts, functools.partial(DeepSeekExpertLayer, config)),
     }
@@ -40,11 +46,11 @@ def _render(module: nnx.Module, config: ModelConfig) -> list[str]:
     for name, child in vars(module).items():
         if name in stacks and child is not None:
             count, build = stacks[name]
-            element = _render(build(dtype=jnp.float32, rngs=nnx.Rngs(0)), config)
+            element = _render(build(dtype=jnp.float32, rngs=nnx.Rngs(0)), config, kernels)
             label = "(0): " if count == 1 else f"(0-{count - 1}): {count} x "
             lines += _indented(f"({name}): ", ["ModuleList(", *_indented(label, element), ")"])
         elif isinstance(child, nnx.Module):
-            lines += _indented(f"({name}): ", _render(child, config))
+            lines += _indented(f"({name}): ", _render(child, config, kernels))
     if isinstance(module, DeepSeekExpertLayer):
         lines += ["  (act_fn): SiLU()"]  # here it is part of the experts' one function
     name = type(module).__name__

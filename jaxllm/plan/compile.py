@@ -15,6 +15,7 @@ from jax.experimental import topologies
 from jaxllm.config import TrainConfig
 from jaxllm.files import read_json, write_json
 from jaxllm.model.kernels import ANY, CUDA
+from jaxllm.model.numerics import pin_numerics
 from jaxllm.plan.hlo import read_program
 from jaxllm.plan.hlo_cost import collectives, kernels, matrix_products
 from jaxllm.plan.targets import Target
@@ -71,6 +72,7 @@ def measure(config: TrainConfig, target: Target) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
+    pin_numerics()
     request = read_json(Path(argv[0]))
     config, target = TrainConfig.from_dict(request["config"]), Target(**request["target"])
     write_json(Path(argv[1]), measure(config, target))

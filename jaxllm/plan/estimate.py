@@ -24,7 +24,7 @@ USABLE_MEMORY = {"cuda": 0.92, "tpu": 0.98}
 """The share of a device's memory that a program can have; a GPU's context, libraries and fragments take the rest."""
 
 EXTRAS = {
-    "cuda": (("jax_cuda13_plugin", "jax_cuda12_plugin"), "an NVIDIA GPU needs jax[cuda13]: pip install -e '.[cuda13]'"),
+    "cuda": (("jax_cuda13_plugin", "jax_cuda12_plugin"), "an NVIDIA GPU needs its plugin: pip install 'jax[cuda13]'"),
     "tpu": (("libtpu",), "a TPU needs libtpu: pip install 'jax[tpu]'"),
 }
 """The packages of which one must be there to compile for a platform."""

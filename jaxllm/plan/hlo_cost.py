@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxllm.model.kernels.grouped_triton import WEIGHT_GRADIENT
 from jaxllm.plan.hlo import Instruction, Program, Shape, Step, match
-from jaxllm.plan.hlo_grouped import WEIGHT_GRADIENT, grouped_bytes, grouped_flops, grouped_kernel
+from jaxllm.plan.hlo_grouped import grouped_bytes, grouped_flops, grouped_kernel
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute")
 

@@ -26,7 +26,7 @@ from jaxllm.config import FORMAT, SPECIAL_TOKENS, ModelConfig, RunConfig
 from jaxllm.config.families import read_config
 from jaxllm.data.stream import MAX_POSITION_BYTES, Position
 from jaxllm.errors import UserError, one_line
-from jaxllm.files import plain_path, read_json
+from jaxllm.files import StrPath, plain_path, read_json
 from jaxllm.model.decoder import abstract_model
 from jaxllm.run.checksums import find_damage, read_list
 from jaxllm.run.history import History
@@ -66,11 +66,11 @@ class Choice(NamedTuple):
     damaged: list[int]  # newer ones
 
 
-def is_run(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
+def is_run(folder: StrPath) -> bool:
+    return Path(folder, "config.json").is_file() and Path(folder, "checkpoints").is_dir()
 
 
-def choose_checkpoint(run: Path, *, strict: bool = False, before: int | None = None) -> Choice:
+def choose_checkpoint(run: StrPath, *, strict: bool = False, before: int | None = None) -> Choice:
     """The newest checkpoint whose checksums agree; each damaged one that is newer is named in a line on stderr.
 
     A run that is training may remove a checkpoint while it is read, because it has saved a newer one: that is read.
@@ -84,6 +84,7 @@ def choose_checkpoint(run: Path, *, strict: bool = False, before: int | None = N
         UserError: all are damaged, or one is and `strict` is set; or the model's config or the tokenizer is not the
             one that the checkpoint was written with.
     """
+    run = Path(run)
     folder, newest = run / "checkpoints", _newest_step(run)
     damaged: list[int] = []
     for step in sorted(_steps(run), reverse=True):
@@ -117,17 +118,17 @@ def _steps(run: Path) -> list[int]:
     return [int(name) for name in names if name.isdecimal() and name == str(int(name))]
 
 
-def oldest_step(run: Path) -> int | None:
-    return min(_steps(run), default=None)
+def oldest_step(run: StrPath) -> int | None:
+    return min(_steps(Path(run)), default=None)
 
 
 def _newest_step(run: Path) -> int:
     return max(_steps(run), default=-1)
 
 
-def checkpoint_context(run: Path) -> dict[str, Any]:
+def checkpoint_context(run: StrPath) -> dict[str, Any]:
     """What a checkpoint depends on in its run's folder: the model's config, and the checksum of the tokenizer."""
-    config, tokenizer = run / "config.json", run / "tokenizer" / "tokenizer.json"
+    config, tokenizer = Path(run, "config.json"), Path(run, "tokenizer", "tokenizer.json")
     return {
         "format": FORMAT,
         "model": read_json(config) if config.is_file() else None,
@@ -144,14 +145,15 @@ def _check_context(run: Path, checkpoint: Path) -> None:
     if written.get("model") is None:
         return
     model = read_model_config(run)
-    # weights that came without a tokenizer have the special tokens of the one that they are trained with
-    free = SPECIAL_TOKENS if written.get("tokenizer") is None else ()
+    # weights from elsewhere take the special tokens of the tokenizer that they are trained with
+    free = SPECIAL_TOKENS if written.get("tokenizer") is None or checkpoint.name == "0" else ()
     if read_config(written["model"] | {name: model.to_dict()[name] for name in free}) != model:
         raise UserError(f"{run / 'config.json'} is not the config that {checkpoint} was written with: put it back")
 
 
-def quarantine(run: Path, damaged: Sequence[int]) -> None:
+def quarantine(run: StrPath, damaged: Sequence[int]) -> None:
     """Move damaged checkpoints to RUN/damaged."""
+    run = Path(run)
     for step in damaged:
         target = (run / "checkpoints").resolve().parent / "damaged" / str(step)  # on the same disk
         target.parent.mkdir(exist_ok=True)
@@ -161,17 +163,17 @@ def quarantine(run: Path, damaged: Sequence[int]) -> None:
         print(f"Moved the damaged checkpoint of step {step} to {target}")
 
 
-def delete_unfinished(run: Path) -> None:
+def delete_unfinished(run: StrPath) -> None:
     """Delete checkpoints that killed processes left unfinished. The caller holds the run's lock."""
-    for folder in (run / "checkpoints").glob("*.orbax-checkpoint-tmp*/"):
+    for folder in Path(run, "checkpoints").glob("*.orbax-checkpoint-tmp*/"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 class CheckpointReader:
     """One checkpoint of a run: `choose_checkpoint` says which one is not damaged."""
 
-    def __init__(self, run: Path, step: int):
-        self._folder = run / "checkpoints" / str(step)
+    def __init__(self, run: StrPath, step: int):
+        self._folder = Path(run, "checkpoints", str(step))
         self.step = step
 
     @property
@@ -275,26 +277,28 @@ def _targets(shapes: Pytree, shardings: Pytree | None) -> Pytree:
     )
 
 
-def newest_checkpoint(run: Path) -> CheckpointReader:
+def newest_checkpoint(run: StrPath) -> CheckpointReader:
     """The newest undamaged checkpoint of a run folder.
 
     Raises:
         UserError: it is no run, or there is none.
     """
+    run = Path(run)
     if not is_run(run):
-        raise UserError(f"{str(run)!r} is no run: it holds no folder checkpoints")
+        raise UserError(f"{str(run)!r} is not a run's folder: it has no folder checkpoints")
     step = choose_checkpoint(run).step
     if step is None:
         raise UserError(f"{run / 'checkpoints'} holds no complete checkpoint")
     return CheckpointReader(run, step)
 
 
-def read_newest(run: Path, read: Callable[[CheckpointReader], T]) -> T:
+def read_newest(run: StrPath, read: Callable[[CheckpointReader], T]) -> T:
     """What `read` makes of the newest undamaged checkpoint. It is called again if a training run removes that one.
 
     Raises:
         UserError: as `newest_checkpoint` and `read`; or new checkpoints come faster than one is read.
     """
+    run = Path(run)
     for _ in range(MAX_LOOKS):
         newest = _newest_step(run)
         try:
@@ -308,7 +312,7 @@ def read_newest(run: Path, read: Callable[[CheckpointReader], T]) -> T:
     )
 
 
-def load_weights(run: Path) -> tuple[ModelConfig, Weights]:
+def load_weights(run: StrPath) -> tuple[ModelConfig, Weights]:
     """Model config and newest weights of a run folder.
 
     Raises:

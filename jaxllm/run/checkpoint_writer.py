@@ -3,14 +3,15 @@
 import asyncio
 import contextlib
 import functools
+import json
 import logging
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -21,11 +22,16 @@ from orbax.checkpoint.path import atomicity
 
 from jaxllm.config import ModelConfig, RunConfig
 from jaxllm.errors import UserError, one_line
-from jaxllm.files import plain_path, rename_durably, write_json
+from jaxllm.files import StrPath, plain_path, rename_durably, write_json
+from jaxllm.model.dtypes import check_floats
 from jaxllm.run.checkpoint import ResumeState, Weights, checkpoint_context
 from jaxllm.run.checksums import write_checksums
 from jaxllm.run.history import History
+from jaxllm.run.source import SourceFiles
 from jaxllm.train.state import TrainState, abstract_state
+
+METADATA_SECONDS = 5.0
+"""How long orbax's own description of a checkpoint is waited for; it is written within milliseconds."""
 
 
 class _ChecksummedFolder(atomicity.AtomicRenameTemporaryPath):
@@ -39,8 +45,20 @@ class _ChecksummedFolder(atomicity.AtomicRenameTemporaryPath):
         # Where orbax could not merge what the processes wrote, it says nothing: open every array.
         for item in {part.parent for part in made.glob("*/ocdbt.process_*/")}:
             await asyncio.to_thread(ocp.StandardCheckpointHandler().metadata, epath.Path(item))
+        deadline = time.monotonic() + METADATA_SECONDS
+        while not _names_its_items(made) and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
         write_checksums(made, checkpoint_context(final.parent.parent))
         rename_durably(made, final)
+
+
+def _names_its_items(checkpoint: Path) -> bool:
+    """Whether orbax, which does so in a thread that it does not wait for, has written its description for the second,
+    last time: else the checksums would be those of the first one."""
+    try:
+        return bool(json.loads((checkpoint / "_CHECKPOINT_METADATA").read_bytes()).get("item_handlers"))
+    except (OSError, ValueError):  # not there, or half written
+        return False
 
 
 class KeepBest(policies.PreservationPolicy):
@@ -67,8 +85,8 @@ class CheckpointWriter:
         keep_every: checkpoints whose step is a multiple of this are kept too; 0: none.
     """
 
-    def __init__(self, run: Path, *, keep: int | None = None, keep_every: int = 0):
-        self._folder = run / "checkpoints"
+    def __init__(self, run: StrPath, *, keep: int | None = None, keep_every: int = 0):
+        self._folder = Path(run, "checkpoints")
         self._keep_best = KeepBest()
         kept = [policies.LatestN(keep), self._keep_best]
         kept += [policies.EveryNSteps(keep_every)] if keep_every else []
@@ -79,7 +97,7 @@ class CheckpointWriter:
         _silence_duplicate_errors()
         self._cleanup = contextlib.ExitStack()
         with self._storage_errors():
-            alias = self._cleanup.enter_context(plain_path(run))
+            alias = self._cleanup.enter_context(plain_path(Path(run)))
             self._manager = ocp.CheckpointManager(epath.Path(alias / "checkpoints"), options=options)
 
     def save(self, step: int, state: TrainState, positions: Sequence[bytes], history: History) -> None:
@@ -169,33 +187,42 @@ def _silence_duplicate_errors() -> None:
 
 
 def write_run(
-    folder: Path,
+    folder: StrPath,
     model: ModelConfig,
     weights: Weights,
-    tokenizer_files: list[Path],
+    tokenizer_files: Sequence[StrPath],
     training: tuple[RunConfig, ResumeState] | None = None,
-    kept: Mapping[str, Any] | None = None,
+    kept: SourceFiles | None = None,
 ) -> None:
     """Create a run folder that starts from given weights or, with `training`, resumes where they were reached.
 
-    `kept` are the names and contents of JSON files to keep in it.
+    `kept` are the files that came with the weights.
+
+    Raises:
+        UserError: a weight or a moment is not a floating-point number; or a weight without `training` is not finite.
     """
+    folder, state = Path(folder), None
+    if training is not None:
+        reached = training[1]
+        state = TrainState(*weights, reached.opt_state, reached.step, reached.dropout_key)
+    moments = () if state is None else state.opt_state[1:]
+    for path, leaf in jax.tree.leaves_with_path((tuple(weights), moments)):
+        check_floats(jax.tree_util.keystr(path[2:], simple=True, separator="."), leaf, finite=training is None)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, values in (kept or {}).items():
-        write_json(folder / name, values)
     write_json(folder / "config.json", model.to_dict())
+    if kept is not None:
+        kept.write(folder)
     if tokenizer_files:
         (folder / "tokenizer").mkdir(exist_ok=True)
-    for file in tokenizer_files:
+    for file in map(Path, tokenizer_files):
         (folder / "tokenizer" / file.name).write_bytes(file.read_bytes())
     writer = CheckpointWriter(folder)
     try:
-        if training is None:
+        if training is None or state is None:
             writer.save_weights(weights)
         else:
             config, reached = training
             write_json(folder / "train_config.json", config.to_dict())
-            state = TrainState(*weights, reached.opt_state, reached.step, reached.dropout_key)
             positions = [position.to_bytes() for position in reached.positions]
             writer.save(int(reached.step), state, positions, reached.history)
         writer.wait()

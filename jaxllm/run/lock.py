@@ -10,6 +10,7 @@ from typing import Self
 import filelock
 
 from jaxllm.errors import UserError
+from jaxllm.files import StrPath
 
 LOCK_FILE = ".jaxllm-lock"
 """Its name in a run's folder, which no other program uses."""
@@ -21,7 +22,8 @@ OWNER_FILE = f"{LOCK_FILE}-owner"
 class FolderLock:
     """The lock of a run's folder, a context manager that releases it. `take` acquires it and creates the folder."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: StrPath):
+        folder = Path(folder)
         self._folder, self._file, self._owner_file = folder, folder / LOCK_FILE, folder / OWNER_FILE
         self._lock: filelock.BaseFileLock | None = None
 

@@ -5,12 +5,12 @@ import json
 import math
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tqdm import tqdm
 
 from jaxllm.config import RunConfig
-from jaxllm.files import write_text_atomically
+from jaxllm.files import StrPath, read_json, write_text_atomically
 from jaxllm.model import flops
 from jaxllm.run.history import History
 from jaxllm.run.tensorboard import TensorBoardWriter
@@ -18,6 +18,8 @@ from jaxllm.run.throughput import Speed
 from jaxllm.run.trackers import Tracker
 
 METRICS_FILE = "metrics.jsonl"
+DATA_REPORT = "data_report.json"
+"""What the run reads (`jaxllm.data.report`), as its last start found it."""
 
 
 class RunLog:
@@ -32,7 +34,7 @@ class RunLog:
         self._path = config.folder / METRICS_FILE
         write_metrics(config.folder, history.records)
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
-        self._trackers = [TensorBoardWriter(config.folder / "tensorboard", first_step), Tracker(config)]
+        self._board, self._tracker = TensorBoardWriter(config.folder / "tensorboard", first_step), Tracker(config)
         self.bar = tqdm(total=config.schedule.steps, initial=first_step, unit="step", dynamic_ncols=True, disable=None)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -47,14 +49,22 @@ class RunLog:
             self._file.write(json_line(record))
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from None
-        for each in self._trackers:
-            each.write(record)
+        self._board.write(record)
+        self._tracker.write(record)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
+        """Close everything; `failed`: an error ends the run. A second call does nothing."""
         self.bar.close()
         self._file.close()
-        for each in self._trackers:
-            each.close()
+        self._board.close()
+        self._tracker.close(failed=failed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        with contextlib.suppress(OSError) if error is not None else contextlib.nullcontext():
+            self.close(failed=error is not None)
 
 
 class NoLog(RunLog):
@@ -67,7 +77,7 @@ class NoLog(RunLog):
     def write(self, record: dict[str, Any]) -> None:
         self._history.add_record(record)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         pass
 
 
@@ -102,9 +112,11 @@ def console_line(config: RunConfig, record: dict[str, Any]) -> str:
     )
 
 
-def write_metrics(folder: Path, records: list[dict[str, Any]]) -> None:
-    """Write `metrics.jsonl` atomically."""
-    write_text_atomically(folder / METRICS_FILE, "".join(map(json_line, records)))
+def write_metrics(folder: StrPath, records: list[dict[str, Any]]) -> None:
+    """Write `metrics.jsonl` atomically. The report of the data, if there is one, is a first line without a `step`."""
+    file = Path(folder, DATA_REPORT)
+    first = [{"data": read_json(file)}] if file.is_file() else []
+    write_text_atomically(Path(folder, METRICS_FILE), "".join(map(json_line, [*first, *records])))
 
 
 def json_line(record: dict[str, Any]) -> str:
@@ -113,9 +125,9 @@ def json_line(record: dict[str, Any]) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: StrPath) -> list[dict[str, Any]]:
     """All complete records of a run; a last line that a killed process left incomplete is skipped."""
-    path = folder / METRICS_FILE
+    path = Path(folder, METRICS_FILE)
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError):
@@ -169,7 +181,7 @@ def _memory_columns(memory: dict[str, float]) -> dict[str, float]:
     return {name: rounded(value, 3) for name, value in memory.items()}
 
 
-def last_evaluation(folder: Path) -> dict[str, Any] | None:
+def last_evaluation(folder: StrPath) -> dict[str, Any] | None:
     """The newest evaluation line of a run whose loss is finite; None without one."""
     records = (record for record in reversed(read_metrics(folder)) if isinstance(record.get("eval_loss"), float))
     return next((record for record in records if math.isfinite(record["eval_loss"])), None)

@@ -22,7 +22,7 @@ from orbax.checkpoint import multihost
 from jaxllm.config import TrainConfig
 from jaxllm.data.stream import Position
 from jaxllm.errors import UserError, one_line
-from jaxllm.run.runtime import check_devices
+from jaxllm.run.runtime import start_jax
 
 BARRIER_SECONDS = 24 * 3600
 """How long processes wait for one that reads data or compiles. If one dies, the coordinator ends the others."""
@@ -38,7 +38,7 @@ def init_distributed(config: TrainConfig) -> None:
     """
     mesh = config.mesh
     if mesh.coordinator is None:
-        check_devices()
+        start_jax()
         return
     automatic = mesh.coordinator == "auto"
     try:
@@ -51,7 +51,7 @@ def init_distributed(config: TrainConfig) -> None:
         raise UserError(
             f"coordinator is {mesh.coordinator!r}{rest}: the processes could not connect ({one_line(error)})"
         ) from None
-    check_devices()
+    start_jax()
     given = _from_each(config.options() | {"process_id": None})
     for process, other in enumerate(given):
         for name, value in other.items():

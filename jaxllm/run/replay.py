@@ -27,14 +27,15 @@ from tqdm import tqdm
 
 from jaxllm.command_line import parse
 from jaxllm.config import TrainConfig
+from jaxllm.config.fields import check_fields, option
 from jaxllm.data.stream import ProcessBatches
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.errors import UserError, exit_on_user_error
-from jaxllm.files import write_text_atomically
+from jaxllm.files import StrPath, write_text_atomically
 from jaxllm.run.checkpoint import CheckpointReader, choose_checkpoint, oldest_step
 from jaxllm.run.lock import FolderLock
 from jaxllm.run.prepare import read_config
-from jaxllm.run.runtime import check_devices, use_compilation_cache
+from jaxllm.run.runtime import start_jax, use_compilation_cache
 from jaxllm.train.placement import local_rows, on_one_device
 from jaxllm.train.state import TrainState
 from jaxllm.train.step import dropout_keys, gradients
@@ -62,15 +63,14 @@ class ReplayArgs:
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
-    step: Annotated[int, tyro.conf.Positional]
+    step: Annotated[int, tyro.conf.Positional] = option(ge=1)
     """Number of the step, from 1."""
 
     def __post_init__(self) -> None:
-        if self.step < 1:
-            raise UserError(f"step is {self.step}: it must be a step of the run, from 1")
+        check_fields(self)
 
 
-def replay(folder: Path, step: int) -> None:
+def replay(folder: StrPath, step: int) -> None:
     """Replay a step of the run in a folder.
 
     Prints what it finds and writes RUN/replay/STEP/: `batch.safetensors` (`labels`, (A,B,T) int32), `report.json`.
@@ -78,6 +78,7 @@ def replay(folder: Path, step: int) -> None:
     Raises:
         UserError: there is no such run, no checkpoint before that step is left, or the step is beyond the run's end.
     """
+    folder = Path(folder)
     config = read_config(folder, TrainConfig)
     if step > config.schedule.steps:
         raise UserError(f"step is {step}: the run in {folder} has {config.schedule.steps} steps")
@@ -87,6 +88,11 @@ def replay(folder: Path, step: int) -> None:
         if saved is None and oldest is not None:
             raise UserError(
                 f"step is {step}: the oldest checkpoint that is left is that of step {oldest}, pass a later step"
+            )
+        if saved is None and config.init is not None:
+            raise UserError(
+                f"step is {step}: the run started from the weights of {config.init}, and has no checkpoint before that "
+                "step, pass a later step"
             )
         tokenizer = load_tokenizer(str(folder / "tokenizer"))
         _replay(config, tokenizer, step, saved)
@@ -233,7 +239,7 @@ def _report(
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     args: ReplayArgs = parse(ReplayArgs, argv, "python -m jaxllm.run.replay", __doc__)
-    check_devices()
+    start_jax()
     use_compilation_cache()
     replay(args.run, args.step)
 

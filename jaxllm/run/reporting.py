@@ -19,8 +19,9 @@ from jaxllm.config import RunConfig
 from jaxllm.data.folder import described
 from jaxllm.data.tokenizer import decode_after, encode_prompt
 from jaxllm.errors import optional
+from jaxllm.files import StrPath, read_json
 from jaxllm.model import flops
-from jaxllm.run.metrics import bits_per_byte, read_metrics
+from jaxllm.run.metrics import DATA_REPORT, bits_per_byte, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,7 +102,7 @@ def new_figure(**options: Any) -> Figure:
 
 
 @optional("drawing loss.png")
-def draw_losses(folder: Path, unigram: float, bytes_per_target: float) -> None:
+def draw_losses(folder: StrPath, unigram: float, bytes_per_target: float) -> None:
     """Draw `loss.png`: training and evaluation loss, and the learning rate, over the steps."""
     records = read_metrics(folder)
     train = [record for record in records if record.get("loss") is not None]
@@ -122,7 +123,7 @@ def draw_losses(folder: Path, unigram: float, bytes_per_target: float) -> None:
     rates.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
     for axis in (losses, rates):
         axis.grid(alpha=0.3)
-    figure.savefig(folder / "loss.png", dpi=100)
+    figure.savefig(Path(folder, "loss.png"), dpi=100)
 
 
 def conclude(prepared: Prepared[Any], eval_loss: float, skipped_rows: int, left_out: dict[str, str]) -> None:
@@ -148,6 +149,7 @@ def conclude(prepared: Prepared[Any], eval_loss: float, skipped_rows: int, left_
 @optional("writing report.md")
 def write_report(config: RunConfig, evaluation: str, skipped_rows: int) -> None:
     """Write `report.md`: what was trained on what, the result, the speed, and commands to continue with."""
+    data = read_json(config.folder / DATA_REPORT)
     end = next(record for record in reversed(read_metrics(config.folder)) if "train_runtime" in record)
     steps, tokens = config.schedule.steps, config.tokens_per_step
     device = f", {end['device_peak_gib']:.2f} GiB on the device" if "device_peak_gib" in end else ""
@@ -164,6 +166,8 @@ def write_report(config: RunConfig, evaluation: str, skipped_rows: int) -> None:
     lines = [
         f"# {config.folder.name}\n\n| | |\n|---|---|",
         *(f"| {name} | {value} |" for name, value in rows.items()),
+        "\nData, as the last start found them:\n",
+        *(f"- {line}" for line in [*data["lines"], *(f"not read: {line}" for line in data["not_read"])]),
         "\n![Losses](loss.png)\n\n[samples.md](samples.md) has samples, `metrics.jsonl` the log, `train_config.json` "
         "the options. To continue:\n\n```bash",
         f"python -m jaxllm.generate {run} --chat",
@@ -185,7 +189,8 @@ def write_samples(
     """
     if not (config.sampling.sample_tokens and config.sampling.prompts):
         return
-    prompts = [encode_prompt(tokenizer, prompt) for prompt in config.sampling.prompts]
+    special = config.data.special_tokens_in_text
+    prompts = [encode_prompt(tokenizer, prompt, special) for prompt in config.sampling.prompts]
     room = config.model.max_position_embeddings - max(len(prompt) for prompt in prompts)
     new = generate(prompts, min(config.sampling.sample_tokens, room))
     sections = []

@@ -144,7 +144,7 @@ class Run:
             self._log = RunLog(config, self._history, self.step)
         else:
             self._log = NoLog(self._history)
-        self._cleanup.push(self._close_log)
+        self._cleanup.push(self._log)
         # an interrupted run keeps the checkpoint that is being written
         self._writer = CheckpointWriter(
             config.folder, keep=checkpoint.keep_checkpoints, keep_every=checkpoint.keep_every
@@ -155,10 +155,6 @@ class Run:
         self._meter = Meter(config, self._peak_tflops, lambda: self._prefetcher.waited)
         self._stop = self._cleanup.enter_context(stop_on_signals())
         self._started = True
-
-    def _close_log(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        with contextlib.suppress(OSError) if error is not None else contextlib.nullcontext():
-            self._log.close()
 
     def _close_writer(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         # Other errors may have occurred in one process only: there the others are not waited for.

@@ -80,21 +80,24 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
 
 
-def check_devices() -> None:
-    """Check that JAX finds the devices that it is asked to use.
+def start_jax() -> None:
+    """Pin what changes JAX's numbers, and check that it finds the devices that it is asked to use.
 
     Raises:
-        UserError: it finds none, or cannot start them.
+        UserError: it finds none, or cannot start them; or it may not compile.
     """
     import jax
 
+    from jaxllm.model.numerics import pin_numerics
+
+    pin_numerics()
     try:
         jax.devices()
     except Exception as error:  # also an AssertionError without a message
         wanted = jax.config.values["jax_platforms"]
         raise UserError(
             f"JAX_PLATFORMS is {wanted!r}: JAX cannot use such a device here ({one_line(error)}); install its support "
-            "(for NVIDIA GPUs: pip install 'jaxllm[cuda13]'), or unset JAX_PLATFORMS"
+            "(for NVIDIA GPUs: pip install 'jax[cuda13]'), or unset JAX_PLATFORMS"
         ) from None
 
 

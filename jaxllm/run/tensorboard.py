@@ -5,10 +5,10 @@ import math
 import sys
 import threading
 import weakref
-from pathlib import Path
 from typing import Any
 
 from jaxllm.errors import optional
+from jaxllm.files import StrPath
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
@@ -31,7 +31,7 @@ class TensorBoardWriter:
     tensorboardX's thread dies on a full disk, and adding more events then blocks forever.
     """
 
-    def __init__(self, folder: Path, first_step: int):
+    def __init__(self, folder: StrPath, first_step: int):
         """`first_step`: events of later steps, from a process that was killed, are hidden."""
         _record_thread_errors()
         self._writer, self._threads = None, []

@@ -11,6 +11,7 @@ from jaxllm.config import RunConfig
 from jaxllm.model.decoder import CustomLLM, abstract_model, model_facts, split_model
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import Layout
+from jaxllm.model.numerics import random_key
 from jaxllm.train.optim import OptimizerState, of_adamw
 
 
@@ -26,7 +27,7 @@ class TrainState(NamedTuple):
 
 def init_state(config: RunConfig) -> TrainState:
     """A new run: fresh weights, zero moments, step 0."""
-    model_key, _ = jax.random.split(jax.random.key(config.seed))
+    model_key, _ = jax.random.split(random_key(config.seed))
     _, params, routing_bias = split_model(CustomLLM(config.model, rngs=nnx.Rngs(params=model_key)))
     return start_state(config, params, routing_bias)
 
@@ -45,7 +46,7 @@ def abstract_state(config: RunConfig) -> TrainState:
 
 def dropout_key(config: RunConfig) -> Array:
     """The raw key data from which all dropout of a run is drawn; it follows from the seed."""
-    return jax.random.key_data(jax.random.split(jax.random.key(config.seed))[1])
+    return jax.random.key_data(jax.random.split(random_key(config.seed))[1])
 
 
 def state_specs(config: RunConfig, layout: Layout) -> TrainState:

@@ -13,7 +13,8 @@ from jaxllm.config import RunConfig
 from jaxllm.model.decoder import STACKS, CustomLLM, abstract_model, model_facts
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
-from jaxllm.model.moe import updated_routing_bias
+from jaxllm.model.load_balance import updated_routing_bias
+from jaxllm.model.numerics import KEY_IMPL
 from jaxllm.train.loss import count_targets, next_token_targets, summed_cross_entropy
 from jaxllm.train.optim import learning_rate, tree_where, update
 from jaxllm.train.state import TrainState, state_specs
@@ -89,7 +90,7 @@ def dropout_keys(config: RunConfig, state: TrainState, index: Array, rows: int, 
     """Keys of the rows `local_rows` of micro-batch `index`, which has `rows` on all devices; None without dropout."""
     if not config.model.dropout:
         return None
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.dropout_key), state.step)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.dropout_key, impl=KEY_IMPL), state.step)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, index * rows + local_rows)
 
 

@@ -100,7 +100,7 @@ class Client:
         self.name, self.folder = name, folder
         self.is_ours = name == "ours"
         self.config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
     def load(self, auto=AutoModelForCausalLM, **options):
         options = {"attn_implementation": "eager"} | options

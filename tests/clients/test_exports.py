@@ -121,21 +121,6 @@ def test_eight_bits_choose_the_same_experts(ours, library):
     assert torch.nn.functional.cosine_similarity(*logits).median() > 0.99
 
 
-def test_continuous_batching(client):
-    from transformers import GenerationConfig
-
-    if not client.is_ours:
-        pytest.skip("the pages of transformers have no place for its latents")
-    prompts = [client.ids(1, n, seed=n)[0].tolist() for n in (5, 12, 9)]
-    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
-    model = client.load(attn_implementation="sdpa")
-    wanted = [
-        model.generate(torch.tensor([p]), **options | {"eos_token_id": None})[0, len(p) :].tolist() for p in prompts
-    ]
-    made = model.generate_batch(prompts, generation_config=GenerationConfig(**options, num_blocks=64, block_size=16))
-    assert [list(out.generated_tokens) for out in made.values()] == wanted
-
-
 def test_lm_eval(client, tmp_path):
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM

@@ -6,7 +6,13 @@ import math
 
 import pytest
 import torch
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +55,14 @@ def test_trainer(client, tmp_path, options):
     assert trainer.evaluate()["eval_loss"] < wanted
 
 
+@pytest.mark.parametrize("auto", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+def test_trainer_of_a_classifier(client, tmp_path, auto):
+    one = auto is AutoModelForSequenceClassification
+    rows = [{"input_ids": client.ids(9, seed=i).tolist(), "labels": i % 3 if one else [i % 3] * 9} for i in range(12)]
+    args = TrainingArguments(str(tmp_path), **COMMON, gradient_accumulation_steps=2)
+    losses(Trainer(client.load(auto, num_labels=3), args, train_dataset=rows))
+
+
 def trl_model(client, lora: bool):
     model = client.load()
     if not lora:
@@ -85,18 +99,16 @@ def test_preferences(client, tmp_path):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
-    args = trl.DPOConfig(str(tmp_path), **COMMON, max_length=64)
+    args = trl.DPOConfig(str(tmp_path), **COMMON, max_length=64, trust_remote_code=True)  # of the reference, by name
     rows = [{"prompt": "def f", "chosen": text, "rejected": "x"} for text in texts()]
     data = Dataset.from_list(rows)
-    models = client.load(), client.load()  # TRL would load the second without trust_remote_code
-    found = losses(trl.DPOTrainer(*models, args=args, train_dataset=data, processing_class=client.tokenizer))
+    found = losses(trl.DPOTrainer(client.load(), args=args, train_dataset=data, processing_class=client.tokenizer))
     assert found[0] == pytest.approx(math.log(2), rel=1e-3)  # model and reference are the same at first
 
 
 def test_rewards(client, tmp_path):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
-    from transformers import AutoModelForSequenceClassification
 
     args = trl.RewardConfig(str(tmp_path), **COMMON, max_length=64)
     data = Dataset.from_list([{"chosen": text, "rejected": "x"} for text in texts()])

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
+import json
 import pickle
+import runpy
 import shutil
+import sys
 
 import pytest
 import torch
@@ -14,11 +18,18 @@ from transformers import (
     AutoModelForTokenClassification,
     DataCollatorForLanguageModeling,
     DataCollatorWithFlattening,
+    DynamicCache,
+    GenerationConfig,
     cache_utils,
 )
+from transformers.generation.continuous_batching import PagedAttentionCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"  # since 5.24, before
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 @torch.no_grad()
@@ -26,6 +37,18 @@ def test_the_model_is_the_exported_file(ours):
     model = ours.load(attn_implementation=None)
     assert type(model).__module__.startswith("transformers_modules.")
     assert model.config._attn_implementation == "eager"  # the reference, unless another one is asked for
+
+
+@pytest.mark.parametrize("lacking", ["transformers.masking_utils", "transformers.modeling_layers"])
+def test_an_old_transformers_is_told_which_one_is_needed(ours, monkeypatch, lacking):
+    """In one line, not by the name of what it lacks."""
+    installed = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "4.49.0" if name == "transformers" else installed(name)
+    )
+    monkeypatch.setitem(sys.modules, lacking, None)
+    with pytest.raises(ImportError, match=r"transformers>=5.4 is required .* found transformers==4.49.0"):
+        runpy.run_path(str(ours.folder / "modeling_customllm.py"))
 
 
 @torch.no_grad()
@@ -50,7 +73,7 @@ def test_outputs(client):
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
         real = batch["attention_mask"].bool()
         assert not weights.triu(1)[real[:, None, :, None].expand_as(weights)].any()
-    assert out.past_key_values.get_seq_length() == length  # as the config's use_cache says
+    assert out[CACHE].get_seq_length() == length  # as the config's use_cache says
     assert isinstance(model(**batch, return_dict=False), tuple)
 
 
@@ -106,6 +129,63 @@ def test_unknown_arguments_are_refused(ours):
         with pytest.raises(TypeError, match=name):
             model.base_model(ids, **{name: False})
         model(ids, **{name: None})
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@torch.no_grad()
+def test_the_cache_has_two_names(ours, attention):
+    """transformers 5.24 calls `cache` what was `past_key_values`. With every version either is used, none ignored."""
+    model, ids = ours.load(attn_implementation=attention), ours.ids(2, 12)
+    backbone = ours.load(AutoModel, attn_implementation=attention)
+    with torch.compiler.set_stance("force_eager"):
+        wanted, logits = model.generate(ids, use_cache=False, **GREEDY), model(ids).logits[:, 7:]
+        for name in ("past_key_values", "cache"):
+            assert torch.equal(model.generate(ids, **{name: DynamicCache()}, **GREEDY), wanted)
+            filled = backbone(ids[:, :7], **{name: DynamicCache()})[CACHE]
+            out = model(ids[:, 7:], **{name: filled})
+            assert out[CACHE] is filled
+            assert filled.get_seq_length() == 12
+            torch.testing.assert_close(out.logits, logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@torch.no_grad()
+def test_what_is_not_a_cache_is_refused(ours, attention):
+    model, ids = ours.load(attn_implementation=attention), ours.ids(1, 9)
+    legacy = tuple((torch.zeros(1, 4, 3, 16),) * 2 for _ in range(3))
+    for run in (model, model.base_model, model.generate):
+        with pytest.raises(TypeError, match="two names of one argument"):
+            run(ids, cache=DynamicCache(), past_key_values=DynamicCache())
+        for name in ("past_key_values", "cache"):
+            for wrong in (legacy, "a server's", object()):
+                with pytest.raises(
+                    TypeError, match=f"cache has type {type(wrong).__name__}: pass a transformers Cache"
+                ):
+                    run(ids, **{name: wrong})
+    for name in ("kv_cache", "cache_params", "layer_past", "read_index", "block_table"):
+        with pytest.raises(TypeError, match=f"does not use {name}"):
+            model(ids, **{name: DynamicCache()})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_continuous_batching(ours, attention):
+    """transformers' pages have no place for the latents of the control."""
+    prompts = [ours.ids(1, n, seed=n)[0].tolist() for n in (5, 12, 9)]
+    model = ours.load(attn_implementation=attention)
+    wanted = [model.generate(torch.tensor([p]), **GREEDY)[0, len(p) :].tolist() for p in prompts]
+    options = GenerationConfig(**GREEDY | {"eos_token_id": -1}, num_blocks=64, block_size=16)
+    made = model.generate_batch(prompts, generation_config=options)
+    assert [list(out.generated_tokens) for out in made.values()] == wanted
+
+
+@torch.no_grad()
+def test_pages_that_no_one_would_fill_are_refused(ours, monkeypatch):
+    """Before 5.24 the attention function puts keys and values into a paged cache: not all of them do."""
+    model = ours.load()
+    monkeypatch.setattr(sys.modules[type(model).__module__], "CACHE", "past_key_values")
+    with pytest.raises(TypeError, match="attn_implementation='eager' does not read a paged cache"):
+        model(ours.ids(1, 9), cache=PagedAttentionCache.__new__(PagedAttentionCache))
 
 
 @torch.no_grad()
@@ -182,7 +262,7 @@ def attention_difference(client, attention: str, decoded: int = 4) -> float:
         for token in steps.T[..., None]:
             mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], dim=1)
             positions = mask.sum(-1, keepdim=True) - 1
-            out = model(token, attention_mask=mask, position_ids=positions, past_key_values=out.past_key_values)
+            out = model(token, attention_mask=mask, position_ids=positions, **{CACHE: out[CACHE]})
             parts.append(out.logits)
         logits.append(torch.cat(parts, dim=1))
     real = torch.cat([batch["attention_mask"], torch.ones(3, decoded)], dim=1).bool()
@@ -363,8 +443,6 @@ def test_the_tokenizer_belongs_to_the_model(ours):
 
 
 def test_the_config_names_its_writer(ours):
-    import json
-
     written = json.loads((ours.folder / "config.json").read_text())
     assert written["transformers_version"]
     assert json.loads((ours.folder / "generation_config.json").read_text())["transformers_version"]

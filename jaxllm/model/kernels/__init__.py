@@ -9,51 +9,43 @@ Rejected: `jax.lax.ragged_dot` is a dense product over all experts on the CPU (f
 loops with dynamic trip counts wait for the host on a GPU. A TPU takes the last line: correct, and not tuned.
 """
 
-import importlib
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 
 from jaxllm.config import ModelConfig
 from jaxllm.model.dtypes import Array
-from jaxllm.model.kernels import grouped_loop, grouped_triton, grouped_whole
+from jaxllm.model.kernels import grouped_loop, grouped_triton, grouped_whole, packed
 from jaxllm.model.kernels.causal_attention import blocked_attention, cudnn_attention
+from jaxllm.model.kernels.interface import ExpertKernels
 
 CUDA, ANY = "cuda", "any"
 """Platforms: an NVIDIA GPU of the Ampere generation or newer, and every other device."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Kernels:
-    """The kernels of one model; static and hashable."""
+    """The kernels of one model; static and hashable. `CustomLLM` chooses them and hands them down."""
 
-    grouped: ModuleType
-    """A module with `ffn` and `ffn_gradients` of the experts, `padding`, `prepared`, `new_kept` and `new_gradient`."""
+    routed: ExpertKernels
+    """Of the routed experts."""
+    shared: ExpertKernels | None
+    """Of the shared experts, if they fuse SwiGLU; None: `linear`, under autodiff.
+
+    With fused kernels all layers save SwiGLU's arguments in one array, in place. Elsewhere each layer's are copied into
+    such an array and out of it; on a CPU that is little next to the weights."""
     attention: Callable[[Array, Array, Array, Array | None, float], Array]
     """q, k (B,T,H,h), v (B,T,H,v), the attention mask (B,T) or None, and the scale of the scores -> (B,T,H,v)."""
     packs: bool
-    """Whether what a loop over the layers slices is packed: see `packed`."""
-    shared: ModuleType | None
-    """A module with `ffn` and `ffn_gradients` of a shared expert, if they fuse SwiGLU; None: `linear`.
+    """Whether the loop over the layers packs what it slices: see `packed`."""
 
-    If they do, all layers keep SwiGLU's arguments in one stack. Elsewhere autodiff copies each layer's into a stack and
-    out of it. On a CPU that is little next to the weights; and packed numbers are integers, which have no cotangent."""
-
-    def __reduce__(self):  # to copy and pickle a model: a module is found by its name
-        modules = [module and module.__name__ for module in (self.grouped, self.shared)]
-        return _kernels, (*modules, self.attention, self.packs)
-
-
-def _kernels(grouped: str, shared: str | None, attention: Callable, packs: bool) -> Kernels:
-    return Kernels(
-        grouped=importlib.import_module(grouped),
-        attention=attention,
-        packs=packs,
-        shared=None if shared is None else importlib.import_module(shared),
-    )
+    @property
+    def experts(self) -> dict[str, ExpertKernels]:
+        """The kernels that read experts in place, by the attribute of `DeepSeekMoE`."""
+        every = {"routed_experts": self.routed, "shared_experts": self.shared}
+        return {name: kernels for name, kernels in every.items() if kernels is not None}
 
 
 def platform_here() -> str:
@@ -64,10 +56,14 @@ def platform_here() -> str:
     return CUDA if capability[:1].isdigit() and float(capability) >= 8 else ANY
 
 
-def choose_kernels(config: ModelConfig, dtype: jnp.dtype, platform: str | None = None) -> Kernels:
+def choose_kernels(
+    config: ModelConfig, dtype: jnp.dtype, platform: str | None = None, *, remat: bool = False
+) -> Kernels:
     """The kernels of a model with this config, whose dimensions decide whether a kernel applies, and compute dtype.
 
-    `platform` is CUDA or ANY (else ValueError), to compile for a device that is not here; None: the platform here.
+    Args:
+        platform: CUDA or ANY (else ValueError), to compile for a device that is not here; None: the platform here.
+        remat: whether the layers are computed again in the backward pass.
     """
     platform = platform_here() if platform is None else platform
     if platform not in (CUDA, ANY):
@@ -78,16 +74,16 @@ def choose_kernels(config: ModelConfig, dtype: jnp.dtype, platform: str | None =
     h = config.qk_head_dim
     cudnn = on_cuda and dtype == jnp.bfloat16 and h == config.value_head_dim and h % 8 == 0 and h <= 128
     return Kernels(
-        grouped=grouped_triton if triton else grouped_loop,
+        routed=grouped_triton.KERNELS if triton else dataclasses.replace(grouped_loop.KERNELS, recomputes=remat),
+        shared=grouped_whole.KERNELS if triton else None,
         attention=cudnn_attention if cudnn else blocked_attention,
-        packs=dtype == jnp.bfloat16 and not on_cuda,
-        shared=grouped_whole if triton else None,
+        packs=packed.NEEDED and dtype == jnp.bfloat16 and not on_cuda,
     )
 
 
 def describe_kernels(config: ModelConfig, dtype: jnp.dtype, platform: str | None = None) -> str:
     """A description of the choice, for a line at start-up."""
     chosen = choose_kernels(config, dtype, platform)
-    experts = {grouped_triton: "Triton grouped product", grouped_loop: "loops over groups with rows"}
-    attention: dict[Callable, str] = {cudnn_attention: "cuDNN fused kernel", blocked_attention: "blocks of queries"}
-    return f"experts: {experts[chosen.grouped]}; attention: {attention[chosen.attention]} ({jnp.dtype(dtype).name})"
+    experts = "Triton grouped product" if chosen.routed == grouped_triton.KERNELS else "loops over groups with rows"
+    attention = "cuDNN fused kernel" if chosen.attention is cudnn_attention else "blocks of queries"
+    return f"experts: {experts}; attention: {attention} ({jnp.dtype(dtype).name})"

@@ -1,6 +1,6 @@
 """Causal softmax attention of whole sequences: by blocks of queries, or by cuDNN's fused kernel on an NVIDIA GPU.
 
-For the backward pass, neither keeps anything that grows with the square of the length.
+For the backward pass, neither saves anything that grows with the square of the length.
 """
 
 import functools
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
 from jaxllm.model.dtypes import Array, at_least_float32
-from jaxllm.model.kernels.matmul import keep
+from jaxllm.model.kernels.matmul import save_for_backward
 
 BLOCK_QUERIES = 128
 """Queries whose attention weights are in memory at once."""
@@ -31,7 +31,7 @@ def blocked_attention(q: Array, k: Array, v: Array, attention_mask: Array | None
     """A token attends to itself and to what came before, but to no padding. A padded row still sees itself.
 
     q, k (B,T,H,h), v (B,T,H,v), attention_mask (B,T), zero at padding, or None: no padding; `scale` multiplies the
-    scores -> (B,T,H,v). The backward pass keeps q, k and v, and recomputes each block's weights.
+    scores -> (B,T,H,v). The backward pass saves q, k and v, and recomputes each block's weights.
     """
     length = q.shape[1]
     # heads before time: the products are batched over B,H
@@ -48,7 +48,7 @@ def blocked_attention(q: Array, k: Array, v: Array, attention_mask: Array | None
         starts = jnp.arange(start, end, block)
         attend = functools.partial(_attend, min(end, length), k, v, attention_mask)
         spans += [*jax.lax.map(lambda x, attend=attend: attend(*x), (starts, blocks))]
-    return keep(jnp.concatenate(spans, axis=2)[:, :, :length].swapaxes(1, 2))
+    return save_for_backward(jnp.concatenate(spans, axis=2)[:, :, :length].swapaxes(1, 2))
 
 
 @functools.partial(jax.checkpoint, static_argnums=0)

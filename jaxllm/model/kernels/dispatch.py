@@ -18,7 +18,7 @@ class Dispatch(NamedTuple):
 
     order: Array | None  # (M,): row i is slot order[i] of the flattened slots, of the token order[i] // k
     rows: Array | None  # (N,k): the row of each slot, the inverse of the order; M: of an expert that is not here
-    # None, both: row i is token i. Only for the kernels of a single group, `Kernels.shared`.
+    # None, both: row i is token i, of each expert. Only for `Kernels.shared`.
     group_sizes: Array  # (E,): rows of each expert
 
 
@@ -35,8 +35,8 @@ def plan_dispatch(experts: Array, n_experts: int) -> Dispatch:
     return Dispatch(order, rows, tokens_per_expert(experts, n_experts))
 
 
-def single_group(tokens: int) -> Dispatch:
-    """All tokens, as they are, are the rows of a single expert."""
+def every_token(tokens: int) -> Dispatch:
+    """All tokens, as they are, are the rows of each expert."""
     return Dispatch(order=None, rows=None, group_sizes=jnp.full(1, tokens, jnp.int32))
 
 
@@ -45,7 +45,7 @@ def tokens_per_expert(experts: Array, n_experts: int) -> Array:  # (N,k) -> (E,)
 
 
 def gather_slots(rows: Array, plan: Dispatch) -> Array:
-    """A number of each row, at its slot: (M,1) -> (N,k); zero where there is no row."""
+    """Move one scalar per sorted row back to its (token, k) slot; slots handled elsewhere get 0: (M,1) -> (N,k)."""
     return rows if plan.rows is None else _gather_or_zero(rows[:, 0], plan.rows)
 
 
@@ -63,5 +63,5 @@ def _gather_or_zero(rows: Array, at: Array) -> Array:
 
 
 def add_all(arrays: Iterable[Array]) -> Array:
-    """The sum of some arrays, from left to right."""
+    """Sum arrays from left to right."""
     return functools.reduce(operator.add, arrays)

@@ -1,134 +1,132 @@
-"""The routed experts of a layer, from tokens to tokens, with an explicit gradient. No row is dropped.
+"""The feed-forward networks of a layer's experts, from tokens to tokens, with an explicit gradient. No row is dropped.
 
-Each token goes to k experts. The output is the sum of their SwiGLU networks, each times its gate. The passes over the
-experts are those of a device's kernels (`grouped_loop`, `grouped_triton`), which autodiff cannot differentiate. They
-read each row directly from the tokens, so no sorted copy is written. All other moves of rows are gathers; autodiff
-would use scatters in the backward pass.
+Each token goes through k experts. The output is the sum of their SwiGLU networks, each times its gate. A device's
+kernels (`ExpertKernels`) compute both passes, which autodiff cannot differentiate. They read each row directly from the
+tokens, so no sorted copy is written. All other moves of rows are gathers; autodiff would use scatters in the backward
+pass.
 
 A gate multiplies before the last product: so its gradient does not need the experts' outputs. The two pre-activations
-(2*M*F numbers) are kept for the backward pass, which saves a quarter of its products, or made again there.
+(2*M*F numbers) are saved for the backward pass, which saves a quarter of its products, or computed again there.
 
     N tokens    k experts of each    M rows, sorted by expert    D hidden    F expert hidden
-    E experts of a layer    S of a stack    L layers
+    E experts of a layer, of S in an array    L layers
 """
 
 import functools
-from types import ModuleType
-from typing import Any
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxllm.model.dtypes import Array, Pytree
-from jaxllm.model.kernels.dispatch import Dispatch, combine, gather_slots
-from jaxllm.model.kernels.matmul import keep
-from jaxllm.model.kernels.stacks import Carried, Kept, Weights
+from jaxllm.model.kernels.dispatch import Dispatch, add_all, combine, gather_slots
+from jaxllm.model.kernels.interface import ExpertKernels, ExpertRows, Saved, Weights
+from jaxllm.model.kernels.matmul import save_for_backward
 
 
-def expert_ffn(grouped: ModuleType, x: Array, gates: Array, masters: Weights, plan: Dispatch) -> Array:
+class ExpertSlice(NamedTuple):
+    """The experts of one layer: E of S, which are those of all layers when a loop runs the layers.
+
+    If each layer returned a gradient of the whole arrays, L arrays of that size would be made and added. So the loop
+    hands the same two arrays, `gradient` and `saved`, from layer to layer, and each writes its part of them in place.
+    """
+
+    masters: Weights | None  # in float32 or wider, whose gradient `gradient` becomes; None: it has no gradient
+    weights: Weights  # the masters as the kernels read them; without a gradient
+    offset: Array | int  # () int, the first of the E experts
+    gradient: Weights | None = None  # of the masters: the layers after this one have written theirs; None: a new one
+    saved: Array | None = None  # (L,M,2F) pre-activations, for the backward pass; None: this layer saves its own
+
+
+class ExpertOutput(NamedTuple):
+    output: Array  # (N,D)
+    saved: Array | None  # `ExpertSlice.saved` with this layer's part written
+
+
+def expert_slice(kernels: ExpertKernels, masters: Weights, dtype: jnp.dtype) -> ExpertSlice:
+    """Experts, all of which belong to one layer, for products in this dtype."""
+    weights: Weights = jax.tree.map(lambda weight: kernels.prepared(jax.lax.stop_gradient(weight), dtype), masters)
+    return ExpertSlice(masters, weights, offset=0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def expert_ffn(kernels: ExpertKernels, x: Array, gates: Array, plan: Dispatch, experts: ExpertSlice) -> ExpertOutput:
     """The sum of `(gates[n,j] * silu(x[n] @ gate[e]) * (x[n] @ up[e])) @ down[e]` over the chosen experts e of a token.
 
     Args:
-        grouped: the kernels, `Kernels.grouped`.
         x: (N, D), in the compute dtype.
         gates: (N, k), in float32 or wider.
-        masters: gate, up (E,D,F) and down (E,F,D), in float32 or wider.
-        plan: the experts' rows. Slots of other devices contribute nothing, and have no gradient.
+        plan: the experts' rows. Slots of other devices contribute nothing, and have no gradient. If all tokens go
+            through all experts (`dispatch.every_token`), k is their number.
+        experts: used once in a pass, since the backward pass writes into `experts.gradient`.
 
-    Returns (N, D). The weights' gradients have the masters' dtype.
+    The weights' gradients have the masters' dtype.
     """
-    weights, carried = prepare(grouped, masters, x.dtype), Carried(masters, kept=None)
-    made: Any = expert_ffn_in_stack(grouped, False, x, gates, weights, carried, plan, 0)
-    return made[0]
+    outputs = (_ffn(kernels, rows, plan, None).output for rows in _passes(kernels, x, gates, plan, experts))
+    return ExpertOutput(add_all(outputs), experts.saved)
 
 
-def prepare(grouped: ModuleType, masters: Pytree, dtype: jnp.dtype) -> Pytree:
-    """Masters as `expert_ffn_in_stack` reads them in this compute dtype. They have no gradient."""
-    return jax.tree.map(lambda weight: grouped.prepared(jax.lax.stop_gradient(weight), dtype), masters)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def expert_ffn_in_stack(
-    grouped: ModuleType,
-    recompute: bool,
-    x: Array,
-    gates: Array,
-    weights: Weights,
-    carried: Carried,
-    plan: Dispatch,
-    offset: Array | int,
-) -> tuple[Array, Carried]:
-    """`expert_ffn` by the E experts that begin at `offset` in a stack of S, without a copy of any.
-
-    Args:
-        recompute: make the pre-activations again in the backward pass, if `carried` has no room for them.
-        weights: what `prepare` makes of the masters: gate, up (S,D,F) and down (S,F,D).
-        carried: holds the masters, for their gradient. A layer's experts are used once in a pass.
-
-    Returns (N, D), and what is carried on.
-    """
-    return _products(grouped, x, gates, weights, plan, offset, kept=None)[0], carried
-
-
-def _products(
-    grouped: ModuleType,
-    x: Array,
-    gates: Array,
-    weights: Weights,
-    plan: Dispatch,
-    offset: Array | int,
-    kept: Kept | None,
-) -> tuple[Array, Any]:
-    tokens, row_weights = _tokens_and_gates(grouped, gates, plan)
-    out, stack = grouped.ffn(x, tokens, row_weights, weights, plan.group_sizes, offset, kept)
-    return combine(out[: gates.size], plan), stack
-
-
-def _tokens_and_gates(grouped: ModuleType, gates: Array, plan: Dispatch) -> tuple[Array | None, Array]:
-    """The token, (P,), and the gate, (P,1), of each row, with those of the padding that the kernels ask for."""
+def _passes(
+    kernels: ExpertKernels, x: Array, gates: Array, plan: Dispatch, experts: ExpertSlice
+) -> Iterator[ExpertRows]:
+    """The kernels' operands: of all routed experts at once, or of one shared expert at a time."""
     if plan.order is None:
-        return None, gates
-    slots = jnp.pad(plan.order, (0, grouped.padding(plan.order.size)))
-    return slots // gates.shape[1], gates.reshape(-1)[slots][:, None]
+        for j in range(gates.shape[1]):
+            yield ExpertRows(x, None, gates[:, j : j + 1], plan.group_sizes, experts.weights, experts.offset + j)
+        return
+    slots = jnp.pad(plan.order, (0, kernels.padding(plan.order.size)))
+    tokens, row_weights = slots // gates.shape[1], gates.reshape(-1)[slots][:, None]
+    yield ExpertRows(x, tokens, row_weights, plan.group_sizes, experts.weights, experts.offset)
 
 
-def _forward(
-    grouped: ModuleType,
-    recompute: bool,
-    x: Array,
-    gates: Array,
-    weights: Weights,
-    carried: Carried,
-    plan: Dispatch,
-    offset: Array | int,
-):
-    if carried.masters is None:
+def _ffn(kernels: ExpertKernels, rows: ExpertRows, plan: Dispatch, saved: Saved | None) -> ExpertOutput:
+    out, written = kernels.ffn(rows, saved)
+    return ExpertOutput(combine(out[: _count(rows, plan)], plan), written)
+
+
+def _count(rows: ExpertRows, plan: Dispatch) -> int:
+    """M, without padding."""
+    return len(rows.x) if plan.order is None else len(plan.order)
+
+
+def _part(saved: Array, rows: ExpertRows) -> Saved:
+    """The layer's part of what all layers save; each shared expert has a part of its own."""
+    return Saved(saved, layer=rows.offset // rows.group_sizes.shape[0])
+
+
+def _forward(kernels: ExpertKernels, x: Array, gates: Array, plan: Dispatch, experts: ExpertSlice):
+    if experts.masters is None:
         raise ValueError("decoding has no gradient: differentiate the model's call, which takes whole sequences")
-    products = functools.partial(_products, grouped, x, gates, weights, plan, offset)
-    if carried.kept is None:
-        room = None if recompute else Kept(grouped.new_kept(1, gates.size, 2 * weights[0].shape[2], x.dtype), layer=0)
-        out, own = products(room)
-        own = None if own is None else keep(own)
-    else:
-        out, stack = products(Kept(carried.kept, layer=offset // plan.group_sizes.shape[0]))
-        own, carried = None, carried._replace(kept=stack)
-    return (out, carried), (x, gates, weights, plan, offset, own)
+    outputs, own, written = [], [], experts.saved
+    for rows in _passes(kernels, x, gates, plan, experts):
+        if written is not None:
+            output, written = _ffn(kernels, rows, plan, _part(written, rows))
+        elif kernels.recomputes:
+            output, _ = _ffn(kernels, rows, plan, None)
+        else:
+            features = 2 * experts.weights[0].shape[2]
+            room = Saved(kernels.new_saved(1, _count(rows, plan), features, x.dtype), layer=0)
+            output, made = _ffn(kernels, rows, plan, room)
+            own.append(jax.tree.map(save_for_backward, made))
+        outputs.append(output)
+    # `experts` as given: in the backward pass, the layer loop puts the arrays that all layers wrote in their place
+    return ExpertOutput(add_all(outputs), written), (x, gates, plan, experts, own)
 
 
-def _backward(grouped: ModuleType, recompute: bool, saved: tuple, cotangents: tuple[Array, Carried]) -> tuple:
-    x, gates, weights, plan, offset, own = saved
-    d_out, carried = cotangents
-    if carried.kept is None:
-        kept = None if own is None else Kept(own, layer=0)
-    else:
-        kept = Kept(carried.kept, layer=offset // plan.group_sizes.shape[0])
-    tokens, row_weights = _tokens_and_gates(grouped, gates, plan)
-    d_rows, d_row_weights, masters = grouped.ffn_gradients(
-        x, tokens, row_weights, d_out, weights, kept, plan.group_sizes, carried.masters, offset
-    )
-    M = gates.size
-    d_gates = gather_slots(d_row_weights[:M], plan).astype(gates.dtype)
-    return combine(d_rows[:M], plan), d_gates, None, carried._replace(masters=masters), None, None
+def _backward(kernels: ExpertKernels, residuals: tuple, d: ExpertOutput) -> tuple[Array, Array, None, ExpertSlice]:
+    x, gates, plan, experts, own = residuals
+    gradient, d_x, d_gates = experts.gradient, [], []
+    if gradient is None:
+        gradient = jax.tree.map(kernels.new_gradient, experts.masters)
+    for j, rows in enumerate(_passes(kernels, x, gates, plan, experts)):
+        saved = Saved(own[j], layer=0) if own else None if experts.saved is None else _part(experts.saved, rows)
+        d_rows, d_row_weights, gradient = kernels.ffn_gradients(rows, d.output, saved, gradient)
+        M = _count(rows, plan)
+        d_x.append(combine(d_rows[:M], plan))
+        d_gates.append(gather_slots(d_row_weights[:M], plan).astype(gates.dtype))
+    none: Pytree = None  # the gradient of arrays that have none
+    return add_all(d_x), jnp.concatenate(d_gates, axis=1), None, ExpertSlice(gradient, none, none)
 
 
-expert_ffn_in_stack.defvjp(_forward, _backward)
+expert_ffn.defvjp(_forward, _backward)

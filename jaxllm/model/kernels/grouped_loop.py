@@ -1,4 +1,4 @@
-"""The experts' two passes for any device: loops over the groups that have rows; the rows are sorted by group.
+"""The experts' two passes (`ExpertKernels`) for any device: loops over the groups that have rows, sorted by group.
 
 A group is computed in one block of the smallest size that holds it. So in each pass its weights are read once and its
 weight gradients are written once, and intermediate results are of one block only. Only a group above the largest size
@@ -18,17 +18,14 @@ import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
 from jaxllm.model.dtypes import Array, at_least_float32
-from jaxllm.model.kernels.matmul import cast, in_dtype, matmul
-from jaxllm.model.kernels.packed import pack, packed_like, unpack
-from jaxllm.model.kernels.stacks import Kept, Weights
+from jaxllm.model.kernels.interface import ExpertKernels, ExpertRows, Saved, Weights
+from jaxllm.model.kernels.matmul import FEW_ROWS, cast, in_dtype, matmul
+from jaxllm.model.kernels.packed import pack, read, unpack
 from jaxllm.model.kernels.swiglu import swiglu, swiglu_gradients
 
 # A size more makes every program longer to compile (it is a loop in each pass); a size less pads more.
 BLOCK_ROWS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Sizes for any group. Most groups have about an even share of the rows: `_sizes_near` has more sizes there."""
-
-FEW_ROWS = 32
-"""Up to this many rows in all, as in decoding, a weight is used for a row or two: small blocks, and no copy of it."""
 
 SMALL_GROUP = 8
 """Groups of less than this part of an even share are rare: they are padded to it, and need no sizes of their own."""
@@ -36,7 +33,7 @@ SMALL_GROUP = 8
 
 def block_sizes(rows: int, groups: int) -> tuple[int, ...]:
     """The sizes that blocks can have, of this many rows in all; the last holds any group, or is the very largest."""
-    few = rows <= FEW_ROWS
+    few = rows <= FEW_ROWS  # a weight is used for a row or two: small blocks
     menu = (1, 2, 4, 8, *BLOCK_ROWS) if few else BLOCK_ROWS
     smallest = 1
     if not (few or is_symbolic_dim(rows)):
@@ -71,31 +68,19 @@ def prepared(weight: Array, dtype: jnp.dtype) -> Array:
     return weight
 
 
-def new_kept(layers: int, most_rows: int, features: int, dtype: jnp.dtype) -> Array:
-    """Room for the products of the experts of some layers, (L,P,features), packed."""
-    return pack(jnp.zeros((layers, most_rows + padding(most_rows), features), dtype))
+def new_saved(layers: int, most_rows: int, features: int, dtype: jnp.dtype) -> Array:
+    """Zeros; the padding of the rows is saved too."""
+    return jnp.zeros((layers, most_rows + padding(most_rows), features), dtype)
 
 
 def new_gradient(weight: Array) -> Array:
-    """What `ffn_gradients` writes into: it leaves the zeros of empty groups."""
+    """Zeros, which `ffn_gradients` leaves where a group is empty."""
     return jnp.zeros_like(weight)
 
 
-def ffn(
-    x: Array,
-    tokens: Array,
-    row_weights: Array,
-    weights: Weights,
-    group_sizes: Array,
-    offset: Array | int = 0,
-    kept: Kept | None = None,
-) -> tuple[Array, Array | None]:
-    """`swiglu(x @ gate[e], x @ up[e], row_weights) @ down[e]`, for each row: x of its token, e = offset + its group.
-
-    The products with gate and up are written side by side into a layer of `kept`, in place; None: they are not kept.
-
-    x (N,D), the token of each row (P,), row_weights (P,1). Returns the result (P,D), and what is kept.
-    """
+def ffn(rows: ExpertRows, saved: Saved | None) -> tuple[Array, Array | None]:
+    """`ExpertKernels.ffn`."""
+    x, tokens, row_weights, group_sizes, weights, offset = _sorted(rows)
     (P,), D, dtype = tokens.shape, x.shape[1], x.dtype
     gate_up, down = weights[:2], weights[2:]
     sizes, packed = block_sizes(P, group_sizes.shape[0]), pack(x)
@@ -113,36 +98,20 @@ def ffn(
             h = swiglu(g, u, _slice(row_weights, at, size)).astype(dtype)
             # A block may extend into the next one, which is computed later and overwrites the surplus.
             out = _write(out, _multiply(h, down, offset + e, down_copy), at)
-            return out, None if kept is None else _write(stack, products, kept.layer * P + at)
+            return out, None if saved is None else _write(stack, products, saved.layer * P + at)
 
         return _loop_blocks(sizes, e, start, end, block, carry)
 
-    stack = None if kept is None else kept.stack.reshape(-1, kept.stack.shape[-1])
-    out, stack = _loop_groups(group_sizes, group, (pack(jnp.zeros((P, D), dtype)), stack))
-    return unpack(out), None if kept is None else stack.reshape(kept.stack.shape)
+    out, stack = _loop_groups(group_sizes, group, (pack(jnp.zeros((P, D), dtype)), _packed_rows(saved)))
+    return unpack(out), None if saved is None else unpack(stack.reshape(saved.rows.shape))
 
 
-def ffn_gradients(
-    x: Array,
-    tokens: Array,
-    row_weights: Array,
-    d_out: Array,
-    weights: Weights,
-    kept: Kept | None,
-    group_sizes: Array,
-    totals: Weights,
-    offset: Array | int = 0,
-) -> tuple[Array, Array, Weights]:
-    """The gradients of `ffn` for the rows, (P,D), for their weights, (P,1), and for the E experts' weights.
-
-    The last are written into `totals` from `offset` on, in place. They must be zero there: those of empty groups are
-    left as they are.
-
-    d_out: (N,D), the gradient of the sum of each token's rows. kept: what `ffn` kept; None: it is made again.
-    """
+def ffn_gradients(rows: ExpertRows, d_out: Array, saved: Saved | None, totals: Weights) -> tuple[Array, Array, Weights]:
+    """`ExpertKernels.ffn_gradients`. The E experts' part of `totals` must be zero: that of an empty group stays."""
+    x, tokens, row_weights, group_sizes, weights, offset = _sorted(rows)
     (P,), D, dtype, acc_dtype = tokens.shape, x.shape[1], x.dtype, at_least_float32(x.dtype)
     sizes, packed_x, packed_d_out = block_sizes(P, group_sizes.shape[0]), pack(x), pack(d_out)
-    stack: Any = None if kept is None else kept.stack.reshape(-1, kept.stack.shape[-1])
+    stack = _packed_rows(saved)
 
     def group(e: Array, start: Array, end: Array, carry: Any) -> Any:
         gate_up, down = (_side_by_side(some, offset + e, dtype) for some in (weights[:2], weights[2:]))
@@ -153,26 +122,36 @@ def ffn_gradients(
             in_group = (at + jnp.arange(size) < stop)[:, None]  # not the next block's
             d_y = jnp.where(in_group, _gather(packed_d_out, tokens, at, size), 0)
             d_h = matmul(d_y, down, transpose_b=True)
-            products = matmul(x_rows, gate_up) if kept is None else _slice(stack, kept.layer * P + at, size)
+            products = matmul(x_rows, gate_up) if saved is None else _slice(stack, saved.layer * P + at, size)
             g, u = jnp.split(products, 2, axis=1)
             h, d_gate, d_up, d_w = swiglu_gradients(g, u, w, d_h)
             d_gate_up = jnp.concatenate([d_gate, d_up], axis=1).astype(dtype)
             d_rows = _write(d_rows, matmul(d_gate_up, gate_up, transpose_b=True), at)
-            d_row_weights = _write(d_row_weights, d_w[:, None], at)
+            d_row_weights = _write(d_row_weights, d_w[:, None].astype(row_weights.dtype), at)
             d_weights = (
                 *jnp.split(matmul(x_rows, d_gate_up, acc_dtype, transpose_a=True), 2, axis=1),
                 matmul(h.astype(dtype), d_y, acc_dtype, transpose_a=True),
             )
             if not is_first:
                 d_weights = [part + total[offset + e] for part, total in zip(d_weights, totals, strict=True)]
-            written = (_write(total, part[None], offset + e) for total, part in zip(totals, d_weights, strict=True))
-            return d_rows, d_row_weights, tuple(written)
+            parts = (part[None].astype(total.dtype) for total, part in zip(totals, d_weights, strict=True))
+            totals = tuple(_write(total, part, offset + e) for total, part in zip(totals, parts, strict=True))
+            return d_rows, d_row_weights, totals
 
         return _loop_blocks(sizes, e, start, end, block, carry)
 
     carry = pack(jnp.zeros((P, D), dtype)), jnp.zeros_like(row_weights), totals
     d_rows, d_row_weights, totals = _loop_groups(group_sizes, group, carry)
     return unpack(d_rows), d_row_weights, totals
+
+
+def _sorted(rows: ExpertRows) -> tuple[Array, Array, Array, Array, Weights, Array | int]:
+    x, tokens, row_weights, group_sizes, weights, offset = rows
+    return x, jnp.arange(len(x)) if tokens is None else tokens, row_weights, group_sizes, weights, offset
+
+
+def _packed_rows(saved: Saved | None) -> Any:  # (L,P,2F) -> (L*P,2F)
+    return None if saved is None else pack(saved.rows).reshape(-1, saved.rows.shape[-1])
 
 
 def _slice(packed: Array, start: Array, size: int) -> Array:
@@ -188,7 +167,7 @@ def _multiply(x: Array, weights: Sequence[Array], e: Array, copy: Array | None) 
     """`x` times several weights of a group, side by side, of which there may be a copy."""
     if copy is not None:
         return matmul(x, copy)
-    return jnp.concatenate([matmul(x, in_dtype(weight[e], x.dtype)) for weight in weights], axis=1)
+    return jnp.concatenate([matmul(x, in_dtype(read(weight, e), x.dtype)) for weight in weights], axis=1)
 
 
 def _loop_groups(group_sizes: Array, group: Callable[..., Any], carry: Any) -> Any:
@@ -241,8 +220,11 @@ def _side_by_side(weights: Sequence[Array], e: Array, dtype: jnp.dtype) -> Array
 
     Joined as bits: XLA's CPU before JAX 0.12 would join bfloat16 in float32, and convert it twice.
     """
-    return unpack(jnp.concatenate([pack(cast(weight[e], dtype)) for weight in weights], axis=1))
+    return unpack(jnp.concatenate([pack(cast(read(weight, e), dtype)) for weight in weights], axis=1))
 
 
 def _write(target: Array, value: Array, start: Array) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(target, packed_like(value, target), start, axis=0)
+    return jax.lax.dynamic_update_slice_in_dim(target, pack(value), start, axis=0)
+
+
+KERNELS = ExpertKernels(ffn, ffn_gradients, padding, prepared, new_saved, new_gradient)

@@ -12,6 +12,7 @@ writes a part in place.
     X in    Y out    b rows of a tile
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +22,8 @@ from jax.experimental.pallas import triton
 from jax.export import is_symbolic_dim
 
 from jaxllm.model.dtypes import Array
+from jaxllm.model.kernels.interface import ExpertKernels, ExpertRows, Saved, Weights
 from jaxllm.model.kernels.matmul import in_dtype
-from jaxllm.model.kernels.stacks import Kept, Weights
 from jaxllm.model.kernels.swiglu import swiglu, swiglu_gradients
 
 TILE = 128
@@ -37,6 +38,34 @@ DEPTH = 32
 Rows = tuple[Array, Array | None]
 """An array, and the token, (M,), by which each row is read from it; None: row i is its row i."""
 
+SWIGLU, SWIGLU_GRADIENTS = "grouped_product_swiglu", "grouped_product_swiglu_gradients"
+PRODUCT, TRANSPOSED, WEIGHT_GRADIENT = "grouped_product", "grouped_product_transposed", "grouped_weight_gradient"
+
+_TILES = ("tile_group", "tile_start", "tile_end")
+_OPERANDS = {
+    SWIGLU: (*_TILES, "layer", "row_weights", "tokens", "rows", "weights", "weights", "saved"),
+    SWIGLU_GRADIENTS: (*_TILES, "layer", "row_weights", "tokens", "rows", "weights", "saved"),
+    PRODUCT: (*_TILES, "rows", "weights"),
+    TRANSPOSED: (*_TILES, "rows", "weights", "weights"),
+    WEIGHT_GRADIENT: ("group_start", "group_end", "offset", "tokens", "rows", "rows", "gradient", "gradient"),
+}
+
+
+def is_kernel(name: str) -> bool:
+    return name in _OPERANDS
+
+
+def operand_names(kernel: str, ranks: Sequence[int]) -> list[str]:
+    """What the operands of a call are, given how many axes each has: calls may leave out `tokens` and the last ones.
+
+    With `tokens`, a row of `rows` is read by its token; where there are two `rows`, those with fewer rows are.
+    """
+    names = [*_OPERANDS[kernel]]
+    if "tokens" in names and ranks[names.index("tokens")] > 1:
+        names.remove("tokens")
+    return names[: len(ranks)]
+
+
 _OPTIONS = triton.CompilerParams(num_warps=8, num_stages=4)
 _ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
 
@@ -47,51 +76,33 @@ def padding(most_rows: int) -> int:
 
 
 def prepared(weight: Array, dtype: jnp.dtype) -> Array:
-    """A stack of weights as the products read it: cast once, for all layers and both passes."""
+    """Weights in the compute dtype: cast once, for all layers and both passes."""
     return in_dtype(weight, dtype)
 
 
-def new_kept(layers: int, most_rows: int, features: int, dtype: jnp.dtype) -> Array:
-    """Room for the products of the experts of some layers, (L,M,features); its contents are arbitrary."""
+def new_saved(layers: int, most_rows: int, features: int, dtype: jnp.dtype) -> Array:
+    """Arbitrary contents: only rows that were written are read."""
     return jax.lax.empty((layers, most_rows, features), dtype)
 
 
 def new_gradient(weight: Array) -> Array:
-    """What `weight_gradients` writes into: it overwrites everything."""
+    """Arbitrary contents: `weight_gradients` overwrites everything."""
     return jax.lax.empty(weight.shape, weight.dtype)
 
 
-def ffn(
-    x: Array,
-    tokens: Array,
-    row_weights: Array,
-    weights: Weights,
-    group_sizes: Array,
-    offset: Array | int = 0,
-    kept: Kept | None = None,
-) -> tuple[Array, Array | None]:
-    """`grouped_loop.ffn`, of rows without padding."""
-    gate, up, down = weights
-    stack, h = grouped_swiglu(x, tokens, row_weights, gate, up, group_sizes, offset, kept)
-    return grouped_matmul(h, down, group_sizes, offset), stack
+def ffn(rows: ExpertRows, saved: Saved | None) -> tuple[Array, Array | None]:
+    """`ExpertKernels.ffn`."""
+    written, h = grouped_swiglu(rows, saved)
+    return grouped_matmul(h, rows.weights[2], rows.group_sizes, rows.offset), written
 
 
-def ffn_gradients(
-    x: Array,
-    tokens: Array,
-    row_weights: Array,
-    d_out: Array,
-    weights: Weights,
-    kept: Kept,
-    group_sizes: Array,
-    totals: Weights,
-    offset: Array | int = 0,
-) -> tuple[Array, Array, Weights]:
-    """`grouped_loop.ffn_gradients`, of rows without padding; it overwrites its part of `totals`, whatever is there."""
-    (gate, up, down), (d_gate, d_up, d_down) = weights, totals
-    h, d_gate_up, d_row_weights = grouped_swiglu_gradients(d_out, tokens, row_weights, kept, down, group_sizes, offset)
+def ffn_gradients(rows: ExpertRows, d_out: Array, saved: Saved | None, totals: Weights) -> tuple[Array, Array, Weights]:
+    """`ExpertKernels.ffn_gradients`, from what `ffn` saved; its part of `totals` may hold anything before."""
+    (gate, up, _), (d_gate, d_up, d_down) = rows.weights, totals
+    tokens, group_sizes, offset = rows.tokens, rows.group_sizes, rows.offset
+    h, d_gate_up, d_row_weights = grouped_swiglu_gradients(rows, d_out, saved)
     d_rows = grouped_matmul_transposed(d_gate_up, (gate, up), group_sizes, offset)
-    d_gate, d_up = weight_gradients((x, tokens), (d_gate_up, None), group_sizes, (d_gate, d_up), offset)
+    d_gate, d_up = weight_gradients((rows.x, tokens), (d_gate_up, None), group_sizes, (d_gate, d_up), offset)
     (d_down,) = weight_gradients((h, None), (d_out, tokens), group_sizes, (d_down,), offset)
     return d_rows, d_row_weights, (d_gate, d_up, d_down)
 
@@ -110,26 +121,15 @@ def grouped_matmul_transposed(
     return _product(d_out, weights, tiles, transposed=True)
 
 
-def grouped_swiglu(
-    x: Array,
-    tokens: Array | None,
-    row_weights: Array,
-    gate: Array,
-    up: Array,
-    group_sizes: Array,
-    offset: Array | int = 0,
-    kept: Kept | None = None,
-) -> tuple[Array | None, Array]:
-    """`swiglu` of products with `gate` and `up`, in the dtype of x, (M,F).
+def grouped_swiglu(rows: ExpertRows, saved: Saved | None) -> tuple[Array | None, Array]:
+    """`swiglu` of the rows' products with gate and up, in the dtype of x, (M,F).
 
-    The products are written side by side into a layer of `kept`, in place; None: they are not kept.
-
-    x (N,D), the token of each row (M,) or None if row i is token i, row_weights (M,1), gate and up (S,D,F). Returns
-    what is kept, and the result.
+    The products are written side by side into a layer of `saved.rows`, in place. Returns what is saved, and the result.
     """
+    x, tokens, row_weights, group_sizes, (gate, up, _), offset = rows
     M, D, F, dtype = row_weights.shape[0], x.shape[1], gate.shape[2], x.dtype
     tiles = _lay_out(M, group_sizes, offset)
-    index, stacks = () if tokens is None else (tokens,), () if kept is None else (kept.stack,)
+    index, stacks = () if tokens is None else (tokens,), () if saved is None else (saved.rows,)
     operands = 8 + len(index)
     depth, width = _side(D, DEPTH), _side(F, SWIGLU_WIDTH)
 
@@ -155,10 +155,10 @@ def grouped_swiglu(
         g, u = (total.astype(dtype) for total in jax.lax.fori_loop(0, steps, step, (zeros, zeros)))
         row_weight = triton.load(row_weights_ref.at[tile_rows, pl.ds(0, 1)], mask=in_group, other=0)
         triton.store(h_ref.at[tile_rows, columns], swiglu(g, u, row_weight).astype(dtype), mask=in_group)
-        if kept is not None:
-            kept_ref = refs[-2]
-            triton.store(kept_ref.at[layer_ref[0], tile_rows, columns], g, mask=in_group)
-            triton.store(kept_ref.at[layer_ref[0], tile_rows, up_columns], u, mask=in_group)
+        if saved is not None:
+            saved_ref = refs[-2]
+            triton.store(saved_ref.at[layer_ref[0], tile_rows, columns], g, mask=in_group)
+            triton.store(saved_ref.at[layer_ref[0], tile_rows, up_columns], u, mask=in_group)
 
     *stack, h = pl.pallas_call(
         kernel,
@@ -168,31 +168,26 @@ def grouped_swiglu(
         out_shape=[*map(_like, stacks), jax.ShapeDtypeStruct((M, F), dtype)],
         input_output_aliases={operands + i: i for i in range(len(stacks))},
         compiler_params=_OPTIONS,
-        name="grouped_product_swiglu",
-    )(*tiles, _scalar(0 if kept is None else kept.layer), row_weights, *index, x, gate, up, *stacks)
+        name=SWIGLU,
+    )(*tiles, _scalar(0 if saved is None else saved.layer), row_weights, *index, x, gate, up, *stacks)
     return (stack[0] if stack else None), h
 
 
-def grouped_swiglu_gradients(
-    d_out: Array,
-    tokens: Array | None,
-    row_weights: Array,
-    kept: Kept,
-    down: Array,
-    group_sizes: Array,
-    offset: Array | int = 0,
-) -> tuple[Array, Array, Array]:
+def grouped_swiglu_gradients(rows: ExpertRows, d_out: Array, saved: Saved | None) -> tuple[Array, Array, Array]:
     """`swiglu` again, (M,F), and the gradients of `grouped_swiglu` for its products, (M,2F), and row weights, (M,1).
 
-    d_out: (N,D), the gradient of the output, by token; a row reads its token's. down: (S,F,D).
+    d_out: (N,D), the gradient of the output, by token; a row reads its token's.
     """
+    if saved is None:
+        raise ValueError("the Triton kernels need what the forward pass saved: they have no backward pass without it")
+    _, tokens, row_weights, group_sizes, (*_, down), offset = rows
     M, D, F, dtype = row_weights.shape[0], d_out.shape[1], down.shape[1], d_out.dtype
     tiles = _lay_out(M, group_sizes, offset)
     index = () if tokens is None else (tokens,)
     depth, width = _side(D, DEPTH), _side(F, SWIGLU_WIDTH)
 
     def kernel(group_ref, start_ref, end_ref, layer_ref, row_weights_ref, *refs):
-        *tokens_ref, d_out_ref, down_ref, kept_ref, h_ref, d_gate_up_ref, part_ref = refs
+        *tokens_ref, d_out_ref, down_ref, saved_ref, h_ref, d_gate_up_ref, part_ref = refs
         number, block, layer = pl.program_id(0), pl.program_id(1), layer_ref[0]
         group, start, end = group_ref[number], start_ref[number], end_ref[number]
         tile_rows, columns, up_columns = (
@@ -208,8 +203,8 @@ def grouped_swiglu_gradients(
 
         steps = jnp.where(start < end, jnp.int32(D // depth), jnp.int32(0))
         d_h = jax.lax.fori_loop(0, steps, step, jnp.zeros((TILE, width), jnp.float32))
-        g = triton.load(kept_ref.at[layer, tile_rows, columns], mask=in_group, other=0)
-        u = triton.load(kept_ref.at[layer, tile_rows, up_columns], mask=in_group, other=0)
+        g = triton.load(saved_ref.at[layer, tile_rows, columns], mask=in_group, other=0)
+        u = triton.load(saved_ref.at[layer, tile_rows, up_columns], mask=in_group, other=0)
         row_weight = triton.load(row_weights_ref.at[tile_rows, pl.ds(0, 1)], mask=in_group, other=0)
         h, d_gate, d_up, d_weight = swiglu_gradients(g, u, row_weight, d_h)
         triton.store(h_ref.at[tile_rows, columns], h.astype(dtype), mask=in_group)
@@ -228,8 +223,8 @@ def grouped_swiglu_gradients(
             jax.ShapeDtypeStruct((M, F // width), jnp.float32),
         ],
         compiler_params=_OPTIONS,
-        name="grouped_product_swiglu_gradients",
-    )(*tiles, _scalar(kept.layer), row_weights, *index, d_out, down, kept.stack)
+        name=SWIGLU_GRADIENTS,
+    )(*tiles, _scalar(saved.layer), row_weights, *index, d_out, down, saved.rows)
     return h, d_gate_up, parts.sum(axis=1, keepdims=True)
 
 
@@ -282,7 +277,7 @@ def weight_gradients(
         out_shape=[*map(_like, totals)],
         input_output_aliases={operands + i: i for i in range(len(totals))},
         compiler_params=_OPTIONS,
-        name="grouped_weight_gradient",
+        name=WEIGHT_GRADIENT,
     )(ends - group_sizes.astype(jnp.int32), ends, _scalar(offset), *indices, x, d, *totals)
     return tuple(made)
 
@@ -372,5 +367,8 @@ def _product(rows: Array, weights: tuple[Array, ...], tiles: _Tiles, *, transpos
         out_specs=_ANYWHERE,
         out_shape=jax.ShapeDtypeStruct((rows.shape[0], out), rows.dtype),
         compiler_params=_OPTIONS,
-        name="grouped_product_transposed" if transposed else "grouped_product",
+        name=TRANSPOSED if transposed else PRODUCT,
     )(*tiles, rows, *weights)
+
+
+KERNELS = ExpertKernels(ffn, ffn_gradients, padding, prepared, new_saved, new_gradient)

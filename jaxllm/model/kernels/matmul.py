@@ -15,19 +15,18 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.export import is_symbolic_dim
 
 from jaxllm.model.dtypes import Array, at_least_float32
-from jaxllm.model.kernels.packed import unpack
 
-FEW_ROWS = 16
-"""A float32 product of fewer rows, as in decoding, copies no operand: that would cost more than it saves."""
+FEW_ROWS = 32
+"""Up to this many rows, as in decoding, float32 operands and the experts' weights are not copied into a faster form:
+that would cost more than it saves."""
+
+SAVED = "saved"
+"""The name that `save_for_backward` gives, for the policy of `jax.checkpoint`: see `layout.checkpoint`."""
 
 
-KEPT = "kept"
-"""The name, for the policy of `jax.checkpoint`, of what is kept for the backward pass: see `Layout.checkpoint`."""
-
-
-def keep(x: Array) -> Array:
-    """An array with that name."""
-    return checkpoint_name(x, KEPT)
+def save_for_backward(x: Array) -> Array:
+    """Mark `x` so that the checkpoint policy saves it instead of recomputing it."""
+    return checkpoint_name(x, SAVED)
 
 
 def matmul(
@@ -62,15 +61,15 @@ def matmul(
         product = _row_major(jnp.matmul(left, right, preferred_element_type=jnp.float32))
         return product[..., :rows, :].astype(out_dtype)
 
-    is_small = rows is not None and rows < FEW_ROWS
+    is_small = rows is not None and rows <= FEW_ROWS
     if a.dtype != jnp.bfloat16 and (is_small or a.dtype != jnp.float32 or not transpose_a):
         return usual(a, b)
     return jax.lax.platform_dependent(a, b, cpu=row_major_operands, default=usual)
 
 
 def in_dtype(weight: Array, dtype: jnp.dtype) -> Array:
-    """A master, or a packed weight, in the compute dtype. Of a stack of weights, slice first."""
-    return unpack(weight).astype(dtype)
+    """A weight in the compute dtype. Slice an array of several weights first."""
+    return weight.astype(dtype)
 
 
 def cast(x: Array, dtype: jnp.dtype) -> Array:
@@ -113,8 +112,8 @@ def _linear(dtype: jnp.dtype, out_dtype: jnp.dtype, x: Array, weight: Array) -> 
 
 
 def _forward(dtype: jnp.dtype, out_dtype: jnp.dtype, x: Array, weight: Array):
-    # Keeps its arguments as they are: those of several products are kept once, and a scan has the masters already.
-    return keep(_linear(dtype, out_dtype, x, weight)), (x, weight)
+    # Saves its arguments as they are: those of several products are saved once, and the layer loop has the masters.
+    return save_for_backward(_linear(dtype, out_dtype, x, weight)), (x, weight)
 
 
 def _backward(dtype: jnp.dtype, out_dtype: jnp.dtype, saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:

@@ -1,0 +1,98 @@
+"""Which files of a folder hold its weights: decided here, and as transformers decides it."""
+
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxllm.errors import UserError, listed, note, shown
+from jaxllm.files import read_json
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+WEIGHT_SETS = ((WEIGHTS_NAME, INDEX_NAME), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+"""A single file, and the index of its shards, in the order in which transformers looks for them."""
+
+MODEL_FILES = ("model*.safetensors*", "pytorch_model*.bin*", "consolidated*")
+"""Other files of weights are an optimizer's, an adapter's or a trainer's."""
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+
+MAX_INDEX_BYTES = 64 * 2**20
+"""Largest index, or header of a file, that is read: one with a million tensors."""
+
+
+class WeightFiles(NamedTuple):
+    """What is read of a folder."""
+
+    files: dict[Path, set[str]]
+    """Each with the tensors that an index puts there. A file may be a symlink, as in the Hub's cache."""
+    unopened: list[str]
+    """The tensors of shards of which nothing is needed."""
+    rival: dict[Path, set[str]]
+    """Complete files of another set of weights, which must be equal."""
+
+
+def weight_files(path: Path, needed: Callable[[str], bool]) -> WeightFiles:
+    """The files that hold the weights of a folder; a line names those that are not read.
+
+    Args:
+        path: a folder, or a file.
+        needed: which tensors are read, by name.
+
+    Raises:
+        UserError: there are none, or they cannot be read.
+    """
+    if path.is_file():
+        if path.suffix not in WEIGHT_SUFFIXES:
+            raise UserError(f"{path}: the ending must be one of {', '.join(WEIGHT_SUFFIXES)}")
+        return WeightFiles({path: set()}, [], {})
+    if not path.is_dir():
+        raise UserError(f"{path}: there is no such file or folder")
+    for single, index in WEIGHT_SETS:
+        if (path / single).is_file() or (path / index).is_file():
+            return _of_set(path, single, index, needed)
+    names = [name for names in WEIGHT_SETS for name in names]
+    raise UserError(f"{path} holds none of {', '.join(names)}")
+
+
+def _of_set(path: Path, single: str, index: str, needed: Callable[[str], bool]) -> WeightFiles:
+    held = {file.name for file in path.iterdir() if file.is_file()}
+    shards = _shards(path / index) if index in held else {}
+    missing = sorted(shards.keys() - held)
+    rival = {}
+    if single in held and single not in shards:
+        if missing:
+            note(f"{path}: {single} is read; {index} is out of date, it names {listed(missing)}")
+        elif shards:
+            rival = {path / name: tensors for name, tensors in shards.items()}
+            note(f"{path}: {single} is read, and compared with the shards of {index}")
+        read, unopened = {path / single: set()}, []
+    else:
+        wanted = {name: tensors for name, tensors in shards.items() if any(needed(tensor) for tensor in tensors)}
+        if absent := [name for name in missing if name in wanted]:
+            raise UserError(f"{path / index} names the file {shown(absent[0])}, which the folder does not hold")
+        read = {path / name: tensors for name, tensors in wanted.items()}
+        unopened = [tensor for name in shards.keys() - wanted.keys() for tensor in shards[name]]
+    if not read:
+        raise UserError(f"{path / index} names no tensor of the model")
+    others = {name for name in held if any(fnmatch(name, pattern) for pattern in MODEL_FILES)}
+    if others := others - {index, *(file.name for file in read)} - shards.keys():
+        note(f"{path}: not read: {listed(sorted(others))}")
+    return WeightFiles(read, unopened, rival)
+
+
+def _shards(index: Path) -> dict[str, set[str]]:
+    """The names of an index's shards, each with its tensors."""
+    weight_map = read_json(index, MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map")
+    ending = WEIGHT_SUFFIXES[0] if index.name == INDEX_NAME else WEIGHT_SUFFIXES[1]
+    shards: dict[str, set[str]] = {}
+    for tensor, name in sorted(weight_map.items()):
+        # a plain name: no other leads out of the folder
+        if not isinstance(name, str) or Path(name).name != name or "\0" in name or not name.endswith(ending):
+            raise UserError(f"{index} names the file {shown(name)}: it must be a name that ends in {ending}")
+        shards.setdefault(name, set()).add(tensor)
+    return shards

@@ -1,0 +1,52 @@
+"""Chats: lists of messages with a role and a content, in the forms in which datasets have them."""
+
+from collections.abc import Iterable
+from typing import Any
+
+Chat = list[dict[str, Any]]
+
+CHAT_FIELDS = ("messages", "conversations")
+"""Fields of a chat. They are read where there is no field `text`."""
+
+SPEAKERS = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+    "bot": "assistant", "model": "assistant", "system": "system",
+}  # fmt: skip
+"""Roles by the names that ShareGPT's form has for them, in a message's field `from`."""
+
+PAIRS = (("instruction", "output"), ("instruction", "response"), ("prompt", "completion"), ("prompt", "response"),
+         ("question", "answer"), ("prompt", "chosen"), ("chosen", "rejected"))  # fmt: skip
+"""Fields that are a question and its answer. One of them alone is not a text to train on."""
+
+
+def chat_in(messages: list[Any]) -> Chat | None:
+    """A list of messages as a chat; None if one of them has another form, which a template would render as it is."""
+    chat = [_message(message) for message in messages]
+    return [message for message in chat if message is not None] if chat and None not in chat else None
+
+
+def _message(message: Any) -> dict[str, Any] | None:
+    if not isinstance(message, dict):
+        return None
+    if isinstance(message.get("role"), str):
+        content = _content(message.get("content"))
+        if content is None and not (message.get("content") is None and message.get("tool_calls")):
+            return None
+        return message | {"content": content}
+    role, content = SPEAKERS.get(str(message.get("from")).lower()), message.get("value")
+    return {"role": role, "content": content} if role and isinstance(content, str) else None
+
+
+def _content(content: Any) -> str | None:
+    """A text, or the joined texts of a content in parts; None if it is or has something else, such as a picture."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else None
+    parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part for part in content]
+    texts = [part for part in parts if isinstance(part, str)]
+    return "".join(texts) if parts and len(texts) == len(parts) else None
+
+
+def paired_fields(fields: Iterable[str]) -> tuple[str, ...]:
+    """The fields of a question and its answer, if rows have both; empty if not."""
+    fields = set(fields)
+    return next((pair for pair in PAIRS if fields.issuperset(pair)), ())

@@ -1,0 +1,198 @@
+"""Documents as token ids: the pieces in which a document is read encode as the whole would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from jaxllm.data.encode import MARGIN, Encoder, Spans, strings_in
+from jaxllm.data.report import TextCounts
+from jaxllm.data.rows import Chat
+from jaxllm.data.source import TextChunk
+from jaxllm.errors import UserError
+
+SETTLED = 8
+"""Words that must follow a cut, and that precede it in the next window: far more than a pre-tokenizer looks around."""
+
+MAX_PENDING = 2**21
+"""Characters without a place to cut after which a document is cut anyway."""
+
+MAX_UNKNOWN, SAID_UNKNOWN = 0.2, 0.01
+"""Shares of unknown tokens above which a tokenizer is refused, and above which a line says so."""
+
+
+class DocumentEncoder:
+    """Encodes a series of chunks, in which a document may come in pieces, as if each document came whole.
+
+    A window of text is encoded with some words before it, whose tokens are left out, so that nothing is added that
+    begins a text; and up to a place behind which the words are settled. The rest waits for the next piece. After a
+    piece that is missing (held out, or of another shard), a document goes on without what begins a text.
+    """
+
+    def __init__(self, encoder: Encoder, counts: TextCounts | None = None):
+        """`counts`: where to count; default: from zero."""
+        self.encoder, self.counts = encoder, counts or TextCounts()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._text = ""  # that was not encoded, and before it
+        self._done = 0  # characters that are there for the context only
+        self._next_part = 0
+        self._try_at = 0  # characters from which a cut is looked for
+
+    @property
+    def state(self) -> list[Any]:
+        """What a later encoder needs to continue here; JSON values."""
+        return [self._text, self._done, self._next_part, self._try_at]
+
+    @state.setter
+    def state(self, state: list[Any]) -> None:
+        self._text, self._done, self._next_part, self._try_at = state
+
+    def add(self, chunk: TextChunk) -> np.ndarray | None:
+        """The tokens that are certain now: (n,) int32. None: the chat template does not take this chat.
+
+        Raises:
+            UserError: the tokenizer has no chat template.
+        """
+        text = chunk.text
+        if not isinstance(text, str):
+            chat = self._chat(text, chunk.ends_document)
+            return None if chat is None else np.concatenate([self.flush(), chat])
+        if self.encoder.pieces_apart:
+            self._count_special(text, 0, len(text))
+            return self._counted(self.encoder.ids(text), chunk.ends_document)
+        waiting = []
+        if chunk.part == 0 or chunk.part != self._next_part:
+            waiting = [self.flush()]
+            context = "" if chunk.part == 0 else self._context(text)
+            self._text, self._done = context, len(context)
+        self._text += text
+        self._next_part = chunk.part + 1
+        if chunk.ends_document:
+            ids = self._rest(ends_document=True)
+        else:
+            ids = self._settled() if len(self._text) >= self._try_at else np.zeros(0, np.int32)
+        return np.concatenate([*waiting, ids])
+
+    def flush(self) -> np.ndarray:
+        """The tokens of the text that waits, whose next piece does not come."""
+        return self._rest(ends_document=False) if self._text else np.zeros(0, np.int32)
+
+    def _chat(self, chat: Chat, ends_document: bool) -> np.ndarray | None:
+        encoder = self.encoder
+        if not encoder.tokenizer.chat_template:
+            raise UserError("data: its rows are chats: pass --tokenizer, one with a chat template, or --text-field")
+        try:
+            ids = encoder.chat_ids(chat)
+        except Exception:  # a template can raise anything
+            return None
+        for text in strings_in(chat):
+            self._count_special(text, 0, len(text))
+        return self._counted(ids, ends_document)
+
+    def _count_special(self, text: str, start: int, stop: int) -> None:
+        for at, is_end in self.encoder.special_in(text, start):
+            self.counts.special += at < stop
+            self.counts.ends += at < stop and is_end
+
+    def _counted(self, ids: np.ndarray, ends_document: bool) -> np.ndarray:
+        self.counts.tokens += ids.size
+        self.counts.unknown += self.encoder.unknown_in(ids)
+        self.counts.documents += ends_document
+        return self.encoder.with_end(ids) if ends_document else ids
+
+    def _context(self, text: str) -> str:
+        """What a piece is encoded behind where its document's text before it is not there."""
+        for context in ("\n", "a", "."):
+            spans = self.encoder.spans(context + text[:MARGIN])
+            if _first_behind(spans, len(context)) is not None:
+                return context
+        return ""
+
+    def _rest(self, ends_document: bool) -> np.ndarray:
+        spans, text, done = self.encoder.spans(self._text), self._text, self._done
+        self._reset()
+        return self._taken(spans, text, done, len(spans.ids), len(text), ends_document)
+
+    def _taken(self, spans: Spans, text: str, done: int, stop: int, cut: int, ends_document: bool) -> np.ndarray:
+        """The tokens up to the one at `stop`, which begins at the character `cut`."""
+        first = int((spans.ends <= done).sum()) if done else 0
+        self._count_special(text, done, cut)
+        if self.encoder.drops_characters:
+            self.counts.unknown += _without_token(spans, text, done, cut)
+        return self._counted(spans.ids[first:stop], ends_document)
+
+    def _settled(self) -> np.ndarray:
+        """The tokens that no further text changes; the rest of the text waits, with some words before it."""
+        spans, text, done = self.encoder.spans(self._text), self._text, self._done
+        found = self._cut(spans)
+        if found is None and len(text) > MAX_PENDING:
+            return self._rest(ends_document=False)  # the next piece goes on as after a missing one
+        if found is None:
+            self._try_at = 2 * len(text)
+            return np.zeros(0, np.int32)
+        stop, cut, start = found
+        self._text, self._done, self._try_at = text[start:], cut - start, 0
+        return self._taken(spans, text, done, stop, cut, ends_document=False)
+
+    def _cut(self, spans: Spans) -> tuple[int, int, int] | None:
+        """The token at which to cut, the character there, and where the next window begins; None: nowhere yet.
+
+        It is tried out: the text from that beginning on must have the same tokens behind the cut.
+        """
+        breaks = self.encoder.breaks(spans)
+        last = len(self._text) - self.encoder.margin
+        usable = breaks[:-SETTLED]
+        usable = usable[(spans.ends[usable - 1] <= last) & (spans.ends[usable - 1] > self._done)]
+        for number in range(len(usable) - 1, max(-1, len(usable) - 4), -1):
+            stop = int(usable[number])
+            cut = int(spans.ends[stop - 1])
+            place = int(np.searchsorted(breaks, stop))
+            for words in (SETTLED, 4 * SETTLED):
+                start = int(spans.ends[breaks[place - words] - 1]) if place >= words else 0
+                window = self.encoder.spans(self._text[start:])
+                first = _first_behind(window, cut - start)
+                if first is not None and np.array_equal(window.ids[first:], spans.ids[stop:]):
+                    return stop, cut, start
+        return None
+
+
+def _first_behind(spans: Spans, character: int) -> int | None:
+    """The token that begins at a character or later, if none reaches over it."""
+    first = int((spans.ends <= character).sum())
+    clear = (spans.ends[:first] <= character).all() and (spans.starts[first:] >= character).all()
+    return first if clear else None
+
+
+def _without_token(spans: Spans, text: str, start: int, stop: int) -> int:
+    """How many characters of a part of a text have no token, besides whitespace."""
+    covered = np.zeros(len(text) + 1, np.int64)
+    np.add.at(covered, spans.starts, 1)
+    np.add.at(covered, spans.ends, -1)
+    missing = np.flatnonzero(np.cumsum(covered)[start:stop] == 0)
+    return sum(not text[start + int(at)].isspace() for at in missing)
+
+
+def check_vocabulary(counts: TextCounts, refuse: bool = True) -> None:
+    """Compare what was encoded with the tokenizer's vocabulary; print a line where it lacks much of it.
+
+    Raises:
+        UserError: it lacks so much that the tokenizer does not fit, and `refuse`.
+    """
+    share = counts.unknown_share
+    said = f"{100 * share:.1f} % of the tokens of the text stand for what the tokenizer's vocabulary lacks"
+    if share > MAX_UNKNOWN and refuse:
+        raise UserError(f"tokenizer: {said}: pass a --tokenizer that fits the data, or none to train one")
+    if share > SAID_UNKNOWN:
+        print(f"Tokenizer: {said}")
+
+
+def encoded(encoder: DocumentEncoder, chunks: Iterable[TextChunk]) -> Iterator[np.ndarray]:
+    """The tokens of chunks, in parts; chats that the template does not take are left out."""
+    for chunk in chunks:
+        if (ids := encoder.add(chunk)) is not None:
+            yield ids
+    yield encoder.flush()

@@ -1,0 +1,287 @@
+"""A text or a chat as token ids; special tokens that it spells are text."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from jaxllm.data.rows import Chat, valid_unicode
+from jaxllm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MARK = "\ufdd0\ufdd1"
+"""Breaks a special token's text, so that it is not matched; the normalizer takes it out before anything else sees it.
+Two noncharacters of Unicode; where a text has them itself, it keeps them."""
+
+MARGIN = 64
+"""Characters that a normalizer or a pre-tokenizer looks around at most, besides whole words."""
+
+FEW_WORDS = 16
+"""With fewer, a text is cut between pieces of the vocabulary rather than between words."""
+
+TAIL = 8
+"""Tokens at the end of a text among which its own end token is looked for; whitespace may follow it."""
+
+
+class Spans(NamedTuple):
+    """Tokens of a text, each with the characters that it stands for, and the number of its word."""
+
+    ids: np.ndarray  # (n,) int32
+    starts: np.ndarray  # (n,)
+    ends: np.ndarray  # (n,)
+    words: np.ndarray  # (n,)
+
+
+class Encoder:
+    """A tokenizer as training uses it: without what it adds at the ends of a text, and without dropout.
+
+    With `special_tokens` of `text`, a special token that a text or a message spells is encoded as other characters are;
+    only the chat template's own are control tokens. So are tokens that are not special by their entry, but with which
+    the chat template begins or ends a user's turn. A special token of one character stays one: nothing else stands for
+    it. Nothing changes in an encoder, so threads may share it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, special_tokens: str):
+        self.tokenizer = tokenizer
+        self._keeps = special_tokens != "text"
+        self.pieces_apart = special_tokens == "earlier"
+        self.eos: int | None = tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
+        backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise UserError("the tokenizer has no tokenizer.json, which encodes: pass another --tokenizer")
+        added = backend.get_added_tokens_decoder()
+        plain = [token.content for token in added.values() if token.content.strip() and not token.special]
+        special = {*tokenizer.all_special_ids}
+        markers = _turn_markers(tokenizer, plain)
+        control = {i: t.content for i, t in added.items() if t.special or i in special or t.content in markers}
+        control |= {i: str(tokenizer.convert_ids_to_tokens(i)) for i in special - control.keys()}
+        control = {id: text for id, text in control.items() if len(text) > 1}
+        self._control = {} if self._keeps else control
+        self.margin = MARGIN + max((len(token.content) for token in added.values()), default=0)
+        spec = json.loads(backend.to_str())
+        self._unknown = _unknown_id(spec["model"])
+        self.drops_characters = spec["model"]["type"] == "BPE" and self._unknown is None and not _has_bytes(spec)
+        normalizer = backend.normalizer
+        as_spelled = {t for t in self._control.values() if normalizer is None or normalizer.normalize_str(t) == t}
+        self._backend = _backend_of(spec, as_spelled, breaks=bool(self._control))
+        self._special = _any_of({*control.values()})
+        self._beginnings = tuple({text[:length] for text in self._control.values() for length in range(1, len(text))})
+
+    def ids(self, text: str) -> np.ndarray:  # (n,) int32
+        """The tokens of a whole text."""
+        return np.asarray(self._tokens(self._escaped(text))[0], np.int32)
+
+    def special_in(self, text: str, start: int = 0) -> Iterator[tuple[int, bool]]:
+        """Where special tokens are spelled in a text, and whether each is the end token."""
+        for found in self._special.finditer(text, start):
+            yield found.start(), found[0] == self.tokenizer.eos_token
+
+    def unknown_in(self, ids: np.ndarray) -> int:
+        """How many tokens stand for what the vocabulary lacks."""
+        return 0 if self._unknown is None else int((ids == self._unknown).sum())
+
+    def chat_ids(self, chat: Chat, add_generation_prompt: bool = False) -> np.ndarray:  # (n,) int32
+        """The tokens of a chat through its template, which may raise anything."""
+        messages: Any = self._escaped_within(chat)
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return np.asarray(self._tokens(valid_unicode(str(text)))[0], np.int32)
+
+    def with_end(self, ids: np.ndarray) -> np.ndarray:
+        """A document's last tokens, with the end token, unless the document ends with one of its own."""
+        if self.eos is None:
+            return ids
+        tail = ids[-TAIL:].tolist()
+        if self.eos in tail and not self.pieces_apart:
+            after = tail[len(tail) - tail[::-1].index(self.eos) :]
+            if not after or not str(self.tokenizer.decode(after)).strip():
+                return ids
+        return np.append(ids, np.int32(self.eos))
+
+    def spans(self, text: str) -> Spans:
+        """The tokens of a text, and what they stand for."""
+        escaped = self._escaped(text)
+        ids, encoding, origin = self._tokens(escaped)
+        offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+        words = np.asarray([-1 if word is None else word for word in encoding.word_ids], np.int64)
+        if origin is not None:
+            offsets, words = offsets[origin], words[origin]
+        if marks := [found.end() for found in re.finditer(MARK, escaped)]:  # as characters of the text itself
+            offsets = offsets - len(MARK) * np.searchsorted(marks, offsets, side="right")
+        return Spans(np.asarray(ids, np.int32), offsets[:, 0], offsets[:, 1], words)
+
+    def breaks(self, spans: Spans) -> np.ndarray:
+        """Tokens at which what comes before and what comes after are encoded independently, in their order.
+
+        Between words; in a text without words, where no piece of the vocabulary has the two characters that meet.
+        """
+        ids, words = spans.ids, spans.words
+        between = spans.ends[:-1] <= spans.starts[1:]
+        found = between & (words[1:] != words[:-1])
+        if found.sum() <= FEW_WORDS and self._joined is not None:
+            pieces = [self._backend.id_to_token(id) for id in ids.tolist()]
+            meeting = [one[-1:] + two[:1] for one, two in itertools.pairwise(pieces)]
+            unknown = ids == self._unknown
+            apart = np.asarray([pair not in self._joined for pair in meeting], bool)
+            found = between & apart & ~(unknown[1:] & unknown[:-1])
+        return np.flatnonzero(found) + 1
+
+    @functools.cached_property
+    def _joined(self) -> set[str] | None:
+        """Pairs of characters within the pieces of the vocabulary; None: the model takes a text as one word."""
+        if type(self._backend.model).__name__ not in ("BPE", "Unigram"):
+            return None
+        vocabulary = self._backend.get_vocab(with_added_tokens=False)
+        return {piece[i : i + 2] for piece in vocabulary if not _is_byte(piece) for i in range(len(piece) - 1)}
+
+    def _tokens(self, escaped: str) -> tuple[list[int], Any, list[int] | None]:
+        """Ids of a text, the library's encoding, and of each id the number in it; None: as they are there."""
+        encoding = self._backend.encode(escaped, add_special_tokens=False)
+        if self._control.keys().isdisjoint(encoding.ids):
+            return encoding.ids, encoding, None
+        ids, origin = [], []
+        for number, (id, (start, end)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
+            meant = self._is_meant(id, escaped[start:end])
+            parts = [id] if meant else self._in_parts(id)
+            ids += parts
+            origin += [number] * len(parts)
+        return ids, encoding, origin
+
+    def _is_meant(self, id: int, text: str) -> bool:
+        """Whether a token is what the text says: a model's vocabulary may hold special tokens too."""
+        if id not in self._control:
+            return True
+        produced = id == self._unknown or _is_byte(self._control[id])  # for what the vocabulary lacks
+        return MARK not in text and (produced or text.strip() == self._control[id].strip())
+
+    def _in_parts(self, id: int) -> list[int]:
+        model = self._backend.model
+        piece = model.id_to_token(id) or self._control[id]
+        return [token.id for part in (piece[:1], piece[1:]) for token in model.tokenize(part)]
+
+    def _escaped(self, text: str) -> str:
+        if self._keeps:
+            return text
+        text = text.replace(MARK, MARK[0] + MARK + MARK[1])
+        while True:  # breaking one may leave another that overlapped it
+            text, found = self._special.subn(lambda match: match[0][0] + MARK + match[0][1:], text)
+            if not found:
+                return text
+
+    def _escaped_within(self, value: Any) -> Any:
+        """A message as the template gets it. A text that ends as a special token begins may be put before the rest."""
+        if isinstance(value, str):
+            return self._escaped(value) + (MARK if value.endswith(self._beginnings) else "")
+        if isinstance(value, list):
+            return [self._escaped_within(one) for one in value]
+        if isinstance(value, dict):  # a template compares a role and the type of a part
+            return {
+                self._escaped(str(key)): self._escaped(one) if key in ("role", "type") else self._escaped_within(one)
+                for key, one in value.items()
+            }
+        return value
+
+
+def encoder_of(tokenizer: PreTrainedTokenizerBase, special_tokens: str = "text") -> Encoder:
+    """The encoder of a tokenizer, made once for its present tokens and chat template.
+
+    Raises:
+        UserError: the tokenizer is not one of the library `tokenizers`.
+    """
+    return _made(tokenizer, len(tokenizer), str(tokenizer.chat_template), str(tokenizer.eos_token), special_tokens)
+
+
+@functools.lru_cache(maxsize=4)
+def _made(tokenizer: PreTrainedTokenizerBase, size: int, template: str, eos: str, special_tokens: str) -> Encoder:
+    return Encoder(tokenizer, special_tokens)
+
+
+def _backend_of(spec: dict[str, Any], as_spelled: set[str], breaks: bool) -> Any:
+    """A tokenizer.json as the encoder uses it; with `breaks`, its normalizer takes out `MARK`.
+
+    Those special tokens that its normalizer leaves as they are must be matched before it, so that `MARK` is in the way.
+    """
+    from tokenizers import Tokenizer
+
+    spec |= {"truncation": None, "padding": None, "post_processor": None}
+    if "dropout" in spec["model"]:
+        spec["model"]["dropout"] = None
+    if breaks:
+        unmarked = {"type": "Replace", "pattern": {"String": MARK}, "content": ""}
+        steps = [unmarked] if spec["normalizer"] is None else [unmarked, spec["normalizer"]]
+        spec["normalizer"] = {"type": "Sequence", "normalizers": steps}
+        for token in spec["added_tokens"]:
+            token["normalized"] = token["normalized"] and token["content"] not in as_spelled
+    return Tokenizer.from_str(json.dumps(spec))
+
+
+def _unknown_id(model: dict[str, Any]) -> int | None:
+    """The token for what the vocabulary lacks."""
+    vocabulary = model.get("vocab")
+    return vocabulary.get(model.get("unk_token")) if isinstance(vocabulary, dict) else model.get("unk_id")
+
+
+def _has_bytes(spec: dict[str, Any]) -> bool:
+    """Whether there is a token for each byte."""
+    from tokenizers import pre_tokenizers
+
+    vocabulary, model = spec["model"]["vocab"].keys(), spec["model"]
+    fallback = model.get("byte_fallback") and vocabulary >= {f"<0x{byte:02X}>" for byte in range(256)}
+    return bool(fallback) or vocabulary >= {*pre_tokenizers.ByteLevel.alphabet()}
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """All strings in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for one in value if isinstance(value, list) else [*value.keys(), *value.values()]:
+            yield from strings_in(one)
+
+
+def _any_of(texts: set[str]) -> re.Pattern[str]:
+    """A pattern that matches one of some texts, the longest that it can; nothing where there are none."""
+    return re.compile(_alternatives(sorted(texts)) if texts else "(?!)")
+
+
+def _alternatives(texts: list[str]) -> str:
+    """Sorted texts by their common beginnings: some tokenizers have thousands of special tokens."""
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(texts[0], texts[-1], strict=False))
+    common = "".join(character for character, _ in same)
+    rest: dict[str, list[str]] = {}
+    for text in texts:
+        rest.setdefault(text[len(common) : len(common) + 1], []).append(text[len(common) :])
+    ends = rest.pop("", None) is not None
+    longer = "|".join(map(_alternatives, rest.values()))
+    return re.escape(common) + (f"(?:{longer}){'?' if ends else ''}" if longer else "")
+
+
+def _is_byte(piece: str) -> bool:
+    return re.fullmatch("<0x[0-9A-F]{2}>", piece) is not None
+
+
+def _turn_markers(tokenizer: PreTrainedTokenizerBase, added: list[str]) -> set[str]:
+    """Those of some added tokens next to which the chat template puts a user's words, or that follow an answer."""
+    if not (tokenizer.chat_template and added):
+        return set()
+    said = ("qzxjkv", "vkjxzq", "zqvjxk")
+    roles = ("user", "assistant", "user")
+    chat = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
+    try:
+        text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    except Exception:  # a template can raise anything; the rows then say what is wrong
+        return set()
+    parts = re.split("|".join(said), text)
+    if len(parts) != len(said) + 1:
+        return set()
+    pattern = _any_of({*added})
+    found = [pattern.findall(part) for part in parts]
+    edges = (found[0][-1:], found[1][:1], found[2][:1], found[2][-1:], found[3][:1])
+    return {token for edge in edges for token in edge}

@@ -1,0 +1,159 @@
+"""Several sources with weights: each gives its share of the text, and keeps a position of its own."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxllm.data.report import Seen, SourceReport
+from jaxllm.data.source import Evaluation, Source, TextChunk, check_position, utf8_bytes
+from jaxllm.errors import UserError, listed, shown
+
+JOINED = "+"
+"""Between the revisions of the sources, and between what they hold out."""
+
+_PART = re.compile(r"(.+?)=([0-9.]+(?:[eE][-+]?[0-9]+)?)(?:,|$)")
+
+
+def weighted(data: str) -> dict[str, float]:
+    """The sources of `A=0.7,B=0.3` with their weights; empty if it is something else.
+
+    A name may contain commas and equals signs, as each ends with `=WEIGHT`.
+
+    Raises:
+        UserError: a weight is not positive, or a source occurs twice.
+    """
+    found = list(_PART.finditer(data))
+    if len(found) < 2 or "".join(match[0] for match in found) != data:
+        return {}
+    weights: dict[str, float] = {}
+    for match in found:
+        name = match[1]
+        try:
+            weight = float(match[2])
+        except ValueError:
+            weight = 0.0
+        if not 0 < weight < float("inf"):
+            raise UserError(f"data is {shown(data)}: the weight of {shown(name)} must be a positive number")
+        if name in weights:
+            raise UserError(f"data is {shown(data)}: {shown(name)} occurs twice; add its weights")
+        weights[name] = weight
+    return weights
+
+
+class Mixture:
+    """Documents of several sources in turn: the next one comes from the source that is furthest behind its share.
+
+    Shares are of bytes of text. A source that ends begins again; a pass ends when each of them has ended.
+    """
+
+    def __init__(self, sources: Mapping[str, Source], weights: dict[str, float], evaluation: Evaluation | None):
+        self._sources = list(sources.values())
+        self._names, self._evaluation = list(sources), evaluation
+        total = sum(weights.values())
+        self._shares = [weights[name] / total for name in sources]
+        self._given = [0] * len(sources)  # bytes of text
+        self._skipped = 0  # rows that were skipped after they were read
+        self._within: int | None = None  # the source whose document is not at its end
+        self.seen = Seen()
+        self._pass, self._ended = 0, [False] * len(sources)  # which sources have ended since the pass began
+        self.hold_out = JOINED.join(source.hold_out for source in self._sources)
+
+    @property
+    def position(self) -> dict[str, Any]:
+        positions = [source.position for source in self._sources]
+        skipped = self._skipped + sum(position["skipped"] for position in positions)
+        turn = {"given": list(self._given), "within": self._within, "ended": list(self._ended)}
+        return {"pass": self._pass, "sources": positions, "shares": self._shares, "skipped": skipped} | turn
+
+    @position.setter
+    def position(self, position: dict[str, Any]) -> None:
+        check_position(position, {"pass", "sources", "shares", "given", "within", "ended", "skipped"})
+        if position["shares"] != self._shares:
+            raise UserError(
+                f"data: the run's sources have the shares {listed(map(str, position['shares']))} of the text, not "
+                f"{listed(map(str, self._shares))}: pass the old weights, or --overwrite to start over"
+            )
+        for source, of_source in zip(self._sources, position["sources"], strict=True):
+            source.position = of_source
+        self._pass, self._ended = position["pass"], list(position["ended"])
+        self._given, self._within = list(position["given"]), position["within"]
+        self._skipped = position["skipped"] - sum(of_source["skipped"] for of_source in position["sources"])
+
+    @property
+    def revision(self) -> str:
+        return JOINED.join(source.revision for source in self._sources)
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        return {
+            f"{name}/{file}": reason
+            for name, source in zip(self._names, self._sources, strict=True)
+            for file, reason in source.left_out.items()
+        }
+
+    @property
+    def notes(self) -> list[str]:
+        both = zip(self._names, self._sources, strict=True)
+        return [f"{name}: {note}" for name, source in both for note in source.notes]
+
+    def chunks(self) -> Iterator[TextChunk]:
+        return self._in_turn(lambda source: source.chunks(), forever=True)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Each source's share of the text."""
+        return dict(zip(self._names, self._shares, strict=True))
+
+    def held_out(self) -> Iterator[TextChunk]:
+        if self._evaluation is not None:
+            evaluated = self._evaluation.open()
+            for source in self._sources:
+                source.seen = evaluated.seen
+            return evaluated.chunks()
+        return self._in_turn(lambda source: source.held_out(), forever=False)
+
+    def _in_turn(self, opened: Callable[[Source], Iterator[TextChunk]], forever: bool) -> Iterator[TextChunk]:
+        """Chunks of the sources in turn, until each has ended. `forever`: one that ends begins again."""
+        streams, given = [opened(source) for source in self._sources], [True] * len(self._sources)
+        while not all(self._ended):
+            at = self._within
+            if at is None:
+                left = (i for i, ended in enumerate(self._ended) if forever or not ended)
+                at = min(left, key=lambda i: self._given[i] / self._shares[i])
+            chunk = next(streams[at], None)
+            if chunk is None:
+                if forever and not given[at]:
+                    raise UserError(f"data: {self._names[at]} has nothing to train on: leave it out")
+                self._ended[at], self._within, given[at] = True, None, False
+                streams[at] = opened(self._sources[at]) if forever else streams[at]
+                continue
+            if not (forever and chunk.held_out):
+                given[at] = True
+                self._given[at] += utf8_bytes(chunk.text)
+            self._within = None if chunk.ends_document else at
+            yield chunk
+        self._pass, self._ended = self._pass + 1, [False] * len(self._sources)
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        if self._evaluation is not None:
+            return [self._evaluation]
+        return [evaluation for source in self._sources for evaluation in source.evaluations]
+
+    @property
+    def files(self) -> list[Path]:
+        return [file for source in self._sources for file in source.files]
+
+    def has_file(self, pattern: str) -> bool:
+        both = zip(self._names, self._sources, strict=True)
+        return any(s.has_file(pattern.removeprefix(f"{n}/")) for n, s in both if pattern.startswith(f"{n}/"))
+
+    def reports(self) -> list[SourceReport]:
+        return [report for source in self._sources for report in source.reports()]
+
+    def progress(self) -> float | None:
+        """Passes of the source that has done the fewest."""
+        passes = [source.progress() for source in self._sources]
+        known = [done for done in passes if done is not None]
+        return min(known) if len(known) == len(passes) else None

@@ -1,0 +1,154 @@
+"""What a run reads, as it says at its start, in report.md and in metrics.jsonl. It costs no second pass over the data.
+
+What is known without reading is exact. The rest is an estimate from the documents that were read to be evaluated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Seen:
+    """Counts of what a source has read in this process."""
+
+    documents: int = 0
+    text_bytes: int = 0
+    file_bytes: int = 0
+    skipped_rows: int = 0
+    longest: int = 0  # bytes of the longest document
+    within: int = 0  # of the document that has not ended
+
+    def add(self, text_bytes: int, ends_document: bool) -> None:
+        self.text_bytes += text_bytes
+        self.within += text_bytes
+        if ends_document:
+            self.documents += 1
+            self.longest, self.within = max(self.longest, self.within), 0
+
+    def __add__(self, other: Seen) -> Seen:
+        added = (mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True))
+        return dataclasses.replace(Seen(*added), longest=max(self.longest, other.longest))
+
+
+@dataclass
+class Kind:
+    """Files of one kind."""
+
+    files: int = 0
+    bytes: int = 0
+    rows: int | None = None  # None: their number is not known without reading them
+
+
+@dataclass
+class SourceReport:
+    """What is read of one source."""
+
+    name: str
+    kinds: dict[str, Kind]  # by ending; empty for a dataset of the Hub
+    split: str
+    splits: dict[str, int | None]  # files of each, where that is counted; empty if there are none
+    evaluated: str  # what it is evaluated on
+    share: float | None  # of its bytes that are held out, where that is known
+    seen: Seen = field(default_factory=Seen)
+    passes: float | None = None  # that the run makes, as an estimate; None: the size of the data is not known
+
+    @property
+    def bytes(self) -> int:
+        return sum(kind.bytes for kind in self.kinds.values())
+
+    def whole(self, sampled: int) -> float | None:
+        """An estimate for the whole source from what was sampled of it; None if nothing is known."""
+        return sampled * self.bytes / self.seen.file_bytes if self.seen.file_bytes else None
+
+    def lines(self) -> list[str]:
+        kinds = [
+            f"{kind.files:,} {ending} files ({_size(kind.bytes)}{'' if kind.rows is None else f', {kind.rows:,} rows'})"
+            for ending, kind in sorted(self.kinds.items())
+        ]
+        documents = self.whole(self.seen.documents)
+        about = "" if documents is None else f"; about {documents:,.0f} documents"
+        splits = [name if files is None else f"{name} ({files} files)" for name, files in self.splits.items()]
+        return [
+            f"{self.name}: {', '.join(kinds) or 'a dataset of the Hub, streamed'}{about}",
+            f"{self.name}: " + (f"split {self.split!r} of {', '.join(splits)}" if splits else "read without splits"),
+            f"{self.name}: {self.evaluated}",
+        ]
+
+
+@dataclass
+class TextCounts:
+    """What was encoded."""
+
+    documents: int = 0  # texts and chats that ended
+    tokens: int = 0
+    unknown: int = 0  # tokens for what the vocabulary lacks, and characters that have no token at all
+    special: int = 0  # special tokens spelled in texts and messages
+    ends: int = 0  # end tokens among them
+
+    @property
+    def unknown_share(self) -> float:
+        return self.unknown / max(1, self.tokens, self.unknown)
+
+
+@dataclass
+class DataReport:
+    """What a run reads."""
+
+    sources: list[SourceReport]
+    not_read: list[str]
+    tokens: TextCounts
+
+    def lines(self) -> list[str]:
+        """The report in short lines, without what is not read."""
+        seen: list[Seen] = []
+        for source in self.sources:  # that are evaluated on the same text have seen the same
+            seen += [source.seen] if source.seen not in seen else []
+        read = sum(each.documents for each in seen)
+        facts = [
+            f"longest document {_size(max(each.longest for each in seen))}",
+            f"{sum(each.skipped_rows for each in seen):,} rows without text skipped",
+        ]
+        tokens = self.tokens
+        facts += [
+            f"{100 * tokens.unknown_share:.2g} % unknown tokens",
+            f"{tokens.special:,} special tokens in texts, {tokens.ends:,} of them end tokens",
+        ]
+        passes = [f"{source.passes:.2g} of {source.name}" for source in self.sources if source.passes is not None]
+        return [
+            *(line for source in self.sources for line in source.lines()),
+            f"in the {read:,} documents that were read to be evaluated: {', '.join(facts)}",
+            "passes that the run makes: " + (f"about {', '.join(passes)}" if passes else "not known"),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON values, with its lines."""
+        return dataclasses.asdict(self) | {"lines": self.lines()}
+
+
+def make_report(
+    sources: list[SourceReport],
+    not_read: list[str],
+    tokens: TextCounts,
+    *,
+    bytes_per_token: float,
+    training_tokens: int,
+    weights: Mapping[str, float],
+) -> DataReport:
+    """The report of a run that trains on `training_tokens` tokens; `weights`: of several sources, their shares."""
+    for source in sources:
+        text = source.whole(source.seen.text_bytes)
+        trained = text and text * (1 - (source.share or 0.0))
+        given = training_tokens * bytes_per_token * weights.get(source.name, 1.0)
+        source.passes = given / trained if trained else None
+    return DataReport(sources, not_read, tokens)
+
+
+def _size(count: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} bytes"
