@@ -8,6 +8,7 @@ python -m parity_tests --preset customllm-1b --layers 2 --rungs weights layers l
 python -m parity_tests --precision float64
 python -m parity_tests --optimizer muon --rungs step trajectory
 python -m parity_tests --mutate rope_halves_swapped         # plant a fault; a rung must catch it
+python -m parity_tests pair my_pair.py                      # any pair of models; also `record` and `compare`
 """
 
 import os
@@ -19,11 +20,16 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # both frameworks on one device, 
 from jaxllm.command_line import parse
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.packages import check_own, is_installed
+from parity_tests.engine.command import COMMANDS
+from parity_tests.engine.command import main as compare_pair
 from parity_tests.options import ParityArgs
 
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> int:
+    given = sys.argv[1:] if argv is None else argv
+    if given and given[0] in COMMANDS:  # which may need one framework alone
+        return compare_pair(given)
     args: ParityArgs = parse(ParityArgs, argv, "python -m parity_tests", __doc__)
     check_own("convert", "torch_ref")
     if not is_installed("torch"):

@@ -26,12 +26,13 @@ from jaxllm.store.checkpoint import Weights, load_weights
 from jaxllm.store.folder import CONFIG_FILE, is_run
 from parity_tests import hf_side
 from parity_tests.compare import Row
+from parity_tests.engine.report import first_divergence, print_table
 from parity_tests.forward import random_weights, torch_model
 from parity_tests.hf_mutations import STOCK_MUTATIONS
 from parity_tests.ladder import Ladder
 from parity_tests.mutations import MUTATIONS, Mutation
 from parity_tests.options import RUNGS, ParityArgs
-from parity_tests.report import draw_report, first_divergence, print_table, write_report
+from parity_tests.report import NAMED, draw_report, write_report
 from parity_tests.text import read_tokens
 from torch_ref import CustomLLM as TorchCustomLLM
 
@@ -211,7 +212,7 @@ def compare(args: ParityArgs) -> int:
     if args.layers:
         name += f", {args.layers} layers"
     title = f"JAX and PyTorch on {name}, {ladder.ids.size} tokens, {args.precision}, {optimizer}"
-    print_table(rows, title)
+    print_table(rows, title, NAMED)
     about = {"model": name, "precision": args.precision, "optimizer": optimizer, "mutation": args.mutate}
     about |= {"pytorch": code, "config": config.to_dict()}
     write_report(args.out / "parity.json", rows, ladder.curve, seconds, about)

@@ -1,27 +1,24 @@
-"""Error measures, and all tolerances with their names and reasons."""
+"""The tolerances of the ladder with their names and reasons; choices of experts that differ."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxllm.config import RouterConfig
-
-
-class Tolerance(NamedTuple):
-    name: str
-    relative_l2: float
-    """The largest norm of the difference, relative to the norm of the reference."""
-    max_over_std: float
-    """The largest absolute error, in standard deviations of the reference."""
-    reason: str
-    of_whole: float = 0.0
-    """A leaf with a relative error of at most 1e-2 also passes if its difference is at most this fraction of the norm
-    of all leaves together."""
+from parity_tests.engine.rows import (  # noqa: F401  the ladder's comparisons are those of the engine
+    ANY,
+    Row,
+    Tolerance,
+    compare_arrays,
+    compare_bits,
+    compare_leaves,
+    compare_numbers,
+    same_bits,
+)
 
 
 class Tolerances(NamedTuple):
@@ -42,41 +39,37 @@ class Tolerances(NamedTuple):
         return [part for part in self if isinstance(part, Tolerance)]
 
 
-# The elements of a gradient leaf differ in scale (used and unused vocabulary), so only the norm counts.
-_ANY = math.inf
-
 # The gradient of a query or key weight can be a millionth of the whole gradient: a small difference of large terms, of
 # which float32 keeps four digits in either framework. The largest observed difference is 1.3e-10 of the whole gradient
 # (unit roundoff: 6e-8).
 _CANCELLED = 1e-9
-_MAX_CANCELLED = 1e-2  # a leaf with a larger relative error never passes
 
 TOLERANCES = {
     "float64": Tolerances(
         Tolerance("float64 forward", 1e-10, 1e-10, "unit roundoff 1e-16: beyond it is another formula"),
-        Tolerance("float64 gradient", 1e-9, _ANY, "as forward, with the cancellation of the softmax's backward pass"),
-        Tolerance("float64 update", 1e-9, _ANY, "Adam divides by the root of small second moments"),
-        Tolerance("float64 trajectory", 1e-8, _ANY, "rounding, amplified by 50 steps of training"),
+        Tolerance("float64 gradient", 1e-9, ANY, "as forward, with the cancellation of the softmax's backward pass"),
+        Tolerance("float64 update", 1e-9, ANY, "Adam divides by the root of small second moments"),
+        Tolerance("float64 trajectory", 1e-8, ANY, "rounding, amplified by 50 steps of training"),
         Tolerance("float64 decoding", 1e-10, 1e-10, "as forward: the absorbed products differ in their order only"),
         near_tie=1e-12,
         token_tie=1e-9,
     ),
     "float32": Tolerances(
         Tolerance("float32 forward", 1e-5, 1e-4, "unit roundoff 6e-8, sums of 1,536 terms in another order, 24 layers"),
-        Tolerance("float32 gradient", 3e-5, _ANY, "as forward, with the cancellation of the softmax's backward pass",
+        Tolerance("float32 gradient", 3e-5, ANY, "as forward, with the cancellation of the softmax's backward pass",
                   _CANCELLED),
-        Tolerance("float32 update", 1e-4, _ANY, "Adam divides by the root of small second moments"),
-        Tolerance("float32 trajectory", 2e-4, _ANY, "rounding, amplified by 50 steps of training"),
+        Tolerance("float32 update", 1e-4, ANY, "Adam divides by the root of small second moments"),
+        Tolerance("float32 trajectory", 2e-4, ANY, "rounding, amplified by 50 steps of training"),
         Tolerance("float32 decoding", 1e-5, 1e-4, "as forward: the absorbed products differ in their order only"),
         near_tie=1e-5,
         token_tie=1e-4,
     ),
     "bfloat16": Tolerances(
         Tolerance("bfloat16 forward", 3e-2, 3e-1, "unit roundoff 4e-3; Flax rounds the residual, autocast does not"),
-        Tolerance("bfloat16 gradient", 6e-2, _ANY, "unit roundoff 4e-3 at each product of both passes"),
-        Tolerance("bfloat16 update", 1e-2, _ANY, "as the gradient, a tenth of which is in the first moment"),
-        Tolerance("bfloat16 trajectory", 3e-2, _ANY, "rounding, amplified by 50 steps of training"),
-        Tolerance("bfloat16 decoding", 1e-1, _ANY, "as forward, and choices that flip at near ties are not replayed"),
+        Tolerance("bfloat16 gradient", 6e-2, ANY, "unit roundoff 4e-3 at each product of both passes"),
+        Tolerance("bfloat16 update", 1e-2, ANY, "as the gradient, a tenth of which is in the first moment"),
+        Tolerance("bfloat16 trajectory", 3e-2, ANY, "rounding, amplified by 50 steps of training"),
+        Tolerance("bfloat16 decoding", 1e-1, ANY, "as forward, and choices that flip at near ties are not replayed"),
         near_tie=1e-2,
         token_tie=2e-1,
     ),
@@ -85,115 +78,11 @@ TOLERANCES = {
 
 # Gradients of the random weights of the DeepSeek family outweigh the random moments.
 DEEPSEEK_BFLOAT16 = TOLERANCES["bfloat16"]._replace(
-    update=Tolerance("bfloat16 update", 3e-2, _ANY, "as the gradient, half of which is in the moments")
+    update=Tolerance("bfloat16 update", 3e-2, ANY, "as the gradient, half of which is in the moments")
 )
 
 # Newton-Schulz brings all singular values to about 1, and with the small ones the rounding of the gradient.
-MUON_BFLOAT16 = Tolerance("bfloat16 Muon update", 1.5e-1, _ANY, "as the gradient, small singular values enlarged")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One comparison: the rung, what was compared, and its leaf or layer.
-
-    Where no number applies (equal bits, equal choices), the measures are None and `note` describes the result.
-    """
-
-    rung: str
-    what: str
-    leaf: str
-    passed: bool
-    tolerance: str
-    max_error: float | None = None  # absolute
-    relative_l2: float | None = None
-    cosine: float | None = None
-    note: str = ""
-
-
-def relative_l2(reference: np.ndarray, other: np.ndarray) -> float:
-    """Norm of the difference over the norm of the reference."""
-    difference = np.linalg.norm((reference - other).ravel())
-    return float(difference / max(np.linalg.norm(reference.ravel()), np.finfo(np.float64).tiny))
-
-
-def max_over_std(reference: np.ndarray, other: np.ndarray) -> float:
-    """Largest absolute difference over the standard deviation of the reference."""
-    return float(np.abs(reference - other).max() / max(reference.std(), np.finfo(np.float64).tiny))
-
-
-def cosine(reference: np.ndarray, other: np.ndarray) -> float:
-    """Cosine similarity; 1 for two zeros."""
-    norms = np.linalg.norm(reference.ravel()) * np.linalg.norm(other.ravel())
-    if norms == 0:
-        return float((reference == other).all())
-    return float(np.vdot(reference.ravel(), other.ravel()) / norms)
-
-
-def compare_arrays(
-    rung: str, what: str, leaf: str, reference: np.ndarray, other: np.ndarray, tolerance: Tolerance, whole: float = 0.0
-) -> Row:
-    """Compare two arrays of the same shape in float64. Values that are not finite never pass.
-
-    Args:
-        whole: the norm of all leaves together, this one included.
-    """
-    if reference.shape != other.shape:
-        note = f"shapes {list(reference.shape)} and {list(other.shape)}"
-        return Row(rung, what, leaf, False, tolerance.name, math.inf, math.inf, 0.0, note)
-    reference, other = np.asarray(reference, np.float64), np.asarray(other, np.float64)
-    norm, largest = relative_l2(reference, other), float(np.abs(reference - other).max())
-    passed = norm <= tolerance.relative_l2  # false for NaN
-    if tolerance.max_over_std != _ANY:
-        passed = passed and max_over_std(reference, other) <= tolerance.max_over_std
-    note, excused = "", tolerance.of_whole * whole
-    if tolerance.relative_l2 < norm <= _MAX_CANCELLED and norm * np.linalg.norm(reference) <= excused < math.inf:
-        passed, note = True, f"at most {tolerance.of_whole:g} of all leaves together"
-    return Row(rung, what, leaf, bool(passed), tolerance.name, largest, norm, cosine(reference, other), note)
-
-
-def compare_leaves(
-    rung: str, what: str, reference: dict[str, np.ndarray], other: dict[str, np.ndarray], tolerance: Tolerance
-) -> list[Row]:
-    """Compare two dicts of arrays, name by name; both must have the same names."""
-    whole = 0.0
-    if tolerance.of_whole:
-        whole = math.sqrt(sum(float(np.square(values, dtype=np.float64).sum()) for values in reference.values()))
-    rows = [
-        Row(rung, what, name, False, tolerance.name, note="in one framework only")
-        for name in sorted(reference.keys() ^ other.keys())
-    ]
-    return rows + [
-        compare_arrays(rung, what, name, values, other[name], tolerance, whole)
-        for name, values in reference.items()
-        if name in other
-    ]
-
-
-def compare_numbers(rung: str, what: str, reference: float, other: float, tolerance: Tolerance) -> Row:
-    """Compare two scalars by their relative error."""
-    return compare_arrays(rung, what, "", np.asarray([reference]), np.asarray([other]), tolerance._replace(
-        max_over_std=_ANY
-    ))  # fmt: skip
-
-
-def same_bits(ours: np.ndarray, theirs: np.ndarray) -> bool:
-    if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
-        return False
-    return bool((np.ascontiguousarray(ours).view(np.uint8) == np.ascontiguousarray(theirs).view(np.uint8)).all())
-
-
-def compare_bits(rung: str, what: str, ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> list[Row]:
-    """Compare two dicts of arrays bit for bit; both must have the same names."""
-    names = list(ours) + sorted(theirs.keys() - ours.keys())
-    rows = []
-    for name in names:
-        note = ""
-        if name not in ours or name not in theirs:
-            note = "in one framework only"
-        elif not same_bits(ours[name], theirs[name]):
-            note = "the bits differ"
-        rows.append(Row(rung, what, name, not note, "bitwise", note=note))
-    return rows
+MUON_BFLOAT16 = Tolerance("bfloat16 Muon update", 1.5e-1, ANY, "as the gradient, small singular values enlarged")
 
 
 class Flips(NamedTuple):

@@ -1,6 +1,6 @@
 """Record what the modules of a PyTorch model return."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,25 +8,29 @@ from torch import nn
 
 
 @contextmanager
-def recorded(modules: Sequence[tuple[nn.Module, str]]) -> Iterator[dict[str, list[Any]]]:
-    """In this context, for each part the outputs of its modules, in the order of the calls.
+def hooked(modules: Iterable[tuple[nn.Module, str]], keep: Callable[[str, Any], None]) -> Iterator[None]:
+    """In this context, `keep(name, output)` is called after each call of a module.
 
     Args:
-        modules: each module with the name of its part.
+        modules: each module with its name.
     """
-    made: dict[str, list[Any]] = {part: [] for _, part in modules}
-    handles = []
-    for module, part in modules:
-
-        def keep(module, args, output, part=part):
-            made[part].append(output)
-
-        handles.append(module.register_forward_hook(keep))
+    handles = [
+        module.register_forward_hook(lambda _module, _args, output, name=name: keep(name, output))
+        for module, name in modules
+    ]
     try:
-        yield made
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def recorded(modules: Sequence[tuple[nn.Module, str]]) -> Iterator[dict[str, list[Any]]]:
+    """In this context, for each part the outputs of its modules, in the order of the calls."""
+    made: dict[str, list[Any]] = {part: [] for _, part in modules}
+    with hooked(modules, lambda part, output: made[part].append(output)):
+        yield made
 
 
 def first(output: Any) -> Any:

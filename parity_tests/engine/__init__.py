@@ -1,0 +1,1 @@
+"""The engine of every comparison: two sides, their records, a mapping between their names, and the judge."""
