@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 
 
@@ -105,6 +107,10 @@ class Client:
     def load(self, auto=AutoModelForCausalLM, **options):
         options = {"attn_implementation": "eager"} | options
         return auto.from_pretrained(self.folder, trust_remote_code=True, **options).eval()
+
+    def skip_before(self, release: str, reason: str) -> None:
+        if Version(transformers.__version__) < Version(release):
+            pytest.skip(f"transformers before {release}: {reason}")
 
     def ids(self, *shape: int, seed: int = 0) -> torch.Tensor:
         return torch.randint(5, self.config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))

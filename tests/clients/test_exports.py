@@ -59,6 +59,7 @@ def test_onnx(client, tmp_path):
 @torch.no_grad()
 def test_jit_trace(client):
     """Other tokens choose other experts: a trace that keeps the first choice is wrong."""
+    client.skip_before("5.23", "its masks cannot be traced, of the control neither")
     model = Logits(client.load())
     traced = torch.jit.trace(model, (client.ids(2, 9),), check_trace=False)
     for seed in (1, 2, 3):

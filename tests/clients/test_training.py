@@ -67,6 +67,8 @@ def trl_model(client, lora: bool):
     model = client.load()
     if not lora:
         return model, None
+    if not client.is_ours:
+        client.skip_before("5.23", "PEFT 0.21 hides a buffer that the experts of the control read")
     peft = pytest.importorskip("peft")
     return model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4)
 
