@@ -17,10 +17,12 @@ import pyarrow.parquet
 import pytest
 
 from jaxllm.data import lines, rows
+from jaxllm.data import prefetch
 from jaxllm.data import stream as streams
 from jaxllm.data.reading import CHUNK_CHARS, FileChunk, read_chunks
 from jaxllm.data.sources import FileSource, TextChunk, local_files, stdlib_files
-from jaxllm.data.stream import Prefetcher, TokenStream
+from jaxllm.data.prefetch import Prefetcher
+from jaxllm.data.stream import TokenStream
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.errors import UserError
 
@@ -283,7 +285,7 @@ def test_new_passes_are_printed_often_at_first_and_then_rarely(tmp_path, capsys)
 
 
 def test_the_end_of_a_run_does_not_wait_for_a_source_that_waits(corpus, tokenizer, monkeypatch):
-    monkeypatch.setattr(streams, "CLOSING", 0.2)
+    monkeypatch.setattr(prefetch, "CLOSING", 0.2)
     source, gone_on = FileSource(local_files(corpus), 0, "text"), threading.Event()
 
     def waiting() -> Iterator[TextChunk]:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from jaxllm.config import RunConfig
-from jaxllm.data.stream import Batch, Prefetcher, TokenStream
+from jaxllm.data.prefetch import Batch, Prefetcher
+from jaxllm.data.stream import TokenStream
 
 
 class MicroBatches:
