@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from jaxllm.config import PRESETS, TrainConfig, recipe
 from jaxllm.data import sources as corpora
 from jaxllm.data import stream as streams
+from jaxllm.data.prefetch import Prefetcher
 from jaxllm.data.reading import CHUNK_CHARS
 from jaxllm.data.sources import FileSource, HubSource, local_files, open_source, stdlib_files
-from jaxllm.data.prefetch import Prefetcher
 from jaxllm.data.stream import TokenStream, encode, held_out_rows
 from jaxllm.data.tokenizer import align, train_tokenizer
 from jaxllm.errors import UserError

@@ -16,12 +16,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from jaxllm.data import lines, rows
-from jaxllm.data import prefetch
+from jaxllm.data import lines, prefetch, rows
 from jaxllm.data import stream as streams
+from jaxllm.data.prefetch import Prefetcher
 from jaxllm.data.reading import CHUNK_CHARS, FileChunk, read_chunks
 from jaxllm.data.sources import FileSource, TextChunk, local_files, stdlib_files
-from jaxllm.data.prefetch import Prefetcher
 from jaxllm.data.stream import TokenStream
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.errors import UserError

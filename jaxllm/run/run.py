@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.config import TrainConfig
-from jaxllm.data.sources import open_source
 from jaxllm.data.prefetch import Batch, Prefetcher
+from jaxllm.data.sources import open_source
 from jaxllm.data.stream import ProcessBatches
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.errors import Stopped, UserError
