@@ -158,7 +158,8 @@ def generation(model: CustomLLM, new_tokens: int = 4) -> jax.stages.Compiled:
     graph, params, bias = split_model(model)
     prompt, length, end = jnp.zeros((1, 32), jnp.int32), jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.int32)
     arguments = (params, bias, prompt, length, end, jax.random.key(0))
-    return _generate.lower(graph, Sampling(0.0), new_tokens, *arguments).compile()
+    greedy = Sampling(0.0)
+    return _generate.lower(graph, greedy.kind, new_tokens, greedy.numbers(), *arguments).compile()
 
 
 def rewritten_caches(model: CustomLLM) -> list[str]:

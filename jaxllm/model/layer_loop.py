@@ -103,7 +103,7 @@ def decode_layers(stacks: Sequence[DecoderLayer], x: Array, positions: Array, ca
         x, own = _decode_stack(layers, x, positions, packed, first)
         first += len(own.kv)
         new.append(own)
-    row = jnp.arange(len(x))
+    row = jnp.arange(x.shape[0])
 
     def enter(slots: Array, *tokens: Array) -> Array:  # a token's slot is its position
         return slots.at[:, row, positions[:, 0]].set(jnp.concatenate(tokens)[:, :, 0])

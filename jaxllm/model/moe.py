@@ -160,5 +160,5 @@ class DeepSeekMoE(nnx.Module):
             weights = zip(*self.shared_experts.weights(), strict=True)
             out = add_all(linear(plain_swiglu(linear(x, gate), linear(x, up)), down) for gate, up, down in weights)
             return ExpertOutput(out, saved=None)
-        ones = jnp.ones((len(x), self.config.n_shared_experts), at_least_float32(self.dtype))
-        return expert_ffn(self.kernels.shared, x, ones, every_token(len(x)), experts)
+        ones = jnp.ones((x.shape[0], self.config.n_shared_experts), at_least_float32(self.dtype))
+        return expert_ffn(self.kernels.shared, x, ones, every_token(x.shape[0]), experts)

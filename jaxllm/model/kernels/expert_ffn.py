@@ -86,8 +86,8 @@ def _ffn(kernels: ExpertKernels, rows: ExpertRows, plan: Dispatch, saved: Saved 
 
 
 def _count(rows: ExpertRows, plan: Dispatch) -> int:
-    """M, without padding."""
-    return len(rows.x) if plan.order is None else len(plan.order)
+    """M, without padding; symbolic in `jax.export`, where `len` fails."""
+    return (rows.x if plan.order is None else plan.order).shape[0]
 
 
 def _part(saved: Array, rows: ExpertRows) -> Saved:

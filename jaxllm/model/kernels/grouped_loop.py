@@ -147,7 +147,7 @@ def ffn_gradients(rows: ExpertRows, d_out: Array, saved: Saved | None, totals: W
 
 def _sorted(rows: ExpertRows) -> tuple[Array, Array, Array, Array, Weights, Array | int]:
     x, tokens, row_weights, group_sizes, weights, offset = rows
-    return x, jnp.arange(len(x)) if tokens is None else tokens, row_weights, group_sizes, weights, offset
+    return x, jnp.arange(x.shape[0]) if tokens is None else tokens, row_weights, group_sizes, weights, offset
 
 
 def _packed_rows(saved: Saved | None) -> Any:  # (L,P,2F) -> (L*P,2F)
