@@ -61,8 +61,6 @@ def test_tsv_rows_with_another_number_of_fields_are_damaged(tmp_path, capsys):
 DAMAGE = {
     "unclosed": ({7: '7,"some words,x'}, {7}),
     "two stray quotes, the second within a field": ({7: '7,"some words,x', 90: '90,more" words,x'}, {7}),
-    "two stray quotes, the second at the end of one": ({7: '7,"some words,x', 90: '90,more words",x'}, {7}),
-    "near each other": ({7: '7,"some words,x', 12: '12,more words",x'}, {7}),
     "two that open": ({7: '7,"some words,x', 8: '8,"some words,x'}, {7, 8}),
     "in the last row": ({999: '999,"some words,x'}, {999}),
     "text after a quoted field": ({7: '7,"some" words,x'}, {7}),
@@ -98,6 +96,49 @@ def test_good_csv_is_not_taken_for_damage(tmp_path, capsys):
     assert found == [row.replace('""', '"') for row in rows] + ["plain"]
     assert source.position["skipped"] == 0
     assert capsys.readouterr().out == ""
+
+
+POEM = "\n".join(f"Line {i}, with a comma" for i in range(8))
+CLOSED = {
+    "a poem": ("title", POEM),
+    "code": ("label", "\n".join(f"foo({i}, {i})" for i in range(30))),
+    "lines that may be rows": ("label", "open,1\n" + "".join(f"r{i},{i}\n" for i in range(4)) + "close"),
+    "one column": ("", "line\n" * 150),
+}
+
+
+@pytest.mark.parametrize("case", CLOSED)
+def test_a_csv_field_that_closes_is_one_text(case, tmp_path):
+    other, text = CLOSED[case]
+    head, end = (f"{other},text", "x,") if other else ("text", "")
+    found, source = texts(tmp_path, "a.csv", f'{head}\n{end}before\n{end}"{text}"\n{end}after\n')
+    assert (found, source.position["skipped"]) == (["before", text, "after"], 0)
+
+
+@pytest.mark.parametrize("line", ["line", "foo(1, 1)"])
+@pytest.mark.parametrize("other", ["", "x,"])
+def test_a_csv_field_of_hundreds_of_lines_is_one_skipped_row(line, other, tmp_path, capsys):
+    content = f'{"label," if other else ""}text\n{other}before\n{other}"' + f"{line}\n" * 250 + f'"\n{other}after\n'
+    found, source = texts(tmp_path, "a.csv", content)
+    assert (found, source.position["skipped"]) == (["before", "after"], 1)
+    assert "a field of more than 200 lines" in capsys.readouterr().out
+
+
+OVER_LINES = {
+    'text\tlabel\n"line1\nline2"\t1\nx\t2\n': (["line1\nline2", "x"], 0),
+    'id\ttext\n1\t"line1\nline2"\n': (["line1\nline2"], 0),
+    'id\ttext\n1\tx\n2\t"line1\n\n""line3"""\n3\ty\n': (["x", 'line1\n\n"line3"', "y"], 0),
+    'text\n"line1\nline2"\nx\n': (["x"], 1),
+    'text\nx\n"line1\nline2\n': (["x", '"line1', "line2"], 0),
+    "id\ttext\n" + "0\tx\n" * 30000 + '1\t"line1\nline2"\n': (["x"] * 30000 + ["line1\nline2"], 0),
+    'id\ttext\n1\t"a\n2\tb\n3\n4\tc\n5\td"\n': (['"a', "b", "c", 'd"'], 1),
+}
+
+
+@pytest.mark.parametrize("content", OVER_LINES, ids=lambda content: repr(content[:30]))
+def test_no_part_of_a_tsv_field_over_lines_is_a_text(content, tmp_path):
+    found, source = texts(tmp_path, "a.tsv", content)
+    assert (found, source.position["skipped"]) == OVER_LINES[content]
 
 
 def test_a_csv_line_without_end_is_bounded(tmp_path, monkeypatch):
