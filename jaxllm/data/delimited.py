@@ -1,9 +1,9 @@
 """Rows of CSV and TSV files. Damage is reported, not repaired: no row is made of what a parser would have to guess.
 
-TSV has no quoting: a row is a line, unless a CSV writer made the file, or a quoted field that ends in a later line makes
-one row of lines that are none. In CSV a quoted field may span lines, so one stray quote can swallow the rows after it.
-Where it never closes, or closes within a field, that row is dropped alone, and reading continues with the lines in it
-if they are rows themselves. A field that closes is a text, or one row too long: its lines are never rows.
+TSV has no quoting: a row is a line, unless a CSV writer made the file, or a quoted field makes one row of several lines
+that are none. In CSV a quoted field may span lines, so one stray quote can swallow the rows after it. Where it never
+closes, or closes within a field, that row is dropped alone, and reading continues with the lines in it if they are rows
+themselves. A field that closes is a text, or makes its row too long: its lines are never rows.
 """
 
 import contextlib

@@ -20,7 +20,8 @@ _ABOUT = (
     r"(readme|licen[sc]e|copying|notice|changelog|authors|contribut(ing|ors)|citation|requirements|constraints|version"
     r"|manifest|todo|checksums?|(md5|sha\d+)sums?)([^a-z].*)?"
 )
-_NOTES = re.compile(rf"{_ABOUT}|.*\.(md|py)(\..*)?")
+_CODE = r".*\.(md|py)(\..*)?"
+_NOTES = re.compile(rf"{_ABOUT}|{_CODE}")
 """Names of text files that describe the data, in a folder that also has files of rows."""
 
 
@@ -73,7 +74,10 @@ def find_data(
         if reason is not None:
             (damaged if is_damaged else passed_over)[name] = reason
     texts = [name for name in files if kind_of(files[name]) == "text"]
-    if files.keys() - damaged.keys() - {*texts} or row_bytes > sum(files[name].stat().st_size for name in texts):
+    rows = [name for name in files if name not in damaged and name not in texts]
+    if skip is not None and not path.is_file():
+        rows = _check_not_code(path, {name: file for name, file in files.items() if not skip(name)}, rows, row_bytes)
+    if rows or row_bytes > sum(files[name].stat().st_size for name in texts):
         for name in [name for name in texts if _NOTES.fullmatch(files[name].name.lower())]:
             del files[name]
             damaged.pop(name, None)
@@ -101,6 +105,21 @@ def find_data(
                 f"{'; '.join(described(damaged)[:3])}"
             )
     return DataFiles(folder, list(files.values()), damaged, passed_over, splits)
+
+
+def _check_not_code(path: Path, files: dict[str, Path], rows: list[str], row_bytes: int) -> list[str]:
+    """Refuse a folder of code or pages with fewer bytes of rows; returns the files of rows that are not skipped."""
+    rows = [name for name in rows if name in files]
+    code = [name for name, file in files.items() if re.fullmatch(_CODE, file.name.lower())]
+    code = [name for name in code if not re.fullmatch(_ABOUT, files[name].name.lower())]
+    code_bytes = sum(files[name].stat().st_size for name in code)
+    if rows and code_bytes > max(row_bytes, sum(files[name].stat().st_size for name in rows)):
+        raise UserError(
+            f"data is {str(path)!r}: {len(code)} files of text or code, such as {code[0]!r}, have more bytes than its "
+            f"files of rows, such as {rows[0]!r}, so what to train on is not known: pass --skip-data with the names or "
+            f"patterns of the ones to leave out, e.g. --skip-data {shown(rows[0])}"
+        )
+    return rows
 
 
 def check_split(what: str, split: str, splits: Collection[str]) -> None:
