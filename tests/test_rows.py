@@ -269,6 +269,23 @@ def test_chats_in_other_forms_are_read_or_skipped(tmp_path):
     assert source.position["skipped"] == list(CHATS.values()).count(None)
 
 
+@pytest.mark.parametrize("messages", [[USER, ASSISTANT], list(SHAREGPT)])
+def test_a_chat_as_a_text_in_json_is_a_chat(messages, tmp_path):
+    text = json.dumps(messages)
+    found, _ = texts(tmp_path, "a.jsonl", json.dumps({"messages": text}))
+    assert found == [[USER, ASSISTANT]]
+    quoted = text.replace('"', '""')
+    rows = f'messages\n"{quoted}"\n"{quoted[:-5]}"\n"[{{\'role\': \'user\'}}]"\n'
+    found, source = texts(tmp_path, "a.csv", rows)
+    assert (found, source.position["skipped"]) == ([[USER, ASSISTANT]], 2)
+    assert texts(tmp_path, "b.jsonl", json.dumps({"dialog": text}), text_field="dialog")[0] == [[USER, ASSISTANT]]
+    assert texts(tmp_path, "c.jsonl", json.dumps({"text": text}))[0] == [text]
+    assert texts(tmp_path, "a.jsonl", json.dumps({"messages": text}), hold_out="count")[0] == [text]
+    assert texts(tmp_path, "e.jsonl", json.dumps({"messages": "[no chat"}), hold_out="count")[0] == ["[no chat"]
+    with pytest.raises(UserError, match="its field 'messages' holds no chat: write a list"):
+        texts(tmp_path, "d.jsonl", json.dumps({"messages": str(messages)}))
+
+
 FIELDS = [("instruction", "input", "output"), ("prompt", "completion"), ("question", "answer")]
 
 

@@ -1,5 +1,6 @@
 """Chats: lists of messages with a role and a content, in the forms in which datasets have them."""
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +24,18 @@ def chat_in(messages: list[Any]) -> Chat | None:
     """A list of messages as a chat; None if one of them has another form, which a template would render as it is."""
     chat = [_message(message) for message in messages]
     return [message for message in chat if message is not None] if chat and None not in chat else None
+
+
+def chat_in_json(value: Any, is_chat: bool) -> Any:
+    """The chat that a text is in JSON, or the value as it is; None for a list in a text that must be a chat."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        messages = json.loads(value)
+    except (ValueError, RecursionError):
+        messages = None
+    chat = chat_in(messages) if isinstance(messages, list) else None
+    return chat if chat or is_chat else value
 
 
 def _message(message: Any) -> dict[str, Any] | None:

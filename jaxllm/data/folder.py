@@ -65,7 +65,7 @@ def find_data(
         name = file.relative_to(folder).as_posix()
         try:
             stat = file.stat()
-            reason, is_damaged = _verdict(file, stat.st_size, stat.st_mtime_ns, text_field)
+            reason, is_damaged = _verdict(file, stat.st_size, stat.st_mtime_ns, text_field, skip is not None)
         except OSError as error:
             raise UserError(f"data: cannot read {file}: {error.strerror}") from None
         row_bytes += stat.st_size if kind_of(file) in ("lines", "csv", "parquet", "arrow") else 0
@@ -155,12 +155,12 @@ def _another(split: str | None, wanted: str) -> str:
 
 
 @functools.cache
-def _verdict(file: Path, size: int, mtime_ns: int, text_field: str) -> tuple[str | None, bool]:
+def _verdict(file: Path, size: int, mtime_ns: int, text_field: str, strict: bool) -> tuple[str | None, bool]:
     """Why a file is not read, if so, and whether it is damaged; `mtime_ns` is part of the cache's key only."""
     if kind_of(file) is None:
         return f"the ending is none of {ENDINGS}", False
     try:
-        look(file, size, text_field)
+        look(file, size, text_field, strict)
     except NoText as error:
         return str(error), False
     except Unreadable as error:

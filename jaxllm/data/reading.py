@@ -50,7 +50,7 @@ def read_chunks(file: Path, size: int, offset: int, text_field: str, strict: boo
             return
         found = offset > 0
         for row in read_rows(file, raw, size, offset, text_field, strict):
-            text = text_in(value_of(row.values, text_field))
+            text = text_in(value_of(row.values, text_field, strict))
             found = found or text is not None
             yield FileChunk(text, True, row.offset, row.done, row.damage)
     if not found:
@@ -70,8 +70,10 @@ def rows_in(file: Path) -> int | None:
         return None
 
 
-def look(file: Path, size: int, text_field: str) -> None:
+def look(file: Path, size: int, text_field: str, strict: bool = True) -> None:
     """Check a file without reading much of it: its encoding and first rows, or a parquet file's footer.
+
+    `strict`: as of `read_chunks`.
 
     Raises:
         Unreadable: it cannot be read.
@@ -90,9 +92,9 @@ def look(file: Path, size: int, text_field: str) -> None:
             return
         fields: dict[str, None] = {}
         rows, row = 0, None
-        for row in read_rows(file, raw, size, 0, text_field):
+        for row in read_rows(file, raw, size, 0, text_field, strict):
             rows += 1
-            if text_in(value_of(row.values, text_field)) is not None:
+            if text_in(value_of(row.values, text_field, strict)) is not None:
                 return
             fields |= dict.fromkeys(names_in(row.values))
             if row.done > LOOK_BYTES:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from jaxllm.data.chats import CHAT_FIELDS, Chat, chat_in, paired_fields
+from jaxllm.data.chats import CHAT_FIELDS, Chat, chat_in, chat_in_json, paired_fields
 from jaxllm.data.delimited import csv_records, tsv_records, written_as_csv
 from jaxllm.data.json_rows import Decoder, document_rows, form_of
 from jaxllm.data.lines import (
@@ -194,6 +194,8 @@ def without_text(text_field: str, fields: Iterable[str]) -> str:
     fields = list(fields)
     if not fields or text_field in fields:
         return f"no row has a text in the field {text_field!r}"
+    if chats := [name for name in CHAT_FIELDS if text_field == "text" and name in fields]:
+        return f"its field {chats[0]!r} holds no chat: write a list of messages, each with the texts role and content"
     if pair := paired_fields(fields):
         return (
             f"there is no field {text_field!r}, but questions and answers in {listed(pair)}: write each row as a chat, "
@@ -202,14 +204,17 @@ def without_text(text_field: str, fields: Iterable[str]) -> str:
     return f"there is no field {text_field!r}, but {listed(fields)}: pass --text-field"
 
 
-def value_of(row: dict[str, Any] | None, text_field: str) -> Any:
-    """A row's field. `a.b` is the field `b` of the field `a`, where there is no field of this name."""
+def value_of(row: dict[str, Any] | None, text_field: str, strict: bool = True) -> Any:
+    """A row's field. `a.b` is the field `b` of the field `a`, where there is no field of this name.
+
+    `strict`: a chat that is written as a text in JSON is a chat; earlier versions took it for a text.
+    """
     for name in wanted_fields(text_field) if row else ():
         value: Any = row
         for part in [name] if name in value else name.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         if value is not None:
-            return value
+            return chat_in_json(value, name in CHAT_FIELDS) if strict and name != "text" else value
     return None
 
 

@@ -254,7 +254,8 @@ class HubSource:
         if self._at["row"] == 0:
             announce_pass(self._at["pass"], self._shard, self._num_shards)
         for row, stream_position in self._rows():
-            number, text = self._at["row"], text_in(value_of(row, self._text_field))
+            value = value_of(row, self._text_field, self.hold_out != "count")
+            number, text = self._at["row"], text_in(value)
             skipped = self._at["skipped"] + (text is None)
             self._at = self._at | {"row": number + 1, "stream": stream_position, "skipped": skipped}
             self.seen.skipped_rows += text is None
