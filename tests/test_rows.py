@@ -237,6 +237,25 @@ def test_compressed_files_are_read_to_their_end_or_named(codec, tmp_path):
         assert named or len(rows) == 2000
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_an_arrow_stream_that_is_cut_between_batches_is_named(legacy, tmp_path, capsys):
+    column, out = pyarrow.table({"text": [f"words {i}" for i in range(40)]}), pyarrow.BufferOutputStream()
+    options = pyarrow.ipc.IpcWriteOptions(use_legacy_format=legacy)
+    ends = []
+    with pyarrow.ipc.new_stream(out, column.schema, options=options) as writer:
+        for batch in column.to_batches(max_chunksize=10):
+            writer.write_batch(batch)
+            ends.append(out.tell())
+    whole = out.getvalue().to_pybytes()
+    found, source = texts(tmp_path, "a.arrow", whole)
+    assert (len(found), source.position["skipped"], capsys.readouterr().out) == (40, 0, "")
+    found, source = texts(tmp_path, "cut.arrow", whole[: ends[1]])
+    assert (len(found), source.position["skipped"]) == (20, 1)
+    assert "cut.arrow" in (said := capsys.readouterr().out)
+    assert "the stream has no end marker" in said
+    assert texts(tmp_path, "cut.arrow", whole[: ends[1]], hold_out="count")[1].position["skipped"] == 0
+
+
 def chat(*messages: dict, field: str = "messages") -> str:
     return json.dumps({field: list(messages)})
 

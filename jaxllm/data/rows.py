@@ -25,6 +25,9 @@ from jaxllm.errors import listed
 BATCH_ROWS = 1024
 """Rows of a parquet file that are decoded at once."""
 
+ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
+"""The end of an Arrow stream; its last half in streams of before Arrow 0.15."""
+
 
 class Row(NamedTuple):
     values: dict[str, Any] | None  # by field; None: no row could be made of these bytes
@@ -42,7 +45,7 @@ def read_rows(file: Path, raw: BinaryIO, size: int, offset: int, text_field: str
     if kind == "parquet":
         return _parquet_rows(raw, size, offset, text_field)
     if kind == "arrow":
-        return _arrow_rows(raw, offset, text_field)
+        return _arrow_rows(raw, offset, text_field, strict)
     if kind == "csv":
         return _delimited_rows(file, *lines_of(file, raw, 0), offset, text_field, strict)
     form = form_of(file)
@@ -122,8 +125,8 @@ def _parquet_rows(raw: BinaryIO, size: int, offset: int, text_field: str) -> Ite
                 yield Row(values, row, size * row // parquet.metadata.num_rows)
 
 
-def _arrow_rows(raw: BinaryIO, offset: int, text_field: str) -> Iterator[Row]:
-    """An Arrow file or stream; `datasets` writes streams."""
+def _arrow_rows(raw: BinaryIO, offset: int, text_field: str, strict: bool) -> Iterator[Row]:
+    """An Arrow file or stream; `datasets` writes streams, which end with a marker."""
     import pyarrow.ipc
 
     magic = raw.read(6)
@@ -142,6 +145,13 @@ def _arrow_rows(raw: BinaryIO, offset: int, text_field: str) -> Iterator[Row]:
             if row > offset:
                 yield Row({name: _python_value(value)}, row, raw.tell())
         row = max(row, min(offset, row + batch.num_rows))
+    if strict and magic != b"ARROW1":
+        at, end = raw.tell(), ARROW_END if magic.startswith(ARROW_END[:4]) else ARROW_END[4:]
+        raw.seek(max(0, at - len(end)))
+        if raw.read(len(end)) != end:
+            yield Row(
+                None, row, at, "the stream has no end marker: it may have been cut, and rows after these are lost"
+            )
 
 
 def look_at_footer(raw: BinaryIO, text_field: str) -> None:
