@@ -193,7 +193,34 @@ def test_lines_that_are_not_one_object_are_damaged(tmp_path, capsys):
     assert capsys.readouterr().out.count("a.jsonl: rows with damage") == 1
 
 
+CAUSES = {
+    '{"text": "cut': "a line that is cut off",
+    '{"text": "cut",': "a line that is cut off",
+    '{"text": "a"}{"text": "b"}': "several values on one line",
+    '{"text": "a"} x': "text after the object on a line",
+    '{"text": "a", "text": "b"}': "an object with a key that occurs twice",
+    "[1]": "a value that is not a JSON object",
+    "{'text': 'a'}": "a line that is not JSON: Expecting property name",
+}
+
+
+@pytest.mark.parametrize("line", CAUSES)
+def test_damage_in_json_has_its_cause(line, tmp_path, capsys):
+    texts(tmp_path, "a.jsonl", '{"text": "good"}\n' + line)
+    assert CAUSES[line] in capsys.readouterr().out
+
+
+def test_a_row_of_a_chat_alone_is_a_row(tmp_path):
+    chat = json.dumps({"dialog": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]})
+    with pytest.raises(UserError, match="no field 'text', but dialog: pass --text-field"):
+        texts(tmp_path, "a.jsonl", chat)
+    with pytest.raises(UserError, match="its field 'messages' holds no chat"):
+        texts(tmp_path, "b.jsonl", json.dumps({"messages": [{"role": "user", "value": "Q"}]}))
+
+
 REFUSED = {
+    "columns of pandas": ({"text": {"0": "a", "1": "b"}}, r"'text' is a column of 2 rows.*orient=\"records\""),
+    "rows of pandas": ({"0": {"text": "a"}, "1": {"text": "b"}}, r"fields 0, 1 and so on are rows, 2 in all.*records"),
     "columns": ({"text": ["a", "b"], "id": [1, 2]}, "field 'text' is a column of 2 texts"),
     "a wrapper": ({"version": 1, "data": [{"text": "a"}]}, "field 'data' holds 1 rows"),
 }

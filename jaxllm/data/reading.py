@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxllm.data.chats import CHAT_FIELDS, chat_in
 from jaxllm.data.lines import (
     Lines,
     NoText,
@@ -19,9 +20,13 @@ from jaxllm.data.lines import (
     lines_of,
 )
 from jaxllm.data.rows import Chat, look_at_footer, names_in, read_rows, text_in, value_of, wanted_fields, without_text
+from jaxllm.errors import listed
 
 CHUNK_CHARS = 4096
 """Largest chunk of a text file, so that a file of any size can be read."""
+
+PANDAS = ', as pandas does with to_json(FILE, orient="records", lines=True)'
+"""How to write rows where a file has the columns of a table."""
 
 LOOK_BYTES = 1 << 20
 """Bytes of a file that `look` reads in search of a text."""
@@ -102,13 +107,19 @@ def look(file: Path, size: int, text_field: str, strict: bool = True) -> None:
                     return  # later rows may have a text
                 break
         if rows == 1 and row is not None and (found := _whole_file_in(row.values or {}, text_field)):
-            raise NoText(f"it is one JSON object, {found}: write each row as a line, in JSONL")
+            raise NoText(f"it is one JSON object, {found}: write each row as a line, in JSONL{PANDAS}")
         raise NoText(f"it has {row.damage}" if row and row.damage and not fields else without_text(text_field, fields))
 
 
 def _whole_file_in(row: dict[str, Any], text_field: str) -> str:
     """Where a single object holds the rows of the file; empty if it does not."""
+    if row and all(name.isdecimal() and isinstance(value, dict) for name, value in row.items()):
+        return f"whose fields {listed(list(row)[:2])} and so on are rows, {len(row)} in all"
     for name, value in row.items():
+        if isinstance(value, dict) and value and all(key.isdecimal() for key in value):
+            return f"whose field {name!r} is a column of {len(value)} rows"
+        if name in CHAT_FIELDS or (isinstance(value, list) and chat_in(value)):
+            continue
         kinds = {type(one) for one in value} if isinstance(value, list) else set()
         if kinds == {str} and name == text_field:
             return f"whose field {name!r} is a column of {len(value)} texts"

@@ -61,16 +61,17 @@ def _line_rows(lines: Lines, done: Callable[[int], int]) -> Iterator[Row]:
         if long := skip_long_line(lines, raw, MAX_ROW_BYTES, BLOCK):
             yield Row(None, lines.offset, done(lines.offset), long)
         elif (line := raw.decode("utf-8", "replace")).strip():
-            row = decoder.line(line)
-            damage = "" if row is not None else "a line that is not one JSON object with each key once"
-            yield Row(row, lines.offset, done(lines.offset), damage)
+            yield _json_row(decoder.line(line), lines.offset, done(lines.offset))
 
 
-def _document_rows(rows: list[dict[str, Any] | None], size: int, offset: int) -> Iterator[Row]:
+def _document_rows(rows: list[dict[str, Any] | str], size: int, offset: int) -> Iterator[Row]:
     """A JSON file that was read at once."""
     for number, row in enumerate(rows[offset:], start=offset + 1):
-        damage = "" if row is not None else "a value that is not a JSON object with each key once"
-        yield Row(row, number, size * number // len(rows), damage)
+        yield _json_row(row, number, size * number // len(rows))
+
+
+def _json_row(row: dict[str, Any] | str, offset: int, done: int) -> Row:
+    return Row(None, offset, done, row) if isinstance(row, str) else Row(row, offset, done)
 
 
 def _delimited_rows(
