@@ -4,13 +4,13 @@ import functools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from jaxllm.data.lines import COMPRESSIONS, SUFFIXES, NoText, Unreadable, kind_of
 from jaxllm.data.reading import look
-from jaxllm.data.splits import ALL, Ambiguous, of_card, recognized
+from jaxllm.data.splits import ALL, Ambiguous, missing_shards, of_card, recognized
 from jaxllm.errors import UserError, listed, shown
 from jaxllm.files import read_json
 
@@ -35,6 +35,7 @@ class DataFiles(NamedTuple):
     damaged: dict[str, str]  # those of them that cannot be read: the reason by name
     passed_over: dict[str, str]  # of other files, the reason by name
     splits: Mapping[str, int | None]  # files of each split; None: not counted; empty if there are none
+    missing: Sequence[str] = ()  # what the files that are read lack, a line each
 
 
 def find_data(
@@ -104,7 +105,8 @@ def find_data(
                 f"data is {str(path)!r}: nothing of its split {split!r} can be read: "
                 f"{'; '.join(described(damaged)[:3])}"
             )
-    return DataFiles(folder, list(files.values()), damaged, passed_over, splits)
+    missing = [] if path.is_file() else missing_shards(list(files), [*files, *passed_over])
+    return DataFiles(folder, list(files.values()), damaged, passed_over, splits, missing)
 
 
 def _check_not_code(path: Path, files: dict[str, Path], rows: list[str], row_bytes: int) -> list[str]:
