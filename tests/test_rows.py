@@ -332,7 +332,13 @@ def test_a_chat_as_a_text_in_json_is_a_chat(messages, tmp_path):
         texts(tmp_path, "d.jsonl", json.dumps({"messages": str(messages)}))
 
 
-FIELDS = [("instruction", "input", "output"), ("prompt", "completion"), ("question", "answer")]
+FIELDS = [
+    ("instruction", "input", "output"), ("prompt", "completion"), ("question", "answer"), ("input", "output"),
+    ("query", "response"), ("inputs", "targets"), ("question", "answers"), ("problem", "solution"),
+    ("id", "user", "assistant"),
+    ("instruction", "response"), ("prompt", "answer"), ("prompt", "chosen", "rejected"), ("chosen", "rejected"),
+    ("Question", "Answer"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("fields", FIELDS)

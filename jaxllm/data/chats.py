@@ -15,9 +15,10 @@ SPEAKERS = {
 }  # fmt: skip
 """Roles by the names that ShareGPT's form has for them, in a message's field `from`."""
 
-PAIRS = (("instruction", "output"), ("instruction", "response"), ("prompt", "completion"), ("prompt", "response"),
-         ("question", "answer"), ("prompt", "chosen"), ("chosen", "rejected"))  # fmt: skip
-"""Fields that are a question and its answer. One of them alone is not a text to train on."""
+QUESTIONS = ("instruction", "prompt", "question", "query", "problem", "user", "input", "inputs")
+ANSWERS = ("output", "outputs", "response", "responses", "completion", "answer", "answers", "solution", "assistant",
+           "target", "targets", "chosen", "rejected")  # fmt: skip
+"""Fields that are a question or its answer. One of them without the other is not a text to train on."""
 
 
 def chat_in(messages: list[Any]) -> Chat | None:
@@ -61,5 +62,8 @@ def _content(content: Any) -> str | None:
 
 def paired_fields(fields: Iterable[str]) -> tuple[str, ...]:
     """The fields of a question and its answer, if rows have both; empty if not."""
-    fields = set(fields)
-    return next((pair for pair in PAIRS if fields.issuperset(pair)), ())
+    by_name = {field.lower(): field for field in fields}
+    questions, answers = ([by_name[name] for name in names if name in by_name] for names in (QUESTIONS, ANSWERS))
+    if not questions:
+        return tuple(answers[-2:]) if {"chosen", "rejected"} <= {*by_name} else ()
+    return (questions[0], answers[0]) if answers else ()
