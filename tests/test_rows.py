@@ -9,6 +9,7 @@ import lzma
 from pathlib import Path
 
 import pyarrow
+import pyarrow.parquet
 import pytest
 
 from jaxllm.config import TrainConfig
@@ -330,6 +331,21 @@ def test_a_chat_as_a_text_in_json_is_a_chat(messages, tmp_path):
     assert texts(tmp_path, "e.jsonl", json.dumps({"messages": "[no chat"}), hold_out="count")[0] == ["[no chat"]
     with pytest.raises(UserError, match="its field 'messages' holds no chat: write a list"):
         texts(tmp_path, "d.jsonl", json.dumps({"messages": str(messages)}))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.arrow"])
+def test_the_side_that_is_not_trained_on_is_named(name, tmp_path):
+    column, out = pyarrow.table({"input": ["Q"], "output": ["A"]}), pyarrow.BufferOutputStream()
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(column, out)
+    elif name == "a.arrow":
+        with pyarrow.ipc.new_stream(out, column.schema) as writer:
+            writer.write_table(column)
+    else:
+        out.write(b"input,output\nQ,A\n" if name == "a.csv" else b'{"input": "Q", "output": "A"}')
+    found, source = texts(tmp_path, name, out.getvalue().to_pybytes(), text_field="output")
+    assert found == ["A"]
+    assert source.notes == ["input: of questions and answers, only the field 'output' is trained on"]
 
 
 FIELDS = [

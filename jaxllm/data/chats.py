@@ -67,3 +67,10 @@ def paired_fields(fields: Iterable[str]) -> tuple[str, ...]:
     if not questions:
         return tuple(answers[-2:]) if {"chosen", "rejected"} <= {*by_name} else ()
     return (questions[0], answers[0]) if answers else ()
+
+
+def other_side(field: str, fields: Iterable[str]) -> tuple[str, ...]:
+    """The fields of the answers, if a field has the questions, or of the questions, if it has the answers."""
+    mine = field.lower()
+    others = ANSWERS if mine in QUESTIONS else QUESTIONS if mine in ANSWERS else ()
+    return tuple(name for name in fields if name.lower() in others)

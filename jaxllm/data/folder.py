@@ -62,14 +62,16 @@ def find_data(
     saved: dict[str, int | None] = {}
     folder, found = (path.parent, [path]) if path.is_file() else (path, _candidates(path, split, passed_over, saved))
     files, damaged, row_bytes = {}, {}, 0
+    other_fields: dict[str, None] = {}
     for file in sorted(found):
         name = file.relative_to(folder).as_posix()
         try:
             stat = file.stat()
-            reason, is_damaged = _verdict(file, stat.st_size, stat.st_mtime_ns, text_field, skip is not None)
+            reason, is_damaged, others = _verdict(file, stat.st_size, stat.st_mtime_ns, text_field, skip is not None)
         except OSError as error:
             raise UserError(f"data: cannot read {file}: {error.strerror}") from None
         row_bytes += stat.st_size if kind_of(file) in ("lines", "csv", "parquet", "arrow") else 0
+        other_fields |= dict.fromkeys(others)
         if reason is None or is_damaged:
             files[name] = file
         if reason is not None:
@@ -106,6 +108,8 @@ def find_data(
                 f"{'; '.join(described(damaged)[:3])}"
             )
     missing = [] if path.is_file() else missing_shards(list(files), [*files, *passed_over])
+    if other_fields:
+        missing.append(f"{listed(other_fields)}: of questions and answers, only the field {text_field!r} is trained on")
     return DataFiles(folder, list(files.values()), damaged, passed_over, splits, missing)
 
 
@@ -157,17 +161,18 @@ def _another(split: str | None, wanted: str) -> str:
 
 
 @functools.cache
-def _verdict(file: Path, size: int, mtime_ns: int, text_field: str, strict: bool) -> tuple[str | None, bool]:
-    """Why a file is not read, if so, and whether it is damaged; `mtime_ns` is part of the cache's key only."""
+def _verdict(
+    file: Path, size: int, mtime_ns: int, text_field: str, strict: bool
+) -> tuple[str | None, bool, tuple[str, ...]]:
+    """Why a file is not read, if so, whether it is damaged, and what `look` returns. `mtime_ns` is part of the key."""
     if kind_of(file) is None:
-        return f"the ending is none of {ENDINGS}", False
+        return f"the ending is none of {ENDINGS}", False, ()
     try:
-        look(file, size, text_field, strict)
+        return None, False, look(file, size, text_field, strict)
     except NoText as error:
-        return str(error), False
+        return str(error), False, ()
     except Unreadable as error:
-        return str(error), True
-    return None, False
+        return str(error), True, ()
 
 
 def _candidates(root: Path, split: str, passed_over: dict[str, str], saved: dict[str, int | None]) -> Iterator[Path]:

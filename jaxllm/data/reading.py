@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxllm.data.chats import CHAT_FIELDS, chat_in
+from jaxllm.data.chats import CHAT_FIELDS, chat_in, other_side
 from jaxllm.data.lines import (
     Lines,
     NoText,
@@ -19,7 +19,17 @@ from jaxllm.data.lines import (
     kind_of,
     lines_of,
 )
-from jaxllm.data.rows import Chat, look_at_footer, names_in, read_rows, text_in, value_of, wanted_fields, without_text
+from jaxllm.data.rows import (
+    Chat,
+    arrow_batches,
+    look_at_footer,
+    names_in,
+    read_rows,
+    text_in,
+    value_of,
+    wanted_fields,
+    without_text,
+)
 from jaxllm.errors import listed
 
 CHUNK_CHARS = 4096
@@ -75,8 +85,10 @@ def rows_in(file: Path) -> int | None:
         return None
 
 
-def look(file: Path, size: int, text_field: str, strict: bool = True) -> None:
+def look(file: Path, size: int, text_field: str, strict: bool = True) -> tuple[str, ...]:
     """Check a file without reading much of it: its encoding and first rows, or a parquet file's footer.
+
+    Returns the fields of its first row, if those in `text_field` are questions and it has answers, or the reverse.
 
     `strict`: as of `read_chunks`.
 
@@ -89,22 +101,23 @@ def look(file: Path, size: int, text_field: str, strict: bool = True) -> None:
     with errors_as_unreadable(), file.open("rb") as raw:
         kind = kind_of(file)
         if kind == "parquet":
-            look_at_footer(raw, text_field)
-            return
+            return other_side(text_field, look_at_footer(raw, text_field))
         if kind != "arrow":
             check_encoding(head_of(file))
         if kind == "text":
-            return
+            return ()
+        names = arrow_batches(raw)[0].names if kind == "arrow" else None
+        raw.seek(0)
         fields: dict[str, None] = {}
         rows, row = 0, None
         for row in read_rows(file, raw, size, 0, text_field, strict):
             rows += 1
             if text_in(value_of(row.values, text_field, strict)) is not None:
-                return
+                return other_side(text_field, names or row.values or ())
             fields |= dict.fromkeys(names_in(row.values))
             if row.done > LOOK_BYTES:
                 if not fields.keys().isdisjoint(wanted_fields(text_field)):
-                    return  # later rows may have a text
+                    return ()  # later rows may have a text
                 break
         if rows == 1 and row is not None and (found := _whole_file_in(row.values or {}, text_field)):
             raise NoText(f"it is one JSON object, {found}: write each row as a line, in JSONL{PANDAS}")

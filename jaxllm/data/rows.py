@@ -127,17 +127,8 @@ def _parquet_rows(raw: BinaryIO, size: int, offset: int, text_field: str) -> Ite
 
 
 def _arrow_rows(raw: BinaryIO, offset: int, text_field: str, strict: bool) -> Iterator[Row]:
-    """An Arrow file or stream; `datasets` writes streams, which end with a marker."""
-    import pyarrow.ipc
-
     magic = raw.read(6)
-    raw.seek(0)
-    if magic == b"ARROW1":
-        file = pyarrow.ipc.open_file(raw)
-        schema, batches = file.schema, map(file.get_batch, range(file.num_record_batches))
-    else:
-        batches = pyarrow.ipc.open_stream(raw)
-        schema = batches.schema
+    schema, batches = arrow_batches(raw)
     name, row = _column(schema, text_field), 0
     name = name if name in schema.names else name.partition(".")[0]
     for batch in batches:
@@ -155,7 +146,26 @@ def _arrow_rows(raw: BinaryIO, offset: int, text_field: str, strict: bool) -> It
             )
 
 
-def look_at_footer(raw: BinaryIO, text_field: str) -> None:
+def arrow_batches(raw: BinaryIO) -> tuple[Any, Iterable[Any]]:
+    """The schema and the batches of an Arrow file or stream; `datasets` writes streams, which end with a marker."""
+    import pyarrow.ipc
+
+    raw.seek(0)
+    is_file = raw.read(6) == b"ARROW1"
+    raw.seek(0)
+    if is_file:
+        file = pyarrow.ipc.open_file(raw)
+        return file.schema, map(file.get_batch, range(file.num_record_batches))
+    stream = pyarrow.ipc.open_stream(raw)
+    return stream.schema, stream
+
+
+def look_at_footer(raw: BinaryIO, text_field: str) -> list[str]:
+    """The columns of a parquet file, if it has texts.
+
+    Raises:
+        NoText: it has none.
+    """
     import pyarrow.parquet
 
     parquet = pyarrow.parquet.ParquetFile(raw)
@@ -166,7 +176,7 @@ def look_at_footer(raw: BinaryIO, text_field: str) -> None:
         facts = [group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == column]
         nulls = [fact.statistics.null_count for fact in facts if fact.statistics and fact.statistics.has_null_count]
         if nulls != [group.num_rows]:
-            return
+            return parquet.schema_arrow.names
     raise NoText(without_text(text_field, ()))
 
 
