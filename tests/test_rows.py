@@ -130,6 +130,8 @@ OVER_LINES = {
     'id\ttext\n1\t"line1\nline2"\n': (["line1\nline2"], 0),
     'id\ttext\n1\tx\n2\t"line1\n\n""line3"""\n3\ty\n': (["x", 'line1\n\n"line3"', "y"], 0),
     'text\n"line1\nline2"\nx\n': (["x"], 1),
+    'id\ttext\n1\tx\n2\t"' + "line\n" * 300 + '"\n3\ty\n': (["x", "y"], 301),
+    'id\ttext\n1\tx\n2\t"line1\nline2\n': (["x"], 2),
     'text\nx\n"line1\nline2\n': (["x", '"line1', "line2"], 0),
     "id\ttext\n" + "0\tx\n" * 30000 + '1\t"line1\nline2"\n': (["x"] * 30000 + ["line1\nline2"], 0),
     'id\ttext\n1\t"a\n2\tb\n3\n4\tc\n5\td"\n': (['"a', "b", "c", 'd"'], 1),

@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from jaxllm.errors import listed
+
 Chat = list[dict[str, Any]]
 
 CHAT_FIELDS = ("messages", "conversations")
@@ -74,3 +76,7 @@ def other_side(field: str, fields: Iterable[str]) -> tuple[str, ...]:
     mine = field.lower()
     others = ANSWERS if mine in QUESTIONS else QUESTIONS if mine in ANSWERS else ()
     return tuple(name for name in fields if name.lower() in others)
+
+
+def one_sided(field: str, others: Iterable[str]) -> str:
+    return f"{listed(others)}: of questions and answers, only the field {field!r} is trained on"

@@ -72,21 +72,21 @@ def tsv_records(lines: Lines, fields: int) -> Iterator[Record]:
 
 
 def _over_lines(ahead: _Ahead, first: bytes, fields: int) -> tuple[list[str], str]:
-    """The row that a quoted field makes of several lines, of which half at least are no rows; else nothing is taken.
+    """The row that a quoted field makes of several lines, of which half at least are no rows, or what is wrong with it.
 
-    All lines are rows in a file of one column, so there it is damage.
+    Nothing is taken where the first line is a row by itself. In a file of one column all lines are rows, so one over
+    several is damage.
     """
     ahead.give_back([first])
     taken: list[bytes] = []
     values, damage = _parsed(ahead, taken, "\t", MAX_ROW_LINES)
-    others = sum(line.count(b"\t") + 1 != fields for line in taken)
-    if not damage and 1 < len(taken) <= MAX_ROW_LINES and len(values) == fields:
-        if fields == 1:
-            return [], "a quote that closes in a later line, which may be one text or several"
-        if 2 * others >= len(taken):
-            return values, ""
+    over_lines = 2 * sum(line.count(b"\t") + 1 != fields for line in taken) >= len(taken) > 1
+    if not damage and len(taken) > 1 and len(values) == fields == 1:
+        return [], "a quote that closes in a later line, which may be one text or several"
+    if over_lines and not damage and len(values) == fields:
+        return values, ""
     ahead.give_back(taken[1:])
-    return [], ""
+    return [], "a quoted field over several lines that does not end well" if over_lines else ""
 
 
 def csv_records(lines: Lines, fields: int, delimiter: str) -> Iterator[Record]:

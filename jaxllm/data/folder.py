@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from jaxllm.data.chats import one_sided
 from jaxllm.data.lines import COMPRESSIONS, SUFFIXES, NoText, Unreadable, kind_of
 from jaxllm.data.reading import look
 from jaxllm.data.splits import ALL, Ambiguous, missing_shards, of_card, recognized
@@ -109,7 +110,7 @@ def find_data(
             )
     missing = [] if path.is_file() else missing_shards(list(files), [*files, *passed_over])
     if other_fields:
-        missing.append(f"{listed(other_fields)}: of questions and answers, only the field {text_field!r} is trained on")
+        missing.append(one_sided(text_field, other_fields))
     return DataFiles(folder, list(files.values()), damaged, passed_over, splits, missing)
 
 
