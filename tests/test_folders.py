@@ -246,6 +246,24 @@ def test_notes_beside_rows_without_the_field_are_no_data(tmp_path):
         open_files(tmp_path, "txet")
 
 
+def test_code_with_a_few_rows_is_refused_until_the_user_says_what_to_read(tmp_path):
+    for i in range(30):
+        (tmp_path / f"{i}.py").write_text("code " * 90)
+    (tmp_path / "README.md").write_text("words")
+    (tmp_path / "sample.jsonl").write_bytes(lines(ROWS[:3]))
+    (tmp_path / "pkg.json").write_text('{"text": "x"}')
+    with pytest.raises(UserError, match=r"30 files of text or code, .*more bytes.*--skip-data"):
+        open_files(tmp_path)
+    assert len(texts(open_files(tmp_path, skip_data="sample.jsonl,pkg.json"))) == 31
+    source = open_files(tmp_path, skip_data="*.py")
+    assert len(texts(source)) == 4
+    assert "README.md" in " ".join(source.notes)
+    assert len(texts(open_files(tmp_path, hold_out="count"))) == 4  # as formerly
+    (tmp_path / "rows.parquet").write_bytes(parquet(ROWS * 9))
+    (tmp_path / "more.jsonl").write_bytes(lines(ROWS * 9))
+    assert len(texts(open_files(tmp_path))) == 4 + 18 * len(ROWS)
+
+
 def test_a_folder_that_datasets_saved_is_read_without_its_caches(tmp_path):
     saved = datasets.Dataset.from_list(ROWS)
     saved.save_to_disk(tmp_path / "one", num_shards=3)

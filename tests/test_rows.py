@@ -9,6 +9,7 @@ import lzma
 from pathlib import Path
 
 import pyarrow
+import pyarrow.parquet
 import pytest
 
 from jaxllm.config import TrainConfig
@@ -61,8 +62,6 @@ def test_tsv_rows_with_another_number_of_fields_are_damaged(tmp_path, capsys):
 DAMAGE = {
     "unclosed": ({7: '7,"some words,x'}, {7}),
     "two stray quotes, the second within a field": ({7: '7,"some words,x', 90: '90,more" words,x'}, {7}),
-    "two stray quotes, the second at the end of one": ({7: '7,"some words,x', 90: '90,more words",x'}, {7}),
-    "near each other": ({7: '7,"some words,x', 12: '12,more words",x'}, {7}),
     "two that open": ({7: '7,"some words,x', 8: '8,"some words,x'}, {7, 8}),
     "in the last row": ({999: '999,"some words,x'}, {999}),
     "text after a quoted field": ({7: '7,"some" words,x'}, {7}),
@@ -98,6 +97,51 @@ def test_good_csv_is_not_taken_for_damage(tmp_path, capsys):
     assert found == [row.replace('""', '"') for row in rows] + ["plain"]
     assert source.position["skipped"] == 0
     assert capsys.readouterr().out == ""
+
+
+POEM = "\n".join(f"Line {i}, with a comma" for i in range(8))
+CLOSED = {
+    "a poem": ("title", POEM),
+    "code": ("label", "\n".join(f"foo({i}, {i})" for i in range(30))),
+    "lines that may be rows": ("label", "open,1\n" + "".join(f"r{i},{i}\n" for i in range(4)) + "close"),
+    "one column": ("", "line\n" * 150),
+}
+
+
+@pytest.mark.parametrize("case", CLOSED)
+def test_a_csv_field_that_closes_is_one_text(case, tmp_path):
+    other, text = CLOSED[case]
+    head, end = (f"{other},text", "x,") if other else ("text", "")
+    found, source = texts(tmp_path, "a.csv", f'{head}\n{end}before\n{end}"{text}"\n{end}after\n')
+    assert (found, source.position["skipped"]) == (["before", text, "after"], 0)
+
+
+@pytest.mark.parametrize("line", ["line", "foo(1, 1)"])
+@pytest.mark.parametrize("other", ["", "x,"])
+def test_a_csv_field_of_hundreds_of_lines_is_one_skipped_row(line, other, tmp_path, capsys):
+    content = f'{"label," if other else ""}text\n{other}before\n{other}"' + f"{line}\n" * 250 + f'"\n{other}after\n'
+    found, source = texts(tmp_path, "a.csv", content)
+    assert (found, source.position["skipped"]) == (["before", "after"], 1)
+    assert "a field of more than 200 lines" in capsys.readouterr().out
+
+
+OVER_LINES = {
+    'text\tlabel\n"line1\nline2"\t1\nx\t2\n': (["line1\nline2", "x"], 0),
+    'id\ttext\n1\t"line1\nline2"\n': (["line1\nline2"], 0),
+    'id\ttext\n1\tx\n2\t"line1\n\n""line3"""\n3\ty\n': (["x", 'line1\n\n"line3"', "y"], 0),
+    'text\n"line1\nline2"\nx\n': (["x"], 1),
+    'id\ttext\n1\tx\n2\t"' + "line\n" * 300 + '"\n3\ty\n': (["x", "y"], 301),
+    'id\ttext\n1\tx\n2\t"line1\nline2\n': (["x"], 2),
+    'text\nx\n"line1\nline2\n': (["x", '"line1', "line2"], 0),
+    "id\ttext\n" + "0\tx\n" * 30000 + '1\t"line1\nline2"\n': (["x"] * 30000 + ["line1\nline2"], 0),
+    'id\ttext\n1\t"a\n2\tb\n3\n4\tc\n5\td"\n': (['"a', "b", "c", 'd"'], 1),
+}
+
+
+@pytest.mark.parametrize("content", OVER_LINES, ids=lambda content: repr(content[:30]))
+def test_no_part_of_a_tsv_field_over_lines_is_a_text(content, tmp_path):
+    found, source = texts(tmp_path, "a.tsv", content)
+    assert (found, source.position["skipped"]) == OVER_LINES[content]
 
 
 def test_a_csv_line_without_end_is_bounded(tmp_path, monkeypatch):
@@ -152,7 +196,34 @@ def test_lines_that_are_not_one_object_are_damaged(tmp_path, capsys):
     assert capsys.readouterr().out.count("a.jsonl: rows with damage") == 1
 
 
+CAUSES = {
+    '{"text": "cut': "a line that is cut off",
+    '{"text": "cut",': "a line that is cut off",
+    '{"text": "a"}{"text": "b"}': "several values on one line",
+    '{"text": "a"} x': "text after the object on a line",
+    '{"text": "a", "text": "b"}': "an object with a key that occurs twice",
+    "[1]": "a value that is not a JSON object",
+    "{'text': 'a'}": "a line that is not JSON: Expecting property name",
+}
+
+
+@pytest.mark.parametrize("line", CAUSES)
+def test_damage_in_json_has_its_cause(line, tmp_path, capsys):
+    texts(tmp_path, "a.jsonl", '{"text": "good"}\n' + line)
+    assert CAUSES[line] in capsys.readouterr().out
+
+
+def test_a_row_of_a_chat_alone_is_a_row(tmp_path):
+    chat = json.dumps({"dialog": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]})
+    with pytest.raises(UserError, match="no field 'text', but dialog: pass --text-field"):
+        texts(tmp_path, "a.jsonl", chat)
+    with pytest.raises(UserError, match="its field 'messages' holds no chat"):
+        texts(tmp_path, "b.jsonl", json.dumps({"messages": [{"role": "user", "value": "Q"}]}))
+
+
 REFUSED = {
+    "columns of pandas": ({"text": {"0": "a", "1": "b"}}, r"'text' is a column of 2 rows.*orient=\"records\""),
+    "rows of pandas": ({"0": {"text": "a"}, "1": {"text": "b"}}, r"fields 0, 1 and so on are rows, 2 in all.*records"),
     "columns": ({"text": ["a", "b"], "id": [1, 2]}, "field 'text' is a column of 2 texts"),
     "a wrapper": ({"version": 1, "data": [{"text": "a"}]}, "field 'data' holds 1 rows"),
 }
@@ -196,6 +267,25 @@ def test_compressed_files_are_read_to_their_end_or_named(codec, tmp_path):
         assert named or len(rows) == 2000
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_an_arrow_stream_that_is_cut_between_batches_is_named(legacy, tmp_path, capsys):
+    column, out = pyarrow.table({"text": [f"words {i}" for i in range(40)]}), pyarrow.BufferOutputStream()
+    options = pyarrow.ipc.IpcWriteOptions(use_legacy_format=legacy)
+    ends = []
+    with pyarrow.ipc.new_stream(out, column.schema, options=options) as writer:
+        for batch in column.to_batches(max_chunksize=10):
+            writer.write_batch(batch)
+            ends.append(out.tell())
+    whole = out.getvalue().to_pybytes()
+    found, source = texts(tmp_path, "a.arrow", whole)
+    assert (len(found), source.position["skipped"], capsys.readouterr().out) == (40, 0, "")
+    found, source = texts(tmp_path, "cut.arrow", whole[: ends[1]])
+    assert (len(found), source.position["skipped"]) == (20, 1)
+    assert "cut.arrow" in (said := capsys.readouterr().out)
+    assert "the stream has no end marker" in said
+    assert texts(tmp_path, "cut.arrow", whole[: ends[1]], hold_out="count")[1].position["skipped"] == 0
+
+
 def chat(*messages: dict, field: str = "messages") -> str:
     return json.dumps({field: list(messages)})
 
@@ -228,7 +318,45 @@ def test_chats_in_other_forms_are_read_or_skipped(tmp_path):
     assert source.position["skipped"] == list(CHATS.values()).count(None)
 
 
-FIELDS = [("instruction", "input", "output"), ("prompt", "completion"), ("question", "answer")]
+@pytest.mark.parametrize("messages", [[USER, ASSISTANT], list(SHAREGPT)])
+def test_a_chat_as_a_text_in_json_is_a_chat(messages, tmp_path):
+    text = json.dumps(messages)
+    found, _ = texts(tmp_path, "a.jsonl", json.dumps({"messages": text}))
+    assert found == [[USER, ASSISTANT]]
+    quoted = text.replace('"', '""')
+    rows = f'messages\n"{quoted}"\n"{quoted[:-5]}"\n"[{{\'role\': \'user\'}}]"\n'
+    found, source = texts(tmp_path, "a.csv", rows)
+    assert (found, source.position["skipped"]) == ([[USER, ASSISTANT]], 2)
+    assert texts(tmp_path, "b.jsonl", json.dumps({"dialog": text}), text_field="dialog")[0] == [[USER, ASSISTANT]]
+    assert texts(tmp_path, "c.jsonl", json.dumps({"text": text}))[0] == [text]
+    assert texts(tmp_path, "a.jsonl", json.dumps({"messages": text}), hold_out="count")[0] == [text]
+    assert texts(tmp_path, "e.jsonl", json.dumps({"messages": "[no chat"}), hold_out="count")[0] == ["[no chat"]
+    with pytest.raises(UserError, match="its field 'messages' holds no chat: write a list"):
+        texts(tmp_path, "d.jsonl", json.dumps({"messages": str(messages)}))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.arrow"])
+def test_the_side_that_is_not_trained_on_is_named(name, tmp_path):
+    column, out = pyarrow.table({"input": ["Q"], "output": ["A"]}), pyarrow.BufferOutputStream()
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(column, out)
+    elif name == "a.arrow":
+        with pyarrow.ipc.new_stream(out, column.schema) as writer:
+            writer.write_table(column)
+    else:
+        out.write(b"input,output\nQ,A\n" if name == "a.csv" else b'{"input": "Q", "output": "A"}')
+    found, source = texts(tmp_path, name, out.getvalue().to_pybytes(), text_field="output")
+    assert found == ["A"]
+    assert source.notes == ["input: of questions and answers, only the field 'output' is trained on"]
+
+
+FIELDS = [
+    ("instruction", "input", "output"), ("prompt", "completion"), ("question", "answer"), ("input", "output"),
+    ("query", "response"), ("inputs", "targets"), ("question", "answers"), ("problem", "solution"),
+    ("id", "user", "assistant"),
+    ("instruction", "response"), ("prompt", "answer"), ("prompt", "chosen", "rejected"), ("chosen", "rejected"),
+    ("Question", "Answer"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("fields", FIELDS)

@@ -148,6 +148,19 @@ def test_a_run_of_before_reads_all_files_as_it_did(tmp_path):
     assert source.hold_out == "count"
 
 
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [("0 2", "shard 1 of 3 is missing"), ("1", "shards 0, 2 of 3 are missing"), ("0 1 2", ""), ("1 2 3", "")],
+)
+def test_a_shard_that_is_missing_is_named(numbers, said, tmp_path):
+    for number in numbers.split():
+        write(tmp_path / f"data/train-0000{number}-of-00003-a{number}.jsonl", "words")
+    write(tmp_path / "data/test-00000-of-00002.jsonl", "other")
+    source = open_source(TrainConfig.from_options(data=str(tmp_path)))
+    missing = [note for note in source.notes if "missing" in note]
+    assert missing == ([f"data/train: {said}"] if said else [])
+
+
 def test_a_validation_split_that_is_gone_is_named(tmp_path):
     for word in ("train", "validation", "test"):
         write(tmp_path / f"{word}.jsonl", word)

@@ -1,26 +1,25 @@
 """Rows of CSV and TSV files. Damage is reported, not repaired: no row is made of what a parser would have to guess.
 
-TSV has no quoting: a row is a line, unless a CSV writer made the file. In CSV a quoted field may span lines, so one
-stray quote can swallow the rows after it. Such a row is dropped alone where the lines in it are rows themselves, and
-reading continues with them.
+TSV has no quoting: a row is a line, unless a CSV writer made the file, or a quoted field makes one row of several lines
+that are none. In CSV a quoted field may span lines, so one stray quote can swallow the rows after it. Where it never
+closes, or closes within a field, that row is dropped alone, and reading continues with the lines in it if they are rows
+themselves. A field that closes is a text, or makes its row too long: its lines are never rows.
 """
 
 import contextlib
 import csv
 import io
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from jaxllm.data.lines import MAX_ROW_BYTES, Lines, skip_long_line
 
 MAX_ROW_LINES = 200
-"""A CSV row of more lines is damaged."""
+"""A row of more lines is damaged."""
 
 ROW_LIKE = 0.9
 """Share of the lines in a damaged row which must be rows themselves, so that they are read as such."""
-
-SWALLOWED_DELIMITERS = 6
-"""A row that closes its quotes has swallowed others if all lines in it are rows, with so many delimiters together."""
 
 
 class Record(NamedTuple):
@@ -33,49 +32,101 @@ class _TooLong(Exception):
     pass
 
 
+class _Ahead:
+    """Lines that can be given back."""
+
+    def __init__(self, lines: Lines):
+        self._lines = lines
+        self._ahead: deque[bytes] = deque()
+        self._bytes = 0
+
+    @property
+    def offset(self) -> int:
+        return self._lines.offset - self._bytes
+
+    def take(self) -> bytes:
+        if not self._ahead:
+            return self._lines.take(MAX_ROW_BYTES)
+        line = self._ahead.popleft()
+        self._bytes -= len(line)
+        return line
+
+    def give_back(self, taken: list[bytes]) -> None:
+        self._ahead.extendleft(reversed(taken))
+        self._bytes += sum(map(len, taken))
+
+    def skip_long(self, raw: bytes) -> str:
+        return "" if self._ahead else skip_long_line(self._lines, raw, MAX_ROW_BYTES)
+
+
 def tsv_records(lines: Lines, fields: int) -> Iterator[Record]:
     """Rows of `fields` fields each, one a line."""
-    while raw := lines.take(MAX_ROW_BYTES):
-        if long := skip_long_line(lines, raw, MAX_ROW_BYTES):
-            yield Record([], lines.offset, long)
+    ahead = _Ahead(lines)
+    while raw := ahead.take():
+        if long := ahead.skip_long(raw):
+            yield Record([], ahead.offset, long)
         elif line := _text(raw).rstrip("\r\n"):
-            yield _checked(line.split("\t"), fields, lines.offset)
+            values, damage = _over_lines(ahead, raw, fields) if '\t"' in f"\t{line}" else ([], "")
+            record = _checked(values or line.split("\t"), fields, ahead.offset)
+            yield Record([], ahead.offset, damage) if damage else record
+
+
+def _over_lines(ahead: _Ahead, first: bytes, fields: int) -> tuple[list[str], str]:
+    """The row that a quoted field makes of several lines, of which half at least are no rows, or what is wrong with it.
+
+    Nothing is taken where the first line is a row by itself. In a file of one column all lines are rows, so one over
+    several is damage.
+    """
+    ahead.give_back([first])
+    taken: list[bytes] = []
+    values, damage = _parsed(ahead, taken, "\t", MAX_ROW_LINES)
+    over_lines = 2 * sum(line.count(b"\t") + 1 != fields for line in taken) >= len(taken) > 1
+    if not damage and len(taken) > 1 and len(values) == fields == 1:
+        return [], "a quote that closes in a later line, which may be one text or several"
+    if over_lines and not damage and len(values) == fields:
+        return values, ""
+    ahead.give_back(taken[1:])
+    return [], "a quoted field over several lines that does not end well" if over_lines else ""
 
 
 def csv_records(lines: Lines, fields: int, delimiter: str) -> Iterator[Record]:
     """Rows of `fields` fields each."""
     csv.field_size_limit(MAX_ROW_BYTES)
-    ahead: list[bytes] = []  # lines that a damaged row had swallowed
+    ahead = _Ahead(lines)
     while True:
         taken: list[bytes] = []
-        values, damage = _parsed(lines, ahead, taken, fields, delimiter)
+        values, damage = _parsed(ahead, taken, delimiter)
         if not taken:
             return
-        inner = taken[1:] if damage else taken[1:-1]
-        row_like = [_is_row(line, fields, delimiter) for line in inner]
+        inner = taken[1:]
+        if damage and sum(_is_row(line, fields, delimiter) for line in inner) > ROW_LIKE * len(inner):
+            ahead.give_back(inner)
+        elif damage == _LONG_ROW:
+            _skip_to_quote(ahead)
+        elif len(taken) > MAX_ROW_LINES:
+            damage = damage or f"a field of more than {MAX_ROW_LINES} lines"
         if damage:
-            give_back = sum(row_like) > ROW_LIKE * len(inner)
-        else:
-            give_back = all(row_like) and (fields - 1) * len(inner) >= SWALLOWED_DELIMITERS
-        if give_back:
-            ahead[:0] = taken[1:]
-            values, damage = [], damage or "a stray quote"
-        offset = lines.offset - sum(map(len, ahead))
-        if damage:
-            yield Record([], offset, damage)
+            yield Record([], ahead.offset, damage)
         elif values:
-            yield _checked(values, fields, offset)
+            yield _checked(values, fields, ahead.offset)
 
 
-def _parsed(lines: Lines, ahead: list[bytes], taken: list[bytes], fields: int, delimiter: str) -> tuple[list[str], str]:
+_LONG_ROW = f"a row of more than {MAX_ROW_BYTES} bytes"
+
+
+def _parsed(ahead: _Ahead, taken: list[bytes], delimiter: str, most_lines: int | None = None) -> tuple[list[str], str]:
     """The values of the next row, or what is wrong with it. `taken`: the lines of which it is made are added."""
-    ended = False
+    ended, long, size = False, "", 0
 
     def feed() -> Iterator[str]:
-        nonlocal ended
-        while raw := ahead.pop(0) if ahead else lines.take(MAX_ROW_BYTES):
+        nonlocal ended, long, size
+        while raw := ahead.take():
             taken.append(raw)
-            if skip_long_line(lines, raw, MAX_ROW_BYTES) or len(taken) > MAX_ROW_LINES:
+            long = ahead.skip_long(raw)
+            size += len(raw)
+            if not long and (size > MAX_ROW_BYTES or len(taken) == most_lines):
+                long = _LONG_ROW
+            if long:
                 raise _TooLong
             yield _text(raw)
         ended = True
@@ -85,18 +136,12 @@ def _parsed(lines: Lines, ahead: list[bytes], taken: list[bytes], fields: int, d
     except csv.Error:
         return [], "an unclosed quote" if ended else "a stray quote"
     except _TooLong:
-        pass
-    if len(taken) <= MAX_ROW_LINES:
-        return [], f"a line of more than {MAX_ROW_BYTES} bytes"
-    inner = taken[1:]
-    if sum(_is_row(line, fields, delimiter) for line in inner) <= ROW_LIKE * len(inner):
-        _skip_to_quote(lines, ahead)
-    return [], f"a field of more than {MAX_ROW_LINES} lines"
+        return [], long
 
 
-def _skip_to_quote(lines: Lines, ahead: list[bytes]) -> None:
+def _skip_to_quote(ahead: _Ahead) -> None:
     """Skip the rest of a quoted field, which ends with a line that has an odd number of quotes."""
-    while raw := ahead.pop(0) if ahead else lines.take(MAX_ROW_BYTES):
+    while raw := ahead.take():
         if raw.count(b'"') % 2:
             return
 

@@ -94,6 +94,7 @@ class FileSource:
         ]
         self._fingerprint = Fingerprint(self._names, self._digests)
         self.notes = described((found.passed_over if found else {}) | skipped | left_out)
+        self.notes += found.missing if found else ()
         self._at: dict[str, Any] = self._start_of_pass(0, {"skipped": 0, "skip": skip, "left_out": left_out})
 
     @property

@@ -4,13 +4,14 @@ import functools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from jaxllm.data.chats import one_sided
 from jaxllm.data.lines import COMPRESSIONS, SUFFIXES, NoText, Unreadable, kind_of
 from jaxllm.data.reading import look
-from jaxllm.data.splits import ALL, Ambiguous, of_card, recognized
+from jaxllm.data.splits import ALL, Ambiguous, missing_shards, of_card, recognized
 from jaxllm.errors import UserError, listed, shown
 from jaxllm.files import read_json
 
@@ -20,7 +21,8 @@ _ABOUT = (
     r"(readme|licen[sc]e|copying|notice|changelog|authors|contribut(ing|ors)|citation|requirements|constraints|version"
     r"|manifest|todo|checksums?|(md5|sha\d+)sums?)([^a-z].*)?"
 )
-_NOTES = re.compile(rf"{_ABOUT}|.*\.(md|py)(\..*)?")
+_CODE = r".*\.(md|py)(\..*)?"
+_NOTES = re.compile(rf"{_ABOUT}|{_CODE}")
 """Names of text files that describe the data, in a folder that also has files of rows."""
 
 
@@ -34,6 +36,7 @@ class DataFiles(NamedTuple):
     damaged: dict[str, str]  # those of them that cannot be read: the reason by name
     passed_over: dict[str, str]  # of other files, the reason by name
     splits: Mapping[str, int | None]  # files of each split; None: not counted; empty if there are none
+    missing: Sequence[str] = ()  # what the files that are read lack, a line each
 
 
 def find_data(
@@ -60,20 +63,25 @@ def find_data(
     saved: dict[str, int | None] = {}
     folder, found = (path.parent, [path]) if path.is_file() else (path, _candidates(path, split, passed_over, saved))
     files, damaged, row_bytes = {}, {}, 0
+    other_fields: dict[str, None] = {}
     for file in sorted(found):
         name = file.relative_to(folder).as_posix()
         try:
             stat = file.stat()
-            reason, is_damaged = _verdict(file, stat.st_size, stat.st_mtime_ns, text_field)
+            reason, is_damaged, others = _verdict(file, stat.st_size, stat.st_mtime_ns, text_field, skip is not None)
         except OSError as error:
             raise UserError(f"data: cannot read {file}: {error.strerror}") from None
         row_bytes += stat.st_size if kind_of(file) in ("lines", "csv", "parquet", "arrow") else 0
+        other_fields |= dict.fromkeys(others)
         if reason is None or is_damaged:
             files[name] = file
         if reason is not None:
             (damaged if is_damaged else passed_over)[name] = reason
     texts = [name for name in files if kind_of(files[name]) == "text"]
-    if files.keys() - damaged.keys() - {*texts} or row_bytes > sum(files[name].stat().st_size for name in texts):
+    rows = [name for name in files if name not in damaged and name not in texts]
+    if skip is not None and not path.is_file():
+        rows = _check_not_code(path, {name: file for name, file in files.items() if not skip(name)}, rows, row_bytes)
+    if rows or row_bytes > sum(files[name].stat().st_size for name in texts):
         for name in [name for name in texts if _NOTES.fullmatch(files[name].name.lower())]:
             del files[name]
             damaged.pop(name, None)
@@ -100,7 +108,25 @@ def find_data(
                 f"data is {str(path)!r}: nothing of its split {split!r} can be read: "
                 f"{'; '.join(described(damaged)[:3])}"
             )
-    return DataFiles(folder, list(files.values()), damaged, passed_over, splits)
+    missing = [] if path.is_file() else missing_shards(list(files), [*files, *passed_over])
+    if other_fields:
+        missing.append(one_sided(text_field, other_fields))
+    return DataFiles(folder, list(files.values()), damaged, passed_over, splits, missing)
+
+
+def _check_not_code(path: Path, files: dict[str, Path], rows: list[str], row_bytes: int) -> list[str]:
+    """Refuse a folder of code or pages with fewer bytes of rows; returns the files of rows that are not skipped."""
+    rows = [name for name in rows if name in files]
+    code = [name for name, file in files.items() if re.fullmatch(_CODE, file.name.lower())]
+    code = [name for name in code if not re.fullmatch(_ABOUT, files[name].name.lower())]
+    code_bytes = sum(files[name].stat().st_size for name in code)
+    if rows and code_bytes > max(row_bytes, sum(files[name].stat().st_size for name in rows)):
+        raise UserError(
+            f"data is {str(path)!r}: {len(code)} files of text or code, such as {code[0]!r}, have more bytes than its "
+            f"files of rows, such as {rows[0]!r}, so what to train on is not known: pass --skip-data with the names or "
+            f"patterns of the ones to leave out, e.g. --skip-data {shown(rows[0])}"
+        )
+    return rows
 
 
 def check_split(what: str, split: str, splits: Collection[str]) -> None:
@@ -136,17 +162,18 @@ def _another(split: str | None, wanted: str) -> str:
 
 
 @functools.cache
-def _verdict(file: Path, size: int, mtime_ns: int, text_field: str) -> tuple[str | None, bool]:
-    """Why a file is not read, if so, and whether it is damaged; `mtime_ns` is part of the cache's key only."""
+def _verdict(
+    file: Path, size: int, mtime_ns: int, text_field: str, strict: bool
+) -> tuple[str | None, bool, tuple[str, ...]]:
+    """Why a file is not read, if so, whether it is damaged, and what `look` returns. `mtime_ns` is part of the key."""
     if kind_of(file) is None:
-        return f"the ending is none of {ENDINGS}", False
+        return f"the ending is none of {ENDINGS}", False, ()
     try:
-        look(file, size, text_field)
+        return None, False, look(file, size, text_field, strict)
     except NoText as error:
-        return str(error), False
+        return str(error), False, ()
     except Unreadable as error:
-        return str(error), True
-    return None, False
+        return str(error), True, ()
 
 
 def _candidates(root: Path, split: str, passed_over: dict[str, str], saved: dict[str, int | None]) -> Iterator[Path]:

@@ -1,4 +1,7 @@
-"""Rows of JSON files: lines, an array, or objects over several lines. A key that occurs twice makes no row."""
+"""Rows of JSON files: lines, an array, or objects over several lines. A key that occurs twice makes no row.
+
+What is no row is the reason why, in a few words.
+"""
 
 import contextlib
 import json
@@ -35,25 +38,33 @@ def form_of(file: Path) -> JsonForm:
 
 
 class Decoder:
-    """Decodes objects; those in which a key occurs twice become None, since parsers disagree on which one wins."""
+    """Decodes objects; in one with a key that occurs twice, parsers disagree on which one wins."""
 
     def __init__(self):
         self._repeated = False
         self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
 
-    def line(self, line: str) -> dict[str, Any] | None:
-        """A line's object; None if it is something else."""
+    def line(self, line: str) -> dict[str, Any] | str:
+        """A line's object, or what is wrong with it."""
+        line = line.strip()
         try:
-            row, end = self.at(line, len(line) - len(line.lstrip()))
-        except (ValueError, RecursionError):
-            return None
-        return None if line[end:].strip() else row
+            row, end = self.at(line, 0)
+        except json.JSONDecodeError as error:
+            is_cut = error.pos >= len(line) or error.msg.startswith("Unterminated")
+            return "a line that is cut off" if is_cut else f"a line that is not JSON: {error.msg}"
+        except (ValueError, RecursionError):  # a number of too many digits, or too many brackets
+            return "a line with too long a number, or nested too deep"
+        if rest := line[end:].strip():
+            return "several values on one line" if rest[0] in '{["' else "text after the object on a line"
+        return row
 
-    def at(self, text: str, start: int) -> tuple[dict[str, Any] | None, int]:
+    def at(self, text: str, start: int) -> tuple[dict[str, Any] | str, int]:
         """The object that starts there, and where it ends. Raises ValueError if there is no JSON."""
         self._repeated = False
         row, end = self._decoder.raw_decode(text, start)
-        return row if isinstance(row, dict) and not self._repeated else None, end
+        if self._repeated:
+            return "an object with a key that occurs twice", end
+        return row if isinstance(row, dict) else "a value that is not a JSON object", end
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
@@ -61,8 +72,8 @@ class Decoder:
         return values
 
 
-def document_rows(stream: BinaryIO, form: JsonForm) -> list[dict[str, Any] | None]:
-    """The rows of an array, or objects one after another, which are read at once; None for what is not an object.
+def document_rows(stream: BinaryIO, form: JsonForm) -> list[dict[str, Any] | str]:
+    """The rows of an array, or objects one after another, which are read at once; for what is no row, the reason.
 
     Raises:
         Unreadable: it is too long.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxllm.data.chats import CHAT_FIELDS, chat_in, other_side
 from jaxllm.data.lines import (
     Lines,
     NoText,
@@ -18,10 +19,24 @@ from jaxllm.data.lines import (
     kind_of,
     lines_of,
 )
-from jaxllm.data.rows import Chat, look_at_footer, names_in, read_rows, text_in, value_of, wanted_fields, without_text
+from jaxllm.data.rows import (
+    Chat,
+    arrow_batches,
+    look_at_footer,
+    names_in,
+    read_rows,
+    text_in,
+    value_of,
+    wanted_fields,
+    without_text,
+)
+from jaxllm.errors import listed
 
 CHUNK_CHARS = 4096
 """Largest chunk of a text file, so that a file of any size can be read."""
+
+PANDAS = ', as pandas does with to_json(FILE, orient="records", lines=True)'
+"""How to write rows where a file has the columns of a table."""
 
 LOOK_BYTES = 1 << 20
 """Bytes of a file that `look` reads in search of a text."""
@@ -50,7 +65,7 @@ def read_chunks(file: Path, size: int, offset: int, text_field: str, strict: boo
             return
         found = offset > 0
         for row in read_rows(file, raw, size, offset, text_field, strict):
-            text = text_in(value_of(row.values, text_field))
+            text = text_in(value_of(row.values, text_field, strict))
             found = found or text is not None
             yield FileChunk(text, True, row.offset, row.done, row.damage)
     if not found:
@@ -70,8 +85,12 @@ def rows_in(file: Path) -> int | None:
         return None
 
 
-def look(file: Path, size: int, text_field: str) -> None:
+def look(file: Path, size: int, text_field: str, strict: bool = True) -> tuple[str, ...]:
     """Check a file without reading much of it: its encoding and first rows, or a parquet file's footer.
+
+    Returns the fields of its first row, if those in `text_field` are questions and it has answers, or the reverse.
+
+    `strict`: as of `read_chunks`.
 
     Raises:
         Unreadable: it cannot be read.
@@ -82,31 +101,38 @@ def look(file: Path, size: int, text_field: str) -> None:
     with errors_as_unreadable(), file.open("rb") as raw:
         kind = kind_of(file)
         if kind == "parquet":
-            look_at_footer(raw, text_field)
-            return
+            return other_side(text_field, look_at_footer(raw, text_field))
         if kind != "arrow":
             check_encoding(head_of(file))
         if kind == "text":
-            return
+            return ()
+        names = arrow_batches(raw)[0].names if kind == "arrow" else None
+        raw.seek(0)
         fields: dict[str, None] = {}
         rows, row = 0, None
-        for row in read_rows(file, raw, size, 0, text_field):
+        for row in read_rows(file, raw, size, 0, text_field, strict):
             rows += 1
-            if text_in(value_of(row.values, text_field)) is not None:
-                return
+            if text_in(value_of(row.values, text_field, strict)) is not None:
+                return other_side(text_field, names or row.values or ())
             fields |= dict.fromkeys(names_in(row.values))
             if row.done > LOOK_BYTES:
                 if not fields.keys().isdisjoint(wanted_fields(text_field)):
-                    return  # later rows may have a text
+                    return ()  # later rows may have a text
                 break
         if rows == 1 and row is not None and (found := _whole_file_in(row.values or {}, text_field)):
-            raise NoText(f"it is one JSON object, {found}: write each row as a line, in JSONL")
+            raise NoText(f"it is one JSON object, {found}: write each row as a line, in JSONL{PANDAS}")
         raise NoText(f"it has {row.damage}" if row and row.damage and not fields else without_text(text_field, fields))
 
 
 def _whole_file_in(row: dict[str, Any], text_field: str) -> str:
     """Where a single object holds the rows of the file; empty if it does not."""
+    if row and all(name.isdecimal() and isinstance(value, dict) for name, value in row.items()):
+        return f"whose fields {listed(list(row)[:2])} and so on are rows, {len(row)} in all"
     for name, value in row.items():
+        if isinstance(value, dict) and value and all(key.isdecimal() for key in value):
+            return f"whose field {name!r} is a column of {len(value)} rows"
+        if name in CHAT_FIELDS or (isinstance(value, list) and chat_in(value)):
+            continue
         kinds = {type(one) for one in value} if isinstance(value, list) else set()
         if kinds == {str} and name == text_field:
             return f"whose field {name!r} is a column of {len(value)} texts"

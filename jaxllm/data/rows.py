@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from jaxllm.data.chats import CHAT_FIELDS, Chat, chat_in, paired_fields
+from jaxllm.data.chats import CHAT_FIELDS, Chat, chat_in, chat_in_json, paired_fields
 from jaxllm.data.delimited import csv_records, tsv_records, written_as_csv
 from jaxllm.data.json_rows import Decoder, document_rows, form_of
 from jaxllm.data.lines import (
@@ -25,6 +25,9 @@ from jaxllm.errors import listed
 BATCH_ROWS = 1024
 """Rows of a parquet file that are decoded at once."""
 
+ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
+"""The end of an Arrow stream; its last half in streams of before Arrow 0.15."""
+
 
 class Row(NamedTuple):
     values: dict[str, Any] | None  # by field; None: no row could be made of these bytes
@@ -42,7 +45,7 @@ def read_rows(file: Path, raw: BinaryIO, size: int, offset: int, text_field: str
     if kind == "parquet":
         return _parquet_rows(raw, size, offset, text_field)
     if kind == "arrow":
-        return _arrow_rows(raw, offset, text_field)
+        return _arrow_rows(raw, offset, text_field, strict)
     if kind == "csv":
         return _delimited_rows(file, *lines_of(file, raw, 0), offset, text_field, strict)
     form = form_of(file)
@@ -58,16 +61,17 @@ def _line_rows(lines: Lines, done: Callable[[int], int]) -> Iterator[Row]:
         if long := skip_long_line(lines, raw, MAX_ROW_BYTES, BLOCK):
             yield Row(None, lines.offset, done(lines.offset), long)
         elif (line := raw.decode("utf-8", "replace")).strip():
-            row = decoder.line(line)
-            damage = "" if row is not None else "a line that is not one JSON object with each key once"
-            yield Row(row, lines.offset, done(lines.offset), damage)
+            yield _json_row(decoder.line(line), lines.offset, done(lines.offset))
 
 
-def _document_rows(rows: list[dict[str, Any] | None], size: int, offset: int) -> Iterator[Row]:
+def _document_rows(rows: list[dict[str, Any] | str], size: int, offset: int) -> Iterator[Row]:
     """A JSON file that was read at once."""
     for number, row in enumerate(rows[offset:], start=offset + 1):
-        damage = "" if row is not None else "a value that is not a JSON object with each key once"
-        yield Row(row, number, size * number // len(rows), damage)
+        yield _json_row(row, number, size * number // len(rows))
+
+
+def _json_row(row: dict[str, Any] | str, offset: int, done: int) -> Row:
+    return Row(None, offset, done, row) if isinstance(row, str) else Row(row, offset, done)
 
 
 def _delimited_rows(
@@ -122,18 +126,9 @@ def _parquet_rows(raw: BinaryIO, size: int, offset: int, text_field: str) -> Ite
                 yield Row(values, row, size * row // parquet.metadata.num_rows)
 
 
-def _arrow_rows(raw: BinaryIO, offset: int, text_field: str) -> Iterator[Row]:
-    """An Arrow file or stream; `datasets` writes streams."""
-    import pyarrow.ipc
-
+def _arrow_rows(raw: BinaryIO, offset: int, text_field: str, strict: bool) -> Iterator[Row]:
     magic = raw.read(6)
-    raw.seek(0)
-    if magic == b"ARROW1":
-        file = pyarrow.ipc.open_file(raw)
-        schema, batches = file.schema, map(file.get_batch, range(file.num_record_batches))
-    else:
-        batches = pyarrow.ipc.open_stream(raw)
-        schema = batches.schema
+    schema, batches = arrow_batches(raw)
     name, row = _column(schema, text_field), 0
     name = name if name in schema.names else name.partition(".")[0]
     for batch in batches:
@@ -142,9 +137,35 @@ def _arrow_rows(raw: BinaryIO, offset: int, text_field: str) -> Iterator[Row]:
             if row > offset:
                 yield Row({name: _python_value(value)}, row, raw.tell())
         row = max(row, min(offset, row + batch.num_rows))
+    if strict and magic != b"ARROW1":
+        at, end = raw.tell(), ARROW_END if magic.startswith(ARROW_END[:4]) else ARROW_END[4:]
+        raw.seek(max(0, at - len(end)))
+        if raw.read(len(end)) != end:
+            yield Row(
+                None, row, at, "the stream has no end marker: it may have been cut, and rows after these are lost"
+            )
 
 
-def look_at_footer(raw: BinaryIO, text_field: str) -> None:
+def arrow_batches(raw: BinaryIO) -> tuple[Any, Iterable[Any]]:
+    """The schema and the batches of an Arrow file or stream; `datasets` writes streams, which end with a marker."""
+    import pyarrow.ipc
+
+    raw.seek(0)
+    is_file = raw.read(6) == b"ARROW1"
+    raw.seek(0)
+    if is_file:
+        file = pyarrow.ipc.open_file(raw)
+        return file.schema, map(file.get_batch, range(file.num_record_batches))
+    stream = pyarrow.ipc.open_stream(raw)
+    return stream.schema, stream
+
+
+def look_at_footer(raw: BinaryIO, text_field: str) -> list[str]:
+    """The columns of a parquet file, if it has texts.
+
+    Raises:
+        NoText: it has none.
+    """
     import pyarrow.parquet
 
     parquet = pyarrow.parquet.ParquetFile(raw)
@@ -155,7 +176,7 @@ def look_at_footer(raw: BinaryIO, text_field: str) -> None:
         facts = [group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == column]
         nulls = [fact.statistics.null_count for fact in facts if fact.statistics and fact.statistics.has_null_count]
         if nulls != [group.num_rows]:
-            return
+            return parquet.schema_arrow.names
     raise NoText(without_text(text_field, ()))
 
 
@@ -194,6 +215,8 @@ def without_text(text_field: str, fields: Iterable[str]) -> str:
     fields = list(fields)
     if not fields or text_field in fields:
         return f"no row has a text in the field {text_field!r}"
+    if chats := [name for name in CHAT_FIELDS if text_field == "text" and name in fields]:
+        return f"its field {chats[0]!r} holds no chat: write a list of messages, each with the texts role and content"
     if pair := paired_fields(fields):
         return (
             f"there is no field {text_field!r}, but questions and answers in {listed(pair)}: write each row as a chat, "
@@ -202,14 +225,17 @@ def without_text(text_field: str, fields: Iterable[str]) -> str:
     return f"there is no field {text_field!r}, but {listed(fields)}: pass --text-field"
 
 
-def value_of(row: dict[str, Any] | None, text_field: str) -> Any:
-    """A row's field. `a.b` is the field `b` of the field `a`, where there is no field of this name."""
+def value_of(row: dict[str, Any] | None, text_field: str, strict: bool = True) -> Any:
+    """A row's field. `a.b` is the field `b` of the field `a`, where there is no field of this name.
+
+    `strict`: a chat that is written as a text in JSON is a chat; earlier versions took it for a text.
+    """
     for name in wanted_fields(text_field) if row else ():
         value: Any = row
         for part in [name] if name in value else name.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         if value is not None:
-            return value
+            return chat_in_json(value, name in CHAT_FIELDS) if strict and name != "text" else value
     return None
 
 

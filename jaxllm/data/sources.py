@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxllm.config import RunConfig
 from jaxllm.config.groups import DataConfig
+from jaxllm.data.chats import one_sided, other_side
 from jaxllm.data.file_source import FILES, FileSource, is_skipped
 from jaxllm.data.folder import DataFiles, check_split, find_data
 from jaxllm.data.hub_retry import RetryPolicy, report_client_retries, transient_cause
@@ -235,6 +236,8 @@ class HubSource:
         self.left_out: dict[str, str] = {}
         if names is not None and not {text_field.partition(".")[0], *wanted_fields(text_field)} & {*names}:
             raise UserError(f"data: {name!r}: {without_text(text_field, names)}")
+        if others := other_side(text_field, names or ()):
+            self.notes.append(one_sided(text_field, others))
 
     @property
     def position(self) -> dict[str, Any]:
@@ -254,7 +257,8 @@ class HubSource:
         if self._at["row"] == 0:
             announce_pass(self._at["pass"], self._shard, self._num_shards)
         for row, stream_position in self._rows():
-            number, text = self._at["row"], text_in(value_of(row, self._text_field))
+            value = value_of(row, self._text_field, self.hold_out != "count")
+            number, text = self._at["row"], text_in(value)
             skipped = self._at["skipped"] + (text is None)
             self._at = self._at | {"row": number + 1, "stream": stream_position, "skipped": skipped}
             self.seen.skipped_rows += text is None

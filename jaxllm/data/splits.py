@@ -27,7 +27,7 @@ VALIDATION = ("validation", "valid", "val", "dev")
 ALL = "all"
 """As --data-split: every file, whatever split its name tells."""
 
-_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\b.*")
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\b.*")
 _EXACT = re.compile(rf"(?:.*\.)?({'|'.join(WORDS)})(?:[-_. ]?\d+(?:-of-\d+)?)?")
 _SEVERAL = "?"
 
@@ -50,6 +50,28 @@ def recognized(names: list[str]) -> dict[str, str | None]:
     if len(by_shard) == len(names) and len({*by_shard.values()}) > 1 and any(map(_told, by_shard.values())):
         return {**by_shard}
     return _by(names, _of_folders, code=True) or _by(names, _of_name, code=False)
+
+
+def missing_shards(names: list[str], present: list[str]) -> list[str]:
+    """Shards that are not there, of the datasets whose shards are read, a line each.
+
+    Args:
+        names: of the files that are read.
+        present: of all that are there.
+    """
+    numbers: dict[tuple[str, int], set[int]] = {}
+    for name in present:
+        if match := _SHARD.fullmatch(name):
+            numbers.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
+    read = {(match[1], int(match[3])) for match in map(_SHARD.fullmatch, names) if match}
+    lines = []
+    for stem, count in sorted(read):
+        found = numbers[stem, count]
+        first = 1 if 0 not in found and count in found else 0  # some count from one
+        if gone := [str(number) for number in range(first, first + count) if number not in found]:
+            said = f"shard {gone[0]} of {count} is" if len(gone) == 1 else f"shards {listed(gone)} of {count} are"
+            lines.append(f"{stem}: {said} missing")
+    return lines
 
 
 def of_card(folder: Path, names: list[str], config: str | None) -> dict[str, str | None]:
