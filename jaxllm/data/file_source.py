@@ -17,7 +17,7 @@ from jaxllm.data.lines import NoText, Unreadable, ending_of, kind_of
 from jaxllm.data.reading import CHUNK_CHARS, FileChunk, read_chunks, rows_in
 from jaxllm.data.report import Kind, Seen, SourceReport
 from jaxllm.data.rows import Chat
-from jaxllm.data.source import HOLD_OUT, Evaluation, TextChunk, announce_pass, check_position, utf8_bytes
+from jaxllm.data.source import CLOSING, HOLD_OUT, Evaluation, TextChunk, announce_pass, check_position, utf8_bytes
 from jaxllm.errors import UserError, listed, one_line, shown
 
 RUN_OF_CHUNKS = 8
@@ -143,20 +143,34 @@ class FileSource:
             index = order[number]
             name = self._names[index]
             mine = not self._by_files or number % self._num_shards == self._shard
+            is_open = False  # the document of the file, whose last chunk is another's
             mine = mine and not (only_held_out and self._whole_files and index % HOLD_OUT != 1)
             if mine and name not in skipped and name not in self.left_out:
+                is_text = kind_of(self._files[index]) == "text"
                 for chunk, text, ends in self._chunks_of(index):
-                    if not self._by_files and (index + chunk // RUN_OF_CHUNKS) % self._num_shards != self._shard:
+                    if not self._has_chunk(index, chunk):
                         continue
-                    part = chunk if kind_of(self._files[index]) == "text" else 0
-                    yield TextChunk(text, ends, self._is_held_out(index, chunk, text), part)
+                    yield TextChunk(text, ends, self._is_held_out(index, chunk, text), chunk if is_text else 0)
+                last = self._at["chunk"] - 1
+                is_open = is_text and self._strict and last >= 0
+                is_open = is_open and (
+                    not self._has_chunk(index, last)
+                    or name in self.left_out
+                    or (not self._whole_files and self._is_held_out(index, last, "") != only_held_out)
+                )
             read = self._at["bytes"] + self._sizes[index]
             self._at = self._at | {"file": number + 1, "chunk": 0, "offset": 0, "bytes": read, "within": 0}
+            if is_open:
+                yield TextChunk("", True, only_held_out, CLOSING)
         if all(name in skipped or name in self.left_out for name in self._names):
             said = "; ".join([*described(self.left_out)[:3], *(["the rest by --skip-data"] if skipped else [])])
             raise UserError(f"data: every file of {str(self._folder)!r} is left out: {said}")
         kept = {name: self._at[name] for name in ("skipped", "skip", "left_out")}
         self._at = self._start_of_pass(self._at["pass"] + 1, kept)
+
+    def _has_chunk(self, index: int, chunk: int) -> bool:
+        """Whether a chunk of a file is of this shard."""
+        return self._by_files or (index + chunk // RUN_OF_CHUNKS) % self._num_shards == self._shard
 
     def _fitting_hold_out(self) -> str:
         least, most = HELD_OUT_SHARE
@@ -251,7 +265,7 @@ class FileSource:
         self._at = self._at | {"left_out": self.left_out | {name: reason}}
         if counts:
             tqdm.write(f"Data: left out from here on: {described({name: reason})[0]}")
-        if self._at["chunk"] and kind_of(file) == "text":
+        if self._at["chunk"] and kind_of(file) == "text" and not self._strict:
             yield self._at["chunk"], "", True  # the next file is another document
 
     def _report_damage(self, name: str, read: FileChunk) -> None:

@@ -18,6 +18,10 @@ HoldOut = Literal["files", "chunks", "nothing", "count"]
 versions did, whole files if there are `HOLD_OUT`, however large they are."""
 
 
+CLOSING = -1
+"""The part number of a chunk without text that ends a document, whose last chunk is not among those that are read."""
+
+
 class TextChunk(NamedTuple):
     text: str | Chat
     ends_document: bool

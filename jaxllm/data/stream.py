@@ -18,7 +18,7 @@ from jaxllm.data.encode import encoder_of
 from jaxllm.data.reading import CHUNK_CHARS
 from jaxllm.data.report import TextCounts
 from jaxllm.data.rows import Chat
-from jaxllm.data.source import Source, TextChunk
+from jaxllm.data.source import CLOSING, Source, TextChunk
 from jaxllm.data.sources import open_source
 from jaxllm.errors import UserError, one_line
 from jaxllm.files import read_bounded
@@ -193,7 +193,8 @@ class TokenStream:
                     position = self._source.position
                     self._source.position = position | {"skipped": position["skipped"] + 1}
                     continue
-                empty_passes = 0
+                if chunk.part != CLOSING:
+                    empty_passes = 0
                 if not self._tokens.size:
                     self._tokens_pass = number
                 self._tokens = np.concatenate([self._tokens, tokens])
@@ -292,7 +293,7 @@ def check_streams(config: RunConfig) -> None:
     """
     S = config.data_streams
     for s in range(S if S > 1 else 0):
-        if all(chunk.held_out for chunk in open_source(config, s, S).chunks()):
+        if all(chunk.held_out or chunk.part == CLOSING for chunk in open_source(config, s, S).chunks()):
             raise UserError(
                 f"data_streams is {S}: shard {s} of the data has nothing to train on; pass more text or fewer "
                 "--data-streams"
