@@ -189,3 +189,12 @@ def test_what_skip_data_names_must_be_there_when_a_run_begins(tokenizer, tmp_pat
     (tmp_path / "data" / "b.jsonl").unlink()
     shutil.rmtree(tmp_path / "run" / "tokenizer")
     start(tmp_path / "run", **options | {"skip_data": "a.jsonl,b.jsonl"})
+
+
+def test_rows_too_long_to_be_held_out_are_named_as_the_reason(tokenizer, tmp_path):
+    write(tmp_path / "books.jsonl", 12, 9000)
+    with pytest.raises(UserError, match=r"of its 12 rows, those.* other text as --eval-data"):
+        start(tmp_path / "run", data=str(tmp_path / "books.jsonl"), tokenizer=tokenizer)
+    write(tmp_path / "one.jsonl", 1)
+    with pytest.raises(UserError, match=r"it is one row.* other text as --eval-data"):
+        start(tmp_path / "run", data=str(tmp_path / "one.jsonl"), tokenizer=tokenizer)

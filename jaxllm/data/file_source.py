@@ -151,13 +151,10 @@ class FileSource:
                     if not self._has_chunk(index, chunk):
                         continue
                     yield TextChunk(text, ends, self._is_held_out(index, chunk, text), chunk if is_text else 0)
-                last = self._at["chunk"] - 1
-                is_open = is_text and self._strict and last >= 0
-                is_open = is_open and (
-                    not self._has_chunk(index, last)
-                    or name in self.left_out
-                    or (not self._whole_files and self._is_held_out(index, last, "") != only_held_out)
-                )
+                if is_text and self._strict and (last := self._at["chunk"] - 1) >= 0:
+                    is_elsewhere = self._is_held_out(index, last, "") != only_held_out and not self._whole_files
+                    is_elsewhere = is_elsewhere or not self._has_chunk(index, last)
+                    is_open = name in self.left_out or (last > 0 and is_elsewhere)
             read = self._at["bytes"] + self._sizes[index]
             self._at = self._at | {"file": number + 1, "chunk": 0, "offset": 0, "bytes": read, "within": 0}
             if is_open:

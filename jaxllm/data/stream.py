@@ -318,12 +318,12 @@ def held_out_rows(
     config = dataclasses.replace(config, seed=0)
     wanted = config.logging.eval_samples * config.data.seq_len
     special, counts = config.data.special_tokens_in_text, counts or TextCounts()
+    opened = [] if opened is None else opened
     parts, have, S = [], 0, config.data_streams
     for s in range(S):
         share = (s + 1) * wanted / S
         source = open_source(config, s, S)
-        if opened is not None:
-            opened.append(source)
+        opened.append(source)
         documents = DocumentEncoder(encoder_of(tokenizer, special), counts)
         for tokens in encoded(documents, source.held_out()) if have < share else ():
             parts.append(tokens)
@@ -337,9 +337,19 @@ def held_out_rows(
             "gone or has nothing to read: put it back, or pass --eval-data"
         )
     if have == 0:
+        rows_read = sum(report.seen.documents for source in opened for report in source.reports())
+        reason, more = (
+            f"it is one row, or a text of at most {CHUNK_CHARS} characters, which",
+            "two rows or files at least",
+        )
+        if rows_read > 1:
+            reason, more = (
+                f"of its {rows_read} rows, those that could be held out are too large a part, which",
+                "more rows",
+            )
         raise UserError(
-            f"data is {config.data.source!r}: it is one row, or a text of at most {CHUNK_CHARS} characters, which "
-            "leaves nothing to evaluate on: pass two rows or files at least"
+            f"data is {config.data.source!r}: {reason} leaves nothing to evaluate on: pass {more}, or other text as "
+            "--eval-data"
         )
     if rows == 0:
         raise UserError(
