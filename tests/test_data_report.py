@@ -43,7 +43,7 @@ def test_a_twentieth_of_the_bytes_is_held_out_however_large_the_files(large, fil
     (report,) = open_source(TrainConfig.from_options(data=str(tmp_path))).reports()
     assert ("whole files" in report.evaluated) == (large is None)
     assert report.share == pytest.approx(held_out_share(tmp_path), abs=0.02)
-    assert (f"{100 * report.share:.1f} %" if large is None else "about 5 %") in report.evaluated
+    assert f"{100 * report.share:.1f} %" in report.evaluated
 
 
 def test_a_row_that_is_most_of_the_corpus_is_trained_on(tmp_path):
@@ -198,3 +198,16 @@ def test_rows_too_long_to_be_held_out_are_named_as_the_reason(tokenizer, tmp_pat
     write(tmp_path / "one.jsonl", 1)
     with pytest.raises(UserError, match=r"it is one row.* other text as --eval-data"):
         start(tmp_path / "run", data=str(tmp_path / "one.jsonl"), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(("files", "size"), [(1, 18_000), (2, 100), (3, 100), (2, 2_000_000)])
+def test_the_share_of_chunks_is_counted_or_the_rule_is_named(files, size, tmp_path):
+    for i in range(files):
+        (tmp_path / f"{i}.txt").write_text("a line\n" * (size // 7))
+    (report,) = open_source(TrainConfig.from_options(data=str(tmp_path))).reports()
+    if size > 10**6:
+        assert report.share is None
+        assert report.evaluated == "held out: one chunk in 20"
+    else:
+        assert report.share == pytest.approx(held_out_share(tmp_path))
+        assert f"{100 * report.share:.1f} % of the text" in report.evaluated

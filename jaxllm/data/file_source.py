@@ -1,5 +1,6 @@
 """Text from files, in an order that each pass shuffles; what cannot be read is left out."""
 
+import contextlib
 import fnmatch
 import glob
 import os
@@ -19,6 +20,9 @@ from jaxllm.data.report import Kind, Seen, SourceReport
 from jaxllm.data.rows import Chat
 from jaxllm.data.source import CLOSING, HOLD_OUT, Evaluation, TextChunk, announce_pass, check_position, utf8_bytes
 from jaxllm.errors import UserError, listed, one_line, shown
+
+COUNTED = 2**20
+"""Bytes of text up to which the share of held-out chunks is counted; in more, the report names the rule."""
 
 RUN_OF_CHUNKS = 8
 """Consecutive chunks that stay together where files are divided among shards."""
@@ -204,11 +208,26 @@ class FileSource:
             share = sum(held_out) / max(1, sum(self._sizes[i] for i in read))
             said = f"held out: {len(held_out)} whole files, {100 * share:.1f} % of the bytes"
         elif self.hold_out != "nothing":
-            share = 1 / HOLD_OUT
-            said = f"held out: one chunk in {HOLD_OUT}, about {100 * share:.0f} % of the bytes"
+            share = self._share_of_chunks(read) if sum(self._sizes[i] for i in read) <= COUNTED else None
+            said = f"held out: one chunk in {HOLD_OUT}" + (
+                "" if share is None else f", {100 * share:.1f} % of the text"
+            )
         if self.evaluations:
             said = f"evaluated on {self.evaluations[0].name}; {said}"
         return [SourceReport(self._name, kinds, self._split, dict(self._splits), said, share, self.seen)]
+
+    def _share_of_chunks(self, files: list[int]) -> float | None:
+        """The share of the text that is held out, by reading it; None: it is more than `COUNTED` bytes."""
+        whole = held_out = 0
+        for index in files:
+            with contextlib.suppress(Unreadable, PermissionError):  # a pass says so
+                rows = read_chunks(self._files[index], self._sizes[index], 0, self._text_field, self._strict)
+                for chunk, text in enumerate(row.text for row in rows if row.text is not None):
+                    whole += utf8_bytes(text)
+                    held_out += utf8_bytes(text) if self._is_held_out(index, chunk, text) else 0
+                    if whole > COUNTED:
+                        return None
+        return held_out / max(1, whole)
 
     def progress(self) -> float:
         return self._at["pass"] + (self._at["bytes"] + self._at["within"]) / self._total
