@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from jaxllm.data.fingerprint import Fingerprint, content_digest
 from jaxllm.data.folder import DataFiles, described
-from jaxllm.data.lines import NoText, Unreadable, ending_of, kind_of
+from jaxllm.data.lines import COMPRESSIONS, NoText, Unreadable, ending_of, kind_of
 from jaxllm.data.reading import CHUNK_CHARS, FileChunk, read_chunks, rows_in
-from jaxllm.data.report import Kind, Seen, SourceReport
+from jaxllm.data.report import Kind, Seen, SourceReport, counted
 from jaxllm.data.rows import Chat
 from jaxllm.data.source import CLOSING, HOLD_OUT, Evaluation, TextChunk, announce_pass, check_position, utf8_bytes
 from jaxllm.errors import UserError, listed, one_line, shown
@@ -198,6 +198,9 @@ class FileSource:
         read = [i for i, digest in enumerate(self._digests) if digest]  # not those that are left out
         for i in read:
             kind = kinds.setdefault(ending_of(self._files[i]), Kind())
+            form = kind_of(self._files[i])
+            kind.is_text = form == "text"
+            kind.is_packed = form in ("arrow", "json") or self._files[i].suffix.lower() in COMPRESSIONS
             kind.files += 1
             kind.bytes += self._sizes[i]
             if (rows := rows_in(self._files[i])) is not None:
@@ -206,7 +209,7 @@ class FileSource:
         if self._whole_files:
             held_out = [self._sizes[i] for i in read if i % HOLD_OUT == 1]
             share = sum(held_out) / max(1, sum(self._sizes[i] for i in read))
-            said = f"held out: {len(held_out)} whole files, {100 * share:.1f} % of the bytes"
+            said = f"held out: {counted(len(held_out), 'whole file')}, {100 * share:.1f} % of the bytes"
         elif self.hold_out != "nothing":
             share = self._share_of_chunks(read) if sum(self._sizes[i] for i in read) <= COUNTED else None
             said = f"held out: one chunk in {HOLD_OUT}" + (
@@ -214,7 +217,8 @@ class FileSource:
             )
         if self.evaluations:
             said = f"evaluated on {self.evaluations[0].name}; {said}"
-        return [SourceReport(self._name, kinds, self._split, dict(self._splits), said, share, self.seen)]
+        where = (self._name, kinds, self._split, dict(self._splits), said, share, self.seen)
+        return [SourceReport(*where, is_sampled=not self.evaluations)]
 
     def _share_of_chunks(self, files: list[int]) -> float | None:
         """The share of the text that is held out, by reading it; None: it is more than `COUNTED` bytes."""

@@ -150,7 +150,10 @@ class Mixture:
         return any(s.has_file(pattern.removeprefix(f"{n}/")) for n, s in both if pattern.startswith(f"{n}/"))
 
     def reports(self) -> list[SourceReport]:
-        return [report for source in self._sources for report in source.reports()]
+        reports = [report for source in self._sources for report in source.reports()]
+        for report in reports[1:]:
+            report.is_repeated = self._evaluation is not None
+        return reports
 
     def progress(self) -> float | None:
         """Passes of the source that has done the fewest."""
