@@ -18,7 +18,7 @@ from jaxllm.data.lines import COMPRESSIONS, NoText, Unreadable, ending_of, kind_
 from jaxllm.data.reading import CHUNK_CHARS, FileChunk, read_chunks, rows_in
 from jaxllm.data.report import Kind, Seen, SourceReport, counted
 from jaxllm.data.rows import Chat
-from jaxllm.data.source import CLOSING, HOLD_OUT, Evaluation, TextChunk, announce_pass, check_position, utf8_bytes
+from jaxllm.data.source import CLOSING, HOLD_OUT, Evaluation, TextChunk, check_position, utf8_bytes
 from jaxllm.errors import UserError, listed, one_line, shown
 
 COUNTED = 2**20
@@ -138,8 +138,6 @@ class FileSource:
     def _pass(self, only_held_out: bool) -> Iterator[TextChunk]:
         """The rest of a pass, or its held-out files where whole files are held out."""
         at = self._at
-        if (at["file"], at["chunk"]) == (0, 0):
-            announce_pass(at["pass"], self._shard, self._num_shards)
         order = list(range(len(self._files)))
         random.Random(f"{self._seed}/{at['pass']}").shuffle(order)
         skipped = set(_matching(at["skip"], self._names))

@@ -21,7 +21,7 @@ from jaxllm.data.lines import kind_of
 from jaxllm.data.mixture import JOINED, Mixture, weighted
 from jaxllm.data.report import Seen, SourceReport
 from jaxllm.data.rows import text_in, value_of, wanted_fields, without_text
-from jaxllm.data.source import HOLD_OUT, Evaluation, Source, TextChunk, announce_pass, check_position, utf8_bytes
+from jaxllm.data.source import HOLD_OUT, Evaluation, Source, TextChunk, check_position, utf8_bytes
 from jaxllm.data.splits import ALL, VALIDATION
 from jaxllm.errors import UserError, listed, one_line, shown
 
@@ -251,8 +251,6 @@ class HubSource:
         return self._at["revision"]
 
     def chunks(self) -> Iterator[TextChunk]:
-        if self._at["row"] == 0:
-            announce_pass(self._at["pass"], self._shard, self._num_shards)
         for row, stream_position in self._rows():
             number, text = self._at["row"], text_in(value_of(row, self._text_field))
             skipped = self._at["skipped"] + (text is None)
