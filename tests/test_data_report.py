@@ -253,3 +253,10 @@ def test_the_report_of_a_mixture_lists_each_source(tokenizer, tmp_path):
     assert report["lines"][-2].startswith(f"in the {documents[0]} documents read")
     read_of = [source["seen"]["documents"] for source in report_of(tmp_path, tokenizer, data=data)["sources"]]
     assert read.startswith(f"in the {sum(read_of)} documents read")
+
+
+def test_files_that_are_all_left_out_by_the_option_are_said_so(tmp_path):
+    write(tmp_path / "a.jsonl", 3)
+    source = open_source(TrainConfig.from_options(data=str(tmp_path), skip_data="a.jsonl"))
+    with pytest.raises(UserError, match=r"is left out: by --skip-data$"):
+        list(source.chunks())

@@ -162,7 +162,8 @@ class FileSource:
             if is_open:
                 yield TextChunk("", True, only_held_out, CLOSING)
         if all(name in skipped or name in self.left_out for name in self._names):
-            said = "; ".join([*described(self.left_out)[:3], *(["the rest by --skip-data"] if skipped else [])])
+            by_option = ["the rest by --skip-data" if self.left_out else "by --skip-data"] if skipped else []
+            said = "; ".join([*described(self.left_out)[:3], *by_option])
             raise UserError(f"data: every file of {str(self._folder)!r} is left out: {said}")
         kept = {name: self._at[name] for name in ("skipped", "skip", "left_out")}
         self._at = self._start_of_pass(self._at["pass"] + 1, kept)
