@@ -181,3 +181,9 @@ def test_a_turn_ends_with_the_part_of_a_document_that_the_shard_has(tmp_path):
             assert len(document) <= 1
             if chunk.ends_document:
                 document = set()
+
+
+def test_a_source_without_the_split_to_evaluate_is_named(mixed):
+    source = open_source(TrainConfig.from_options(data=mixed, eval_data="nosuch"))
+    with pytest.raises(UserError, match=r"^eval_data is 'nosuch': data is '.*large'"):
+        source.held_out()

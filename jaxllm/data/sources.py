@@ -37,7 +37,9 @@ def open_source(config: RunConfig, shard: int = 0, num_shards: int = 1) -> Sourc
     evaluation = None
     if data.eval_data is not None:
         evaluated = config.with_options(**_evaluated(data))
-        evaluation = Evaluation(data.eval_data, functools.partial(open_source, evaluated, shard, num_shards))
+        evaluation = Evaluation(
+            data.eval_data, functools.partial(_open_evaluated, evaluated, data.eval_data, *(shard, num_shards))
+        )
     if not weights:
         return _with_rows(_open_one(config, shard, num_shards, evaluation), data)
     parts = _parts(data, list(weights))
@@ -45,6 +47,13 @@ def open_source(config: RunConfig, shard: int = 0, num_shards: int = 1) -> Sourc
         name: _open_one(config.with_options(**part), shard, num_shards, evaluation) for name, part in parts.items()
     }
     return _with_rows(Mixture(sources, weights, evaluation), data)
+
+
+def _open_evaluated(config: RunConfig, name: str, shard: int, num_shards: int) -> Source:
+    try:
+        return open_source(config, shard, num_shards)
+    except UserError as error:
+        raise UserError(f"eval_data is {name!r}: {error}") from None
 
 
 def _with_rows(source: Source, data: DataConfig) -> Source:
