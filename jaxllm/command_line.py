@@ -2,12 +2,15 @@
 
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from jaxllm.errors import UserError
 
 
 def expanded(path: str | Path) -> Path:
@@ -38,7 +41,14 @@ def parse(kind: Any, argv: Sequence[str] | None, prog: str, description: str | N
         kind: a dataclass, or a union of them.
         description: for --help; a line that begins with `python` is an example and stays a line.
         options: of `tyro.cli`.
+
+    Raises:
+        UserError: an option is given twice.
     """
+    given = [name.partition("=")[0].replace("_", "-") for name in (sys.argv[1:] if argv is None else argv)]
+    if twice := next((name for name in given if re.match("--[a-z]", name) and given.count(name) > 1), None):
+        several = "; several sources need weights: --data A=0.7,B=0.3" if twice == "--data" else ""
+        raise UserError(f"{twice} is given twice: leave out one of them{several}")
     # tyro keeps the break before a line that is indented
     shown = description and re.sub("(?m)^python ", "    python ", description)
     return tyro.cli(kind, args=argv, prog=prog, description=shown, registry=_registry, **options)

@@ -138,6 +138,9 @@ class EvaluateArgs:
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     args: EvaluateArgs = parse(EvaluateArgs, argv, "python -m jaxllm.evaluate", __doc__)
+    if args.data is None and (args.data_split is not None or args.text_field != "text"):
+        name = "text_field" if args.data_split is None else "data_split"
+        raise UserError(f"{name} is {getattr(args, name)!r}: it is of --data: pass --data, or leave it out")
     start_jax()
     use_compilation_cache()
     trained = is_run(args.run) and (args.run / CONFIG_FILE).is_file()

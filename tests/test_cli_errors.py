@@ -18,8 +18,10 @@ from jaxllm.command_line import parse
 from jaxllm.config import PRESETS, TrainConfig
 from jaxllm.data import sources as corpora
 from jaxllm.data import tokenizer as tokenizers
+from jaxllm.errors import UserError
 from jaxllm.plan import __main__ as plan
 from jaxllm.run import replay
+from jaxllm.run.arguments import parse_args
 
 ROOT = Path(__file__).parents[1]
 
@@ -164,3 +166,15 @@ def test_the_help_explains_every_option_and_names_the_presets(main, capsys, monk
         explanation = words.partition("(default")[0].split(maxsplit=1)[-1]
         if not option.startswith("--model."):  # their names are transformers'
             assert re.search(r"[a-z]{2,}[a-z :;,`.()-]* [a-z]+", explanation), option
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--data", "a", "--data=b"], "--data is given twice: .*several sources need weights: --data A=0.7,B=0.3"),
+        (["--batch-size", "2", "--batch_size=4"], "--batch-size is given twice: leave out one of them$"),
+    ],
+)
+def test_an_option_given_twice_is_refused(argv, said):
+    with pytest.raises(UserError, match=said):
+        parse_args(argv, "train", None, TrainConfig)

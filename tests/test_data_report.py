@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -41,9 +42,9 @@ def test_a_twentieth_of_the_bytes_is_held_out_however_large_the_files(large, fil
         write(tmp_path / f"{i:02}.jsonl", 4000 if i == large else 12)
     assert 0.02 < held_out_share(tmp_path) < 0.11
     (report,) = open_source(TrainConfig.from_options(data=str(tmp_path))).reports()
-    assert ("whole files" in report.evaluated) == (large is None)
+    assert ("whole file" in report.evaluated) == (large is None)
     assert report.share == pytest.approx(held_out_share(tmp_path), abs=0.02)
-    assert (f"{100 * report.share:.1f} %" if large is None else "about 5 %") in report.evaluated
+    assert f"{100 * report.share:.1f} %" in report.evaluated
 
 
 def test_a_row_that_is_most_of_the_corpus_is_trained_on(tmp_path):
@@ -189,3 +190,73 @@ def test_what_skip_data_names_must_be_there_when_a_run_begins(tokenizer, tmp_pat
     (tmp_path / "data" / "b.jsonl").unlink()
     shutil.rmtree(tmp_path / "run" / "tokenizer")
     start(tmp_path / "run", **options | {"skip_data": "a.jsonl,b.jsonl"})
+
+
+def test_rows_too_long_to_be_held_out_are_named_as_the_reason(tokenizer, tmp_path):
+    write(tmp_path / "books.jsonl", 12, 9000)
+    with pytest.raises(UserError, match=r"of its 12 rows, those.* other text as --eval-data"):
+        start(tmp_path / "run", data=str(tmp_path / "books.jsonl"), tokenizer=tokenizer)
+    write(tmp_path / "one.jsonl", 1)
+    with pytest.raises(UserError, match=r"it is one row.* other text as --eval-data"):
+        start(tmp_path / "run", data=str(tmp_path / "one.jsonl"), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(("files", "size"), [(1, 18_000), (2, 100), (3, 100), (2, 2_000_000)])
+def test_the_share_of_chunks_is_counted_or_the_rule_is_named(files, size, tmp_path):
+    for i in range(files):
+        (tmp_path / f"{i}.txt").write_text("a line\n" * (size // 7))
+    (report,) = open_source(TrainConfig.from_options(data=str(tmp_path))).reports()
+    if size > 10**6:
+        assert report.share is None
+        assert report.evaluated == "held out: one chunk in 20"
+    else:
+        assert report.share == pytest.approx(held_out_share(tmp_path))
+        assert f"{100 * report.share:.1f} % of the text" in report.evaluated
+
+
+def report_of(tmp_path: Path, tokenizer: str, **options) -> dict:
+    start(tmp_path / "run", tokenizer=tokenizer, seq_len=16, eval_samples=5, overwrite=True, **options)
+    return read_json(tmp_path / "run" / "data_report.json")
+
+
+def test_counts_are_exact_or_not_known(tokenizer, tmp_path):
+    for i in range(20):
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / "texts" / f"{i:02}.txt").write_text("a line of text\n" * 3000)
+    write(tmp_path / "rows.jsonl", 3000)
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes()))
+    texts, packed, plain = (str(tmp_path / name) for name in ("texts", "rows.jsonl.gz", "rows.jsonl"))
+    assert report_of(tmp_path, tokenizer, data=texts)["lines"][0].endswith("; 20 documents")
+    assert "1 document read" in report_of(tmp_path, tokenizer, data=texts)["lines"][-2]  # in part
+    assert report_of(tmp_path, tokenizer, data=packed)["lines"][0].endswith("; number of documents not known")
+    line = report_of(tmp_path, tokenizer, data=plain)["lines"][0]
+    assert "1 .jsonl file (" in line
+    assert 2700 < int(line.partition("about ")[2].split()[0].replace(",", "")) < 3300
+
+    lines = report_of(tmp_path, tokenizer, data=plain, eval_data=texts)["lines"]
+    assert lines[0].endswith("; number of documents not known")
+    assert lines[-1] == f"passes that the run makes: not known of {plain}"
+    lines = report_of(tmp_path, tokenizer, data=plain, epochs=2.0)["lines"]
+    assert lines[-1] == "passes that the run makes: 2, as --epochs says"
+
+
+def test_the_report_of_a_mixture_lists_each_source(tokenizer, tmp_path):
+    """Sources of the same size have equal counts; text that is evaluated in place of both is counted once."""
+    for name in "abc":
+        write(tmp_path / f"{name}.jsonl", 200)
+    data = f"{tmp_path / 'a.jsonl'}=1,{tmp_path / 'b.jsonl'}=1"
+    *_, read, passes = report_of(tmp_path, tokenizer, data=data)["lines"]
+    assert passes.count("about") == 2
+    assert all(str(tmp_path / f"{name}.jsonl") in passes for name in "ab")
+    report = report_of(tmp_path, tokenizer, data=data, eval_data=str(tmp_path / "c.jsonl"))
+    documents = [source["seen"]["documents"] for source in report["sources"]]
+    assert report["lines"][-2].startswith(f"in the {documents[0]} documents read")
+    read_of = [source["seen"]["documents"] for source in report_of(tmp_path, tokenizer, data=data)["sources"]]
+    assert read.startswith(f"in the {sum(read_of)} documents read")
+
+
+def test_files_that_are_all_left_out_by_the_option_are_said_so(tmp_path):
+    write(tmp_path / "a.jsonl", 3)
+    source = open_source(TrainConfig.from_options(data=str(tmp_path), skip_data="a.jsonl"))
+    with pytest.raises(UserError, match=r"is left out: by --skip-data$"):
+        list(source.chunks())

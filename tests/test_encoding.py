@@ -93,8 +93,27 @@ def test_a_missing_piece_does_not_begin_the_next_one_anew(kind):
 def test_a_document_that_is_never_ended_is_encoded_before_the_next(kind):
     made = DocumentEncoder(encoder_of(kind))
     found = [made.add(TextChunk("x = 1\n" * 100, False, False)), made.add(TextChunk("Hello 1", True, False))]
-    wanted = [encode(kind, "x = 1\n" * 100, False), encode(kind, "Hello 1", True)]
+    wanted = [encode(kind, "x = 1\n" * 100, True), encode(kind, "Hello 1", True)]
     np.testing.assert_array_equal(np.concatenate(found), np.concatenate(wanted))
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_each_document_of_a_shard_ends_whatever_is_held_out(shards, tmp_path):
+    for i in range(25):
+        (tmp_path / f"{i:02}.txt").write_text(f"line of {i} here\n" * 1400)
+    tokenizer = tokenizer_of("byte-level")
+    config = TrainConfig.from_options(data=str(tmp_path), hold_out="chunks")
+    for held_out in (False, True):
+        for shard in range(shards):
+            source = open_source(config, shard, shards)
+            read = source.held_out() if held_out else source.chunks()
+            chunks = [chunk for chunk in read if chunk.held_out == held_out]
+            ids = np.concatenate([*documents.encoded(DocumentEncoder(encoder_of(tokenizer)), chunks)])
+            parts = tokenizer.decode(ids).split(tokenizer.eos_token)
+            assert parts.pop() == ""
+            numbers = [{line.split()[2] for line in part.splitlines() if line.count(" ") == 3} for part in parts]
+            assert len(numbers) == len({*map(frozenset, numbers)}) > 1
+            assert all(len(number) == 1 for number in numbers)
 
 
 def test_a_text_without_a_place_to_cut_is_cut_in_the_end(monkeypatch):

@@ -206,12 +206,11 @@ def test_a_field_that_is_no_text_is_skipped_and_counted(hub):
     assert source.position["skipped"] == 2
 
 
-def test_each_pass_is_printed_once_and_is_the_same(hub, capsys):
+def test_each_pass_is_the_same(hub, capsys):
     source = open_hub()
     first = texts(source)
-    assert capsys.readouterr().out == ""
     assert texts(source) == first
-    assert capsys.readouterr().out == "Pass 2 over the data begins\n"
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("shards", [3, 4])

@@ -165,3 +165,25 @@ def test_a_source_that_gives_nothing_is_named(tmp_path):
         part.chunks = lambda chunks=part.chunks: (chunk._replace(held_out=True) for chunk in chunks())
     with pytest.raises(UserError, match="has nothing to train on: leave it out"):
         list(itertools.chain.from_iterable(source.chunks() for _ in range(5)))
+
+
+def test_a_turn_ends_with_the_part_of_a_document_that_the_shard_has(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            (tmp_path / name / f"{i}.txt").write_text(f"{name}{i}\n" * 20_000)
+    data = f"{tmp_path / 'a'}=1,{tmp_path / 'b'}=1"
+    for shard in range(2):
+        chunks = [*open_source(TrainConfig.from_options(data=data), shard, 2).chunks()]
+        document: set[str] = set()
+        for chunk in chunks:
+            document |= {line for line in chunk.text.split() if len(line) == 2}
+            assert len(document) <= 1
+            if chunk.ends_document:
+                document = set()
+
+
+def test_a_source_without_the_split_to_evaluate_is_named(mixed):
+    source = open_source(TrainConfig.from_options(data=mixed, eval_data="nosuch"))
+    with pytest.raises(UserError, match=r"^eval_data is 'nosuch': data is '.*large'"):
+        source.held_out()

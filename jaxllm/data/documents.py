@@ -10,7 +10,7 @@ import numpy as np
 from jaxllm.data.encode import MARGIN, Encoder, Spans, strings_in
 from jaxllm.data.report import TextCounts
 from jaxllm.data.rows import Chat
-from jaxllm.data.source import TextChunk
+from jaxllm.data.source import CLOSING, TextChunk
 from jaxllm.errors import UserError
 
 SETTLED = 8
@@ -36,10 +36,10 @@ class DocumentEncoder:
         self.encoder, self.counts = encoder, counts or TextCounts()
         self._reset()
 
-    def _reset(self) -> None:
+    def _reset(self, document_is_open: bool = False) -> None:
         self._text = ""  # that was not encoded, and before it
         self._done = 0  # characters that are there for the context only
-        self._next_part = 0
+        self._next_part = -1 if document_is_open else 0  # 0: no document is open; -1: the next piece is not known
         self._try_at = 0  # characters from which a cut is looked for
 
     @property
@@ -60,13 +60,15 @@ class DocumentEncoder:
         text = chunk.text
         if not isinstance(text, str):
             chat = self._chat(text, chunk.ends_document)
-            return None if chat is None else np.concatenate([self.flush(), chat])
+            return None if chat is None else np.concatenate([self._closed(), chat])
+        if chunk.part == CLOSING:
+            return self._closed()
         if self.encoder.pieces_apart:
             self._count_special(text, 0, len(text))
             return self._counted(self.encoder.ids(text), chunk.ends_document)
         waiting = []
         if chunk.part == 0 or chunk.part != self._next_part:
-            waiting = [self.flush()]
+            waiting = [self._closed() if chunk.part == 0 else self.flush()]
             context = "" if chunk.part == 0 else self._context(text)
             self._text, self._done = context, len(context)
         self._text += text
@@ -80,6 +82,10 @@ class DocumentEncoder:
     def flush(self) -> np.ndarray:
         """The tokens of the text that waits, whose next piece does not come."""
         return self._rest(ends_document=False) if self._text else np.zeros(0, np.int32)
+
+    def _closed(self) -> np.ndarray:
+        """The end of the document that is open, if one is."""
+        return self._rest(ends_document=True) if self._next_part else np.zeros(0, np.int32)
 
     def _chat(self, chat: Chat, ends_document: bool) -> np.ndarray | None:
         encoder = self.encoder
@@ -114,7 +120,7 @@ class DocumentEncoder:
 
     def _rest(self, ends_document: bool) -> np.ndarray:
         spans, text, done = self.encoder.spans(self._text), self._text, self._done
-        self._reset()
+        self._reset(document_is_open=not ends_document)
         return self._taken(spans, text, done, len(spans.ids), len(text), ends_document)
 
     def _taken(self, spans: Spans, text: str, done: int, stop: int, cut: int, ends_document: bool) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Text from files, in an order that each pass shuffles; what cannot be read is left out."""
 
+import contextlib
 import fnmatch
 import glob
 import os
@@ -13,12 +14,15 @@ from tqdm import tqdm
 
 from jaxllm.data.fingerprint import Fingerprint, content_digest
 from jaxllm.data.folder import DataFiles, described
-from jaxllm.data.lines import NoText, Unreadable, ending_of, kind_of
+from jaxllm.data.lines import COMPRESSIONS, NoText, Unreadable, ending_of, kind_of
 from jaxllm.data.reading import CHUNK_CHARS, FileChunk, read_chunks, rows_in
-from jaxllm.data.report import Kind, Seen, SourceReport
+from jaxllm.data.report import Kind, Seen, SourceReport, counted
 from jaxllm.data.rows import Chat
-from jaxllm.data.source import HOLD_OUT, Evaluation, TextChunk, announce_pass, check_position, utf8_bytes
+from jaxllm.data.source import CLOSING, HOLD_OUT, Evaluation, TextChunk, check_position, utf8_bytes
 from jaxllm.errors import UserError, listed, one_line, shown
+
+COUNTED = 2**20
+"""Bytes of text up to which the share of held-out chunks is counted; in more, the report names the rule."""
 
 RUN_OF_CHUNKS = 8
 """Consecutive chunks that stay together where files are divided among shards."""
@@ -135,8 +139,6 @@ class FileSource:
     def _pass(self, only_held_out: bool) -> Iterator[TextChunk]:
         """The rest of a pass, or its held-out files where whole files are held out."""
         at = self._at
-        if (at["file"], at["chunk"]) == (0, 0):
-            announce_pass(at["pass"], self._shard, self._num_shards)
         order = list(range(len(self._files)))
         random.Random(f"{self._seed}/{at['pass']}").shuffle(order)
         skipped = set(_matching(at["skip"], self._names))
@@ -144,20 +146,32 @@ class FileSource:
             index = order[number]
             name = self._names[index]
             mine = not self._by_files or number % self._num_shards == self._shard
+            is_open = False  # the document of the file, whose last chunk is another's
             mine = mine and not (only_held_out and self._whole_files and index % HOLD_OUT != 1)
             if mine and name not in skipped and name not in self.left_out:
+                is_text = kind_of(self._files[index]) == "text"
                 for chunk, text, ends in self._chunks_of(index):
-                    if not self._by_files and (index + chunk // RUN_OF_CHUNKS) % self._num_shards != self._shard:
+                    if not self._has_chunk(index, chunk):
                         continue
-                    part = chunk if kind_of(self._files[index]) == "text" else 0
-                    yield TextChunk(text, ends, self._is_held_out(index, chunk, text), part)
+                    yield TextChunk(text, ends, self._is_held_out(index, chunk, text), chunk if is_text else 0)
+                if is_text and self._strict and (last := self._at["chunk"] - 1) >= 0:
+                    is_elsewhere = self._is_held_out(index, last, "") != only_held_out and not self._whole_files
+                    is_elsewhere = is_elsewhere or not self._has_chunk(index, last)
+                    is_open = name in self.left_out or (last > 0 and is_elsewhere)
             read = self._at["bytes"] + self._sizes[index]
             self._at = self._at | {"file": number + 1, "chunk": 0, "offset": 0, "bytes": read, "within": 0}
+            if is_open:
+                yield TextChunk("", True, only_held_out, CLOSING)
         if all(name in skipped or name in self.left_out for name in self._names):
-            said = "; ".join([*described(self.left_out)[:3], *(["the rest by --skip-data"] if skipped else [])])
+            by_option = ["the rest by --skip-data" if self.left_out else "by --skip-data"] if skipped else []
+            said = "; ".join([*described(self.left_out)[:3], *by_option])
             raise UserError(f"data: every file of {str(self._folder)!r} is left out: {said}")
         kept = {name: self._at[name] for name in ("skipped", "skip", "left_out")}
         self._at = self._start_of_pass(self._at["pass"] + 1, kept)
+
+    def _has_chunk(self, index: int, chunk: int) -> bool:
+        """Whether a chunk of a file is of this shard."""
+        return self._by_files or (index + chunk // RUN_OF_CHUNKS) % self._num_shards == self._shard
 
     def _fitting_hold_out(self) -> str:
         least, most = HELD_OUT_SHARE
@@ -184,6 +198,9 @@ class FileSource:
         read = [i for i, digest in enumerate(self._digests) if digest]  # not those that are left out
         for i in read:
             kind = kinds.setdefault(ending_of(self._files[i]), Kind())
+            form = kind_of(self._files[i])
+            kind.is_text = form == "text"
+            kind.is_packed = form in ("arrow", "json") or self._files[i].suffix.lower() in COMPRESSIONS
             kind.files += 1
             kind.bytes += self._sizes[i]
             if (rows := rows_in(self._files[i])) is not None:
@@ -192,13 +209,29 @@ class FileSource:
         if self._whole_files:
             held_out = [self._sizes[i] for i in read if i % HOLD_OUT == 1]
             share = sum(held_out) / max(1, sum(self._sizes[i] for i in read))
-            said = f"held out: {len(held_out)} whole files, {100 * share:.1f} % of the bytes"
+            said = f"held out: {counted(len(held_out), 'whole file')}, {100 * share:.1f} % of the bytes"
         elif self.hold_out != "nothing":
-            share = 1 / HOLD_OUT
-            said = f"held out: one chunk in {HOLD_OUT}, about {100 * share:.0f} % of the bytes"
+            share = self._share_of_chunks(read) if sum(self._sizes[i] for i in read) <= COUNTED else None
+            said = f"held out: one chunk in {HOLD_OUT}" + (
+                "" if share is None else f", {100 * share:.1f} % of the text"
+            )
         if self.evaluations:
             said = f"evaluated on {self.evaluations[0].name}; {said}"
-        return [SourceReport(self._name, kinds, self._split, dict(self._splits), said, share, self.seen)]
+        where = (self._name, kinds, self._split, dict(self._splits), said, share, self.seen)
+        return [SourceReport(*where, is_sampled=not self.evaluations)]
+
+    def _share_of_chunks(self, files: list[int]) -> float | None:
+        """The share of the text that is held out, by reading it; None: it is more than `COUNTED` bytes."""
+        whole = held_out = 0
+        for index in files:
+            with contextlib.suppress(Unreadable, PermissionError):  # a pass says so
+                rows = read_chunks(self._files[index], self._sizes[index], 0, self._text_field, self._strict)
+                for chunk, text in enumerate(row.text for row in rows if row.text is not None):
+                    whole += utf8_bytes(text)
+                    held_out += utf8_bytes(text) if self._is_held_out(index, chunk, text) else 0
+                    if whole > COUNTED:
+                        return None
+        return held_out / max(1, whole)
 
     def progress(self) -> float:
         return self._at["pass"] + (self._at["bytes"] + self._at["within"]) / self._total
@@ -252,7 +285,7 @@ class FileSource:
         self._at = self._at | {"left_out": self.left_out | {name: reason}}
         if counts:
             tqdm.write(f"Data: left out from here on: {described({name: reason})[0]}")
-        if self._at["chunk"] and kind_of(file) == "text":
+        if self._at["chunk"] and kind_of(file) == "text" and not self._strict:
             yield self._at["chunk"], "", True  # the next file is another document
 
     def _report_damage(self, name: str, read: FileChunk) -> None:

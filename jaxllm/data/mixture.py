@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.data.report import Seen, SourceReport
-from jaxllm.data.source import Evaluation, Source, TextChunk, check_position, utf8_bytes
+from jaxllm.data.source import CLOSING, Evaluation, Source, TextChunk, check_position, utf8_bytes
 from jaxllm.errors import UserError, listed, shown
 
 JOINED = "+"
@@ -128,7 +128,7 @@ class Mixture:
                 self._ended[at], self._within, given[at] = True, None, False
                 streams[at] = opened(self._sources[at]) if forever else streams[at]
                 continue
-            if not (forever and chunk.held_out):
+            if not (forever and chunk.held_out) and chunk.part != CLOSING:
                 given[at] = True
                 self._given[at] += utf8_bytes(chunk.text)
             self._within = None if chunk.ends_document else at
@@ -150,7 +150,10 @@ class Mixture:
         return any(s.has_file(pattern.removeprefix(f"{n}/")) for n, s in both if pattern.startswith(f"{n}/"))
 
     def reports(self) -> list[SourceReport]:
-        return [report for source in self._sources for report in source.reports()]
+        reports = [report for source in self._sources for report in source.reports()]
+        for report in reports[1:]:
+            report.is_repeated = self._evaluation is not None
+        return reports
 
     def progress(self) -> float | None:
         """Passes of the source that has done the fewest."""

@@ -41,6 +41,8 @@ class Kind:
     files: int = 0
     bytes: int = 0
     rows: int | None = None  # None: their number is not known without reading them
+    is_text: bool = False  # each file is a document
+    is_packed: bool = False  # compressed or in blocks: how much of a file has been read is not known
 
 
 @dataclass
@@ -54,6 +56,8 @@ class SourceReport:
     evaluated: str  # what it is evaluated on
     share: float | None  # of its bytes that are held out, where that is known
     seen: Seen = field(default_factory=Seen)
+    is_sampled: bool = True  # `seen` is of this source, not of other text that is evaluated
+    is_repeated: bool = False  # `seen` is that of the source before it
     passes: float | None = None  # that the run makes, as an estimate; None: the size of the data is not known
 
     @property
@@ -62,18 +66,36 @@ class SourceReport:
 
     def whole(self, sampled: int) -> float | None:
         """An estimate for the whole source from what was sampled of it; None if nothing is known."""
-        return sampled * self.bytes / self.seen.file_bytes if self.seen.file_bytes else None
+        is_known = self.is_sampled and self.seen.documents and self.seen.file_bytes
+        if not is_known or any(kind.is_packed for kind in self.kinds.values()):
+            return None
+        return sampled * self.bytes / self.seen.file_bytes
+
+    @property
+    def text_bytes(self) -> float | None:
+        """Bytes of its text; None: not known."""
+        if all(kind.is_text and not kind.is_packed for kind in self.kinds.values()) and self.kinds:
+            return self.bytes
+        return self.whole(self.seen.text_bytes)
+
+    def _documents(self) -> str:
+        kinds = self.kinds.values()
+        if kinds and all(kind.is_text for kind in kinds):
+            return counted(sum(kind.files for kind in kinds), "document")
+        estimate = None if any(kind.is_text for kind in kinds) else self.whole(self.seen.documents)
+        return "number of documents not known" if estimate is None else f"about {counted(round(estimate), 'document')}"
 
     def lines(self) -> list[str]:
         kinds = [
-            f"{kind.files:,} {ending} files ({_size(kind.bytes)}{'' if kind.rows is None else f', {kind.rows:,} rows'})"
+            f"{counted(kind.files, f'{ending} file')} "
+            f"({_size(kind.bytes)}{'' if kind.rows is None else ', ' + counted(kind.rows, 'row')})"
             for ending, kind in sorted(self.kinds.items())
         ]
-        documents = self.whole(self.seen.documents)
-        about = "" if documents is None else f"; about {documents:,.0f} documents"
-        splits = [name if files is None else f"{name} ({files} files)" for name, files in self.splits.items()]
+        splits = [
+            name if files is None else f"{name} ({counted(files, 'file')})" for name, files in self.splits.items()
+        ]
         return [
-            f"{self.name}: {', '.join(kinds) or 'a dataset of the Hub, streamed'}{about}",
+            f"{self.name}: {', '.join(kinds) or 'a dataset of the Hub, streamed'}; {self._documents()}",
             f"{self.name}: " + (f"split {self.split!r} of {', '.join(splits)}" if splits else "read without splits"),
             f"{self.name}: {self.evaluated}",
         ]
@@ -101,27 +123,31 @@ class DataReport:
     sources: list[SourceReport]
     not_read: list[str]
     tokens: TextCounts
+    epochs: float | None = None  # passes that the user asked for
 
     def lines(self) -> list[str]:
         """The report in short lines, without what is not read."""
-        seen: list[Seen] = []
-        for source in self.sources:  # that are evaluated on the same text have seen the same
-            seen += [source.seen] if source.seen not in seen else []
-        read = sum(each.documents for each in seen)
+        seen = [source.seen for source in self.sources if not source.is_repeated]
+        read = sum(each.documents + (each.within > 0) for each in seen)  # the last one may be read in part
         facts = [
-            f"longest document {_size(max(each.longest for each in seen))}",
-            f"{sum(each.skipped_rows for each in seen):,} rows without text skipped",
+            f"longest document {_size(max(max(each.longest, each.within) for each in seen))}",
+            f"{counted(sum(each.skipped_rows for each in seen), 'row')} without text skipped",
         ]
         tokens = self.tokens
         facts += [
             f"{100 * tokens.unknown_share:.2g} % unknown tokens",
-            f"{tokens.special:,} special tokens in texts, {tokens.ends:,} of them end tokens",
+            f"{counted(tokens.special, 'special token')} in texts, end tokens among them: {tokens.ends:,}",
         ]
-        passes = [f"{source.passes:.2g} of {source.name}" for source in self.sources if source.passes is not None]
+        passes = ", ".join(
+            f"not known of {source.name}" if source.passes is None else f"about {source.passes:.2g} of {source.name}"
+            for source in self.sources
+        )
+        if self.epochs is not None:
+            passes = f"{self.epochs:g}, as --epochs says"
         return [
             *(line for source in self.sources for line in source.lines()),
-            f"in the {read:,} documents that were read to be evaluated: {', '.join(facts)}",
-            "passes that the run makes: " + (f"about {', '.join(passes)}" if passes else "not known"),
+            f"in the {counted(read, 'document')} read to be evaluated: {', '.join(facts)}",
+            "passes that the run makes: " + passes,
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,14 +163,23 @@ def make_report(
     bytes_per_token: float,
     training_tokens: int,
     weights: Mapping[str, float],
+    epochs: float | None = None,
 ) -> DataReport:
-    """The report of a run that trains on `training_tokens` tokens; `weights`: of several sources, their shares."""
+    """The report of a run that trains on `training_tokens` tokens, or for `epochs` passes.
+
+    `weights`: of several sources, their shares.
+    """
     for source in sources:
-        text = source.whole(source.seen.text_bytes)
+        text = source.text_bytes
         trained = text and text * (1 - (source.share or 0.0))
         given = training_tokens * bytes_per_token * weights.get(source.name, 1.0)
         source.passes = given / trained if trained else None
-    return DataReport(sources, not_read, tokens)
+    return DataReport(sources, not_read, tokens, epochs)
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun, in the plural unless it is one."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _size(count: int) -> str:

@@ -4,8 +4,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-from tqdm import tqdm
-
 from jaxllm.data.report import Seen, SourceReport
 from jaxllm.data.rows import Chat
 from jaxllm.errors import UserError
@@ -16,6 +14,10 @@ HOLD_OUT = 20
 HoldOut = Literal["files", "chunks", "nothing", "count"]
 """What is held out of a source: whole files, chunks, or nothing where other text is evaluated. `count`: as earlier
 versions did, whole files if there are `HOLD_OUT`, however large they are."""
+
+
+CLOSING = -1
+"""The part number of a chunk without text that ends a document, whose last chunk is not among those that are read."""
 
 
 class TextChunk(NamedTuple):
@@ -108,18 +110,6 @@ def utf8_bytes(text: str | Chat) -> int:
     if isinstance(text, str):
         return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
     return sum(utf8_bytes(str(message.get("content") or "")) for message in text)
-
-
-def announce_pass(number: int, shard: int, num_shards: int) -> None:
-    """Print that a pass over the data begins: each of the first ten, then every tenth, every hundredth and so on.
-
-    The rows of the pass reach the batches later, through the pool.
-    """
-    if number > 0 and len(str(number + 1).rstrip("0")) == 1:
-        tqdm.write(
-            f"Pass {number + 1} over the data begins"
-            + (f" in shard {shard + 1} of {num_shards}" if num_shards > 1 else "")
-        )
 
 
 def check_position(position: dict[str, Any], names: set[str]) -> None:

@@ -22,7 +22,7 @@ from jaxllm.data.lines import kind_of
 from jaxllm.data.mixture import JOINED, Mixture, weighted
 from jaxllm.data.report import Seen, SourceReport
 from jaxllm.data.rows import text_in, value_of, wanted_fields, without_text
-from jaxllm.data.source import HOLD_OUT, Evaluation, Source, TextChunk, announce_pass, check_position, utf8_bytes
+from jaxllm.data.source import HOLD_OUT, Evaluation, Source, TextChunk, check_position, utf8_bytes
 from jaxllm.data.splits import ALL, VALIDATION
 from jaxllm.errors import UserError, listed, one_line, shown
 
@@ -38,7 +38,9 @@ def open_source(config: RunConfig, shard: int = 0, num_shards: int = 1) -> Sourc
     evaluation = None
     if data.eval_data is not None:
         evaluated = config.with_options(**_evaluated(data))
-        evaluation = Evaluation(data.eval_data, functools.partial(open_source, evaluated, shard, num_shards))
+        evaluation = Evaluation(
+            data.eval_data, functools.partial(_open_evaluated, evaluated, data.eval_data, *(shard, num_shards))
+        )
     if not weights:
         return _with_rows(_open_one(config, shard, num_shards, evaluation), data)
     parts = _parts(data, list(weights))
@@ -46,6 +48,13 @@ def open_source(config: RunConfig, shard: int = 0, num_shards: int = 1) -> Sourc
         name: _open_one(config.with_options(**part), shard, num_shards, evaluation) for name, part in parts.items()
     }
     return _with_rows(Mixture(sources, weights, evaluation), data)
+
+
+def _open_evaluated(config: RunConfig, name: str, shard: int, num_shards: int) -> Source:
+    try:
+        return open_source(config, shard, num_shards)
+    except UserError as error:
+        raise UserError(f"eval_data is {name!r}: {error}") from None
 
 
 def _with_rows(source: Source, data: DataConfig) -> Source:
@@ -254,8 +263,6 @@ class HubSource:
         return self._at["revision"]
 
     def chunks(self) -> Iterator[TextChunk]:
-        if self._at["row"] == 0:
-            announce_pass(self._at["pass"], self._shard, self._num_shards)
         for row, stream_position in self._rows():
             value = value_of(row, self._text_field, self.hold_out != "count")
             number, text = self._at["row"], text_in(value)

@@ -18,7 +18,7 @@ from jaxllm.data.encode import encoder_of
 from jaxllm.data.reading import CHUNK_CHARS
 from jaxllm.data.report import TextCounts
 from jaxllm.data.rows import Chat
-from jaxllm.data.source import Source, TextChunk
+from jaxllm.data.source import CLOSING, Source, TextChunk
 from jaxllm.data.sources import open_source
 from jaxllm.errors import UserError, one_line
 from jaxllm.files import read_bounded
@@ -193,7 +193,8 @@ class TokenStream:
                     position = self._source.position
                     self._source.position = position | {"skipped": position["skipped"] + 1}
                     continue
-                empty_passes = 0
+                if chunk.part != CLOSING:
+                    empty_passes = 0
                 if not self._tokens.size:
                     self._tokens_pass = number
                 self._tokens = np.concatenate([self._tokens, tokens])
@@ -292,7 +293,7 @@ def check_streams(config: RunConfig) -> None:
     """
     S = config.data_streams
     for s in range(S if S > 1 else 0):
-        if all(chunk.held_out for chunk in open_source(config, s, S).chunks()):
+        if all(chunk.held_out or chunk.part == CLOSING for chunk in open_source(config, s, S).chunks()):
             raise UserError(
                 f"data_streams is {S}: shard {s} of the data has nothing to train on; pass more text or fewer "
                 "--data-streams"
@@ -317,12 +318,12 @@ def held_out_rows(
     config = dataclasses.replace(config, seed=0)
     wanted = config.logging.eval_samples * config.data.seq_len
     special, counts = config.data.special_tokens_in_text, counts or TextCounts()
+    opened = [] if opened is None else opened
     parts, have, S = [], 0, config.data_streams
     for s in range(S):
         share = (s + 1) * wanted / S
         source = open_source(config, s, S)
-        if opened is not None:
-            opened.append(source)
+        opened.append(source)
         documents = DocumentEncoder(encoder_of(tokenizer, special), counts)
         for tokens in encoded(documents, source.held_out()) if have < share else ():
             parts.append(tokens)
@@ -336,9 +337,19 @@ def held_out_rows(
             "gone or has nothing to read: put it back, or pass --eval-data"
         )
     if have == 0:
+        rows_read = sum(report.seen.documents for source in opened for report in source.reports())
+        reason, more = (
+            f"it is one row, or a text of at most {CHUNK_CHARS} characters, which",
+            "two rows or files at least",
+        )
+        if rows_read > 1:
+            reason, more = (
+                f"of its {rows_read} rows, those that could be held out are too large a part, which",
+                "more rows",
+            )
         raise UserError(
-            f"data is {config.data.source!r}: it is one row, or a text of at most {CHUNK_CHARS} characters, which "
-            "leaves nothing to evaluate on: pass two rows or files at least"
+            f"data is {config.data.source!r}: {reason} leaves nothing to evaluate on: pass {more}, or other text as "
+            "--eval-data"
         )
     if rows == 0:
         raise UserError(

@@ -90,6 +90,7 @@ def report_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, source: S
         held_out.tokens,
         bytes_per_token=bytes_per_target(tokenizer, held_out.rows),
         training_tokens=config.schedule.steps * config.tokens_per_step,
+        epochs=config.schedule.epochs,
         weights=source.shares if isinstance(source, Mixture) else {},
     )
     write_json(config.folder / DATA_REPORT, report.to_dict())
