@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -207,15 +208,22 @@ def compare(args: ParityArgs) -> int:
     ladder = Ladder(config, weights, tokens, args.precision, args.seq_len, args.steps, optimizer, interleaved)
     rows: list[Row] = []
     seconds: dict[str, float] = {}
-    with nullcontext() if args.mutate is None else find_mutation(args.mutate, config, optimizer).plant(model):
-        started = time.perf_counter()
-        for rung, found in ladder.climb(model, args.rungs):
-            rows += found
-            seconds[rung] = time.perf_counter() - started
+    try:
+        with nullcontext() if args.mutate is None else find_mutation(args.mutate, config, optimizer).plant(model):
             started = time.perf_counter()
-            print(
-                f"{rung}: {'ok' if all(row.passed for row in found) else 'BREACH'}, {seconds[rung]:.1f} s", flush=True
-            )
+            for rung, found in ladder.climb(model, args.rungs):
+                rows += found
+                seconds[rung] = time.perf_counter() - started
+                started = time.perf_counter()
+                print(
+                    f"{rung}: {'ok' if all(row.passed for row in found) else 'BREACH'}, {seconds[rung]:.1f} s",
+                    flush=True,
+                )
+    except Exception as error:  # of whatever the folder's code does
+        if isinstance(error, UserError) or not args.trust_remote_code:
+            raise
+        print(f"error: {code} fails in a comparison: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+        return 1
 
     name = str(args.weights or f"random weights of {args.preset}")
     if args.layers:

@@ -115,6 +115,17 @@ def test_other_code_that_config_json_names_is_refused(auto_map, said, exported, 
     assert error.count("\n") == 1
 
 
+def test_an_error_of_the_folder_s_code_is_one_line(exported, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    code = exported / MODELING_FILE
+    code.write_text(code.read_text() + "\n\nCustomLLM.forward = lambda self, *given, **named: [][7]\n")
+    arguments = [str(exported), *QUICK, "--text", str(text), "--out", str(tmp_path / "out"), "--trust-remote-code"]
+    assert main(arguments) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error", "Traceback"))]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: {code} fails in a comparison: IndexError: list index")
+
+
 def test_code_that_is_not_compared_is_named(exported, text, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     config = json.loads((exported / "config.json").read_text())
