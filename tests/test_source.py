@@ -115,7 +115,7 @@ def test_weights_without_any_tokenizer_do_not_get_a_new_one(model, corpus, tmp_p
     for run, options in (("new", ["--init", str(model)]), ("converted", [])):
         if not options:
             import_run(model, tmp_path / run)
-        with pytest.raises(UserError, match=r"holds no tokenizer\.json: pass --tokenizer FOLDER"):
+        with pytest.raises(UserError, match=r"holds no tokenizer\.json: train with --tokenizer FOLDER"):
             start(corpus, tmp_path / run, *options)
 
 
