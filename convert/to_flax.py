@@ -179,6 +179,10 @@ def _read_weights(
                 tensor = fp8.dequantize(tensor, files.read(scales[name]))
             if not jnp.issubdtype(tensor.dtype, jnp.floating):
                 raise UserError(f"{source}: {name} has the dtype {tensor.dtype}: floating point is expected")
+            if not np.isfinite(tensor).all():
+                raise UserError(
+                    f"{source}: {name} has values that are not finite: name weights from before they diverged"
+                )
             entry.write(arrays, tensor)
         return Weights(arrays[PARAMS], arrays[ROUTING_BIAS]), _exported_dtypes(files)
 

@@ -19,6 +19,9 @@ MODEL_FILES = ("model*.safetensors*", "pytorch_model*.bin*", "consolidated*")
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
+ADAPTER_CONFIG = "adapter_config.json"
+"""PEFT's: transformers adds the adapter of that file to the weights beside it."""
+
 MAX_INDEX_BYTES = 64 * 2**20
 """Largest index, or header of a file, that is read: one with a million tensors."""
 
@@ -42,8 +45,15 @@ def weight_files(path: Path, needed: Callable[[str], bool]) -> WeightFiles:
         needed: which tensors are read, by name.
 
     Raises:
-        UserError: there are none, or they cannot be read.
+        UserError: there are none, they cannot be read, or an adapter is beside them.
     """
+    adapter = (path.parent if path.is_file() else path) / ADAPTER_CONFIG
+    if adapter.exists():
+        raise UserError(
+            f"{adapter}: transformers adds this adapter to the weights, and it is not read here: merge it with "
+            "`PeftModel.from_pretrained(MODEL, FOLDER).merge_and_unload().save_pretrained(OUT)`, or move the adapter_* "
+            "files away"
+        )
     if path.is_file():
         if path.suffix not in WEIGHT_SUFFIXES:
             raise UserError(f"{path}: the ending must be one of {', '.join(WEIGHT_SUFFIXES)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from convert.to_flax import read_folder
 from convert.to_torch import AUTO_CLASSES, export_run, modeling_source, read_source
 from jaxllm.config import ModelConfig, preset
 from jaxllm.config.families import is_interleaved, names_of
-from jaxllm.errors import UserError, one_line, shown
+from jaxllm.errors import UserError, listed, one_line, shown
 from jaxllm.files import read_bounded, read_json
 from jaxllm.generate import tokenizer_folder
 from jaxllm.run.runtime import start_jax
@@ -37,6 +38,9 @@ from parity_tests.text import read_tokens
 from torch_ref import CustomLLM as TorchCustomLLM
 
 OWN_CODE = "torch_ref/model.py"
+COMPARED = ("AutoConfig", "AutoModelForCausalLM")
+"""What the ladder loads; the others are classes of the same file."""
+
 MAX_CODE_BYTES = 2**20
 
 
@@ -79,6 +83,9 @@ def load_pair(args: ParityArgs) -> Pair:
         source = read_json(args.weights / "config.json") if args.weights.is_dir() else {}
         own = source.get("model_type") in (None, TorchCustomLLM.config_class.model_type)
         code = check_code(args.weights, source, trusted=args.trust_remote_code) if own else ""  # before what is slow
+        tokenizer = args.weights / "tokenizer_config.json"
+        if own and tokenizer.is_file() and read_json(tokenizer).get("auto_map"):
+            code += f"; not the code that {tokenizer} names in auto_map"
         config, weights, source = read_folder(args.weights)
         if names_of(config) == "deepseek":
             return _deepseek_pair(args, config, weights, source, folder=args.weights)
@@ -100,33 +107,36 @@ def check_code(folder: Path, source: Mapping[str, Any], *, trusted: bool) -> str
     Raises:
         UserError: a user who loads the folder runs other code.
     """
-    named = source.get("auto_map")
-    if not isinstance(named, dict) or not named:
+    config = folder / "config.json"
+    if not isinstance(source.get("auto_map"), dict) or not source["auto_map"]:
         if trusted:
-            raise UserError(f"trust_remote_code is set: {folder / 'config.json'} names no code, leave it out")
-        return f"{OWN_CODE} ({folder / 'config.json'} names no code)"
+            raise UserError(f"trust_remote_code is set: {config} names no code, leave it out")
+        return f"{OWN_CODE} ({config} names no code)"
     remedy = (
         "export the weights again (`python -m convert to-flax` and `to-torch`), or pass --trust-remote-code to run "
         "and compare what is there"
     )
-    for auto in ("AutoConfig", "AutoModelForCausalLM"):
-        module, _, kind = str(named.get(auto)).rpartition(".")
-        file = folder / f"{module}.py"
-        if not re.fullmatch(r"\w+", module) or not file.is_file():
-            raise UserError(
-                f"{folder / 'config.json'}: auto_map gives {auto} as {shown(named.get(auto))}, which is no class of a "
-                f"file in that folder: {'put the file there' if trusted else remedy}"
-            )
-        if trusted:
-            continue
-        if kind != AUTO_CLASSES[auto]:
-            raise UserError(
-                f"{folder / 'config.json'}: auto_map gives {auto} as {shown(named[auto])}, and {OWN_CODE} has "
-                f"{AUTO_CLASSES[auto]}: {remedy}"
-            )
-        if read_bounded(file, MAX_CODE_BYTES) != modeling_source().read_bytes():
-            raise UserError(f"{file} is not this version's {OWN_CODE}, but an older one or edited: {remedy}")
-    return str(file) if trusted else f"{OWN_CODE}, which {file} equals byte for byte"
+    passed_over = []
+    for auto, entry in (dict.fromkeys(COMPARED) | source["auto_map"]).items():
+        for name in entry if isinstance(entry, list) else [entry]:
+            module, _, kind = str(name).rpartition(".")
+            file = folder / f"{module}.py"
+            if trusted and auto not in COMPARED:
+                passed_over += [] if name is None else [str(name)]
+                continue
+            what = f"{config}: auto_map gives {listed([auto])} as {shown(name)}"
+            if not re.fullmatch(r"\w+", module) or not file.is_file():
+                put = "put the file there" if trusted else remedy
+                raise UserError(f"{what}, which is no class of a file in that folder: {put}")
+            if not trusted and kind != AUTO_CLASSES.get(auto):
+                raise UserError(f"{what}, and {OWN_CODE} has {AUTO_CLASSES.get(auto, 'no such class')}: {remedy}")
+            if not trusted and read_bounded(file, MAX_CODE_BYTES) != modeling_source().read_bytes():
+                raise UserError(f"{file} is not this version's {OWN_CODE}, but an older one or edited: {remedy}")
+    of_model = str(source["auto_map"][COMPARED[1]]).rpartition(".")[0]
+    passed_over = [name for name in passed_over if name.rpartition(".")[0] != of_model]
+    compared = folder / f"{of_model}.py"
+    code = str(compared) if trusted else f"{OWN_CODE}, which {compared} equals byte for byte"
+    return code + (f"; not {listed(passed_over)}, which auto_map names too" if passed_over else "")
 
 
 def _stock(model: Any) -> str:
@@ -198,15 +208,22 @@ def compare(args: ParityArgs) -> int:
     ladder = Ladder(config, weights, tokens, args.precision, args.seq_len, args.steps, optimizer, interleaved)
     rows: list[Row] = []
     seconds: dict[str, float] = {}
-    with nullcontext() if args.mutate is None else find_mutation(args.mutate, config, optimizer).plant(model):
-        started = time.perf_counter()
-        for rung, found in ladder.climb(model, args.rungs):
-            rows += found
-            seconds[rung] = time.perf_counter() - started
+    try:
+        with nullcontext() if args.mutate is None else find_mutation(args.mutate, config, optimizer).plant(model):
             started = time.perf_counter()
-            print(
-                f"{rung}: {'ok' if all(row.passed for row in found) else 'BREACH'}, {seconds[rung]:.1f} s", flush=True
-            )
+            for rung, found in ladder.climb(model, args.rungs):
+                rows += found
+                seconds[rung] = time.perf_counter() - started
+                started = time.perf_counter()
+                print(
+                    f"{rung}: {'ok' if all(row.passed for row in found) else 'BREACH'}, {seconds[rung]:.1f} s",
+                    flush=True,
+                )
+    except Exception as error:  # of whatever the folder's code does
+        if isinstance(error, UserError) or not args.trust_remote_code:
+            raise
+        print(f"error: {code} fails in a comparison: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+        return 1
 
     name = str(args.weights or f"random weights of {args.preset}")
     if args.layers:

@@ -99,6 +99,9 @@ def test_a_fault_in_the_folder_s_code_is_found(exported, text, tmp_path, capsys,
         ({"AutoConfig": "gone.CustomLLMConfig"}, "AutoConfig as 'gone.CustomLLMConfig', which is no class of"),
         ({"AutoModelForCausalLM": "some/repo--modeling_customllm.CustomLLM"}, "which is no class of a file"),
         ({"AutoModelForCausalLM": None}, "AutoModelForCausalLM as None"),
+        ({"AutoModel": "other.CustomLLMModel"}, "other.py is not this version's torch_ref/model.py"),
+        ({"AutoModel": "modeling_customllm.CustomLLM"}, "has CustomLLMModel"),
+        ({"AutoTokenizer": ["other.Slow", None]}, "AutoTokenizer as 'other.Slow', and torch_ref/model.py has no such"),
     ],
 )  # fmt: skip
 def test_other_code_that_config_json_names_is_refused(auto_map, said, exported, tmp_path, capsys):
@@ -110,6 +113,31 @@ def test_other_code_that_config_json_names_is_refused(auto_map, said, exported, 
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_an_error_of_the_folder_s_code_is_one_line(exported, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    code = exported / MODELING_FILE
+    code.write_text(code.read_text() + "\n\nCustomLLM.forward = lambda self, *given, **named: [][7]\n")
+    arguments = [str(exported), *QUICK, "--text", str(text), "--out", str(tmp_path / "out"), "--trust-remote-code"]
+    assert main(arguments) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error", "Traceback"))]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: {code} fails in a comparison: IndexError: list index")
+
+
+def test_code_that_is_not_compared_is_named(exported, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    config = json.loads((exported / "config.json").read_text())
+    config["auto_map"] = {name: config["auto_map"][name] for name in ("AutoConfig", "AutoModelForCausalLM")}
+    config["auto_map"]["AutoModel"] = "other.CustomLLMModel"
+    (exported / "config.json").write_text(json.dumps(config))
+    (exported / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["slow.Slow", null]}}')
+    arguments = [str(exported), *QUICK, "--text", str(text), "--out", str(tmp_path / "out"), "--trust-remote-code"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "; not other.CustomLLMModel, which auto_map names too" in said
+    assert f"; not the code that {exported / 'tokenizer_config.json'} names in auto_map" in said
 
 
 def test_a_folder_without_code_is_compared_with_ours_by_name(exported, text, tmp_path, capsys):

@@ -426,11 +426,13 @@ def test_several_end_tokens_and_yarn_are_read():
 @pytest.mark.parametrize(
     ("change", "bos", "eos", "said"),
     [
-        ({"bos_token_id": 128_000}, None, 1, "bos_token_id is 128000: left out 128000, as vocab_size is 60"),
+        ({"bos_token_id": 128_000}, None, 1, "bos_token_id is 128000: left out 128000, as ids are 0 to 59"),
         ({"eos_token_id": 60}, 0, None, "eos_token_id is 60: left out 60"),
         ({"eos_token_id": [3, 128_001, 4]}, 0, (3, 4), r"eos_token_id is \[3, 128001, 4\]: left out 128001,"),
         ({"eos_token_id": [128_001]}, 0, None, "left out 128001"),
         ({"eos_token_id": -1}, 0, None, "eos_token_id is -1: left out -1"),
+        ({"bos_token_id": -1}, None, 1, "bos_token_id is -1: left out -1, as ids are 0 to"),
+        ({"pad_token_id": -1}, 0, 1, "pad_token_id is -1: left out -1, as ids are 0 to"),
         ({"bos_token_id": 59}, 59, 1, None),
     ],
 )
@@ -441,10 +443,12 @@ def test_a_special_token_beyond_the_vocabulary_is_left_out_in_a_line(model_type,
     customllm = shape | {"hidden_size": 32, "num_attention_heads": 2, "moe_intermediate_size": 24}
     source = (customllm if model_type == "customllm" else V3) | {"bos_token_id": 0, "eos_token_id": 1}
     config = read_config(source | {"model_type": model_type} | change)
-    assert (config.bos_token_id, config.eos_token_id) == (bos, eos)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (bos, eos, None)
     err = capsys.readouterr().err
     assert re.search(said, err) if said else not err
-    with pytest.raises(UserError, match="pad_token_id is 60"):  # transformers refuses it as well
+    with pytest.raises(
+        UserError, match="pad_token_id is 60: it must be 0 to vocab_size - 1 = 59"
+    ):  # transformers refuses it as well
         read_config(source | {"model_type": model_type, "pad_token_id": 60})
 
 

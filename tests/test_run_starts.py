@@ -50,7 +50,7 @@ def test_weights_without_tokenizer_need_one_and_take_its_special_tokens(narrow, 
     assert convert.main(["to-flax", str(raw), str(tmp_path / "run")]) == 0
     args = [*narrow, "--run-dir", str(tmp_path / "run")]
     assert train.main(args) == 2
-    assert "holds no tokenizer.json: pass --tokenizer FOLDER" in capsys.readouterr().err
+    assert "holds no tokenizer.json: train with --tokenizer FOLDER" in capsys.readouterr().err
     assert train.main([*args, "--tokenizer", str(run / "tokenizer")]) == 0
     assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").is_file()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["eos_token_id"] == 0

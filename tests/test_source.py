@@ -100,12 +100,12 @@ def test_a_tokenizer_that_is_not_read_is_never_replaced(said, model, corpus, tmp
     without_tokenizer(model)
     for name in KINDS[said]:
         (model / name).write_text("{}")
-    with pytest.raises(UserError, match=r"pass --tokenizer FOLDER, one with a tokenizer\.json") as refused:
+    with pytest.raises(UserError, match=r"train with --tokenizer FOLDER, one with a tokenizer\.json") as refused:
         start(corpus, tmp_path / "run", "--init", str(model))
     assert said in str(refused.value)
     assert not (tmp_path / "run" / "train_config.json").exists()
     import_run(model, tmp_path / "converted")
-    with pytest.raises(UserError, match=r"pass --tokenizer FOLDER, one with a tokenizer\.json"):
+    with pytest.raises(UserError, match=r"train with --tokenizer FOLDER, one with a tokenizer\.json"):
         start(corpus, tmp_path / "converted")
     assert "Training a tokenizer" not in capsys.readouterr().out
 
@@ -115,7 +115,7 @@ def test_weights_without_any_tokenizer_do_not_get_a_new_one(model, corpus, tmp_p
     for run, options in (("new", ["--init", str(model)]), ("converted", [])):
         if not options:
             import_run(model, tmp_path / run)
-        with pytest.raises(UserError, match=r"holds no tokenizer\.json: pass --tokenizer FOLDER"):
+        with pytest.raises(UserError, match=r"holds no tokenizer\.json: train with --tokenizer FOLDER"):
             start(corpus, tmp_path / run, *options)
 
 

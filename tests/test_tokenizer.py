@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from jaxllm import UserError
 from jaxllm.config import RunConfig
 from jaxllm.data.stream import encode
 from jaxllm.data.tokenizer import (
@@ -22,6 +24,7 @@ from jaxllm.data.tokenizer import (
     load_tokenizer,
     with_pad_token,
 )
+from jaxllm.data.tokenizer_class import check_tokenizer_class
 
 TEXTS = ["the under world is under the sun", "  two spaces", "wörld 😀 under", "x"]
 BOS_EOS = ["<unk>", "<s>", "</s>"]
@@ -118,3 +121,53 @@ def test_a_continuation_is_printed_as_the_tokenizer_decodes_the_whole(tokenizer)
             if "\ufffd" not in prompt:  # else it ends within a character
                 assert prompt + decode_after(tokenizer, ids[:cut], ids[cut:]) == tokenizer.decode(ids)
     assert decode_after(tokenizer, encode_prompt(tokenizer, ""), ids).strip() == text
+
+
+CLASSES = [
+    ({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}, "GPT2Tokenizer"),
+    ({"tokenizer_class": "Qwen2TokenizerFast"}, "Qwen2Tokenizer"),
+    ({"tokenizer_class": "GPT2Tokenizer"}, None),
+    ({"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": True}, None),
+    ({}, None),
+]
+
+
+@pytest.mark.parametrize(("config", "other"), CLASSES)
+def test_a_class_that_encodes_otherwise_than_tokenizer_json_is_refused(config, other, tmp_path):
+    """Where it is not, AutoTokenizer encodes by the same files as the run."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # which Qwen2's are not: they split digits
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["</s>"], initial_alphabet=letters, show_progress=False
+    )
+    made.train_from_iterator(["1234567 1234567 under the"] * 9, trainer)
+    made.save(str(tmp_path / "tokenizer.json"))
+    file = write(tmp_path / "tokenizer_config.json", config | {"eos_token": "</s>"})
+    tokenizer = load_tokenizer(tmp_path)
+    if other is not None:
+        with pytest.raises(UserError, match=f"^{file}: tokenizer_class is .* encodes by {other}, and otherwise than"):
+            check_tokenizer_class(tmp_path, tokenizer, {"model_type": "customllm"})
+        return
+    check_tokenizer_class(tmp_path, tokenizer, {"model_type": "customllm"})
+    write(tmp_path / "config.json", {"model_type": "customllm"})
+    client = AutoTokenizer.from_pretrained(tmp_path)
+    assert [client(text, add_special_tokens=False)["input_ids"] for text in TEXTS] == [
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS
+    ]
+
+
+def test_a_class_of_a_folder_s_code_is_named_and_not_run(tmp_path, capsys):
+    byte_level("").save_pretrained(str(tmp_path))
+    (tmp_path / "tokenization_own.py").write_text("raise SystemExit('it was run')\n")
+    config = {"auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}, "tokenizer_class": "Own"}
+    file = write(tmp_path / "tokenizer_config.json", config)
+    check_tokenizer_class(tmp_path, load_tokenizer(tmp_path), {"model_type": "customllm"})
+    said = capsys.readouterr().out
+    assert said.startswith(f"{file}: 'Own' was not compared with tokenizer.json, as it does not load (")
+    assert said.count("\n") == 1
+
+
+def write(file, values):
+    file.write_text(json.dumps(values))
+    return file

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jaxllm.config.model import CUSTOMLLM_FIELDS, ModelConfig, RouterConfig, YarnConfig, deepseek
+from jaxllm.config.model import CUSTOMLLM_FIELDS, SPECIAL_TOKENS, ModelConfig, RouterConfig, YarnConfig, deepseek
 from jaxllm.errors import UserError, listed, note, shown
 
 Json = Mapping[str, Any]
@@ -152,7 +152,7 @@ def _read_customllm(values: Json) -> ModelConfig:
     if values.get("tie_word_embeddings"):
         raise UserError("tie_word_embeddings is True: it must be False, CustomLLM's lm_head has a separate matrix")
     known = {name: values[name] for name in CUSTOMLLM_FIELDS if name in values}
-    known |= {key: _within_vocabulary(key, values) for key in ("bos_token_id", "eos_token_id") if key in known}
+    known |= {key: _within_vocabulary(key, values) for key in SPECIAL_TOKENS if key in known}
     return ModelConfig.from_dict(known)
 
 
@@ -216,7 +216,7 @@ def _read_deepseek(defaults: Json, file: Json) -> ModelConfig:
     for key in ("topk_method", "scoring_func"):  # null: not said
         values[key] = defaults[key] if values[key] is None else values[key]
     _refuse(values, defaults)
-    for key in ("bos_token_id", "eos_token_id"):
+    for key in SPECIAL_TOKENS:
         values[key] = _within_vocabulary(key, values, said=key in file)  # a default is of the family's own vocabulary
     L = values["num_hidden_layers"]
     dense = _dense_layers(values)
@@ -237,16 +237,19 @@ def _read_deepseek(defaults: Json, file: Json) -> ModelConfig:
 
 def _within_vocabulary(key: str, values: Json, said: bool = True) -> Any:
     """A special token's id, or ids, without those that the vocabulary does not have: transformers writes the defaults
-    of its classes into small models. A line says so where the file has them."""
+    of its classes into small models, and other tools -1 for no token. A line says so where the file has them. A pad
+    token beyond the vocabulary is kept, to be refused as transformers refuses it."""
     given, size = values.get(key), values.get("vocab_size")
     if not isinstance(size, int):
         return given
     ids = given if isinstance(given, list) else [given]
-    beyond = [token for token in ids if isinstance(token, int) and not 0 <= token < size]
+    beyond = [
+        token for token in ids if isinstance(token, int) and (token < 0 or (token >= size and key != "pad_token_id"))
+    ]
     if not beyond:
         return given
     if said:
-        note(f"{key} is {shown(given)}: left out {listed(map(str, beyond))}, as vocab_size is {size}")
+        note(f"{key} is {shown(given)}: left out {listed(map(str, beyond))}, as ids are 0 to {size - 1}")
     inside = [token for token in ids if token not in beyond]
     return (inside or None) if isinstance(given, list) else None
 

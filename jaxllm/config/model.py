@@ -198,7 +198,7 @@ class ModelConfig:
             value = getattr(self, name)
             for token in value if isinstance(value, tuple) else () if value is None else (value,):
                 if not 0 <= token < self.vocab_size:
-                    raise UserError(f"{name} is {shown(value)}: it must be below vocab_size = {self.vocab_size}")
+                    raise UserError(f"{name} is {shown(value)}: it must be 0 to vocab_size - 1 = {self.vocab_size - 1}")
 
     def _check_experts(self) -> None:
         E, k, router = self.n_routed_experts, self.num_experts_per_tok, self.router

@@ -38,7 +38,7 @@ def tokenizer_class(folder: Path) -> str:
         return "PreTrainedTokenizerFast"
     what, remedy = (
         f"tokenizer is {str(folder)!r}",
-        "pass --tokenizer FOLDER, one with a tokenizer.json of the same tokens",
+        "train with --tokenizer FOLDER, one with a tokenizer.json of the same tokens, or put that file into the folder",
     )
     held = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
     found = [name for name in held if any(fnmatch(name, pattern) for pattern in VOCABULARIES)]

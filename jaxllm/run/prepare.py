@@ -28,6 +28,7 @@ from jaxllm.data.tokenizer import (
     with_pad_token,
     without_dropout,
 )
+from jaxllm.data.tokenizer_class import check_tokenizer_class
 from jaxllm.errors import UserError, shown
 from jaxllm.files import delete_leftovers, read_json, rename_durably, write_json
 from jaxllm.run import held_out
@@ -96,6 +97,9 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
         tokenizer = with_pad_token(tokenizer, config) if source_config is None else tokenizer
     else:
         tokenizer = train_or_recall_tokenizer(source, config.model.vocab_size, config.data.source)
+    files = own_tokenizer if kept is not None else given and Path(given)
+    if source_config is not None and not saved and files and files.is_dir():  # they travel as they are
+        check_tokenizer_class(files, tokenizer, source_config)
     config = align(config, without_dropout(tokenizer))
     if resumes and kept is None:
         check_resumable(config)

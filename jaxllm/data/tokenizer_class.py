@@ -1,0 +1,70 @@
+"""Whether transformers encodes with a tokenizer's files as a run does."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxllm.data.tokenizer import TRIAL, panics_as_errors
+from jaxllm.data.tokenizer_files import MAX_TOKENIZER_BYTES, is_there, is_tokenizer_file
+from jaxllm.errors import UserError, one_line, shown
+from jaxllm.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TRIALS = (TRIAL, " two  spaces", "It's 12345.678, isn't it?\r\n\n ÀÉÎ ﬁ x²", "汉字 и кириллица")
+"""Texts that tokenizers of different kinds split, normalize or begin in different ways."""
+
+MAX_PIECES = 2000
+"""How many of a tokenizer's own tokens are tried, too."""
+
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Classes of transformers that are wholly described by tokenizer.json."""
+
+
+def check_tokenizer_class(folder: Path, tokenizer: PreTrainedTokenizerBase, model: Mapping[str, Any]) -> None:
+    """Check that AutoTokenizer encodes with a folder's files as a run does that trains on `tokenizer`, read of them.
+
+    transformers may take parts of a tokenizer from the class that tokenizer_config.json names, or that belongs to the
+    model, and not from tokenizer.json. A line says so where that class is code of the folder: it is not run.
+
+    Args:
+        model: the config.json that the export has beside the files.
+
+    Raises:
+        UserError: it encodes otherwise.
+    """
+    config = folder / "tokenizer_config.json"
+    values = read_json(config, MAX_TOKENIZER_BYTES) if is_there(config) else {}
+    if values.get("tokenizer_class") in PLAIN_CLASSES and not values.get("auto_map"):
+        return
+    from transformers import AutoTokenizer
+
+    try:
+        with tempfile.TemporaryDirectory() as scratch, panics_as_errors():
+            for file in folder.iterdir():
+                if is_tokenizer_file(file.name):
+                    Path(scratch, file.name).symlink_to(file.resolve())
+            write_json(Path(scratch, "config.json"), model)
+            other = AutoTokenizer.from_pretrained(scratch, local_files_only=True, trust_remote_code=False)
+            size = len(tokenizer)
+            pieces = tokenizer.convert_ids_to_tokens(list(range(0, size, max(1, size // MAX_PIECES))))
+            own = [tokenizer.convert_tokens_to_string([piece]) for piece in pieces if isinstance(piece, str)]
+            same = all(
+                tokenizer(text, add_special_tokens=False)["input_ids"]
+                == other(text, add_special_tokens=False)["input_ids"]
+                for text in (*TRIALS, *own)
+            )
+    except Exception as error:  # of whatever the class does
+        named = shown(values.get("tokenizer_class") or values.get("auto_map"))
+        print(f"{config}: {named} was not compared with tokenizer.json, as it does not load ({one_line(error)})")
+        return
+    if not same:
+        raise UserError(
+            f"{config}: tokenizer_class is {shown(values.get('tokenizer_class'))}: AutoTokenizer then encodes by "
+            f"{type(other).__name__}, and otherwise than tokenizer.json, by which a run encodes: set it to "
+            f"{PLAIN_CLASSES[0]} to train by tokenizer.json, or write tokenizer.json with that class's save_pretrained"
+        )
