@@ -3,7 +3,6 @@
 A CustomLLM comes with its code; a model of the DeepSeek family is of a class that transformers has.
 """
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -12,6 +11,7 @@ from typing import Any
 
 from convert.mapping import PARAMS, ROUTING_BIAS, entries
 from convert.model_card import CARD_FILE, write_model_card
+from convert.new_folder import check_new, new_folder
 from convert.tensor_files import DTYPES, Tensor, write_safetensors
 from convert.weight_files import MAX_INDEX_BYTES
 from jaxllm.config import SPECIAL_TOKENS, ModelConfig
@@ -55,13 +55,14 @@ def export_run(run: StrPath, out: StrPath, *, dtype: str | None = None) -> None:
     named = (source or {}).get("dtype") or (source or {}).get("torch_dtype")
     given = dtype or stored.get("dtype") or (named if named in DTYPES else "float32")
     others = {} if dtype else stored.get("others", {})
-    write_model(config, weights, out, given, source, others)
-    if source is None:
-        if (run / TOKENIZER / "tokenizer.json").is_file():
-            export_tokenizer(load_tokenizer(str(run / TOKENIZER)), config, out)
-    else:
-        _copy_kept(kept, out, config, trained=(run / CONFIG_FILE).is_file())
-    write_model_card(run, out, config, weights)
+    with new_folder(out) as made:
+        write_model(config, weights, made, given, source, others)
+        if source is None:
+            if (run / TOKENIZER / "tokenizer.json").is_file():
+                export_tokenizer(load_tokenizer(str(run / TOKENIZER)), config, made)
+        else:
+            _copy_kept(kept, made, config, trained=(run / CONFIG_FILE).is_file())
+        write_model_card(run, made, config, weights)
 
 
 def _stored_dtypes(run: Path) -> dict[str, Any]:
@@ -127,25 +128,9 @@ def save_pretrained(model: CustomLLM, out: StrPath, *, dtype: str = "float32") -
     Raises:
         UserError: `out` holds something already, there is no such dtype, or a weight is not a finite number in it.
     """
-    check_new(out)
     _, params, routing_bias = split_model(model)
-    write_model(model.config, Weights(params, routing_bias), out, dtype)
-
-
-def check_new(out: StrPath) -> None:
-    """Check that nothing would be overwritten.
-
-    Raises:
-        UserError: `out` is a file, a folder that is not empty, or no place for a folder.
-    """
-    out = Path(out)
-    if out.is_symlink() and not out.exists():
-        raise UserError(f"{out} is a symlink to nothing: pass a new folder")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty: pass a new folder")
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"{out} cannot be made: {parent} is no folder that can be written to")
+    with new_folder(out) as made:
+        write_model(model.config, Weights(params, routing_bias), made, dtype)
 
 
 def torch_tensors(
