@@ -54,14 +54,20 @@ def export_run(run: StrPath, out: StrPath, *, dtype: str | None = None) -> None:
     source = read_source(run)
     named = (source or {}).get("dtype") or (source or {}).get("torch_dtype")
     given = dtype or stored.get("dtype") or (named if named in DTYPES else "float32")
-    others = {} if dtype else stored.get("others", {})
+    others = None if dtype else stored.get("others")
+    trained = (run / CONFIG_FILE).is_file()
+    if trained and others is not None:
+        moved = {entry.torch_name: "float32" for entry in entries(config) if entry.float32}
+        if any(others.get(name, given) != "float32" for name in moved):
+            print("The correction biases are in float32: training moves them by less than the source's dtype holds")
+        others = others | moved
     with new_folder(out) as made:
         write_model(config, weights, made, given, source, others)
         if source is None:
             if (run / TOKENIZER / "tokenizer.json").is_file():
                 export_tokenizer(load_tokenizer(str(run / TOKENIZER)), config, made)
         else:
-            _copy_kept(kept, made, config, trained=(run / CONFIG_FILE).is_file())
+            _copy_kept(kept, made, config, trained)
         write_model_card(run, made, config, weights)
 
 
@@ -140,10 +146,10 @@ def torch_tensors(
     interleaved: bool = True,
     others: Mapping[str, str] | None = None,
 ) -> Iterator[Tensor]:
-    """The PyTorch state_dict of given weights, each tensor made when it is read; `others` have another dtype."""
+    """The PyTorch state_dict of given weights, each tensor made when it is read; `others` as in `write_model`."""
     trees = {PARAMS: weights.params, ROUTING_BIAS: weights.routing_bias}
     for entry in entries(config, interleaved):
-        own = "float32" if entry.float32 else (others or {}).get(entry.torch_name, dtype)
+        own = "float32" if entry.float32 and others is None else (others or {}).get(entry.torch_name, dtype)
         yield Tensor(entry.torch_name, entry.shape(trees), lambda entry=entry: entry.to_torch(trees), own)
 
 
@@ -166,7 +172,8 @@ def write_model(
     Args:
         dtype: of the weights.
         source: the config.json that the weights came with.
-        others: tensors that have another dtype.
+        others: where the dtypes are those of the source's files, the tensors that have another one. What the source's
+            config.json says of its dtype stays then.
 
     Raises:
         UserError: there is no such dtype, a weight is not a finite number in it, or no PyTorch model has all options of
@@ -174,7 +181,8 @@ def write_model(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {shown(dtype)}: choose one of {', '.join(DTYPES)}")
-    out, values = Path(out), write_config(config, dtype, source)
+    said = dtype if source is None or others is None else source.get("dtype", source.get("torch_dtype", dtype))
+    out, values = Path(out), write_config(config, said, source)
     out.mkdir(parents=True, exist_ok=True)
     write_safetensors(out, torch_tensors(config, weights, dtype, is_interleaved(source), others))
     generation = {name: config.to_dict()[name] for name in SPECIAL_TOKENS}
