@@ -68,7 +68,8 @@ def export_run(run: StrPath, out: StrPath, *, dtype: str | None = None) -> None:
                 export_tokenizer(load_tokenizer(str(run / TOKENIZER)), config, made)
         else:
             _copy_kept(kept, made, config, trained)
-        write_model_card(run, made, config, weights)
+        dtypes = {tensor.dtype for tensor in torch_tensors(config, weights, given, others=others)}
+        write_model_card(run, made, config, weights, dtypes)
 
 
 def _stored_dtypes(run: Path) -> dict[str, Any]:
