@@ -17,9 +17,10 @@ from convert.weight_files import MAX_INDEX_BYTES
 from jaxllm.config import SPECIAL_TOKENS, ModelConfig
 from jaxllm.config.families import is_interleaved, names_of, write_config
 from jaxllm.data.tokenizer import export_tokenizer, load_tokenizer
-from jaxllm.errors import UserError, shown
+from jaxllm.errors import shown
 from jaxllm.files import StrPath, read_json, write_json
 from jaxllm.model.decoder import CustomLLM, split_model
+from jaxllm.model.dtypes import check_dtype
 from jaxllm.packages import ROOT, check_own
 from jaxllm.store.checkpoint import Weights, load_weights
 from jaxllm.store.folder import CONFIG_FILE, SOURCE_DTYPES, TOKENIZER
@@ -36,7 +37,7 @@ AUTO_CLASSES = {
 """As in `torch_ref.model`, whose import needs PyTorch."""
 
 
-def export_run(run: StrPath, out: StrPath, *, dtype: str | None = None) -> None:
+def export_run(run: StrPath, out: StrPath, *, dtype: Any = None) -> None:
     """Export the newest weights of a run, with a model card, its tokenizer, and the files that the weights came with.
 
     Those files are the same, byte for byte, except where a line says otherwise.
@@ -49,12 +50,13 @@ def export_run(run: StrPath, out: StrPath, *, dtype: str | None = None) -> None:
     """
     run, out = Path(run), Path(out)
     check_new(out)
+    asked = None if dtype is None else check_dtype(dtype, allowed=DTYPES).name
     config, weights = load_weights(run)
     kept, stored = kept_files(run), _stored_dtypes(run)
     source = read_source(run)
     named = (source or {}).get("dtype") or (source or {}).get("torch_dtype")
-    given = dtype or stored.get("dtype") or (named if named in DTYPES else "float32")
-    others = None if dtype else stored.get("others")
+    given = asked or stored.get("dtype") or (named if named in DTYPES else "float32")
+    others = None if asked else stored.get("others")
     trained = (run / CONFIG_FILE).is_file()
     if trained and others is not None:
         moved = {entry.torch_name: "float32" for entry in entries(config) if entry.float32}
@@ -124,13 +126,13 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     return ", ".join(changes)
 
 
-def save_pretrained(model: CustomLLM, out: StrPath, *, dtype: str = "float32") -> None:
+def save_pretrained(model: CustomLLM, out: StrPath, *, dtype: Any = "float32") -> None:
     """Export a model in memory: config.json, safetensors and, for a CustomLLM, the PyTorch modelling code.
 
     A model of `for_inference` is exported with its matrices as they are, of which float32 holds every value.
 
     Args:
-        dtype: of the file: float32, bfloat16 or float16.
+        dtype: of the file: float32, bfloat16 or float16, by its name or as a dtype.
 
     Raises:
         UserError: `out` holds something already, there is no such dtype, or a weight is not a finite number in it.
@@ -164,7 +166,7 @@ def write_model(
     config: ModelConfig,
     weights: Weights,
     out: StrPath,
-    dtype: str,
+    dtype: Any,
     source: Mapping[str, Any] | None = None,
     others: Mapping[str, str] | None = None,
 ) -> None:
@@ -180,8 +182,7 @@ def write_model(
         UserError: there is no such dtype, a weight is not a finite number in it, or no PyTorch model has all options of
             the config.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype is {shown(dtype)}: choose one of {', '.join(DTYPES)}")
+    dtype = check_dtype(dtype, allowed=DTYPES).name
     said = dtype if source is None or others is None else source.get("dtype", source.get("torch_dtype", dtype))
     out, values = Path(out), write_config(config, said, source)
     out.mkdir(parents=True, exist_ok=True)
