@@ -289,7 +289,9 @@ def test_equal_shards_next_to_the_single_file_are_said_and_others_refused(run, c
     assert_same_weights(load_weights(run)[1], read(copy))
     assert "model.safetensors is read, and compared with the shards" in capsys.readouterr().err
     as_shards(copy, "safetensors", shift=1.0)
-    with pytest.raises(UserError, match=r"two sets of weights that differ in .* and 39 more.*move the set"):
+    with pytest.raises(
+        UserError, match=r"two sets of weights that differ, .*; they differ in [^,]+, [^,]+, [^,]+ and \d+ more$"
+    ):
         read(copy)
     with pytest.raises(UserError, match="two sets of weights"):
         from_pretrained(copy)
