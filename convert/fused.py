@@ -33,5 +33,5 @@ def pieces(name: str, shape: tuple[int, ...]) -> Iterator[Piece]:
         parts = {"down_proj": (0, rows)}
     for expert in range(experts):
         for linear, (start, end) in parts.items():
-            name = f"{match[1]}.{expert}.{linear}.weight"
-            yield Piece(name, (end - start, columns), (expert, slice(start, end)))
+            own_name = f"{match[1]}.{expert}.{linear}.weight"
+            yield Piece(own_name, (end - start, columns), (expert, slice(start, end)))

@@ -7,6 +7,7 @@ import jax
 from jaxllm.config import ModelConfig, TrainConfig
 from jaxllm.config.families import names_of
 from jaxllm.errors import UserError
+from jaxllm.files import read_json
 from jaxllm.model import flops
 from jaxllm.store.checkpoint import Weights
 from jaxllm.store.folder import read_config
@@ -34,19 +35,19 @@ _USE = """
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})
-tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})
+model = AutoModelForCausalLM.from_pretrained("FOLDER"{model})
+tokenizer = AutoTokenizer.from_pretrained("FOLDER"{tokenizer})
 ```
 
 ## What was compared
 
-The weights are those of the JAX model, bit for bit in float32. `python -m parity_tests FOLDER`, of jaxllm, compares the
+The weights are those of the JAX model, {values}. `python -m parity_tests FOLDER`, of jaxllm, compares the
 two frameworks on them: logits, gradients, optimizer steps and cached generation.
 """
 
 
-def write_model_card(run: Path, out: Path, config: ModelConfig, weights: Weights) -> None:
-    """Write the card of a run's exported weights; a run without a history has a shorter one."""
+def write_model_card(run: Path, out: Path, config: ModelConfig, weights: Weights, dtypes: set[str]) -> None:
+    """Write the card of a run's exported weights, of these dtypes; a run without a history has a shorter one."""
     parameters = sum(leaf.size for leaf in jax.tree.leaves(weights.params))
     active = sum(flops.active_parameters(config).values())
     rows = {
@@ -57,10 +58,25 @@ def write_model_card(run: Path, out: Path, config: ModelConfig, weights: Weights
         "vocabulary, positions": f"{config.vocab_size:,}, {config.max_position_embeddings:,}",
         **_training(run),
     }
-    trust = ", trust_remote_code=True" if names_of(config) == "customllm" else ""
+    trust, own = ", trust_remote_code=True", names_of(config) == "customllm"
+    rounded = f"in {' and '.join(sorted(dtypes))}, to which their float32 values are rounded"
+    use = _USE.format(
+        model=trust if own else "",
+        tokenizer=trust if own or _has_tokenizer_code(out) else "",
+        values="bit for bit in float32" if dtypes == {"float32"} else rounded,
+    )
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
-    card = _FRONT.format(name=_in_a_cell(run.absolute().name)) + table + _USE.format(trust=trust)
+    card = _FRONT.format(name=_in_a_cell(run.absolute().name)) + table + use
     (out / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
+
+
+def _has_tokenizer_code(out: Path) -> bool:
+    """Whether the tokenizer is a class of a Python file in the folder, or elsewhere on the Hub."""
+    try:
+        named = read_json(out / "tokenizer_config.json").get("auto_map")
+    except UserError:  # there is none, or it is copied as it was found
+        return False
+    return isinstance(named, list) or (isinstance(named, dict) and "AutoTokenizer" in named)
 
 
 def _training(run: Path) -> dict[str, str]:

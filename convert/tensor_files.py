@@ -204,9 +204,9 @@ class TensorFiles:
                 differing = [name for name in self.shapes if not self.equals(name, other, name)]
         if differing:
             raise UserError(
-                f"{self._path} holds two sets of weights that differ in {listed(differing)}: a single file, which "
-                f"transformers reads, and the shards of an index: move the set that is not "
-                "meant out of the folder"
+                f"{self._path} holds two sets of weights that differ, a single file, which transformers reads, and the "
+                "shards of an index: move the set that is not meant out of the folder; they differ in "
+                f"{listed(differing, most=3)}"
             )
 
     def read(self, name: str) -> np.ndarray:

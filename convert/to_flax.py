@@ -16,8 +16,8 @@ from flax import nnx
 
 from convert import fp8
 from convert.mapping import PARAMS, ROUTING_BIAS, entries
+from convert.new_folder import check_new, new_folder
 from convert.tensor_files import TensorFiles
-from convert.to_torch import check_new
 from jaxllm.config import ModelConfig
 from jaxllm.config.families import is_interleaved, names_of
 from jaxllm.errors import UserError, listed, note
@@ -100,8 +100,9 @@ def import_run(source: StrPath, run: StrPath, config: ModelConfig | None = None,
         config, weights, _, dtypes = read_model(source, layers)
     else:
         weights, dtypes = _read_weights(source, config)
-    write_run(run, config, weights, [], kept=source_files(folder))
-    write_json(run / SOURCE_DTYPES, dtypes)
+    with new_folder(run) as made:
+        write_run(made, config, weights, [], kept=source_files(folder))
+        write_json(made / SOURCE_DTYPES, dtypes)
 
 
 def from_pretrained(folder: StrPath, *, dtype: Any = jnp.float32, remat: bool = False) -> CustomLLM:

@@ -3,7 +3,6 @@
 A CustomLLM comes with its code; a model of the DeepSeek family is of a class that transformers has.
 """
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -12,14 +11,16 @@ from typing import Any
 
 from convert.mapping import PARAMS, ROUTING_BIAS, entries
 from convert.model_card import CARD_FILE, write_model_card
+from convert.new_folder import check_new, new_folder
 from convert.tensor_files import DTYPES, Tensor, write_safetensors
 from convert.weight_files import MAX_INDEX_BYTES
 from jaxllm.config import SPECIAL_TOKENS, ModelConfig
 from jaxllm.config.families import is_interleaved, names_of, write_config
 from jaxllm.data.tokenizer import export_tokenizer, load_tokenizer
-from jaxllm.errors import UserError, shown
+from jaxllm.errors import shown
 from jaxllm.files import StrPath, read_json, write_json
 from jaxllm.model.decoder import CustomLLM, split_model
+from jaxllm.model.dtypes import check_dtype
 from jaxllm.packages import ROOT, check_own
 from jaxllm.store.checkpoint import Weights, load_weights
 from jaxllm.store.folder import CONFIG_FILE, SOURCE_DTYPES, TOKENIZER
@@ -36,7 +37,7 @@ AUTO_CLASSES = {
 """As in `torch_ref.model`, whose import needs PyTorch."""
 
 
-def export_run(run: StrPath, out: StrPath, *, dtype: str | None = None) -> None:
+def export_run(run: StrPath, out: StrPath, *, dtype: Any = None) -> None:
     """Export the newest weights of a run, with a model card, its tokenizer, and the files that the weights came with.
 
     Those files are the same, byte for byte, except where a line says otherwise.
@@ -49,19 +50,28 @@ def export_run(run: StrPath, out: StrPath, *, dtype: str | None = None) -> None:
     """
     run, out = Path(run), Path(out)
     check_new(out)
+    asked = None if dtype is None else check_dtype(dtype, allowed=DTYPES).name
     config, weights = load_weights(run)
     kept, stored = kept_files(run), _stored_dtypes(run)
     source = read_source(run)
     named = (source or {}).get("dtype") or (source or {}).get("torch_dtype")
-    given = dtype or stored.get("dtype") or (named if named in DTYPES else "float32")
-    others = {} if dtype else stored.get("others", {})
-    write_model(config, weights, out, given, source, others)
-    if source is None:
-        if (run / TOKENIZER / "tokenizer.json").is_file():
-            export_tokenizer(load_tokenizer(str(run / TOKENIZER)), config, out)
-    else:
-        _copy_kept(kept, out, config, trained=(run / CONFIG_FILE).is_file())
-    write_model_card(run, out, config, weights)
+    given = asked or stored.get("dtype") or (named if named in DTYPES else "float32")
+    others = None if asked else stored.get("others")
+    trained = (run / CONFIG_FILE).is_file()
+    if trained and others is not None:
+        moved = {entry.torch_name: "float32" for entry in entries(config) if entry.float32}
+        if any(others.get(name, given) != "float32" for name in moved):
+            print("The correction biases are in float32: training moves them by less than the source's dtype holds")
+        others = others | moved
+    with new_folder(out) as made:
+        write_model(config, weights, made, given, source, others)
+        if source is None:
+            if (run / TOKENIZER / "tokenizer.json").is_file():
+                export_tokenizer(load_tokenizer(str(run / TOKENIZER)), config, made)
+        else:
+            _copy_kept(kept, made, config, trained)
+        dtypes = {tensor.dtype for tensor in torch_tensors(config, weights, given, others=others)}
+        write_model_card(run, made, config, weights, dtypes)
 
 
 def _stored_dtypes(run: Path) -> dict[str, Any]:
@@ -116,36 +126,20 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     return ", ".join(changes)
 
 
-def save_pretrained(model: CustomLLM, out: StrPath, *, dtype: str = "float32") -> None:
+def save_pretrained(model: CustomLLM, out: StrPath, *, dtype: Any = "float32") -> None:
     """Export a model in memory: config.json, safetensors and, for a CustomLLM, the PyTorch modelling code.
 
     A model of `for_inference` is exported with its matrices as they are, of which float32 holds every value.
 
     Args:
-        dtype: of the file: float32, bfloat16 or float16.
+        dtype: of the file: float32, bfloat16 or float16, by its name or as a dtype.
 
     Raises:
         UserError: `out` holds something already, there is no such dtype, or a weight is not a finite number in it.
     """
-    check_new(out)
     _, params, routing_bias = split_model(model)
-    write_model(model.config, Weights(params, routing_bias), out, dtype)
-
-
-def check_new(out: StrPath) -> None:
-    """Check that nothing would be overwritten.
-
-    Raises:
-        UserError: `out` is a file, a folder that is not empty, or no place for a folder.
-    """
-    out = Path(out)
-    if out.is_symlink() and not out.exists():
-        raise UserError(f"{out} is a symlink to nothing: pass a new folder")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty: pass a new folder")
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"{out} cannot be made: {parent} is no folder that can be written to")
+    with new_folder(out) as made:
+        write_model(model.config, Weights(params, routing_bias), made, dtype)
 
 
 def torch_tensors(
@@ -155,10 +149,10 @@ def torch_tensors(
     interleaved: bool = True,
     others: Mapping[str, str] | None = None,
 ) -> Iterator[Tensor]:
-    """The PyTorch state_dict of given weights, each tensor made when it is read; `others` have another dtype."""
+    """The PyTorch state_dict of given weights, each tensor made when it is read; `others` as in `write_model`."""
     trees = {PARAMS: weights.params, ROUTING_BIAS: weights.routing_bias}
     for entry in entries(config, interleaved):
-        own = "float32" if entry.float32 else (others or {}).get(entry.torch_name, dtype)
+        own = "float32" if entry.float32 and others is None else (others or {}).get(entry.torch_name, dtype)
         yield Tensor(entry.torch_name, entry.shape(trees), lambda entry=entry: entry.to_torch(trees), own)
 
 
@@ -172,7 +166,7 @@ def write_model(
     config: ModelConfig,
     weights: Weights,
     out: StrPath,
-    dtype: str,
+    dtype: Any,
     source: Mapping[str, Any] | None = None,
     others: Mapping[str, str] | None = None,
 ) -> None:
@@ -181,15 +175,16 @@ def write_model(
     Args:
         dtype: of the weights.
         source: the config.json that the weights came with.
-        others: tensors that have another dtype.
+        others: where the dtypes are those of the source's files, the tensors that have another one. What the source's
+            config.json says of its dtype stays then.
 
     Raises:
         UserError: there is no such dtype, a weight is not a finite number in it, or no PyTorch model has all options of
             the config.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype is {shown(dtype)}: choose one of {', '.join(DTYPES)}")
-    out, values = Path(out), write_config(config, dtype, source)
+    dtype = check_dtype(dtype, allowed=DTYPES).name
+    said = dtype if source is None or others is None else source.get("dtype", source.get("torch_dtype", dtype))
+    out, values = Path(out), write_config(config, said, source)
     out.mkdir(parents=True, exist_ok=True)
     write_safetensors(out, torch_tensors(config, weights, dtype, is_interleaved(source), others))
     generation = {name: config.to_dict()[name] for name in SPECIAL_TOKENS}

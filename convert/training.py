@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.mapping import PARAMS, entries
+from convert.new_folder import check_new, new_folder
 from convert.pickled import check_pickled
 from convert.to_flax import read_weights
-from convert.to_torch import check_new, write_model
+from convert.to_torch import write_model
 from jaxllm.config import RunConfig, TrainConfig
 from jaxllm.config.families import names_of
 from jaxllm.data.stream import POSITION_FILE, read_position
@@ -59,7 +60,6 @@ def export_training(run: StrPath, out: StrPath) -> None:
         return saved.weights(model), resumed
 
     weights, resumed = read_newest(run, read)
-    checkpoint = out / f"checkpoint-{int(resumed.step)}"
     table = {entry.torch_name: entry for entry in entries(model)}
 
     def of_parameter(name: str):
@@ -67,14 +67,16 @@ def export_training(run: StrPath, out: StrPath) -> None:
         entry = table[name]
         return hand_over.Moments(entry.to_torch(mu), entry.to_torch(nu) if entry.lies_in(nu) else None)
 
-    write_model(model, weights, checkpoint, "float32")
-    (checkpoint / POSITION_FILE).write_bytes(resumed.positions[0].to_bytes())
     torch_config = config.as_type(RunConfig).with_options(run_dir=out)
-    hand_over.write_training(checkpoint, torch_config, int(resumed.step), of_parameter)
-    write_json(out / MODEL_FILE, model.to_dict())
-    write_json(out / CONFIG_FILE, torch_config.to_dict())
-    write_metrics(out, resumed.history.records)
-    shutil.copytree(run / TOKENIZER, out / TOKENIZER)
+    with new_folder(out) as made:
+        checkpoint = made / f"checkpoint-{int(resumed.step)}"
+        write_model(model, weights, checkpoint, "float32")
+        (checkpoint / POSITION_FILE).write_bytes(resumed.positions[0].to_bytes())
+        hand_over.write_training(checkpoint, torch_config, int(resumed.step), of_parameter)
+        write_json(made / MODEL_FILE, model.to_dict())
+        write_json(made / CONFIG_FILE, torch_config.to_dict())
+        write_metrics(made, resumed.history.records)
+        shutil.copytree(run / TOKENIZER, made / TOKENIZER)
 
 
 def import_training(source: StrPath, run: StrPath) -> None:
@@ -111,8 +113,9 @@ def import_training(source: StrPath, run: StrPath) -> None:
     position = read_position(checkpoint.folder / POSITION_FILE, config.data.seq_len, model.vocab_size)
     # the key of dropout follows from the seed
     resumed = ResumeState(OptimizerState(count, mu, nu), count, dropout_key(config), [position], history)
-    write_run(run, model, weights, [], (config, resumed), tokenizer_files(source / TOKENIZER))
-    write_metrics(run, history.records)
+    with new_folder(run) as made:
+        write_run(made, model, weights, [], (config, resumed), tokenizer_files(source / TOKENIZER))
+        write_metrics(made, history.records)
 
 
 def is_pytorch_run(folder: StrPath) -> bool:

@@ -87,10 +87,10 @@ def shown(value: Any) -> str:
     return _repr.repr(value)
 
 
-def listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str], most: int = MAX_NAMES) -> str:
     """The first names, and how many more there are. A name that is long or would break the line is quoted."""
     names = list(names)
-    first = [name if name.isprintable() and len(name) <= 120 else shown(name) for name in names[:MAX_NAMES]]
+    first = [name if name.isprintable() and len(name) <= 120 else shown(name) for name in names[:most]]
     more = len(names) - len(first)
     return ", ".join(first) + (f" and {more} more" if more else "")
 

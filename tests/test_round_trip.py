@@ -19,7 +19,7 @@ from convert.to_torch import export_run, torch_tensors
 from jaxllm.config.families import is_interleaved, read_config
 from jaxllm.files import write_json
 from parity_tests.deepseek_cases import CASES
-from tests.test_families import numbered_weights
+from tests.test_families import V3, numbered_weights
 
 INDEX = {"safetensors": "model.safetensors.index.json", "bin": "pytorch_model.bin.index.json"}
 SINGLE = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}
@@ -136,6 +136,36 @@ def check_round_trip(name: str, rng: random.Random, folder: Path) -> None:
 def test_a_folder_in_and_out_again(name, tmp_path):
     pytest.importorskip("torch")
     check_round_trip(name, random.Random(name), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_files_of_one_dtype_and_the_config_s_own_word_stay(dtype, tmp_path, capsys):
+    case = V3 | {"torch_dtype": "float32"}
+    config = read_config(case)
+    tensors = {
+        tensor.name: np.asarray(tensor.read(), DTYPES[dtype])
+        for tensor in torch_tensors(config, numbered_weights(config), dtype)
+    }
+    (tmp_path / "in").mkdir()
+    save(tensors, tmp_path / "in", "safetensors", 1)
+    write_json(tmp_path / "in" / "config.json", case)
+    import_run(tmp_path / "in", tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "out")
+    assert {key: bits(v) for key, v in load_file(tmp_path / "out" / "model.safetensors").items()} == {
+        key: bits(values) for key, values in tensors.items()
+    }
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"
+    assert "correction biases" not in capsys.readouterr().out
+
+    export_run(tmp_path / "run", tmp_path / "asked", dtype="bfloat16")
+    assert json.loads((tmp_path / "asked" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+    write_json(tmp_path / "run" / "train_config.json", {})  # as after training
+    export_run(tmp_path / "run", tmp_path / "trained")
+    found = load_file(tmp_path / "trained" / "model.safetensors")
+    assert {v.dtype.name for key, v in found.items() if key.endswith("e_score_correction_bias")} == {"float32"}
+    assert {v.dtype.name for key, v in found.items() if not key.endswith("e_score_correction_bias")} == {dtype}
+    assert "The correction biases are in float32" in capsys.readouterr().out
 
 
 @pytest.mark.slow

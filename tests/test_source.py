@@ -175,6 +175,21 @@ def test_files_travel_through_training_byte_for_byte(made, corpus, tmp_path, cap
     assert "End of a text" not in said
 
 
+@pytest.mark.parametrize("named", [{"AutoTokenizer": ["own.Slow", None]}, ["own.Slow", None], {"AutoConfig": "own.C"}])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_the_card_says_how_the_export_is_loaded_and_rounded(named, dtype, model, tmp_path):
+    without_tokenizer(model)
+    write_json(model / "tokenizer_config.json", {"auto_map": named})
+    import_run(model, tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "out", dtype=dtype)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ('AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)' in card) == ("AutoConfig" not in named)
+    assert 'AutoModelForCausalLM.from_pretrained("FOLDER")' in card
+    assert ("bit for bit in float32" in card) == (dtype is None)
+    # the correction biases are float32
+    assert ("in bfloat16 and float32, to which their float32 values are rounded" in card) == (dtype == "bfloat16")
+
+
 @pytest.mark.parametrize(
     ("config", "generation", "exported", "generated"),
     [(0, 0, 0, 0), (0, [0, 5], 0, [0, 5]), ([0, 5], 0, [0, 5], [0, 5]), (7, 7, 0, 0), (0, 7, 0, 0), (0, None, 0, 0)],

@@ -1,5 +1,6 @@
 """Type aliases, the dtype in which sums are accumulated, and checks of dtypes that come from outside."""
 
+from collections.abc import Collection
 from typing import Any, get_args
 
 import jax
@@ -18,13 +19,14 @@ def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def check_dtype(dtype: Any, name: str = "dtype") -> jnp.dtype:
-    """The compute dtype that was asked for, by its name or as a dtype.
+def check_dtype(dtype: Any, name: str = "dtype", allowed: Collection[str] | None = None) -> jnp.dtype:
+    """The dtype that was asked for, by its name or as a dtype.
 
     Raises:
-        UserError: models do not compute in it.
+        UserError: it is not one of those `allowed`; None: of those that models compute in.
     """
-    allowed = [*get_args(Precision), *["float64"] * (jnp.result_type(float) == jnp.float64)]
+    if allowed is None:
+        allowed = [*get_args(Precision), *["float64"] * (jnp.result_type(float) == jnp.float64)]
     try:
         known = None if dtype is None else jnp.dtype(dtype)
     except (TypeError, ValueError):

@@ -56,6 +56,11 @@ def check_folder(config: RunConfig, framework: Framework) -> bool:
         raise UserError(f"run_dir is {str(folder)!r}: the folder holds something else; pass another --run-dir")
     if not ours or config.overwrite or (folder / OVERWRITING).exists():
         return False
+    if not (folder / CONFIG_FILE).is_file() and not checkpoint_steps(folder):
+        raise UserError(
+            f"run_dir is {str(folder)!r}: `convert to-flax` was stopped there before it wrote the weights; convert "
+            "again into a new folder"
+        )
     if owner not in (None, framework):
         raise UserError(
             f"run_dir is {str(folder)!r}: it holds a {owner} run; hand it over with "
