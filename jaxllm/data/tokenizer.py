@@ -21,7 +21,7 @@ from jaxllm.data.source import Source
 from jaxllm.data.sources import hub_reachable
 from jaxllm.data.tokenizer_files import MAX_TOKENIZER_BYTES, is_there, tokenizer_class
 from jaxllm.errors import UserError, listed, one_line, shown
-from jaxllm.files import StrPath, cache_folder, check_file, plain_path, read_json, write_text_atomically
+from jaxllm.files import StrPath, cache_folder, check_file, plain_path, read_json, write_json, write_text_atomically
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -37,6 +37,10 @@ PAD = "<|pad|>"
 TRAINING_CHARS = 20_000_000
 """Text that a tokenizer is trained on: with more, merges change little and memory grows."""
 
+
+OF_TRANSFORMERS_5 = ("backend", "is_local", "local_files_only")
+"""What it writes into tokenizer_config.json about the place where it saved. transformers 4 does not know these entries,
+nor the class TokenizersBackend, which is its present name of PreTrainedTokenizerFast."""
 
 TRIAL = "def f(x):\n    return 'Hello, wörld 😀' + str(0)\t\n"
 """A text that every working tokenizer encodes."""
@@ -296,6 +300,11 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     try:
         with plain_path(folder) as plain:
             tokenizer.save_pretrained(str(plain))
+        file = folder / "tokenizer_config.json"
+        saved = {name: value for name, value in read_json(file).items() if name not in OF_TRANSFORMERS_5}
+        if saved.get("tokenizer_class") == "TokenizersBackend":
+            saved["tokenizer_class"] = "PreTrainedTokenizerFast"
+        write_json(file, saved)
     except Exception as error:  # tokenizers passes on the system's error as text
         if not (code := re.search(r"os error (\d+)", str(error))):
             raise
