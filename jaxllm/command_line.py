@@ -42,13 +42,14 @@ def parse(kind: Any, argv: Sequence[str] | None, prog: str, description: str | N
         description: for --help; a line that begins with `python` is an example and stays a line.
         options: of `tyro.cli`.
 
+    Of an option that is given twice, the last value counts.
+
     Raises:
-        UserError: an option is given twice.
+        UserError: --data is given twice, which looks like two sources.
     """
-    given = [name.partition("=")[0].replace("_", "-") for name in (sys.argv[1:] if argv is None else argv)]
-    if twice := next((name for name in given if re.match("--[a-z]", name) and given.count(name) > 1), None):
-        several = "; several sources need weights: --data A=0.7,B=0.3" if twice == "--data" else ""
-        raise UserError(f"{twice} is given twice: leave out one of them{several}")
+    given = [name.partition("=")[0] for name in (sys.argv[1:] if argv is None else argv)]
+    if given.count("--data") > 1:
+        raise UserError("--data is given twice: leave one out; several sources need weights: --data A=0.7,B=0.3")
     # tyro keeps the break before a line that is indented
     shown = description and re.sub("(?m)^python ", "    python ", description)
     return tyro.cli(kind, args=argv, prog=prog, description=shown, registry=_registry, **options)
