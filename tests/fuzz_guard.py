@@ -38,13 +38,19 @@ _allowed: Path | None = None
 _trespasses: list[str] = []
 
 
+def _path_of(event: str, arguments: tuple) -> str:
+    """What an event is about: `shutil.rmtree` names a file relative to a folder that is open."""
+    path, folder = os.fsdecode(arguments[0]), arguments[1] if event in ("os.remove", "os.rmdir") else -1
+    return os.path.realpath(path if folder == -1 else os.path.join(os.readlink(f"/proc/self/fd/{folder}"), path))
+
+
 def _watch(event: str, arguments: tuple) -> None:
     if _allowed is None:
         return
     if event in STARTS:
         _trespasses.append(f"{event} {arguments}")
     elif (event == "open" and isinstance(arguments[0], (str, bytes))) or event in CHANGES:
-        path = os.path.realpath(os.fsdecode(arguments[0]))
+        path = _path_of(event, arguments)
         writes = event != "open" or bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
         roots = [str(_allowed), "/dev/null", *_own_caches()] + ([] if writes else _LIBRARIES)
         if not any(path == root or path.startswith(f"{root}{os.sep}") for root in roots):

@@ -47,12 +47,14 @@ def test_an_option_that_changes_the_shapes_of_trained_weights_is_named(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_of_trained_weights_is_not_told_to_change_their_table(exported, run, narrow, corpus, tmp_path, capsys):
+def test_a_run_of_trained_weights_is_not_told_to_change_their_table(
+    exported, run, narrow_model, corpus, tmp_path, capsys
+):
     """Their tokenizer is larger than the table: of --init, and of a folder that the converter made."""
     large = tmp_path / "large"
     options = ["--data", str(corpus), "--steps", "1", "--sample-tokens", "0"]
     bigger = ["--model.vocab-size", "310", "--run-dir", str(large), *options]
-    assert train.main([*narrow, *bigger]) == 0
+    assert train.main([*narrow_model, *bigger]) == 0
     capsys.readouterr()
     tokenizer = ["--seq-len", "16", "--tokenizer", str(large / "tokenizer"), *options]
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -26,12 +26,12 @@ OPTIONS = [
 @pytest.mark.parametrize(
     ("data", "mesh"), [pytest.param("folder", "", marks=pytest.mark.slow), ("jsonl", "data=2,fsdp=2")]
 )
-def test_n_steps_and_n_more_equal_2n(data, mesh, narrow, corpus, tmp_path):
-    arguments = [*narrow, *OPTIONS, "--mesh", mesh]
+def test_n_steps_and_n_more_equal_2n(data, mesh, narrow_model, corpus, tmp_path):
+    arguments, source = [*narrow_model, *OPTIONS, "--mesh", mesh], corpus
     if data == "jsonl":
-        file = tmp_path / "rows.jsonl"
-        file.write_text("".join(json.dumps({"text": path.read_text()}) + "\n" for path in sorted(corpus.iterdir())))
-        arguments += ["--data", str(file)]
+        source = tmp_path / "rows.jsonl"
+        source.write_text("".join(json.dumps({"text": path.read_text()}) + "\n" for path in sorted(corpus.iterdir())))
+    arguments += ["--data", str(source)]
     calm, resumed = tmp_path / "calm", tmp_path / "resumed"
     assert train.main([*arguments, "--run-dir", str(calm)]) == 0
     shutil.copytree(calm, resumed)
