@@ -16,7 +16,8 @@ from jax.core import Tracer
 from jax.errors import InconclusiveDimensionOperation
 from jax.export import is_symbolic_dim
 
-from jaxllm.config import ModelConfig
+from jaxllm.config import LoraConfig, ModelConfig
+from jaxllm.model.adapters import add_adapters
 from jaxllm.model.attention import Latents
 from jaxllm.model.dtypes import Array, Pytree, at_least_float32, check_dtype
 from jaxllm.model.kernels import choose_kernels
@@ -24,7 +25,7 @@ from jaxllm.model.kernels.dispatch import tokens_per_expert
 from jaxllm.model.kernels.matmul import linear
 from jaxllm.model.layer import DecoderLayer, LayerInputs, LayerTrace
 from jaxllm.model.layer_loop import decode_layers, run_layers
-from jaxllm.model.layers import CustomRMSNorm, Embedding, Linear, RoutingBias, parameter_facts, stack
+from jaxllm.model.layers import CustomRMSNorm, Embedding, Frozen, Linear, RoutingBias, parameter_facts, stack
 from jaxllm.model.layout import ONE_DEVICE, Layout
 from jaxllm.model.load_balance import balance_loss, z_loss
 
@@ -57,6 +58,7 @@ class CustomLLM(nnx.Module):
         config: the model's shape.
         dtype: compute dtype, float32 or bfloat16 (float64 with jax_enable_x64). Weights are float32 masters.
         remat: compute each layer again in the backward pass; see `layout.checkpoint`.
+        lora: its adapters (`jaxllm.model.adapters`), which are then all that is trained; None: none.
         rngs: for the initialization.
         platform: whose kernels to use (`kernels.choose_kernels`); None: those of the device here.
     """
@@ -67,11 +69,12 @@ class CustomLLM(nnx.Module):
         *,
         dtype: jnp.dtype = jnp.float32,
         remat: bool = False,
+        lora: LoraConfig | None = None,
         rngs: nnx.Rngs,
         platform: str | None = None,
     ):
         self.config, self.dtype, self.remat = config, check_dtype(dtype), remat
-        self.kernels = choose_kernels(config, dtype, platform, remat=remat)
+        self.kernels = choose_kernels(config, dtype, platform, remat=remat, lora=lora)
         D, V, std = config.hidden_size, config.vocab_size, config.initializer_range
         positions = config.max_position_embeddings
         init: Any = {"std": std, "dtype": dtype, "rngs": rngs}
@@ -92,6 +95,8 @@ class CustomLLM(nnx.Module):
             None if config.tie_word_embeddings else Linear(D, V, ("hidden", "vocab"), bias=config.lm_head_bias, **init)
         )
         self.lm_head = head  # None: the table of token embeddings
+        if lora is not None:
+            add_adapters(self, config, lora, rngs)
 
     def __call__(self, input_ids: Array, attention_mask: Array | None = None, rngs: nnx.Rngs | None = None) -> Array:
         """Logits of the next token, (B,T) int -> (B,T,V) in float32 (float64 in a float64 model).
@@ -144,6 +149,11 @@ class CustomLLM(nnx.Module):
     def stacks(self) -> list[DecoderLayer]:
         """The layers in their order: the dense ones stacked, and those with experts."""
         return [layers for layers in (self.dense_layers, self.decoder_layers) if layers is not None]
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether adapters alone are trained."""
+        return isinstance(self.token_embeddings.weight, Frozen)
 
     def embed(self, input_ids: Array, positions: Array) -> Array:  # (B,T), (B|1,T) -> (B,T,D)
         x = self.token_embeddings(input_ids)
@@ -230,6 +240,26 @@ def split_model(model: CustomLLM) -> tuple[nnx.GraphDef, Pytree, Pytree]:
     """A model as its static part, its parameters and its routing bias: plain nested dicts of arrays."""
     graph, params, bias = nnx.split(model, nnx.Param, RoutingBias)
     return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(bias)
+
+
+class AdaptedModel(NamedTuple):
+    """A model with adapters as its static part and nested dicts of arrays."""
+
+    graph: nnx.GraphDef
+    params: Pytree  # the adapters
+    routing_bias: Pytree
+    frozen: Pytree  # all other weights
+
+
+def split_adapted(model: CustomLLM) -> AdaptedModel:
+    """`split_model` of a model with adapters."""
+    graph, *states = nnx.split(model, nnx.Param, RoutingBias, Frozen)
+    return AdaptedModel(graph, *map(nnx.to_pure_dict, states))
+
+
+def abstract_adapted(config: ModelConfig, lora: LoraConfig, **options) -> AdaptedModel:
+    """`split_adapted` with shapes in place of arrays."""
+    return split_adapted(nnx.eval_shape(lambda: CustomLLM(config, lora=lora, rngs=nnx.Rngs(0), **options)))
 
 
 def abstract_model(config: ModelConfig, **options) -> tuple[nnx.GraphDef, Pytree, Pytree]:

@@ -163,4 +163,4 @@ def gathered_model(
 def summed_loss(model: CustomLLM, x: Array, labels: Array) -> Array:
     """Summed next-token cross-entropy of labels (B,T), given the layers' output for them: x (B,T,D)."""
     hidden = model.apply_final_norm(x).reshape(-1, x.shape[-1])
-    return summed_cross_entropy(hidden, *model.head(), next_token_targets(labels).reshape(-1))
+    return summed_cross_entropy(hidden, *model.head(), next_token_targets(labels).reshape(-1), model.is_frozen)
