@@ -73,7 +73,7 @@ class CustomLLM(nnx.Module):
         rngs: nnx.Rngs,
         platform: str | None = None,
     ):
-        self.config, self.dtype, self.remat = config, check_dtype(dtype), remat
+        self.config, self.dtype, self.remat, self.lora = config, check_dtype(dtype), remat, lora
         self.kernels = choose_kernels(config, dtype, platform, remat=remat, lora=lora)
         D, V, std = config.hidden_size, config.vocab_size, config.initializer_range
         positions = config.max_position_embeddings
@@ -268,9 +268,12 @@ def abstract_model(config: ModelConfig, **options) -> tuple[nnx.GraphDef, Pytree
 
 
 @functools.cache
-def model_facts(config: ModelConfig) -> tuple[Pytree, Pytree]:
-    """The facts of the parameters and of the routing bias, as nested dicts like those of `split_model`."""
-    model = nnx.eval_shape(lambda: CustomLLM(config, rngs=nnx.Rngs(0)))
+def model_facts(config: ModelConfig, lora: LoraConfig | None = None) -> tuple[Pytree, Pytree]:
+    """The facts of the parameters and of the routing bias, as nested dicts like those of `split_model`.
+
+    With `lora` the parameters are the adapters; the facts of the frozen weights are those of a model without them.
+    """
+    model = nnx.eval_shape(lambda: CustomLLM(config, lora=lora, rngs=nnx.Rngs(0)))
     return parameter_facts(nnx.state(model, nnx.Param)), parameter_facts(nnx.state(model, RoutingBias))
 
 

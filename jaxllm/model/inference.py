@@ -9,6 +9,11 @@ from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layers import ParameterFacts
 
 
+def is_narrow(known: ParameterFacts) -> bool:
+    """Whether a weight may be held in bfloat16: a matrix or embeddings, and no norm, bias or router."""
+    return known.decays and "score" not in known.axes
+
+
 def for_inference(model: CustomLLM) -> CustomLLM:
     """A bfloat16 model with its matrices and embeddings in bfloat16: half of the memory, and of what a token reads.
 
@@ -22,9 +27,7 @@ def for_inference(model: CustomLLM) -> CustomLLM:
     facts, _ = model_facts(model.config)
 
     def narrowed(weight: Array, known: ParameterFacts) -> Array:
-        if not known.decays or "score" in known.axes:  # norms and biases, or a router
-            return weight
-        return weight.astype(model.dtype)
+        return weight.astype(model.dtype) if is_narrow(known) else weight
 
     @jax.jit
     def all_narrowed(params: Pytree) -> Pytree:

@@ -1,19 +1,19 @@
 """What the programs of a run depend on, apart from the rest of its config."""
 
 import functools
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxllm.config import ModelConfig, Precision, RunConfig
+from jaxllm.config import LoraConfig, ModelConfig, Precision, RunConfig
 from jaxllm.config.groups import OptimConfig, ScheduleConfig
-from jaxllm.model.decoder import abstract_model
+from jaxllm.model.decoder import abstract_adapted, abstract_model
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
-from jaxllm.train.state import TrainState, init_state, state_specs
+from jaxllm.train.state import TrainState, abstract_state, init_state, state_specs
 from jaxllm.train.step import StepMetrics, eval_step, train_step
 
 
@@ -31,17 +31,25 @@ class Computation:
     """(A,B,T): micro-batches of a step, rows of each over all devices, tokens of a row."""
     platform: str | None = None
     """Whose kernels to use (`kernels.choose_kernels`); None: those of the device here."""
+    lora: LoraConfig | None = None
+    """The adapters, which are then all that is trained."""
 
     @classmethod
     def of(cls, config: RunConfig, platform: str | None = None) -> Self:
         shape = (config.data.grad_accum, config.data.batch_size, config.data.seq_len)
         step = (config.model, config.optim, config.schedule, config.precision, config.remat)
-        return cls(*step, config.seed, shape, platform)
+        lora = config.adapters and replace(config.adapters, adapter=None)  # where they come from changes no program
+        return cls(*step, config.seed, shape, platform, lora)
 
     @property
     def graph(self) -> nnx.GraphDef:
         """The static part of the model."""
-        return _model_graph(self.model, self.precision, self.remat, self.platform)
+        return _model_graph(self.model, self.precision, self.remat, self.platform, self.lora)
+
+    @property
+    def state(self) -> TrainState:
+        """The shapes of the state."""
+        return abstract_state(self.model, self.optim, self.lora)
 
     @property
     def labels(self) -> jax.ShapeDtypeStruct:
@@ -50,11 +58,11 @@ class Computation:
 
     def init_state(self) -> TrainState:
         """A new run's state."""
-        return init_state(self.model, self.optim, self.seed)
+        return init_state(self.model, self.optim, self.seed, self.lora)
 
     def specs(self, layout: Layout) -> TrainState:
         """Where a mesh keeps the state."""
-        return state_specs(self.model, self.optim, layout)
+        return state_specs(self.model, self.optim, layout, self.lora)
 
     def train_step(
         self, state: TrainState, labels: Array, layout: Layout = ONE_DEVICE
@@ -62,11 +70,14 @@ class Computation:
         return train_step(self.optim, self.schedule, self.graph, state, labels, layout=layout)
 
     def eval_step(
-        self, params: Pytree, routing_bias: Pytree, labels: Array, layout: Layout = ONE_DEVICE
+        self, params: Pytree, routing_bias: Pytree, labels: Array, frozen: Pytree = (), layout: Layout = ONE_DEVICE
     ) -> tuple[Array, Array]:
-        return eval_step(self.graph, params, routing_bias, labels, layout)
+        return eval_step(self.graph, params, routing_bias, labels, layout, frozen or {})
 
 
 @functools.cache
-def _model_graph(model: ModelConfig, precision: Precision, remat: bool, platform: str | None) -> nnx.GraphDef:
-    return abstract_model(model, dtype=jnp.dtype(precision), remat=remat, platform=platform)[0]
+def _model_graph(
+    model: ModelConfig, precision: Precision, remat: bool, platform: str | None, lora: LoraConfig | None
+) -> nnx.GraphDef:
+    options: dict[str, Any] = {"dtype": jnp.dtype(precision), "remat": remat, "platform": platform}
+    return (abstract_model(model, **options) if lora is None else abstract_adapted(model, lora, **options))[0]

@@ -25,7 +25,7 @@ from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
 from jaxllm.train.computation import Computation
 from jaxllm.train.sharding import choose_mesh, shardings
-from jaxllm.train.state import TrainState, abstract_state
+from jaxllm.train.state import TrainState
 from jaxllm.train.step import StepMetrics
 
 
@@ -97,7 +97,7 @@ class OneDevice(Placement):
     def compile(self, computation: Computation) -> tuple[Callable, Callable]:
         evaluate = _compile_evaluation(computation, ONE_DEVICE)
         step = lower_step(computation, ONE_DEVICE).compile()
-        return step, lambda state, labels: evaluate(state.params, state.routing_bias, labels)
+        return step, lambda state, labels: evaluate(state.params, state.routing_bias, labels, state.frozen)
 
 
 class OnMesh(Placement):
@@ -115,10 +115,11 @@ class OnMesh(Placement):
     def compile(self, computation: Computation) -> tuple[Callable, Callable]:
         layout, state = self.layout, self.state_shardings(computation)
         rows = shardings(layout, layout.batch_spec(0))
-        evaluate = _compile_evaluation(computation, layout, in_shardings=(state.params, state.routing_bias, rows))
+        where = (state.params, state.routing_bias, rows, state.frozen)
+        evaluate = _compile_evaluation(computation, layout, in_shardings=where)
         step = lower_step(computation, layout).compile()
         if jax.process_count() == 1:
-            return step, lambda state, labels: evaluate(state.params, state.routing_bias, labels)
+            return step, lambda state, labels: evaluate(state.params, state.routing_bias, labels, state.frozen)
         batch_size = computation.shape[1]
         first, _ = local_rows(batch_size)
 
@@ -134,14 +135,14 @@ class OnMesh(Placement):
 
         return (
             lambda state, labels: step(state, global_batch(labels, 1, first)),
-            lambda state, labels: evaluate(state.params, state.routing_bias, global_batch(labels, 0, 0)),
+            lambda state, labels: evaluate(state.params, state.routing_bias, global_batch(labels, 0, 0), state.frozen),
         )
 
 
 def _compile_evaluation(computation: Computation, layout: Layout, **options: Any) -> Callable:
-    state = abstract_state(computation.model, computation.optim)
+    state = computation.state
     evaluate = jax.jit(functools.partial(computation.eval_step, layout=layout), **options)
-    return evaluate.lower(state.params, state.routing_bias, _micro_batch(computation)).compile()
+    return evaluate.lower(state.params, state.routing_bias, _micro_batch(computation), state.frozen).compile()
 
 
 def _micro_batch(computation: Computation) -> jax.ShapeDtypeStruct:  # (B,T)
@@ -187,14 +188,14 @@ class Pmap(Placement):
         step = step.lower(state, jax.eval_shape(lambda x: by_device(x, 1), computation.labels)).compile()
         evaluate = jax.pmap(functools.partial(computation.eval_step, layout=layout), "data")
         labels = jax.eval_shape(lambda x: by_device(x, 0), _micro_batch(computation))
-        evaluate = evaluate.lower(state.params, state.routing_bias, labels).compile()
+        evaluate = evaluate.lower(state.params, state.routing_bias, labels, state.frozen).compile()
 
         def run_step(state: TrainState, labels: np.ndarray) -> tuple[TrainState, StepMetrics]:
             state, metrics = step(state, by_device(labels, 1))
             return state, _first_copy(metrics)
 
         def run_evaluate(state: TrainState, labels: np.ndarray) -> tuple[Array, Array]:
-            return _first_copy(evaluate(state.params, state.routing_bias, by_device(labels, 0)))
+            return _first_copy(evaluate(state.params, state.routing_bias, by_device(labels, 0), state.frozen))
 
         return run_step, run_evaluate
 
@@ -228,4 +229,4 @@ def lower_step(computation: Computation, layout: Layout) -> jax.stages.Lowered:
             "out_shardings": (state, shardings(layout, PartitionSpec())),
         }
     step = jax.jit(functools.partial(computation.train_step, layout=layout), donate_argnums=0, **options)
-    return step.lower(abstract_state(computation.model, computation.optim), computation.labels)
+    return step.lower(computation.state, computation.labels)

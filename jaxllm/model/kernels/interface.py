@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from jaxllm.model.dtypes import Array
+from jaxllm.model.dtypes import Array, Pytree
 
 Weights = tuple[Array, Array, Array]
 """gate, up (S,D,F) and down (S,F,D) of S experts, which may be those of all layers."""
@@ -22,7 +22,7 @@ Adapter = tuple[Array, Array]
 Adapters = tuple[Adapter, Adapter, Adapter]
 """Of gate, up and down of the E experts of a layer."""
 
-Gradients = Weights | Adapters | tuple[()]
+Gradients = Pytree
 """Arrays like what is trained of the experts: the weights, or their adapters, or nothing."""
 
 
