@@ -1,4 +1,4 @@
-"""Text generation: one prefill of all prompts, then a compiled loop of single tokens on the latent cache.
+"""Text generation: one prefill of all prompts, then a compiled loop over single tokens on the latent cache.
 
 python -m jaxllm.generate RUN --prompt "def " --max-new-tokens 100 --temperature 0.8 --top-p 0.95
 python -m jaxllm.generate RUN --chat
@@ -30,7 +30,7 @@ from jaxllm.errors import UserError, exit_on_user_error, shown
 from jaxllm.files import StrPath
 from jaxllm.model.attention import Latents
 from jaxllm.model.decoder import CustomLLM, abstract_model, split_model
-from jaxllm.model.dtypes import Array, check_dtype
+from jaxllm.model.dtypes import Array, Pytree, check_dtype
 from jaxllm.model.inference import for_inference
 from jaxllm.model.kernels.packed import pack, unpack
 from jaxllm.model.numerics import pinned_sampling, random_key
@@ -47,7 +47,7 @@ PROMPT_MULTIPLE = 32
 """Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""
 
 STREAMED_TOKENS = 8
-"""Tokens that are generated before they are shown."""
+"""Tokens that `stream` decodes before it yields them."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,17 @@ class _Numbers(NamedTuple):
     top_p: np.float32 | Array
 
 
+class _Choice(NamedTuple):
+    """How tokens are chosen and rows end; arguments of the compiled programs."""
+
+    numbers: _Numbers
+    key: Array
+    eos: Array  # (E,) the tokens that end a row
+
+
 class _Decoding(NamedTuple):
+    """Rows that are being continued."""
+
     count: Array  # () tokens chosen so far
     tokens: Array  # (B,X) the chosen tokens, X at most
     token: Array  # (B,) the newest
@@ -116,6 +126,67 @@ def generate(
     Returns the new tokens of each prompt. Raises a UserError if a prompt is empty, or if it does not fit into the
     model's positions with its new tokens.
     """
+    (rows,) = _decode(model, prompts, max_new_tokens, max_new_tokens, sampling, seed, eos_token_ids)
+    return [_before_end(row, eos_token_ids) for row in rows]
+
+
+def stream(
+    model: CustomLLM,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    seed: int,
+    eos_token_ids: Sequence[int],
+) -> Iterator[list[int]]:
+    """Continue one prompt: yields the tokens of `generate`, a few at a time, as far as the model's positions go."""
+    room = min(max_new_tokens, model.config.max_position_embeddings - len(prompt))
+    if room < 1:
+        return
+    yielded = 0
+    for (row,) in _decode(model, [prompt], room, STREAMED_TOKENS, sampling, seed, eos_token_ids):
+        tokens = _before_end(row, eos_token_ids)
+        yield tokens[yielded:]
+        yielded = len(tokens)
+
+
+def _before_end(tokens: list[int], eos_token_ids: Sequence[int]) -> list[int]:
+    return list(itertools.takewhile(lambda token: token not in eos_token_ids, tokens))
+
+
+def _decode(
+    model: CustomLLM,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    every: int,
+    sampling: Sampling,
+    seed: int,
+    eos_token_ids: Sequence[int],
+) -> Iterator[list[list[int]]]:
+    """Yields all new tokens of each prompt so far, after every `every` tokens and at the end.
+
+    The arguments and errors are those of `generate`. Tokens after a row's end are to be ignored.
+    """
+    _check(model, prompts, max_new_tokens, seed)
+    lengths = np.asarray([len(prompt) for prompt in prompts])
+    width = min(model.config.max_position_embeddings, -(-lengths.max() // PROMPT_MULTIPLE) * PROMPT_MULTIPLE)
+    padded = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    graph, params, bias = split_model(model)
+    eos = np.asarray([-1, *eos_token_ids], np.int32)
+    with pinned_sampling():
+        choice = _Choice(sampling.numbers(), random_key(seed), eos)
+        now = _first_token(graph, sampling.kind, max_new_tokens, choice, params, bias, padded, lengths)
+    for until in itertools.count(every, every):
+        with pinned_sampling():
+            now = _more_tokens(graph, sampling.kind, choice, params, bias, min(until, max_new_tokens), now)
+        yield np.asarray(now.tokens)[:, : int(now.count)].tolist()
+        if until >= max_new_tokens or now.done.all():
+            return
+
+
+def _check(model: CustomLLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> None:
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
     if not 0 <= seed <= MAX_SEED:
@@ -133,63 +204,51 @@ def generate(
             f"max_new_tokens is {max_new_tokens}: with a prompt of {max(lengths)} tokens it must be at most "
             f"{limit - max(lengths)}, as max_position_embeddings is {limit}"
         )
-    width = min(limit, -(-max(lengths) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE)
-    padded = np.zeros((len(prompts), width), np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    graph, params, bias = split_model(model)
-    eos = np.asarray([-1, *eos_token_ids], np.int32)
-    with pinned_sampling():
-        tokens, count = _generate(
-            graph, sampling.kind, max_new_tokens, sampling.numbers(), params, bias, padded, np.asarray(lengths), eos,
-            random_key(seed),
-        )  # fmt: skip
-    rows = np.asarray(tokens)[:, : int(count)].tolist()
-    return [list(itertools.takewhile(lambda token: token not in eos_token_ids, row)) for row in rows]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(
+def _first_token(
     graph: nnx.GraphDef,
     kind: SamplingKind,
     max_new: int,
-    numbers: _Numbers,
-    params,
-    bias,
+    choice: _Choice,
+    params: Pytree,
+    bias: Pytree,
     prompts: Array,
     lengths: Array,
-    eos: Array,
-    key: Array,
-) -> tuple[Array, Array]:
-    """Prompts (B,P), padded on the right, and their lengths (B,) -> (B, max_new) tokens and how many count.
-
-    `eos` are the tokens that end a row.
-    """
+) -> _Decoding:
+    """Read prompts (B,P), padded on the right, of lengths (B,), and choose the first token of `max_new` after each."""
     model = nnx.merge(graph, params, bias)
-    batch = prompts.shape[0]
     hidden, cache = prefill(model, prompts, max_new)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)  # (B,1,D)
-    first = sample_token(kind, numbers, model.logits(last)[:, 0], jax.random.fold_in(key, 0))
-    tokens = jnp.zeros((batch, max_new), jnp.int32).at[:, 0].set(first)
+    first = sample_token(kind, choice.numbers, model.logits(last)[:, 0], jax.random.fold_in(choice.key, 0))
+    tokens = jnp.zeros((prompts.shape[0], max_new), jnp.int32).at[:, 0].set(first)
+    return _Decoding(jnp.ones((), jnp.int32), tokens, first, lengths, jnp.isin(first, choice.eos), pack(cache))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=6)
+def _more_tokens(
+    graph: nnx.GraphDef, kind: SamplingKind, choice: _Choice, params: Pytree, bias: Pytree, until: int, now: _Decoding
+) -> _Decoding:
+    """Choose tokens until each row has `until`, or all rows have ended."""
+    model = nnx.merge(graph, params, bias)
 
     def unfinished(now: _Decoding) -> Array:
-        return (now.count < max_new) & ~now.done.all()
+        return (now.count < until) & ~now.done.all()
 
     def next_token(now: _Decoding) -> _Decoding:
         logits, cache = model.decode(now.token[:, None], now.positions[:, None], unpack(now.cache))
-        token = sample_token(kind, numbers, logits[:, 0], jax.random.fold_in(key, now.count))
+        token = sample_token(kind, choice.numbers, logits[:, 0], jax.random.fold_in(choice.key, now.count))
         return _Decoding(
             count=now.count + 1,
             tokens=now.tokens.at[:, now.count].set(token),
             token=token,
             positions=now.positions + 1,
-            done=now.done | jnp.isin(token, eos),
+            done=now.done | jnp.isin(token, choice.eos),
             cache=pack(cache),
         )
 
-    start = _Decoding(jnp.ones((), jnp.int32), tokens, first, lengths, jnp.isin(first, eos), pack(cache))
-    end = jax.lax.while_loop(unfinished, next_token, start)
-    return end.tokens, end.count
+    return jax.lax.while_loop(unfinished, next_token, now)
 
 
 def prefill(model: CustomLLM, prompts: Array, max_new: int) -> tuple[Array, Latents]:
@@ -247,25 +306,6 @@ def tokenizer_folder(folder: StrPath) -> Path:
     """The folder of the tokenizer of a run, or of an exported folder or one in the Hub's cache."""
     kept = (Path(folder, name) for name in (TOKENIZER, SOURCE) if is_run(folder))
     return next((path for path in kept if path.is_dir()), model_folder(folder))
-
-
-def stream(
-    model: CustomLLM,
-    prompt: list[int],
-    max_new_tokens: int,
-    sampling: Sampling,
-    *,
-    seed: int,
-    eos_token_ids: Sequence[int],
-) -> Iterator[list[int]]:
-    """Continue one prompt: yields new tokens, a few at a time, until an end token or the model's last position."""
-    room = min(max_new_tokens, model.config.max_position_embeddings - len(prompt))
-    while room > 0:
-        count = min(room, STREAMED_TOKENS)
-        now = (seed + len(prompt)) % (MAX_SEED + 1)
-        new = generate(model, [prompt], count, sampling, seed=now, eos_token_ids=eos_token_ids)[0]
-        yield new
-        prompt, room = prompt + new, room - count if len(new) == count else 0
 
 
 def chat(args: GenerateArgs, model: CustomLLM, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> None:
