@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -76,3 +77,17 @@ def test_no_file_of_the_product_is_long():
     del lengths["torch_ref/model.py"]
     assert {name: length for name, length in lengths.items() if length >= 400} == {}
     assert not [name for name in lengths if "utils" in name]
+
+
+HOOKS = re.compile(
+    r"""^ \s* (threading | sys)\.\w*hook \s* = | ^ \s* sys\.std(out | err | in)\b .* = \s
+    | ^ \s* sys\.modules\[.*\] \s* = | setattr\(sys, | \baddFilter\( | \bset_client_factory\(""",
+    re.VERBOSE | re.MULTILINE,
+)
+
+
+def test_one_file_replaces_what_belongs_to_the_process():
+    assert HOOKS.search('    sys.modules["torch"] = None')
+    assert HOOKS.search("    threading.excepthook = hook")
+    files = [ROOT / "train.py", *(ROOT / "jaxllm").rglob("*.py")]
+    assert [file.name for file in files if HOOKS.search(file.read_text())] == ["console.py"]
