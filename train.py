@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxllm.config import TrainConfig
 from jaxllm.errors import exit_on_user_error
-from jaxllm.generate import Sampling, generate
+from jaxllm.model.decoding import Sampling, generate
 from jaxllm.packages import check_own
 from jaxllm.run.arguments import parse_args
 from jaxllm.run.init import check_shapes

@@ -18,8 +18,8 @@ from flax import nnx
 from convert import __main__ as convert
 from jaxllm import CustomLLM
 from jaxllm.config import TrainConfig
-from jaxllm.generate import Sampling, generate
 from jaxllm.model import numerics
+from jaxllm.model.decoding import Sampling, generate
 from jaxllm.train.state import init_state
 from tests.fingerprint import fingerprint
 from tests.test_generate import SMALL

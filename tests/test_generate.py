@@ -15,8 +15,10 @@ from flax import nnx
 from jaxllm import CustomLLM, ModelConfig, UserError
 from jaxllm import generate as generation
 from jaxllm.data.tokenizer import load_tokenizer
-from jaxllm.generate import STREAMED_TOKENS, GenerateArgs, Sampling, generate, sample_token, stream
+from jaxllm.generate import GenerateArgs
+from jaxllm.model import decoding
 from jaxllm.model.attention import Latents
+from jaxllm.model.decoding import STREAMED_TOKENS, Sampling, generate, sample_token, stream
 
 SMALL = ModelConfig(
     vocab_size=311,
@@ -125,7 +127,7 @@ def test_of_equal_tokens_the_first_ones_stay_as_in_greedy_choice(sampling, possi
 
 def test_other_sampling_numbers_compile_nothing(model):
     def count() -> int:
-        return generation._first_token._cache_size() + generation._more_tokens._cache_size()
+        return decoding._first_token._cache_size() + decoding._more_tokens._cache_size()
 
     generate(model, [[1, 2]], 5, Sampling(0.7, 3, 0.9))
     compiled = count()
@@ -190,8 +192,8 @@ def test_stream_and_generate_give_the_same_tokens_with_the_same_seed(count, samp
 
 
 def test_a_stream_reads_its_prompt_once(model, monkeypatch):
-    read, first_token = [], generation._first_token
-    monkeypatch.setattr(generation, "_first_token", lambda *args: read.append(args) or first_token(*args))
+    read, first_token = [], decoding._first_token
+    monkeypatch.setattr(decoding, "_first_token", lambda *args: read.append(args) or first_token(*args))
     assert len(joined(stream(model, [5, 17], 30, Sampling(0.0), seed=0, eos_token_ids=()))) == 30
     assert len(read) == 1
 

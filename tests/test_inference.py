@@ -13,9 +13,9 @@ import pytest
 from flax import nnx
 
 from jaxllm import ModelConfig, TrainConfig
-from jaxllm.generate import Sampling, _Choice, _first_token, _more_tokens, generate, prefill
 from jaxllm.model import inference
 from jaxllm.model.decoder import CustomLLM, split_model
+from jaxllm.model.decoding import Sampling, _Choice, _first_token, _more_tokens, generate, prefill
 from jaxllm.model.kernels import packed
 from jaxllm.model.kernels.packed import pack, unpack
 from jaxllm.model.layout import ONE_DEVICE
