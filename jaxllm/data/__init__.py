@@ -1,1 +1,1 @@
-"""Text in, batches of tokens out: sources, tokenizer, encoder, and a stream that packs, shuffles and keeps its position."""
+"""Text in, batches of tokens out: sources, tokenizer, encoder, stream (packing, shuffling, batches, position)."""

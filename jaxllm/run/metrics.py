@@ -20,7 +20,7 @@ from jaxllm.store.metrics_file import json_line, write_metrics
 class RunLog:
     """Writes each record to the console (around the progress bar), to `metrics.jsonl` and to the trackers.
 
-    There is no bar where stderr is no terminal.
+    The bar is shown only where stderr is a terminal.
     """
 
     def __init__(self, config: RunConfig, history: History, first_step: int):

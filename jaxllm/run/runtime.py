@@ -29,7 +29,7 @@ def use_compilation_cache() -> None:
         return
     try:
         folder = cache_folder("xla")
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
         print(f"Programs are compiled again in each run: the cache cannot be used ({one_line(error)})", file=sys.stderr)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
