@@ -56,6 +56,7 @@ def pytest_configure(config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.option.markexpr == "not slow and not gpu_compile":
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILATION}"
+        os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")  # else train.py would restart itself
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads of two workers wait for each other
         gc.set_threshold(50_000, 50, 50)  # tracing makes many objects: this saves a sixth of its time
 
