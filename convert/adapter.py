@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from convert.mapping import PARAMS, Entry, Part, Pytree, entries, has_leaf, leaf
 from convert.tensor_files import TensorFiles
@@ -95,8 +95,8 @@ def adapted(config: ModelConfig, params: Pytree, interleaved: bool = True) -> It
             of_experts = (
                 bool(stacked) and name.endswith(("gate_proj", "up_proj", "down_proj")) and config.moe_layers > 0
             )
-            factors = (_factor(entry, params, kind, f"{PREFIX}{name}") for kind in ("a", "b"))
-            yield Adapted(*factors, f"{module}.weight" if of_experts else module, of_experts)
+            a, b = (_factor(entry, params, kind, f"{PREFIX}{name}") for kind in ("a", "b"))
+            yield Adapted(a, b, f"{module}.weight" if of_experts else module, of_experts)
         elif match[2] == "0" and match[3] != "up_proj":
             names = stacked if match[3] in stacked else (match[3],)
             # PEFT wraps the module once for each parameter: the first is inside
@@ -144,7 +144,7 @@ def write_adapter(
         values = factor.to_torch(trees)
         check_floats(factor.torch_name, values)
         tensors[factor.torch_name] = np.ascontiguousarray(values, np.float32)
-    save_file(tensors, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    (out / ADAPTER_WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
     alpha = lora.resolved_alpha
     values = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,

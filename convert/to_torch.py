@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from convert.base import adapters_of, run_weights
 from convert.mapping import PARAMS, ROUTING_BIAS, entries
 from convert.model_card import CARD_FILE, write_model_card
 from convert.new_folder import check_new, new_folder
@@ -22,7 +23,7 @@ from jaxllm.files import StrPath, read_json, write_json
 from jaxllm.model.decoder import CustomLLM, split_model
 from jaxllm.model.dtypes import check_dtype
 from jaxllm.packages import ROOT, check_own
-from jaxllm.store.checkpoint import Weights, load_weights
+from jaxllm.store.checkpoint import Weights
 from jaxllm.store.folder import CONFIG_FILE, SOURCE_DTYPES, TOKENIZER
 from jaxllm.store.source import GENERATION_CONFIG, kept_files, read_source
 
@@ -40,7 +41,7 @@ AUTO_CLASSES = {
 def export_run(run: StrPath, out: StrPath, *, dtype: Any = None) -> None:
     """Export the newest weights of a run, with a model card, its tokenizer, and the files that the weights came with.
 
-    Those files are the same, byte for byte, except where a line says otherwise.
+    Those files are the same, byte for byte, except where a line says otherwise. Adapters are merged into the weights.
 
     Args:
         dtype: of the weights; None: that of the folder that they came from, or float32.
@@ -51,14 +52,14 @@ def export_run(run: StrPath, out: StrPath, *, dtype: Any = None) -> None:
     run, out = Path(run), Path(out)
     check_new(out)
     asked = None if dtype is None else check_dtype(dtype, allowed=DTYPES).name
-    config, weights = load_weights(run)
+    config, weights = run_weights(run)
     kept, stored = kept_files(run), _stored_dtypes(run)
     source = read_source(run)
     named = (source or {}).get("dtype") or (source or {}).get("torch_dtype")
     given = asked or stored.get("dtype") or (named if named in DTYPES else "float32")
     others = None if asked else stored.get("others")
     trained = (run / CONFIG_FILE).is_file()
-    if trained and others is not None:
+    if trained and others is not None and not adapters_of(run):
         moved = {entry.torch_name: "float32" for entry in entries(config) if entry.float32}
         if any(others.get(name, given) != "float32" for name in moved):
             print("The correction biases are in float32: training moves them by less than the source's dtype holds")

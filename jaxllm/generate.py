@@ -29,7 +29,6 @@ from jaxllm.model.dtypes import check_dtype
 from jaxllm.model.inference import for_inference
 from jaxllm.packages import check_own
 from jaxllm.run.runtime import start_jax, use_compilation_cache
-from jaxllm.store.checkpoint import load_weights
 from jaxllm.store.folder import SOURCE, TOKENIZER, is_run, read_model_config
 from jaxllm.store.source import model_folder
 
@@ -38,16 +37,21 @@ if TYPE_CHECKING:
 
 
 def load_model(folder: StrPath, precision: Precision = "float32") -> CustomLLM:
-    """The model of a run or of an exported folder; raises a UserError if the folder is neither."""
+    """The model of a run or of an exported folder; raises a UserError if the folder is neither.
+
+    Adapters of a run are merged into their base.
+    """
     dtype = check_dtype(precision, "precision")
+    if not is_run(folder) and not Path(folder).is_file():
+        read_model_config(folder)  # nothing to convert
+    check_own("convert")
     if not is_run(folder):
-        if not Path(folder).is_file():
-            read_model_config(folder)  # nothing to convert
-        check_own("convert")
         from convert.to_flax import from_pretrained
 
         return from_pretrained(folder, dtype=dtype)
-    config, weights = load_weights(folder)
+    from convert.base import run_weights
+
+    config, weights = run_weights(folder)
     graph, _, _ = abstract_model(config, dtype=dtype)
     return nnx.merge(graph, *weights)
 

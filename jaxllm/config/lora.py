@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -27,8 +26,6 @@ class LoraConfig:
     networks of dense layers), `experts` (each routed expert has its own)."""
     rslora: Annotated[bool, tyro.conf.arg(name="lora-rslora")] = False
     """Multiply by alpha / sqrt(r) instead (rsLoRA, arXiv:2312.03732)."""
-    adapter: Path | None = option(None, resumable=True)
-    """Start from this folder of PEFT: its rank, alpha and matrices are then the defaults."""
     base_dtype: Annotated[
         tyro.conf.Suppress[Literal["float32", "bfloat16", "float16"]], tyro.conf.arg(name="lora-base-dtype")
     ] = option("bfloat16", resumable=True)
@@ -42,8 +39,7 @@ class LoraConfig:
                 f"lora_targets is {shown(self.targets)}: it must be some of {', '.join(TARGETS)}, separated by commas"
             )
         if self.rank == 0:
-            given = {"lora_alpha": self.alpha, "adapter": self.adapter, "lora_rslora": self.rslora or None}
-            for name, value in given.items():
+            for name, value in {"lora_alpha": self.alpha, "lora_rslora": self.rslora or None}.items():
                 if value is not None:
                     raise UserError(f"{name} is {shown(value)}: it is of an adapter, pass --lora-rank")
 

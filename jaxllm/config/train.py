@@ -152,12 +152,16 @@ class TrainConfig(RunConfig):
     init: Path | None = option(None, resumable=True)
     """Start a new run from the weights of this folder: of the DeepSeek family, or an exported CustomLLM. It gives the
     model and, where it has one, the tokenizer. The learning rate is then 2e-5, and the run's folder runs/NAME."""
+    adapter: Path | None = option(None)
+    """Go on with this adapter, a folder of PEFT: its rank, alpha and matrices are the defaults of --lora-..."""
     checkpoint: Flat[groups.CheckpointConfig] = field(default_factory=groups.CheckpointConfig)
     mesh: Flat[groups.MeshConfig] = field(default_factory=groups.MeshConfig)
     lora: Flat[LoraConfig] = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.adapter is not None and not self.adapters:
+            raise UserError(f"adapter is {str(self.adapter)!r}, and lora_rank is 0: leave out one of the two")
         if self.adapters and self.optim.optimizer != "adamw":
             raise UserError(
                 f"optimizer is {self.optim.optimizer!r}: it makes the update of a whole matrix orthogonal, and an "

@@ -87,7 +87,7 @@ def _adapt(matrix: Matrix, lora: LoraConfig, rngs: nnx.Rngs) -> None:
         facts: ParameterFacts = linear.weight.get_metadata("facts")
         sizes = dict(zip(facts.axes[:-2], linear.weight.shape[:-2], strict=True))
         sizes |= dict(zip(("in", "out"), linear.weight.shape[-2:], strict=True)) | {RANK: lora.rank}
-        names = dict(zip(("in", "out"), facts.axes[-2:], strict=True))
+        names: dict[str, str] = dict(zip(("in", "out"), facts.axes[-2:], strict=True))
         kept = [axis for axis in facts.axes[:-2] if not (whole and axis == SHARED)]
         return tuple(names.get(axis, axis) for axis in (*kept, *last)), tuple(sizes[axis] for axis in (*kept, *last))
 

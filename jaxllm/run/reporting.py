@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxllm.config import RunConfig
+from jaxllm.config import LoraConfig, RunConfig
 from jaxllm.data.folder import described
 from jaxllm.data.tokenizer import decode_after, encode_prompt
 from jaxllm.errors import optional
@@ -73,6 +73,15 @@ def announce_speed(config: RunConfig, peak_tflops: float, compile_seconds: float
         f"Model FLOPs of a training token: {full:.4g}M with attention counted full (T x T), {causal:.4g}M with its "
         f"causal half; MFU is their share of {peak_tflops:.4g} TFLOP/s "
         f"({'measured on' if config.logging.peak_tflops is None else 'given for'} {config.precision} matrix products)"
+    )
+
+
+def announce_adapters(lora: LoraConfig, trained: int) -> None:
+    """Print what is trained in place of the model's weights."""
+    alpha = f"alpha {lora.resolved_alpha:g}{' (rsLoRA)' if lora.rslora else ''}"
+    print(
+        f"LoRA: rank {lora.rank}, {alpha}, on {lora.targets}: {trained:,} parameters are trained; all weights of the "
+        f"model are frozen, its matrices in {lora.base_dtype}"
     )
 
 

@@ -16,11 +16,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxllm.config import ModelConfig, RunConfig
+from jaxllm.config import LoraConfig, ModelConfig, RunConfig
 from jaxllm.data.stream import MAX_POSITION_BYTES, Position
 from jaxllm.errors import UserError, one_line
 from jaxllm.files import StrPath, plain_path
-from jaxllm.model.decoder import abstract_model
+from jaxllm.model.decoder import abstract_adapted, abstract_model
 from jaxllm.store.folder import CHECKPOINTS, checkpoint_steps, is_run, read_model_config
 from jaxllm.store.history import History
 from jaxllm.store.resume import check_format, choose_checkpoint
@@ -82,13 +82,13 @@ class CheckpointReader:
         """Whether it holds more than weights."""
         return (self._folder / "training").is_dir()
 
-    def weights(self, config: ModelConfig, shardings: Weights | None = None) -> Weights:
-        """Its weights, placed according to `shardings`; None: on the first device.
+    def weights(self, config: ModelConfig, shardings: Weights | None = None, lora: LoraConfig | None = None) -> Weights:
+        """Its weights, placed according to `shardings`; None: on the first device. With `lora`, they are adapters.
 
         Raises:
             UserError: they cannot be read.
         """
-        _, params, routing_bias = abstract_model(config)
+        _, params, routing_bias, *_ = abstract_model(config) if lora is None else abstract_adapted(config, lora)
         restored = self._restore(weights=_targets(Weights(params, routing_bias), shardings)._asdict())
         return Weights(**restored["weights"])
 
@@ -102,7 +102,7 @@ class CheckpointReader:
         """
         wanted = None if shardings is None else Weights(shardings.params, shardings.routing_bias)
         resumed = self.resume_state(config, shardings)
-        weights = self.weights(config.model, wanted)
+        weights = self.weights(config.model, wanted, config.adapters)
         if resumed is None:
             start = functools.partial(start_state, config.model, config.optim, config.seed)
             return (start if shardings is None else jax.jit(start, out_shardings=shardings))(*weights), None
@@ -117,7 +117,7 @@ class CheckpointReader:
         if not self.has_training:
             return None
         check_format(self._folder)
-        targets = _targets(abstract_state(config.model, config.optim), shardings)
+        targets = _targets(abstract_state(config.model, config.optim, config.adapters), shardings)
         training = {"opt_state": targets.opt_state, "step": targets.step, "dropout_key": targets.dropout_key}
         restored = self._restore(training=training, positions=self._shapes_of_positions(), history=None)
         try:

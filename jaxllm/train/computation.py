@@ -1,7 +1,7 @@
 """What the programs of a run depend on, apart from the rest of its config."""
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import jax
@@ -38,8 +38,7 @@ class Computation:
     def of(cls, config: RunConfig, platform: str | None = None) -> Self:
         shape = (config.data.grad_accum, config.data.batch_size, config.data.seq_len)
         step = (config.model, config.optim, config.schedule, config.precision, config.remat)
-        lora = config.adapters and replace(config.adapters, adapter=None)  # where they come from changes no program
-        return cls(*step, config.seed, shape, platform, lora)
+        return cls(*step, config.seed, shape, platform, config.adapters)
 
     @property
     def graph(self) -> nnx.GraphDef:

@@ -30,20 +30,16 @@ class Trainer:
         self.graph = self.computation.graph
         self._programs: Programs | None = None
 
-    def init(self, weights: tuple[Pytree, Pytree] | None = None, adapters: Pytree | None = None) -> TrainState:
-        """A new run's state: with these parameters and routing bias, or fresh ones.
-
-        In a run with adapters the weights are the frozen base; None for `adapters`: they are drawn from the seed.
-        """
+    def init(self, weights: tuple[Pytree, Pytree] | None = None) -> TrainState:
+        """A new run's state: with these parameters and routing bias, or fresh ones."""
         if weights is None:
             return self.placement.init(self.computation)
-        if self.computation.lora is not None:
-            return self.placement.shard(self._adapted(weights, adapters))
         config = self.config
         state = start_state(config.model, config.optim, config.seed, *weights)
         return self.placement.shard(jax.device_put(state, self.state_shardings))
 
-    def _adapted(self, weights: tuple[Pytree, Pytree], adapters: Pytree | None) -> TrainState:
+    def init_adapted(self, weights: tuple[Pytree, Pytree], adapters: Pytree | None) -> TrainState:
+        """A new run's state on frozen weights and their routing bias, with these adapters, or some from the seed."""
         where = self.state_shardings
 
         @functools.partial(jax.jit, out_shardings=where and where._replace(frozen={}))
@@ -53,13 +49,13 @@ class Trainer:
         state = self.with_base(drawn(), weights)
         if adapters is not None:
             state = state._replace(params=jax.device_put(adapters, where and where.params))
-        return state
+        return self.placement.shard(state)
 
     def with_base(self, state: TrainState, weights: tuple[Pytree, Pytree]) -> TrainState:
         """A state of adapters, in the form of one device, with the weights and the routing bias that they belong to."""
         where, shapes = self.state_shardings, self.computation.state
         frozen, bias = jax.tree.map(
-            lambda leaf, shape: leaf.astype(shape.dtype), weights, (shapes.frozen, shapes.routing_bias)
+            lambda leaf, shape: leaf.astype(shape.dtype), tuple(weights), (shapes.frozen, shapes.routing_bias)
         )
         frozen = jax.device_put(frozen, where and where.frozen)
         return state._replace(frozen=frozen, routing_bias=jax.device_put(bias, where and where.routing_bias))
