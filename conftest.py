@@ -25,16 +25,9 @@ from jaxllm.run.signals import STOPPING
 from jaxllm.store import checkpoint, checkpoint_writer
 from jaxllm.train import trainer
 from jaxllm.train.placement import OneDevice, Placement
+from tests.configs import NARROW
 
 jax.config.update("jax_num_cpu_devices", 8)  # for `test_parallel.py`, before the first use of a device
-
-NARROW = (
-    "--model.hidden-size", "32", "--model.num-hidden-layers", "2", "--model.num-attention-heads", "2",
-    "--model.moe-intermediate-size", "24", "--model.n-routed-experts", "4", "--model.vocab-size", "300",
-    "--model.max-position-embeddings", "64", "--seq-len", "16", "--batch-size", "4", "--log-every", "1",
-    "--eval-samples", "7", "--sample-tokens", "8",
-    "--precision", "float32", "--optimizer", "adamw", "--learning-rate", "4e-3",  # compiles faster than the default
-)  # fmt: skip
 
 
 def write_corpus(folder: Path, files: int = 25) -> Path:
