@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(argv, "train.py", __doc__, TrainConfig)
     init_distributed(config)
     use_compilation_cache()
-    placement = choose_placement(config)  # refused before the run's folder is touched
+    placement = choose_placement(config.mesh, config.data.batch_size)  # refused before the run's folder is touched
     with Run.open(config, placement, read_start) as (run, trainer, state):
         for batch in run.batches():
             state, metrics = trainer.step(state, batch.rows)

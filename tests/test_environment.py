@@ -85,7 +85,7 @@ def test_the_library_s_keys_and_samples_are_pinned_where_nothing_else_is():
     model, config = CustomLLM(small, rngs=nnx.Rngs(0)), TrainConfig.from_options(model=small)
 
     def numbers() -> tuple[list[list[int]], np.ndarray, np.ndarray]:
-        state = init_state(config)
+        state = init_state(config.model, config.optim, config.seed)
         return (
             generate(model, [[1, 2]], 8, Sampling(), seed=2**40 + 1),
             np.asarray(state.dropout_key),

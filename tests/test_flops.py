@@ -94,7 +94,7 @@ def test_forward_flops_are_the_products_that_jax_traces():
     """Except the routed experts': their trip counts depend on the rows."""
     graph, params, bias = abstract_model(ODD)
     rows = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
-    traced = jax.make_jaxpr(functools.partial(eval_step, CONFIG, graph))(params, bias, rows)
+    traced = jax.make_jaxpr(functools.partial(eval_step, graph))(params, bias, rows)
     parts = flops.forward_flops(ODD, LENGTH, "full")
     routed = parts.pop("routed_experts")
     assert product_flops(traced.jaxpr) == BATCH * LENGTH * sum(parts.values())

@@ -313,7 +313,8 @@ def test_a_mistyped_path_is_not_only_the_hub_s_fault(hub, monkeypatch):
 # Below: the seed recipe. The slow tests start it in a separate process, as a user does.
 
 SMALL = (
-    "--preset", "customllm-768", "--recipe", "seed", *NARROW_MODEL, "--batch-size", "2", "--grad-accum", "2", "--steps", "6", "--save-every", "3", "--eval-every", "3", "--log-every", "1",
+    "--preset", "customllm-768", "--recipe", "seed", *NARROW_MODEL, "--batch-size", "2",
+    "--grad-accum", "2", "--steps", "6", "--save-every", "3", "--eval-every", "3", "--log-every", "1",
     "--eval-samples", "4", "--sample-tokens", "4", "--peak-tflops", "1",
 )  # fmt: skip
 

@@ -20,8 +20,8 @@ from jaxllm.model.kernels import packed
 from jaxllm.model.kernels.packed import pack, unpack
 from jaxllm.model.layout import ONE_DEVICE
 from jaxllm.model.pullback import with_arguments, without_arguments
+from jaxllm.train.computation import Computation
 from jaxllm.train.placement import lower_step
-from jaxllm.train.step import model_graph
 from tests.configs import small
 
 SMALL = small(vocab_size=80, n_routed_experts=4, dropout=0.0)
@@ -193,5 +193,5 @@ def test_decoding_copies_neither_weights_nor_cache(monkeypatch):
 @pytest.mark.slow
 def test_a_training_step_rewrites_no_array():
     config = TrainConfig.from_options(precision="bfloat16", optimizer="muon")  # Muon, and a loss in two chunks
-    program = lower_step(config, model_graph(config), ONE_DEVICE).compile().as_text()
+    program = lower_step(Computation.of(config), ONE_DEVICE).compile().as_text()
     assert not re.findall(r"dynamic-update-slice[\w.-]*convert[\w.-]* = bf16", program)

@@ -279,13 +279,13 @@ def _start(
 ) -> tuple[Run, Trainer, TrainState]:
     """A run in its prepared folder, from the checkpoint of `resume_step` or from the beginning."""
     config = prepared.config
-    stream, history = ProcessBatches(config, prepared.tokenizer, *local_rows(config)), History()
+    stream, history = ProcessBatches(config, prepared.tokenizer, *local_rows(config.data.batch_size)), History()
     trainer = Trainer(config, placement)
     if resume_step is None:
         state, step = trainer.init(start and start.weights), 0
     else:
         saved = CheckpointReader(config.folder, resume_step)
-        state, resumed = saved.state(config, placement.state_shardings(config))
+        state, resumed = saved.state(config, trainer.state_shardings)
         step = int(state.step)
         if resumed is not None:
             stream.seek(resumed.positions)

@@ -104,7 +104,7 @@ class CheckpointReader:
         resumed = self.resume_state(config, shardings)
         weights = self.weights(config.model, wanted)
         if resumed is None:
-            start = functools.partial(start_state, config)
+            start = functools.partial(start_state, config.model, config.optim, config.seed)
             return (start if shardings is None else jax.jit(start, out_shardings=shardings))(*weights), None
         return TrainState(*weights, resumed.opt_state, resumed.step, resumed.dropout_key), resumed
 
@@ -117,7 +117,7 @@ class CheckpointReader:
         if not self.has_training:
             return None
         check_format(self._folder)
-        targets = _targets(abstract_state(config), shardings)
+        targets = _targets(abstract_state(config.model, config.optim), shardings)
         training = {"opt_state": targets.opt_state, "step": targets.step, "dropout_key": targets.dropout_key}
         restored = self._restore(training=training, positions=self._shapes_of_positions(), history=None)
         try:
