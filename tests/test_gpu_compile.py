@@ -23,6 +23,7 @@ from jax.experimental import topologies
 import jaxllm
 from jaxllm.config import PRESETS, TrainConfig
 from jaxllm.model import layer_loop, layout
+from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import abstract_model
 from jaxllm.model.kernels import CUDA
 from jaxllm.plan.hlo import read_program
@@ -52,7 +53,9 @@ def compile_step(config: TrainConfig) -> Any:
     graph, params, bias = abstract_model(MODEL, dtype=jnp.bfloat16, remat=config.remat, platform=CUDA)
     state = jax.eval_shape(lambda *weights: start_state(config, *weights), params, bias)
     labels = jax.ShapeDtypeStruct((1, config.data.batch_size, config.data.seq_len), jnp.int32)
-    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one_gpu), (state, labels))
+    arguments = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one_gpu), (state, TokenBatch(labels))
+    )
     return jax.jit(lambda *a: train_step(config, graph, *a), donate_argnums=0).lower(*arguments).compile()
 
 

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec
 
 from jaxllm.config import AXES, TrainConfig
 from jaxllm.errors import UserError
+from jaxllm.model.batch import TokenBatch
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
 from jaxllm.train.sharding import choose_mesh, shardings
@@ -32,8 +33,8 @@ from jaxllm.train.step import StepMetrics, eval_step, train_step
 class Programs(NamedTuple):
     """What a run executes, compiled."""
 
-    step: Callable[[TrainState, np.ndarray], tuple[TrainState, StepMetrics]]  # labels (A,B,T); donates the state
-    evaluate: Callable[[TrainState, np.ndarray], tuple[Array, Array]]  # labels (B,T) -> summed cross-entropy, targets
+    step: Callable[[TrainState, TokenBatch], tuple[TrainState, StepMetrics]]  # (A,B,T); donates the state
+    evaluate: Callable[[TrainState, TokenBatch], tuple[Array, Array]]  # (B,T) -> summed cross-entropy, targets
     seconds: float  # to trace both and to compile them, or read them from the cache
 
 
@@ -97,7 +98,7 @@ class OneDevice(Placement):
     def compile(self, config: TrainConfig, graph: nnx.GraphDef) -> tuple[Callable, Callable]:
         evaluate = _compile_evaluation(config, graph, ONE_DEVICE)
         step = lower_step(config, graph, ONE_DEVICE).compile()
-        return step, lambda state, labels: evaluate(state.params, state.routing_bias, labels)
+        return step, lambda state, batch: evaluate(state.params, state.routing_bias, batch)
 
 
 class OnMesh(Placement):
@@ -118,11 +119,11 @@ class OnMesh(Placement):
         evaluate = _compile_evaluation(config, graph, layout, in_shardings=(kept.params, kept.routing_bias, rows))
         step = lower_step(config, graph, layout).compile()
         if jax.process_count() == 1:
-            return step, lambda state, labels: evaluate(state.params, state.routing_bias, labels)
+            return step, lambda state, batch: evaluate(state.params, state.routing_bias, batch)
         first, _ = local_rows(config)
 
-        def global_batch(local: np.ndarray, axis: int, start: int) -> Array:
-            """A batch over all processes, of which this one has the rows from `start` on."""
+        def global_array(axis: int, start: int, local: np.ndarray) -> Array:
+            """An array over all processes, of which this one has the rows from `start` on."""
             shape = (*local.shape[:axis], config.data.batch_size, *local.shape[axis + 1 :])
 
             def part(index: Any) -> np.ndarray:  # a slice for each axis
@@ -131,16 +132,19 @@ class OnMesh(Placement):
 
             return jax.make_array_from_callback(shape, shardings(layout, layout.batch_spec(axis)), part)
 
+        def global_batch(batch: TokenBatch, axis: int, start: int) -> TokenBatch:
+            return jax.tree.map(functools.partial(global_array, axis, start), batch)
+
         return (
-            lambda state, labels: step(state, global_batch(labels, 1, first)),
-            lambda state, labels: evaluate(state.params, state.routing_bias, global_batch(labels, 0, 0)),
+            lambda state, batch: step(state, global_batch(batch, 1, first)),
+            lambda state, batch: evaluate(state.params, state.routing_bias, global_batch(batch, 0, 0)),
         )
 
 
 def _compile_evaluation(config: TrainConfig, graph: nnx.GraphDef, layout: Layout, **options: Any) -> Callable:
     state = abstract_state(config)
     evaluate = jax.jit(functools.partial(eval_step, config, graph, layout=layout), **options)
-    return evaluate.lower(state.params, state.routing_bias, _labels(config)).compile()
+    return evaluate.lower(state.params, state.routing_bias, _batch(config)).compile()
 
 
 class Pmap(Placement):
@@ -172,24 +176,27 @@ class Pmap(Placement):
     def compile(self, config: TrainConfig, graph: nnx.GraphDef) -> tuple[Callable, Callable]:
         layout, n = self.layout, self.layout.devices
 
-        def by_device(labels: np.ndarray, axis: int) -> np.ndarray:
+        def by_device(batch: TokenBatch, axis: int) -> TokenBatch:
             """A batch with the devices' axis in front."""
-            parts = labels.reshape(*labels.shape[:axis], n, -1, *labels.shape[axis + 1 :])
-            return np.moveaxis(parts, axis, 0)
+
+            def parts(rows: np.ndarray) -> np.ndarray:
+                return np.moveaxis(rows.reshape(*rows.shape[:axis], n, -1, *rows.shape[axis + 1 :]), axis, 0)
+
+            return jax.tree.map(parts, batch)
 
         state = jax.eval_shape(jax.vmap(lambda _: init_state(config)), jnp.arange(n))
         step = jax.pmap(functools.partial(train_step, config, graph, layout=layout), "data", donate_argnums=0)
-        step = step.lower(state, jax.eval_shape(lambda x: by_device(x, 1), _step_labels(config))).compile()
+        step = step.lower(state, jax.eval_shape(lambda x: by_device(x, 1), _step_batch(config))).compile()
         evaluate = jax.pmap(functools.partial(eval_step, config, graph, layout=layout), "data")
-        labels = jax.eval_shape(lambda x: by_device(x, 0), _labels(config))
-        evaluate = evaluate.lower(state.params, state.routing_bias, labels).compile()
+        batch = jax.eval_shape(lambda x: by_device(x, 0), _batch(config))
+        evaluate = evaluate.lower(state.params, state.routing_bias, batch).compile()
 
-        def run_step(state: TrainState, labels: np.ndarray) -> tuple[TrainState, StepMetrics]:
-            state, metrics = step(state, by_device(labels, 1))
+        def run_step(state: TrainState, batch: TokenBatch) -> tuple[TrainState, StepMetrics]:
+            state, metrics = step(state, by_device(batch, 1))
             return state, _first_copy(metrics)
 
-        def run_evaluate(state: TrainState, labels: np.ndarray) -> tuple[Array, Array]:
-            return _first_copy(evaluate(state.params, state.routing_bias, by_device(labels, 0)))
+        def run_evaluate(state: TrainState, batch: TokenBatch) -> tuple[Array, Array]:
+            return _first_copy(evaluate(state.params, state.routing_bias, by_device(batch, 0)))
 
         return run_step, run_evaluate
 
@@ -223,12 +230,15 @@ def lower_step(config: TrainConfig, graph: nnx.GraphDef, layout: Layout) -> jax.
             "out_shardings": (kept, shardings(layout, PartitionSpec())),
         }
     step = functools.partial(train_step, config, graph, layout=layout)
-    return jax.jit(step, donate_argnums=0, **options).lower(abstract_state(config), _step_labels(config))
+    return jax.jit(step, donate_argnums=0, **options).lower(abstract_state(config), _step_batch(config))
 
 
-def _labels(config: TrainConfig) -> jax.ShapeDtypeStruct:  # (B,T)
-    return jax.ShapeDtypeStruct((config.data.batch_size, config.data.seq_len), jnp.int32)
+def _batch(config: TrainConfig, *micro_batches: int) -> TokenBatch:
+    """The shapes of a batch (B,T) of this run, or of micro-batches (A,B,T)."""
+    data = config.data
+    shape = jax.ShapeDtypeStruct((*micro_batches, data.batch_size, data.seq_len), jnp.int32)
+    return TokenBatch(shape, shape if data.has_targets else None, shape if data.documents == "separate" else None)
 
 
-def _step_labels(config: TrainConfig) -> jax.ShapeDtypeStruct:  # (A,B,T)
-    return jax.ShapeDtypeStruct((config.data.grad_accum, config.data.batch_size, config.data.seq_len), jnp.int32)
+def _step_batch(config: TrainConfig) -> TokenBatch:
+    return _batch(config, config.data.grad_accum)
