@@ -12,7 +12,7 @@ import pytest
 
 from jaxllm.config import TrainConfig
 from jaxllm.data import reading
-from jaxllm.data.report import Seen
+from jaxllm.data.report import Counts
 from jaxllm.data.source import utf8_bytes
 from jaxllm.data.sources import FileSource, local_files, open_source
 from jaxllm.data.stream import TokenStream
@@ -148,11 +148,11 @@ def test_the_report_is_the_same_in_all_places(run, tokenizer, tmp_path, capsys):
 
 
 def test_seen_counts_documents_of_several_chunks():
-    seen = Seen()
+    seen = Counts()
     for size, ends in ((5, False), (7, True), (3, True)):
         seen.add(size, ends)
     assert (seen.documents, seen.text_bytes, seen.longest) == (2, 15, 12)
-    assert (seen + Seen(1, 1, 1, 1, 99)).longest == 99
+    assert (seen + Counts(1, 1, 1, 1, 99)).longest == 99
 
 
 def test_a_run_of_before_resumes_to_the_same_rows(tokenizer, tmp_path):

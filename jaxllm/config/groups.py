@@ -84,7 +84,7 @@ class DataConfig(_Checked):
     documents: Literal["joined", "separate"] | None = None
     """`joined`: documents follow one another in rows that are always full, and a token sees what comes before it in its
     row. `separate`: a row is filled with whole documents (longer ones are cut at the row), which do not see each other;
-    the rest of it is padding. Default: `separate` where --train-on is `assistant`, else `joined`."""
+    the rest of it is padding. Default: `separate` where the rows are chats, or prompts with their completions."""
     seq_len: int = option(256, ge=2)
     """Tokens in a row of a batch."""
     batch_size: int = option(8, ge=1, le=2**20)
@@ -96,6 +96,10 @@ class DataConfig(_Checked):
     def has_targets(self) -> bool:
         """Whether the labels of a row differ from its tokens."""
         return self.train_on == "assistant" or self.documents == "separate"
+
+
+JOINED_TEXTS = DataConfig()
+"""Rows in which every token is a target."""
 
 
 @dataclass(frozen=True)
