@@ -30,8 +30,9 @@ def assistant_turns(
     """A chat's rendering, the assistant's turns in it from message `first` on, and whether only the last one is there.
 
     Where the template marks them with `{% generation %}`, they are what it marks. Else a turn is what the rendering
-    with it has after the rendering before it, with the generation prompt. A template may change earlier turns later,
-    such as those that leave out earlier reasoning: then only the last turn counts, from a rendering that ends with it.
+    that ends with it has after the one that ends before it, with the generation prompt. A template may change earlier
+    turns, such as one that leaves out earlier reasoning: then only the last turn counts, from a rendering that ends
+    with it.
 
     Args:
         same_tokens: the character of the second of two renderings up to which their tokens are the same.
@@ -48,28 +49,30 @@ def assistant_turns(
     # a template may join messages of the assistant that follow one another
     runs = [[i for _, i in run] for _, run in itertools.groupby(enumerate(said), lambda pair: pair[1] - pair[0])]
     for units in ([[i] for i in said], runs):
-        turns = [_turn(render, chat, unit) for unit in units]
+        turns = [_turn(render, same_tokens, chat, unit) for unit in units]
         if all(turn and text.startswith(turn[0]) for turn in turns):
             return text, [turn[1] for turn in turns if turn], False
-    text = render(chat[: said[-1] + 1])
     for unit in ([said[-1]], runs[-1]):
-        if turn := _turn(render, chat, unit):
-            return text, [turn[1]], len(said) > len(unit)
-    # the generation prompt may have more than the turn, such as the beginning of reasoning that a turn leaves out
-    unit = runs[-1]
-    start = same_tokens(render(chat[: unit[0]], add_generation_prompt=True), text)
-    if start < len(render(chat[: unit[0]]).rstrip()):
-        raise ValueError("the template changes what comes before the last answer")
-    return text, [(start, len(text))], len(said) > len(unit)
+        if turn := _turn(render, same_tokens, chat, unit):
+            return turn[0], [turn[1]], len(said) > len(unit)
+    raise ValueError("the template changes what comes before an answer")
 
 
-def _turn(render: Render, chat: Chat, messages: list[int]) -> tuple[str, tuple[int, int]] | None:
+def _turn(
+    render: Render, same_tokens: Callable[[str, str], int], chat: Chat, messages: list[int]
+) -> tuple[str, tuple[int, int]] | None:
     """The rendering up to the end of some messages, and where they are in it; None: it does not tell."""
-    if messages[0] == 0:
+    earlier = chat[: messages[0]]
+    if not earlier:
         return None
-    before = render(chat[: messages[0]], add_generation_prompt=True)
-    with_turn = render(chat[: messages[-1] + 1])
-    return (with_turn, (len(before), len(with_turn))) if with_turn.startswith(before) else None
+    before, with_turn = render(earlier, add_generation_prompt=True), render(chat[: messages[-1] + 1])
+    start = len(before)
+    if not with_turn.startswith(before):
+        # the prompt may have more than the turn, such as the beginning of reasoning that the turn leaves out
+        start = same_tokens(before, with_turn)
+        if start < len(render(earlier).rstrip()):
+            return None
+    return with_turn, (start, len(with_turn))
 
 
 def _marked_turns(render: Render, chat: Chat, first: int, template: str) -> tuple[str, Turns] | None:

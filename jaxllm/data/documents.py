@@ -65,7 +65,7 @@ class DocumentEncoder:
         """
         text = chunk.text
         if not isinstance(text, str):
-            chat = self._chat_or_pair(text)
+            chat = self._chat_or_pair(text, chunk.ends_document)
             return None if chat is None else np.concatenate([self._closed(), chat])
         if chunk.part == CLOSING:
             return self._closed()
@@ -93,12 +93,12 @@ class DocumentEncoder:
         """The end of the document that is open, if one is."""
         return self._rest(ends_document=True) if self._next_part else np.zeros(0, np.int32)
 
-    def _chat_or_pair(self, text: Chat | Pair) -> np.ndarray | None:
+    def _chat_or_pair(self, text: Chat | Pair, ends_document: bool) -> np.ndarray | None:
         is_chat = not isinstance(text, Pair) or not isinstance(text.prompt, str)
         if is_chat and not self.encoder.tokenizer.chat_template:
             raise UserError("data: its rows are chats: pass --tokenizer, one with a chat template, or --text-field")
         try:
-            ids, is_target, last_only = self._tokens_of(text)
+            ids, is_target, last_only = self._tokens_of(text, ends_document)
         except Exception:  # a template can raise anything
             self.counts.refused += 1
             return None
@@ -111,10 +111,10 @@ class DocumentEncoder:
         self.counts.pairs += not is_chat
         self.counts.targets += int(is_target.sum())
         self.counts.last_only += last_only
-        self._count(ids, ends_document=True)
+        self._count(ids, ends_document)
         return self._with_end_mark(ids | np.where(is_target, 0, NOT_TARGET).astype(np.int32))
 
-    def _tokens_of(self, text: Chat | Pair) -> ChatTokens:
+    def _tokens_of(self, text: Chat | Pair, ends_document: bool) -> ChatTokens:
         encoder = self.encoder
         prompt, completion = text if isinstance(text, Pair) else ([], text)
         if isinstance(prompt, str) and isinstance(completion, str):
@@ -122,7 +122,8 @@ class DocumentEncoder:
         elif self._marks_targets:
             tokens = encoder.chat_targets([*prompt, *completion], first=len(prompt))  # pyright: ignore
         else:
-            ids = encoder.with_end(encoder.chat_ids([*prompt, *completion]))  # pyright: ignore
+            ids = encoder.chat_ids([*prompt, *completion])  # pyright: ignore
+            ids = encoder.with_end(ids) if ends_document else ids
             tokens = ChatTokens(ids, np.ones(len(ids), bool))
         return tokens if self._marks_targets else tokens._replace(is_target=np.ones(len(tokens.ids), bool))
 
