@@ -44,8 +44,7 @@ def token_batch(rows: np.ndarray, data: DataConfig) -> TokenBatch:
     """
     if not data.has_targets:
         return TokenBatch(rows)
-    padding = rows == IGNORED
-    ids = np.where(padding, 0, rows & _ID)
+    padding, ids = rows == IGNORED, token_ids(rows)
     targets = np.where(padding | (rows & NOT_TARGET != 0), IGNORED, ids)
     if data.documents != "separate":
         return TokenBatch(ids, targets)
@@ -53,6 +52,11 @@ def token_batch(rows: np.ndarray, data: DataConfig) -> TokenBatch:
     begins[..., 1:] = rows[..., :-1] & DOCUMENT_END != 0
     documents = np.where(padding, 0, np.cumsum(begins, axis=-1, dtype=np.int32))
     return TokenBatch(ids, np.where(begins, IGNORED, targets), documents)
+
+
+def token_ids(rows: np.ndarray) -> np.ndarray:
+    """The ids of travelling tokens; 0 for padding."""
+    return np.where(rows == IGNORED, 0, rows & _ID)
 
 
 def are_rows(rows: np.ndarray, vocab_size: int) -> bool:
