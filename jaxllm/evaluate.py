@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +118,7 @@ def score(
     return Scores(total, int((labels != IGNORED).sum()), of_text, len(ids))
 
 
-def _rows(ids: np.ndarray, start: int, seq_len: int, is_separate: bool) -> np.ndarray:
+def _rows(ids: np.ndarray, start: Any, seq_len: int, is_separate: bool) -> np.ndarray:
     """Documents packed, or windows of their tokens, each of which begins with the last token of the one before it."""
     if is_separate:
         return pack_in_order([ids], seq_len, most=len(ids))
@@ -160,12 +160,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args: EvaluateArgs = parse(EvaluateArgs, argv, "python -m jaxllm.evaluate", __doc__)
     if args.data is None and (args.data_split is not None or args.text_field != "text"):
         name = "text_field" if args.data_split is None else "data_split"
-        raise UserError(f"{name} is {getattr(args, name)!r}: it is of --data: pass --data, or leave it out")
+        raise UserError(f"{name} is {getattr(args, name)!r}: it needs --data: pass --data, or leave it out")
     start_jax()
     use_compilation_cache()
     trained = is_run(args.run) and (args.run / CONFIG_FILE).is_file()
     if args.data is None and not trained:
-        raise UserError(f"data is missing: {str(args.run)!r} is no training run that holds out data; pass --data")
+        raise UserError(
+            f"data is missing: {str(args.run)!r} is not a training run, so it holds out no data; pass --data"
+        )
     config = read_config(args.run, TrainConfig) if trained else None
     model = for_inference(load_model(args.run, args.precision))
     tokenizer = load_tokenizer(str(tokenizer_folder(args.run)))
