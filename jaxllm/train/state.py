@@ -57,7 +57,7 @@ def start_state(model: ModelConfig, optim: OptimConfig, seed: int, params: Pytre
     return TrainState(params, routing_bias, moments, step, dropout_key(seed))
 
 
-@functools.cache
+@functools.lru_cache(16)
 def abstract_state(model: ModelConfig, optim: OptimConfig, lora: LoraConfig | None = None) -> TrainState:
     """The state's shapes: takes no memory."""
     if lora is not None:
