@@ -24,7 +24,7 @@ from jaxllm.generate import Sampling, generate
 from jaxllm.packages import check_own
 from jaxllm.run.arguments import parse_args
 from jaxllm.run.init import check_shapes
-from jaxllm.run.processes import barrier, init_distributed, is_primary
+from jaxllm.run.processes import barrier, each_result, init_distributed, is_primary
 from jaxllm.run.reporting import write_samples
 from jaxllm.run.run import Run
 from jaxllm.run.runtime import use_compilation_cache
@@ -34,7 +34,7 @@ from jaxllm.train.placement import choose_placement
 from jaxllm.train.trainer import Trainer
 
 if TYPE_CHECKING:
-    from convert.to_flax import Imported
+    from convert.to_flax import Imported, Place
 
 
 @exit_on_user_error
@@ -65,15 +65,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\nEverything is in {run.config.folder}")
 
 
-def read_start(config: TrainConfig) -> Imported | None:
-    """What a new run starts from with --init; it is read before an earlier run is deleted."""
-    if config.init is None or (check_folder(config, "JAX") and checkpoint_steps(config.folder)):
+def read_start(config: TrainConfig, place: Place) -> Imported | None:
+    """What a new run starts from with --init; it is read, to its places, before an earlier run is deleted."""
+    init = config.init
+    if init is None or (check_folder(config, "JAX") and checkpoint_steps(config.folder)):
         return None
     check_shapes(config)
     check_own("convert")
     from convert.to_flax import read_model
 
-    return read_model(config.init)
+    return each_result(lambda: read_model(init, place=place))
 
 
 def sample(run: Run, trainer: Trainer, params: Any, routing_bias: Any) -> None:

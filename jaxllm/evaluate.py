@@ -31,7 +31,6 @@ from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.generate import load_model, tokenizer_folder
 from jaxllm.model.decoder import CustomLLM
 from jaxllm.model.dtypes import Array
-from jaxllm.model.inference import for_inference
 from jaxllm.run.runtime import start_jax, use_compilation_cache
 from jaxllm.store.folder import CONFIG_FILE, is_run, read_config
 from jaxllm.train.loss import IGNORED
@@ -147,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.data is None and not trained:
         raise UserError(f"data is missing: {str(args.run)!r} is no training run that holds out data; pass --data")
     config = read_config(args.run, TrainConfig) if trained else None
-    model = for_inference(load_model(args.run, args.precision))
+    model = load_model(args.run, args.precision)
     tokenizer = load_tokenizer(str(tokenizer_folder(args.run)))
     if args.data is None and config is not None:
         chunks = open_source(config).held_out()

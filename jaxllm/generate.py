@@ -31,7 +31,7 @@ from jaxllm.files import StrPath
 from jaxllm.model.attention import Latents
 from jaxllm.model.decoder import CustomLLM, abstract_model, split_model
 from jaxllm.model.dtypes import Array, check_dtype
-from jaxllm.model.inference import for_inference
+from jaxllm.model.inference import for_compute
 from jaxllm.model.kernels.packed import pack, unpack
 from jaxllm.model.numerics import pinned_sampling, random_key
 from jaxllm.packages import check_own
@@ -229,16 +229,19 @@ def _filtered(numbers: _Numbers, logits: Array) -> Array:
 
 
 def load_model(folder: StrPath, precision: Precision = "float32") -> CustomLLM:
-    """The model of a run or of an exported folder; raises a UserError if the folder is neither."""
+    """The model of a run or of an exported folder; raises a UserError if the folder is neither.
+
+    Its matrices are held in bfloat16 for that precision, else in the dtype in which they are stored.
+    """
     dtype = check_dtype(precision, "precision")
     if not is_run(folder):
         if not Path(folder).is_file():
             read_model_config(folder)  # nothing to convert
         check_own("convert")
-        from convert.to_flax import from_pretrained
+        from convert.to_flax import model_of
 
-        return from_pretrained(folder, dtype=dtype)
-    config, weights = load_weights(folder)
+        return model_of(folder, dtype, for_compute(dtype))
+    config, weights = load_weights(folder, for_compute(dtype))
     graph, _, _ = abstract_model(config, dtype=dtype)
     return nnx.merge(graph, *weights)
 
@@ -344,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start_jax()
     use_compilation_cache()
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
-    model = for_inference(load_model(args.run, args.precision))
+    model = load_model(args.run, args.precision)
     tokenizer = load_tokenizer(str(tokenizer_folder(args.run)))
     if args.chat:
         chat(args, model, tokenizer, sampling)

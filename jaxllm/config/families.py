@@ -91,12 +91,13 @@ def is_interleaved(source: Json | None) -> bool:
     return (source or {}).get("model_type") == "deepseek_v2" or (source or {}).get("rope_interleave", True) is not False
 
 
-def write_config(config: ModelConfig, dtype: str, source: Json | None = None) -> dict[str, Any]:
+def write_config(config: ModelConfig, dtype: str, source: Json | None = None, mtp: bool = False) -> dict[str, Any]:
     """The config.json of an exported folder.
 
     Args:
         dtype: of the weights.
         source: the config.json that the weights came with. What need not change is kept.
+        mtp: whether the folder has the source's layers of multi-token prediction.
 
     Raises:
         UserError: no family has all options of the config.
@@ -117,7 +118,7 @@ def write_config(config: ModelConfig, dtype: str, source: Json | None = None) ->
     for key in ("topk_method", "scoring_func"):  # servers route wrongly where they are not named
         if key in written and kept.get(key) is None:
             kept[key] = written[key]
-    if kept.get("num_nextn_predict_layers"):
+    if kept.get("num_nextn_predict_layers") and not mtp:
         kept["num_nextn_predict_layers"] = 0
     if source.get("dtype", source.get("torch_dtype", dtype)) != dtype:
         head |= {key: dtype for key in ("dtype", "torch_dtype") if key in source}

@@ -54,6 +54,13 @@ class Placement(ABC):
         """Where a checkpoint restores each array of the state; None: on the first device."""
         return None
 
+    def weight_shardings(self, config: TrainConfig) -> tuple[Pytree, Pytree] | jax.sharding.Sharding:
+        """Where parameters and routing bias are read to: a sharding of each of their arrays, or one of all."""
+        kept = self.state_shardings(config)
+        if kept is None:
+            return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return kept.params, kept.routing_bias
+
     def init(self, config: TrainConfig) -> TrainState:
         """A new run's state, in the form that the programs take."""
         return jax.jit(functools.partial(init_state, config), out_shardings=self.state_shardings(config))()

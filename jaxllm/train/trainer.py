@@ -1,5 +1,7 @@
 """A run's config, placement, static model and compiled programs, as one object."""
 
+import functools
+
 import jax
 import numpy as np
 
@@ -23,11 +25,11 @@ class Trainer:
         self._programs: Programs | None = None
 
     def init(self, weights: tuple[Pytree, Pytree] | None = None) -> TrainState:
-        """A new run's state: with these parameters and routing bias, or fresh ones."""
+        """A new run's state: with these parameters and routing bias, which are donated, or fresh ones."""
         if weights is None:
             return self.placement.init(self.config)
-        where = self.placement.state_shardings(self.config)
-        state = jax.device_put(start_state(self.config, *weights), where)
+        start, where = functools.partial(start_state, self.config), self.placement.state_shardings(self.config)
+        state = jax.jit(start, donate_argnums=(0, 1), out_shardings=where)(*weights)  # each moment where it is kept
         return self.placement.shard(state)
 
     def compile(self) -> float:
