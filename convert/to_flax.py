@@ -174,7 +174,7 @@ def _read_weights(
                 f"{source} holds {len(files.shapes)} tensors, and a model of its config has {MAX_MISSING} more or "
                 "beyond: pass the config that belongs to them"
             )
-        trees = dict(zip((PARAMS, ROUTING_BIAS), abstract_model(config)[1:], strict=True))
+        trees: dict[str, Any] = dict(zip((PARAMS, ROUTING_BIAS), abstract_model(config)[1:], strict=True))
         ignored = _passed_over(files, L) if pass_over else set()
         ignored |= _repeated_head(source, files) if config.tie_word_embeddings else set()
         scales = {name: scale for name, scale in fp8.scales_of(files.dtypes).items() if name not in ignored}
