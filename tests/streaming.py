@@ -102,7 +102,7 @@ def main(folder: str, mesh: str = "", *distributed: str) -> None:
     model = read_model_config(folder)
     options = {"init": folder, "model": model, "seq_len": 16, "batch_size": 8, **({"mesh": mesh} if mesh else {})}
     config = TrainConfig.from_options(**options)
-    place = choose_placement(config).weight_shardings(config)
+    place = choose_placement(config.mesh, config.data.batch_size).weight_shardings(config.model)
     jax.block_until_ready(jax.numpy.zeros(8) + 1)
     before = taken()
     _, weights, *_ = read_model(folder, hold=as_stored, place=place)

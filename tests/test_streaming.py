@@ -94,7 +94,7 @@ def placed(folder: Path, mesh: str) -> Any:
     options: dict[str, Any] = {"mesh": mesh} if mesh else {}
     model = read_model_config(folder)
     config = TrainConfig.from_options(init=folder, model=model, seq_len=16, batch_size=8, **options)
-    return choose_placement(config).weight_shardings(config)
+    return choose_placement(config.mesh, config.data.batch_size).weight_shardings(config.model)
 
 
 @pytest.fixture
