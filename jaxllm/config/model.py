@@ -273,9 +273,11 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON values of the fields of a CustomLLM, and of all others that differ from their defaults."""
         eos = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
-        kept = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != _default(f)} | {*CUSTOMLLM_FIELDS}
+        written = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != _default(f)} | {
+            *CUSTOMLLM_FIELDS
+        }
         values = dataclasses.asdict(self) | {"eos_token_id": eos}
-        return {name: value for name, value in values.items() if name in kept}
+        return {name: value for name, value in values.items() if name in written}
 
     def resolved(self) -> Self:
         """The same model, with the numbers in place of what is derived where a field is None."""

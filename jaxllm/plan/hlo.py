@@ -27,7 +27,7 @@ class Shape(NamedTuple):
 
     dtype: str
     dims: tuple[int, ...]
-    on_chip: bool = False  # a TPU's layout keeps it on the chip and not in the device's memory
+    on_chip: bool = False  # a TPU's layout puts it into on-chip memory
 
     @property
     def bytes(self) -> float:

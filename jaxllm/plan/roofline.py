@@ -1,4 +1,4 @@
-"""How fast a compiled step can be on a device, by arithmetic: nothing here is measured. Imports no JAX."""
+"""An estimate of the time of a compiled step on a device, without measuring. Does not import JAX."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

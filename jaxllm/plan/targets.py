@@ -93,7 +93,7 @@ def load_target(name: str) -> Target:
     values = read_json(path)
     fields = {field.name: field for field in dataclasses.fields(Target)}
     if unknown := sorted(values.keys() - fields):
-        raise UserError(f"{path}: {', '.join(unknown)} is no field of a target: {', '.join(fields)}")
+        raise UserError(f"{path}: {', '.join(unknown)} is not a field of a target; the fields are {', '.join(fields)}")
     required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
     if missing := [name for name in required if name not in values]:
         raise UserError(f"{path}: {', '.join(missing)} is missing: a target needs it")

@@ -2,11 +2,11 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Int
 
 from jaxllm.config import ModelConfig, Precision, RunConfig
 from jaxllm.config.groups import OptimConfig, ScheduleConfig
@@ -30,10 +30,10 @@ class Computation:
     shape: tuple[int, int, int]
     """(A,B,T): micro-batches of a step, rows of each over all devices, tokens of a row."""
     platform: str | None = None
-    """Whose kernels to use (`kernels.choose_kernels`); None: those of the device here."""
+    """Whose kernels to use (`kernels.choose_kernels`); None: those of the default device."""
 
     @classmethod
-    def of(cls, config: RunConfig, platform: str | None = None) -> Self:
+    def of(cls, config: RunConfig, platform: str | None = None) -> "Computation":
         shape = (config.data.grad_accum, config.data.batch_size, config.data.seq_len)
         step = (config.model, config.optim, config.schedule, config.precision, config.remat)
         return cls(*step, config.seed, shape, platform)
@@ -53,17 +53,17 @@ class Computation:
         return init_state(self.model, self.optim, self.seed)
 
     def specs(self, layout: Layout) -> TrainState:
-        """Where a mesh keeps the state."""
+        """How a mesh shards the state."""
         return state_specs(self.model, self.optim, layout)
 
     def train_step(
-        self, state: TrainState, labels: Array, layout: Layout = ONE_DEVICE
+        self, state: TrainState, labels: Int[Array, "A B T"], layout: Layout = ONE_DEVICE
     ) -> tuple[TrainState, StepMetrics]:
         return train_step(self.optim, self.schedule, self.graph, state, labels, layout=layout)
 
     def eval_step(
-        self, params: Pytree, routing_bias: Pytree, labels: Array, layout: Layout = ONE_DEVICE
-    ) -> tuple[Array, Array]:
+        self, params: Pytree, routing_bias: Pytree, labels: Int[Array, "B T"], layout: Layout = ONE_DEVICE
+    ) -> tuple[Float[Array, ""], Int[Array, ""]]:
         return eval_step(self.graph, params, routing_bias, labels, layout)
 
 
