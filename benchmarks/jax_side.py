@@ -19,8 +19,8 @@ from benchmarks.machine import driver_version, peak_resident
 from benchmarks.worker import Contender, Prepared, repeated, sustained
 from jaxllm.config import ModelConfig, TrainConfig, preset
 from jaxllm.data.stream import POOL_ROWS, Position
-from jaxllm.generate import generate, prefill
 from jaxllm.model.decoder import CustomLLM, abstract_model, split_model
+from jaxllm.model.decoding import generate, prefill
 from jaxllm.model.flops import active_parameters
 from jaxllm.model.inference import for_inference
 from jaxllm.model.kernels import choose_kernels, describe_kernels

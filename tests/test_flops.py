@@ -135,5 +135,5 @@ def test_the_meter_counts_laps_evaluations_and_waiting(monkeypatch):
     assert first.tokens_per_second == 2 * BATCH * LENGTH / 4
     meter.exclude(6.0)
     assert meter.lap(2).mfu_full == pytest.approx(1.0)  # 8 s, of which 6 evaluating
-    seconds, whole = meter.whole(4)
+    _, seconds, whole = meter.totals(4)
     assert (seconds, whole.mfu_full, whole.data_wait) == (20.0, pytest.approx(0.2), pytest.approx(0.15))

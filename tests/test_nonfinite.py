@@ -177,7 +177,7 @@ def test_a_step_that_cannot_be_replayed_is_refused(run, tmp_path, capsys):
     assert replay.main([str(run), "21"]) == 2
     assert "has 20 steps" in capsys.readouterr().err
     assert replay.main([str(tmp_path / "none"), "3"]) == 2
-    assert "is no training run" in capsys.readouterr().err
+    assert "is not a training run" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 

@@ -19,7 +19,7 @@ import pytest
 
 import jaxllm.model.layout
 import train
-from jaxllm.config import PRESETS, ModelConfig, TrainConfig
+from jaxllm.config import PRESETS, TrainConfig
 from jaxllm.data.stream import Position
 from jaxllm.errors import UserError
 from jaxllm.files import write_json
@@ -33,19 +33,11 @@ from jaxllm.train.loss import IGNORED
 from jaxllm.train.placement import OneDevice, Placement, choose_placement, compile_programs, lower_step
 from jaxllm.train.sharding import choose_mesh
 from jaxllm.train.state import TrainState
+from tests.configs import small
 
 STEPS, ROWS = 3, 32
 CONFIG = TrainConfig.from_options(
-    model=ModelConfig(
-        vocab_size=61,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        moe_intermediate_size=24,
-        n_routed_experts=8,
-        max_position_embeddings=32,
-        dropout=0.1,
-    ),
+    model=small(vocab_size=61, num_hidden_layers=2, n_routed_experts=8, max_position_embeddings=32, dropout=0.1),
     seq_len=4,
     batch_size=ROWS,
     steps=50,

@@ -143,15 +143,11 @@ class LogCallback(TrainerCallback):
         )  # fmt: skip
 
     def _end_record(self, logs: dict, step: int) -> dict:
-        steps_done = step - self._first_step
-        seconds, speed = self._meter.whole(steps_done)
         return end_record(
             self._config,
-            seconds=seconds,
-            steps_done=steps_done,
+            self._epoch(step),
+            totals=self._meter.totals(step - self._first_step),
             loss=logs["train_loss"],
-            epoch=self._epoch(step),
-            speed=speed,
             memory=peak_memory(),
             peak_tflops=self._peak_tflops,
         )

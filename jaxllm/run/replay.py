@@ -78,7 +78,7 @@ def replay(folder: StrPath, step: int) -> None:
     Prints what it finds and writes RUN/replay/STEP/: `batch.safetensors` (`labels`, (A,B,T) int32), `report.json`.
 
     Raises:
-        UserError: there is no such run, no checkpoint before that step is left, or the step is beyond the run's end.
+        UserError: the run does not exist, it has no checkpoint before that step, or the step is beyond the run's end.
     """
     folder = Path(folder)
     config = read_config(folder, TrainConfig)

@@ -206,19 +206,15 @@ class Run:
 
     def log_totals(self) -> None:
         """Write the last line of the run."""
-        steps_done = self.step - self._first_step
-        seconds, speed = self._meter.whole(steps_done)
         self._log.write(
             end_record(
                 self.config,
                 self._epoch(),
-                seconds=seconds,
-                steps_done=steps_done,
+                totals=self._meter.totals(self.step - self._first_step),
                 loss=self._history.mean_loss(),
-                nonfinite_steps=self._history.nonfinite_steps,
-                speed=speed,
                 memory=peak_memory(),
                 peak_tflops=self._peak_tflops,
+                nonfinite_steps=self._history.nonfinite_steps,
                 compile_seconds=self._compile_seconds,
             )
         )

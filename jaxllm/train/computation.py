@@ -67,6 +67,6 @@ class Computation:
         return eval_step(self.graph, params, routing_bias, labels, layout)
 
 
-@functools.cache
+@functools.lru_cache(16)
 def _model_graph(model: ModelConfig, precision: Precision, remat: bool, platform: str | None) -> nnx.GraphDef:
     return abstract_model(model, dtype=jnp.dtype(precision), remat=remat, platform=platform)[0]

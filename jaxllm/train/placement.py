@@ -9,7 +9,6 @@ it to the form that the placement's programs take, `unshard` converts it back.
 """
 
 import functools
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,14 +17,14 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxllm.config import AXES
-from jaxllm.config.groups import MeshConfig
+from jaxllm.config import AXES, ModelConfig
+from jaxllm.config.groups import MeshConfig, OptimConfig
 from jaxllm.errors import UserError
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
 from jaxllm.train.computation import Computation
 from jaxllm.train.sharding import choose_mesh, shardings
-from jaxllm.train.state import TrainState, abstract_state
+from jaxllm.train.state import TrainState, abstract_state, init_state, state_specs
 from jaxllm.train.step import StepMetrics
 
 
@@ -34,13 +33,22 @@ class Programs(NamedTuple):
 
     step: Callable[[TrainState, np.ndarray], tuple[TrainState, StepMetrics]]  # labels (A,B,T); donates the state
     evaluate: Callable[[TrainState, np.ndarray], tuple[Array, Array]]  # labels (B,T) -> summed cross-entropy, targets
-    seconds: float  # to trace both and to compile them, or read them from the cache
+
+
+MAX_PROGRAMS = 16
+"""Compiled programs of each kind that a process holds for later runs; they hold no arrays."""
 
 
 class Placement(ABC):
     """Holds a state and runs its step. B are this process's rows of a batch."""
 
     layout: Layout
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and isinstance(other, Placement) and self.layout == other.layout
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.layout))
 
     @abstractmethod
     def describe(self) -> str:
@@ -56,7 +64,7 @@ class Placement(ABC):
 
     def init(self, computation: Computation) -> TrainState:
         """A new run's state, in the form that the programs take."""
-        return jax.jit(computation.init_state, out_shardings=self.state_shardings(computation))()
+        return _init_program(computation.model, computation.optim, computation.seed, self.layout)()
 
     def shard(self, state: TrainState) -> TrainState:
         """From the form of one device to the form that the programs take."""
@@ -79,10 +87,19 @@ def choose_placement(mesh: MeshConfig, batch_size: int) -> Placement:
     return OneDevice()
 
 
+@functools.lru_cache(MAX_PROGRAMS)
+def _init_program(model: ModelConfig, optim: OptimConfig, seed: int, layout: Layout) -> Callable[[], TrainState]:
+    specs = None if layout.mesh is None else shardings(layout, state_specs(model, optim, layout))
+    return jax.jit(functools.partial(init_state, model, optim, seed), out_shardings=specs)
+
+
 def compile_programs(placement: Placement, computation: Computation) -> Programs:
     """Trace and compile the programs of a run."""
-    start = time.perf_counter()
-    return Programs(*placement.compile(computation), time.perf_counter() - start)
+    return Programs(*placement.compile(computation))
+
+
+shared_programs = functools.lru_cache(MAX_PROGRAMS)(compile_programs)
+"""The same for runs of this process that compute the same: they share the programs."""
 
 
 class OneDevice(Placement):
