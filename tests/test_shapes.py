@@ -27,9 +27,10 @@ def trace(preset, length=10, **options):
     config = TrainConfig.from_options(preset=preset, model=model, seq_len=length, batch_size=5, **options)
     computation = Computation.of(config)
     state = jax.eval_shape(computation.init_state)
-    jax.eval_shape(computation.train_step, state, computation.labels)
+    jax.eval_shape(computation.train_step, state, computation.batch)
     rows = jax.ShapeDtypeStruct((5, length), jnp.int32)
-    jax.eval_shape(computation.eval_step, state.params, state.routing_bias, rows)
+    micro_batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), computation.batch)
+    jax.eval_shape(computation.eval_step, state.params, state.routing_bias, micro_batch)
 
     def decode(params, bias, ids, mask):
         model = inference.for_inference(nnx.merge(computation.graph, params, bias))
@@ -39,7 +40,7 @@ def trace(preset, length=10, **options):
     jax.eval_shape(decode, state.params, state.routing_bias, rows, rows)
 
 trace("tiny", precision="float32", optimizer="adamw", grad_accum=2, model={"dropout": 0.1})
-trace("tiny-deepseek", precision="bfloat16", optimizer="muon", remat=True, balance_loss=1e-3, router_z_loss=1e-3)
+trace("tiny-deepseek", precision="bfloat16", optimizer="muon", remat=True, balance_loss=1e-3, documents="separate")
 print("the shapes hold")
 
 for module, name, wrong in (

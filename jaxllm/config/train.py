@@ -125,7 +125,9 @@ class RunConfig:
         values["model"] = ModelConfig.from_dict(values["model"])
         if isinstance(prompts := values.get("prompts"), list):
             values["prompts"] = tuple(prompts)
-        values.setdefault("special_tokens_in_text", "earlier")  # of a version without this option
+        values.setdefault("special_tokens_in_text", "earlier")  # of a version without this option, as the next two
+        values.setdefault("train_on", "all")
+        values.setdefault("documents", "joined")
         values.pop("run_dir", None)  # of an earlier version; the folder in which the file lies counts
         values.setdefault("hold_out", "count")  # of an earlier version
         return cls.from_options(**values)

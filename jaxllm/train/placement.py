@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 from jaxllm.config import AXES, ModelConfig
 from jaxllm.config.groups import MeshConfig, OptimConfig
 from jaxllm.errors import UserError
+from jaxllm.model.batch import TokenBatch
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
 from jaxllm.train.computation import Computation
@@ -31,8 +32,8 @@ from jaxllm.train.step import StepMetrics
 class Programs(NamedTuple):
     """The compiled programs of a run."""
 
-    step: Callable[[TrainState, np.ndarray], tuple[TrainState, StepMetrics]]  # labels (A,B,T); donates the state
-    evaluate: Callable[[TrainState, np.ndarray], tuple[Array, Array]]  # labels (B,T) -> summed cross-entropy, targets
+    step: Callable[[TrainState, TokenBatch], tuple[TrainState, StepMetrics]]  # (A,B,T); donates the state
+    evaluate: Callable[[TrainState, TokenBatch], tuple[Array, Array]]  # (B,T) -> summed cross-entropy, targets
 
 
 MAX_PROGRAMS = 16
@@ -114,7 +115,7 @@ class OneDevice(Placement):
     def compile(self, computation: Computation) -> tuple[Callable, Callable]:
         evaluate = _compile_evaluation(computation, ONE_DEVICE)
         step = lower_step(computation, ONE_DEVICE).compile()
-        return step, lambda state, labels: evaluate(state.params, state.routing_bias, labels)
+        return step, lambda state, batch: evaluate(state.params, state.routing_bias, batch)
 
 
 class OnMesh(Placement):
@@ -135,12 +136,12 @@ class OnMesh(Placement):
         evaluate = _compile_evaluation(computation, layout, in_shardings=(state.params, state.routing_bias, rows))
         step = lower_step(computation, layout).compile()
         if jax.process_count() == 1:
-            return step, lambda state, labels: evaluate(state.params, state.routing_bias, labels)
+            return step, lambda state, batch: evaluate(state.params, state.routing_bias, batch)
         batch_size = computation.shape[1]
         first, _ = local_rows(batch_size)
 
-        def global_batch(local: np.ndarray, axis: int, start: int) -> Array:
-            """A batch over all processes, of which this one has the rows from `start` on."""
+        def global_array(axis: int, start: int, local: np.ndarray) -> Array:
+            """An array over all processes, of which this one has the rows from `start` on."""
             shape = (*local.shape[:axis], batch_size, *local.shape[axis + 1 :])
 
             def part(index: Any) -> np.ndarray:  # a slice for each axis
@@ -149,9 +150,12 @@ class OnMesh(Placement):
 
             return jax.make_array_from_callback(shape, shardings(layout, layout.batch_spec(axis)), part)
 
+        def global_batch(batch: TokenBatch, axis: int, start: int) -> TokenBatch:
+            return jax.tree.map(functools.partial(global_array, axis, start), batch)
+
         return (
-            lambda state, labels: step(state, global_batch(labels, 1, first)),
-            lambda state, labels: evaluate(state.params, state.routing_bias, global_batch(labels, 0, 0)),
+            lambda state, batch: step(state, global_batch(batch, 1, first)),
+            lambda state, batch: evaluate(state.params, state.routing_bias, global_batch(batch, 0, 0)),
         )
 
 
@@ -161,8 +165,8 @@ def _compile_evaluation(computation: Computation, layout: Layout, **options: Any
     return evaluate.lower(state.params, state.routing_bias, _micro_batch(computation)).compile()
 
 
-def _micro_batch(computation: Computation) -> jax.ShapeDtypeStruct:  # (B,T)
-    return jax.ShapeDtypeStruct(computation.shape[1:], computation.labels.dtype)
+def _micro_batch(computation: Computation) -> TokenBatch:  # (B,T)
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), computation.batch)
 
 
 class Pmap(Placement):
@@ -194,24 +198,27 @@ class Pmap(Placement):
     def compile(self, computation: Computation) -> tuple[Callable, Callable]:
         layout, n = self.layout, self.layout.devices
 
-        def by_device(labels: np.ndarray, axis: int) -> np.ndarray:
+        def by_device(batch: TokenBatch, axis: int) -> TokenBatch:
             """A batch with the devices' axis in front."""
-            parts = labels.reshape(*labels.shape[:axis], n, -1, *labels.shape[axis + 1 :])
-            return np.moveaxis(parts, axis, 0)
+
+            def parts(rows: np.ndarray) -> np.ndarray:
+                return np.moveaxis(rows.reshape(*rows.shape[:axis], n, -1, *rows.shape[axis + 1 :]), axis, 0)
+
+            return jax.tree.map(parts, batch)
 
         state = jax.eval_shape(jax.vmap(lambda _: computation.init_state()), np.arange(n))
         step = jax.pmap(functools.partial(computation.train_step, layout=layout), "data", donate_argnums=0)
-        step = step.lower(state, jax.eval_shape(lambda x: by_device(x, 1), computation.labels)).compile()
+        step = step.lower(state, jax.eval_shape(lambda x: by_device(x, 1), computation.batch)).compile()
         evaluate = jax.pmap(functools.partial(computation.eval_step, layout=layout), "data")
-        labels = jax.eval_shape(lambda x: by_device(x, 0), _micro_batch(computation))
-        evaluate = evaluate.lower(state.params, state.routing_bias, labels).compile()
+        batch = jax.eval_shape(lambda x: by_device(x, 0), _micro_batch(computation))
+        evaluate = evaluate.lower(state.params, state.routing_bias, batch).compile()
 
-        def run_step(state: TrainState, labels: np.ndarray) -> tuple[TrainState, StepMetrics]:
-            state, metrics = step(state, by_device(labels, 1))
+        def run_step(state: TrainState, batch: TokenBatch) -> tuple[TrainState, StepMetrics]:
+            state, metrics = step(state, by_device(batch, 1))
             return state, _first_copy(metrics)
 
-        def run_evaluate(state: TrainState, labels: np.ndarray) -> tuple[Array, Array]:
-            return _first_copy(evaluate(state.params, state.routing_bias, by_device(labels, 0)))
+        def run_evaluate(state: TrainState, batch: TokenBatch) -> tuple[Array, Array]:
+            return _first_copy(evaluate(state.params, state.routing_bias, by_device(batch, 0)))
 
         return run_step, run_evaluate
 
@@ -245,4 +252,4 @@ def lower_step(computation: Computation, layout: Layout) -> jax.stages.Lowered:
             "out_shardings": (state, shardings(layout, PartitionSpec())),
         }
     step = jax.jit(functools.partial(computation.train_step, layout=layout), donate_argnums=0, **options)
-    return step.lower(abstract_state(computation.model, computation.optim), computation.labels)
+    return step.lower(abstract_state(computation.model, computation.optim), computation.batch)
