@@ -19,6 +19,7 @@ from convert.to_flax import read_folder
 from convert.to_torch import AUTO_CLASSES, export_run, modeling_source, read_source
 from jaxllm.config import ModelConfig, preset
 from jaxllm.config.families import is_interleaved, names_of
+from jaxllm.data.tokenizer_files import has_tokenizer
 from jaxllm.errors import UserError, listed, one_line, shown
 from jaxllm.files import read_bounded, read_json
 from jaxllm.generate import tokenizer_folder
@@ -182,7 +183,7 @@ def find_tokenizer(args: ParityArgs) -> Path | None:
     if args.tokenizer is not None or args.weights is None:
         return args.tokenizer
     folder = tokenizer_folder(args.weights)
-    return folder if (folder / "tokenizer.json").is_file() else None
+    return folder if has_tokenizer(folder) else None
 
 
 def compare(args: ParityArgs) -> int:
