@@ -8,12 +8,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from flax import nnx
 
 import torch_ref.step as torch_step
 from jaxllm.config import TrainConfig
@@ -25,7 +26,8 @@ from jaxllm.train.optim import OptimizerState, of_adamw
 from jaxllm.train.state import TrainState, start_state
 from jaxllm.train.step import StepMetrics
 from parity_tests import hf_side
-from parity_tests.forward import DTYPES, jax_precision, jax_weights, state_dict_arrays, torch_named
+from parity_tests.forward import DTYPES, jax_precision, jax_weights, state_dict_arrays, torch_named, torch_precision
+from parity_tests.recording import first, hooked
 from torch_ref import CustomLLM as TorchCustomLLM
 from torch_ref.muon import moment_names
 
@@ -36,6 +38,18 @@ class Gradients(NamedTuple):
     loss: float
     grads: Named
     experts: np.ndarray | None  # (A,L,B,T,k), chosen by PyTorch's routers; None from JAX
+    scales: dict[str, float] = {}  # noqa: RUF012  the norm of the gradient at the output of each module; from PyTorch
+
+    @property
+    def norm(self) -> float:
+        return float(np.sqrt(sum(float(np.square(grad, dtype=np.float64).sum()) for grad in self.grads.values())))
+
+    def scale_of(self, name: str) -> float:
+        """The size of the gradients that one is summed from: at the outputs of its module and of the one around it."""
+        owner = name.rpartition(".")[0]
+        while owner and owner not in self.scales:
+            owner = owner.rpartition(".")[0]
+        return max(self.scales.get(owner, 0.0), self.scales.get(owner.rpartition(".")[0], 0.0))
 
 
 class Trained(NamedTuple):
@@ -58,26 +72,66 @@ def random_moments(config: TrainConfig, weights: Weights, count: int, seed: int 
     return OptimizerState(np.asarray(count, np.int32), mu, of_adamw(config, nu))
 
 
-_gradients = jax.jit(jax_step.gradients, static_argnums=(0, 1))
-_step = jax.jit(jax_step.train_step, static_argnums=(0, 1), donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _gradients(config: TrainConfig, graph: nnx.GraphDef, *arrays):
+    return jax_step.gradients(config, graph, *arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _step(config: TrainConfig, graph: nnx.GraphDef, *arrays):
+    return jax_step.train_step(config, graph, *arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _evaluate(config: TrainConfig, graph: nnx.GraphDef, *arrays):
+    return jax_step.eval_step(config, graph, *arrays)
 
 
 class JaxTraining:
-    """Gradients and steps of the Flax model in one precision; each is compiled once for all models of a config."""
+    """Gradients and steps of the Flax model in one precision; each is compiled once for all models of a config.
 
-    def __init__(self, config: TrainConfig, weights: Weights, precision: str, interleaved: bool = True):
+    Args:
+        recomputes: whether the gradients are computed with remat; None: as the steps are.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        weights: Weights,
+        precision: str,
+        interleaved: bool = True,
+        recomputes: bool | None = None,
+    ):
         self.config, self.weights, self.precision = config, weights, precision
         self._named = functools.partial(torch_named, config.model, interleaved=interleaved)
+        remat = config.remat if recomputes is None else recomputes
         with jax_precision(precision):
-            graph, _, _ = abstract_model(config.model, dtype=DTYPES[precision])
-        self._gradients = functools.partial(_gradients, config, graph)
+            graph, recomputing = (
+                abstract_model(config.model, dtype=DTYPES[precision], remat=again)[0] for again in (config.remat, remat)
+            )
+        self._gradients = functools.partial(_gradients, config, recomputing)
         self._step = functools.partial(_step, config, graph)
+        self._evaluate = functools.partial(_evaluate, config, graph)
 
-    def gradients(self, labels: np.ndarray, experts: np.ndarray | None = None) -> Gradients:
-        """Gradients of the mean loss over micro-batches (A,B,T); `experts` (A,L,B,T,k) replaces the routers' choice."""
+    def gradients(
+        self, labels: np.ndarray, experts: np.ndarray | None = None, weights: Weights | None = None
+    ) -> Gradients:
+        """Gradients of the mean loss over micro-batches (A,B,T).
+
+        Args:
+            experts: (A,L,B,T,k), replaces the routers' choice.
+            weights: in place of the model's.
+        """
         with jax_precision(self.precision):
-            grads, loss, _ = self._gradients(self._start(), jnp.asarray(labels), experts)
+            grads, loss, _ = self._gradients(self._start(weights=weights), jnp.asarray(labels), experts)
         return Gradients(float(loss), self._named(grads), None)
+
+    def evaluate(self, labels: np.ndarray) -> tuple[float, int]:
+        """Summed loss and number of targets of a batch (B,T), as the training run evaluates it."""
+        with jax_precision(self.precision):
+            weights = jax_weights(self.weights, self.precision)
+            loss, targets = self._evaluate(*weights, jnp.asarray(labels))
+        return float(loss), int(targets)
 
     def train(
         self,
@@ -142,11 +196,51 @@ def _training(model: TorchCustomLLM) -> Iterator[None]:
 
 def torch_gradients(model: TorchCustomLLM, config: TrainConfig, labels: np.ndarray) -> Gradients:
     """The PyTorch model's gradients; arguments as in `JaxTraining.gradients`."""
-    with _training(model):
+    squares: dict[str, float] = {}
+
+    def watch(name: str, output: Any) -> None:
+        values = first(output)
+        if isinstance(values, torch.Tensor) and values.requires_grad:
+            values.register_hook(
+                lambda grad: squares.__setitem__(
+                    name, squares.get(name, 0.0) + float(torch.linalg.vector_norm(grad)) ** 2
+                )
+            )
+
+    modules = [(module, name) for name, module in model.named_modules()]
+    with _training(model), hooked(modules, watch):
         loss, experts = torch_step.accumulate_gradients(model, config, torch.from_numpy(labels).long())
         # an unused parameter has no gradient, which is not the same as a zero gradient
         grads = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
-    return Gradients(float(loss), hf_side.in_file(grads), experts.numpy())
+    scales = {name: value**0.5 for name, value in squares.items()}
+    return Gradients(float(loss), hf_side.in_file(grads), experts.numpy(), scales)
+
+
+@torch.no_grad()
+def torch_evaluate(model: TorchCustomLLM, labels: np.ndarray, precision: str) -> tuple[float, int]:
+    """As `JaxTraining.evaluate`."""
+    tokens = torch.from_numpy(labels).long()
+    with torch_precision(precision):
+        out = model(tokens.clamp(min=0), labels=tokens, num_items_in_batch=1)
+    return float(out.loss), int((labels[:, 1:] != torch_step.IGNORED).sum())
+
+
+@contextmanager
+def one_expert_for_all(model: Any, weights: Weights) -> Iterator[Weights]:
+    """In this context the routing biases send every token to the first expert, and none to the last.
+
+    Yields the weights of the Flax model with such biases.
+    """
+    push = hf_side.with_biases(model, lambda bias: _pushed(bias.numpy()))
+    with push:
+        yield weights._replace(routing_bias=jax.tree.map(_pushed, weights.routing_bias))
+
+
+def _pushed(bias: np.ndarray) -> np.ndarray:  # (...,E)
+    pushed = np.array(bias)
+    pushed[..., -1] -= 4  # scores are within 0 and 1
+    pushed[..., 0] = 4
+    return pushed
 
 
 def torch_train(
