@@ -19,6 +19,7 @@ from flax import nnx
 import torch_ref.step as torch_step
 from jaxllm.config import TrainConfig
 from jaxllm.config.families import is_interleaved
+from jaxllm.config.groups import OptimConfig, ScheduleConfig
 from jaxllm.model.decoder import abstract_model
 from jaxllm.store.checkpoint import Weights
 from jaxllm.train import step as jax_step
@@ -69,22 +70,22 @@ def random_moments(config: TrainConfig, weights: Weights, count: int, seed: int 
     rng = np.random.default_rng(seed)
     mu = jax.tree.map(lambda leaf: 1e-3 * rng.standard_normal(leaf.shape, np.float32), weights.params)
     nu = jax.tree.map(lambda m: np.square(m) + np.square(1e-3 * rng.standard_normal(m.shape, np.float32)), mu)
-    return OptimizerState(np.asarray(count, np.int32), mu, of_adamw(config, nu))
+    return OptimizerState(np.asarray(count, np.int32), mu, of_adamw(config.model, config.optim, nu))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _gradients(config: TrainConfig, graph: nnx.GraphDef, *arrays):
-    return jax_step.gradients(config, graph, *arrays)
+def _gradients(optim: OptimConfig, graph: nnx.GraphDef, *arrays):
+    return jax_step.gradients(optim, graph, *arrays)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def _step(config: TrainConfig, graph: nnx.GraphDef, *arrays):
-    return jax_step.train_step(config, graph, *arrays)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def _step(optim: OptimConfig, schedule: ScheduleConfig, graph: nnx.GraphDef, *arrays):
+    return jax_step.train_step(optim, schedule, graph, *arrays)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _evaluate(config: TrainConfig, graph: nnx.GraphDef, *arrays):
-    return jax_step.eval_step(config, graph, *arrays)
+@functools.partial(jax.jit, static_argnums=0)
+def _evaluate(graph: nnx.GraphDef, *arrays):
+    return jax_step.eval_step(graph, *arrays)
 
 
 class JaxTraining:
@@ -109,9 +110,9 @@ class JaxTraining:
             graph, recomputing = (
                 abstract_model(config.model, dtype=DTYPES[precision], remat=again)[0] for again in (config.remat, remat)
             )
-        self._gradients = functools.partial(_gradients, config, recomputing)
-        self._step = functools.partial(_step, config, graph)
-        self._evaluate = functools.partial(_evaluate, config, graph)
+        self._gradients = functools.partial(_gradients, config.optim, recomputing)
+        self._step = functools.partial(_step, config.optim, config.schedule, graph)
+        self._evaluate = functools.partial(_evaluate, graph)
 
     def gradients(
         self, labels: np.ndarray, experts: np.ndarray | None = None, weights: Weights | None = None
@@ -169,13 +170,16 @@ class JaxTraining:
 
     def _start(self, moments: OptimizerState | None = None, weights: Weights | None = None) -> TrainState:
         params, routing_bias = jax_weights(self.weights if weights is None else weights, self.precision)
-        state = start_state(self.config, jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, routing_bias))
+        config, copies = self.config, jax.tree.map(jnp.copy, (params, routing_bias))
+        state = start_state(config.model, config.optim, config.seed, *copies)
         if moments is None:
             return state
         opt_state = OptimizerState(
             jnp.asarray(moments.count),
             *jax.tree.map(
-                lambda leaf, param: jnp.array(leaf, param.dtype), moments[1:], (params, of_adamw(self.config, params))
+                lambda leaf, param: jnp.array(leaf, param.dtype),
+                moments[1:],
+                (params, of_adamw(config.model, config.optim, params)),
             ),
         )
         return state._replace(opt_state=opt_state, step=opt_state.count.copy())
@@ -198,18 +202,19 @@ def torch_gradients(model: TorchCustomLLM, config: TrainConfig, labels: np.ndarr
     """The PyTorch model's gradients; arguments as in `JaxTraining.gradients`."""
     squares: dict[str, float] = {}
 
+    def add(name: str, norm: torch.Tensor) -> None:
+        squares[name] = squares.get(name, 0.0) + float(norm) ** 2
+
     def watch(name: str, output: Any) -> None:
         values = first(output)
         if isinstance(values, torch.Tensor) and values.requires_grad:
-            values.register_hook(
-                lambda grad: squares.__setitem__(
-                    name, squares.get(name, 0.0) + float(torch.linalg.vector_norm(grad)) ** 2
-                )
-            )
+            values.register_hook(lambda grad: add(name, torch.linalg.vector_norm(grad)))
 
     modules = [(module, name) for name, module in model.named_modules()]
     with _training(model), hooked(modules, watch):
-        loss, experts = torch_step.accumulate_gradients(model, config, torch.from_numpy(labels).long())
+        loss, experts = torch_step.accumulate_gradients(
+            model, config.optim, config.precision, torch.from_numpy(labels).long()
+        )
         # an unused parameter has no gradient, which is not the same as a zero gradient
         grads = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
     scales = {name: value**0.5 for name, value in squares.items()}
@@ -250,8 +255,9 @@ def torch_train(
     with _training(model):
         interleaved, E = is_interleaved(model.config.to_dict()), config.model.n_routed_experts
         blocks = hf_side.joined_matrices(model, config.model, interleaved) if hf_side.is_stock(model) else {}
-        optimizer = torch_step.make_optimizer(model, config, blocks)
-        schedule = torch_step.make_schedule(optimizer, config, 0 if moments is None else int(moments.count))
+        optimizer = torch_step.make_optimizer(model, config.optim, config.precision, blocks)
+        steps_done = 0 if moments is None else int(moments.count)
+        schedule = torch_step.make_schedule(optimizer, config.schedule, config.optim.learning_rate, steps_done)
         if moments is not None:
             mu, nu = (torch_named(config.model, tree, interleaved=interleaved) for tree in moments[1:])
             names = {parameter: name for name, parameter in model.named_parameters()}
@@ -262,10 +268,8 @@ def torch_train(
                     for kind, named in zip(moment_names(group), (mu, nu), strict=False):  # Muon has one moment
                         moment = hf_side.in_memory(names[parameter], named, E).copy()
                         state[kind] = torch.from_numpy(moment).to(parameter.dtype)
-        reports = [
-            torch_step.train_step(model, optimizer, schedule, config, torch.from_numpy(labels).long())
-            for labels in batches
-        ]
+        fixed = (model, optimizer, schedule, config.optim, config.precision)
+        reports = [torch_step.train_step(*fixed, torch.from_numpy(labels).long()) for labels in batches]
         moments_of = {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
         state = {name: value.copy() for name, value in state_dict_arrays(model).items()}
     biases = _routing_bias(state)

@@ -347,13 +347,14 @@ class TrainingRungs:
         """The learning rate at every step of the schedule, as PyTorch's own class has it."""
         config = self.plan.config
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.optim.learning_rate)
-        schedule, theirs = make_schedule(optimizer, config), []
+        schedule, theirs = make_schedule(optimizer, config.schedule, config.optim.learning_rate), []
         for _ in range(config.schedule.steps + 1):
             theirs.append(schedule.get_last_lr()[0])
             optimizer.step()
             schedule.step()
         with jax_precision("float32"):
-            ours = np.asarray(learning_rate(config, np.arange(config.schedule.steps + 1)))
+            counts = np.arange(config.schedule.steps + 1)
+            ours = np.asarray(learning_rate(config.schedule, config.optim.learning_rate, counts))
         tolerance = TOLERANCES["float32"].forward
         return compare_arrays("trajectory", "learning rates", "", ours, np.asarray(theirs), tolerance)
 

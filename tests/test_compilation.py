@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -20,9 +21,9 @@ from jaxllm.data.sources import FileSource, local_files
 from jaxllm.data.tokenizer import train_or_recall_tokenizer
 from jaxllm.run.arguments import parse_args
 from jaxllm.run.runtime import use_compilation_cache
-from jaxllm.train.placement import OneDevice, compile_programs
-from jaxllm.train.state import init_state
-from jaxllm.train.step import model_graph
+from jaxllm.train.computation import Computation
+from jaxllm.train.placement import OneDevice, OnMesh, compile_programs, shared_programs
+from jaxllm.train.trainer import Trainer
 
 PROCESS = """
 import collections, json, sys
@@ -111,14 +112,38 @@ def test_a_cache_that_the_user_configured_is_kept(tmp_path, monkeypatch):
 def test_the_step_updates_the_state_in_place(narrow, accumulation):
     """Donation is a request: XLA must have granted it for every array of the state."""
     config = parse_args([*narrow, "--grad-accum", accumulation], "test", None, TrainConfig)
-    state = jax.jit(lambda: init_state(config))()
-    step = compile_programs(OneDevice(), config, model_graph(config)).step
+    computation = Computation.of(config)
+    state = jax.jit(computation.init_state)()
+    step = compile_programs(OneDevice(), computation).step
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert step.memory_analysis().alias_size_in_bytes >= size
     rows = np.zeros((config.data.grad_accum, config.data.batch_size, config.data.seq_len), np.int32)
     after, _ = step(state, rows)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert int(after.step) == 1
+
+
+def test_runs_of_one_process_share_programs_and_keep_no_arrays(narrow):
+    """What no program depends on does not matter, what one depends on does."""
+    first, *others = (
+        parse_args([*narrow, *options], "test", None, TrainConfig)
+        for options in ((), ("--save-every", "7", "--run-dir", "other"), ("--seed", "1"))
+    )
+    rows = np.zeros((first.data.batch_size, first.data.seq_len), np.int32)
+    trainer = Trainer(first)
+    trainer.compile()
+    gc.collect()
+    before = {id(array) for array in jax.live_arrays()}
+    trainer.step(trainer.init(), rows)
+    programs = shared_programs(trainer.placement, trainer.computation)
+    del trainer
+    gc.collect()
+    assert {id(array) for array in jax.live_arrays()} <= before
+    same, seeded = map(Trainer, others)
+    assert shared_programs(same.placement, same.computation) is programs
+    assert same.compile() < 0.1
+    assert seeded.computation != same.computation
+    assert OneDevice() != OnMesh(OneDevice.layout)
 
 
 def test_a_tokenizer_is_cached_by_text_and_size(corpus, tmp_path, monkeypatch, capsys):

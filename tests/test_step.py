@@ -13,23 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.config import PRESETS, ModelConfig, TrainConfig, recipe
+from jaxllm.config import PRESETS, TrainConfig, recipe
 from jaxllm.model.decoder import model_facts
+from jaxllm.train.computation import Computation
 from jaxllm.train.loss import IGNORED
 from jaxllm.train.optim import learning_rate
-from jaxllm.train.state import TrainState, init_state
-from jaxllm.train.step import model_graph, train_step
+from jaxllm.train.state import TrainState
+from tests.configs import small
 
 CONFIG = TrainConfig.from_options(
-    model=ModelConfig(
-        vocab_size=61,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        moe_intermediate_size=24,
-        max_position_embeddings=32,
-        dropout=0.0,
-    ),
+    model=small(vocab_size=61, num_hidden_layers=2, max_position_embeddings=32, dropout=0.0),
     seq_len=8,
     steps=50,
     warmup_steps=2,
@@ -64,12 +57,12 @@ CLIPPED_AND_FROZEN = CONFIG.with_options(max_grad_norm=1e-3, bias_update_rate=0.
 
 @functools.cache
 def first_state() -> TrainState:
-    return jax.jit(functools.partial(init_state, CONFIG))()
+    return jax.jit(Computation.of(CONFIG).init_state)()
 
 
 @functools.cache
 def step_of(config: TrainConfig) -> Callable:
-    return jax.jit(functools.partial(train_step, config, model_graph(config)))
+    return jax.jit(Computation.of(config).train_step)
 
 
 def run(config: TrainConfig, *batches: jax.Array):
@@ -171,7 +164,8 @@ def logged_learning_rates() -> dict[int, float]:
 
 
 def test_the_source_s_learning_rates_are_reproduced():
-    schedule = functools.partial(learning_rate, recipe("seed", "customllm-1b"))
+    seed = recipe("seed", "customllm-1b")
+    schedule = functools.partial(learning_rate, seed.schedule, seed.optim.learning_rate)
     log = logged_learning_rates()
     assert SEED_LOG.items() <= log.items()
     with jax.enable_x64(True):

@@ -1,13 +1,17 @@
 """A run's config, placement, static model and compiled programs, as one object."""
 
+import functools
+import time
+
 import jax
 import numpy as np
 
 from jaxllm.config import TrainConfig
 from jaxllm.model.dtypes import Array, Pytree
-from jaxllm.train.placement import Placement, Programs, choose_placement, compile_programs, on_one_device
+from jaxllm.train.computation import Computation
+from jaxllm.train.placement import Placement, Programs, choose_placement, on_one_device, shared_programs
 from jaxllm.train.state import TrainState, start_state
-from jaxllm.train.step import StepMetrics, model_graph
+from jaxllm.train.step import StepMetrics
 
 
 class Trainer:
@@ -18,35 +22,45 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, placement: Placement | None = None):
         self.config = config
-        self.placement = choose_placement(config) if placement is None else placement
-        self.graph = model_graph(config)
-        self._programs: Programs | None = None
+        mesh, batch_size = config.mesh, config.data.batch_size
+        self.placement = choose_placement(mesh, batch_size) if placement is None else placement
+        self.computation = Computation.of(config)
+        self.graph = self.computation.graph
 
     def init(self, weights: tuple[Pytree, Pytree] | None = None) -> TrainState:
         """A new run's state: with these parameters and routing bias, or fresh ones."""
         if weights is None:
-            return self.placement.init(self.config)
-        where = self.placement.state_shardings(self.config)
-        state = jax.device_put(start_state(self.config, *weights), where)
-        return self.placement.shard(state)
+            return self.placement.init(self.computation)
+        config = self.config
+        state = start_state(config.model, config.optim, config.seed, *weights)
+        return self.placement.shard(jax.device_put(state, self.state_shardings))
+
+    @property
+    def state_shardings(self) -> TrainState | None:
+        """Where a checkpoint restores each array of the state; None: on the first device."""
+        return self.placement.state_shardings(self.computation)
 
     def compile(self) -> float:
-        """Compile the programs, unless that is done; returns the seconds it took."""
-        return self._compiled().seconds
+        """Compile the programs, unless that is done; returns the seconds it took.
 
-    def _compiled(self) -> Programs:
-        if self._programs is None:
-            self._programs = compile_programs(self.placement, self.config, self.graph)
-        return self._programs
+        Runs of one process with an equal placement and computation share them.
+        """
+        start = time.perf_counter()
+        _ = self._programs
+        return time.perf_counter() - start
+
+    @functools.cached_property
+    def _programs(self) -> Programs:
+        return shared_programs(self.placement, self.computation)
 
     def step(self, state: TrainState, labels: np.ndarray) -> tuple[TrainState, StepMetrics]:
         """One optimizer step on this process's rows of the batch, (A*B,T) int32. The state given is donated."""
         data = self.config.data
-        return self._compiled().step(state, labels.reshape(data.grad_accum, -1, data.seq_len))
+        return self._programs.step(state, labels.reshape(data.grad_accum, -1, data.seq_len))
 
     def evaluate(self, state: TrainState, labels: np.ndarray) -> tuple[Array, Array]:
         """Summed cross-entropy in nats, and number of targets, of rows (B,T) that all processes have."""
-        return self._compiled().evaluate(state, labels)
+        return self._programs.evaluate(state, labels)
 
     def unshard(self, state: TrainState) -> TrainState:
         """The state in the form of one device, in which it is saved."""
