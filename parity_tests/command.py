@@ -31,6 +31,7 @@ from parity_tests.engine.report import first_divergence, print_table
 from parity_tests.executed import Executed
 from parity_tests.forward import random_weights, torch_model
 from parity_tests.hf_mutations import STOCK_MUTATIONS
+from parity_tests.jax_mutations import BFLOAT16_MUTATIONS, JAX_MUTATIONS
 from parity_tests.ladder import Ladder
 from parity_tests.mutations import MUTATIONS, Mutation
 from parity_tests.options import MIN_STEPS, RUNGS, ParityArgs
@@ -169,6 +170,7 @@ def find_mutation(name: str, config: ModelConfig, optimizer: str) -> Mutation:
         possible = {name: known.mutation for name, known in STOCK_MUTATIONS.items() if known.applies(config)}
     else:
         possible = {name: known for name, known in MUTATIONS.items() if known.optimizer in (None, optimizer)}
+    possible |= JAX_MUTATIONS | BFLOAT16_MUTATIONS
     if name not in possible:
         raise UserError(f"mutate is {name!r}: this model with {optimizer} can have one of {', '.join(possible)}")
     return possible[name]
@@ -198,7 +200,7 @@ def compare(args: ParityArgs) -> int:
     Raises:
         UserError: an option, the weights, their code or the text cannot be compared.
     """
-    known = [*MUTATIONS, *STOCK_MUTATIONS]
+    known = [*MUTATIONS, *STOCK_MUTATIONS, *JAX_MUTATIONS, *BFLOAT16_MUTATIONS]
     if args.mutate is not None and args.mutate not in known:
         raise UserError(f"mutate is {args.mutate!r}: choose one of {', '.join(known)}")
     start_jax()

@@ -118,15 +118,15 @@ class ForwardRungs:
         real = mask.astype(bool)
         if not same_choice(ours.experts[:, real], theirs.experts[:, real]):
             ours = self.subject.trace(ids, theirs.experts, mask)
+        for i, side in enumerate(("left", "right")):
+            one, other = ours.logits[i][real[i]], theirs.logits[i][real[i]]
+            rows.append(compare_arrays("padding", "padded logits", f"on the {side}", one, other, self.tolerance))
         if self.config.moe_layers:
             bias = routing_bias_of(self.config, self.subject.weights)
             scores = zip(ours.parts["router scores"], bias, theirs.experts, strict=True)
             found = [expert_flips(s[real], b, e[real], self.config.router) for s, b, e in scores]
             near_tie = self.subject.tolerances.near_tie
             rows.append(choice_row("padding", "", total_flips(found), int(mask.sum()) * len(found), near_tie))
-        for i, side in enumerate(("left", "right")):
-            one, other = ours.logits[i][real[i]], theirs.logits[i][real[i]]
-            rows.append(compare_arrays("padding", "padded logits", f"on the {side}", one, other, self.tolerance))
         return rows
 
     def evaluation(self, model: Any, training: JaxTraining, batches: np.ndarray) -> list[Row]:

@@ -34,6 +34,13 @@ STOCK_ROUNDINGS = {"attention": 3.0, "experts": 3.0}
 """transformers' models round the scores of attention, too."""
 
 
+ORDER = (
+    "input norm", "rotated keys", "attention", "post-attention norm", "router logits", "router scores", "gates",
+    "experts",
+)  # fmt: skip
+"""Of the computation."""
+
+
 class Fed(NamedTuple):
     """What PyTorch's parts return for given inputs."""
 
@@ -50,7 +57,8 @@ def same_input_rows(model: Any, ours: Trace, ids: np.ndarray) -> list[Row]:
         made["rotated keys"] = _numbers(ours.keys)
     rows = []
     for i in range(len(made["residual"])):
-        for part, of_layers in exact.parts.items():
+        for part in ORDER:
+            of_layers = exact.parts.get(part, [])
             at = i - len(made["residual"]) + len(of_layers)  # a router's are of the layers that have experts
             if at < 0:
                 continue
