@@ -7,7 +7,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -208,35 +208,23 @@ def compare(args: ParityArgs) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"out is {str(args.out)!r}: it must be a folder that can be made ({error.strerror})") from None
-    pair, run = load_pair(args), _run_of(args.weights)
+    executed, run = Executed(), _run_of(args.weights)
+    with executed.watching():  # from the start: what follows from a config is computed once in a process
+        pair = load_pair(args)
     config, code = pair.config, pair.code
     passes, settings = plan_passes(args, run)
     tokens = read_tokens(config, Ladder.tokens_needed(config, settings), args.text, find_tokenizer(args))
-    executed = Executed()
     ladders: list[Ladder] = []
     rows: list[Row] = []
     seconds: dict[str, float] = {}
     try:
         for precision, rungs, of_pass in passes:
-            ladder = Ladder(config, pair.weights, tokens, precision, of_pass, is_interleaved(pair.source))
-            ladders.append(ladder)
-            optimizer = ladder.plan.config.optim.optimizer
-            with (
-                nullcontext()
-                if args.mutate is None
-                else find_mutation(args.mutate, config, optimizer).plant(pair.model)
-            ):
-                started = time.perf_counter()
-                with executed.watching():
-                    for rung, found in ladder.climb(pair.model, rungs):
-                        label = rung if precision == passes[0].precision else f"{rung}, {precision}"
-                        rows += [dataclasses.replace(row, rung=label) for row in found]
-                        seconds[label] = time.perf_counter() - started
-                        started = time.perf_counter()
-                        verdict = "ok" if all(row.passed for row in found) else "BREACH"
-                        print(
-                            f"{label}: {verdict if found else 'nothing to compare'}, {seconds[label]:.1f} s", flush=True
-                        )
+            if ladders and "step" in rungs:
+                of_pass = dataclasses.replace(of_pass, norms=ladders[0].training.norms)
+            with executed.watching():
+                ladders.append(Ladder(config, pair.weights, tokens, precision, of_pass, is_interleaved(pair.source)))
+                for rung, found in climb(args, pair, ladders[-1], rungs, seconds, len(passes) > 1):
+                    rows += [dataclasses.replace(row, rung=rung) for row in found]
     except Exception as error:  # of whatever the folder's code does
         if isinstance(error, UserError) or not args.trust_remote_code:
             raise
@@ -264,12 +252,34 @@ def compare(args: ParityArgs) -> int:
     for ladder in ladders:
         print(f"Training in {ladder.precision}: {ladder.plan.described()}")
     print(f"Not compared: {'; '.join(left_out)}")
-    if never:
-        print(f"Never executed, of the model and the step: {', '.join(map(str, never))}")
+    whole = [missed.file for missed in never if missed.whole]
+    print(f"Never executed of the model and the step: {', '.join(whole)}; in part: "
+          f"{', '.join(str(missed) for missed in never if not missed.whole)}")  # fmt: skip
     print("The two frameworks agree." if divergence is None else f"BREACH, first in: {divergence}")
     if args.mutate is not None and divergence is None:
         print(f"The planted fault {args.mutate} was not seen.")
     return 0 if divergence is None else 1
+
+
+def climb(
+    args: ParityArgs, pair: Pair, ladder: Ladder, rungs: Iterable[str], seconds: dict[str, float], several: bool
+) -> Iterator[tuple[str, list[Row]]]:
+    """Climb with the fault of `args`, print a line for each rung, and enter its time.
+
+    Args:
+        several: whether bfloat16 comes after float32; its rungs are then named so.
+    """
+    optimizer = ladder.plan.config.optim.optimizer
+    mutation = None if args.mutate is None else find_mutation(args.mutate, pair.config, optimizer)
+    with nullcontext() if mutation is None else mutation.plant(pair.model):
+        started = time.perf_counter()
+        for rung, rows in ladder.climb(pair.model, rungs):
+            name = f"{rung}, bfloat16" if several and ladder.precision == "bfloat16" else rung
+            seconds[name] = time.perf_counter() - started
+            started = time.perf_counter()
+            verdict = "ok" if all(row.passed for row in rows) else "BREACH"
+            print(f"{name}: {verdict if rows else 'nothing to compare'}, {seconds[name]:.1f} s", flush=True)
+            yield name, rows
 
 
 class Pass(NamedTuple):
@@ -293,7 +303,7 @@ def plan_passes(args: ParityArgs, run: TrainConfig | None) -> tuple[list[Pass], 
     passes = [Pass(args.precision or "float32", args.rungs, settings)]
     if args.precision is None and not args.quick and run is not None and run.precision == "bfloat16":
         again = tuple(rung for rung in args.rungs if rung in BFLOAT16_RUNGS)
-        passes.append(Pass("bfloat16", again, dataclasses.replace(settings, steps=min(steps, BFLOAT16_STEPS))))
+        passes.append(Pass("bfloat16", again, dataclasses.replace(settings, most_steps=BFLOAT16_STEPS)))
     return passes, settings
 
 

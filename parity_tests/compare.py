@@ -75,6 +75,3 @@ TOLERANCES = {
 MUON_BFLOAT16 = Tolerance("bfloat16 Muon update", 1.5e-1, ANY, "as the gradient, small singular values enlarged")
 
 ISLAND = Tolerance("float32 island", 1e-5, ANY, "float32 inside a bfloat16 model, on the same input")
-
-ZERO = {"float64": 1e-11, "float32": 1e-5, "bfloat16": 1e-5}
-"""A gradient is zero in theory if it is smaller, relative to the gradients that it is summed from."""

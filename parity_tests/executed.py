@@ -116,22 +116,24 @@ def _missed(path: Path, shown: str, spans: dict[int, list[Span]]) -> Missed | No
         )
 
     functions, lines, called = [], [], False
-    for function in _functions(tree):
-        if not any(ran(statement) for statement in function.body):
-            if not _fails(function.body) and not _is_stub(function.body):
-                functions.append(function.name)
-            continue
-        called = True
-        lines += [node.lineno for node in _ways(function.body) if not ran(node)]
+
+    def look(node: ast.AST, within: str) -> None:
+        nonlocal called
+        for child in ast.iter_child_nodes(node):
+            named = f"{within}{child.name}" if isinstance(child, ast.FunctionDef | ast.ClassDef) else within
+            if isinstance(child, ast.FunctionDef):
+                if not any(ran(statement) for statement in child.body):
+                    if not _fails(child.body) and not _is_stub(child.body):
+                        functions.append(named)
+                    continue
+                called = True
+                lines.extend(way.lineno for way in _ways(child.body) if not ran(way))
+            look(child, f"{named}." if named != within else within)
+
+    look(tree, "")
     if not functions and not lines:
         return None
     return Missed(shown, functions, sorted({*lines}), not called)
-
-
-def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef):
-            yield node
 
 
 def _ways(body: list[ast.stmt]) -> Iterator[Any]:

@@ -67,7 +67,7 @@ class Ladder:
     def tokens_needed(config: ModelConfig, settings: Settings) -> int:
         """Of a text, not to repeat it."""
         plan = make_plan(config, "float32", settings)
-        steps, wide = plan.config.schedule.steps * plan.config.tokens_per_step, 2 * int(np.prod(plan.wide))
+        steps, wide = plan.steps * plan.config.tokens_per_step, 2 * int(np.prod(plan.wide))
         return max(min(settings.seq_len, config.max_position_embeddings), steps, wide)
 
     @property
@@ -86,9 +86,7 @@ class Ladder:
             model: the PyTorch model, in eval mode; its parameters in float64 if that is the precision, else float32.
         """
         forward, training = self.forward, self.training
-        evaluation = functools.partial(
-            forward.evaluation, training=training.jax_gradients, batches=training.batches[:3, 0]
-        )
+        evaluation = functools.partial(forward.evaluation, training=training.jax, batches=training.batches[:3, 0])
         climbers = {
             "weights": forward.weights, "layers": forward.layers, "parts": forward.parts, "logits": forward.logits,
             "loss": forward.loss, "padding": forward.padding, "evaluation": evaluation,

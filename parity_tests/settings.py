@@ -77,6 +77,10 @@ class Settings:
     """The run whose settings the training rungs have; None: all features, on small batches."""
     sizes: Sizes | None = None
     """Of a step; None: the run's, or SMALL."""
+    norms: tuple[float, float] | None = None
+    """Of the gradients of the first two batches, if they are known."""
+    most_steps: int | None = None
+    """How many of the steps are compared at most; None: all."""
     widens: bool = True
     """Whether gradients are compared at sizes beyond the thresholds of the code, or at those of the steps."""
 
@@ -89,6 +93,10 @@ class Plan:
     """Of the steps. Its `max_grad_norm` is the run's: the rung may replace it."""
     wide: Sizes
     """Of the gradients."""
+    steps: int
+    """How many are compared."""
+    norms: tuple[float, float] | None = None
+    """As in the settings."""
     notes: list[str] = field(default_factory=list)
     """In what it differs from the run, one line each."""
 
@@ -102,7 +110,7 @@ class Plan:
         config, sizes = self.config, " x ".join(map(str, self.sizes))
         remat = ", remat" if config.remat else ""
         line = (
-            f"{config.schedule.steps} steps of {sizes} tokens (micro-batches x rows x tokens), {config.optim.optimizer}"
+            f"{self.steps} steps of {sizes} tokens (micro-batches x rows x tokens), {config.optim.optimizer}"
         )
         line += f", {config.schedule.schedule}{remat}; gradients of {' x '.join(map(str, self.wide))} tokens"
         return "; ".join([line, *self.notes])
@@ -147,7 +155,8 @@ def make_plan(model: ModelConfig, precision: str, settings: Settings) -> Plan:
     )  # fmt: skip
     if run is not None and (warmup_steps, steps) != (run.schedule.warmup_steps, run.schedule.steps):
         notes.append(f"the schedule of {run.schedule.steps} steps on {steps}, {warmup_steps} of them warm-up")
-    return Plan(config, _widened(own, model.max_position_embeddings) if settings.widens else own, notes)
+    wide = _widened(own, model.max_position_embeddings) if settings.widens else own
+    return Plan(config, wide, min(steps, settings.most_steps or steps), settings.norms, notes)
 
 
 def _affordable(model: ModelConfig, sizes: Sizes, steps: int) -> int:

@@ -5,6 +5,7 @@ Both sides are the functions used for training: `jaxllm.train.step` and `torch_r
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,8 +79,11 @@ def _gradients(optim: OptimConfig, graph: nnx.GraphDef, *arrays):
     return jax_step.gradients(optim, graph, *arrays)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
-def _step(optim: OptimConfig, schedule: ScheduleConfig, graph: nnx.GraphDef, *arrays):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _step(optim: OptimConfig, schedule: ScheduleConfig, graph: nnx.GraphDef, limit: jax.Array, *arrays):
+    """A step whose gradients are clipped at `limit`, an argument: another one compiles nothing."""
+    optim = copy.copy(optim)
+    object.__setattr__(optim, "max_grad_norm", limit)
     return jax_step.train_step(optim, schedule, graph, *arrays)
 
 
@@ -104,6 +108,8 @@ class JaxTraining:
         recomputes: bool | None = None,
     ):
         self.config, self.weights, self.precision = config, weights, precision
+        self.limit = config.optim.max_grad_norm
+        """Of the gradient norm; may be changed."""
         self._named = functools.partial(torch_named, config.model, interleaved=interleaved)
         remat = config.remat if recomputes is None else recomputes
         with jax_precision(precision):
@@ -126,6 +132,17 @@ class JaxTraining:
         with jax_precision(self.precision):
             grads, loss, _ = self._gradients(self._start(weights=weights), jnp.asarray(labels), experts)
         return Gradients(float(loss), self._named(grads), None)
+
+    def gradients_of_a_step(
+        self, labels: np.ndarray, experts: np.ndarray | None = None, weights: Weights | None = None
+    ) -> Gradients:
+        """As `gradients`, from the first moments of a step from zero moments: the program of the steps is enough."""
+        optim = self.config.optim
+        done = self.train(labels[None], None, None if experts is None else [experts], weights=weights)
+        scale = min(1.0, self.limit / (done.grad_norms[0] + 1e-6))
+        betas = {name: optim.beta1 if name in done.nu else optim.muon_momentum for name in done.mu}
+        grads = {name: moment / ((1 - betas[name]) * scale) for name, moment in done.mu.items()}
+        return Gradients(done.losses[0], grads, None)
 
     def evaluate(self, labels: np.ndarray) -> tuple[float, int]:
         """Summed loss and number of targets of a batch (B,T), as the training run evaluates it."""
@@ -152,9 +169,10 @@ class JaxTraining:
         reports: list[StepMetrics] = []
         with jax_precision(self.precision):
             state = self._start(moments, weights)
+            limit = jnp.asarray(self.limit, state.opt_state.mu["token_embeddings"]["weight"].dtype)
             for i, labels in enumerate(batches):
                 before_step(i, Weights(state.params, state.routing_bias))
-                state, metrics = self._step(state, jnp.asarray(labels), None if experts is None else experts[i])
+                state, metrics = self._step(limit, state, jnp.asarray(labels), None if experts is None else experts[i])
                 reports.append(metrics)
             reports = jax.device_get(reports)
         after, named = state.opt_state, self._named

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,10 +13,12 @@ import jax
 import numpy as np
 import torch
 
+from jaxllm.config import TrainConfig
 from jaxllm.store.checkpoint import Weights
 from jaxllm.train.loss import IGNORED
 from jaxllm.train.optim import learning_rate
-from parity_tests.compare import MUON_BFLOAT16, TOLERANCES, ZERO, Row, Tolerance, compare_arrays, compare_leaves
+from parity_tests.compare import MUON_BFLOAT16, TOLERANCES, Row, Tolerance, compare_arrays, compare_leaves
+from parity_tests.engine.judge import ZERO
 from parity_tests.engine.rows import compare_numbers, relative_l2
 from parity_tests.forward import jax_precision, torch_named
 from parity_tests.forward_rungs import Subject
@@ -78,7 +81,7 @@ class TrainingRungs:
 
     def __init__(self, subject: Subject, plan: Plan, tokens: np.ndarray, recomputes: bool | None = None):
         self.subject, self.plan, self.recomputes = subject, plan, recomputes
-        self.batches = text_batches(tokens, plan.sizes, plan.config.schedule.steps)  # (steps,A,B,T)
+        self.batches = text_batches(tokens, plan.sizes, plan.steps)  # (steps,A,B,T)
         self.wide_batch = text_batches(tokens, plan.wide, 2)[1]  # (A,B,T)
         self.curve = Curve()
         self.not_compared: list[str] = []
@@ -86,31 +89,37 @@ class TrainingRungs:
         self._trained: dict[tuple[int, int, bool], Trained] = {}
 
     @functools.cached_property
-    def _norms(self) -> list[float]:
-        """Of the gradients of the first two batches, in float32 or wider."""
-        subject, config = self.subject, self.plan.config.with_options(precision="float32")
-        wide = "float32" if subject.precision == "bfloat16" else subject.precision
-        training = JaxTraining(config, subject.weights, wide, subject.interleaved, self.recomputes)
-        return [training.gradients(labels).norm for labels in self.batches[:2]]
+    def jax(self) -> JaxTraining:
+        subject = self.subject
+        return JaxTraining(
+            self.plan.config, subject.weights, subject.precision, subject.interleaved, self.recomputes
+        )  # fmt: skip
 
     @functools.cached_property
-    def jax(self) -> JaxTraining:
+    def norms(self) -> tuple[float, float]:
+        """Of the gradients of the first two batches."""
+        one, other = self.plan.norms or [self._jax_gradients(labels).norm for labels in self.batches[:2]]
+        return one, other
+
+    @functools.cached_property
+    def config(self) -> TrainConfig:
         """With a limit of the gradient norm between those of the first two batches, so that one of them is clipped."""
-        subject, config = self.subject, self.plan.config
-        if not min(self._norms) < config.optim.max_grad_norm < max(self._norms):
-            limit = float(np.float32(math.sqrt(math.prod(self._norms))))
+        config = self.plan.config
+        if not min(self.norms) < config.optim.max_grad_norm < max(self.norms):
+            limit = float(np.float32(math.sqrt(math.prod(self.norms))))
             self.plan.notes.append(
                 f"max_grad_norm {limit:.3g}, between the norms of two batches (the run's: "
                 f"{config.optim.max_grad_norm:g})"
             )
             config = config.with_options(max_grad_norm=limit)
-        return JaxTraining(config, subject.weights, subject.precision, subject.interleaved, self.recomputes)
+        self.jax.limit = config.optim.max_grad_norm
+        return config
 
-    @functools.cached_property
-    def jax_gradients(self) -> JaxTraining:
-        """Their program does not depend on the limit of the norm, and so need not be compiled again for it."""
-        subject, config = self.subject, self.plan.config
-        return JaxTraining(config, subject.weights, subject.precision, subject.interleaved, self.recomputes)
+    @property
+    def _jax_gradients(self) -> Callable[..., Gradients]:
+        """Where the gradients have the size of the steps, the steps' program has them: one less is compiled."""
+        same = self.plan.wide == self.plan.sizes and self.recomputes is None
+        return self.jax.gradients_of_a_step if same else self.jax.gradients
 
     # gradients
 
@@ -144,7 +153,7 @@ class TrainingRungs:
         )
 
     def _gradients_of(self, weights: Weights, experts: np.ndarray | None = None) -> Gradients:
-        return self.jax_gradients.gradients(self.wide_batch, experts, weights)
+        return self._jax_gradients(self.wide_batch, experts, weights)
 
     @functools.cached_property
     def _free_gradients(self) -> Gradients:
@@ -152,7 +161,7 @@ class TrainingRungs:
 
     def _leaves(self, ours: Gradients, theirs: Gradients, what: str) -> list[Row]:
         """Those of a gradient; a leaf that is zero in theory is judged by the size of what it is summed from."""
-        rows, zero = [], ZERO[self.subject.precision]
+        rows, zero = [], ZERO["lifted" if self.subject.precision == "float64" else "own"]
         for row in compare_leaves("gradients", what, ours.grads, theirs.grads, self.subject.tolerances.gradient):
             scale = zero * theirs.scale_of(row.leaf)
             values = [side.grads.get(row.leaf) for side in (ours, theirs)]
@@ -173,8 +182,8 @@ class TrainingRungs:
 
     def step(self, model: Any) -> list[Row]:
         """One step on each of two batches, from the same state: one with clipped gradients, one without."""
-        limit = self.jax.config.optim.max_grad_norm
-        below = [norm < limit for norm in self._norms]
+        limit = self.config.optim.max_grad_norm
+        below = [norm < limit for norm in self.norms]
         if all(below) or not any(below):
             self.not_compared.append(f"the other side of max_grad_norm = {limit:.3g}")
         rows: list[Row] = []
@@ -191,7 +200,7 @@ class TrainingRungs:
 
     def _step_rows(self, model: Any, batch: int, which: str) -> list[Row]:
         batches = self.batches[batch : batch + 1]
-        theirs = torch_train(model, self.jax.config, batches, self._moments)
+        theirs = torch_train(model, self.config, batches, self._moments)
         before = torch_named(
             self.subject.config, self.subject.weights.params, interleaved=self.subject.interleaved
         )  # fmt: skip
@@ -254,7 +263,7 @@ class TrainingRungs:
         """All steps; fewer where this training amplifies rounding so much that two right programs part."""
         rows, steps, bound = [], len(self.batches), None
         while True:
-            theirs = torch_train(model, self.jax.config, self.batches[:steps])
+            theirs = torch_train(model, self.config, self.batches[:steps])
             plain = Amplification.none(self.subject.tolerances.trajectory, steps)
             rows = self._trajectory_rows(theirs, plain)
             if all(row.passed for row in rows):
@@ -278,7 +287,7 @@ class TrainingRungs:
 
         def compare(ours: Trained, replayed: bool) -> list[Row]:
             self.curve = _curve(ours, theirs, replayed, allowed.losses)
-            apart, limit = self.curve.first_difference, self.jax.config.optim.max_grad_norm
+            apart, limit = self.curve.first_difference, self.config.optim.max_grad_norm
             tolerance = allowed.parameters._replace(relative_l2=float(allowed.losses.max()))
             losses = compare_arrays(
                 "trajectory", "losses", "", np.asarray(ours.losses), np.asarray(theirs.losses), tolerance
