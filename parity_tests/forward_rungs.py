@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxllm.config import ModelConfig
+from jaxllm.model.batch import IGNORED
 from jaxllm.store.checkpoint import Weights
-from jaxllm.train.loss import IGNORED
 from parity_tests.compare import Row, Tolerances, compare_arrays, compare_bits, compare_numbers
 from parity_tests.forward import ROUTER_PARTS, Trace, jax_trace, state_dict_arrays, torch_named, torch_trace
 from parity_tests.replay import Flips, choice_row, expert_flips, routing_bias_of, same_choice, total_flips

@@ -11,9 +11,9 @@ import numpy as np
 
 from jaxllm.config import ModelConfig, TrainConfig
 from jaxllm.config.train import RunConfig
+from jaxllm.model.batch import IGNORED
 from jaxllm.model.kernels import causal_attention, grouped_loop, matmul
 from jaxllm.train import loss
-from jaxllm.train.loss import IGNORED
 from parity_tests.options import MIN_STEPS
 
 BEYOND = 9 / 8
@@ -109,9 +109,7 @@ class Plan:
         """One line for the verdict."""
         config, sizes = self.config, " x ".join(map(str, self.sizes))
         remat = ", remat" if config.remat else ""
-        line = (
-            f"{self.steps} steps of {sizes} tokens (micro-batches x rows x tokens), {config.optim.optimizer}"
-        )
+        line = f"{self.steps} steps of {sizes} tokens (micro-batches x rows x tokens), {config.optim.optimizer}"
         line += f", {config.schedule.schedule}{remat}; gradients of {' x '.join(map(str, self.wide))} tokens"
         return "; ".join([line, *self.notes])
 

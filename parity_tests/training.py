@@ -21,6 +21,7 @@ import torch_ref.step as torch_step
 from jaxllm.config import TrainConfig
 from jaxllm.config.families import is_interleaved
 from jaxllm.config.groups import OptimConfig, ScheduleConfig
+from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import abstract_model
 from jaxllm.store.checkpoint import Weights
 from jaxllm.train import step as jax_step
@@ -130,7 +131,8 @@ class JaxTraining:
             weights: in place of the model's.
         """
         with jax_precision(self.precision):
-            grads, loss, _ = self._gradients(self._start(weights=weights), jnp.asarray(labels), experts)
+            batch = TokenBatch(jnp.asarray(labels))
+            grads, loss, _ = self._gradients(self._start(weights=weights), batch, experts)
         return Gradients(float(loss), self._named(grads), None)
 
     def gradients_of_a_step(
@@ -148,7 +150,7 @@ class JaxTraining:
         """Summed loss and number of targets of a batch (B,T), as the training run evaluates it."""
         with jax_precision(self.precision):
             weights = jax_weights(self.weights, self.precision)
-            loss, targets = self._evaluate(*weights, jnp.asarray(labels))
+            loss, targets = self._evaluate(*weights, TokenBatch(jnp.asarray(labels)))
         return float(loss), int(targets)
 
     def train(
@@ -172,7 +174,8 @@ class JaxTraining:
             limit = jnp.asarray(self.limit, state.opt_state.mu["token_embeddings"]["weight"].dtype)
             for i, labels in enumerate(batches):
                 before_step(i, Weights(state.params, state.routing_bias))
-                state, metrics = self._step(limit, state, jnp.asarray(labels), None if experts is None else experts[i])
+                batch = TokenBatch(jnp.asarray(labels))
+                state, metrics = self._step(limit, state, batch, None if experts is None else experts[i])
                 reports.append(metrics)
             reports = jax.device_get(reports)
         after, named = state.opt_state, self._named

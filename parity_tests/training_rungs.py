@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from jaxllm.config import TrainConfig
+from jaxllm.model.batch import IGNORED
 from jaxllm.store.checkpoint import Weights
-from jaxllm.train.loss import IGNORED
 from jaxllm.train.optim import learning_rate
 from parity_tests.compare import MUON_BFLOAT16, TOLERANCES, Row, Tolerance, compare_arrays, compare_leaves
 from parity_tests.engine.judge import ZERO

@@ -21,6 +21,7 @@ from huggingface_hub import constants
 from jaxllm.config import TrainConfig
 from jaxllm.data import hub_retry as patience
 from jaxllm.data import sources
+from jaxllm.data.source import Reading
 from jaxllm.data.sources import FileSource, HubSource, local_files, open_source
 from jaxllm.data.stream import ProcessBatches
 from jaxllm.data.tokenizer import train_tokenizer
@@ -287,7 +288,8 @@ def test_a_split_that_is_not_there_is_refused_and_a_validation_split_is_evaluate
     assert "evaluated on the split 'validation'; nothing is held out" in report.evaluated
     assert report.seen.documents == 9
     assert not any(chunk.held_out for chunk in source.chunks())
-    running = HubSource(NAME, CONFIG, "train", "text", hold_out="chunks")  # a run that began before there was one
+    before = Reading(hold_out="chunks")  # a run that began before there was one
+    running = HubSource(NAME, CONFIG, "train", "text", reading=before)
     assert any(chunk.held_out for chunk in running.chunks())
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from jaxllm.config import PRESETS, TrainConfig, recipe
+from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import model_facts
 from jaxllm.train.computation import Computation
 from jaxllm.train.loss import IGNORED
@@ -68,7 +69,7 @@ def step_of(config: TrainConfig) -> Callable:
 def run(config: TrainConfig, *batches: jax.Array):
     state, losses = first_state(), []
     for batch in batches:
-        state, metrics = step_of(config)(state, batch)
+        state, metrics = step_of(config)(state, TokenBatch(batch))
         losses.append(float(metrics.loss))
     return state, losses, metrics
 

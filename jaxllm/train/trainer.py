@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jaxllm.config import TrainConfig
+from jaxllm.model.batch import token_batch
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.train.computation import Computation
 from jaxllm.train.placement import Placement, Programs, choose_placement, on_one_device, shared_programs
@@ -15,9 +16,9 @@ from jaxllm.train.step import StepMetrics
 
 
 class Trainer:
-    """Computes the steps of a run. A state that it takes or returns has the form of its placement.
+    """Computes the steps of a run. States that it takes and returns have the form of its placement.
 
-    `placement` is where the state is kept; None: what the config asks for, on the devices here.
+    `placement`: None is the one that the config requests, on the available devices.
     """
 
     def __init__(self, config: TrainConfig, placement: Placement | None = None):
@@ -53,14 +54,15 @@ class Trainer:
     def _programs(self) -> Programs:
         return shared_programs(self.placement, self.computation)
 
-    def step(self, state: TrainState, labels: np.ndarray) -> tuple[TrainState, StepMetrics]:
-        """One optimizer step on this process's rows of the batch, (A*B,T) int32. The state given is donated."""
+    def step(self, state: TrainState, rows: np.ndarray) -> tuple[TrainState, StepMetrics]:
+        """One optimizer step on this process's rows of the batch, as they travel: (A*B,T) int32. The state given is
+        donated."""
         data = self.config.data
-        return self._programs.step(state, labels.reshape(data.grad_accum, -1, data.seq_len))
+        return self._programs.step(state, token_batch(rows.reshape(data.grad_accum, -1, data.seq_len), data))
 
-    def evaluate(self, state: TrainState, labels: np.ndarray) -> tuple[Array, Array]:
-        """Summed cross-entropy in nats, and number of targets, of rows (B,T) that all processes have."""
-        return self._programs.evaluate(state, labels)
+    def evaluate(self, state: TrainState, rows: np.ndarray) -> tuple[Array, Array]:
+        """Summed cross-entropy in nats, and number of targets, of travelling rows (B,T) that all processes have."""
+        return self._programs.evaluate(state, token_batch(rows, self.config.data))
 
     def unshard(self, state: TrainState) -> TrainState:
         """The state in the form of one device, in which it is saved."""
