@@ -27,6 +27,7 @@ def option(
     lt: float | None = None,
     resumable: bool = False,
     saved: bool = True,
+    common: bool = False,
 ) -> Any:
     """A config field with its bounds; None is always within them.
 
@@ -35,8 +36,9 @@ def option(
         ge, gt, le, lt: bounds, inclusive and exclusive.
         resumable: a resumed run may change it, because it does not change the run's numbers.
         saved: it is part of a run's train_config.json. An option of one start, such as `overwrite`, is not.
+        common: many runs need it; `--help` shows only these, `--help-all` every option.
     """
-    facts = {"ge": ge, "gt": gt, "le": le, "lt": lt, "resumable": resumable, "saved": saved}
+    facts = {"ge": ge, "gt": gt, "le": le, "lt": lt, "resumable": resumable, "saved": saved, "common": common}
     return dataclasses.field(default=default, metadata=facts)
 
 

@@ -50,7 +50,7 @@ class _Checked:
 class DataConfig(_Checked):
     """What is read, and how it is cut into batches."""
 
-    source: Annotated[str, tyro.conf.arg(name="data")] = option("stdlib", resumable=True)
+    source: Annotated[str, tyro.conf.arg(name="data")] = option("stdlib", resumable=True, common=True)
     """`stdlib` (the standard library's own source code), a file of text, JSONL, JSON, CSV, TSV, parquet or Arrow, a
     folder of them, or the name of a dataset on the Hugging Face Hub. Several with weights: A=0.7,B=0.3, shares of the
     text. A run resumes with the same content by another name."""
@@ -68,20 +68,20 @@ class DataConfig(_Checked):
     fingerprint."""
     skip_data: str = option("", resumable=True)
     """Files that are left out: names or patterns such as `part-3*`, separated by commas. A running run takes more."""
-    text_field: str = "text"
+    text_field: str = option("text", common=True)
     """Field of a row that holds the text, or a chat: messages for the tokenizer's chat template; `a.b` is the field b
     of the field a. Where there is no field `text`, `messages` is read."""
-    tokenizer: str | None = None
+    tokenizer: str | None = option(None, common=True)
     """A Hub name or a folder; default: a byte-level BPE trained on the data."""
     special_tokens_in_text: Literal["text", "keep", "earlier"] = "text"
     """What becomes of special tokens that documents, messages and prompts spell: `text`, encoded as other characters
     are; `keep`, control tokens, for data that rely on them. `earlier` is how runs were made before there was a choice,
     and resume: kept, every 4,096 characters of a text file encoded alone, and rows of several passes mixed."""
-    seq_len: int = option(256, ge=2)
+    seq_len: int = option(256, ge=2, common=True)
     """Tokens in a row of a batch."""
-    batch_size: int = option(8, ge=1, le=2**20)
+    batch_size: int = option(8, ge=1, le=2**20, common=True)
     """Rows in a micro-batch, over all devices."""
-    grad_accum: int = option(1, ge=1)
+    grad_accum: int = option(1, ge=1, common=True)
     """Micro-batches in a step."""
 
 
@@ -91,7 +91,7 @@ class OptimConfig(_Checked):
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`adamw`, or `muon` for the matrices of the layers and AdamW for the rest, at the same learning rate and decay."""
-    learning_rate: float = option(4e-3, ge=0)
+    learning_rate: float = option(4e-3, ge=0, common=True)
     """Peak of the schedule."""
     weight_decay: float = option(0.1, ge=0)
     """Decoupled decay of the matrices; norms, biases and the routing bias have none."""
@@ -117,9 +117,9 @@ class OptimConfig(_Checked):
 class ScheduleConfig(_Checked):
     """The learning rate over the steps: linear warm-up, then down to 0 at `steps`."""
 
-    steps: int = option(600, ge=1, resumable=True)
+    steps: int = option(600, ge=1, resumable=True, common=True)
     """Optimizer steps."""
-    epochs: float | None = option(None, gt=0, resumable=True)
+    epochs: float | None = option(None, gt=0, resumable=True, common=True)
     """Passes over the training part of the data, in place of --steps: all of it is read and encoded once before the
     first step, to count its rows. With several data streams, passes of the largest. Not for Hub datasets."""
     warmup_steps: int = option(50, ge=0)
@@ -163,7 +163,7 @@ class MeshConfig(_Checked):
 
     parallel: Literal["jit", "pmap"] = option("jit", resumable=True)
     """How a step runs: `jit` on one device or on the --mesh, `pmap` on all devices, each with a copy of the model."""
-    axes: Annotated[str, tyro.conf.arg(name="mesh")] = option("", resumable=True)
+    axes: Annotated[str, tyro.conf.arg(name="mesh")] = option("", resumable=True, common=True)
     """Devices along each axis, e.g. data=2,fsdp=4,expert=1: `data` copies the model, `fsdp` cuts parameters and
     optimizer state, `expert` spreads the routed experts. Empty: one device."""
     coordinator: str | None = option(None, resumable=True, saved=False)
@@ -225,7 +225,7 @@ class MeshConfig(_Checked):
 class SaveConfig(_Checked):
     """Which checkpoints a run writes and keeps."""
 
-    save_every: int = option(200, ge=1, resumable=True)
+    save_every: int = option(200, ge=1, resumable=True, common=True)
     """Steps between two checkpoints."""
     keep_checkpoints: int = option(2, ge=1, resumable=True)
     """How many of the newest checkpoints are kept; train.py also keeps the one with the lowest evaluation loss."""
@@ -253,7 +253,7 @@ class LoggingConfig(_Checked):
     """Lines of the console: `text` to read, or `dict` with every value, as the source prints them."""
     log_to: Literal["none", "wandb", "trackio"] = option("none", resumable=True)
     """Send the log to Weights & Biases or trackio as well, through their own library."""
-    eval_every: int = option(100, ge=1, resumable=True)
+    eval_every: int = option(100, ge=1, resumable=True, common=True)
     """Steps between two evaluations."""
     eval_samples: int = option(100, ge=1, resumable=True)
     """Rows of the held-out part that an evaluation reads."""
