@@ -160,7 +160,7 @@ def test_the_help_explains_every_option_and_names_the_presets(main, capsys, monk
     examples = [line.strip() for line in said.splitlines() if "python " in line and not line.startswith(("usage", "│"))]
     assert examples
     assert all(line.startswith("python ") and line.count("python ") == 1 for line in examples)
-    options = re.split(r"(?m)^[│ ] (?=--[a-z])", said)[1:]  # with a frame, or without where the console cannot encode it
+    options = re.split(r"(?m)^[│ ] (?=--[a-z])", said)[1:]  # in a frame, or without one
     assert len(options) > 3 or main is replay.main
     for option in options:
         words = re.sub(r"(?m)^([│─╭╮╰╯].*?| [a-z. -]+) options.*", "", option).replace("│", " ")
