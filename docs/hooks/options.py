@@ -136,6 +136,6 @@ def _meanings(kind: type) -> dict[str, str]:
                     case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
                         found[name] = " ".join(inspect.cleandoc(text).split())
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-        given = [text for extra in getattr(hint, "__metadata__", ()) if (text := getattr(extra, "help", None))]
-        found |= {name: text for text in given}
+        for extra in getattr(hint, "__metadata__", ()):
+            found[name] = getattr(extra, "help", None) or found[name]
     return found
