@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import importlib.util
@@ -99,6 +100,32 @@ def test_the_python_reference_has_every_public_name():
     for path in re.findall(r"(?m)^::: (\S+)", page):
         module, _, name = path.rpartition(".")
         assert hasattr(importlib.import_module(module), name), path
+
+
+def said_in_code() -> str:
+    """Every text of the product; what is put into it becomes `{}`."""
+    texts = []
+    files = [
+        file for room in ("jaxllm", "convert", "torch_ref", "parity_tests") for file in ROOT.glob(f"{room}/**/*.py")
+    ]
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            match node:
+                case ast.JoinedStr(values):
+                    texts.append("".join(v.value if isinstance(v, ast.Constant) else "{}" for v in values))
+                case ast.Constant(str(text)):
+                    texts.append(text)
+    return "\n".join(texts)
+
+
+def test_the_messages_that_the_page_of_errors_explains_exist():
+    page = (ROOT / "docs" / "reference" / "errors.md").read_text()
+    rows = [line.split(" | ")[0] for line in page.split("## Exit codes")[0].splitlines() if line.startswith("| `")]
+    assert len(rows) > 20
+    known = said_in_code()
+    messages = [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
+    parts = [part.strip() for message in messages for part in re.split(r"\.\.\.|\b(?:NAME|VALUE)\b|\d+", message)]
+    assert [part for part in parts if part not in known] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
