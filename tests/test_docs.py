@@ -7,8 +7,10 @@ import dataclasses
 import importlib
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 from types import ModuleType
+from typing import Any, get_args
 
 import pytest
 
@@ -16,13 +18,26 @@ import convert
 import jaxllm
 import parity_tests
 import torch_ref
-from jaxllm.config import TrainConfig, recipe
+from benchmarks.__main__ import BenchmarkArgs
+from benchmarks.curves import CurvesArgs
+from benchmarks.gpu.page import PageArgs
+from benchmarks.learning import LearningArgs
+from convert.__main__ import Command
+from jaxllm.command_line import parse
+from jaxllm.config import RunConfig, TrainConfig, recipe
 from jaxllm.config.fields import option
+from jaxllm.evaluate import EvaluateArgs
+from jaxllm.generate import GenerateArgs
+from jaxllm.plan.__main__ import PlanArgs
+from jaxllm.run.arguments import parse_args
+from jaxllm.run.replay import ReplayArgs
+from parity_tests.engine.command import CompareArgs, PairArgs, RecordArgs
+from parity_tests.options import ParityArgs
 from tests.test_help import declared
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
-    file for file in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")) if file.is_file()
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "parity_tests/README.md", ROOT / "benchmarks/README.md"]
 )
 
 
@@ -145,3 +160,93 @@ def test_pictures_of_the_documentation_are_small():
     pictures = [*ROOT.glob("docs/**/*.png"), *ROOT.glob("docs/**/*.svg")]
     assert pictures
     assert [str(file) for file in pictures if file.stat().st_size > 300_000] == []
+
+
+PARSERS: dict[str, Any] = {
+    "train.py": TrainConfig,
+    "-m torch_ref.train": RunConfig,
+    "-m jaxllm.generate": GenerateArgs,
+    "-m jaxllm.evaluate": EvaluateArgs,
+    "-m jaxllm.plan": PlanArgs,
+    "-m jaxllm.run.replay": ReplayArgs,
+    "-m convert": Command,
+    "-m parity_tests pair": PairArgs,
+    "-m parity_tests record": RecordArgs,
+    "-m parity_tests compare": CompareArgs,
+    "-m parity_tests": ParityArgs,
+    "-m benchmarks": BenchmarkArgs,
+    "-m benchmarks.curves": CurvesArgs,
+    "-m benchmarks.learning": LearningArgs,
+    "-m benchmarks.gpu.page": PageArgs,
+}
+OTHER_PROGRAMS = ("-m pytest", "-m venv", "-m pip", "-m tests.chaos", "-m parity_tests.mps_runs", "-m benchmarks gpu")
+
+
+OTHER_OPTIONS = {
+    "--help", "--help-all", "--batch", "--seq",  # the last two are aliases
+    "--kills", "--devices",  # of tests.chaos
+    "--trust-remote-code",  # also transformers'
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def every_flag() -> set[str]:
+    """The options of all commands."""
+    kinds = [kind for given in PARSERS.values() for kind in (get_args(given) or (given,))]
+    kinds = [get_args(kind)[0] if get_args(kind) else kind for kind in kinds]
+    rows = [row.flag for kind in kinds for _, rows in options.sections(kind, None, "") for row in rows]
+    negative = {flag.replace("--", "--no-", 1) for flag in rows}
+    return {*rows, *negative, *OTHER_OPTIONS}
+
+
+def commands_of(text: str) -> list[str]:
+    """What follows `python` in each command of a text, without its comment."""
+    lines = [line.partition("  #")[0].strip() for line in text.replace("\\\n", " ").splitlines()]
+    starts = re.compile(r"(?:[A-Z_]+=\S+ )*python (?=-m |train\.py)")
+    return [line[found.end() :] for line in lines if (found := starts.match(line))]
+
+
+def program_of(command: str) -> str | None:
+    """The longest name of PARSERS with which a command begins; None: a program of another project, or a tool."""
+    names = [name for name in PARSERS if f"{command} ".startswith(f"{name} ")]
+    assert names or command.startswith(OTHER_PROGRAMS), command
+    return max(names, key=len) if names and not command.startswith(OTHER_PROGRAMS) else None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_commands_of_a_page_are_ones_that_the_parsers_take(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # no runs of before
+    for command in commands_of("\n".join(re.findall(r"(?ms)^```(?:bash|console)\n(.*?)^```", page.read_text()))):
+        program = program_of(command)
+        given = re.sub(r"--(?:init|adapter) \S+", "", command.removeprefix(program or ""))  # a folder that is read
+        arguments = shlex.split(given.replace("STEP", "1").replace("PORT", "1234"))
+        if program is None or {"--help", "--help-all"} & {*arguments}:
+            continue
+        kind = PARSERS[program]
+        try:
+            if isinstance(kind, type) and issubclass(kind, RunConfig):
+                parse_args(arguments, "program", None, kind)
+            elif arguments:
+                parse(kind, arguments, "program")
+        except SystemExit:
+            pytest.fail(f"`python {command}` is not a command")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_options_that_a_page_names_exist(page, every_flag):
+    text = re.sub(r"(?ms)^```.*?^```", "", page.read_text())
+    for code in re.findall(r"`([^`]+)`", text):
+        words = code.split()
+        if words and (words[0].startswith("--") or commands_of(" ".join(words))):
+            flags = {word.partition("=")[0] for word in words if re.match(r"--[a-z]", word)}
+            assert flags <= every_flag, code
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    block = re.findall(r"(?ms)^```python\n(.*?)^```", (ROOT / "README.md").read_text())
+    assert len(block) == 1
+    names: dict[str, Any] = {}
+    exec(compile(block[0].replace("(2, 16)", "(1, 2)"), "README.md", "exec"), names)
+    assert names["logits"].shape == (1, 2, 4096)
+    assert (tmp_path / "exported" / "model.safetensors").is_file()
