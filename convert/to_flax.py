@@ -204,7 +204,7 @@ def _is_beyond(name: str, layers: int) -> bool:
 
 
 def _passed_over(source: Path, files: TensorFiles, layers: int) -> set[str]:
-    """The tensors of layers that the model does not have, and tables that it computes; a line says so."""
+    """The tensors of layers that the model does not have, and tables that it computes; a message names them."""
     beyond = {name for name in files.shapes if _is_beyond(name, layers)}
     if beyond or files.unopened:
         count = len(beyond) + len(files.unopened)

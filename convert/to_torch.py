@@ -40,13 +40,13 @@ AUTO_CLASSES = {
 def export_run(run: StrPath, out: StrPath, *, dtype: Any = None) -> None:
     """Export the newest weights of a run, with a model card, its tokenizer, and the files that the weights came with.
 
-    Those files are the same, byte for byte, except where a line says otherwise.
+    Those files are the same, byte for byte, except for changes that a message names.
 
     Args:
         dtype: of the weights; None: that of the folder that they came from, or float32.
 
     Raises:
-        UserError: `run` is no run, or `out` holds something already.
+        UserError: `run` is not a run folder, or `out` holds something already.
     """
     run, out = Path(run), Path(out)
     check_new(out)

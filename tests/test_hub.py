@@ -78,7 +78,7 @@ def parquet(rows: list[dict]) -> bytes:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A Hub with the corpus, which this process's clients ask; nobody sleeps, and no count is left from before."""
+    """A Hub with the corpus, which this process's clients ask; no client sleeps, and no count is left from before."""
     with HubServer() as hub:
         hub.patch(monkeypatch, tmp_path / "home")
         hub.add("datasets", NAME, corpus_files())
