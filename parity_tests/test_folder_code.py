@@ -96,7 +96,7 @@ def test_a_fault_in_the_folder_s_code_is_found(exported, text, tmp_path, capsys,
     [
         ({"AutoModelForCausalLM": "other.CustomLLM"}, "other.py is not this version's torch_ref/model.py"),
         ({"AutoModelForCausalLM": "modeling_customllm.Other"}, "as 'modeling_customllm.Other', and"),
-        ({"AutoConfig": "gone.CustomLLMConfig"}, "AutoConfig as 'gone.CustomLLMConfig', which is no class of"),
+        ({"AutoConfig": "gone.CustomLLMConfig"}, "AutoConfig as 'gone.CustomLLMConfig', which is not a class of"),
         ({"AutoModelForCausalLM": "some/repo--modeling_customllm.CustomLLM"}, "which is not a class of a file"),
         ({"AutoModelForCausalLM": None}, "AutoModelForCausalLM as None"),
         ({"AutoModel": "other.CustomLLMModel"}, "other.py is not this version's torch_ref/model.py"),

@@ -67,7 +67,7 @@ def train(prepared: Prepared[RunConfig], model: CustomLLM | None = None) -> Cust
         first_step = checkpoint.step
         stream.seek(read_position(checkpoint.folder / POSITION_FILE, config.data.seq_len, config.model.vocab_size))
         print(f"Resuming from step {first_step} of {config.folder}")
-    device = choose_device(config)
+    device = choose_device(config.precision)
     parameters, tree = sum(p.numel() for p in model.parameters()), None if first_step else str(model)
     announce(config, parameters, tree, str(device), bfloat16_hardware(device))
 
@@ -82,7 +82,7 @@ def train(prepared: Prepared[RunConfig], model: CustomLLM | None = None) -> Cust
     # measured before other threads use the device
     peak_tflops = config.logging.peak_tflops or measured_peak_tflops(config.precision, device)
     announce_speed(config, peak_tflops, compile_seconds=None)
-    batches = MicroBatches(stream, config)
+    batches = MicroBatches(stream, config.data)
     trainer = CustomLLMTrainer(prepared, model, batches)
     history = History.from_records([record for record in read_metrics(config.folder) if record["step"] <= first_step])
     try:
@@ -99,7 +99,7 @@ def train(prepared: Prepared[RunConfig], model: CustomLLM | None = None) -> Cust
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(argv, PROGRAM, __doc__, RunConfig)
     disable_progress_bar()  # one for each written file: the run has its own bar
-    choose_device(config)  # an unsuitable device is refused before anything is created or deleted
+    choose_device(config.precision)  # an unsuitable device is refused before anything is created or deleted
     with FolderLock(config.folder) as lock:
         train(prepare(config, "PyTorch", lock))
     print(f"\nEverything is in {Path(config.folder)}")

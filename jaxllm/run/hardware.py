@@ -12,8 +12,8 @@ def bfloat16_hardware(root: Path = Path("/")) -> str | None:
     """What multiplies bfloat16 in hardware where JAX will compute: an accelerator or an instruction set.
 
     It asks the system and not JAX, which may not touch a device before the processes of a run are joined. None: nothing
-    does, or the system does not tell, and float32 is the safe choice. It does not tell of accelerators other than TPUs
-    and NVIDIA's GPUs, and of a GPU that nvidia-smi does not list, as in a container without that program.
+    does, or it is unknown, and float32 is the safe choice. Unknown are accelerators other than TPUs and NVIDIA's GPUs,
+    and a GPU that nvidia-smi does not list, as in a container without that program.
 
     Args:
         root: of the file system; tests have one of their own.
@@ -31,7 +31,7 @@ def bfloat16_hardware(root: Path = Path("/")) -> str | None:
 
 
 def cpu_bfloat16(root: Path = Path("/")) -> str | None:
-    """The processor's instruction set that multiplies bfloat16; None: it has none, or the system does not tell."""
+    """The processor's instruction set that multiplies bfloat16; None: it has none, or it is unknown."""
     try:
         cpuinfo = (root / "proc/cpuinfo").read_text(errors="replace")
         flags = set(re.findall(r"^flags\s*:(.*)", cpuinfo, re.MULTILINE)[0].split())
@@ -53,7 +53,7 @@ def _may_use_cuda(root: Path) -> bool:
 
 
 def _compute_capabilities() -> list[float]:
-    """Of all NVIDIA GPUs of the machine, without starting CUDA; empty: nvidia-smi does not tell."""
+    """Of all NVIDIA GPUs of the machine, without starting CUDA; empty if nvidia-smi fails."""
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)

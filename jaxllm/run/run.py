@@ -206,19 +206,15 @@ class Run:
 
     def log_totals(self) -> None:
         """Write the last line of the run."""
-        steps_done = self.step - self._first_step
-        seconds, speed = self._meter.whole(steps_done)
         self._log.write(
             end_record(
                 self.config,
                 self._epoch(),
-                seconds=seconds,
-                steps_done=steps_done,
+                totals=self._meter.totals(self.step - self._first_step),
                 loss=self._history.mean_loss(),
-                nonfinite_steps=self._history.nonfinite_steps,
-                speed=speed,
                 memory=peak_memory(),
                 peak_tflops=self._peak_tflops,
+                nonfinite_steps=self._history.nonfinite_steps,
                 compile_seconds=self._compile_seconds,
             )
         )
@@ -283,13 +279,13 @@ def _start(
 ) -> tuple[Run, Trainer, TrainState]:
     """A run in its prepared folder, from the checkpoint of `resume_step` or from the beginning."""
     config = prepared.config
-    stream, history = ProcessBatches(config, prepared.tokenizer, *local_rows(config)), History()
+    stream, history = ProcessBatches(config, prepared.tokenizer, *local_rows(config.data.batch_size)), History()
     trainer = Trainer(config, placement)
     if resume_step is None:
         state, step = trainer.init(start and start.weights), 0
     else:
         saved = CheckpointReader(config.folder, resume_step)
-        state, resumed = saved.state(config, placement.state_shardings(config))
+        state, resumed = saved.state(config, trainer.state_shardings)
         step = int(state.step)
         if resumed is not None:
             stream.seek(resumed.positions)
