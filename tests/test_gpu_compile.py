@@ -24,6 +24,7 @@ from jax.experimental import topologies
 import jaxllm
 from jaxllm.config import PRESETS, TrainConfig
 from jaxllm.model import layer_loop, layout
+from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import abstract_model
 from jaxllm.model.kernels import CUDA
 from jaxllm.plan.hlo import read_program
@@ -54,7 +55,8 @@ def compile_step(config: TrainConfig) -> Any:
     start = functools.partial(start_state, config.model, config.optim, config.seed)
     state = jax.eval_shape(start, params, bias)
     labels = jax.ShapeDtypeStruct((1, config.data.batch_size, config.data.seq_len), jnp.int32)
-    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one_gpu), (state, labels))
+    batch = TokenBatch(labels)
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one_gpu), (state, batch))
     step = functools.partial(train_step, config.optim, config.schedule, graph)
     return jax.jit(step, donate_argnums=0).lower(*arguments).compile()
 

@@ -139,7 +139,7 @@ class LogCallback(TrainerCallback):
         batches = math.ceil(samples / self._config.data.batch_size)
         return eval_record(
             self._eval_loss, self._bytes_per_target, seconds=logs["eval_runtime"], samples=samples, batches=batches,
-            epoch=self._epoch(step), step=step,
+            epoch=self._epoch(step), step=step, targets=self._prepared.eval_targets,
         )  # fmt: skip
 
     def _end_record(self, logs: dict, step: int) -> dict:

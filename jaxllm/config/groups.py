@@ -77,12 +77,29 @@ class DataConfig(_Checked):
     """What becomes of special tokens that documents, messages and prompts spell: `text`, encoded as other characters
     are; `keep`, control tokens, for data that rely on them. `earlier` is how runs were made before there was a choice,
     and resume: kept, every 4,096 characters of a text file encoded alone, and rows of several passes mixed."""
+    train_on: Literal["assistant", "all"] | None = option(None, common=True)
+    """Which tokens are targets of the loss. `assistant`: of chats, what the assistant says and the token that ends it;
+    of rows of a prompt and a completion, the completion. `all`: every token. Default: `assistant` where the rows are
+    such; texts are trained on whole."""
+    documents: Literal["joined", "separate"] | None = None
+    """`joined`: documents follow one another in rows that are always full, and a token sees what comes before it in its
+    row. `separate`: a row is filled with whole documents (longer ones are cut at the row), which do not see each other;
+    the rest of it is padding. Default: `separate` where the rows are chats, or prompts with their completions."""
     seq_len: int = option(256, ge=2, common=True)
     """Tokens in a row of a batch."""
     batch_size: int = option(8, ge=1, le=2**20, common=True)
     """Rows in a micro-batch, over all devices."""
     grad_accum: int = option(1, ge=1, common=True)
     """Micro-batches in a step."""
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether the labels of a row differ from its tokens."""
+        return self.train_on == "assistant" or self.documents == "separate"
+
+
+JOINED_TEXTS = DataConfig()
+"""Rows in which every token is a target."""
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,9 @@ class RunConfig:
         values["model"] = ModelConfig.from_dict(values["model"])
         if isinstance(prompts := values.get("prompts"), list):
             values["prompts"] = tuple(prompts)
-        values.setdefault("special_tokens_in_text", "earlier")  # written before there was a choice
+        values.setdefault("special_tokens_in_text", "earlier")  # written before there was a choice, as the next two
+        values.setdefault("train_on", "all")
+        values.setdefault("documents", "joined")
         values.pop("run_dir", None)  # of an earlier version: a run is where it is found
         values.setdefault("hold_out", "count")  # of an earlier version, too
         return cls.from_options(**values)

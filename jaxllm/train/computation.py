@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxllm.config import ModelConfig, Precision, RunConfig
 from jaxllm.config.groups import OptimConfig, ScheduleConfig
+from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import abstract_model
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
@@ -29,14 +30,18 @@ class Computation:
     seed: int
     shape: tuple[int, int, int]
     """(A,B,T): micro-batches of a step, rows of each over all devices, tokens of a row."""
+    has_targets: bool = False
+    has_documents: bool = False
+    """Which arrays of a batch there are: see `TokenBatch`."""
     platform: str | None = None
     """Whose kernels to use (`kernels.choose_kernels`); None: those of the device here."""
 
     @classmethod
     def of(cls, config: RunConfig, platform: str | None = None) -> Self:
-        shape = (config.data.grad_accum, config.data.batch_size, config.data.seq_len)
+        data = config.data
+        shape = (data.grad_accum, data.batch_size, data.seq_len)
         step = (config.model, config.optim, config.schedule, config.precision, config.remat)
-        return cls(*step, config.seed, shape, platform)
+        return cls(*step, config.seed, shape, data.has_targets, data.documents == "separate", platform)
 
     @property
     def graph(self) -> nnx.GraphDef:
@@ -44,9 +49,10 @@ class Computation:
         return _model_graph(self.model, self.precision, self.remat, self.platform)
 
     @property
-    def labels(self) -> jax.ShapeDtypeStruct:
-        """The labels of a step, over all devices: (A,B,T) int32."""
-        return jax.ShapeDtypeStruct(self.shape, jnp.int32)
+    def batch(self) -> TokenBatch:
+        """The shapes of a step's batch, over all devices: (A,B,T) int32."""
+        shape = jax.ShapeDtypeStruct(self.shape, jnp.int32)
+        return TokenBatch(shape, shape if self.has_targets else None, shape if self.has_documents else None)
 
     def init_state(self) -> TrainState:
         """A new run's state."""
@@ -57,16 +63,16 @@ class Computation:
         return state_specs(self.model, self.optim, layout)
 
     def train_step(
-        self, state: TrainState, labels: Array, layout: Layout = ONE_DEVICE
+        self, state: TrainState, batch: TokenBatch, layout: Layout = ONE_DEVICE
     ) -> tuple[TrainState, StepMetrics]:
-        return train_step(self.optim, self.schedule, self.graph, state, labels, layout=layout)
+        return train_step(self.optim, self.schedule, self.graph, state, batch, layout=layout)
 
     def eval_step(
-        self, params: Pytree, routing_bias: Pytree, labels: Array, layout: Layout = ONE_DEVICE
+        self, params: Pytree, routing_bias: Pytree, batch: TokenBatch, layout: Layout = ONE_DEVICE
     ) -> tuple[Array, Array]:
-        return eval_step(self.graph, params, routing_bias, labels, layout)
+        return eval_step(self.graph, params, routing_bias, batch, layout)
 
 
-@functools.cache
+@functools.lru_cache(16)
 def _model_graph(model: ModelConfig, precision: Precision, remat: bool, platform: str | None) -> nnx.GraphDef:
     return abstract_model(model, dtype=jnp.dtype(precision), remat=remat, platform=platform)[0]

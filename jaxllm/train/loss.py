@@ -6,12 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxllm.model.batch import IGNORED
 from jaxllm.model.dtypes import Array, at_least_float32
 from jaxllm.model.kernels.matmul import in_dtype, matmul
 from jaxllm.model.kernels.packed import pack, unpack
-
-IGNORED = -100
-"""Label of a position that is no target, as in PyTorch and transformers."""
 
 CHUNK_ROWS = 1024
 """Tokens of one chunk: enough to amortise reading lm_head, few enough that 49,152 logits of each take 192 MiB."""

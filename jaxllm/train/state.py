@@ -40,7 +40,7 @@ def start_state(model: ModelConfig, optim: OptimConfig, seed: int, params: Pytre
     return TrainState(params, routing_bias, moments, step, dropout_key(seed))
 
 
-@functools.cache
+@functools.lru_cache(16)
 def abstract_state(model: ModelConfig, optim: OptimConfig) -> TrainState:
     """The state's shapes: takes no memory."""
     _, params, routing_bias = abstract_model(model)
