@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -141,6 +142,18 @@ def test_the_messages_that_the_page_of_errors_explains_exist():
     messages = [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
     parts = [part.strip() for message in messages for part in re.split(r"\.\.\.|\b(?:NAME|VALUE)\b|\d+", message)]
     assert [part for part in parts if part not in known] == []
+
+
+def test_the_page_of_a_runs_folder_names_its_files_and_the_columns_of_its_log(run):
+    page = (ROOT / "docs" / "reference" / "run-folder.md").read_text()
+    for name in (path.name for path in run.iterdir() if not path.name.startswith(".jaxllm-lock")):
+        assert f"`{name}" in page, name
+    checkpoint = next((run / "checkpoints").iterdir())
+    for name in (path.name for path in checkpoint.iterdir() if not path.name.startswith("_")):
+        assert f"`{name}`" in page, name
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for key in {key for record in records if "step" in record for key in record}:
+        assert f"`{key}`" in page, key
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

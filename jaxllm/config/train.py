@@ -21,7 +21,7 @@ from jaxllm.errors import UserError, listed, shown
 Precision = Literal["float32", "bfloat16"]
 
 FORMAT = 2
-"""Version of a run's train_config.json and checkpoints; CHANGELOG.md says what each version holds."""
+"""Version of a run's train_config.json and checkpoints; docs/reference/run-folder.md says what each one holds."""
 
 Group = TypeVar("Group")
 Flat = Annotated[Group, tyro.conf.OmitArgPrefixes]
