@@ -67,7 +67,7 @@ class DataConfig(_Checked):
     """Commit of a Hub dataset; default: the newest one when the run starts. The run keeps it; of files, it keeps their
     fingerprint."""
     skip_data: str = option("", resumable=True)
-    """Files that are left out: names or patterns such as `part-3*`, separated by commas. A running run takes more."""
+    """Files that are left out: names or patterns such as `part-3*`, separated by commas. A resumed run may add to it."""
     text_field: str = option("text", common=True)
     """Field of a row that holds the text, or a chat: messages for the tokenizer's chat template; `a.b` is the field b
     of the field a. Where there is no field `text`, `messages` is read."""
@@ -184,15 +184,15 @@ class MeshConfig(_Checked):
     """Devices along each axis, e.g. data=2,fsdp=4,expert=1: `data` copies the model, `fsdp` cuts parameters and
     optimizer state, `expert` spreads the routed experts. Empty: one device."""
     coordinator: str | None = option(None, resumable=True, saved=False)
-    """Of a run of several processes, HOST:PORT of the first, given to each of them; `auto`: SLURM, Open MPI, Kubernetes
-    or the TPU's own environment names it and the rest."""
+    """HOST:PORT of the first of several processes, the same for each of them. `auto`: read it, and the two options below,
+    from the environment of SLURM, Open MPI, Kubernetes or the TPU."""
     num_processes: int | None = option(None, ge=1, resumable=True, saved=False)
-    """How many processes there are; all see the same --run-dir and data."""
+    """Number of processes. All of them must see the same --run-dir and data."""
     process_id: int | None = option(None, resumable=True, saved=False)
-    """Which of them this is, from 0."""
+    """Number of this process, from 0."""
     data_streams: int | None = option(None, ge=1, le=2**16)
-    """Shards of the data that are read in parallel, each into its own rows of a batch, which they decide. Default: one
-    for each process, so that each reads its own."""
+    """Shards of the data that are read in parallel, each into its own rows of a batch, so that they decide the batches.
+    Default: one for each process."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -136,9 +136,9 @@ class ModelConfig:
     """Routed experts that a token chooses."""
     router: RouterConfig = field(default_factory=RouterConfig)
     first_k_dense_replace: int = option(0, ge=0)
-    """The first layers, this many, have a dense feed-forward network instead of experts."""
+    """Number of leading layers with a dense feed-forward network instead of experts."""
     intermediate_size: int | None = option(None, ge=1, le=2**20)
-    """Hidden size of those."""
+    """Hidden size of the dense feed-forward networks."""
     max_position_embeddings: int = option(2048, ge=1)
     """Tokens of the longest sequence."""
     learned_positions: bool = True
@@ -153,6 +153,7 @@ class ModelConfig:
     final_norm: bool = False
     """Whether a norm precedes lm_head (the source has none)."""
     lm_head_bias: bool = True
+    """Whether lm_head has a bias."""
     tie_word_embeddings: bool = False
     """Whether lm_head is the table of token embeddings."""
     initializer_range: float = option(0.02, ge=0)

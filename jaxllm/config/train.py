@@ -48,9 +48,9 @@ class RunConfig:
     where this machine multiplies it in hardware: on NVIDIA GPUs from Ampere on, a TPU, or a CPU with AMX or
     AVX512-BF16. `--recipe seed` is in float32 everywhere."""
     remat: bool = option(False, resumable=True, common=True)
-    """Compute each layer again in the backward pass. Without it, what products made is kept."""
+    """Recompute each layer in the backward pass, to save memory. Without it, the results of matrix products are kept."""
     seed: int = option(0, ge=0, le=MAX_SEED, common=True)
-    """Of the weights, the order of the data, dropout and the samples."""
+    """Seed of the weights, the order of the data, dropout and the samples."""
     data: Flat[groups.DataConfig] = field(default_factory=groups.DataConfig)
     optim: Flat[groups.OptimConfig] = field(default_factory=groups.OptimConfig)
     schedule: Flat[groups.ScheduleConfig] = field(default_factory=groups.ScheduleConfig)
@@ -146,8 +146,9 @@ class TrainConfig(RunConfig):
     """Everything that decides a run of train.py. `train.py --help` is this class."""
 
     init: Path | None = option(None, resumable=True, common=True)
-    """Start a new run from the weights of this folder: of the DeepSeek family, or an exported CustomLLM. It gives the
-    model and, where it has one, the tokenizer. The learning rate is then 2e-5, and the run's folder runs/NAME."""
+    """Start a new run from the weights in this folder: a model of the DeepSeek family, or an exported CustomLLM. The
+    model's shape and, if the folder has one, the tokenizer are taken from it. The learning rate is then 2e-5, and the
+    run's folder runs/NAME."""
     checkpoint: Flat[groups.CheckpointConfig] = field(default_factory=groups.CheckpointConfig)
     mesh: Flat[groups.MeshConfig] = field(default_factory=groups.MeshConfig)
 
@@ -235,7 +236,7 @@ SEED_RECIPE = {
     "log_format": "dict",
     "eval_every": 1_000, "save_every": 1_000, "prompts": groups.STORY_PROMPTS,
 }  # fmt: skip
-"""What the source's run has other than the defaults."""
+"""How the source's run differs from the defaults."""
 
 
 DEFAULT_RECIPE: dict[str, Any] = {
