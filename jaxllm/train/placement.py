@@ -1,7 +1,7 @@
-"""Where a run's state is kept and what executes its step: one device, a mesh of devices, or `pmap`.
+"""Where a run's state lives and how its step runs: on one device, on a mesh of devices, or under `pmap`.
 
-Outside a step a state has one form, that of one device: it is saved, restored and exported in this form, whatever it
-was trained on. `shard` brings it into the form that the placement's programs take, `unshard` back.
+Outside a step every state has the form of one device: it is saved, restored and exported in this form. `shard` converts
+it to the form that the placement's programs take, `unshard` converts it back.
 
     OneDevice   the state as it is
     OnMesh      the same arrays, cut along the axes of the mesh
@@ -30,7 +30,7 @@ from jaxllm.train.step import StepMetrics
 
 
 class Programs(NamedTuple):
-    """What a run executes, compiled."""
+    """The compiled programs of a run."""
 
     step: Callable[[TrainState, TokenBatch], tuple[TrainState, StepMetrics]]  # (A,B,T); donates the state
     evaluate: Callable[[TrainState, TokenBatch], tuple[Array, Array]]  # (B,T) -> summed cross-entropy, targets
@@ -41,7 +41,7 @@ MAX_PROGRAMS = 16
 
 
 class Placement(ABC):
-    """Keeps a state and runs its step. B are a batch's rows of this process."""
+    """Holds a state and runs its step. B are this process's rows of a batch."""
 
     layout: Layout
 
@@ -77,7 +77,7 @@ class Placement(ABC):
 
 
 def choose_placement(mesh: MeshConfig, batch_size: int) -> Placement:
-    """The placement that a config asks for, on the devices here.
+    """The placement that a config requests, on the available devices.
 
     Raises a UserError if there are too few devices, or if they do not divide the batch.
     """
@@ -95,7 +95,7 @@ def _init_program(model: ModelConfig, optim: OptimConfig, seed: int, layout: Lay
 
 
 def compile_programs(placement: Placement, computation: Computation) -> Programs:
-    """Trace and compile what a run executes."""
+    """Trace and compile the programs of a run."""
     return Programs(*placement.compile(computation))
 
 
@@ -109,8 +109,8 @@ class OneDevice(Placement):
     layout = ONE_DEVICE
 
     def describe(self) -> str:
-        here = len(jax.devices())
-        return "one device" + (f" of {here}: pass --mesh or --parallel pmap to use more" if here > 1 else "")
+        available = len(jax.devices())
+        return "one device" + (f" of {available}: pass --mesh or --parallel pmap to use more" if available > 1 else "")
 
     def compile(self, computation: Computation) -> tuple[Callable, Callable]:
         evaluate = _compile_evaluation(computation, ONE_DEVICE)
@@ -119,7 +119,7 @@ class OneDevice(Placement):
 
 
 class OnMesh(Placement):
-    """A mesh of devices, perhaps of several processes. Each part of a state is made and restored where it is kept."""
+    """A mesh of devices, perhaps of several processes. Each shard of a state is created and restored on its device."""
 
     def __init__(self, layout: Layout):
         self.layout = layout
@@ -179,7 +179,7 @@ class Pmap(Placement):
         if batch_size % devices:
             raise UserError(
                 f"batch_size is {batch_size}: under --parallel pmap it must be a multiple of the "
-                f"{devices} devices here, which share its rows"
+                f"{devices} available devices, which share its rows"
             )
         self.layout = Layout(data=devices)
 
@@ -224,7 +224,7 @@ class Pmap(Placement):
 
 
 def _first_copy(tree: Pytree) -> Pytree:
-    """What the first device holds of arrays with an axis of devices in front; the others do nothing."""
+    """The first device's copy of arrays whose first axis is that of the devices."""
     return jax.tree.map(lambda copies: copies.addressable_data(0)[0], tree)
 
 

@@ -16,9 +16,9 @@ from jaxllm.train.step import StepMetrics
 
 
 class Trainer:
-    """Computes the steps of a run. A state that it takes or returns has the form of its placement.
+    """Computes the steps of a run. States that it takes and returns have the form of its placement.
 
-    `placement` is where the state is kept; None: what the config asks for, on the devices here.
+    `placement`: None is the one that the config requests, on the available devices.
     """
 
     def __init__(self, config: TrainConfig, placement: Placement | None = None):
