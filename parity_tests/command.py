@@ -131,7 +131,7 @@ def check_code(folder: Path, source: Mapping[str, Any], *, trusted: bool) -> str
             what = f"{config}: auto_map gives {listed([auto])} as {shown(name)}"
             if not re.fullmatch(r"\w+", module) or not file.is_file():
                 put = "put the file there" if trusted else remedy
-                raise UserError(f"{what}, which is no class of a file in that folder: {put}")
+                raise UserError(f"{what}, which is not a class of a file in that folder: {put}")
             if not trusted and kind != AUTO_CLASSES.get(auto):
                 raise UserError(f"{what}, and {OWN_CODE} has {AUTO_CLASSES.get(auto, 'no such class')}: {remedy}")
             if not trusted and read_bounded(file, MAX_CODE_BYTES) != modeling_source().read_bytes():
