@@ -2,7 +2,7 @@
 
 python train.py                                         # train, or resume the last run
 python train.py --preset customllm-1b --recipe seed     # the source's run
-python train.py --help                                  # every option
+python train.py --help                                  # the options that most runs need; --help-all: every option
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ AUTO_CLASSES = {
 def export_run(run: StrPath, out: StrPath, *, dtype: Any = None, drop_mtp: bool = False) -> None:
     """Export the newest weights of a run, with a model card, its tokenizer, and the files that the weights came with.
 
-    Those files are the same, byte for byte, except where a line says otherwise, and so are tensors of multi-token
+    Those files are the same, byte for byte, except for changes that a message names. So are tensors of multi-token
     prediction, which are read where the weights came from.
 
     Args:
@@ -51,7 +51,7 @@ def export_run(run: StrPath, out: StrPath, *, dtype: Any = None, drop_mtp: bool 
         drop_mtp: whether to leave out multi-token prediction.
 
     Raises:
-        UserError: `run` is no run, or `out` holds something already, or the source of its multi-token prediction is
+        UserError: `run` is not a run folder, or `out` holds something already, or the source of its MTP tensors is
             not there.
     """
     run, out = Path(run), Path(out)

@@ -68,7 +68,7 @@ def write_config(config: ModelConfig, dtype: str, source: Json | None = None, mt
     head = {"architectures": [family.architecture], "model_type": family.model_type}
     written = family.write(config)
     if source is None:
-        return head | {"dtype": dtype} | written | family.bare | ({"torch_dtype": dtype} if family.bare else {})
+        return head | {"dtype": dtype} | written | {**family.bare} | ({"torch_dtype": dtype} if family.bare else {})
     if "rope_interleave" in written:
         written["rope_interleave"] = is_interleaved(source)
     before = _written_before(source, family)
