@@ -19,7 +19,7 @@ class LayerInputs(NamedTuple):
     """What a layer needs besides its weights and the residual stream; it has no gradient."""
 
     positions: Array  # (B|1,T)
-    attention_mask: Array | None  # (B,T), zero at padding; None: no padding
+    attention_mask: Array | None  # (B,T), the number of each token's document, zero at padding; None: no padding
     experts: Array | None  # (B,T,k) experts to use instead of the router's choice
 
 
