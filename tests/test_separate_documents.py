@@ -173,7 +173,7 @@ def test_every_document_of_a_pass_is_drawn_once_and_whole(tmp_path):
     first = {text.split("\n")[1].split()[0] for text in drawn}
     assert first == {str(i) for i in range(60)}
     assert len(drawn) - 60 <= 16  # of the next pass, where no other fits
-    assert np.mean(fills[:-1]) > 0.9
+    assert np.mean(fills[:-1]) > 0.85
     steps = steps_for_epochs(config.with_options(epochs=2.0), tokenizer)
     assert steps == -(-2 * len(fills) // 2)
 
