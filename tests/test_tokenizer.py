@@ -164,7 +164,7 @@ def test_a_class_of_a_folder_s_code_is_named_and_not_run(tmp_path, capsys):
     file = write(tmp_path / "tokenizer_config.json", config)
     check_tokenizer_class(tmp_path, load_tokenizer(tmp_path), {"model_type": "customllm"})
     said = capsys.readouterr().out
-    assert said.startswith(f"{file}: 'Own' was not compared with tokenizer.json, as it does not load (")
+    assert said.startswith(f"{file}: 'Own' was not compared with the vocabulary, as it does not load (")
     assert said.count("\n") == 1
 
 

@@ -111,8 +111,9 @@ def draw_losses(folder: StrPath, unigram: float, bytes_per_target: float) -> Non
     records = read_metrics(folder)
     train = [record for record in records if record.get("loss") is not None]
     evaluated = [record for record in records if record.get("eval_loss") is not None]
-    figure = new_figure(figsize=(8, 6), layout="constrained")
+    figure = new_figure(figsize=(8, 6))
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    figure.subplots_adjust(0.1, 0.09, 0.9, 0.97, hspace=0.12)
     losses.plot([r["step"] for r in train], [r["loss"] for r in train], label="training")
     if evaluated:
         losses.plot([r["step"] for r in evaluated], [r["eval_loss"] for r in evaluated], "o-", label="evaluation")
@@ -125,6 +126,7 @@ def draw_losses(folder: StrPath, unigram: float, bytes_per_target: float) -> Non
         axis.set_ylabel("bits per byte")
     rates.plot([r["step"] for r in train], [r["learning_rate"] for r in train], color="tab:green")
     rates.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    rates.ticklabel_format(axis="y", scilimits=(0, 0))
     for axis in (losses, rates):
         axis.grid(alpha=0.3)
     figure.savefig(Path(folder, "loss.png"), dpi=100)

@@ -2,11 +2,11 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Int
 
 from jaxllm.config import ModelConfig, Precision, RunConfig
 from jaxllm.config.groups import OptimConfig, ScheduleConfig
@@ -34,10 +34,10 @@ class Computation:
     has_documents: bool = False
     """Which arrays of a batch there are: see `TokenBatch`."""
     platform: str | None = None
-    """Whose kernels to use (`kernels.choose_kernels`); None: those of the device here."""
+    """Whose kernels to use (`kernels.choose_kernels`); None: those of the default device."""
 
     @classmethod
-    def of(cls, config: RunConfig, platform: str | None = None) -> Self:
+    def of(cls, config: RunConfig, platform: str | None = None) -> "Computation":
         data = config.data
         shape = (data.grad_accum, data.batch_size, data.seq_len)
         step = (config.model, config.optim, config.schedule, config.precision, config.remat)
@@ -59,7 +59,7 @@ class Computation:
         return init_state(self.model, self.optim, self.seed)
 
     def specs(self, layout: Layout) -> TrainState:
-        """Where a mesh keeps the state."""
+        """How a mesh shards the state."""
         return state_specs(self.model, self.optim, layout)
 
     def train_step(
@@ -69,10 +69,10 @@ class Computation:
 
     def eval_step(
         self, params: Pytree, routing_bias: Pytree, batch: TokenBatch, layout: Layout = ONE_DEVICE
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Float[Array, ""], Int[Array, ""]]:
         return eval_step(self.graph, params, routing_bias, batch, layout)
 
 
-@functools.cache
+@functools.lru_cache(16)
 def _model_graph(model: ModelConfig, precision: Precision, remat: bool, platform: str | None) -> nnx.GraphDef:
     return abstract_model(model, dtype=jnp.dtype(precision), remat=remat, platform=platform)[0]

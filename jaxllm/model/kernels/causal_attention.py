@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
+from jaxtyping import Float, Shaped
 
 from jaxllm.model.dtypes import Array, at_least_float32
 from jaxllm.model.kernels.matmul import save_for_backward
@@ -27,12 +28,17 @@ def masked_softmax(scores: Array, mask: Array) -> Array:
     return jax.nn.softmax(jnp.where(mask, upcast, jnp.finfo(upcast.dtype).min), axis=-1)
 
 
-def blocked_attention(q: Array, k: Array, v: Array, attention_mask: Array | None, scale: float) -> Array:
-    """A token attends to itself and to what came before it in its document; padding is a document of its own.
+def blocked_attention(
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B T H h"],
+    v: Float[Array, "B T H v"],
+    attention_mask: Shaped[Array, "B T"] | None,
+    scale: float,
+) -> Float[Array, "B T H v"]:
+    """A token attends to itself and to earlier tokens of its document; padding is a document of its own.
 
-    q, k (B,T,H,h), v (B,T,H,v), attention_mask (B,T): the number of each token's document, or None, which is one
-    document; `scale` multiplies the scores -> (B,T,H,v). The backward pass saves q, k and v, and recomputes each
-    block's weights.
+    The mask has the number of each token's document, zero at padding; None: one document. `scale` multiplies the
+    scores. The backward pass saves q, k and v, and recomputes each block's weights.
     """
     length = q.shape[1]
     # heads before time: the products are batched over B,H
@@ -56,7 +62,7 @@ def blocked_attention(q: Array, k: Array, v: Array, attention_mask: Array | None
 
 @functools.partial(jax.checkpoint, static_argnums=0)
 def _attend(end: int, k: Array, v: Array, documents: Array | None, start: Array, q: Array) -> Array:
-    """One block of queries, from start on: (B,H,b,h) -> (B,H,b,v). It slices the keys itself: no slice is kept."""
+    """One block of queries, from start on: (B,H,b,h) -> (B,H,b,v). It slices the keys, so no slice is saved."""
     k, v = k[:, :, :end], v[:, :, :end]
     scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=at_least_float32(q.dtype))
     queries, keys = start + jnp.arange(q.shape[2])[:, None], jnp.arange(end)
@@ -67,7 +73,13 @@ def _attend(end: int, k: Array, v: Array, documents: Array | None, start: Array,
     return jnp.einsum("bhts,bhsd->bhtd", masked_softmax(scores, mask).astype(q.dtype), v)
 
 
-def cudnn_attention(q: Array, k: Array, v: Array, attention_mask: Array | None, scale: float) -> Array:
+def cudnn_attention(
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B T H h"],
+    v: Float[Array, "B T H v"],
+    attention_mask: Shaped[Array, "B T"] | None,
+    scale: float,
+) -> Float[Array, "B T H v"]:
     """`blocked_attention` by cuDNN's fused kernel, where it can: one document a row, an even length, known to be so."""
     if attention_mask is not None or is_symbolic_dim(q.shape[1]) or q.shape[1] % 2:
         return blocked_attention(q, k, v, attention_mask, scale)
