@@ -2,7 +2,7 @@
 
 python train.py                                         # train, or resume the last run
 python train.py --preset customllm-1b --recipe seed     # the source's run
-python train.py --help                                  # every option
+python train.py --help                                  # the options that most runs need; --help-all: every option
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxllm.model.decoding import Sampling, generate
 from jaxllm.packages import check_own
 from jaxllm.run.arguments import parse_args
 from jaxllm.run.init import check_shapes
-from jaxllm.run.processes import all_check, barrier, init_distributed, is_primary
+from jaxllm.run.processes import all_check, barrier, each_result, init_distributed, is_primary
 from jaxllm.run.reporting import write_samples
 from jaxllm.run.run import Run
 from jaxllm.run.runtime import use_compilation_cache
@@ -32,7 +32,7 @@ from jaxllm.train.trainer import Trainer
 
 if TYPE_CHECKING:
     from convert.base import Base
-    from convert.to_flax import Imported
+    from convert.to_flax import Imported, Place
 
 
 @exit_on_user_error
@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\nEverything is in {run.config.folder}")
 
 
-def read_start(config: TrainConfig) -> Imported | Base | None:
-    """What a new run starts from with --init, or the base of adapters; read before an earlier run is deleted."""
+def read_start(config: TrainConfig, place: Place) -> Imported | Base | None:
+    """What a run starts from with --init, or the base of its adapters: read, to its places, before any deletion."""
     resumes = check_folder(config, "JAX") and bool(checkpoint_steps(config.folder))
     if (init := config.init) is None and config.adapters:
         raise UserError(f"lora_rank is {config.lora.rank}: adapters need weights to adapt, pass --init FOLDER")
@@ -77,10 +77,10 @@ def read_start(config: TrainConfig) -> Imported | Base | None:
 
         if resumes:
             all_check(lambda: is_primary() and check_base(config.folder, base_of(model_folder(init))))
-        return read_base(config)
+        return each_result(lambda: read_base(config, place))
     from convert.to_flax import read_model
 
-    return read_model(init)
+    return each_result(lambda: read_model(init, place=place))
 
 
 def sample(run: Run, trainer: Trainer, params: Any, routing_bias: Any) -> None:

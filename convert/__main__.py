@@ -44,6 +44,8 @@ class ToTorch:
     """Hand over the run: moments, step count and data position too, for python -m torch_ref.train."""
     merge: bool = False
     """Of a run with adapters (--lora-rank): write the model with its adapters merged, in place of a folder for PEFT."""
+    drop_mtp: bool = False
+    """Leave out the layers of multi-token prediction, which are else the source's, untrained."""
 
     def __post_init__(self) -> None:
         if self.training and self.dtype not in (None, "float32"):
@@ -55,8 +57,10 @@ class ToTorch:
             )
         if self.merge and not adapted:
             raise UserError(f"merge is set: {str(self.run)!r} has no adapters, leave it out")
-        if adapted and not self.merge and self.dtype is not None:
-            raise UserError(f"dtype is {self.dtype!r}: adapters are written in float32; pass --merge for a whole model")
+        if adapted and not self.merge and (self.dtype is not None or self.drop_mtp):
+            raise UserError("dtype and drop_mtp are for a whole model: adapters are written alone, pass --merge")
+        if self.training and self.drop_mtp:
+            raise UserError("drop_mtp is set: a run to train on has no multi-token prediction, leave it out")
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         export_adapter(command.run, command.out)
         print(f"Wrote {command.out}: PeftModel.from_pretrained(MODEL, {str(command.out)!r})")
     elif isinstance(command, ToTorch):
-        export_run(command.run, command.out, dtype=command.dtype)
+        export_run(command.run, command.out, dtype=command.dtype, drop_mtp=command.drop_mtp)
         code = ", trust_remote_code=True" if (command.out / MODELING_FILE).exists() else ""
         print(f"Wrote {command.out}: AutoModelForCausalLM.from_pretrained({str(command.out)!r}{code})")
     elif is_pytorch_run(command.source):

@@ -7,13 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from convert.adapter import read_adapter, write_adapter
-from convert.mapping import entries, leaf
 from convert.model_card import CARD_FILE
 from convert.new_folder import check_new, new_folder
-from convert.to_flax import Imported, read_model
+from convert.to_flax import Imported, Place, read_model
 from jaxllm.config import ModelConfig, TrainConfig
 from jaxllm.config.families import is_interleaved
 from jaxllm.errors import UserError
@@ -21,7 +19,7 @@ from jaxllm.files import StrPath
 from jaxllm.model.adapters import merged_weights
 from jaxllm.model.decoder import abstract_adapted, model_facts
 from jaxllm.model.dtypes import Pytree
-from jaxllm.model.inference import is_narrow
+from jaxllm.model.inference import Hold, as_stored, is_narrow, masters
 from jaxllm.store.base import base_of, check_base
 from jaxllm.store.checkpoint import Weights, load_weights, read_newest
 from jaxllm.store.folder import CONFIG_FILE, TOKENIZER, is_run, read_config, read_model_config
@@ -41,34 +39,25 @@ class Base(NamedTuple):
     matrix_dtype: str
 
 
-def read_base(config: TrainConfig) -> Base:
-    """The weights of --init, and the adapters of --adapter.
+def read_base(config: TrainConfig, place: Place = None) -> Base:
+    """The weights of --init, read to `place` as `read_model` does, and the adapters of --adapter.
 
     Raises:
         UserError: the weights or the adapters cannot be read, or do not fit.
     """
     assert config.init is not None
-    found = read_model(config.init)
-    dtype, (facts, _) = _matrix_dtype(found), model_facts(found.config)
+    found = read_model(config.init, hold=as_stored, place=place)
+    params, facts = found.weights.params, model_facts(found.config)[0]
+    matrices = [w.dtype for w, known in zip(*map(jax.tree.leaves, (params, facts)), strict=True) if is_narrow(known)]
+    dtype = functools.reduce(jnp.promote_types, matrices)
     params = jax.tree.map(
-        lambda weight, known: weight.astype(dtype) if is_narrow(known) else weight, found.weights.params, facts
+        lambda weight, known: weight.astype(dtype, copy=False) if is_narrow(known) else weight, params, facts
     )
     adapters = None
     if config.adapter is not None:
         shapes = abstract_adapted(config.model, config.lora).params
         adapters = read_adapter(config.adapter, config.model, shapes, is_interleaved(found.values))
     return Base(Weights(params, found.weights.routing_bias), adapters, found.dtypes, dtype.name)
-
-
-def _matrix_dtype(found: Imported) -> np.dtype:
-    """The narrowest dtype that holds every matrix of a folder."""
-    facts, main, others = model_facts(found.config)[0], found.dtypes["dtype"], found.dtypes["others"]
-    held = {
-        others.get(entry.torch_name, main)
-        for entry in entries(found.config, is_interleaved(found.values))
-        if entry.is_parameter and is_narrow(leaf(facts, entry.parts[0].path))
-    }
-    return functools.reduce(jnp.promote_types, map(jnp.dtype, held))
 
 
 def adapters_of(run: StrPath) -> TrainConfig | None:
@@ -79,27 +68,25 @@ def adapters_of(run: StrPath) -> TrainConfig | None:
     return config if config.adapters else None
 
 
-def run_weights(run: StrPath) -> tuple[ModelConfig, Weights]:
-    """Model config and newest weights of a run, adapters merged into their base, in float32.
+def run_weights(run: StrPath, hold: Hold = masters) -> tuple[ModelConfig, Weights]:
+    """Model config and newest weights of a run, in the dtypes that `hold` chooses; adapters are merged into their base.
 
     Raises:
-        UserError: it is no run, the checkpoint cannot be read, or the base is no longer what it was.
+        UserError: it is no run, the checkpoint cannot be read, or the base is not what it was.
     """
     config = adapters_of(run)
-    if config is None:
-        return load_weights(run)
+    if config is None or config.adapters is None:
+        return load_weights(run, hold)
     model, lora = read_model_config(run), config.adapters
-    found = run_base(run, config)
-    saved = read_newest(run, lambda saved: saved.weights(model, lora=lora))
-    assert lora is not None
+    base = run_base(run, config, hold)
+    saved = read_newest(run, lambda saved: saved.adapters(model, lora))
     graph = abstract_adapted(model, lora).graph
-    whole: Any = jax.jit(lambda *trees: merged_weights(merged(graph, *trees)))
-    masters = jax.tree.map(lambda weight: np.asarray(weight, np.float32), found.weights.params)
-    return model, Weights(whole(*saved, masters), saved.routing_bias)
+    merge = jax.jit(lambda *trees: merged_weights(merged(graph, *trees), hold))
+    return model, Weights(merge(*saved, base.weights.params), saved.routing_bias)
 
 
-def run_base(run: StrPath, config: TrainConfig) -> Imported:
-    """The base of a run with adapters.
+def run_base(run: StrPath, config: TrainConfig, hold: Hold) -> Imported:
+    """The base of a run with adapters, as `read_model`.
 
     Raises:
         UserError: it is not where it was, or is not what it was.
@@ -111,7 +98,7 @@ def run_base(run: StrPath, config: TrainConfig) -> Imported:
         )
     folder = model_folder(config.init)
     check_base(Path(run), base_of(folder))
-    return read_model(folder)
+    return read_model(folder, hold=hold, place=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
 
 
 _CARD = """\
@@ -147,7 +134,7 @@ def export_adapter(run: StrPath, out: StrPath) -> None:
     if config is None or config.adapters is None:
         raise UserError(f"{str(run)!r} has no adapters")
     model, lora, base = read_model_config(run), config.adapters, str(config.init)
-    saved = read_newest(run, lambda saved: saved.weights(model, lora=lora))
+    saved = read_newest(run, lambda saved: saved.adapters(model, lora))
     with new_folder(out) as made:
         if (run / TOKENIZER).is_dir():
             shutil.copytree(run / TOKENIZER, made, dirs_exist_ok=True)

@@ -137,7 +137,7 @@ def test_memory_traffic_without_remat():
 
 
 def test_everything_kept_is_seen(monkeypatch):
-    monkeypatch.setattr(layout, "_is_kept", jax.checkpoint_policies.everything_saveable)
+    monkeypatch.setattr(layout, "_is_saved", jax.checkpoint_policies.everything_saveable)
     assert gigabytes(compile_step(CONFIG.with_options(remat=False)).as_text()) > TRAFFIC_WITHOUT_REMAT + 5
 
 

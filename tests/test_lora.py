@@ -87,7 +87,7 @@ def run(options, tmp_path_factory) -> Path:
 
 def saved_adapters(run: Path, step: int) -> Any:
     config = read_run(run, TrainConfig)
-    return CheckpointReader(run, step).weights(config.model, lora=config.lora).params
+    return CheckpointReader(run, step).adapters(config.model, config.lora).params
 
 
 def test_a_checkpoint_holds_adapters_alone(run, base):

@@ -197,7 +197,7 @@ def test_the_backward_pass_gathers_again_and_keeps_no_gathered_weight(monkeypatc
         return len(re.findall(r"[^(]f32\[2,8,(?:32,24|24,32)\]", lowered.compile().as_text()))
 
     assert stacks_of_gathered_experts() == 0
-    monkeypatch.setattr(jaxllm.model.layout, "_is_kept", jax.checkpoint_policies.everything_saveable)
+    monkeypatch.setattr(jaxllm.model.layout, "_is_saved", jax.checkpoint_policies.everything_saveable)
     assert stacks_of_gathered_experts() > 0
 
 
@@ -214,7 +214,7 @@ def test_every_parameter_names_its_axes_and_is_cut_along_an_axis_once():
 
 
 def with_noise(state: TrainState) -> TrainState:
-    """Moments and bias that are no zeros."""
+    """Moments and bias that are not zero."""
 
     rng = np.random.default_rng(0)
 
@@ -291,8 +291,8 @@ def test_a_run_changes_its_layout_from_start_to_start(narrow, tmp_path, capsys):
             r"expert must divide n_routed_experts = 8 \(sizes that do: 1, 2, 4, 8\)",
         ),
         ({"mesh": "data=2", "parallel": "pmap"}, "--parallel pmap has no mesh"),
-        ({"mesh": "data=16"}, "it needs 16 devices, and 8 are here"),
-        ({"parallel": "pmap", "batch_size": 12}, "must be a multiple of the 8 devices here"),
+        ({"mesh": "data=16"}, "it needs 16 devices, and 8 are available"),
+        ({"parallel": "pmap", "batch_size": 12}, "must be a multiple of the 8 available devices"),
         ({"parallel": "threads"}, "parallel is 'threads'"),
     ],
 )

@@ -81,7 +81,7 @@ class MPSCallback(TrainerCallback):
 
 
 class LogCallback(TrainerCallback):
-    """Writes the Trainer's logs as the records of train.py (same columns, same files), then the result of the run."""
+    """Writes the Trainer's logs as records of train.py (same columns and files), then the result of the run."""
 
     def __init__(
         self,

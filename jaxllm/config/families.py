@@ -53,12 +53,13 @@ def is_interleaved(source: Json | None) -> bool:
     return family is None or source is None or family.is_interleaved(source)
 
 
-def write_config(config: ModelConfig, dtype: str, source: Json | None = None) -> dict[str, Any]:
+def write_config(config: ModelConfig, dtype: str, source: Json | None = None, mtp: bool = False) -> dict[str, Any]:
     """The config.json of an exported folder.
 
     Args:
         dtype: of the weights.
-        source: the config.json that the weights came with. What need not change is kept.
+        source: the config.json that the weights came with. What need not change stays as it is.
+        mtp: whether the folder has the source's layers of multi-token prediction.
 
     Raises:
         UserError: no family has all options of the config.
@@ -67,22 +68,22 @@ def write_config(config: ModelConfig, dtype: str, source: Json | None = None) ->
     head = {"architectures": [family.architecture], "model_type": family.model_type}
     written = family.write(config)
     if source is None:
-        return head | {"dtype": dtype} | written | family.bare | ({"torch_dtype": dtype} if family.bare else {})
+        return head | {"dtype": dtype} | written | {**family.bare} | ({"torch_dtype": dtype} if family.bare else {})
     if "rope_interleave" in written:
         written["rope_interleave"] = is_interleaved(source)
     before = _written_before(source, family)
     changed = {key: value for key, value in written.items() if key not in before or before[key] != value}
     stale = {"quantization_config", "auto_map"} | (set() if before else {"mlp_layer_types"})
     stale |= {"rope_parameters"} if changed.keys() & {"rope_theta", "rope_scaling"} else set()
-    kept = {key: value for key, value in source.items() if key not in stale}
+    result = {key: value for key, value in source.items() if key not in stale}
     for key in ("topk_method", "scoring_func"):  # servers route wrongly where they are not named
-        if key in written and kept.get(key) is None:
-            kept[key] = written[key]
-    if kept.get("num_nextn_predict_layers"):
-        kept["num_nextn_predict_layers"] = 0
+        if key in written and result.get(key) is None:
+            result[key] = written[key]
+    if result.get("num_nextn_predict_layers") and not mtp:
+        result["num_nextn_predict_layers"] = 0
     if source.get("dtype", source.get("torch_dtype", dtype)) != dtype:
         head |= {key: dtype for key in ("dtype", "torch_dtype") if key in source}
-    return kept | changed | head
+    return result | changed | head
 
 
 def _written_before(source: Json, family: Family) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from jaxllm.errors import UserError, listed, shown
 Precision = Literal["float32", "bfloat16"]
 
 FORMAT = 2
-"""Version of a run's train_config.json and checkpoints; CHANGELOG.md says what each version holds."""
+"""Version of a run's train_config.json and checkpoints; docs/reference/run-folder.md says what each one holds."""
 
 Group = TypeVar("Group")
 Flat = Annotated[Group, tyro.conf.OmitArgPrefixes]
@@ -31,27 +31,27 @@ Flat = Annotated[Group, tyro.conf.OmitArgPrefixes]
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What decides a training run in either framework: all that `python -m torch_ref.train` takes."""
+    """The configuration of a training run in either framework: all options of `python -m torch_ref.train`."""
 
     preset: Annotated[str, tyro.conf.arg(help=f"The model's shape: one of {', '.join(PRESETS)}.")] = option(
-        "tiny", resumable=True
+        "tiny", resumable=True, common=True
     )
-    recipe: str = option("default", resumable=True)
+    recipe: str = option("default", resumable=True, common=True)
     """Training recipe: `default` (minutes on a CPU) or `seed` (the source's run)."""
     model: ModelConfig = field(default_factory=lambda: PRESETS["tiny"])
     """Single values of the preset can be overridden, e.g. --model.num-hidden-layers 2."""
-    run_dir: Path | None = option(None, resumable=True, saved=False)
+    run_dir: Path | None = option(None, resumable=True, saved=False, common=True)
     """Folder of the run; default: runs/PRESET."""
-    overwrite: bool = option(False, resumable=True, saved=False)
+    overwrite: bool = option(False, resumable=True, saved=False, common=True)
     """Delete the earlier run in the folder and start over."""
-    precision: Precision = "float32"
+    precision: Precision = option("float32", common=True)
     """Compute precision; master weights and moments are always float32. The default recipe of train.py is in bfloat16
     where this machine multiplies it in hardware: on NVIDIA GPUs from Ampere on, a TPU, or a CPU with AMX or
     AVX512-BF16. `--recipe seed` is in float32 everywhere."""
-    remat: bool = option(False, resumable=True)
-    """Compute each layer again in the backward pass. Without it, what products made is kept."""
-    seed: int = option(0, ge=0, le=MAX_SEED)
-    """Of the weights, the order of the data, dropout and the samples."""
+    remat: bool = option(False, resumable=True, common=True)
+    """Recompute each layer in the backward pass. Without it, the results of matrix products are saved."""
+    seed: int = option(0, ge=0, le=MAX_SEED, common=True)
+    """Random seed of the weights, the order of the data, dropout and the samples."""
     data: Flat[groups.DataConfig] = field(default_factory=groups.DataConfig)
     optim: Flat[groups.OptimConfig] = field(default_factory=groups.OptimConfig)
     schedule: Flat[groups.ScheduleConfig] = field(default_factory=groups.ScheduleConfig)
@@ -115,10 +115,10 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`. Options that did not exist when it was written have their defaults.
+        """The inverse of `to_dict`. Options that its version did not have get their defaults.
 
         Raises:
-            UserError: the format is another, a key is unknown, the model is missing, or a value is out of its range.
+            UserError: the format differs, a key is unknown, the model is missing, or a value is out of its range.
         """
         values = dict(values)
         if (written := values.pop("format", 1)) != FORMAT:
@@ -131,11 +131,11 @@ class RunConfig:
         values["model"] = ModelConfig.from_dict(values["model"])
         if isinstance(prompts := values.get("prompts"), list):
             values["prompts"] = tuple(prompts)
-        values.setdefault("special_tokens_in_text", "earlier")  # written before there was a choice, as the next two
+        values.setdefault("special_tokens_in_text", "earlier")  # of a version without this option, as the next two
         values.setdefault("train_on", "all")
         values.setdefault("documents", "joined")
-        values.pop("run_dir", None)  # of an earlier version: a run is where it is found
-        values.setdefault("hold_out", "count")  # of an earlier version, too
+        values.pop("run_dir", None)  # of an earlier version; the folder in which the file lies counts
+        values.setdefault("hold_out", "count")  # of an earlier version
         return cls.from_options(**values)
 
     def as_type(self, cls: type[Config]) -> Config:
@@ -149,13 +149,14 @@ Config = TypeVar("Config", bound=RunConfig)
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
-    """Everything that decides a run of train.py. `train.py --help` is this class."""
+    """The configuration of a run of train.py; `train.py --help-all` prints it."""
 
-    init: Path | None = option(None, resumable=True)
-    """Start a new run from the weights of this folder: of the DeepSeek family, or an exported CustomLLM. It gives the
-    model and, where it has one, the tokenizer. The learning rate is then 2e-5, and the run's folder runs/NAME."""
+    init: Path | None = option(None, resumable=True, common=True)
+    """Start a new run from the weights in this folder: a model of the DeepSeek family, or an exported CustomLLM. The
+    model's shape and, if the folder has one, the tokenizer are taken from it. The learning rate is then 2e-5, and the
+    run's folder runs/NAME."""
     adapter: Path | None = option(None)
-    """Go on with this adapter, a folder of PEFT: its rank, alpha and matrices are the defaults of --lora-..."""
+    """Continue training this adapter, a folder of PEFT: its rank, alpha and matrices are the defaults of --lora-..."""
     checkpoint: Flat[groups.CheckpointConfig] = field(default_factory=groups.CheckpointConfig)
     mesh: Flat[groups.MeshConfig] = field(default_factory=groups.MeshConfig)
     lora: Flat[LoraConfig] = field(default_factory=LoraConfig)
@@ -208,7 +209,7 @@ def _check_divides(n: int, divisor: int, message: str) -> None:
 
 
 class _Option(NamedTuple):
-    """Where a flat option is in a config, and what `option` declared of it."""
+    """The place of a flat option in a config, and what `option` declared for it."""
 
     group: str | None  # None: the config itself
     attribute: str
@@ -233,7 +234,7 @@ def _options(cls: type[RunConfig]) -> tuple[_Option, ...]:
 
 
 def changed_options(saved: Mapping[str, Any], now: RunConfig) -> list[tuple[str, Any, Any]]:
-    """The options (the model's as `model.NAME`) that forbid resuming a saved `to_dict()`: name, old and new value."""
+    """The options (the model's as `model.NAME`) whose change prevents a resume: name, old and new value."""
     resumable = {known.name for known in _options(type(now)) if known.resumable}
 
     def flat(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,14 +256,14 @@ SEED_RECIPE = {
     "log_format": "dict",
     "eval_every": 1_000, "save_every": 1_000, "prompts": groups.STORY_PROMPTS,
 }  # fmt: skip
-"""What the source's run has other than the defaults."""
+"""The source's run, where it differs from the defaults."""
 
 
 DEFAULT_RECIPE: dict[str, Any] = {
     "optimizer": "muon", "learning_rate": 8e-3, "muon_momentum": 0.8, "bias_update_rate": 5e-3, "steps": 700,
 }  # fmt: skip
-"""What teaches `tiny` most in the default run's minutes: docs/muon.md has the search. The options' own defaults are
-AdamW's, for runs that were started before there was a choice."""
+"""The settings with the lowest loss of `tiny` in the time of the default run; docs/muon.md describes the search. The
+defaults of the options themselves are AdamW's, as in runs of versions without Muon."""
 
 
 def recipe(name: str, preset_name: str, cls: type[Config] = TrainConfig) -> Config:

@@ -6,7 +6,7 @@ there: gate and up have one A for all of them, and down has one B.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -103,20 +103,24 @@ def _adapt(matrix: Matrix, lora: LoraConfig, rngs: nnx.Rngs) -> None:
         linear.adapter = Adapter(a, b, lora.scale)
 
 
-def merged_weights(model: nnx.Module) -> Pytree:
-    """The weights that a model without adapters has instead: W + scale A B, in the dtype of W, as nested dicts.
+def merged_weights(model: nnx.Module, hold: Callable[[ParameterFacts, Any], Any] | None = None) -> Pytree:
+    """The weights that a model without adapters has instead: W + scale A B, as nested dicts.
 
-    One layer at a time, in float32 or wider. The model's own are replaced.
+    They are computed one layer at a time, in float32 or wider. The model's own are replaced.
+
+    Args:
+        hold: chooses the dtype of each, from the facts of W and float32 (`inference.Hold`); None: that of W.
     """
     for _, node in list(nnx.iter_graph(model)):
         if isinstance(node, Linear) and node.adapter is not None:
-            axes = node.weight.get_metadata("facts").axes
+            facts = node.weight.get_metadata("facts")
+            axes, dtype = facts.axes, node.weight.dtype if hold is None else hold(facts, jnp.float32)
             factors = [_aligned(factor, axes) for factor in (node.adapter.a, node.adapter.b)]
             scale = node.adapter.scale
 
-            def merge(of_layer: tuple[Array, ...], scale: float = scale) -> Array:
+            def merge(of_layer: tuple[Array, ...], scale: float = scale, dtype: Any = dtype) -> Array:
                 weight, a, b = of_layer
-                return (weight.astype(a.dtype) + scale * jnp.matmul(a, b)).astype(weight.dtype)
+                return (weight.astype(a.dtype) + scale * jnp.matmul(a, b)).astype(dtype)
 
             node.weight = Frozen(jax.lax.map(merge, (node.weight[...], *factors)), **node.weight.get_metadata())
     return nnx.to_pure_dict(nnx.state(model, Frozen))

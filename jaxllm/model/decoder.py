@@ -15,19 +15,19 @@ from flax import nnx
 from jax.core import Tracer
 from jax.errors import InconclusiveDimensionOperation
 from jax.export import is_symbolic_dim
+from jaxtyping import Float, Int, Key, Shaped
 
 from jaxllm.config import LoraConfig, ModelConfig
 from jaxllm.model.adapters import add_adapters
 from jaxllm.model.attention import Latents
-from jaxllm.model.dtypes import Array, Pytree, at_least_float32, check_dtype
+from jaxllm.model.dtypes import Array, DTypeLike, Pytree, at_least_float32, check_dtype
 from jaxllm.model.kernels import choose_kernels
-from jaxllm.model.kernels.dispatch import tokens_per_expert
 from jaxllm.model.kernels.matmul import linear
 from jaxllm.model.layer import DecoderLayer, LayerInputs, LayerTrace
 from jaxllm.model.layer_loop import decode_layers, run_layers
 from jaxllm.model.layers import CustomRMSNorm, Embedding, Frozen, Linear, RoutingBias, parameter_facts, stack
 from jaxllm.model.layout import ONE_DEVICE, Layout
-from jaxllm.model.load_balance import balance_loss, z_loss
+from jaxllm.model.load_balance import balance_loss, expert_counts, z_loss
 
 STACKS = ("dense_layers", "decoder_layers")
 """The attributes of a model that are stacks of layers, in their order; a stack without layers is None."""
@@ -39,15 +39,15 @@ class LayerAux(NamedTuple):
     Those of a router (counts, losses and the trace's routing) are of the layers with experts alone.
     """
 
-    counts: Array  # (L,E) int32, tokens of each expert
-    balance_loss: Array  # (L,)
-    z_loss: Array  # (L,)
-    latents: Latents | None  # (L,B,T,...), to fill a cache
+    counts: Int[Array, "L E"]  # tokens of each expert
+    balance_loss: Float[Array, " L"]
+    z_loss: Float[Array, " L"]
+    latents: Latents | None  # to fill a cache
     trace: LayerTrace | None  # (L,...), to compare
 
 
 class HiddenStates(NamedTuple):
-    last: Array  # (B,T,D), before any final norm
+    last: Float[Array, "B T D"]  # before any final norm
     aux: LayerAux
 
 
@@ -60,20 +60,21 @@ class CustomLLM(nnx.Module):
         remat: compute each layer again in the backward pass; see `layout.checkpoint`.
         lora: its adapters (`jaxllm.model.adapters`), which are then all that is trained; None: none.
         rngs: for the initialization.
-        platform: whose kernels to use (`kernels.choose_kernels`); None: those of the device here.
+        platform: whose kernels to use (`kernels.choose_kernels`); None: those of the default device.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         *,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         remat: bool = False,
         lora: LoraConfig | None = None,
         rngs: nnx.Rngs,
         platform: str | None = None,
     ):
-        self.config, self.dtype, self.remat, self.lora = config, check_dtype(dtype), remat, lora
+        dtype = check_dtype(dtype)
+        self.config, self.dtype, self.remat, self.lora = config, dtype, remat, lora
         self.kernels = choose_kernels(config, dtype, platform, remat=remat, lora=lora)
         D, V, std = config.hidden_size, config.vocab_size, config.initializer_range
         positions = config.max_position_embeddings
@@ -98,11 +99,17 @@ class CustomLLM(nnx.Module):
         if lora is not None:
             add_adapters(self, config, lora, rngs)
 
-    def __call__(self, input_ids: Array, attention_mask: Array | None = None, rngs: nnx.Rngs | None = None) -> Array:
-        """Logits of the next token, (B,T) int -> (B,T,V) in float32 (float64 in a float64 model).
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"],
+        attention_mask: Shaped[Array, "B T"] | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits of the next token, in float32 (float64 in a float64 model).
 
         Args:
-            attention_mask: (B, T), zero at padding; None: no padding.
+            attention_mask: zero at padding; None: no padding. Numbers other than 0 and 1 are those of documents that do
+                not see each other, rising along a row; each begins at position 0.
             rngs: the `dropout` stream in training; None: no dropout.
         """
         keys = None if rngs is None else jax.random.split(rngs.dropout(), input_ids.shape[0])
@@ -110,11 +117,11 @@ class CustomLLM(nnx.Module):
 
     def hidden_states(
         self,
-        input_ids: Array,
-        attention_mask: Array | None = None,
+        input_ids: Int[Array, "B T"],
+        attention_mask: Shaped[Array, "B T"] | None = None,
         *,
-        dropout_keys: Array | None = None,
-        experts: Array | None = None,
+        dropout_keys: Key[Array, " B"] | None = None,
+        experts: Int[Array, "L B T k"] | None = None,
         keep_latents: bool = False,
         keep_trace: bool = False,
         layout: Layout = ONE_DEVICE,
@@ -123,8 +130,8 @@ class CustomLLM(nnx.Module):
 
         Args:
             input_ids, attention_mask: as in `__call__`.
-            dropout_keys: (B,) random keys: a row's dropout does not depend on its device. None: no dropout.
-            experts: (L,B,T,k) experts to use instead of the router's choice, of the layers that have experts.
+            dropout_keys: one for each row, whose dropout does not depend on its device. None: no dropout.
+            experts: to use instead of the router's choice, of the layers that have experts.
             keep_latents, keep_trace: return the latents, to fill a decoding cache; the outputs of all parts of layers.
             layout: of the devices among which the weights are cut, in a step that runs on each of them.
         """
@@ -140,8 +147,10 @@ class CustomLLM(nnx.Module):
             records.append(of_layers)
         return HiddenStates(x, _joined(records, self.config.n_routed_experts))
 
-    def decode(self, token: Array, positions: Array, cache: Latents) -> tuple[Array, Latents]:
-        """Logits after one more token of each row: (B,1), (B,1), cache (L,B,S,...) -> (B,1,V) and the cache."""
+    def decode(
+        self, token: Int[Array, "B 1"], positions: Int[Array, "B 1"], cache: Latents
+    ) -> tuple[Float[Array, "B 1 V"], Latents]:
+        """Logits after one more token of each row, and the cache of all layers with it."""
         x, cache = decode_layers(self.stacks, self.embed(token, positions), positions, cache)
         return self.logits(x), cache
 
@@ -155,39 +164,45 @@ class CustomLLM(nnx.Module):
         """Whether adapters alone are trained."""
         return isinstance(self.token_embeddings.weight, Frozen)
 
-    def embed(self, input_ids: Array, positions: Array) -> Array:  # (B,T), (B|1,T) -> (B,T,D)
+    def embed(self, input_ids: Int[Array, "B T"], positions: Int[Array, "#B T"]) -> Float[Array, "B T D"]:
         x = self.token_embeddings(input_ids)
         return x if self.position_embeddings is None else x + self.position_embeddings(positions)
 
-    def apply_final_norm(self, x: Array) -> Array:
+    def apply_final_norm(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The input of lm_head: normed if the config has a final norm."""
         return x if self.final_norm is None else self.final_norm(x)
 
-    def logits(self, x: Array) -> Array:  # (B,T,D) -> (B,T,V)
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         weight, bias = self.head()
         logits = linear(self.apply_final_norm(x).astype(self.dtype), weight, at_least_float32(self.dtype))
         return logits if bias is None else logits + bias
 
-    def head(self) -> tuple[Array, Array | None]:
-        """The weight (D,V) and the bias (V,) of the output layer, as float32 masters."""
+    def head(self) -> tuple[Float[Array, "D V"], Float[Array, " V"] | None]:
+        """The weight and the bias of the output layer, as float32 masters."""
         if self.lm_head is None:
             return self.token_embeddings.weight[...].T, None
         return self.lm_head.weight[...], None if self.lm_head.bias is None else self.lm_head.bias[...]
 
 
-def _positions(input_ids: Array, attention_mask: Array | None) -> Array:  # (B,T) -> (B|1,T)
+def _positions(input_ids: Int[Array, "B T"], attention_mask: Shaped[Array, "B T"] | None) -> Int[Array, "#B T"]:
     if attention_mask is None:
         return jnp.arange(input_ids.shape[1])[None]
-    return jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=-1) - 1, 0)
+    documents = attention_mask.astype(jnp.int32)
+    index = jnp.cumsum(documents > 0, axis=-1, dtype=jnp.int32) - 1  # among the tokens that are not padding
+    before = jax.lax.cummax(jnp.pad(documents, ((0, 0), (1, 0)))[:, :-1], axis=1)
+    first = jax.lax.cummax(jnp.where(documents > before, index, 0), axis=1)  # of the document
+    return jnp.maximum(index - first, 0)
 
 
-def _record(config: ModelConfig, keep_latents: bool, keep_trace: bool, trace: LayerTrace) -> LayerAux:
-    """What is returned of one layer."""
+def _record(
+    config: ModelConfig, keep_latents: bool, keep_trace: bool, trace: LayerTrace, attention_mask: Array | None
+) -> LayerAux:
+    """What is returned of one layer. Padding is in no figure of a router."""
     routing: Any = trace.routing
     return LayerAux(
-        counts=routing and tokens_per_expert(routing.experts, config.n_routed_experts),
-        balance_loss=routing and balance_loss(routing, trace.residual.shape[0]),
-        z_loss=routing and z_loss(routing),
+        counts=routing and expert_counts(routing, config.n_routed_experts, attention_mask),
+        balance_loss=routing and balance_loss(routing, trace.residual.shape[0], attention_mask),
+        z_loss=routing and z_loss(routing, attention_mask),
         latents=trace.latents if keep_latents else None,
         trace=trace if keep_trace else None,
     )

@@ -2,11 +2,12 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Int
 
 from jaxllm.config import LoraConfig, ModelConfig, Precision, RunConfig
 from jaxllm.config.groups import OptimConfig, ScheduleConfig
@@ -34,12 +35,12 @@ class Computation:
     has_documents: bool = False
     """Which arrays of a batch there are: see `TokenBatch`."""
     platform: str | None = None
-    """Whose kernels to use (`kernels.choose_kernels`); None: those of the device here."""
+    """Whose kernels to use (`kernels.choose_kernels`); None: those of the default device."""
     lora: LoraConfig | None = None
     """The adapters, which are then all that is trained."""
 
     @classmethod
-    def of(cls, config: RunConfig, platform: str | None = None) -> Self:
+    def of(cls, config: RunConfig, platform: str | None = None) -> "Computation":
         data = config.data
         shape = (data.grad_accum, data.batch_size, data.seq_len)
         step = (config.model, config.optim, config.schedule, config.precision, config.remat)
@@ -67,7 +68,7 @@ class Computation:
         return init_state(self.model, self.optim, self.seed, self.lora)
 
     def specs(self, layout: Layout) -> TrainState:
-        """Where a mesh keeps the state."""
+        """How a mesh shards the state."""
         return state_specs(self.model, self.optim, layout, self.lora)
 
     def train_step(
@@ -77,7 +78,7 @@ class Computation:
 
     def eval_step(
         self, params: Pytree, routing_bias: Pytree, batch: TokenBatch, frozen: Pytree = (), layout: Layout = ONE_DEVICE
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Float[Array, ""], Int[Array, ""]]:
         return eval_step(self.graph, params, routing_bias, batch, layout, frozen or {})
 
 

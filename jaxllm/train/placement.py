@@ -1,7 +1,7 @@
-"""Where a run's state is kept and what executes its step: one device, a mesh of devices, or `pmap`.
+"""Where a run's state lives and how its step runs: on one device, on a mesh of devices, or under `pmap`.
 
-Outside a step a state has one form, that of one device: it is saved, restored and exported in this form, whatever it
-was trained on. `shard` brings it into the form that the placement's programs take, `unshard` back.
+Outside a step every state has the form of one device: it is saved, restored and exported in this form. `shard` converts
+it to the form that the placement's programs take, `unshard` converts it back.
 
     OneDevice   the state as it is
     OnMesh      the same arrays, cut along the axes of the mesh
@@ -21,6 +21,7 @@ from jaxllm.config import AXES, LoraConfig, ModelConfig
 from jaxllm.config.groups import MeshConfig, OptimConfig
 from jaxllm.errors import UserError
 from jaxllm.model.batch import TokenBatch
+from jaxllm.model.decoder import model_facts
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
 from jaxllm.train.computation import Computation
@@ -30,7 +31,7 @@ from jaxllm.train.step import StepMetrics
 
 
 class Programs(NamedTuple):
-    """What a run executes, compiled."""
+    """The compiled programs of a run."""
 
     step: Callable[[TrainState, TokenBatch], tuple[TrainState, StepMetrics]]  # (A,B,T); donates the state
     evaluate: Callable[[TrainState, TokenBatch], tuple[Array, Array]]  # (B,T) -> summed cross-entropy, targets
@@ -41,7 +42,7 @@ MAX_PROGRAMS = 16
 
 
 class Placement(ABC):
-    """Keeps a state and runs its step. B are a batch's rows of this process."""
+    """Holds a state and runs its step. B are this process's rows of a batch."""
 
     layout: Layout
 
@@ -63,6 +64,10 @@ class Placement(ABC):
         """Where a checkpoint restores each array of the state; None: on the first device."""
         return None
 
+    def weight_shardings(self, model: ModelConfig) -> tuple[Pytree, Pytree] | jax.sharding.Sharding:
+        """Where parameters and routing bias are read to: a sharding of each of their arrays, or one of all."""
+        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
     def init(self, computation: Computation) -> TrainState:
         """A new run's state, in the form that the programs take."""
         return _init_program(computation.model, computation.optim, computation.seed, self.layout, computation.lora)()
@@ -77,7 +82,7 @@ class Placement(ABC):
 
 
 def choose_placement(mesh: MeshConfig, batch_size: int) -> Placement:
-    """The placement that a config asks for, on the devices here.
+    """The placement that a config requests, on the available devices.
 
     Raises a UserError if there are too few devices, or if they do not divide the batch.
     """
@@ -97,7 +102,7 @@ def _init_program(
 
 
 def compile_programs(placement: Placement, computation: Computation) -> Programs:
-    """Trace and compile what a run executes."""
+    """Trace and compile the programs of a run."""
     return Programs(*placement.compile(computation))
 
 
@@ -111,8 +116,8 @@ class OneDevice(Placement):
     layout = ONE_DEVICE
 
     def describe(self) -> str:
-        here = len(jax.devices())
-        return "one device" + (f" of {here}: pass --mesh or --parallel pmap to use more" if here > 1 else "")
+        available = len(jax.devices())
+        return "one device" + (f" of {available}: pass --mesh or --parallel pmap to use more" if available > 1 else "")
 
     def compile(self, computation: Computation) -> tuple[Callable, Callable]:
         evaluate = _compile_evaluation(computation, ONE_DEVICE)
@@ -121,13 +126,16 @@ class OneDevice(Placement):
 
 
 class OnMesh(Placement):
-    """A mesh of devices, perhaps of several processes. Each part of a state is made and restored where it is kept."""
+    """A mesh of devices, perhaps of several processes. Each shard of a state is created and restored on its device."""
 
     def __init__(self, layout: Layout):
         self.layout = layout
 
     def describe(self) -> str:
         return "mesh " + " x ".join(f"{axis}={getattr(self.layout, axis)}" for axis in AXES)
+
+    def weight_shardings(self, model: ModelConfig) -> tuple[Pytree, Pytree]:
+        return shardings(self.layout, jax.tree.map(lambda f: self.layout.parameter_spec(f.axes), model_facts(model)))
 
     def state_shardings(self, computation: Computation) -> TrainState:
         return shardings(self.layout, computation.specs(self.layout))
@@ -182,7 +190,7 @@ class Pmap(Placement):
         if batch_size % devices:
             raise UserError(
                 f"batch_size is {batch_size}: under --parallel pmap it must be a multiple of the "
-                f"{devices} devices here, which share its rows"
+                f"{devices} available devices, which share its rows"
             )
         self.layout = Layout(data=devices)
 
@@ -227,7 +235,7 @@ class Pmap(Placement):
 
 
 def _first_copy(tree: Pytree) -> Pytree:
-    """What the first device holds of arrays with an axis of devices in front; the others do nothing."""
+    """The first device's copy of arrays whose first axis is that of the devices."""
     return jax.tree.map(lambda copies: copies.addressable_data(0)[0], tree)
 
 

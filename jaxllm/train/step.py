@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import PartitionSpec
+from jaxtyping import Float, Int, Key
 
 from jaxllm.config.groups import OptimConfig, ScheduleConfig
 from jaxllm.model.batch import TokenBatch
@@ -23,10 +24,10 @@ from jaxllm.train.state import TrainState, state_specs, weight_specs
 
 
 class StepMetrics(NamedTuple):
-    loss: Array  # () mean cross-entropy over the targets of the global batch, nats
-    grad_norm: Array  # () global norm before clipping
-    learning_rate: Array  # () set for the next update, as the source's log shows it
-    expert_load: Array  # () tokens of the fullest expert over the mean, the worst layer; 1 is even
+    loss: Float[Array, ""]  # mean cross-entropy over the targets of the global batch, nats
+    grad_norm: Float[Array, ""]  # global norm before clipping
+    learning_rate: Float[Array, ""]  # set for the next update, as the source's log shows it
+    expert_load: Float[Array, ""]  # tokens of the most loaded expert over the mean, the worst layer; 1 is balanced
 
 
 def gradients(
@@ -34,9 +35,9 @@ def gradients(
     graph: nnx.GraphDef,
     state: TrainState,
     batch: TokenBatch,
-    experts: Array | None = None,
+    experts: Int[Array, "A L B T k"] | None = None,
     layout: Layout = ONE_DEVICE,
-) -> tuple[Pytree, Array, Array]:
+) -> tuple[Pytree, Float[Array, ""], Int[Array, "L E"]]:
     """Gradient of the mean loss over all micro-batches, and over all devices.
 
     On several devices each of them runs this: the state and the gradient are its part, B are its local rows, and the
@@ -46,11 +47,10 @@ def gradients(
         optim: the weights of the auxiliary losses.
         graph: the static part of the model. It and `optim` and `layout` are static.
         state: its parameters, routing bias, step and dropout key are read.
-        batch: (A, B, T): A micro-batches of token rows.
-        experts: (A, L, B, T, k) experts to use instead of the routers' choice, to replay a step. L are here the layers
-            that have experts.
+        batch: (A,B,T): A micro-batches of token rows.
+        experts: to use instead of the routers' choice, to replay a step. L are here the layers that have experts.
 
-    Returns the gradient, the mean cross-entropy in nats, and the tokens of each expert (L, E).
+    Returns the gradient, the mean cross-entropy in nats, and the tokens of each expert.
     """
     A, B, _ = batch.ids.shape
     targets = jnp.maximum(layout.psum(count_targets(batch.labels)), 1)
@@ -86,7 +86,7 @@ def gradients(
     return layout.sum_gradients(grads, facts), *layout.psum((loss, counts))
 
 
-def dropout_keys(state: TrainState, index: Array, rows: int, local_rows: Array) -> Array:
+def dropout_keys(state: TrainState, index: Int[Array, ""], rows: int, local_rows: Int[Array, " B"]) -> Key[Array, " B"]:
     """Keys of the rows `local_rows` of micro-batch `index`, which has `rows` on all devices."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.dropout_key, impl=KEY_IMPL), state.step)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, index * rows + local_rows)
@@ -98,7 +98,7 @@ def train_step(
     graph: nnx.GraphDef,
     state: TrainState,
     batch: TokenBatch,
-    experts: Array | None = None,
+    experts: Int[Array, "A L B T k"] | None = None,
     layout: Layout = ONE_DEVICE,
 ) -> tuple[TrainState, StepMetrics]:
     """One optimizer step: the new state, and measurements that stay on the device. Donate the state.
@@ -137,8 +137,8 @@ def eval_step(
     batch: TokenBatch,
     layout: Layout = ONE_DEVICE,
     frozen: Pytree = {},  # noqa: B006  it is not changed
-) -> tuple[Array, Array]:
-    """Summed cross-entropy and number of targets of a batch (B, T), without dropout."""
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """Summed cross-entropy and number of targets of a batch (B,T), without dropout."""
     whole = merged(graph, params, routing_bias, frozen)
 
     def local(params: Pytree, routing_bias: Pytree, frozen: Pytree, batch: TokenBatch) -> tuple[Array, Array]:
@@ -171,7 +171,7 @@ def gathered_model(
     return merged(graph, params, routing_bias, frozen)
 
 
-def summed_loss(model: CustomLLM, x: Array, labels: Array) -> Array:
-    """Summed next-token cross-entropy of labels (B,T), given the layers' output for them: x (B,T,D)."""
+def summed_loss(model: CustomLLM, x: Float[Array, "B T D"], labels: Int[Array, "B T"]) -> Float[Array, ""]:
+    """Summed next-token cross-entropy of labels, given the layers' output for them."""
     hidden = model.apply_final_norm(x).reshape(-1, x.shape[-1])
     return summed_cross_entropy(hidden, *model.head(), next_token_targets(labels).reshape(-1), model.is_frozen)

@@ -19,9 +19,9 @@ from jaxllm.train.step import StepMetrics, merged
 
 
 class Trainer:
-    """Computes the steps of a run. A state that it takes or returns has the form of its placement.
+    """Computes the steps of a run. States that it takes and returns have the form of its placement.
 
-    `placement` is where the state is kept; None: what the config asks for, on the devices here.
+    `placement`: None is the one that the config requests, on the available devices.
     """
 
     def __init__(self, config: TrainConfig, placement: Placement | None = None):
@@ -32,12 +32,13 @@ class Trainer:
         self.graph = self.computation.graph
 
     def init(self, weights: tuple[Pytree, Pytree] | None = None) -> TrainState:
-        """A new run's state: with these parameters and routing bias, or fresh ones."""
+        """A new run's state: with these parameters and routing bias, which are donated, or fresh ones."""
         if weights is None:
             return self.placement.init(self.computation)
-        config = self.config
-        state = start_state(config.model, config.optim, config.seed, *weights)
-        return self.placement.shard(jax.device_put(state, self.state_shardings))
+        config, where = self.config, self.state_shardings
+        start = functools.partial(start_state, config.model, config.optim, config.seed)
+        state = jax.jit(start, donate_argnums=(0, 1), out_shardings=where)(*weights)  # each moment where it is kept
+        return self.placement.shard(state)
 
     def init_adapted(self, weights: tuple[Pytree, Pytree], adapters: Pytree | None) -> TrainState:
         """A new run's state on frozen weights and their routing bias, with these adapters, or some from the seed."""

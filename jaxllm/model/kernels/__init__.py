@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.config import LoraConfig, ModelConfig
-from jaxllm.model.dtypes import Array
+from jaxllm.model.dtypes import Array, DTypeLike
 from jaxllm.model.kernels import grouped_adapted, grouped_loop, grouped_triton, grouped_whole, packed
 from jaxllm.model.kernels.causal_attention import blocked_attention, cudnn_attention
 from jaxllm.model.kernels.interface import ExpertKernels
@@ -58,7 +58,7 @@ def platform_here() -> str:
 
 def choose_kernels(
     config: ModelConfig,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     platform: str | None = None,
     *,
     remat: bool = False,
@@ -67,7 +67,7 @@ def choose_kernels(
     """The kernels of a model with this config, whose dimensions decide whether a kernel applies, and compute dtype.
 
     Args:
-        platform: CUDA or ANY (else ValueError), to compile for a device that is not here; None: the platform here.
+        platform: CUDA or ANY (else ValueError), to compile for a device that you do not have; None: the platform here.
         remat: whether the layers are computed again in the backward pass.
         lora: the model's adapters. Shared experts that have some are computed by `linear`.
     """
@@ -88,7 +88,7 @@ def choose_kernels(
     )
 
 
-def describe_kernels(config: ModelConfig, dtype: jnp.dtype, platform: str | None = None) -> str:
+def describe_kernels(config: ModelConfig, dtype: DTypeLike, platform: str | None = None) -> str:
     """A description of the choice, for a line at start-up."""
     chosen = choose_kernels(config, dtype, platform)
     experts = "Triton grouped product" if chosen.routed == grouped_triton.KERNELS else "loops over groups with rows"
