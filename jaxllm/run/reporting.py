@@ -64,8 +64,9 @@ def announce(config: RunConfig, parameters: int, tree: str | None, device: str, 
 
 def announce_speed(config: RunConfig, peak_tflops: float, compile_seconds: float | None) -> None:
     """Print the reference of the log's speed columns."""
+    frozen = config.adapters is not None
     full, causal = (
-        flops.training_flops_per_token(config.model, config.data.seq_len, attention) / 1e6
+        flops.training_flops_per_token(config.model, config.data.seq_len, attention, frozen=frozen) / 1e6
         for attention in ("full", "causal")
     )
     if compile_seconds is not None:
