@@ -12,7 +12,6 @@ import importlib.util
 import math
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,8 +19,8 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
-import jaxllm
 from jaxllm.config import PRESETS, TrainConfig
+from jaxllm.devices import load_target
 from jaxllm.model import layer_loop, layout
 from jaxllm.model.decoder import abstract_model
 from jaxllm.model.kernels import CUDA
@@ -39,14 +38,14 @@ pytestmark = [
     ),
 ]
 
-H100 = Path(jaxllm.__file__).parent / "plan" / "devices" / "h100_sxm.txtpb"
+H100 = load_target("h100")
 MODEL = PRESETS["customllm-1b"]
 CONFIG = TrainConfig.from_options(model=MODEL, seq_len=2048, batch_size=8, precision="bfloat16", remat=True)
 
 
 def compile_step(config: TrainConfig) -> Any:
     topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100.read_text()
+        platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100.config
     )
     one_gpu = jax.sharding.NamedSharding(jax.sharding.Mesh(topology.devices, ("one",)), jax.sharding.PartitionSpec())
     graph, params, bias = abstract_model(MODEL, dtype=jnp.bfloat16, remat=config.remat, platform=CUDA)

@@ -13,6 +13,7 @@ import pytest
 from jaxllm.errors import UserError
 from jaxllm.run import hardware
 from jaxllm.run.hardware import bfloat16_hardware, cpu_bfloat16
+from jaxllm.run.throughput import reference_peak
 
 CPU = "avx512_bf16"
 CUDA = ("jax_cuda13_plugin",)
@@ -135,6 +136,21 @@ def test_pytorch_announces_its_own_device(narrow, tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr(torch_ref.train, "choose_device", lambda config: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    monkeypatch.setattr(torch_ref.train, "measured_peak_tflops", stop)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch_ref.train, "reference_peak", stop)
     assert torch_ref.train.main([*narrow, "--precision", "bfloat16", "--run-dir", str(tmp_path / "run")]) == 2
     assert "the GPU multiplies bfloat16 in hardware) on cuda;" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "tflops", "source"),
+    [
+        (5.0, "NVIDIA H200", 5.0, "given for bfloat16"),
+        (None, "NVIDIA H200", 989.4, "the data sheet's of NVIDIA H200 SXM 141 GB, in dense bfloat16"),
+        (None, "NVIDIA H200 MIG 1g.18gb", 7.0, "measured on bfloat16"),
+        (None, None, 7.0, "measured on bfloat16"),
+    ],
+)
+def test_the_reference_of_the_mfu(given, kind, tflops, source):
+    assert reference_peak(given, "bfloat16", kind, lambda precision: 7.0) == (tflops, source)
+    assert reference_peak(given, "bfloat16", kind, lambda precision: 7.0).of_devices(8) == (8 * tflops, source)

@@ -5,6 +5,7 @@ python -m torch_ref.train --preset customllm-1b --recipe seed     # the source's
 python -m torch_ref.train --help                                  # every option: those of train.py
 """
 
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ from jaxllm.data.sources import open_source
 from jaxllm.data.stream import POSITION_FILE, TokenStream, read_position
 from jaxllm.run.metrics import RunLog
 from jaxllm.run.reporting import announce, announce_finished, announce_speed
+from jaxllm.run.throughput import reference_peak
 from jaxllm.store.history import History
 from jaxllm.store.lock import FolderLock
 from jaxllm.store.metrics_file import read_metrics
@@ -80,14 +82,17 @@ def train(prepared: Prepared[RunConfig], model: CustomLLM | None = None) -> Cust
         samples.write(model)
         return model
     # measured before other threads use the device
-    peak_tflops = config.logging.peak_tflops or measured_peak_tflops(config.precision, device)
-    announce_speed(config, peak_tflops, compile_seconds=None)
+    # PyTorch multiplies float32 without TF32, of which a data sheet's figure is
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" and config.precision == "bfloat16" else None
+    measure = functools.partial(measured_peak_tflops, device=device)
+    peak = reference_peak(config.logging.peak_tflops, config.precision, kind, measure)
+    announce_speed(config, peak, compile_seconds=None)
     batches = MicroBatches(stream, config)
     trainer = CustomLLMTrainer(prepared, model, batches)
     history = History.from_records([record for record in read_metrics(config.folder) if record["step"] <= first_step])
     try:
         with RunLog(config, history, first_step) as run_log:
-            trainer.add_callback(LogCallback(prepared, run_log, batches, trainer.routing, peak_tflops))
+            trainer.add_callback(LogCallback(prepared, run_log, batches, trainer.routing, peak.tflops))
             trainer.add_callback(samples)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
     finally:

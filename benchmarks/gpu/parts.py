@@ -16,7 +16,6 @@ from jaxllm.files import read_json
 from jaxllm.model.flops import training_flops_per_token
 from jaxllm.plan.estimate import Refused, check_extra, compile_plan
 from jaxllm.plan.report import plan_as_json
-from jaxllm.plan.targets import Target, load_target, target_names
 from jaxllm.run.throughput import GIB
 from jaxllm.store.folder import CONFIG_FILE
 from jaxllm.store.metrics_file import last_evaluation
@@ -24,14 +23,6 @@ from jaxllm.store.metrics_file import last_evaluation
 SAME_START = 0.05  # largest relative difference of the first losses: the sides' weights have the same distributions
 
 Show = Callable[[float], str]
-
-
-def target_of(device: str) -> Target | None:
-    """The data sheet of a card by the name that its driver gives it, such as `NVIDIA H100 80GB HBM3`; None: unknown.
-
-    The whole name counts: an H100 PCIe, an H100 NVL and a part of a card (MIG) have other speeds than an H100 SXM.
-    """
-    return next((target for target in map(load_target, target_names()) if target.driver_name == device), None)
 
 
 def plan(session: Session, remat: bool) -> list[Finding]:

@@ -258,8 +258,8 @@ class LoggingConfig(_Checked):
     eval_samples: int = option(100, ge=1, resumable=True)
     """Rows of the held-out part that an evaluation reads."""
     peak_tflops: float | None = option(None, gt=0, resumable=True)
-    """What one device reaches in matrix products, in TFLOP/s, the reference of the MFU; default:
-    measured at the start, in the run's precision."""
+    """What one device reaches in matrix products, in TFLOP/s, the reference of the MFU. Default: its data sheet's in
+    the run's precision, if jaxllm/devices has one, else what is measured at the start."""
 
 
 @dataclass(frozen=True)

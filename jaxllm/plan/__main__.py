@@ -18,11 +18,11 @@ import tyro
 
 from jaxllm.command_line import parse
 from jaxllm.config import PRESETS, Precision, TrainConfig, preset, recipe
+from jaxllm.devices import load_target
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.files import write_json
 from jaxllm.plan.estimate import Plan, Refused, check_extra, compile_plan, largest_batch, meshes, usable_bytes
 from jaxllm.plan.report import plan_as_json, print_plan, print_search
-from jaxllm.plan.targets import load_target
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class PlanArgs:
 
     preset: Annotated[str, tyro.conf.arg(help=f"The model's shape: one of {', '.join(PRESETS)}.")] = "customllm-1b"
     target: str = "h100"
-    """A file of jaxllm/plan/devices by its name (h100, a100-80, l4, rtx4090, tpu-v5p ...), or the path of another."""
+    """A file of jaxllm/devices by its name (h100, a100-80, l4, rtx4090, tpu-v5p ...), or the path of another."""
     devices: int | None = None
     """Devices of one node; default: those of the mesh."""
     mesh: str = ""

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxllm.config import TrainConfig
+from jaxllm.devices import Target
 from jaxllm.errors import UserError
 from jaxllm.files import read_json, write_json
 from jaxllm.model import flops
 from jaxllm.plan.hlo_cost import Collective, Kernel, Product
 from jaxllm.plan.roofline import Roofline, roofline
-from jaxllm.plan.targets import Target
 from jaxllm.run.throughput import GIB
 
 USABLE_MEMORY = {"cuda": 0.92, "tpu": 0.98}
@@ -142,7 +142,9 @@ def read_plan(config: TrainConfig, target: Target, reply: dict[str, Any]) -> Pla
 
 
 def check_extra(name: str, target: Target) -> None:
-    """Raise a UserError if a package is missing that JAX needs to compile for the target."""
+    """Raise a UserError if XLA cannot compile for the target, or lacks a package for it."""
+    if not target.compilable:
+        raise UserError(f"target is {name!r}: its data sheet is known, but not the description that XLA compiles for")
     modules, needs = EXTRAS[target.platform]
     if not any(importlib.util.find_spec(module) for module in modules):
         raise UserError(f"target is {name!r}: compiling for {needs}")

@@ -22,6 +22,7 @@ from jaxllm.errors import optional
 from jaxllm.files import StrPath, read_json
 from jaxllm.model import flops
 from jaxllm.run.metrics import bits_per_byte
+from jaxllm.run.throughput import Peak
 from jaxllm.store.folder import DATA_REPORT
 from jaxllm.store.metrics_file import read_metrics
 
@@ -61,7 +62,7 @@ def announce(config: RunConfig, parameters: int, tree: str | None, device: str, 
     )
 
 
-def announce_speed(config: RunConfig, peak_tflops: float, compile_seconds: float | None) -> None:
+def announce_speed(config: RunConfig, peak: Peak, compile_seconds: float | None) -> None:
     """Print the reference of the log's speed columns."""
     full, causal = (
         flops.training_flops_per_token(config.model, config.data.seq_len, attention) / 1e6
@@ -71,8 +72,7 @@ def announce_speed(config: RunConfig, peak_tflops: float, compile_seconds: float
         print(f"Compiled in {compile_seconds:.1f} s")
     print(
         f"Model FLOPs of a training token: {full:.4g}M with attention counted full (T x T), {causal:.4g}M with its "
-        f"causal half; MFU is their share of {peak_tflops:.4g} TFLOP/s "
-        f"({'measured on' if config.logging.peak_tflops is None else 'given for'} {config.precision} matrix products)"
+        f"causal half; MFU is their share of {peak.tflops:.4g} TFLOP/s ({peak.source} matrix products)"
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -43,7 +44,7 @@ from jaxllm.run.processes import (
 from jaxllm.run.reporting import announce, announce_finished, announce_speed, conclude
 from jaxllm.run.runtime import device_name, measured_peak_tflops, peak_memory
 from jaxllm.run.signals import stop_on_signals
-from jaxllm.run.throughput import Meter
+from jaxllm.run.throughput import Meter, reference_peak
 from jaxllm.store.checkpoint import CheckpointReader, delete_unfinished, quarantine
 from jaxllm.store.checkpoint_writer import CheckpointWriter, check_room
 from jaxllm.store.folder import SOURCE_DTYPES, TOKENIZER
@@ -84,15 +85,16 @@ class Run:
         self.step = self._first_step = self._logged_step = self._saved_step = step
         self._stream, self._history, self._cleanup = stream, history, cleanup
         # measured before anything else is busy
-        peak = config.logging.peak_tflops or measured_peak_tflops(config.precision)
-        self._peak_tflops = trainer.placement.layout.devices * peak
+        kind = jax.devices()[0].device_kind
+        peak = reference_peak(config.logging.peak_tflops, config.precision, kind, measured_peak_tflops)
+        self._peak = peak.of_devices(trainer.placement.layout.devices)
         self._position, self._progress = stream.position(), stream.progress()
         self._prefetcher = Prefetcher(stream, config.data.grad_accum)  # fills while the programs are compiled
         cleanup.callback(self._prefetcher.close)
         self._compile_seconds = trainer.compile()
         self._evaluator = Evaluator(trainer, prepared)
         barrier("compiled")
-        announce_speed(config, self._peak_tflops, self._compile_seconds)
+        announce_speed(config, self._peak, self._compile_seconds)
         self._log = RunLog(config, history, step) if is_primary() else NoLog(history)
         cleanup.push(self._log)
         # an interrupted run keeps the checkpoint that is being written
@@ -101,7 +103,7 @@ class Run:
         )
         cleanup.push(self._close_writer)
         self._monitor = StepMonitor(history, self._log, checkpoint.max_nonfinite)
-        self._meter = Meter(config, self._peak_tflops, lambda: self._prefetcher.waited)
+        self._meter = Meter(config, self._peak.tflops, lambda: self._prefetcher.waited)
         self._stop, self._stop_after_step = cleanup.enter_context(stop_on_signals()), False
 
     @classmethod
@@ -218,7 +220,7 @@ class Run:
                 nonfinite_steps=self._history.nonfinite_steps,
                 speed=speed,
                 memory=peak_memory(),
-                peak_tflops=self._peak_tflops,
+                peak_tflops=self._peak.tflops,
                 compile_seconds=self._compile_seconds,
             )
         )

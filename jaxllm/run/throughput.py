@@ -6,10 +6,21 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxllm.config import RunConfig
+from jaxllm.config import Precision, RunConfig
+from jaxllm.devices import target_of
 from jaxllm.model.flops import training_flops_per_token
 
 GIB = 2**30
+
+
+class Peak(NamedTuple):
+    """The reference of the MFU."""
+
+    tflops: float
+    source: str  # where it comes from, before `matrix products` in a sentence
+
+    def of_devices(self, count: int) -> "Peak":
+        return self._replace(tflops=count * self.tflops)
 
 
 class Speed(NamedTuple):
@@ -63,6 +74,22 @@ class Meter:
 LONG_ENOUGH = 2e-3
 SIDES = (1024, 2048, 4096, 8192)
 BUDGET_SECONDS = 0.3
+
+
+def reference_peak(
+    given: float | None, precision: Precision, device_kind: str | None, measure: Callable[[Precision], float]
+) -> Peak:
+    """TFLOP/s of one device in matrix products: given, of its data sheet, or else measured.
+
+    Args:
+        device_kind: the name by which a data sheet is looked up; None: no data sheet holds.
+        measure: returns the measured TFLOP/s in a precision.
+    """
+    if given is not None:
+        return Peak(given, f"given for {precision}")
+    if device_kind is not None and (target := target_of(device_kind)) is not None:
+        return Peak(target.peak_tflops[precision], f"the data sheet's of {target.name}, in dense {precision}")
+    return Peak(measure(precision), f"measured on {precision}")
 
 
 def peak_tflops(prepare: Callable[[int], Callable[[], float]]) -> float:
