@@ -85,7 +85,7 @@ def train(prepared: Prepared[RunConfig], model: CustomLLM | None = None) -> Cust
     # PyTorch multiplies float32 without TF32, of which a data sheet's figure is
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" and config.precision == "bfloat16" else None
     measure = functools.partial(measured_peak_tflops, device=device)
-    peak = reference_peak(config.logging.peak_tflops, config.precision, kind, measure)
+    peak = reference_peak(config.logging.peak_tflops, config.decided_precision, kind, measure)
     announce_speed(config, peak, compile_seconds=None)
     batches = MicroBatches(stream, config)
     trainer = CustomLLMTrainer(prepared, model, batches)
@@ -104,9 +104,9 @@ def train(prepared: Prepared[RunConfig], model: CustomLLM | None = None) -> Cust
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(argv, PROGRAM, __doc__, RunConfig)
     disable_progress_bar()  # one for each written file: the run has its own bar
-    choose_device(config)  # an unsuitable device is refused before anything is created or deleted
+    device = choose_device(config)  # an unsuitable one is refused before anything is created or deleted
     with FolderLock(config.folder) as lock:
-        train(prepare(config, "PyTorch", lock))
+        train(prepare(config, "PyTorch", lock, bfloat16=bfloat16_hardware(device)))
     print(f"\nEverything is in {Path(config.folder)}")
 
 

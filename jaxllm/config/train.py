@@ -19,6 +19,7 @@ from jaxllm.config.presets import PRESETS, preset
 from jaxllm.errors import UserError, listed, shown
 
 Precision = Literal["float32", "bfloat16"]
+PrecisionOption = Literal["auto", "float32", "bfloat16"]
 
 FORMAT = 2
 """Version of a run's train_config.json and checkpoints; CHANGELOG.md says what each version holds."""
@@ -43,10 +44,10 @@ class RunConfig:
     """Folder of the run; default: runs/PRESET."""
     overwrite: bool = option(False, resumable=True, saved=False)
     """Delete the earlier run in the folder and start over."""
-    precision: Precision = "float32"
-    """Compute precision; master weights and moments are always float32. The default recipe of train.py is in bfloat16
-    where this machine multiplies it in hardware: on NVIDIA GPUs from Ampere on, a TPU, or a CPU with AMX or
-    AVX512-BF16. `--recipe seed` is in float32 everywhere."""
+    precision: PrecisionOption = "float32"
+    """Compute precision; master weights and moments are always float32. `auto`, which the default recipe of train.py
+    has: bfloat16 where all devices multiply it in hardware (NVIDIA GPUs from Ampere on, AMD's with matrix cores, a TPU,
+    a CPU with AMX or AVX512-BF16), else float32. A resumed run keeps what it has."""
     remat: bool = option(False, resumable=True)
     """Compute each layer again in the backward pass. Without it, what products made is kept."""
     seed: int = option(0, ge=0, le=MAX_SEED)
@@ -69,6 +70,17 @@ class RunConfig:
     @property
     def folder(self) -> Path:
         return self.run_dir or Path("runs") / self.preset
+
+    @property
+    def decided_precision(self) -> Precision:
+        """The precision of a run that has started.
+
+        Raises:
+            UserError: it is `auto`, which `jaxllm.run.prepare` decides.
+        """
+        if self.precision == "auto":
+            raise UserError("precision is 'auto': only a run decides it, at its start; choose float32 or bfloat16")
+        return self.precision
 
     @property
     def data_streams(self) -> int:

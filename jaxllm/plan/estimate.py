@@ -103,7 +103,7 @@ class Plan:
         )
 
     def mfu(self, seconds: float, attention: flops.Attention) -> float:
-        peak = self.target.peak_tflops[self.config.precision] * 1e12
+        peak = self.target.peak_tflops[self.config.decided_precision] * 1e12
         return self.model_flops(attention) / (seconds * peak * self.devices)
 
 
@@ -133,7 +133,7 @@ def read_plan(config: TrainConfig, target: Target, reply: dict[str, Any]) -> Pla
         memory=reply["memory"],
         products=products,
         collectives=collectives,
-        roofline=roofline(target, config.precision, kernels, collectives),
+        roofline=roofline(target, config.decided_precision, kernels, collectives),
         touched=sum(kernel.bytes for kernel in kernels),
         unknown_loops=reply["unknown_loops"],
         compile_seconds=reply["compile_seconds"],

@@ -53,11 +53,13 @@ def announce(config: RunConfig, parameters: int, tree: str | None, device: str, 
             f"The warm-up of {warmup} steps is not shorter than the run of {steps}: the learning rate never reaches "
             f"{config.optim.learning_rate:g}; pass a smaller --warmup-steps or more --steps"
         )
-    reason = ""
+    has = f"{bfloat16 or 'nothing known here'} multiplies bfloat16 in hardware"
     if bfloat16 and config.precision == "bfloat16":
-        reason = f" (--precision float32 is slower: {bfloat16} multiplies bfloat16 in hardware)"
+        has = f"--precision float32 is slower: {has}"
+    elif bfloat16:
+        has = f"a new run in --precision bfloat16 is faster: {has}"
     print(
-        f"Training for {config.schedule.steps} steps of {config.tokens_per_step} tokens in {config.precision}{reason} "
+        f"Training for {config.schedule.steps} steps of {config.tokens_per_step} tokens in {config.precision} ({has}) "
         f"on {device}; everything goes to {config.folder}"
     )
 

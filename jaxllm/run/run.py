@@ -32,6 +32,7 @@ from jaxllm.run.processes import (
     abort_if_multiprocess,
     all_check,
     all_gather,
+    all_have,
     all_min,
     all_positions,
     all_sum,
@@ -86,7 +87,7 @@ class Run:
         self._stream, self._history, self._cleanup = stream, history, cleanup
         # measured before anything else is busy
         kind = jax.devices()[0].device_kind
-        peak = reference_peak(config.logging.peak_tflops, config.precision, kind, measured_peak_tflops)
+        peak = reference_peak(config.logging.peak_tflops, config.decided_precision, kind, measured_peak_tflops)
         self._peak = peak.of_devices(trainer.placement.layout.devices)
         self._position, self._progress = stream.position(), stream.progress()
         self._prefetcher = Prefetcher(stream, config.data.grad_accum)  # fills while the programs are compiled
@@ -121,11 +122,12 @@ class Run:
         """
         starts = [read_start(config)]  # before an earlier run is deleted
         with silence_non_primary(), FolderLock(config.folder) as lock:
-            prepared, resume_step = _prepare_together(config, lock)
+            bfloat16 = all_have(bfloat16_hardware())
+            prepared, resume_step = _prepare_together(config, lock, bfloat16)
             try:
                 with contextlib.ExitStack() as cleanup:
                     # nothing here keeps the state, nor the weights that it starts from
-                    yield _start(prepared, resume_step, placement, starts.pop(), cleanup)
+                    yield _start(prepared, resume_step, placement, starts.pop(), bfloat16, cleanup)
             except BaseException as error:
                 if not isinstance(error, Stopped):
                     abort_if_multiprocess(error)
@@ -281,6 +283,7 @@ def _start(
     resume_step: int | None,
     placement: Placement,
     start: Any,
+    bfloat16: str | None,
     cleanup: contextlib.ExitStack,
 ) -> tuple[Run, Trainer, TrainState]:
     """A run in its prepared folder, from the checkpoint of `resume_step` or from the beginning."""
@@ -302,7 +305,7 @@ def _start(
         write_json(config.folder / SOURCE_DTYPES, start.dtypes)
     del start  # the state has its own weights
     tree = module_tree(config.model) if step == 0 else None
-    announce(config, sum(flops.parameters(config.model).values()), tree, device_name(), bfloat16_hardware())
+    announce(config, sum(flops.parameters(config.model).values()), tree, device_name(), bfloat16)
     print(f"Layout: {placement.describe()}")
     print(f"Kernels: {describe_kernels(config.model, jnp.dtype(config.precision))}")
     if step >= config.schedule.steps:
@@ -316,7 +319,9 @@ def _start(
     return run, trainer, state
 
 
-def _prepare_together(config: TrainConfig, lock: FolderLock) -> tuple[Prepared[TrainConfig], int | None]:
+def _prepare_together(
+    config: TrainConfig, lock: FolderLock, bfloat16: str | None
+) -> tuple[Prepared[TrainConfig], int | None]:
     """`prepare` for all processes: the primary one does it, the others read what it has written.
 
     Returns:
@@ -327,7 +332,7 @@ def _prepare_together(config: TrainConfig, lock: FolderLock) -> tuple[Prepared[T
     """
 
     def prepare_and_choose() -> tuple[Prepared[TrainConfig], int | None]:
-        made = prepare(config, "JAX", lock, num_processes())
+        made = prepare(config, "JAX", lock, num_processes(), bfloat16)
         if not made.resumes:
             return made, None
         chosen = choose_checkpoint(config.folder, strict=config.checkpoint.strict)

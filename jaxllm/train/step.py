@@ -29,7 +29,9 @@ class StepMetrics(NamedTuple):
 
 def model_graph(config: RunConfig, platform: str | None = None) -> nnx.GraphDef:
     """The static part of the model that this run trains, with a platform's kernels (None: those of the device here)."""
-    return abstract_model(config.model, dtype=jnp.dtype(config.precision), remat=config.remat, platform=platform)[0]
+    return abstract_model(
+        config.model, dtype=jnp.dtype(config.decided_precision), remat=config.remat, platform=platform
+    )[0]
 
 
 def gradients(
