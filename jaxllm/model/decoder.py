@@ -5,7 +5,7 @@ There are two stacks: the first layers, which may have a dense feed-forward netw
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -59,6 +59,7 @@ class CustomLLM(nnx.Module):
         remat: compute each layer again in the backward pass; see `layout.checkpoint`.
         rngs: for the initialization.
         platform: whose kernels to use (`kernels.choose_kernels`); None: those of the device here.
+        without: kernels that must have their plain form (`kernels.REPLACEABLE`).
     """
 
     def __init__(
@@ -69,9 +70,10 @@ class CustomLLM(nnx.Module):
         remat: bool = False,
         rngs: nnx.Rngs,
         platform: str | None = None,
+        without: Collection[str] = (),
     ):
         self.config, self.dtype, self.remat = config, check_dtype(dtype), remat
-        self.kernels = choose_kernels(config, dtype, platform, remat=remat)
+        self.kernels = choose_kernels(config, dtype, platform, remat=remat, without=without)
         D, V, std = config.hidden_size, config.vocab_size, config.initializer_range
         positions = config.max_position_embeddings
         init: Any = {"std": std, "dtype": dtype, "rngs": rngs}
