@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import gc
 import os
@@ -17,13 +16,11 @@ import pytest
 from matplotlib.figure import Figure
 
 import train
-from jaxllm.config import TrainConfig
-from jaxllm.config.groups import CheckpointConfig, DataConfig, LoggingConfig, SamplingConfig
 from jaxllm.run import reporting
 from jaxllm.run import run as running
 from jaxllm.run.signals import STOPPING
-from jaxllm.store import checkpoint, checkpoint_writer
 from jaxllm.train import trainer
+from jaxllm.train.computation import Computation
 from jaxllm.train.placement import OneDevice, Placement
 
 jax.config.update("jax_num_cpu_devices", 8)  # for `test_parallel.py`, before the first use of a device
@@ -59,6 +56,7 @@ def pytest_configure(config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.option.markexpr == "not slow and not gpu_compile":
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILATION}"
+        os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")  # else train.py would restart itself
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads of two workers wait for each other
         gc.set_threshold(50_000, 50, 50)  # tracing makes many objects: this saves a sixth of its time
 
@@ -123,54 +121,22 @@ def _share_programs():
         patch.setattr(trainer, "compile_programs", compiled)
         init = _once_per_program(OneDevice.init)
         patch.setattr(OneDevice, "init", lambda *args: jax.tree.map(jnp.copy, init(*args)))  # the step deletes it
-        shapes = _once_per_config(checkpoint.abstract_state)
-        for module in (checkpoint, checkpoint_writer):
-            patch.setattr(module, "abstract_state", shapes)
-        patch.setattr(trainer, "model_graph", _once_per_config(trainer.model_graph))
         for name in ("module_tree", "measured_peak_tflops"):
             patch.setattr(running, name, functools.cache(getattr(running, name)))
         yield
 
 
 def _once_per_program(function: Callable) -> Callable:
-    """Call `function(placement, config, ...)` once for all configs of the same programs."""
+    """Call `function(placement, computation)` once for all equal computations."""
     results = {}
 
-    def shared(placement: Placement, config: TrainConfig, *args: Any) -> Any:
-        key = (type(placement), placement.layout, _program_of(config))
+    def shared(placement: Placement, computation: Computation) -> Any:
+        key = (type(placement), placement.layout, computation)
         if key not in results:
-            results[key] = function(placement, config, *args)
+            results[key] = function(placement, computation)
         return results[key]
 
     return shared
-
-
-def _once_per_config(function: Callable) -> Callable:
-    """Call `function(config)` once for all configs of the same programs."""
-    results = {}
-
-    def shared(config: TrainConfig) -> Any:
-        key = _program_of(config)
-        if key not in results:
-            results[key] = function(config)
-        return results[key]
-
-    return shared
-
-
-def _program_of(config: TrainConfig) -> TrainConfig:
-    """The config without what its programs do not depend on."""
-    sizes = {name: getattr(config.data, name) for name in ("seq_len", "batch_size", "grad_accum")}
-    return dataclasses.replace(
-        config,
-        run_dir=None,
-        init=None,
-        overwrite=False,
-        data=DataConfig(**sizes),
-        checkpoint=CheckpointConfig(),
-        logging=LoggingConfig(),
-        sampling=SamplingConfig(),
-    )
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,11 +7,6 @@ python train.py --help                                  # every option
 
 from __future__ import annotations
 
-from jaxllm.run.runtime import restart_with_huge_pages
-
-if __name__ == "__main__":
-    restart_with_huge_pages()  # before the imports that take seconds
-
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,7 +15,7 @@ from flax import nnx
 
 from jaxllm.config import TrainConfig
 from jaxllm.errors import exit_on_user_error
-from jaxllm.generate import Sampling, generate
+from jaxllm.model.decoding import Sampling, generate
 from jaxllm.packages import check_own
 from jaxllm.run.arguments import parse_args
 from jaxllm.run.init import check_shapes
@@ -39,10 +34,10 @@ if TYPE_CHECKING:
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    use_compilation_cache()
     config = parse_args(argv, "train.py", __doc__, TrainConfig)
     init_distributed(config)
-    placement = choose_placement(config)  # refused before the run's folder is touched
+    use_compilation_cache()
+    placement = choose_placement(config.mesh, config.data.batch_size)  # refused before the run's folder is touched
     with Run.open(config, placement, read_start) as (run, trainer, state):
         for batch in run.batches():
             state, metrics = trainer.step(state, batch.rows)

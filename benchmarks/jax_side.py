@@ -19,8 +19,8 @@ from benchmarks.machine import driver_version, peak_resident
 from benchmarks.worker import Contender, Prepared, repeated, sustained
 from jaxllm.config import ModelConfig, TrainConfig, preset
 from jaxllm.data.stream import POOL_ROWS, Position
-from jaxllm.generate import generate, prefill
 from jaxllm.model.decoder import CustomLLM, abstract_model, split_model
+from jaxllm.model.decoding import generate, prefill
 from jaxllm.model.flops import active_parameters
 from jaxllm.model.inference import for_inference
 from jaxllm.model.kernels import choose_kernels, describe_kernels
@@ -37,9 +37,10 @@ from jaxllm.plan.report import kernel_totals
 from jaxllm.run.throughput import GIB
 from jaxllm.store.checkpoint_writer import CheckpointWriter
 from jaxllm.store.history import History
+from jaxllm.train.computation import Computation
 from jaxllm.train.placement import lower_step
-from jaxllm.train.state import init_state, start_state
-from jaxllm.train.step import StepMetrics, eval_step, model_graph
+from jaxllm.train.state import start_state
+from jaxllm.train.step import StepMetrics
 
 Array = jax.Array
 
@@ -51,11 +52,12 @@ class JaxLearner:
         """`precisions`: none is that of the config. `weights`: parameters and routing bias; None: new ones."""
         self._config, started = config, time.perf_counter()
         runs = {p: config.with_options(precision=p) for p in precisions or (config.precision,)}
-        self.programs = {p: lower_step(run, model_graph(run), ONE_DEVICE).compile() for p, run in runs.items()}
+        self.programs = {p: lower_step(Computation.of(run), ONE_DEVICE).compile() for p, run in runs.items()}
         self.compile_seconds = time.perf_counter() - started
-        new = jax.jit(partial(init_state, config))
-        self.state = jax.block_until_ready(new() if weights is None else start_state(config, *weights))
-        self._evaluate = jax.jit(partial(eval_step, config, model_graph(config)))
+        computation, start = Computation.of(config), (config.model, config.optim, config.seed)
+        new = jax.jit(computation.init_state)
+        self.state = jax.block_until_ready(new() if weights is None else start_state(*start, *weights))
+        self._evaluate = jax.jit(computation.eval_step)
         total = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
         self.sizes = {"parameters": total, "active_parameters": sum(active_parameters(config.model).values())}
 
@@ -243,16 +245,16 @@ def compilations(quick: bool) -> Prepared:
     """Trace, lower and compile the training step of a shallow and of a deep model, without a cache."""
     jax.config.update("jax_enable_compilation_cache", False)
 
-    def go(config: TrainConfig, graph: nnx.GraphDef) -> None:
+    def go(computation: Computation) -> None:
         jax.clear_caches()
-        lower_step(config, graph, ONE_DEVICE).compile()
+        lower_step(computation, ONE_DEVICE).compile()
 
     model = sizes.train_config(quick).model
     configs = {
         layers: sizes.train_config(quick).with_options(model=dataclasses.replace(model, num_hidden_layers=layers))
         for layers in (2, 24)
     }
-    return {f"{layers} layers": partial(go, config, model_graph(config)) for layers, config in configs.items()}, {}
+    return {f"{layers} layers": partial(go, Computation.of(config)) for layers, config in configs.items()}, {}
 
 
 def decoding(name: str, work: dict[str, list[int]], quick: bool, precisions: list[str], shared: bool) -> Prepared:

@@ -21,7 +21,7 @@ from jaxllm import load_model
 from jaxllm.command_line import parse
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.errors import UserError, exit_on_user_error
-from jaxllm.generate import Sampling, generate
+from jaxllm.model.decoding import Sampling, generate
 from jaxllm.store.metrics_file import last_evaluation
 
 

@@ -37,15 +37,17 @@ class TorchLearner:
         """`fused`: whether AdamW is one kernel; None: PyTorch's choice."""
         self._config, self.model = config, model.train()
         self._runs = {precision: config.with_options(precision=precision) for precision in sizes.PRECISIONS}
-        self._optimizer = make_optimizer(model, config, fused=fused)
-        self._schedule = make_schedule(self._optimizer, config)
+        self._optimizer = make_optimizer(model, config.optim, config.precision, fused=fused)
+        self._schedule = make_schedule(self._optimizer, config.schedule, config.optim.learning_rate)
         total = sum(p.numel() for p in model.parameters())
         self.sizes = {"parameters": total, "active_parameters": sum(active_parameters(config.model).values())}
 
     def step(self, labels: Any, precision: str | None = None) -> StepMetrics:
         """One optimizer step on labels (A,B,T)."""
         run = self._runs[precision or self._config.precision]
-        return train_step(self.model, self._optimizer, self._schedule, run, torch.as_tensor(labels).long())
+        return train_step(
+            self.model, self._optimizer, self._schedule, run.optim, run.precision, torch.as_tensor(labels).long()
+        )
 
     def expert_load(self, labels: np.ndarray) -> float:
         """Tokens of the fullest expert over the mean, in the worst layer, in a step on labels (A,B,T)."""
@@ -72,7 +74,7 @@ def shared_model(config: ModelConfig) -> CustomLLM:
 def stock_learner(config: TrainConfig, experts: str = "eager", device: str = "cpu") -> TorchLearner:
     """transformers' DeepSeek-V3 with the sizes of a config, from new weights."""
     config = config.with_options(model=sizes.family_model(config.model))
-    weights = Weights(*jax.jit(lambda: init_state(config)[:2])())
+    weights = Weights(*jax.jit(lambda: init_state(config.model, config.optim, config.seed)[:2])())
     model = stock_model(config.model, weights).to(device)
     model.set_attn_implementation("sdpa")  # what transformers chooses by itself
     model.set_experts_implementation(experts)

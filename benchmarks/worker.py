@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 from benchmarks.machine import busy_seconds
-from jaxllm.run.runtime import huge_pages_environment
+from jaxllm.run.huge_pages import huge_pages_environment
 
 ROOT = Path(__file__).parents[1]
 

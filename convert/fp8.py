@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jaxllm.config.families import FP8_BLOCK
+from jaxllm.config.deepseek import FP8_BLOCK
 
 SCALE_SUFFIX = "_scale_inv"
 FP8 = "F8_E4M3"

@@ -24,6 +24,7 @@ from jaxllm.errors import UserError, listed, note
 from jaxllm.files import StrPath, read_json, write_json
 from jaxllm.model.decoder import CustomLLM, abstract_model
 from jaxllm.model.dtypes import check_dtype
+from jaxllm.run.self_check import kernels_to_avoid
 from jaxllm.store.checkpoint import Weights
 from jaxllm.store.checkpoint_writer import write_run
 from jaxllm.store.folder import SOURCE_DTYPES, read_model_config
@@ -117,7 +118,8 @@ def from_pretrained(folder: StrPath, *, dtype: Any = jnp.float32, remat: bool = 
     """
     dtype = check_dtype(dtype)
     config, weights, _ = read_folder(folder)
-    graph, params, _ = abstract_model(config, dtype=dtype, remat=remat)
+    without = kernels_to_avoid(config, dtype)
+    graph, params, _ = abstract_model(config, dtype=dtype, remat=remat, without=without)
     master = jax.tree.leaves(params)[0].dtype
     return nnx.merge(graph, *jax.tree.map(lambda leaf: jnp.asarray(leaf, master), tuple(weights)))
 

@@ -98,9 +98,9 @@ def import_training(source: StrPath, run: StrPath) -> None:
     weights = read_weights(checkpoint.folder, model)
     check_pickled(checkpoint.folder / OPTIMIZER_FILE)
     with reading(checkpoint.folder):
-        step, moments = hand_over.read_training(checkpoint.folder, config)
+        step, moments = hand_over.read_training(checkpoint.folder, model, config.optim)
     shapes = abstract_model(model)[1]
-    shapes = (shapes, of_adamw(config, shapes))
+    shapes = (shapes, of_adamw(model, config.optim, shapes))
     mu, nu = jax.tree.map(lambda shape: np.zeros(shape.shape, np.float32), shapes)
     for entry in entries(model):
         if entry.is_parameter:
@@ -112,7 +112,7 @@ def import_training(source: StrPath, run: StrPath) -> None:
     history = History.from_records([record for record in read_metrics(source) if record["step"] <= step])
     position = read_position(checkpoint.folder / POSITION_FILE, config.data.seq_len, model.vocab_size)
     # the key of dropout follows from the seed
-    resumed = ResumeState(OptimizerState(count, mu, nu), count, dropout_key(config), [position], history)
+    resumed = ResumeState(OptimizerState(count, mu, nu), count, dropout_key(config.seed), [position], history)
     with new_folder(run) as made:
         write_run(made, model, weights, [], (config, resumed), tokenizer_files(source / TOKENIZER))
         write_metrics(made, history.records)

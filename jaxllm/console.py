@@ -1,7 +1,15 @@
-"""The console of a command. A command that loses it continues without it."""
+"""What is replaced in the whole process, here and nowhere else (`run/signals.py` handles signals).
+
+`forgiving_console`: a command that loses its console continues without it. Not only `print` writes there: progress
+bars and libraries do too.
+`silence_reported_errors`: an error of writing a checkpoint is raised and becomes one line. orbax, asyncio and
+tensorstore print it as well, from threads and finalizers that only the process's own hooks reach.
+"""
 
 import contextlib
+import functools
 import io
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -51,3 +59,18 @@ def forgiving_console() -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         sys.stdout, sys.stderr = before
+
+
+@functools.cache
+def silence_reported_errors() -> None:
+    """Keep libraries from printing what a failed save raises anyway, now and when the process ends."""
+    logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
+    logging.getLogger("asyncio").addFilter(lambda record: "was never retrieved" not in record.getMessage())
+    hook_before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        # tensorstore finds more errors in the files of a save that has failed already
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook_before(unraisable)
+
+    sys.unraisablehook = hook

@@ -140,12 +140,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args: EvaluateArgs = parse(EvaluateArgs, argv, "python -m jaxllm.evaluate", __doc__)
     if args.data is None and (args.data_split is not None or args.text_field != "text"):
         name = "text_field" if args.data_split is None else "data_split"
-        raise UserError(f"{name} is {getattr(args, name)!r}: it is of --data: pass --data, or leave it out")
+        raise UserError(f"{name} is {getattr(args, name)!r}: it needs --data: pass --data, or leave it out")
     start_jax()
     use_compilation_cache()
     trained = is_run(args.run) and (args.run / CONFIG_FILE).is_file()
     if args.data is None and not trained:
-        raise UserError(f"data is missing: {str(args.run)!r} is no training run that holds out data; pass --data")
+        raise UserError(
+            f"data is missing: {str(args.run)!r} is not a training run, so it holds out no data; pass --data"
+        )
     config = read_config(args.run, TrainConfig) if trained else None
     model = for_inference(load_model(args.run, args.precision))
     tokenizer = load_tokenizer(str(tokenizer_folder(args.run)))

@@ -11,9 +11,9 @@ import torch
 from flax import nnx
 
 from jaxllm.config import ModelConfig
-from jaxllm.generate import generate, prefill
 from jaxllm.model.attention import Latents
 from jaxllm.model.decoder import abstract_model
+from jaxllm.model.decoding import generate, prefill
 from jaxllm.store.checkpoint import Weights
 from parity_tests import hf_side
 from parity_tests.compare import TOLERANCES, Row, compare_arrays

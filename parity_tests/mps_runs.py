@@ -73,7 +73,7 @@ def gradients(precision: str, checkpointing: bool = False) -> tuple[Recorder, Cu
     ids = labels()
     torch.manual_seed(0)  # dropout
     with Recorder(everything=True) as recorder:
-        accumulate_gradients(reference, train_config(precision), ids)
+        accumulate_gradients(reference, train_config(precision).optim, precision, ids)
     return recorder, reference
 
 
@@ -81,8 +81,8 @@ def step(precision: str, differentiated: CustomLLM | None = None) -> tuple[Recor
     """Record one whole step on the device; return the model after it on the CPU. `differentiated` has the gradients."""
     source = differentiated or gradients(precision)[1]
     config, reference = train_config(precision), on_mps(source)
-    optimizer = make_optimizer(reference, config)
-    schedule = make_schedule(optimizer, config)
+    optimizer = make_optimizer(reference, config.optim, config.precision)
+    schedule = make_schedule(optimizer, config.schedule, config.optim.learning_rate)
 
     def backward(loss: Tensor) -> None:
         for parameter, known in zip(reference.parameters(), source.parameters(), strict=True):
@@ -90,7 +90,7 @@ def step(precision: str, differentiated: CustomLLM | None = None) -> tuple[Recor
 
     torch.manual_seed(0)
     with mps_device(), Recorder() as recorder, torch.no_grad(), mock.patch.object(Tensor, "backward", backward):
-        train_step(reference, optimizer, schedule, config, MpsTensor(labels()))
+        train_step(reference, optimizer, schedule, config.optim, config.precision, MpsTensor(labels()))
     after = copy.deepcopy(source)
     after.load_state_dict({name: value.values_on_cpu for name, value in reference.state_dict().items()})
     return recorder, after

@@ -18,7 +18,8 @@ from convert.__main__ import main as convert
 from convert.mapping import PARAMS, ROUTING_BIAS, entries
 from jaxllm.config.families import is_interleaved, read_config
 from jaxllm.data.tokenizer import decode_after, encode_prompt, load_tokenizer
-from jaxllm.generate import generate, load_model
+from jaxllm.generate import load_model
+from jaxllm.model.decoding import generate
 from jaxllm.store.checkpoint import Weights
 from jaxllm.store.metrics_file import read_metrics
 from jaxllm.train.optim import OptimizerState

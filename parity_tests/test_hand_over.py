@@ -171,7 +171,7 @@ def test_a_run_that_cannot_be_converted_is_refused(half, tmp_path, capsys):
     assert main(["to-flax", str(tmp_path / "exported"), str(tmp_path / "weights")]) == 0
     capsys.readouterr()
     assert main(["to-torch", str(tmp_path / "weights"), str(tmp_path / "out"), "--training"]) == 2
-    assert "is no training run" in capsys.readouterr().err
+    assert "is not a training run" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main(["to-torch", str(half), str(half / "config.json" / "out"), "--training"]) == 2
     assert "cannot be made" in capsys.readouterr().err

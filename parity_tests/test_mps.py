@@ -111,9 +111,10 @@ def test_both_halves_of_a_recorded_step_agree(precision):
 
     config = mps_runs.train_config(precision)
     plain = mps_runs.model().train()
-    optimizer = make_optimizer(plain, config)
+    optimizer = make_optimizer(plain, config.optim, config.precision)
     torch.manual_seed(0)
-    train_step(plain, optimizer, make_schedule(optimizer, config), config, mps_runs.labels())
+    schedule = make_schedule(optimizer, config.schedule, config.optim.learning_rate)
+    train_step(plain, optimizer, schedule, config.optim, config.precision, mps_runs.labels())
     before = mps_runs.model().state_dict()
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(after.state_dict()[name], value, rtol=1e-5, atol=1e-7)

@@ -16,9 +16,12 @@ def test_steps_on_mps_have_the_losses_of_the_cpu():
     for device in ("cpu", "mps"):
         model = mps_runs.model().train().to(device)
         model.dropout.p = 0.0  # the two devices draw different numbers
-        optimizer = make_optimizer(model, config)
-        schedule = make_schedule(optimizer, config)
+        optimizer = make_optimizer(model, config.optim, config.precision)
+        schedule = make_schedule(optimizer, config.schedule, config.optim.learning_rate)
         losses[device] = [
-            train_step(model, optimizer, schedule, config, mps_runs.labels().to(device)).loss.item() for _ in range(3)
+            train_step(
+                model, optimizer, schedule, config.optim, config.precision, mps_runs.labels().to(device)
+            ).loss.item()
+            for _ in range(3)
         ]
     assert losses["mps"] == pytest.approx(losses["cpu"], rel=1e-4)

@@ -266,7 +266,7 @@ def test_the_command_reports_a_planted_fault(tmp_path, capsys):
         (["--steps", "2"], "steps is 2: it must be at least 5"),
         (["--seed", "-1"], "seed is -1"),
         (["--text", __file__.removesuffix(".py")], "text is"),
-        (["nowhere"], "'nowhere' is no run and no exported model"),
+        (["nowhere"], "'nowhere' is neither a run folder nor an exported model"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(options, part, capsys, tmp_path):

@@ -22,13 +22,13 @@ SCHEDULES = {
 
 
 def jax_rates(config: TrainConfig) -> np.ndarray:
-    return np.asarray(learning_rate(config, np.arange(config.schedule.steps + 1)))
+    return np.asarray(learning_rate(config.schedule, config.optim.learning_rate, np.arange(config.schedule.steps + 1)))
 
 
 def torch_rates(config: TrainConfig, steps_done: int = 0) -> np.ndarray:
     """The rates from update `steps_done` to the one after the last."""
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=config.optim.learning_rate)
-    schedule, rates = make_schedule(optimizer, config, steps_done), []
+    schedule, rates = make_schedule(optimizer, config.schedule, config.optim.learning_rate, steps_done), []
     for _ in range(steps_done, config.schedule.steps + 1):
         rates.append(schedule.get_last_lr()[0])
         optimizer.step()

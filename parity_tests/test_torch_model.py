@@ -15,8 +15,8 @@ import torch
 from flax import nnx
 
 from jaxllm import PRESETS, ModelConfig, from_pretrained, save_pretrained
-from jaxllm.generate import generate
 from jaxllm.model.decoder import abstract_model, split_model
+from jaxllm.model.decoding import generate
 from jaxllm.model.summary import module_tree
 from parity_tests.compare import TOLERANCES, compare_arrays, compare_bits
 from parity_tests.forward import jax_trace, random_weights, state_dict_arrays, torch_model, torch_named, torch_trace

@@ -27,7 +27,7 @@ import train
 from jaxllm.config import RunConfig, TrainConfig
 from jaxllm.data.sources import open_source
 from jaxllm.data.stream import POSITION_FILE, TokenStream
-from jaxllm.generate import generate as generate_in_jax
+from jaxllm.model.decoding import generate as generate_in_jax
 from jaxllm.run.arguments import parse_args
 from jaxllm.run.evaluation import Evaluator
 from jaxllm.run.metrics import RunLog

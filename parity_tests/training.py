@@ -55,11 +55,11 @@ def random_moments(config: TrainConfig, weights: Weights, count: int, seed: int 
     rng = np.random.default_rng(seed)
     mu = jax.tree.map(lambda leaf: 1e-3 * rng.standard_normal(leaf.shape, np.float32), weights.params)
     nu = jax.tree.map(lambda m: np.square(m) + np.square(1e-3 * rng.standard_normal(m.shape, np.float32)), mu)
-    return OptimizerState(np.asarray(count, np.int32), mu, of_adamw(config, nu))
+    return OptimizerState(np.asarray(count, np.int32), mu, of_adamw(config.model, config.optim, nu))
 
 
 _gradients = jax.jit(jax_step.gradients, static_argnums=(0, 1))
-_step = jax.jit(jax_step.train_step, static_argnums=(0, 1), donate_argnums=2)
+_step = jax.jit(jax_step.train_step, static_argnums=(0, 1, 2), donate_argnums=3)
 
 
 class JaxTraining:
@@ -70,8 +70,8 @@ class JaxTraining:
         self._named = functools.partial(torch_named, config.model, interleaved=interleaved)
         with jax_precision(precision):
             graph, _, _ = abstract_model(config.model, dtype=DTYPES[precision])
-        self._gradients = functools.partial(_gradients, config, graph)
-        self._step = functools.partial(_step, config, graph)
+        self._gradients = functools.partial(_gradients, config.optim, graph)
+        self._step = functools.partial(_step, config.optim, config.schedule, graph)
 
     def gradients(self, labels: np.ndarray, experts: np.ndarray | None = None) -> Gradients:
         """Gradients of the mean loss over micro-batches (A,B,T); `experts` (A,L,B,T,k) replaces the routers' choice."""
@@ -115,13 +115,16 @@ class JaxTraining:
 
     def _start(self, moments: OptimizerState | None = None, weights: Weights | None = None) -> TrainState:
         params, routing_bias = jax_weights(self.weights if weights is None else weights, self.precision)
-        state = start_state(self.config, jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, routing_bias))
+        config, copies = self.config, jax.tree.map(jnp.copy, (params, routing_bias))
+        state = start_state(config.model, config.optim, config.seed, *copies)
         if moments is None:
             return state
         opt_state = OptimizerState(
             jnp.asarray(moments.count),
             *jax.tree.map(
-                lambda leaf, param: jnp.array(leaf, param.dtype), moments[1:], (params, of_adamw(self.config, params))
+                lambda leaf, param: jnp.array(leaf, param.dtype),
+                moments[1:],
+                (params, of_adamw(config.model, config.optim, params)),
             ),
         )
         return state._replace(opt_state=opt_state, step=opt_state.count.copy())
@@ -143,7 +146,9 @@ def _training(model: TorchCustomLLM) -> Iterator[None]:
 def torch_gradients(model: TorchCustomLLM, config: TrainConfig, labels: np.ndarray) -> Gradients:
     """The PyTorch model's gradients; arguments as in `JaxTraining.gradients`."""
     with _training(model):
-        loss, experts = torch_step.accumulate_gradients(model, config, torch.from_numpy(labels).long())
+        loss, experts = torch_step.accumulate_gradients(
+            model, config.optim, config.precision, torch.from_numpy(labels).long()
+        )
         # an unused parameter has no gradient, which is not the same as a zero gradient
         grads = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
     return Gradients(float(loss), hf_side.in_file(grads), experts.numpy())
@@ -156,8 +161,9 @@ def torch_train(
     with _training(model):
         interleaved, E = is_interleaved(model.config.to_dict()), config.model.n_routed_experts
         blocks = hf_side.joined_matrices(model, config.model, interleaved) if hf_side.is_stock(model) else {}
-        optimizer = torch_step.make_optimizer(model, config, blocks)
-        schedule = torch_step.make_schedule(optimizer, config, 0 if moments is None else int(moments.count))
+        optimizer = torch_step.make_optimizer(model, config.optim, config.precision, blocks)
+        steps_done = 0 if moments is None else int(moments.count)
+        schedule = torch_step.make_schedule(optimizer, config.schedule, config.optim.learning_rate, steps_done)
         if moments is not None:
             mu, nu = (torch_named(config.model, tree, interleaved=interleaved) for tree in moments[1:])
             names = {parameter: name for name, parameter in model.named_parameters()}
@@ -168,10 +174,8 @@ def torch_train(
                     for kind, named in zip(moment_names(group), (mu, nu), strict=False):  # Muon has one moment
                         moment = hf_side.in_memory(names[parameter], named, E).copy()
                         state[kind] = torch.from_numpy(moment).to(parameter.dtype)
-        reports = [
-            torch_step.train_step(model, optimizer, schedule, config, torch.from_numpy(labels).long())
-            for labels in batches
-        ]
+        fixed = (model, optimizer, schedule, config.optim, config.precision)
+        reports = [torch_step.train_step(*fixed, torch.from_numpy(labels).long()) for labels in batches]
         moments_of = {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
         state = {name: value.copy() for name, value in state_dict_arrays(model).items()}
     biases = _routing_bias(state)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import grimp
@@ -71,8 +74,88 @@ def test_no_module_imports_itself_in_a_circle():
 
 def test_no_file_of_the_product_is_long():
     """Except torch_ref/model.py, which exported folders carry as one file."""
-    files = [ROOT / "train.py", *(f for p in ("jaxllm", "convert", "torch_ref") for f in (ROOT / p).rglob("*.py"))]
-    lengths = {file.relative_to(ROOT).as_posix(): len(file.read_text().splitlines()) for file in files}
+    lengths = {name: len(source.splitlines()) for name, source in product().items()}
     del lengths["torch_ref/model.py"]
     assert {name: length for name, length in lengths.items() if length >= 400} == {}
     assert not [name for name in lengths if "utils" in name]
+
+
+def product() -> dict[str, str]:
+    """The source of each file of the product."""
+    files = [ROOT / "train.py", *(f for p in ("jaxllm", "convert", "torch_ref") for f in (ROOT / p).rglob("*.py"))]
+    return {file.relative_to(ROOT).as_posix(): file.read_text() for file in files}
+
+
+def functions(source: str) -> Iterator[tuple[str, list[ast.arg]]]:
+    """Each function of a file, as CLASS.NAME, with its parameters: self, *args and **kwargs included."""
+    tree = ast.parse(source)
+    owners = {f: f"{c.name}." for c in ast.walk(tree) if isinstance(c, ast.ClassDef) for f in c.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            a = node.args
+            each = [*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg]
+            yield owners.get(node, "") + node.name, [arg for arg in each if arg is not None]
+
+
+def takes_whole_config(parameters: list[ast.arg]) -> bool:
+    """Whether one is a whole config: a group, or the numbers, would do in most functions."""
+    whole = {"RunConfig", "TrainConfig"}
+    names = [{*ast.unparse(arg.annotation).split(" | ")} for arg in parameters if arg.annotation is not None]
+    return any(whole & each for each in names)
+
+
+MAX_PARAMETERS = 8
+
+MANY_PARAMETERS = {
+    "torch_ref/model.py": {"CustomLLM.forward"},  # transformers' signature
+    # to be narrowed:
+    "jaxllm/data/file_source.py": {"FileSource.__init__"},
+    "jaxllm/data/sources.py": {"HubSource.__init__"},
+}
+"""Functions that may have more."""
+
+
+def test_no_function_has_many_parameters():
+    found = {
+        name: {f for f, parameters in functions(source) if len(parameters) > MAX_PARAMETERS}
+        for name, source in product().items()
+    }
+    assert {name: many for name, many in found.items() if not many <= MANY_PARAMETERS.get(name, set())} == {}
+    planted = "class A:\n def f(self, a, b, /, c, d, *e, f, g, **h): ..."
+    assert [(name, len(parameters)) for name, parameters in functions(planted)] == [("A.f", 9)]
+
+
+MAX_WHOLE_CONFIG = 25
+
+
+WHOLE_CONFIG_ELSEWHERE = ("jaxllm/data/", "jaxllm/run/", "jaxllm/store/")
+"""Rooms that are not counted yet."""
+
+
+def test_few_functions_take_the_whole_config():
+    """Below `jaxllm.run` they take the group, such as OptimConfig, or the numbers."""
+    found = [
+        f"{name}: {f}"
+        for name, source in product().items()
+        for f, parameters in functions(source)
+        if takes_whole_config(parameters) and not name.startswith(WHOLE_CONFIG_ELSEWHERE)
+    ]
+    assert len(found) <= MAX_WHOLE_CONFIG, found
+    assert not [place for place in found if place.startswith("jaxllm/model/")]
+    (_, parameters), (_, narrow) = functions("def f(a, b: TrainConfig | None): ...\ndef g(a: OptimConfig): ...")
+    assert takes_whole_config(parameters)
+    assert not takes_whole_config(narrow)
+
+
+HOOKS = re.compile(
+    r"""^ \s* (threading | sys)\.\w*hook \s* = | ^ \s* sys\.std(out | err | in)\b .* = \s
+    | ^ \s* sys\.modules\[.*\] \s* = | setattr\(sys, | \baddFilter\( | \bset_client_factory\(""",
+    re.VERBOSE | re.MULTILINE,
+)
+
+
+def test_one_file_replaces_what_belongs_to_the_process():
+    assert HOOKS.search('    sys.modules["torch"] = None')
+    assert HOOKS.search("    threading.excepthook = hook")
+    files = [ROOT / "train.py", *(ROOT / "jaxllm").rglob("*.py")]
+    assert [file.name for file in files if HOOKS.search(file.read_text())] == ["console.py"]

@@ -20,9 +20,8 @@ from jaxllm.data.sources import FileSource, local_files
 from jaxllm.data.tokenizer import train_or_recall_tokenizer
 from jaxllm.run.arguments import parse_args
 from jaxllm.run.runtime import use_compilation_cache
+from jaxllm.train.computation import Computation
 from jaxllm.train.placement import OneDevice, compile_programs
-from jaxllm.train.state import init_state
-from jaxllm.train.step import model_graph
 
 PROCESS = """
 import collections, json, sys
@@ -111,8 +110,9 @@ def test_a_cache_that_the_user_configured_is_kept(tmp_path, monkeypatch):
 def test_the_step_updates_the_state_in_place(narrow, accumulation):
     """Donation is a request: XLA must have granted it for every array of the state."""
     config = parse_args([*narrow, "--grad-accum", accumulation], "test", None, TrainConfig)
-    state = jax.jit(lambda: init_state(config))()
-    step = compile_programs(OneDevice(), config, model_graph(config)).step
+    computation = Computation.of(config)
+    state = jax.jit(computation.init_state)()
+    step = compile_programs(OneDevice(), computation).step
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert step.memory_analysis().alias_size_in_bytes >= size
     rows = np.zeros((config.data.grad_accum, config.data.batch_size, config.data.seq_len), np.int32)

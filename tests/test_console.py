@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -9,7 +10,7 @@ import subprocess
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -62,7 +63,7 @@ def test_a_run_goes_on_without_what_it_draws_and_shows(narrow, tmp_path, capsys,
 
     monkeypatch.setattr(reporting, "new_figure", broken)
     monkeypatch.setattr(reporting, "encode_prompt", broken)
-    monkeypatch.setattr("jaxllm.run.tensorboard._summary_writer", broken)
+    monkeypatch.setattr("jaxllm.run.tensorboard.socket", SimpleNamespace(gethostname=broken))
     assert train.main([*narrow, "--steps", "2", "--run-dir", str(tmp_path / "run")]) == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 3
@@ -82,6 +83,23 @@ def test_tensorboard_is_done_without_where_it_cannot_write(tmp_path, capsys):
     board.write({"step": 1, "loss": 1.0})
     board.close()
     assert capsys.readouterr().err.startswith(f"warning: writing {tmp_path}/tensorboard failed (")
+
+
+EVENTS = (  # as tensorboardX 2.6.5 encodes them, base64
+    "GAAAAAAAAACjf0siCQAAAAAAAPg/Gg1icmFpbi5FdmVudDoyKihkbBAAAAAAAAAAlfv+GAkAAAAAAAD4PxCtAjoCCAHReUnUUgAAAAAAAAAl6we3"
+    "CQAAAAAAAPg/EK0CKkQKEQoKdHJhaW4vbG9zcxUAABBAChcKEHRyYWluL3BhcmFtZXRlcnMVAABAQAoWCg90cmFpbi9ncmFkX25vcm0VAACAfwsH"
+    "J94="
+)
+
+
+def test_tensorboard_events_are_the_bytes_that_libraries_write(tmp_path, monkeypatch):
+    """A float beyond the range of float32 is infinite."""
+    monkeypatch.setattr("jaxllm.run.tensorboard.time", SimpleNamespace(time=lambda: 1.5))
+    board = TensorBoardWriter(tmp_path, first_step=300)
+    board.write({"step": 301, "loss": 2.25, "parameters": 3, "grad_norm": 1e300, "epoch": 0.5})
+    board.close()
+    (file,) = tmp_path.glob("events.out.tfevents.*")
+    assert file.read_bytes() == base64.b64decode(EVENTS)
 
 
 def test_a_log_line_is_short_aligned_and_begins_at_its_beginning(narrow, tmp_path, capsys):

@@ -18,8 +18,8 @@ from flax import nnx
 from convert import __main__ as convert
 from jaxllm import CustomLLM
 from jaxllm.config import TrainConfig
-from jaxllm.generate import Sampling, generate
 from jaxllm.model import numerics
+from jaxllm.model.decoding import Sampling, generate
 from jaxllm.train.state import init_state
 from tests.fingerprint import fingerprint
 from tests.test_generate import SMALL
@@ -85,7 +85,7 @@ def test_the_library_s_keys_and_samples_are_pinned_where_nothing_else_is():
     model, config = CustomLLM(small, rngs=nnx.Rngs(0)), TrainConfig.from_options(model=small)
 
     def numbers() -> tuple[list[list[int]], np.ndarray, np.ndarray]:
-        state = init_state(config)
+        state = init_state(config.model, config.optim, config.seed)
         return (
             generate(model, [[1, 2]], 8, Sampling(), seed=2**40 + 1),
             np.asarray(state.dropout_key),
@@ -139,7 +139,7 @@ def test_a_user_s_module_that_hides_one_that_is_needed_is_named(run, working_fol
     assert done.stderr.startswith(f"error: {said}")
     assert done.stderr.count("\n") == 1
     missing = command("-m", "jaxllm.generate", tmp_path / "nowhere", cwd=working_folder)
-    assert "nowhere' is no run and no exported model" in missing.stderr
+    assert "nowhere' is neither a run folder nor an exported model" in missing.stderr
     done = command("-c", "from jaxllm import load_model, from_pretrained", cwd=working_folder)
     assert done.stderr.splitlines()[-1].startswith(f"jaxllm.errors.UserError: {said}")
     for name, package in (("train", "train"), ("convert", "convert"), ("parity", "parity_tests")):

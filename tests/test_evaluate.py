@@ -49,8 +49,8 @@ def test_bad_input_is_a_line(run, tmp_path, capsys):
         (["--data", str(tmp_path / "none.txt")], "data is "),
         (["--seq-len", "65"], "seq_len is 65: it must lie in 2 to max_position_embeddings = 64"),
         (["--batch-size", "0"], "batch_size is 0"),
-        (["--data-split", "test"], "data_split is 'test': it is of --data"),
-        (["--text-field", "body"], "text_field is 'body': it is of --data"),
+        (["--data-split", "test"], "data_split is 'test': it needs --data"),
+        (["--text-field", "body"], "text_field is 'body': it needs --data"),
     ):
         assert evaluate.main([str(run), *options]) == 2
         assert capsys.readouterr().err.startswith(f"error: {said}")

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 SCRIPT = """
-import dataclasses, functools, resource, time
+import resource, time
 import jax, numpy as np
 from jaxllm.config import recipe
 from jaxllm.model.decoder import count_parameters
-from jaxllm.train.state import init_state
-from jaxllm.train.step import model_graph, train_step
+from jaxllm.train.computation import Computation
 
 config = recipe("seed", "customllm-1b").with_options(grad_accum=1, remat=True)
-state = jax.jit(functools.partial(init_state, config))()
+computation = Computation.of(config)
+state = jax.jit(computation.init_state)()
 assert count_parameters(state.params) == 1_075_060_736
-step = jax.jit(functools.partial(train_step, config, model_graph(config)), donate_argnums=0)
+step = jax.jit(computation.train_step, donate_argnums=0)
 rows = np.random.default_rng(0).integers(49152, size=(1, 4, 256), dtype=np.int32)
 for _ in range(2):
     start = time.perf_counter()

@@ -221,7 +221,7 @@ def test_a_json_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def weights() -> Weights:
-    state = jax.jit(lambda: init_state(CONFIG))()
+    state = jax.jit(lambda: init_state(CONFIG.model, CONFIG.optim, CONFIG.seed))()
     return Weights(state.params, state.routing_bias)
 
 

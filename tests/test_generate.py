@@ -15,8 +15,10 @@ from flax import nnx
 from jaxllm import CustomLLM, ModelConfig, UserError
 from jaxllm import generate as generation
 from jaxllm.data.tokenizer import load_tokenizer
-from jaxllm.generate import GenerateArgs, Sampling, generate, sample_token, stream
+from jaxllm.generate import GenerateArgs
+from jaxllm.model import decoding
 from jaxllm.model.attention import Latents
+from jaxllm.model.decoding import STREAMED_TOKENS, Sampling, generate, sample_token, stream
 
 SMALL = ModelConfig(
     vocab_size=311,
@@ -124,7 +126,9 @@ def test_of_equal_tokens_the_first_ones_stay_as_in_greedy_choice(sampling, possi
 
 
 def test_other_sampling_numbers_compile_nothing(model):
-    count = generation._generate._cache_size
+    def count() -> int:
+        return decoding._first_token._cache_size() + decoding._more_tokens._cache_size()
+
     generate(model, [[1, 2]], 5, Sampling(0.7, 3, 0.9))
     compiled = count()
     for numbers in ((0.3, 3, 0.9), (0.7, 100, 0.9), (1.3, 0, 0.5)):
@@ -173,15 +177,30 @@ def joined(parts) -> list[int]:
     return [token for part in parts for token in part]
 
 
-def test_streamed_tokens_are_those_of_one_call(model):
-    prompt, sampling = [5, 17, 300], Sampling(temperature=0.0)
-    streamed = list(stream(model, prompt, 30, sampling, seed=0, eos_token_ids=()))
-    assert len(streamed) > 1
-    assert joined(streamed) == generate(model, [prompt], 30)[0]
-    end = streamed[1][3]
-    stopped = joined(stream(model, prompt, 30, sampling, seed=0, eos_token_ids=[end]))
-    assert stopped == generate(model, [prompt], 30, eos_token_ids=[end])[0]
-    assert len(joined(stream(model, [1] * 250, 30, sampling, seed=0, eos_token_ids=()))) == 6  # the table ends
+@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(1.0), Sampling(0.8, top_k=50, top_p=0.9)])
+@pytest.mark.parametrize("count", [1, STREAMED_TOKENS, STREAMED_TOKENS + 1, 30])
+def test_stream_and_generate_give_the_same_tokens_with_the_same_seed(count, sampling, model):
+    prompt = [5, 17, 300]
+    parts = list(stream(model, prompt, count, sampling, seed=7, eos_token_ids=()))
+    whole = generate(model, [prompt], count, sampling, seed=7)[0]
+    assert joined(parts) == whole
+    assert [len(part) for part in parts] == [min(STREAMED_TOKENS, count - i) for i in range(0, count, STREAMED_TOKENS)]
+    end = whole[-1]  # also the last token of a part
+    stopped = joined(stream(model, prompt, 30, sampling, seed=7, eos_token_ids=[end]))
+    assert stopped == generate(model, [prompt], 30, sampling, seed=7, eos_token_ids=[end])[0]
+    assert len(stopped) < count
+
+
+def test_a_stream_reads_its_prompt_once(model, monkeypatch):
+    read, first_token = [], decoding._first_token
+    monkeypatch.setattr(decoding, "_first_token", lambda *args: read.append(args) or first_token(*args))
+    assert len(joined(stream(model, [5, 17], 30, Sampling(0.0), seed=0, eos_token_ids=()))) == 30
+    assert len(read) == 1
+
+
+def test_a_stream_ends_at_the_model_s_last_position(model):
+    for length, room in ((250, 6), (256, 0), (300, 0)):
+        assert len(joined(stream(model, [1] * length, 30, Sampling(0.0), seed=0, eos_token_ids=()))) == room
 
 
 @pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}a:"])
@@ -189,14 +208,14 @@ def test_chat_answers_lines_until_they_end(template, run, capsys, monkeypatch):
     tokenizer = load_tokenizer(str(run / "tokenizer"))
     tokenizer.chat_template = template
     monkeypatch.setattr(generation, "load_tokenizer", lambda _: tokenizer)
-    prompts, encode = [], generation.generate
+    prompts, answer = [], generation.stream
 
     def recorded(model, ids, *args, **options):
-        assert tokenizer.eos_token_id not in ids[0]  # also where it is typed
-        prompts.append(tokenizer.decode(ids[0]))
-        return encode(model, ids, *args, **options)
+        assert tokenizer.eos_token_id not in ids  # also where it is typed
+        prompts.append(tokenizer.decode(ids))
+        return answer(model, ids, *args, **options)
 
-    monkeypatch.setattr(generation, "generate", recorded)
+    monkeypatch.setattr(generation, "stream", recorded)
     monkeypatch.setattr("sys.stdin", io.StringIO("def f\nx = 1\n" + "y" * 9 + "\n<|endoftext|>\n"))
     assert generation.main([str(run), "--chat", "--greedy", "--max-new-tokens", "4"]) == 0
     said = capsys.readouterr().out

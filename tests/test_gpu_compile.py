@@ -8,6 +8,7 @@ in a separate process, with `pip install -e '.[cuda13,test]'`; about a minute.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import os
@@ -49,10 +50,12 @@ def compile_step(config: TrainConfig) -> Any:
     )
     one_gpu = jax.sharding.NamedSharding(jax.sharding.Mesh(topology.devices, ("one",)), jax.sharding.PartitionSpec())
     graph, params, bias = abstract_model(MODEL, dtype=jnp.bfloat16, remat=config.remat, platform=CUDA)
-    state = jax.eval_shape(lambda *weights: start_state(config, *weights), params, bias)
+    start = functools.partial(start_state, config.model, config.optim, config.seed)
+    state = jax.eval_shape(start, params, bias)
     labels = jax.ShapeDtypeStruct((1, config.data.batch_size, config.data.seq_len), jnp.int32)
     arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one_gpu), (state, labels))
-    return jax.jit(lambda *a: train_step(config, graph, *a), donate_argnums=0).lower(*arguments).compile()
+    step = functools.partial(train_step, config.optim, config.schedule, graph)
+    return jax.jit(step, donate_argnums=0).lower(*arguments).compile()
 
 
 def gigabytes(text: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -12,15 +13,15 @@ import pytest
 from flax import nnx
 
 from jaxllm import ModelConfig, TrainConfig
-from jaxllm.generate import Sampling, _generate, generate, prefill
 from jaxllm.model import inference
 from jaxllm.model.decoder import CustomLLM, split_model
+from jaxllm.model.decoding import Sampling, _Choice, _first_token, _more_tokens, generate, prefill
 from jaxllm.model.kernels import packed
 from jaxllm.model.kernels.packed import pack, unpack
 from jaxllm.model.layout import ONE_DEVICE
 from jaxllm.model.pullback import with_arguments, without_arguments
+from jaxllm.train.computation import Computation
 from jaxllm.train.placement import lower_step
-from jaxllm.train.step import model_graph
 
 SMALL = ModelConfig(
     vocab_size=80,
@@ -154,12 +155,15 @@ def rewritten_stacks(model: CustomLLM) -> list[str]:
 
 
 def generation(model: CustomLLM, new_tokens: int = 4) -> jax.stages.Compiled:
-    """The program that continues a row of 32 tokens."""
+    """The loop over tokens that continues a row of 32 tokens."""
     graph, params, bias = split_model(model)
-    prompt, length, end = jnp.zeros((1, 32), jnp.int32), jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.int32)
-    arguments = (params, bias, prompt, length, end, jax.random.key(0))
     greedy = Sampling(0.0)
-    return _generate.lower(graph, greedy.kind, new_tokens, greedy.numbers(), *arguments).compile()
+    choice = _Choice(greedy.numbers(), jax.random.key(0), jnp.zeros(1, jnp.int32))
+    prompt, length = jnp.zeros((1, 32), jnp.int32), jnp.ones(1, jnp.int32)
+    start = jax.eval_shape(
+        functools.partial(_first_token, graph, greedy.kind, new_tokens), choice, params, bias, prompt, length
+    )
+    return _more_tokens.lower(graph, greedy.kind, choice, params, bias, new_tokens, start).compile()
 
 
 def rewritten_caches(model: CustomLLM) -> list[str]:
@@ -197,5 +201,5 @@ def test_decoding_copies_neither_weights_nor_cache(monkeypatch):
 @pytest.mark.slow
 def test_a_training_step_rewrites_no_array():
     config = TrainConfig.from_options(precision="bfloat16", optimizer="muon")  # Muon, and a loss in two chunks
-    program = lower_step(config, model_graph(config), ONE_DEVICE).compile().as_text()
+    program = lower_step(Computation.of(config), ONE_DEVICE).compile().as_text()
     assert not re.findall(r"dynamic-update-slice[\w.-]*convert[\w.-]* = bf16", program)

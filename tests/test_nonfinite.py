@@ -26,9 +26,9 @@ from jaxllm.store.checkpoint import ResumeState, Weights, newest_checkpoint
 from jaxllm.store.checkpoint_writer import write_run
 from jaxllm.store.history import History
 from jaxllm.store.metrics_file import read_metrics
-from jaxllm.train.optim import OptimizerState, adamw_update, learning_rate
-from jaxllm.train.state import init_state
-from jaxllm.train.step import model_graph, train_step
+from jaxllm.train.adamw import UpdateScalars, adamw_update
+from jaxllm.train.computation import Computation
+from jaxllm.train.optim import OptimizerState, learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -76,16 +76,15 @@ def test_a_nonfinite_step_changes_only_the_step_count(run):
     """Bit for bit, with moments, bias and schedule; the same step on other rows changes all of them."""
     config, token = TrainConfig.from_dict(read_json(run / "train_config.json")), 299
     config = config.with_options(warmup_steps=0)
-    state = jax.jit(functools.partial(init_state, config))()
+    state = jax.jit(Computation.of(config).init_state)()
     weight = state.params["token_embeddings"]["weight"]
     state.params["token_embeddings"]["weight"] = weight.at[token].set(jnp.nan)
-    step = jax.jit(train_step, static_argnums=(0, 1))
+    step = jax.jit(Computation.of(config).train_step)
     rows = np.random.default_rng(0).integers(0, token, (1, config.data.batch_size, config.data.seq_len), np.int32)
-    graph = model_graph(config)
-    good, metrics = step(config, graph, state, rows)
+    good, metrics = step(state, rows)
     assert np.isfinite(metrics.loss)
     rows[0, 2, 5] = token
-    bad, metrics = step(config, graph, state, rows)
+    bad, metrics = step(state, rows)
     assert not np.isfinite(metrics.loss)
     assert float(metrics.learning_rate) == pytest.approx(config.optim.learning_rate)  # the schedule stands where it was
     assert int(bad.step) == int(good.step) == 1
@@ -99,17 +98,16 @@ def test_the_update_equals_optax():
     """AdamW with decay, over steps of which one is not finite and changes nothing; moments to the last bit."""
     config = TrainConfig.from_options(beta1=0.9, beta2=0.99, weight_decay=0.1, warmup_steps=2)
     facts = {"a": ParameterFacts(("hidden", "latent"), decays=True), "b": ParameterFacts(("norm",), decays=False)}
-    theirs = optax.adamw(
-        functools.partial(learning_rate, config), 0.9, 0.99, 1e-8, weight_decay=0.1, mask={"a": True, "b": False}
-    )
+    schedule = functools.partial(learning_rate, config.schedule, config.optim.learning_rate)
+    theirs = optax.adamw(schedule, 0.9, 0.99, 1e-8, weight_decay=0.1, mask={"a": True, "b": False})
     params = other_params = {"a": jnp.ones((3, 5)), "b": jnp.ones(7)}
-    state, other = OptimizerState.zeros(config, params), theirs.init(params)
+    state, other = OptimizerState.zeros(config.model, config.optim, params), theirs.init(params)
 
     def update(grads, state: OptimizerState, params, finite: bool):
-        count, rate = state.count + int(finite), learning_rate(config, state.count)
-        trees = (grads, state.mu, params, facts)
-        params, mu, nu = adamw_update(config, *trees, nu=state.nu, count=count, rate=rate, finite=jnp.bool(finite))
-        return params, OptimizerState(count, mu, nu)
+        rate = schedule(state.count)
+        scalars = UpdateScalars(state.count + int(finite), rate, jnp.bool(finite))
+        params, mu, nu = adamw_update(config.optim, grads, state.mu, params, facts, state.nu, scalars)
+        return params, OptimizerState(scalars.count, mu, nu)
 
     for seed in range(4):
         keys = dict(zip("ab", jax.random.split(jax.random.key(seed)), strict=True))
@@ -179,7 +177,7 @@ def test_a_step_that_cannot_be_replayed_is_refused(run, tmp_path, capsys):
     assert replay.main([str(run), "21"]) == 2
     assert "has 20 steps" in capsys.readouterr().err
     assert replay.main([str(tmp_path / "none"), "3"]) == 2
-    assert "is no training run" in capsys.readouterr().err
+    assert "is not a training run" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 

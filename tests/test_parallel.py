@@ -28,11 +28,11 @@ from jaxllm.model.layout import MESH_AXIS, Layout
 from jaxllm.store.checkpoint import newest_checkpoint
 from jaxllm.store.checkpoint_writer import CheckpointWriter
 from jaxllm.store.history import History
+from jaxllm.train.computation import Computation
 from jaxllm.train.loss import IGNORED
-from jaxllm.train.placement import OneDevice, choose_placement, compile_programs, lower_step
+from jaxllm.train.placement import OneDevice, Placement, choose_placement, compile_programs, lower_step
 from jaxllm.train.sharding import choose_mesh
 from jaxllm.train.state import TrainState
-from jaxllm.train.step import model_graph
 
 STEPS, ROWS = 3, 32
 CONFIG = TrainConfig.from_options(
@@ -75,12 +75,16 @@ def batch(seed: int) -> np.ndarray:
     return labels
 
 
+def placement_of(config: TrainConfig) -> Placement:
+    return choose_placement(config.mesh, config.data.batch_size)
+
+
 def run(**changes) -> tuple[TrainState, list[list[float]], list[float]]:
     """Steps on one global batch after another: the state in the form of one device, the metrics, an evaluation."""
     config = CONFIG.with_options(**changes)
-    placement = choose_placement(config)
-    programs = compile_programs(placement, config, model_graph(config))
-    state, metrics = train_steps(config, programs.step, placement.init(config))
+    placement, computation = placement_of(config), Computation.of(config)
+    programs = compile_programs(placement, computation)
+    state, metrics = train_steps(config, programs.step, placement.init(computation))
     labels = batch(STEPS)[: config.data.batch_size]
     labels[ROWS // 4 :] = IGNORED  # so that micro-batches of any size have the same targets
     evaluation = [float(value) for value in programs.evaluate(state, labels)]
@@ -90,10 +94,10 @@ def run(**changes) -> tuple[TrainState, list[list[float]], list[float]]:
 def run_steps(**changes) -> tuple[TrainState, list[list[float]]]:
     """`run` on one device or on a mesh, without the programs of the first state and of evaluation."""
     config = CONFIG.with_options(**changes)
-    placement = choose_placement(config)
-    state = OneDevice().init(config.with_options(mesh="", remat=False))
-    state = jax.device_put(state, placement.state_shardings(config))
-    step = lower_step(config, model_graph(config), placement.layout).compile()
+    placement, computation = placement_of(config), Computation.of(config)
+    state = OneDevice().init(Computation.of(config.with_options(remat=False)))
+    state = jax.device_put(state, placement.state_shardings(computation))
+    step = lower_step(computation, placement.layout).compile()
     return train_steps(config, step, state)
 
 
@@ -176,7 +180,7 @@ def test_a_fault_would_be_seen(one_device, fault, monkeypatch):
 
 def test_each_device_holds_its_part():
     config = CONFIG.with_options(mesh="data=2,fsdp=2,expert=2")
-    state = choose_placement(config).init(config)
+    state = placement_of(config).init(Computation.of(config))
     D, F = config.model.hidden_size, config.model.moe_intermediate_size
 
     def parts(weight: jax.Array) -> Counter:
@@ -193,10 +197,10 @@ def test_each_device_holds_its_part():
 def test_the_backward_pass_gathers_again_and_keeps_no_gathered_weight(monkeypatch):
     """Kept, layer for layer, they would be the whole model on every device. Without recomputation of the rest."""
     config = CONFIG.with_options(mesh="fsdp=2")
-    layout = choose_mesh(config)
+    layout = choose_mesh(config.mesh)
 
     def stacks_of_gathered_experts() -> int:
-        lowered = lower_step(config, model_graph(config), layout)
+        lowered = lower_step(Computation.of(config), layout)
         return len(re.findall(r"[^(]f32\[2,8,(?:32,24|24,32)\]", lowered.compile().as_text()))
 
     assert stacks_of_gathered_experts() == 0
@@ -239,12 +243,12 @@ def test_a_checkpoint_moves_from_layout_to_layout_bit_for_bit(tmp_path):
     wanted = None
     for step, changes in enumerate(WAYS):
         config = CONFIG.with_options(**changes)
-        placement = choose_placement(config)
+        placement, computation = placement_of(config), Computation.of(config)
         if wanted is None:
-            state = with_noise(placement.unshard(placement.init(config)))
+            state = with_noise(placement.unshard(placement.init(computation)))
             wanted = jax.tree.map(np.asarray, state)
         else:
-            state, restored = newest_checkpoint(tmp_path).state(config, placement.state_shardings(config))
+            state, restored = newest_checkpoint(tmp_path).state(config, placement.state_shardings(computation))
             jax.tree.map(np.testing.assert_array_equal, restored.positions, positions)
             state = placement.unshard(placement.shard(state))
             jax.tree.map(np.testing.assert_array_equal, state, wanted)
@@ -301,4 +305,4 @@ def test_a_run_changes_its_layout_from_start_to_start(narrow, tmp_path, capsys):
 )
 def test_a_layout_that_cannot_work_is_refused_in_one_line(changes, message):
     with pytest.raises(UserError, match=message):
-        choose_placement(CONFIG.with_options(**changes))
+        placement_of(CONFIG.with_options(**changes))

@@ -15,10 +15,10 @@ import pytest
 
 from jaxllm.config import PRESETS, ModelConfig, TrainConfig, recipe
 from jaxllm.model.decoder import model_facts
+from jaxllm.train.computation import Computation
 from jaxllm.train.loss import IGNORED
 from jaxllm.train.optim import learning_rate
-from jaxllm.train.state import TrainState, init_state
-from jaxllm.train.step import model_graph, train_step
+from jaxllm.train.state import TrainState
 
 CONFIG = TrainConfig.from_options(
     model=ModelConfig(
@@ -64,12 +64,12 @@ CLIPPED_AND_FROZEN = CONFIG.with_options(max_grad_norm=1e-3, bias_update_rate=0.
 
 @functools.cache
 def first_state() -> TrainState:
-    return jax.jit(functools.partial(init_state, CONFIG))()
+    return jax.jit(Computation.of(CONFIG).init_state)()
 
 
 @functools.cache
 def step_of(config: TrainConfig) -> Callable:
-    return jax.jit(functools.partial(train_step, config, model_graph(config)))
+    return jax.jit(Computation.of(config).train_step)
 
 
 def run(config: TrainConfig, *batches: jax.Array):
@@ -171,7 +171,8 @@ def logged_learning_rates() -> dict[int, float]:
 
 
 def test_the_source_s_learning_rates_are_reproduced():
-    schedule = functools.partial(learning_rate, recipe("seed", "customllm-1b"))
+    seed = recipe("seed", "customllm-1b")
+    schedule = functools.partial(learning_rate, seed.schedule, seed.optim.learning_rate)
     log = logged_learning_rates()
     assert SEED_LOG.items() <= log.items()
     with jax.enable_x64(True):

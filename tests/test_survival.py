@@ -250,12 +250,11 @@ def test_a_disk_that_is_really_full_ends_the_run_with_a_line(every, narrow, tmp_
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_a_dead_tensorboard_writer_is_done_without(tmp_path, capsys):
+def test_a_run_continues_without_tensorboard_where_the_disk_is_full(tmp_path, capsys):
     board = TensorBoardWriter(tmp_path, 0)
     with largest_file(1000):
-        for step in range(2000):
+        for step in range(50):
             board.write({"step": step, "loss": 1.0})
-            time.sleep(0.001)
         board.close()
     assert (
         capsys.readouterr().err == "warning: TensorBoard's events are no longer written ([Errno 27] File too large)\n"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from jaxllm.config import RunConfig
+from jaxllm.config.groups import DataConfig
 from jaxllm.data.prefetch import Batch, Prefetcher
 from jaxllm.data.stream import TokenStream
 
@@ -18,8 +18,7 @@ class MicroBatches:
     none of the next step before it has saved.
     """
 
-    def __init__(self, stream: TokenStream, config: RunConfig):
-        data = config.data
+    def __init__(self, stream: TokenStream, data: DataConfig):
         self.stream, self.prefetcher = stream, Prefetcher(stream, data.grad_accum * data.batch_size)
         self.batch: Batch | None = None  # None before the first step
         self._shape = (data.grad_accum, data.batch_size, data.seq_len)  # (A,B,T)

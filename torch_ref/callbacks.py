@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from jaxllm.config import RunConfig
+from jaxllm.config.groups import LoggingConfig
 from jaxllm.run.metrics import RunLog, end_record, eval_record, step_record
 from jaxllm.run.prepare import Prepared
 from jaxllm.run.reporting import conclude, write_samples
@@ -24,8 +25,8 @@ from torch_ref.step import tokens_per_expert, update_routing_bias
 class ScheduleCallback(TrainerCallback):
     """Logs, evaluates and saves at the steps of train.py: at each interval, and at the last step."""
 
-    def __init__(self, config: RunConfig):
-        self._config = config
+    def __init__(self, steps: int, logging: LoggingConfig, save_every: int):
+        self._steps, self._logging, self._save_every = steps, logging, save_every
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         callbacks: Any = state.stateful_callbacks
@@ -33,11 +34,11 @@ class ScheduleCallback(TrainerCallback):
         callbacks.setdefault("TrainerControl", control.state())
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        config, step = self._config, state.global_step
-        last = step >= config.schedule.steps
-        control.should_log = last or step % config.logging.log_every == 0
-        control.should_evaluate = last or step % config.logging.eval_every == 0
-        control.should_save = last or step % config.checkpoint.save_every == 0
+        step = state.global_step
+        last = step >= self._steps
+        control.should_log = last or step % self._logging.log_every == 0
+        control.should_evaluate = last or step % self._logging.eval_every == 0
+        control.should_save = last or step % self._save_every == 0
 
 
 class RoutingBiasCallback(TrainerCallback):
@@ -142,15 +143,11 @@ class LogCallback(TrainerCallback):
         )  # fmt: skip
 
     def _end_record(self, logs: dict, step: int) -> dict:
-        steps_done = step - self._first_step
-        seconds, speed = self._meter.whole(steps_done)
         return end_record(
             self._config,
-            seconds=seconds,
-            steps_done=steps_done,
+            self._epoch(step),
+            totals=self._meter.totals(step - self._first_step),
             loss=logs["train_loss"],
-            epoch=self._epoch(step),
-            speed=speed,
             memory=peak_memory(),
             peak_tflops=self._peak_tflops,
         )

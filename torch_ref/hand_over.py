@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from transformers import TrainerState
 
-from jaxllm.config import RunConfig
+from jaxllm.config import ModelConfig, RunConfig
+from jaxllm.config.groups import OptimConfig
 from jaxllm.errors import UserError
 from torch_ref.checkpoint import OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE, reading, trainer_state
 from torch_ref.model import CustomLLM
@@ -36,11 +37,11 @@ class _Known(NamedTuple):
     """Their names in the optimizer's state."""
 
 
-def _optimizer(config: RunConfig) -> tuple[torch.optim.AdamW, dict[str, _Known]]:
+def _optimizer(model: ModelConfig, optim: OptimConfig) -> tuple[torch.optim.AdamW, dict[str, _Known]]:
     """The run's optimizer over meta parameters, and their names, shapes and moments in the order of its groups."""
     with torch.device("meta"):
-        reference = CustomLLM(config.model)
-    optimizer = make_optimizer(reference, config)
+        reference = CustomLLM(model)
+    optimizer = make_optimizer(reference, optim, "float32")  # the state is the same in either precision
     names = {parameter: name for name, parameter in reference.named_parameters()}
     known = {}
     for group in optimizer.param_groups:
@@ -57,8 +58,8 @@ def write_training(folder: Path, config: RunConfig, step: int, moments: Callable
         step: updates done.
         moments: returns a parameter's moments, given its name.
     """
-    optimizer, parameters = _optimizer(config)
-    schedule = make_schedule(optimizer, config, step)
+    optimizer, parameters = _optimizer(config.model, config.optim)
+    schedule = make_schedule(optimizer, config.schedule, config.optim.learning_rate, step)
     state: dict[int, dict[str, torch.Tensor]] = {}
     for i, (name, known) in enumerate(parameters.items()):
         found = zip(known.moments, moments(name), strict=False)  # Muon's has one
@@ -74,7 +75,7 @@ def write_training(folder: Path, config: RunConfig, step: int, moments: Callable
     ).save_to_json(str(folder / STATE_FILE))
 
 
-def read_training(folder: Path, config: RunConfig) -> tuple[int, dict[str, Moments]]:
+def read_training(folder: Path, model: ModelConfig, optim: OptimConfig) -> tuple[int, dict[str, Moments]]:
     """The updates done and each parameter's moments. No code in the files is executed.
 
     Raises:
@@ -86,7 +87,7 @@ def read_training(folder: Path, config: RunConfig) -> tuple[int, dict[str, Momen
         raise UserError(f"{folder / STATE_FILE} is missing or has no step count")
     with reading(folder):
         saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    _, parameters = _optimizer(config)
+    _, parameters = _optimizer(model, optim)
     found = saved.get("state") if isinstance(saved, dict) else None
     if not isinstance(found, dict) or found.keys() != set(range(len(parameters))):
         raise UserError(f"{file} does not hold the moments of this model's {len(parameters)} parameters")

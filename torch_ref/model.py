@@ -149,6 +149,22 @@ class CustomLLMModelOutput(BaseModelOutputWithPast):
     router_logits: tuple[Tensor, ...] | None = None  # L times (B,T,E)
 
 
+class LayerOptions(NamedTuple):
+    """What `CustomLLMModel` returns, and how it routes."""
+
+    logits_to_keep: int | Tensor = 0
+    """A number of last positions, or the positions, to return; 0: all."""
+    output_hidden_states: bool | None = None
+    """Return `hidden_states`, L+1 of (B,T,D): embeddings, then the residual stream after each layer, before any final
+    norm; None: as the config says."""
+    output_attentions: bool | None = None
+    """Return `attentions`, L of (B,H,T,S), from `eager`; None: as the config says."""
+    output_router: bool = False
+    """Return `router_experts`, `router_scores` and `router_logits`."""
+    expert_indices: Tensor | None = None
+    """(L,B,T,k) experts to use instead of the routers' choice."""
+
+
 @dataclass
 class CustomLLMOutput(CausalLMOutputWithPast):
     """As `CustomLLMModelOutput`, with loss and logits in place of the last hidden state."""
@@ -573,12 +589,6 @@ class CustomLLMModel(CustomLLMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        output_router: bool = False,
-        expert_indices: Tensor | None = None,
-        cache: Cache | None = None,
         **kwargs,
     ) -> CustomLLMModelOutput:
         """The input of lm_head, (B, T, D), after any final norm.
@@ -589,18 +599,12 @@ class CustomLLMModel(CustomLLMPreTrainedModel):
                 scores; None: no padding.
             position_ids: (B|1, T); None: counted without padding. Without a mask and a cache, a document begins
                 wherever a position is not the one before it plus 1, and no token attends to another document.
-            past_key_values, cache: two names of one argument: the keys and values of earlier tokens; extended in place.
-                `generate_batch` passes its paged cache.
+            past_key_values: the keys and values of earlier tokens; extended in place. `cache` is another name of it, by
+                which `generate_batch` passes its paged cache.
             inputs_embeds: (B, T, D) in place of the embeddings of `input_ids`.
             use_cache: return keys and values, in a new `DynamicCache` if none is given; None: as the config says, but
                 not in training.
-            logits_to_keep: a number of last positions, or the positions, to return; 0: all.
-            output_hidden_states: return `hidden_states`, L+1 of (B,T,D): embeddings, then the residual stream after
-                each layer, before any final norm.
-            output_attentions: return `attentions`, L of (B,H,T,S), from `eager`.
-            output_router: return `router_experts`, `router_scores` and `router_logits`.
-            expert_indices: (L, B, T, k) experts to use instead of the routers' choice.
-            kwargs: go to the attention function.
+            kwargs: `cache`, the fields of `LayerOptions`, and arguments of the attention function.
 
         Raises:
             ValueError: a position is not in the position table, the mask does not fit, or there are not exactly one of
@@ -609,7 +613,8 @@ class CustomLLMModel(CustomLLMPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
-        cache = either_cache(past_key_values, cache)
+        options = LayerOptions(**{name: kwargs.pop(name) for name in LayerOptions._fields if name in kwargs})
+        cache: Any = either_cache(past_key_values, kwargs.pop("cache", None))
         paged = isinstance(cache, PagedAttentionCache)  # it brings a mask and positions
         self._check_arguments(cache, kwargs, position_ids)
         config: Any = self.config
@@ -627,22 +632,24 @@ class CustomLLMModel(CustomLLMPreTrainedModel):
             use_cache = config.use_cache and not self.training and not torch.compiler.is_exporting()
         if use_cache and cache is None:
             cache = DynamicCache(config=config)
-        hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        kwargs["output_attentions"] = config.output_attentions if output_attentions is None else output_attentions
+        hidden, attention = options.output_hidden_states, options.output_attentions
+        hidden = config.output_hidden_states if hidden is None else hidden
+        kwargs["output_attentions"] = config.output_attentions if attention is None else attention
         kwargs["cache" if paged else CACHE] = cache
 
         x = self.dropout(tokens + self.position_embeddings(positions))
         hidden_states, routings, attentions = [x], [], []
         for i, layer in enumerate(self.decoder_layers):
-            forced = None if expert_indices is None else expert_indices[i]
+            forced = None if options.expert_indices is None else options.expert_indices[i]
             x, routing, weights = layer(x, positions, mask, forced, **kwargs)
             if hidden:
                 hidden_states.append(x)
             if kwargs["output_attentions"]:
                 attentions.append(weights)
-            if output_router:
+            if options.output_router:
                 routings.append(Routing(*(part.unflatten(0, tokens.shape[:2]) for part in routing)))
-        x = x[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+        last = options.logits_to_keep
+        x = x[:, slice(-last, None) if isinstance(last, int) else last]
         return CustomLLMModelOutput(
             last_hidden_state=self.final_norm(x) if config.final_norm else x,
             **{CACHE: cache},
@@ -755,8 +762,9 @@ class CustomLLM(CustomLLMModel, GenerationMixin):
         shift_labels = kwargs.pop("shift_labels", None)
         cache = either_cache(past_key_values, cache)
         out = self.run_layers(
-            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, logits_to_keep, **kwargs
-        )
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache,
+            logits_to_keep=logits_to_keep, **kwargs,
+        )  # fmt: skip
         logits = self.lm_head(out.last_hidden_state)
         logits = logits.to(at_least_float32(logits.dtype))
         loss = None

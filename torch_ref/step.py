@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup, get_wsd_schedule
 
-from jaxllm.config import RunConfig
+from jaxllm.config import Precision
+from jaxllm.config.groups import OptimConfig, ScheduleConfig
 from torch_ref.model import IGNORED, CustomLLM
 from torch_ref.muon import Blocks, MuonWithAdamW
 
@@ -42,15 +43,20 @@ def is_hidden_matrix(name: str) -> bool:
 
 
 def make_optimizer(
-    model: CustomLLM, config: RunConfig, blocks: Mapping[str, Blocks] = MappingProxyType({}), fused: bool | None = None
+    model: CustomLLM,
+    optim: OptimConfig,
+    precision: Precision,
+    blocks: Mapping[str, Blocks] = MappingProxyType({}),
+    fused: bool | None = None,
 ) -> torch.optim.AdamW:
     """AdamW over two groups of parameters, those that decay and those that do not; with Muon, the matrices are a third.
 
     Args:
+        precision: in which Muon orthogonalizes.
         blocks: by their names, parameters that join several matrices, which Muon orthogonalizes one by one.
         fused: whether AdamW is one kernel for all parameters; None: PyTorch's choice. Muon has none.
     """
-    optim, named = config.optim, list(model.named_parameters())
+    named = list(model.named_parameters())
     muon = {name: p for name, p in named if optim.optimizer == "muon" and is_hidden_matrix(name)}
     rest = [(name, p) for name, p in named if name not in muon]
     groups: list[dict[str, Any]] = [
@@ -64,17 +70,18 @@ def make_optimizer(
         return torch.optim.AdamW(groups, fused=fused, **options)
     matrices = {"params": [*muon.values()], "weight_decay": optim.weight_decay, "momentum": optim.muon_momentum}
     joined = {"blocks": [blocks.get(name) for name in muon]} if blocks else {}
-    dtype = torch.bfloat16 if config.precision == "bfloat16" else None
+    dtype = torch.bfloat16 if precision == "bfloat16" else None
     return MuonWithAdamW([*groups, matrices | joined], dtype, **options)
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config: RunConfig, steps_done: int = 0) -> LambdaLR:
-    """transformers' schedules: linear from 0 over `warmup_steps`, then half a cosine (as the source's) or WSD."""
+def make_schedule(
+    optimizer: torch.optim.Optimizer, schedule: ScheduleConfig, peak: float, steps_done: int = 0
+) -> LambdaLR:
+    """transformers' schedules: to `peak` over `warmup_steps`, then half a cosine (as the source's) or WSD."""
     if steps_done:
         for group in optimizer.param_groups:  # LambdaLR requires it to resume
-            group.setdefault("initial_lr", config.optim.learning_rate)
-    schedule, last = config.schedule, steps_done - 1
-    warmup, steps = schedule.warmup_steps, schedule.steps
+            group.setdefault("initial_lr", peak)
+    warmup, steps, last = schedule.warmup_steps, schedule.steps, steps_done - 1
     if schedule.schedule == "cosine":
         return get_cosine_schedule_with_warmup(optimizer, warmup, steps, last_epoch=last)
     return get_wsd_schedule(
@@ -103,13 +110,13 @@ def update_routing_bias(model: CustomLLM, counts: Tensor, rate: float) -> None:
         bias += rate * torch.sign(tokens.mean() - tokens)
 
 
-def auxiliary_loss(output: Any, config: RunConfig) -> Tensor | float:
+def auxiliary_loss(output: Any, optim: OptimConfig) -> Tensor | float:
     """The weighted sequence-wise balance loss and router z-loss of a `CustomLLMOutput`, summed over the layers."""
-    if not (config.optim.balance_loss or config.optim.router_z_loss):
+    if not (optim.balance_loss or optim.router_z_loss):
         return 0.0
     balance = sum(map(balance_loss, output.router_experts, output.router_scores))
     z = sum(logits.logsumexp(dim=-1).square().mean() for logits in output.router_logits)
-    return config.optim.balance_loss * balance + config.optim.router_z_loss * z
+    return optim.balance_loss * balance + optim.router_z_loss * z
 
 
 def balance_loss(experts: Tensor, scores: Tensor) -> Tensor:  # (B,T,k), (B,T,E) -> ()
@@ -121,12 +128,15 @@ def balance_loss(experts: Tensor, scores: Tensor) -> Tensor:  # (B,T,k), (B,T,E)
     return (fraction * normalized.mean(dim=1)).sum(dim=-1).mean()
 
 
-def accumulate_gradients(model: CustomLLM, config: RunConfig, labels: Tensor) -> tuple[Tensor, Tensor]:
+def accumulate_gradients(
+    model: CustomLLM, optim: OptimConfig, precision: Precision, labels: Tensor
+) -> tuple[Tensor, Tensor]:
     """Add the gradient of the mean loss over all micro-batches to the parameters' `.grad`.
 
     Args:
         model: in train mode, with float32 (or float64) parameters.
-        config: `precision` bfloat16 runs the forward pass under autocast.
+        optim: the weights of the auxiliary losses.
+        precision: bfloat16 runs the forward pass under autocast.
         labels: (A, B, T) int64 token rows, used as inputs and labels (-100: ignored).
 
     Returns:
@@ -136,9 +146,9 @@ def accumulate_gradients(model: CustomLLM, config: RunConfig, labels: Tensor) ->
     total: Any = 0.0
     chosen = []
     for micro in labels:
-        with torch.autocast(micro.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        with torch.autocast(micro.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             output = model(micro.clamp(min=0), labels=micro, num_items_in_batch=targets, output_router=True)
-        (output.loss + auxiliary_loss(output, config) / len(labels)).backward()
+        (output.loss + auxiliary_loss(output, optim) / len(labels)).backward()
         total = total + output.loss.detach()
         experts = output.router_experts
         chosen.append(
@@ -160,15 +170,20 @@ def clip_gradients(model: CustomLLM, max_norm: float) -> Tensor:
 
 
 def train_step(
-    model: CustomLLM, optimizer: torch.optim.Optimizer, schedule: LambdaLR, config: RunConfig, labels: Tensor
+    model: CustomLLM,
+    optimizer: torch.optim.Optimizer,
+    schedule: LambdaLR,
+    optim: OptimConfig,
+    precision: Precision,
+    labels: Tensor,
 ) -> StepMetrics:
     """One optimizer step, in place. Arguments as in `accumulate_gradients`."""
-    loss, chosen = accumulate_gradients(model, config, labels)
-    grad_norm = clip_gradients(model, config.optim.max_grad_norm)
+    loss, chosen = accumulate_gradients(model, optim, precision, labels)
+    grad_norm = clip_gradients(model, optim.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
     schedule.step()
     if chosen.shape[1]:
         counts = tokens_per_expert(list(chosen.swapaxes(0, 1)), model.config.n_routed_experts)
-        update_routing_bias(model, counts, config.optim.bias_update_rate)
+        update_routing_bias(model, counts, optim.bias_update_rate)
     return StepMetrics(loss, grad_norm, schedule.get_last_lr()[0], chosen)

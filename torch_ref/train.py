@@ -69,7 +69,7 @@ def train(prepared: Prepared[RunConfig], model: CustomLLM | None = None) -> Cust
         first_step = checkpoint.step
         stream.seek(read_position(checkpoint.folder / POSITION_FILE, config.data.seq_len, config.model.vocab_size))
         print(f"Resuming from step {first_step} of {config.folder}")
-    device = choose_device(config)
+    device = choose_device(config.precision)
     parameters, tree = sum(p.numel() for p in model.parameters()), None if first_step else str(model)
     announce(config, parameters, tree, str(device), bfloat16_hardware(device))
 
@@ -87,7 +87,7 @@ def train(prepared: Prepared[RunConfig], model: CustomLLM | None = None) -> Cust
     measure = functools.partial(measured_peak_tflops, device=device)
     peak = reference_peak(config.logging.peak_tflops, config.decided_precision, kind, measure)
     announce_speed(config, peak, compile_seconds=None)
-    batches = MicroBatches(stream, config)
+    batches = MicroBatches(stream, config.data)
     trainer = CustomLLMTrainer(prepared, model, batches)
     history = History.from_records([record for record in read_metrics(config.folder) if record["step"] <= first_step])
     try:
@@ -104,7 +104,7 @@ def train(prepared: Prepared[RunConfig], model: CustomLLM | None = None) -> Cust
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(argv, PROGRAM, __doc__, RunConfig)
     disable_progress_bar()  # one for each written file: the run has its own bar
-    device = choose_device(config)  # an unsuitable one is refused before anything is created or deleted
+    device = choose_device(config.precision)  # an unsuitable one is refused before anything is created or deleted
     with FolderLock(config.folder) as lock:
         train(prepare(config, "PyTorch", lock, bfloat16=bfloat16_hardware(device)))
     print(f"\nEverything is in {Path(config.folder)}")

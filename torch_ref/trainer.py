@@ -1,5 +1,6 @@
 """transformers' Trainer with the data, loss, schedule and checkpoints of this project."""
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from jaxllm.config import RunConfig
+from jaxllm.config import PrecisionOption, RunConfig
 from jaxllm.data.stream import POSITION_FILE
 from jaxllm.data.tokenizer import export_tokenizer
 from jaxllm.errors import UserError
@@ -22,16 +23,16 @@ from torch_ref.model import CustomLLM
 from torch_ref.step import auxiliary_loss, make_optimizer, make_schedule
 
 
-def choose_device(config: RunConfig) -> torch.device:
+def choose_device(precision: PrecisionOption) -> torch.device:
     """The device that accelerate chooses: CUDA before MPS before CPU.
 
     Raises:
-        UserError: it cannot compute in the config's precision, or several processes were started.
+        UserError: it cannot compute in this precision, or several processes were started.
     """
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise UserError(f"WORLD_SIZE is {processes}: the PyTorch path trains in one process; start it without torchrun")
     device: Any = PartialState().device
-    if config.precision == "bfloat16" and device.type != "cpu" and not is_torch_bf16_gpu_available():
+    if precision == "bfloat16" and device.type != "cpu" and not is_torch_bf16_gpu_available():
         raise UserError(f"precision is 'bfloat16': the device {device} does not support it; pass --precision float32")
     return device
 
@@ -47,7 +48,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         activation_checkpointing=config.remat,
         max_grad_norm=config.optim.max_grad_norm,
         bf16=config.precision == "bfloat16",
-        use_cpu=choose_device(config).type == "cpu",
+        use_cpu=choose_device(config.precision).type == "cpu",
         seed=config.seed % 2**32,  # NumPy's limit
         logging_strategy="no",
         save_strategy="no",
@@ -77,13 +78,15 @@ class CustomLLMTrainer(Trainer):
         self._config, self._tokenizer, self._batches = config, prepared.tokenizer, batches
         self._cross_entropy: Any = None  # (), the last micro-batch's share of the mean
         self.routing = RoutingBiasCallback(config.optim.bias_update_rate)
-        optimizer = make_optimizer(model, config)
+        optimizer = make_optimizer(model, config.optim, config.decided_precision)
+        self._schedule = functools.partial(make_schedule, schedule=config.schedule, peak=config.optim.learning_rate)
+        schedule = ScheduleCallback(config.schedule.steps, config.logging, config.checkpoint.save_every)
         super().__init__(
             model,
             training_arguments(config),
             eval_dataset=[as_inputs(row) for row in torch.from_numpy(prepared.held_out).long()],  # pyright: ignore[reportArgumentType]
-            callbacks=[ScheduleCallback(config), self.routing, MPSCallback()],
-            optimizers=(optimizer, make_schedule(optimizer, config)),
+            callbacks=[schedule, self.routing, MPSCallback()],
+            optimizers=(optimizer, self._schedule(optimizer)),
         )
         self.remove_callback(PrinterCallback)  # `LogCallback` writes the log
 
@@ -104,7 +107,7 @@ class CustomLLMTrainer(Trainer):
         if model.training:
             self._cross_entropy = loss.detach()
             self.routing.add(output.router_experts, config.model.n_routed_experts)
-            loss = loss + auxiliary_loss(output, config) / config.data.grad_accum
+            loss = loss + auxiliary_loss(output, config.optim) / config.data.grad_accum
         return (loss, output) if return_outputs else loss
 
     def training_step(self, *args, **kwargs) -> Tensor:
@@ -154,4 +157,4 @@ class CustomLLMTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
         # the saved schedule belongs to the number of steps at that time
         optimizer: Any = self.optimizer
-        self.lr_scheduler = make_schedule(optimizer.optimizer, self._config, self.state.global_step)
+        self.lr_scheduler = self._schedule(optimizer.optimizer, steps_done=self.state.global_step)

@@ -20,6 +20,7 @@ from jaxllm.errors import UserError, listed, shown
 
 Precision = Literal["float32", "bfloat16"]
 PrecisionOption = Literal["auto", "float32", "bfloat16"]
+KernelsOption = Literal["auto", "plain"]
 
 FORMAT = 2
 """Version of a run's train_config.json and checkpoints; CHANGELOG.md says what each version holds."""
@@ -158,6 +159,10 @@ class TrainConfig(RunConfig):
     init: Path | None = option(None, resumable=True)
     """Start a new run from the weights of this folder: of the DeepSeek family, or an exported CustomLLM. It gives the
     model and, where it has one, the tokenizer. The learning rate is then 2e-5, and the run's folder runs/NAME."""
+    kernels: KernelsOption = option("auto", resumable=True)
+    """`auto`: the fastest kernels of the device; on a GPU each is checked at the start, and what fails is replaced.
+    `plain`: those that run on any device, unchecked. A resumed run may change it: results differ by rounding, as
+    between devices."""
     checkpoint: Flat[groups.CheckpointConfig] = field(default_factory=groups.CheckpointConfig)
     mesh: Flat[groups.MeshConfig] = field(default_factory=groups.MeshConfig)
 

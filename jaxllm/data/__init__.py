@@ -1,1 +1,1 @@
-"""Text in, batches of tokens out: corpus (documents), tokenizer, stream (packing, shuffling, batches, position)."""
+"""Text in, batches of tokens out: sources, tokenizer, encoder, stream (packing, shuffling, batches, position)."""

@@ -1,18 +1,13 @@
-"""Retries of requests to the Hub: which errors are transient, how long to wait, and one line for each retry.
+"""Retries of requests to the Hub: which errors are transient, how long to wait, and what is said of each wait.
 
 There are two loops. The Hub's client repeats a request up to five times in about half a minute, or when the server's
-Retry-After says; `report_client_retries` prints these. When it gives up, `RetryPolicy` waits, and the stream is opened
-again after its last row. The retries of `datasets` in between are off, since they wait without a message.
-
-Transient errors: a lost or refused connection, no answer in time, and the statuses of `TRANSIENT`. A damaged file may
-have been cut in transit, and is read again a few times. All other errors (404, 401, 403) are permanent.
+Retry-After says; its own messages report this. When it gives up, `RetryPolicy` waits, and the stream is opened again
+after its last row. The retries of `datasets` in between are off, since they wait without a message.
 """
 
 import functools
 import logging
-import re
 import time
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,16 +23,12 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
 """Seconds before the stream is opened again; twice as long each time."""
 
 DAMAGED_TRIES = 3
-"""How often a file is read that cannot be decoded."""
+"""How often a file is read that cannot be decoded: it may have been cut in transit."""
 
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Statuses of a server that is busy or under repair."""
 
-_CLIENT, _READER, _PARQUET = (
-    "huggingface_hub.utils._http",
-    "datasets.utils.file_utils",
-    "datasets.packaged_modules.parquet.parquet",
-)
+DAMAGED = "a damaged file"
 
 
 class RetryPolicy:
@@ -62,8 +53,9 @@ class RetryPolicy:
         self._tries += 1
         cause, where = transient_cause(error), _shard(error)
         if cause is None or (cause == DAMAGED and self._tries >= DAMAGED_TRIES):
+            *_, innermost = _chain(error)
             raise UserError(
-                f"data: {self._what}{where} cannot be read ({_innermost(error)}): check that it is still on the Hub "
+                f"data: {self._what}{where} cannot be read ({one_line(innermost)}): check that it is still on the Hub "
                 "and that you may read it; started again, the run resumes from its last checkpoint"
             ) from None
         if now - self._since > MAX_SECONDS:
@@ -72,15 +64,12 @@ class RetryPolicy:
                 "started again, the run resumes from its last checkpoint"
             ) from None
         seconds = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (self._tries - 1))
-        _say(cause, f"the stream is opened again in {seconds:.0f} s")
+        tqdm.write(f"The Hub: {cause}; the stream is opened again in {seconds:.0f} s (retry {self._tries})")
         time.sleep(seconds)
 
 
-DAMAGED = "a damaged file"
-
-
 def transient_cause(error: BaseException) -> str | None:
-    """The cause of a transient error; None if the error is permanent."""
+    """The cause of a transient error; None if the error is permanent, as 404, 401 and 403 are."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     http_error = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")  # httpx or its successor
@@ -92,38 +81,49 @@ def transient_cause(error: BaseException) -> str | None:
             status = getattr(one.response, "status_code", None)
             return f"HTTP {status}" if status in TRANSIENT else None
         if isinstance(one, http_error):
-            return "no answer in time" if "Timeout" in type(one).__name__ else "connection lost"
+            return one_line(one)
     for one in chain:
         if isinstance(one, TimeoutError | ConnectionError):
-            return "connection lost"
+            return one_line(one)
         if type(one) is OSError or type(one).__module__.startswith("pyarrow"):
             return DAMAGED
     return None
 
 
+class _AboveProgressBar(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(f"The Hub's client: {record.getMessage()}")
+
+
 @functools.cache
-def report_client_retries() -> None:
-    """Print a line for every request that the client repeats, and limit the time of each request.
+def configure_clients() -> None:
+    """Print the messages of the Hub's client; turn off the retries of `datasets` and its messages on errors."""
+    import datasets
+    from huggingface_hub import logging as hub_logging
 
-    Messages of the client and the readers themselves are not shown.
+    client = hub_logging.get_logger("huggingface_hub")
+    client.handlers, client.propagate = [_AboveProgressBar()], False
+    datasets.logging.set_verbosity(logging.CRITICAL)  # pyright: ignore[reportAttributeAccessIssue]
+    config: Any = datasets.config  # pyright: ignore[reportAttributeAccessIssue]
+    config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = 1
+    for name in ("READ", "READ_SERVER_UNAVAILABLE", "READ_RATE_LIMIT", "OPEN"):
+        setattr(config, f"STREAMING_{name}_RETRY_INTERVAL", 0)
+
+
+def bound_requests() -> None:
+    """Give requests about a repository, which have no time limit, that of downloads (HF_HUB_DOWNLOAD_TIMEOUT).
+
+    Call it before each series of requests: after a failed connection the client makes a new session.
     """
-    logger = logging.getLogger(_CLIENT)
-    logger.addHandler(_Repeats())
-    logger.setLevel(logging.WARNING)
-    logger.propagate = False
-    for name in (_READER, _PARQUET):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    from huggingface_hub import get_session
 
-    from huggingface_hub import set_client_factory
-    from huggingface_hub.utils import get_session
-
-    plain = get_session()
-    hooks = [*plain.event_hooks["request"], _bound_wait]
-    set_client_factory(lambda: type(plain)(event_hooks={"request": hooks}, follow_redirects=True, timeout=None))
+    session = get_session()
+    hooks = session.event_hooks
+    if _bound not in hooks["request"]:
+        session.event_hooks = hooks | {"request": [*hooks["request"], _bound]}
 
 
-def _bound_wait(request: Any) -> None:
-    """Give requests about a repository, which have no time limit, that of downloads."""
+def _bound(request: Any) -> None:
     from huggingface_hub import constants
 
     limits = request.extensions["timeout"]
@@ -132,46 +132,11 @@ def _bound_wait(request: Any) -> None:
     }
 
 
-asked_again: Counter[str] = Counter()
-"""Requests repeated in this process, by cause."""
-
-
-class _Repeats(logging.Handler):
-    """The client logs two lines for each repeated request: the first has the cause, the second the wait."""
-
-    def __init__(self):
-        super().__init__()
-        self._cause = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        if " thrown while requesting " in text:
-            cause = text.partition(" thrown while requesting ")[0]
-            if cause.startswith("HTTP Error "):
-                self._cause = f"HTTP {cause.removeprefix('HTTP Error ')}"
-            else:
-                self._cause = "no answer in time" if "timed out" in cause else f"connection lost: {cause[1:-1]}"
-        elif wait := re.search(r"(\d+)(?:\.\d+)?s\b", text):
-            _say(self._cause, f"asked again in {wait[1]} s")
-
-
-def _say(cause: str, what: str) -> None:
-    """Print one line above the progress bar, from the thread that waits."""
-    asked_again[cause.partition(":")[0]] += 1
-    causes = ", ".join(f"{name} ({count})" for name, count in asked_again.items())
-    tqdm.write(f"The Hub: {cause}; {what}. So far the Hub was asked again {asked_again.total()} times: {causes}")
-
-
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """An error and its causes, the outermost first."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _innermost(error: BaseException) -> str:
-    *_, last = _chain(error)
-    return one_line(last)
 
 
 def _shard(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from jaxllm.config.groups import DataConfig
 from jaxllm.data.chats import one_sided, other_side
 from jaxllm.data.file_source import FILES, FileSource, is_skipped
 from jaxllm.data.folder import DataFiles, check_split, find_data
-from jaxllm.data.hub_retry import RetryPolicy, report_client_retries, transient_cause
+from jaxllm.data.hub_retry import RetryPolicy, bound_requests, configure_clients, transient_cause
 from jaxllm.data.lines import kind_of
 from jaxllm.data.mixture import JOINED, Mixture, weighted
 from jaxllm.data.report import Seen, SourceReport
@@ -346,11 +346,8 @@ class HubSource:
         from datasets.distributed import split_dataset_by_node
         from huggingface_hub.errors import RevisionNotFoundError
 
-        # `RetryPolicy` waits instead
-        config: Any = datasets.config  # pyright: ignore[reportAttributeAccessIssue]
-        config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = 1
-        for name in ("READ", "READ_SERVER_UNAVAILABLE", "READ_RATE_LIMIT", "OPEN"):
-            setattr(config, f"STREAMING_{name}_RETRY_INTERVAL", 0)
+        configure_clients()
+        bound_requests()
         revision = self._at["revision"]
         try:
             # Not its own cache: if the Hub fails, `datasets` would use whatever commit was downloaded there before.
@@ -384,7 +381,7 @@ def hub_reachable() -> bool:
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    report_client_retries()
+    bound_requests()
     try:
         get_session().head(constants.ENDPOINT)
     except Exception:  # the HTTP library's own kinds, or the client's where HF_HUB_OFFLINE is set

@@ -19,9 +19,9 @@ from jaxllm.model.kernels import ANY, CUDA
 from jaxllm.model.numerics import pin_numerics
 from jaxllm.plan.hlo import read_program
 from jaxllm.plan.hlo_cost import collectives, kernels, matrix_products
+from jaxllm.train.computation import Computation
 from jaxllm.train.placement import lower_step
 from jaxllm.train.sharding import make_mesh
-from jaxllm.train.step import model_graph
 
 OUT_OF_MEMORY = "Ran out of memory"
 """XLA's words for a program that cannot fit: a TPU's compiler checks it."""
@@ -37,19 +37,16 @@ def topology_devices(target: Target, devices: int) -> list[Any]:
     return list(described.devices[:devices])
 
 
-def lower_for(config: TrainConfig, target: Target) -> jax.stages.Lowered:
-    """The real training step, on as many described devices as the config's mesh has."""
-    devices = topology_devices(target, config.mesh.devices)
-    platform = CUDA if target.compute_capability >= 8 else ANY
-    layout = make_mesh(devices, **config.mesh.sizes)
-    return lower_step(config, model_graph(config, platform), layout)
-
-
 def measure(config: TrainConfig, target: Target) -> dict[str, Any]:
-    """Compile, and read the program: memory in bytes of each device, its kernels, products and collectives."""
+    """Compile the real training step for as many described devices as the config's mesh has, and read the program.
+
+    Returns the memory in bytes of each device, and the program's kernels, products and collectives.
+    """
     start = time.perf_counter()
+    layout = make_mesh(topology_devices(target, config.mesh.devices), **config.mesh.sizes)
+    computation = Computation.of(config, CUDA if target.compute_capability >= 8 else ANY)
     try:
-        compiled: Any = lower_for(config, target).compile()
+        compiled: Any = lower_step(computation, layout).compile()
     except jax.errors.JaxRuntimeError as error:
         if OUT_OF_MEMORY in str(error):
             return {"out_of_memory": str(error).splitlines()[0]}

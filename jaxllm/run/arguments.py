@@ -81,7 +81,7 @@ def _of_trained(config: Config, model: ModelConfig) -> Config:
 
 
 def _saved_config(folder: Path, kind: type[Config]) -> Config | None:
-    """The config of the run in a folder; None if there is none, or if the run is of the other framework."""
+    """The config of the run in a folder; None if the folder has none, or if the run is of the other framework."""
     file = folder / CONFIG_FILE
     if not file.is_file():
         return None

@@ -1,6 +1,9 @@
-"""Whether the devices of a run multiply bfloat16 in hardware, on which its precision depends."""
+"""What a run must know of its devices: whether they multiply bfloat16 in hardware, and their software's versions."""
 
+import ctypes
+import functools
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +48,32 @@ def cpu_bfloat16(root: Path = Path("/")) -> str | None:
     except (OSError, IndexError):
         return None
     return next((name for name in CPU_INSTRUCTIONS if name in flags), None)
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Of JAX and, on an NVIDIA GPU, of its driver, CUDA and cuDNN: what decides which kernels work. It starts JAX."""
+    import jax
+
+    found = {"JAX": jax.__version__, "jaxlib": version("jaxlib")}
+    if jax.default_backend() == "gpu":
+        runtime = " ".join(jax.local_devices()[0].client.platform_version.split())
+        found |= {"driver": _driver(), "runtime": runtime, "cuDNN": _cudnn()}
+    return found
+
+
+def _driver(file: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """Of NVIDIA's kernel module, which containers see too."""
+    try:
+        return re.findall(r"NVRM version:.*?\s(\d+\.[\d.]+)", file.read_text(errors="replace"))[0]
+    except (OSError, IndexError):
+        return "unknown"
+
+
+def _cudnn() -> str:
+    """Of the library that JAX has loaded, by its own word."""
+    try:
+        number = int(ctypes.CDLL("libcudnn.so.9").cudnnGetVersion())  # 91301: 9.13.1
+    except (OSError, AttributeError):
+        return "unknown"
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}"

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from jaxllm.config import RunConfig
 from jaxllm.model import flops
 from jaxllm.run.tensorboard import TensorBoardWriter
-from jaxllm.run.throughput import Speed
+from jaxllm.run.throughput import Speed, Totals
 from jaxllm.run.trackers import Tracker
 from jaxllm.store.folder import METRICS_FILE
 from jaxllm.store.history import History
@@ -20,7 +20,7 @@ from jaxllm.store.metrics_file import json_line, write_metrics
 class RunLog:
     """Writes each record to the console (around the progress bar), to `metrics.jsonl` and to the trackers.
 
-    There is no bar where stderr is no terminal.
+    The bar is shown only where stderr is a terminal.
     """
 
     def __init__(self, config: RunConfig, history: History, first_step: int):
@@ -175,27 +175,26 @@ def end_record(
     config: RunConfig,
     epoch: float,
     *,
-    seconds: float,
-    steps_done: int,
+    totals: Totals,
     loss: float,
-    nonfinite_steps: int | None = None,
-    speed: Speed,
     memory: dict[str, float],
     peak_tflops: float,
+    nonfinite_steps: int | None = None,
     compile_seconds: float | None = None,
 ) -> dict[str, Any]:
-    """The last line of a run; speed and time are those of the `steps_done` steps of this process.
+    """The last line of a run.
 
     Args:
         config: of the run.
         epoch: passes over the data.
-        seconds: since the first step, evaluations and saving included, as in `speed`.
+        totals: time and speed of this process's steps.
         loss: mean of the run's steps.
-        nonfinite_steps: steps of the run that changed nothing; None if they are not counted.
         memory: the columns of peak memory.
         peak_tflops: the reference of the MFU.
+        nonfinite_steps: steps of the run that changed nothing; None if they are not counted.
         compile_seconds: before the first step; None if nothing is compiled.
     """
+    steps_done, seconds, speed = totals
     compiled = {} if compile_seconds is None else {"compile_seconds": rounded(compile_seconds, 2)}
     counted = {} if nonfinite_steps is None else {"nonfinite_steps": nonfinite_steps}
     rows = steps_done * config.data.grad_accum * config.data.batch_size

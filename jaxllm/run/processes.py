@@ -22,6 +22,7 @@ from orbax.checkpoint import multihost
 from jaxllm.config import TrainConfig
 from jaxllm.data.stream import Position
 from jaxllm.errors import UserError, one_line
+from jaxllm.run.huge_pages import restart_with_huge_pages
 from jaxllm.run.runtime import start_jax
 
 BARRIER_SECONDS = 24 * 3600
@@ -33,9 +34,12 @@ _counter = itertools.count()
 def init_distributed(config: TrainConfig) -> None:
     """Connect to the run's other processes, if it has any, before anything asks for a device.
 
+    Before that, the process may restart itself with huge pages.
+
     Raises:
         UserError: they cannot connect, or were given different options; or JAX finds no device.
     """
+    restart_with_huge_pages()
     mesh = config.mesh
     if mesh.coordinator is None:
         start_jax()

@@ -28,11 +28,13 @@ from tqdm import tqdm
 from jaxllm.command_line import parse
 from jaxllm.config import TrainConfig
 from jaxllm.config.fields import check_fields, option
+from jaxllm.config.groups import OptimConfig
 from jaxllm.data.stream import ProcessBatches
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.files import StrPath, write_text_atomically
 from jaxllm.run.runtime import start_jax, use_compilation_cache
+from jaxllm.run.self_check import kernels_to_avoid
 from jaxllm.store.checkpoint import CheckpointReader
 from jaxllm.store.folder import TOKENIZER, checkpoint_steps, read_config
 from jaxllm.store.lock import FolderLock
@@ -77,7 +79,7 @@ def replay(folder: StrPath, step: int) -> None:
     Prints what it finds and writes RUN/replay/STEP/: `batch.safetensors` (`labels`, (A,B,T) int32), `report.json`.
 
     Raises:
-        UserError: there is no such run, no checkpoint before that step is left, or the step is beyond the run's end.
+        UserError: the run does not exist, it has no checkpoint before that step, or the step is beyond the run's end.
     """
     folder = Path(folder)
     config = read_config(folder, TrainConfig)
@@ -100,13 +102,14 @@ def replay(folder: StrPath, step: int) -> None:
 
 
 def _replay(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, step: int, saved: int | None) -> None:
-    trainer = Trainer(config)
-    stream = ProcessBatches(config, tokenizer, *local_rows(config))
+    without = kernels_to_avoid(config.model, jnp.dtype(config.decided_precision), config.kernels)
+    trainer = Trainer(config, without=without)
+    stream = ProcessBatches(config, tokenizer, *local_rows(config.data.batch_size))
     if saved is None:
         state = trainer.init()
     else:
         reader = CheckpointReader(config.folder, saved)
-        state, resumed = reader.state(config, trainer.placement.state_shardings(config))
+        state, resumed = reader.state(config, trainer.state_shardings)
         state = trainer.placement.shard(state)
         if resumed is not None:
             stream.seek(resumed.positions)
@@ -115,23 +118,22 @@ def _replay(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, step: int, 
         for _ in tqdm(steps, unit="step", dynamic_ncols=True, disable=None):
             state, _ = trainer.step(state, stream.next_rows(config.data.grad_accum))
     labels = stream.next_rows(config.data.grad_accum).reshape(config.data.grad_accum, -1, config.data.seq_len)
-    found, loss = examine(
-        config, trainer.graph, on_one_device(trainer.placement.layout, trainer.unshard(state)), labels
-    )
+    state = on_one_device(trainer.placement.layout, trainer.unshard(state))
+    found, loss = examine(config.optim, trainer.graph, state, labels)
     _report(config, tokenizer, step, labels, found, loss)
 
 
 def examine(
-    config: TrainConfig, graph: nnx.GraphDef, state: TrainState, labels: np.ndarray
+    optim: OptimConfig, graph: nnx.GraphDef, state: TrainState, labels: np.ndarray
 ) -> tuple[list[Found], float]:
     """What of a step on labels (A,B,T) is not finite, in the order in which it is computed; and the step's loss."""
     found: list[Found] = []
     for index, micro in enumerate(labels):
-        for where, bad in _in_order(_forward(config, graph, state, micro, index)):
+        for where, bad in _in_order(_forward(graph, state, micro, index)):
             if bad.any():
                 row, token = np.argwhere(bad)[0].tolist()
                 found.append(Found(where, index, row, token, int(bad.sum())))
-    grads, loss, _ = jax.jit(functools.partial(gradients, config, graph))(state, labels)
+    grads, loss, _ = jax.jit(functools.partial(gradients, optim, graph))(state, labels)
     if not np.isfinite(loss):
         found.append(Found("loss"))
     found += [Found(f"gradient of {name}") for name in _bad_leaves(grads)]
@@ -154,12 +156,12 @@ class _Bad(NamedTuple):
     logits: Array  # (B,T)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _forward(config: TrainConfig, graph: nnx.GraphDef, state: TrainState, micro: Array, index: Array) -> _Bad:
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(graph: nnx.GraphDef, state: TrainState, micro: Array, index: Array) -> _Bad:
     """The forward pass of micro-batch `index` on its labels (B,T), as the step computes it."""
     model = nnx.merge(graph, state.params, state.routing_bias)
     ids = jnp.maximum(micro, 0)
-    keys = dropout_keys(config, state, index, rows=len(micro), local_rows=jnp.arange(len(micro)))
+    keys = dropout_keys(state, index, len(micro), jnp.arange(len(micro))) if model.config.dropout else None
     x, aux = model.hidden_states(ids, dropout_keys=keys, keep_trace=True)
     trace = aux.trace
     parts = (
@@ -167,7 +169,7 @@ def _forward(config: TrainConfig, graph: nnx.GraphDef, state: TrainState, micro:
     )  # fmt: skip
 
     def bad(tensor: Array) -> Array:  # (...,B,T,D) or (...,B*T,D) -> (...,B,T)
-        layers = (config.model.num_hidden_layers,) if any(tensor is part for part in parts) else ()
+        layers = (model.config.num_hidden_layers,) if any(tensor is part for part in parts) else ()
         return ~jnp.isfinite(tensor).reshape(*layers, *ids.shape, -1).all(-1)
 
     return _Bad(

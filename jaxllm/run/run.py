@@ -44,6 +44,7 @@ from jaxllm.run.processes import (
 )
 from jaxllm.run.reporting import announce, announce_finished, announce_speed, conclude
 from jaxllm.run.runtime import device_name, measured_peak_tflops, peak_memory
+from jaxllm.run.self_check import kernels_to_avoid
 from jaxllm.run.signals import stop_on_signals
 from jaxllm.run.throughput import Meter, reference_peak
 from jaxllm.store.checkpoint import CheckpointReader, delete_unfinished, quarantine
@@ -210,19 +211,15 @@ class Run:
 
     def log_totals(self) -> None:
         """Write the last line of the run."""
-        steps_done = self.step - self._first_step
-        seconds, speed = self._meter.whole(steps_done)
         self._log.write(
             end_record(
                 self.config,
                 self._epoch(),
-                seconds=seconds,
-                steps_done=steps_done,
+                totals=self._meter.totals(self.step - self._first_step),
                 loss=self._history.mean_loss(),
-                nonfinite_steps=self._history.nonfinite_steps,
-                speed=speed,
                 memory=peak_memory(),
                 peak_tflops=self._peak.tflops,
+                nonfinite_steps=self._history.nonfinite_steps,
                 compile_seconds=self._compile_seconds,
             )
         )
@@ -288,13 +285,14 @@ def _start(
 ) -> tuple[Run, Trainer, TrainState]:
     """A run in its prepared folder, from the checkpoint of `resume_step` or from the beginning."""
     config = prepared.config
-    stream, history = ProcessBatches(config, prepared.tokenizer, *local_rows(config)), History()
-    trainer = Trainer(config, placement)
+    stream, history = ProcessBatches(config, prepared.tokenizer, *local_rows(config.data.batch_size)), History()
+    without = kernels_to_avoid(config.model, jnp.dtype(config.decided_precision), config.kernels)
+    trainer = Trainer(config, placement, without)
     if resume_step is None:
         state, step = trainer.init(start and start.weights), 0
     else:
         saved = CheckpointReader(config.folder, resume_step)
-        state, resumed = saved.state(config, placement.state_shardings(config))
+        state, resumed = saved.state(config, trainer.state_shardings)
         step = int(state.step)
         if resumed is not None:
             stream.seek(resumed.positions)
@@ -307,7 +305,7 @@ def _start(
     tree = module_tree(config.model) if step == 0 else None
     announce(config, sum(flops.parameters(config.model).values()), tree, device_name(), bfloat16)
     print(f"Layout: {placement.describe()}")
-    print(f"Kernels: {describe_kernels(config.model, jnp.dtype(config.precision))}")
+    print(f"Kernels: {describe_kernels(config.model, jnp.dtype(config.precision), without=without)}")
     if step >= config.schedule.steps:
         announce_finished(step)
         if history.records and is_primary():

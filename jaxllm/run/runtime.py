@@ -1,24 +1,17 @@
-"""What surrounds a process that trains: huge pages, the compilation cache, the device's name, speed and memory.
+"""What surrounds a process that trains: the compilation cache, the device's name, speed and memory."""
 
-JAX is imported where it is needed, because huge pages must be decided before anything slow starts.
-"""
-
-import contextlib
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+
+import jax
+import jax.numpy as jnp
 
 from jaxllm.config import Precision
 from jaxllm.errors import UserError, one_line
 from jaxllm.files import cache_folder
+from jaxllm.model.numerics import pin_numerics
 from jaxllm.run.throughput import GIB, host_peak_gib, peak_tflops
-
-TUNABLE = "glibc.malloc.hugetlb"
-_RESTARTED = "JAXLLM_RESTARTED"
-_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 MAX_CACHE_BYTES = 2 * 2**30
 """Size of the compilation cache, beyond which the programs that were not used for longest are deleted."""
@@ -27,52 +20,16 @@ MIN_COMPILE_SECONDS = 0.05
 """A program that compiles faster is not kept."""
 
 
-def huge_pages_environment() -> dict[str, str]:
-    """The variables that a new process needs for huge pages; empty where they are on already, or not available.
-
-    A training step allocates gigabytes, and Linux maps them page by page, 4 KiB each, unless a program asks for
-    pages of 2 MiB, which make a step on a CPU a tenth faster. glibc's malloc asks if a tunable says so (glibc 2.35 or
-    later), but reads it only when a process starts.
-    """
-    present = os.environ.get("GLIBC_TUNABLES", "")
-    libc, version = platform.libc_ver()
-    if TUNABLE in present or libc != "glibc" or tuple(map(int, version.split(".")[:2])) < (2, 35):
-        return {}
-    try:
-        setting = _PAGES.read_text()
-    except OSError:
-        return {}
-    if "[madvise]" not in setting:  # always on, or never
-        return {}
-    return {"GLIBC_TUNABLES": ":".join(filter(None, (present, f"{TUNABLE}=1")))}
-
-
-def restart_with_huge_pages() -> None:
-    """Replace this process by one with the same arguments and huge pages, if that makes a difference. Call it first.
-
-    `GLIBC_TUNABLES=glibc.malloc.hugetlb=0` in the environment keeps them off. A program that runs inside another one (a
-    notebook, a debugger) is not restarted.
-    """
-    needed = huge_pages_environment()
-    if not needed or _RESTARTED in os.environ or sys.argv[0] not in sys.orig_argv or sys.gettrace():
-        return
-    if sys.executable:
-        with contextlib.suppress(OSError):  # it also works without, only slower
-            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **needed, _RESTARTED: "1"})
-
-
 def use_compilation_cache() -> None:
     """Keep compiled programs on disk, and read them from there; a cache that the user configured in JAX takes priority.
 
     JAX's key holds the program, its options, the versions of JAX and XLA and the device with its instruction set.
     """
-    import jax
-
     if jax.config.values["jax_compilation_cache_dir"] is not None:  # JAX_COMPILATION_CACHE_DIR
         return
     try:
         folder = cache_folder("xla")
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
         print(f"Programs are compiled again in each run: the cache cannot be used ({one_line(error)})", file=sys.stderr)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -86,10 +43,6 @@ def start_jax() -> None:
     Raises:
         UserError: it finds none, or cannot start them; or it may not compile.
     """
-    import jax
-
-    from jaxllm.model.numerics import pin_numerics
-
     pin_numerics()
     try:
         jax.devices()
@@ -102,16 +55,11 @@ def start_jax() -> None:
 
 
 def device_name() -> str:
-    import jax
-
     return f"{jax.devices()[0].device_kind} ({jax.default_backend()})"
 
 
 def measured_peak_tflops(precision: Precision) -> float:
     """TFLOP/s in matrix products of the given precision, on the first device."""
-    import jax
-    import jax.numpy as jnp
-
     multiply = jax.jit(jnp.matmul)
 
     def prepare(side: int) -> Callable[[], float]:
@@ -130,8 +78,6 @@ def measured_peak_tflops(precision: Precision) -> float:
 
 def peak_memory() -> dict[str, float]:
     """Columns of a log line: the process's peak in GiB and, where the device keeps count (GPU, TPU), the device's."""
-    import jax
-
     columns = {"host_peak_gib": host_peak_gib()}
     statistics = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in statistics:

@@ -1,13 +1,19 @@
-"""TensorBoard events of a run, written by tensorboardX in a background thread."""
+"""TensorBoard events of a run: scalars, each written to the file at once.
 
-import functools
+An event is a protocol buffer (tensorflow/core/util/event.proto) in a TFRecord: length, checksum, bytes, checksum.
+Libraries write them from a thread of their own, which a full disk ends without a word.
+"""
+
+import ctypes
 import math
+import socket
+import struct
 import sys
-import threading
-import weakref
+import time
+from pathlib import Path
 from typing import Any
 
-from jaxllm.errors import optional
+from jaxllm.errors import one_line, optional
 from jaxllm.files import StrPath
 
 
@@ -26,76 +32,73 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
 
 
 class TensorBoardWriter:
-    """Writes the numbers of each record, as long as the disk takes them.
-
-    tensorboardX's thread dies on a full disk, and adding more events then blocks forever.
-    """
+    """Writes the numbers of each record, as long as the disk takes them."""
 
     def __init__(self, folder: StrPath, first_step: int):
         """`first_step`: events of later steps, from a process that was killed, are hidden."""
-        _record_thread_errors()
-        self._writer, self._threads = None, []
-        before = set(threading.enumerate())
+        self._file = None
         with optional(f"writing {folder}"):
-            # The queue has room for the events of many records, so that none blocks before the thread is found dead.
-            self._writer = _summary_writer()(str(folder), purge_step=first_step + 1, max_queue=1000)
-        self._threads = [thread for thread in threading.enumerate() if thread not in before and _is_writer(thread)]
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+            self._file = Path(folder, name).open("ab", buffering=0)  # noqa: SIM115
+            self._write(_field(3, b"brain.Event:2"))  # file_version
+            self._write(_field(2, first_step + 1), _field(7, _field(1, 1)))  # step, session_log: status START
 
     def write(self, record: dict[str, Any]) -> None:
         """Write a record, unless an earlier one could not be written."""
-        for thread in self._threads:
-            if not thread.is_alive() and self._writer is not None:
-                print(
-                    f"warning: TensorBoard's events are no longer written ({_thread_errors.get(thread)})",
-                    file=sys.stderr,
-                )
-                self._writer = None
-        if self._writer is None:
+        values = (_field(1, name.encode()) + _field(2, float(value)) for name, value in scalars(record).items())
+        self._write(_field(2, record["step"]), _field(5, b"".join(_field(1, value) for value in values)))  # summary
+
+    def _write(self, *fields: bytes) -> None:
+        if self._file is None:
             return
-        for name, value in scalars(record).items():
-            self._writer.add_scalar(name, value, record["step"])
+        event = struct.pack("<Bd", 1 << 3 | 1, time.time()) + b"".join(fields)  # wall_time
+        length = struct.pack("<Q", len(event))
+        try:
+            self._file.write(length + _checksum(length) + event + _checksum(event))
+        except OSError as error:
+            print(f"warning: TensorBoard's events are no longer written ({one_line(error)})", file=sys.stderr)
+            self.close()
 
     def close(self) -> None:
-        if self._writer is not None and all(thread.is_alive() for thread in self._threads):
-            self._writer.close()
-        self._writer = None
+        if self._file is not None:
+            self._file.close()
+        self._file = None
 
 
-_thread_errors: weakref.WeakKeyDictionary[threading.Thread, BaseException | None] = weakref.WeakKeyDictionary()
-"""The error that ended each writer thread."""
+def _field(number: int, value: int | float | bytes) -> bytes:
+    """A field of a protocol buffer: a float32, a non-negative integer, or bytes."""
+    if isinstance(value, float):
+        return bytes([number << 3 | 5]) + bytes(ctypes.c_float(value))  # inf beyond the range of float32
+    if isinstance(value, int):
+        return bytes([number << 3]) + _varint(value)
+    return bytes([number << 3 | 2]) + _varint(len(value)) + value
 
 
-@functools.cache
-def _record_thread_errors() -> None:
-    """Record the error of a writer thread instead of printing it, now and again when the process ends."""
-    hook_before, unraisable_before = threading.excepthook, sys.unraisablehook
-
-    def hook(args: threading.ExceptHookArgs) -> None:
-        if args.thread is not None and _is_writer(args.thread):
-            _thread_errors[args.thread] = args.exc_value
-        else:
-            hook_before(args)
-
-    def unraisable_hook(unraisable) -> None:
-        if not str(getattr(unraisable.object, "__module__", "")).startswith("tensorboardX"):
-            unraisable_before(unraisable)
-
-    threading.excepthook, sys.unraisablehook = hook, unraisable_hook
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value >= 128:
+        encoded.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*encoded, value])
 
 
-def _is_writer(thread: threading.Thread) -> bool:
-    return type(thread).__module__.startswith("tensorboardX")
+def _crc32c_table() -> list[int]:
+    table = []
+    for crc in range(256):
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+        table.append(crc)
+    return table
 
 
-def _summary_writer() -> type:
-    """tensorboardX's writer. It would also import PyTorch where that is installed: two seconds for nothing."""
-    modules: dict[str, Any] = sys.modules
-    hide = "torch" not in modules
-    if hide:
-        modules["torch"] = None  # importing it fails, as if it were not installed
-    try:
-        from tensorboardX import SummaryWriter
-    finally:
-        if hide:
-            del modules["torch"]
-    return SummaryWriter
+_TABLE = _crc32c_table()
+
+
+def _checksum(data: bytes) -> bytes:
+    """The masked CRC-32C of a TFRecord."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = crc >> 8 ^ _TABLE[(crc ^ byte) & 255]
+    crc ^= 0xFFFFFFFF
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)

@@ -31,6 +31,14 @@ class Speed(NamedTuple):
     data_wait: float  # share of the time in which the loop waited for a batch
 
 
+class Totals(NamedTuple):
+    """Since the first step of this process, evaluations and saving included."""
+
+    steps: int
+    seconds: float
+    speed: Speed
+
+
 class Meter:
     """Measures a run from its construction on, between log lines and as a whole.
 
@@ -58,10 +66,10 @@ class Meter:
         self._lap_started, self._lap_waited, self._excluded = now, waited, 0.0
         return speed
 
-    def whole(self, steps: int) -> tuple[float, Speed]:
-        """Seconds since the start, and the speed of all `steps` in them, evaluations and saving included."""
+    def totals(self, steps: int) -> Totals:
+        """Time and speed of all `steps` since the start."""
         seconds = time.perf_counter() - self._started
-        return seconds, self._speed(steps, seconds, self._waited())
+        return Totals(steps, seconds, self._speed(steps, seconds, self._waited()))
 
     def _speed(self, steps: int, seconds: float, waited: float) -> Speed:
         rate = steps * self._tokens_per_step / seconds

@@ -31,8 +31,8 @@ Pytree = Any
 
 T = TypeVar("T")
 
-MAX_LOOKS = 10
-"""How often a checkpoint that is removed while it is read may be replaced by a newer one."""
+MAX_RETRIES = 10
+"""Retries when the training run deletes the checkpoint that is being read."""
 
 
 class Weights(NamedTuple):
@@ -104,7 +104,7 @@ class CheckpointReader:
         resumed = self.resume_state(config, shardings)
         weights = self.weights(config.model, wanted)
         if resumed is None:
-            start = functools.partial(start_state, config)
+            start = functools.partial(start_state, config.model, config.optim, config.seed)
             return (start if shardings is None else jax.jit(start, out_shardings=shardings))(*weights), None
         return TrainState(*weights, resumed.opt_state, resumed.step, resumed.dropout_key), resumed
 
@@ -117,7 +117,7 @@ class CheckpointReader:
         if not self.has_training:
             return None
         check_format(self._folder)
-        targets = _targets(abstract_state(config), shardings)
+        targets = _targets(abstract_state(config.model, config.optim), shardings)
         training = {"opt_state": targets.opt_state, "step": targets.step, "dropout_key": targets.dropout_key}
         restored = self._restore(training=training, positions=self._shapes_of_positions(), history=None)
         try:
@@ -142,7 +142,10 @@ class CheckpointReader:
             raise self._unreadable(error) from None
         for shape in shapes.values():
             if len(shape) != 1 or not 0 < shape[0] <= MAX_POSITION_BYTES:
-                raise UserError(f"the checkpoint {self._folder} has a data position of the shape {shape}: it is none")
+                raise UserError(
+                    f"the checkpoint {self._folder} has a data position of shape {shape}, which is not valid: move the "
+                    "folder elsewhere to use the one before it"
+                )
         return {name: np.empty(shape, np.uint8) for name, shape in shapes.items()}
 
     def _restore(self, **targets: Pytree) -> dict[str, Any]:
@@ -158,8 +161,8 @@ class CheckpointReader:
 
     def _unreadable(self, error: Exception) -> UserError:
         return UserError(
-            f"the checkpoint {self._folder} cannot be read ({one_line(error)}): it is what was written, so try with "
-            "the versions that wrote it; move the folder elsewhere to use the one before it"
+            f"the checkpoint {self._folder} cannot be read ({one_line(error)}): its checksums are correct, so the "
+            "library versions may differ: use those that wrote it; move the folder elsewhere to use the one before it"
         )
 
 
@@ -177,11 +180,11 @@ def newest_checkpoint(run: StrPath) -> CheckpointReader:
     """The newest undamaged checkpoint of a run's folder.
 
     Raises:
-        UserError: it is no run, or there is none.
+        UserError: the folder is not a run folder, or has no undamaged checkpoint.
     """
     run = Path(run)
     if not is_run(run):
-        raise UserError(f"{str(run)!r} is not a run's folder: it has no folder checkpoints")
+        raise UserError(f"{str(run)!r} is not a run folder: it has no checkpoints/ directory")
     step = choose_checkpoint(run).step
     if step is None:
         raise UserError(f"{run / 'checkpoints'} holds no complete checkpoint")
@@ -195,7 +198,7 @@ def read_newest(run: StrPath, read: Callable[[CheckpointReader], T]) -> T:
         UserError: as `newest_checkpoint` and `read`; or new checkpoints come faster than one is read.
     """
     run = Path(run)
-    for _ in range(MAX_LOOKS):
+    for _ in range(MAX_RETRIES):
         newest = checkpoint_steps(run)[-1:]
         try:
             return read(newest_checkpoint(run))
@@ -212,7 +215,7 @@ def load_weights(run: StrPath) -> tuple[ModelConfig, Weights]:
     """Model config and newest weights of a run folder.
 
     Raises:
-        UserError: it is no run, or the checkpoint cannot be read.
+        UserError: the folder is not a run folder, or the checkpoint cannot be read.
     """
     config = read_model_config(run)
     return config, read_newest(run, lambda saved: saved.weights(config))

@@ -2,13 +2,10 @@
 
 import asyncio
 import contextlib
-import functools
 import json
-import logging
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +18,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint.path import atomicity
 
 from jaxllm.config import ModelConfig, RunConfig
+from jaxllm.console import silence_reported_errors
 from jaxllm.errors import UserError, one_line
 from jaxllm.files import StrPath, plain_path, rename_durably, write_json
 from jaxllm.model.dtypes import check_floats
@@ -95,7 +93,7 @@ class CheckpointWriter:
             preservation_policy=policies.AnyPreservationPolicy(kept), temporary_path_class=_ChecksummedFolder
         )
         self._writing: int | None = None  # the step that is being written
-        _silence_duplicate_errors()
+        silence_reported_errors()
         self._cleanup = contextlib.ExitStack()
         with self._storage_errors():
             alias = self._cleanup.enter_context(plain_path(Path(run)))
@@ -172,21 +170,6 @@ def _reason(error: Exception) -> str:
     return os.strerror(int(code[1] or code[2])) if code else one_line(error)
 
 
-@functools.cache
-def _silence_duplicate_errors() -> None:
-    """An error of writing is raised and becomes one line: keep orbax and tensorstore from printing it as well."""
-    logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
-    logging.getLogger("asyncio").addFilter(lambda record: "was never retrieved" not in record.getMessage())
-    hook_before = sys.unraisablehook
-
-    def hook(unraisable) -> None:
-        # tensorstore finds more errors in the files of a save that has failed already
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook_before(unraisable)
-
-    sys.unraisablehook = hook
-
-
 def write_run(
     folder: StrPath,
     model: ModelConfig,
@@ -237,7 +220,7 @@ def check_room(config: RunConfig) -> None:
     Raises:
         UserError: it has not.
     """
-    run, state = config.folder, abstract_state(config)
+    run, state = config.folder, abstract_state(config.model, config.optim)
     needed, free = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)), shutil.disk_usage(run).free
     if free < needed:
         raise UserError(

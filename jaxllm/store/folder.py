@@ -27,12 +27,12 @@ Config = TypeVar("Config", bound=RunConfig)
 
 
 def is_run(folder: StrPath) -> bool:
-    """Whether it is a folder of JAX checkpoints: a run of train.py, or made by the converter without a history."""
+    """Whether a folder holds JAX checkpoints: a run of train.py, or one that the converter made without a history."""
     return Path(folder, MODEL_FILE).is_file() and Path(folder, CHECKPOINTS).is_dir()
 
 
 def checkpoint_owner(folder: StrPath) -> Framework | None:
-    """The framework whose checkpoints a run's folder holds; None: it holds none yet."""
+    """The framework whose checkpoints a run's folder holds; None: it has no checkpoints yet."""
     if any(Path(folder).glob("checkpoint-*/")):
         return "PyTorch"
     if any(Path(folder, CHECKPOINTS).glob("*/")):
@@ -50,24 +50,24 @@ def read_config(run: StrPath, kind: type[Config]) -> Config:
     """The config of a run.
 
     Raises:
-        UserError: there is none, or it is not valid.
+        UserError: the file is missing or not valid.
     """
     run = Path(run)
     try:
         return kind.from_dict(read_json(run / CONFIG_FILE)).with_options(run_dir=run)
     except UserError as error:
-        raise UserError(f"{str(run)!r} is no training run: {error}") from None
+        raise UserError(f"{str(run)!r} is not a training run: {error}") from None
 
 
 def read_model_config(folder: StrPath) -> ModelConfig:
     """The model's shape from the config.json of a run or of a folder with weights.
 
     Raises:
-        UserError: there is none, its family is not known, or it is not valid.
+        UserError: the file is missing, its family is not known, or it is not valid.
     """
     file = Path(folder, MODEL_FILE)
     if not file.is_file():
-        raise UserError(f"{str(file.parent)!r} is no run and no exported model: it holds no config.json")
+        raise UserError(f"{str(file.parent)!r} is neither a run folder nor an exported model: it has no config.json")
     try:
         return families.read_config(read_json(file))
     except UserError as error:

@@ -73,7 +73,7 @@ def check_init(config: RunConfig, saved: dict[str, Any]) -> None:
     """Compare --init with what a run started from; a run of an earlier version does not know it.
 
     Raises:
-        UserError: it started from something else, and would go on from that.
+        UserError: it started from something else.
     """
     init = getattr(config, "init", None)
     if init is None or (saved and "init" not in saved):
@@ -113,14 +113,14 @@ def check_data(config: RunConfig, saved: dict[str, Any]) -> None:
     """Compare the data with those of the run's saved config. They may have another name.
 
     Raises:
-        UserError: they are others. Of files by the same name, the data position tells which one differs.
+        UserError: they differ. Of files by the same name, the data position shows which one differs.
     """
     name, before = config.data.source, saved.get("data")
     if config.data.revision != saved.get("data_revision") and not (
         name == before and is_fingerprint(config.data.revision)
     ):
         raise UserError(
-            f"data is {shown(name)}, and the run has {shown(before)}: the content is another; leave the option out, "
+            f"data is {shown(name)}, and the run has {shown(before)}: the content differs; leave the option out, "
             "pass --overwrite to start over, or another --run-dir"
         )
 
@@ -128,7 +128,7 @@ def check_data(config: RunConfig, saved: dict[str, Any]) -> None:
 class Choice(NamedTuple):
     """Which checkpoint of a run is read."""
 
-    step: int | None  # the newest one that is not damaged; None: there is none
+    step: int | None  # the newest undamaged one; None: the run has no checkpoint
     damaged: list[int]  # newer ones
 
 

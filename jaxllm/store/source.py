@@ -26,7 +26,7 @@ WEIGHT_ENDINGS = (
 
 MAX_BYTES = 64 * 2**20
 MAX_FILES = 1000
-"""Limits of what is kept: more is no model's folder."""
+"""Limits of what is kept: a larger folder is not a model's."""
 
 
 class SourceFiles(NamedTuple):
@@ -40,7 +40,7 @@ class SourceFiles(NamedTuple):
     def write(self, run: Path) -> None:
         """Copy them into a run's folder: each of its folders atomically."""
         parts = {name.partition("/")[0] for name in self.places}
-        for part in sorted(parts, reverse=True):  # `SOURCE` last: it tells that all are there
+        for part in sorted(parts, reverse=True):  # `SOURCE` last: it marks the copy as complete
             if (run / part).exists():
                 continue
             with tempfile.TemporaryDirectory(dir=run, prefix=f".{part}.") as scratch:
@@ -102,7 +102,7 @@ def source_files(folder: Path, tokenizer: bool = True) -> SourceFiles:
 
 def tokenizer_files(folder: Path) -> SourceFiles:
     """The files of a folder's tokenizer, for a run that takes it in place of its source's."""
-    found = source_files(folder).places if folder.is_dir() else {}  # none of a Hub name
+    found = source_files(folder).places if folder.is_dir() else {}  # a Hub name has no files here
     return SourceFiles({name: file for name, file in found.items() if name.startswith(f"{TOKENIZER}/")}, [])
 
 

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxllm.config import RunConfig
+from jaxllm.config.groups import OptimConfig
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.kernels.matmul import matmul
 from jaxllm.model.kernels.packed import pack, unpack
 from jaxllm.model.layers import ParameterFacts
 from jaxllm.model.layout import MESH_AXIS, Layout
+from jaxllm.train.adamw import UpdateScalars, tree_where
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration: five steps bring singular values from 1e-3 to 1 into about 0.7 to 1.2."""
@@ -29,14 +30,13 @@ RMS = 0.2
 
 
 def muon_update(
-    config: RunConfig,
+    optim: OptimConfig,
     grads: Pytree,
     momentum: Pytree,
     params: Pytree,
     facts: Pytree,
-    *,
-    rate: Array,
-    finite: Array,
+    scalars: UpdateScalars,
+    dtype: jnp.dtype,
     layout: Layout,
 ) -> tuple[Pytree, Pytree]:
     """One update of matrices with leading axes of layers and experts; returns the parameters and the momentum.
@@ -46,30 +46,29 @@ def muon_update(
 
     Args:
         grads, momentum, params, facts: pytrees alike; facts are `ParameterFacts`.
-        rate: () learning rate.
-        finite: () bool; where it is False, neither the parameters nor the momentum change.
+        dtype: of the model. A bfloat16 model's matrices are orthogonalized in bfloat16.
     """
     specs = jax.tree.map(lambda known: layout.parameter_spec(known.axes), facts)
-    beta, decay = config.optim.muon_momentum, config.optim.weight_decay
+    beta, decay = optim.muon_momentum, optim.weight_decay
 
     def local(grads: Pytree, momentum: Pytree, params: Pytree, rate: Array, finite: Array) -> tuple[Pytree, Pytree]:
         new = optax.tree.update_moment(grads, momentum, beta, 1)
 
         def updated(param: Array, grad: Array, moment: Array, known: ParameterFacts) -> Array:
             nesterov = (1 - beta) * grad + beta * moment
-            direction = _orthogonalized(config, nesterov, known, layout)
+            direction = _orthogonalized(nesterov, known, dtype, layout)
             change = rate.astype(param.dtype) * (direction.astype(param.dtype) + decay * param)
             return jnp.where(finite, param - change, param)
 
         params = jax.tree.map(updated, params, grads, new, facts)
-        return params, jax.tree.map(functools.partial(jnp.where, finite), new, momentum)
+        return params, tree_where(finite, new, momentum)
 
     whole = jax.sharding.PartitionSpec()
     update = layout.shard_map(local, in_specs=(specs, specs, specs, whole, whole), out_specs=(specs, specs))
-    return update(grads, momentum, params, rate, finite)
+    return update(grads, momentum, params, scalars.rate, scalars.finite)
 
 
-def _orthogonalized(config: RunConfig, part: Array, known: ParameterFacts, layout: Layout) -> Array:
+def _orthogonalized(part: Array, known: ParameterFacts, dtype: jnp.dtype, layout: Layout) -> Array:
     """This device's part of the updates (L,...,in,out), each matrix orthogonalized, with the RMS of AdamW's updates."""
     cut = [d for d, axis in enumerate(known.axes) if MESH_AXIS.get(axis) == "fsdp"] if layout.fsdp > 1 else []
     layers = part.shape[0]
@@ -77,7 +76,7 @@ def _orthogonalized(config: RunConfig, part: Array, known: ParameterFacts, layou
     if cut:  # a part of each layer's matrices -> whole matrices of some of the layers
         padding = [(0, -layers % layout.fsdp), *[(0, 0)] * (part.ndim - 1)]
         part = exchange(jnp.pad(part, padding), split_axis=0, concat_axis=cut[0])
-    dtype = jnp.bfloat16 if config.precision == "bfloat16" else part.dtype
+    dtype = jnp.bfloat16 if dtype == jnp.bfloat16 else part.dtype
     # one layer at a time, so that the iteration's matrices are those of one layer
     part = unpack(jax.lax.map(lambda matrices: pack(newton_schulz(matrices, dtype)), part))
     part = RMS * math.sqrt(max(part.shape[-2:])) * part

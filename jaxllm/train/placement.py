@@ -15,18 +15,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jaxllm.config import AXES, TrainConfig
+from jaxllm.config import AXES
+from jaxllm.config.groups import MeshConfig
 from jaxllm.errors import UserError
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
+from jaxllm.train.computation import Computation
 from jaxllm.train.sharding import choose_mesh, shardings
-from jaxllm.train.state import TrainState, abstract_state, init_state, state_specs
-from jaxllm.train.step import StepMetrics, eval_step, train_step
+from jaxllm.train.state import TrainState, abstract_state
+from jaxllm.train.step import StepMetrics
 
 
 class Programs(NamedTuple):
@@ -47,16 +47,16 @@ class Placement(ABC):
         """A description of the placement, for a line at start-up."""
 
     @abstractmethod
-    def compile(self, config: TrainConfig, graph: nnx.GraphDef) -> tuple[Callable, Callable]:
+    def compile(self, computation: Computation) -> tuple[Callable, Callable]:
         """`Programs.step` and `Programs.evaluate`."""
 
-    def state_shardings(self, config: TrainConfig) -> TrainState | None:
+    def state_shardings(self, computation: Computation) -> TrainState | None:
         """Where a checkpoint restores each array of the state; None: on the first device."""
         return None
 
-    def init(self, config: TrainConfig) -> TrainState:
+    def init(self, computation: Computation) -> TrainState:
         """A new run's state, in the form that the programs take."""
-        return jax.jit(functools.partial(init_state, config), out_shardings=self.state_shardings(config))()
+        return jax.jit(computation.init_state, out_shardings=self.state_shardings(computation))()
 
     def shard(self, state: TrainState) -> TrainState:
         """From the form of one device to the form that the programs take."""
@@ -67,22 +67,22 @@ class Placement(ABC):
         return state
 
 
-def choose_placement(config: TrainConfig) -> Placement:
+def choose_placement(mesh: MeshConfig, batch_size: int) -> Placement:
     """The placement that a config asks for, on the devices here.
 
     Raises a UserError if there are too few devices, or if they do not divide the batch.
     """
-    if config.mesh.parallel == "pmap":
-        return Pmap(config)
-    if config.mesh.sizes or jax.process_count() > 1:
-        return OnMesh(choose_mesh(config))
+    if mesh.parallel == "pmap":
+        return Pmap(batch_size)
+    if mesh.sizes or jax.process_count() > 1:
+        return OnMesh(choose_mesh(mesh))
     return OneDevice()
 
 
-def compile_programs(placement: Placement, config: TrainConfig, graph: nnx.GraphDef) -> Programs:
-    """Trace and compile what a run executes; the state's shapes follow from the config."""
+def compile_programs(placement: Placement, computation: Computation) -> Programs:
+    """Trace and compile what a run executes."""
     start = time.perf_counter()
-    return Programs(*placement.compile(config, graph), time.perf_counter() - start)
+    return Programs(*placement.compile(computation), time.perf_counter() - start)
 
 
 class OneDevice(Placement):
@@ -94,9 +94,9 @@ class OneDevice(Placement):
         here = len(jax.devices())
         return "one device" + (f" of {here}: pass --mesh or --parallel pmap to use more" if here > 1 else "")
 
-    def compile(self, config: TrainConfig, graph: nnx.GraphDef) -> tuple[Callable, Callable]:
-        evaluate = _compile_evaluation(config, graph, ONE_DEVICE)
-        step = lower_step(config, graph, ONE_DEVICE).compile()
+    def compile(self, computation: Computation) -> tuple[Callable, Callable]:
+        evaluate = _compile_evaluation(computation, ONE_DEVICE)
+        step = lower_step(computation, ONE_DEVICE).compile()
         return step, lambda state, labels: evaluate(state.params, state.routing_bias, labels)
 
 
@@ -109,21 +109,22 @@ class OnMesh(Placement):
     def describe(self) -> str:
         return "mesh " + " x ".join(f"{axis}={getattr(self.layout, axis)}" for axis in AXES)
 
-    def state_shardings(self, config: TrainConfig) -> TrainState:
-        return shardings(self.layout, state_specs(config, self.layout))
+    def state_shardings(self, computation: Computation) -> TrainState:
+        return shardings(self.layout, computation.specs(self.layout))
 
-    def compile(self, config: TrainConfig, graph: nnx.GraphDef) -> tuple[Callable, Callable]:
-        layout, kept = self.layout, self.state_shardings(config)
+    def compile(self, computation: Computation) -> tuple[Callable, Callable]:
+        layout, state = self.layout, self.state_shardings(computation)
         rows = shardings(layout, layout.batch_spec(0))
-        evaluate = _compile_evaluation(config, graph, layout, in_shardings=(kept.params, kept.routing_bias, rows))
-        step = lower_step(config, graph, layout).compile()
+        evaluate = _compile_evaluation(computation, layout, in_shardings=(state.params, state.routing_bias, rows))
+        step = lower_step(computation, layout).compile()
         if jax.process_count() == 1:
             return step, lambda state, labels: evaluate(state.params, state.routing_bias, labels)
-        first, _ = local_rows(config)
+        batch_size = computation.shape[1]
+        first, _ = local_rows(batch_size)
 
         def global_batch(local: np.ndarray, axis: int, start: int) -> Array:
             """A batch over all processes, of which this one has the rows from `start` on."""
-            shape = (*local.shape[:axis], config.data.batch_size, *local.shape[axis + 1 :])
+            shape = (*local.shape[:axis], batch_size, *local.shape[axis + 1 :])
 
             def part(index: Any) -> np.ndarray:  # a slice for each axis
                 rows = index[axis]
@@ -137,22 +138,26 @@ class OnMesh(Placement):
         )
 
 
-def _compile_evaluation(config: TrainConfig, graph: nnx.GraphDef, layout: Layout, **options: Any) -> Callable:
-    state = abstract_state(config)
-    evaluate = jax.jit(functools.partial(eval_step, config, graph, layout=layout), **options)
-    return evaluate.lower(state.params, state.routing_bias, _labels(config)).compile()
+def _compile_evaluation(computation: Computation, layout: Layout, **options: Any) -> Callable:
+    state = abstract_state(computation.model, computation.optim)
+    evaluate = jax.jit(functools.partial(computation.eval_step, layout=layout), **options)
+    return evaluate.lower(state.params, state.routing_bias, _micro_batch(computation)).compile()
+
+
+def _micro_batch(computation: Computation) -> jax.ShapeDtypeStruct:  # (B,T)
+    return jax.ShapeDtypeStruct(computation.shape[1:], computation.labels.dtype)
 
 
 class Pmap(Placement):
     """All devices of this process, each with a copy of the model and local rows of the batch."""
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, batch_size: int):
         devices = len(jax.devices())
         if jax.process_count() > 1:
             raise UserError("parallel is 'pmap': that is for the devices of one process, pass --mesh instead")
-        if config.data.batch_size % devices:
+        if batch_size % devices:
             raise UserError(
-                f"batch_size is {config.data.batch_size}: under --parallel pmap it must be a multiple of the "
+                f"batch_size is {batch_size}: under --parallel pmap it must be a multiple of the "
                 f"{devices} devices here, which share its rows"
             )
         self.layout = Layout(data=devices)
@@ -160,8 +165,8 @@ class Pmap(Placement):
     def describe(self) -> str:
         return f"pmap over {self.layout.devices} devices, each with a copy of the model"
 
-    def init(self, config: TrainConfig) -> TrainState:
-        return self.shard(OneDevice().init(config))
+    def init(self, computation: Computation) -> TrainState:
+        return self.shard(OneDevice().init(computation))
 
     def shard(self, state: TrainState) -> TrainState:
         return jax.pmap(lambda _, state: state, in_axes=(0, None))(np.arange(self.layout.devices), state)
@@ -169,7 +174,7 @@ class Pmap(Placement):
     def unshard(self, state: TrainState) -> TrainState:
         return _first_copy(state)
 
-    def compile(self, config: TrainConfig, graph: nnx.GraphDef) -> tuple[Callable, Callable]:
+    def compile(self, computation: Computation) -> tuple[Callable, Callable]:
         layout, n = self.layout, self.layout.devices
 
         def by_device(labels: np.ndarray, axis: int) -> np.ndarray:
@@ -177,11 +182,11 @@ class Pmap(Placement):
             parts = labels.reshape(*labels.shape[:axis], n, -1, *labels.shape[axis + 1 :])
             return np.moveaxis(parts, axis, 0)
 
-        state = jax.eval_shape(jax.vmap(lambda _: init_state(config)), jnp.arange(n))
-        step = jax.pmap(functools.partial(train_step, config, graph, layout=layout), "data", donate_argnums=0)
-        step = step.lower(state, jax.eval_shape(lambda x: by_device(x, 1), _step_labels(config))).compile()
-        evaluate = jax.pmap(functools.partial(eval_step, config, graph, layout=layout), "data")
-        labels = jax.eval_shape(lambda x: by_device(x, 0), _labels(config))
+        state = jax.eval_shape(jax.vmap(lambda _: computation.init_state()), np.arange(n))
+        step = jax.pmap(functools.partial(computation.train_step, layout=layout), "data", donate_argnums=0)
+        step = step.lower(state, jax.eval_shape(lambda x: by_device(x, 1), computation.labels)).compile()
+        evaluate = jax.pmap(functools.partial(computation.eval_step, layout=layout), "data")
+        labels = jax.eval_shape(lambda x: by_device(x, 0), _micro_batch(computation))
         evaluate = evaluate.lower(state.params, state.routing_bias, labels).compile()
 
         def run_step(state: TrainState, labels: np.ndarray) -> tuple[TrainState, StepMetrics]:
@@ -207,28 +212,20 @@ def on_one_device(layout: Layout, tree: Pytree) -> Pytree:
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
 
 
-def local_rows(config: TrainConfig) -> tuple[int, int]:
+def local_rows(batch_size: int) -> tuple[int, int]:
     """The first row of a micro-batch that this process's devices have, and how many rows they have."""
-    rows = config.data.batch_size // jax.process_count()
+    rows = batch_size // jax.process_count()
     return jax.process_index() * rows, rows
 
 
-def lower_step(config: TrainConfig, graph: nnx.GraphDef, layout: Layout) -> jax.stages.Lowered:
-    """The step of one device or of a mesh, which need not be here; not compiled."""
+def lower_step(computation: Computation, layout: Layout) -> jax.stages.Lowered:
+    """The step of one device or of a mesh, perhaps of devices that you do not have; not compiled."""
     options: dict[str, Any] = {}
     if layout.mesh is not None:
-        kept = shardings(layout, state_specs(config, layout))
+        state = shardings(layout, computation.specs(layout))
         options = {
-            "in_shardings": (kept, shardings(layout, layout.batch_spec(1))),
-            "out_shardings": (kept, shardings(layout, PartitionSpec())),
+            "in_shardings": (state, shardings(layout, layout.batch_spec(1))),
+            "out_shardings": (state, shardings(layout, PartitionSpec())),
         }
-    step = functools.partial(train_step, config, graph, layout=layout)
-    return jax.jit(step, donate_argnums=0, **options).lower(abstract_state(config), _step_labels(config))
-
-
-def _labels(config: TrainConfig) -> jax.ShapeDtypeStruct:  # (B,T)
-    return jax.ShapeDtypeStruct((config.data.batch_size, config.data.seq_len), jnp.int32)
-
-
-def _step_labels(config: TrainConfig) -> jax.ShapeDtypeStruct:  # (A,B,T)
-    return jax.ShapeDtypeStruct((config.data.grad_accum, config.data.batch_size, config.data.seq_len), jnp.int32)
+    step = jax.jit(functools.partial(computation.train_step, layout=layout), donate_argnums=0, **options)
+    return step.lower(abstract_state(computation.model, computation.optim), computation.labels)

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxllm.config import AXES, TrainConfig
+from jaxllm.config import AXES
+from jaxllm.config.groups import MeshConfig
 from jaxllm.errors import UserError
 from jaxllm.model.dtypes import Pytree
 from jaxllm.model.layout import Layout
@@ -21,12 +22,12 @@ def make_mesh(devices: Sequence[Any], **sizes: int) -> Layout:
     return dataclasses.replace(layout, mesh=Mesh(np.asarray(devices).reshape(shape), AXES))
 
 
-def choose_mesh(config: TrainConfig) -> Layout:
+def choose_mesh(mesh: MeshConfig) -> Layout:
     """The mesh that a config asks for, on the devices here.
 
     Raises a UserError if there are too few devices, or if several processes do not use a mesh of all devices.
     """
-    devices, wanted, axes = jax.devices(), config.mesh.devices, config.mesh.axes
+    devices, wanted, axes = jax.devices(), mesh.devices, mesh.axes
     if jax.process_count() > 1:
         devices = sorted(devices, key=lambda device: (device.process_index, device.id))
         if wanted != len(devices):
@@ -40,7 +41,7 @@ def choose_mesh(config: TrainConfig) -> Layout:
             f"{'is' if len(devices) == 1 else 'are'} here; pass a smaller --mesh "
             f"(to simulate more on a CPU: JAX_NUM_CPU_DEVICES={wanted})"
         )
-    return make_mesh(devices[:wanted], **config.mesh.sizes)
+    return make_mesh(devices[:wanted], **mesh.sizes)
 
 
 def shardings(layout: Layout, specs: Pytree) -> Pytree:

@@ -1,5 +1,6 @@
 """The state of a training run: what a step changes, and where a mesh keeps it."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jaxllm.config import RunConfig
+from jaxllm.config import ModelConfig
+from jaxllm.config.groups import OptimConfig
 from jaxllm.model.decoder import CustomLLM, abstract_model, model_facts, split_model
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import Layout
@@ -25,34 +27,39 @@ class TrainState(NamedTuple):
     dropout_key: Array  # raw key data, uint32; each step and micro-batch folds its number in
 
 
-def init_state(config: RunConfig) -> TrainState:
+def init_state(model: ModelConfig, optim: OptimConfig, seed: int) -> TrainState:
     """A new run: fresh weights, zero moments, step 0."""
-    model_key, _ = jax.random.split(random_key(config.seed))
-    _, params, routing_bias = split_model(CustomLLM(config.model, rngs=nnx.Rngs(params=model_key)))
-    return start_state(config, params, routing_bias)
+    model_key, _ = jax.random.split(random_key(seed))
+    _, params, routing_bias = split_model(CustomLLM(model, rngs=nnx.Rngs(params=model_key)))
+    return start_state(model, optim, seed, params, routing_bias)
 
 
-def start_state(config: RunConfig, params: Pytree, routing_bias: Pytree) -> TrainState:
+def start_state(model: ModelConfig, optim: OptimConfig, seed: int, params: Pytree, routing_bias: Pytree) -> TrainState:
     """Step 0 on given weights."""
-    step = jnp.zeros((), jnp.int32)
-    return TrainState(params, routing_bias, OptimizerState.zeros(config, params), step, dropout_key(config))
+    moments, step = OptimizerState.zeros(model, optim, params), jnp.zeros((), jnp.int32)
+    return TrainState(params, routing_bias, moments, step, dropout_key(seed))
 
 
-def abstract_state(config: RunConfig) -> TrainState:
+@functools.cache
+def abstract_state(model: ModelConfig, optim: OptimConfig) -> TrainState:
     """The state's shapes: takes no memory."""
-    _, params, routing_bias = abstract_model(config.model)
-    return jax.eval_shape(lambda: start_state(config, params, routing_bias))
+    _, params, routing_bias = abstract_model(model)
+    return jax.eval_shape(lambda: start_state(model, optim, 0, params, routing_bias))
 
 
-def dropout_key(config: RunConfig) -> Array:
-    """The raw key data from which all dropout of a run is drawn; it follows from the seed."""
-    return jax.random.key_data(jax.random.split(random_key(config.seed))[1])
+def dropout_key(seed: int) -> Array:
+    """The raw key data from which all dropout of a run is drawn."""
+    return jax.random.key_data(jax.random.split(random_key(seed))[1])
 
 
-def state_specs(config: RunConfig, layout: Layout) -> TrainState:
+def state_specs(model: ModelConfig, optim: OptimConfig, layout: Layout) -> TrainState:
     """The PartitionSpec of each array of the state: moments are cut like their parameters."""
-    params, routing_bias = jax.tree.map(lambda facts: layout.parameter_spec(facts.axes), model_facts(config.model))
+    params, routing_bias = weight_specs(model, layout)
     whole: Any = PartitionSpec()
-    return TrainState(
-        params, routing_bias, OptimizerState(whole, params, of_adamw(config, params)), step=whole, dropout_key=whole
-    )
+    moments = OptimizerState(whole, params, of_adamw(model, optim, params))
+    return TrainState(params, routing_bias, moments, step=whole, dropout_key=whole)
+
+
+def weight_specs(model: ModelConfig, layout: Layout) -> tuple[Pytree, Pytree]:
+    """The PartitionSpec of each parameter and routing bias."""
+    return jax.tree.map(lambda facts: layout.parameter_spec(facts.axes), model_facts(model))

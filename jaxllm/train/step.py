@@ -9,15 +9,16 @@ import optax
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jaxllm.config import RunConfig
-from jaxllm.model.decoder import STACKS, CustomLLM, abstract_model, model_facts
+from jaxllm.config.groups import OptimConfig, ScheduleConfig
+from jaxllm.model.decoder import STACKS, CustomLLM, model_facts
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
 from jaxllm.model.load_balance import updated_routing_bias
 from jaxllm.model.numerics import KEY_IMPL
+from jaxllm.train.adamw import tree_where
 from jaxllm.train.loss import count_targets, next_token_targets, summed_cross_entropy
-from jaxllm.train.optim import learning_rate, tree_where, update
-from jaxllm.train.state import TrainState, state_specs
+from jaxllm.train.optim import clip_gradients, learning_rate, update
+from jaxllm.train.state import TrainState, state_specs, weight_specs
 
 
 class StepMetrics(NamedTuple):
@@ -27,15 +28,8 @@ class StepMetrics(NamedTuple):
     expert_load: Array  # () tokens of the fullest expert over the mean, the worst layer; 1 is even
 
 
-def model_graph(config: RunConfig, platform: str | None = None) -> nnx.GraphDef:
-    """The static part of the model that this run trains, with a platform's kernels (None: those of the device here)."""
-    return abstract_model(
-        config.model, dtype=jnp.dtype(config.decided_precision), remat=config.remat, platform=platform
-    )[0]
-
-
 def gradients(
-    config: RunConfig,
+    optim: OptimConfig,
     graph: nnx.GraphDef,
     state: TrainState,
     labels: Array,
@@ -48,7 +42,8 @@ def gradients(
     other results are sums over all devices.
 
     Args:
-        config, graph, layout: static.
+        optim: the weights of the auxiliary losses.
+        graph: the static part of the model. It and `optim` and `layout` are static.
         state: its parameters, routing bias, step and dropout key are read.
         labels: (A, B, T) int32: A micro-batches of token rows, which are inputs and labels at once (-100: ignored).
         experts: (A, L, B, T, k) experts to use instead of the routers' choice, to replay a step. L are here the layers
@@ -57,19 +52,18 @@ def gradients(
     Returns the gradient, the mean cross-entropy in nats, and the tokens of each expert (L, E).
     """
     targets = jnp.maximum(layout.psum(count_targets(labels)), 1)
-    facts, _ = model_facts(config.model)
+    config = nnx.merge(graph, state.params, state.routing_bias).config
+    facts, _ = model_facts(config)
     rows = layout.devices * labels.shape[1]  # of a micro-batch
     local_rows = layout.device_index() * labels.shape[1] + jnp.arange(labels.shape[1])
 
     def micro_loss(params: Pytree, micro: Array, index: Array, forced: Array | None):
         model = gathered_model(graph, params, state.routing_bias, facts, layout)
-        keys = dropout_keys(config, state, index, rows, local_rows)
+        keys = dropout_keys(state, index, rows, local_rows) if config.dropout else None
         x, record = model.hidden_states(jnp.maximum(micro, 0), dropout_keys=keys, experts=forced, layout=layout)
         # Each micro-batch adds its share of the global mean, so that accumulation is not a mean of means.
         loss = summed_loss(model, x, micro) / targets
-        auxiliary = (
-            config.optim.balance_loss * record.balance_loss.sum() + config.optim.router_z_loss * record.z_loss.sum()
-        )
+        auxiliary = optim.balance_loss * record.balance_loss.sum() + optim.router_z_loss * record.z_loss.sum()
         return loss + auxiliary / (labels.shape[0] * layout.devices), (loss, record.counts)
 
     gradient = jax.grad(micro_loss, has_aux=True)
@@ -88,16 +82,15 @@ def gradients(
     return layout.sum_gradients(grads, facts), *layout.psum((loss, counts))
 
 
-def dropout_keys(config: RunConfig, state: TrainState, index: Array, rows: int, local_rows: Array) -> Array | None:
-    """Keys of the rows `local_rows` of micro-batch `index`, which has `rows` on all devices; None without dropout."""
-    if not config.model.dropout:
-        return None
+def dropout_keys(state: TrainState, index: Array, rows: int, local_rows: Array) -> Array:
+    """Keys of the rows `local_rows` of micro-batch `index`, which has `rows` on all devices."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.dropout_key, impl=KEY_IMPL), state.step)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, index * rows + local_rows)
 
 
 def train_step(
-    config: RunConfig,
+    optim: OptimConfig,
+    schedule: ScheduleConfig,
     graph: nnx.GraphDef,
     state: TrainState,
     labels: Array,
@@ -108,47 +101,43 @@ def train_step(
 
     Arguments as in `gradients`, but on a mesh they are global arrays.
     """
-    specs = state_specs(config, layout)
+    model = nnx.merge(graph, state.params, state.routing_bias)
+    specs = state_specs(model.config, optim, layout)
     global_gradients = layout.shard_map(  # what follows is elementwise but for Muon, and XLA partitions it
-        functools.partial(gradients, config, graph, layout=layout),
+        functools.partial(gradients, optim, graph, layout=layout),
         in_specs=(specs, layout.batch_spec(1), layout.batch_spec(2)),
         out_specs=(specs.params, PartitionSpec(), PartitionSpec()),
     )
     grads, loss, counts = global_gradients(state, labels, experts)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)  # a step that is not finite changes nothing
-    params, opt_state = update(config, grads, grad_norm, state.opt_state, state.params, finite, layout)
+    grads = clip_gradients(grads, grad_norm, optim.max_grad_norm)
+    rate = learning_rate(schedule, optim.learning_rate, state.opt_state.count)
+    params, opt_state = update(optim, model, grads, state.opt_state, state.params, rate, finite, layout)
     metrics = StepMetrics(
         loss=loss,
         grad_norm=grad_norm,
-        learning_rate=learning_rate(config, opt_state.count),
+        learning_rate=learning_rate(schedule, optim.learning_rate, opt_state.count),
         expert_load=(counts.max(axis=-1) / counts.mean(axis=-1)).max(initial=1.0),
     )
-    new_bias = jax.tree.map(
-        lambda bias: updated_routing_bias(bias, counts, config.optim.bias_update_rate), state.routing_bias
-    )
+    new_bias = jax.tree.map(lambda bias: updated_routing_bias(bias, counts, optim.bias_update_rate), state.routing_bias)
     routing_bias = tree_where(finite, new_bias, state.routing_bias)
     return TrainState(params, routing_bias, opt_state, state.step + 1, state.dropout_key), metrics
 
 
 def eval_step(
-    config: RunConfig,
-    graph: nnx.GraphDef,
-    params: Pytree,
-    routing_bias: Pytree,
-    labels: Array,
-    layout: Layout = ONE_DEVICE,
+    graph: nnx.GraphDef, params: Pytree, routing_bias: Pytree, labels: Array, layout: Layout = ONE_DEVICE
 ) -> tuple[Array, Array]:
     """Summed cross-entropy and number of targets of a batch (B, T), without dropout."""
-    facts, _ = model_facts(config.model)
+    config = nnx.merge(graph, params, routing_bias).config
+    facts, _ = model_facts(config)
 
     def local(params: Pytree, routing_bias: Pytree, labels: Array) -> tuple[Array, Array]:
         model = gathered_model(graph, params, routing_bias, facts, layout)
         x, _ = model.hidden_states(jnp.maximum(labels, 0), layout=layout)
         return layout.psum((summed_loss(model, x, labels), count_targets(labels)))
 
-    specs = state_specs(config, layout)
-    in_specs = (specs.params, specs.routing_bias, layout.batch_spec(0))
+    in_specs = (*weight_specs(config, layout), layout.batch_spec(0))
     return layout.shard_map(local, in_specs, out_specs=PartitionSpec())(params, routing_bias, labels)
 
 

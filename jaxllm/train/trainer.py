@@ -1,34 +1,46 @@
 """A run's config, placement, static model and compiled programs, as one object."""
 
+from collections.abc import Collection
+
 import jax
 import numpy as np
 
 from jaxllm.config import TrainConfig
 from jaxllm.model.dtypes import Array, Pytree
+from jaxllm.train.computation import Computation
 from jaxllm.train.placement import Placement, Programs, choose_placement, compile_programs, on_one_device
 from jaxllm.train.state import TrainState, start_state
-from jaxllm.train.step import StepMetrics, model_graph
+from jaxllm.train.step import StepMetrics
 
 
 class Trainer:
     """Computes the steps of a run. A state that it takes or returns has the form of its placement.
 
-    `placement` is where the state is kept; None: what the config asks for, on the devices here.
+    Args:
+        placement: where the state is kept; None: what the config asks for, on the devices here.
+        without: kernels that have their plain form (`kernels.REPLACEABLE`).
     """
 
-    def __init__(self, config: TrainConfig, placement: Placement | None = None):
+    def __init__(self, config: TrainConfig, placement: Placement | None = None, without: Collection[str] = ()):
         self.config = config
-        self.placement = choose_placement(config) if placement is None else placement
-        self.graph = model_graph(config)
+        mesh, batch_size = config.mesh, config.data.batch_size
+        self.placement = choose_placement(mesh, batch_size) if placement is None else placement
+        self.computation = Computation.of(config, without=without)
+        self.graph = self.computation.graph
         self._programs: Programs | None = None
 
     def init(self, weights: tuple[Pytree, Pytree] | None = None) -> TrainState:
         """A new run's state: with these parameters and routing bias, or fresh ones."""
         if weights is None:
-            return self.placement.init(self.config)
-        where = self.placement.state_shardings(self.config)
-        state = jax.device_put(start_state(self.config, *weights), where)
-        return self.placement.shard(state)
+            return self.placement.init(self.computation)
+        config = self.config
+        state = start_state(config.model, config.optim, config.seed, *weights)
+        return self.placement.shard(jax.device_put(state, self.state_shardings))
+
+    @property
+    def state_shardings(self) -> TrainState | None:
+        """Where a checkpoint restores each array of the state; None: on the first device."""
+        return self.placement.state_shardings(self.computation)
 
     def compile(self) -> float:
         """Compile the programs, unless that is done; returns the seconds it took."""
@@ -36,7 +48,7 @@ class Trainer:
 
     def _compiled(self) -> Programs:
         if self._programs is None:
-            self._programs = compile_programs(self.placement, self.config, self.graph)
+            self._programs = compile_programs(self.placement, self.computation)
         return self._programs
 
     def step(self, state: TrainState, labels: np.ndarray) -> tuple[TrainState, StepMetrics]:

@@ -1,8 +1,8 @@
 """Whether a device's kernels compute what they must: each runs once, on small inputs, beside its formula.
 
 The inputs have what kernels get wrong: groups that are uneven, empty or no multiple of a tile, experts in the middle
-of a stack, rows of padding, an odd number of tokens. The formulas are in NumPy, in float64 on the host: they share nothing
-with what they check.
+of a stack, rows of padding, an odd number of tokens. The formulas are in NumPy, in float64 on the host: they share
+nothing with what they check.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -16,7 +16,7 @@ from jaxllm.config import ModelConfig
 from jaxllm.errors import one_line
 from jaxllm.model.dtypes import Array
 from jaxllm.model.kernels import REPLACEABLE, Kernels
-from jaxllm.model.kernels.interface import ExpertKernels, ExpertRows, Saved
+from jaxllm.model.kernels.interface import ExpertKernels, ExpertRows, Saved, Weights
 from jaxllm.model.kernels.matmul import linear
 
 LIMITS = {"bfloat16": 8e-3, "float32": 4e-3}
@@ -120,15 +120,15 @@ def _experts(kernels: ExpertKernels, D: int, F: int, dtype: jnp.dtype, sizes: tu
     w = draw.random.uniform(0.5, 1.5, (M, 1)).astype(np.float32)
 
     @jax.jit
-    def passes(x: Array, d_out: Array, masters: tuple, tokens: Array, w: Array, sizes: Array, offset: Array) -> tuple:
-        weights = tuple(kernels.prepared(master, x.dtype) for master in masters)
+    def passes(x: Array, d_out: Array, masters: Weights, tokens: Array, w: Array, sizes: Array, offset: Array) -> tuple:
+        weights: Weights = jax.tree.map(lambda master: kernels.prepared(master, x.dtype), masters)
         if routed:
             tokens, w = (jnp.pad(a, ((0, kernels.padding(M)), *[(0, 0)] * (a.ndim - 1))) for a in (tokens, w))
         rows = ExpertRows(x, tokens if routed else None, w, sizes, weights, offset)
         room = None if kernels.recomputes else Saved(kernels.new_saved(2, M, 2 * F, x.dtype), offset // E)
         out, written = kernels.ffn(rows, room)
         saved = None if room is None or written is None else Saved(written, room.layer)
-        totals = tuple(map(kernels.new_gradient, masters))
+        totals: Weights = jax.tree.map(kernels.new_gradient, masters)
         d_rows, d_w, totals = kernels.ffn_gradients(rows, d_out, saved, totals)
         return out[:M], d_rows[:M], d_w[:M].T, *(total[E:] for total in totals)
 
