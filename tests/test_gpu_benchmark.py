@@ -29,7 +29,7 @@ from jaxllm.devices import Target, load_target, target_of
 from jaxllm.errors import UserError
 from jaxllm.model import flops
 
-FEW = ("ceilings", "step-remat", "torch-ref")  # both sides, and what they are compared with
+FEW = ("self-check", "ceilings", "step-remat", "torch-ref")  # both sides, and what they are compared with
 
 
 def session(seconds: float = 60.0) -> Session:
@@ -54,6 +54,9 @@ def test_every_part_runs_and_the_page_shows_it(parts, tmp_path):
     assert not {"hostname", "node", "path"} & set(report["machine"])
 
     lines = {part["part"]: part["lines"] for part in report["parts"]}
+    checked = {line["what"]: line["figures"]["error"] for line in lines["self-check"]}
+    assert {"product, float32", "routed, bfloat16", "attention, bfloat16"} <= {*checked}
+    assert all(0 < error < 8e-3 for error in checked.values())
     speed, mfu, *_, kernels = lines["step-remat"]
     assert speed["figures"]["seconds"]["median"] > 0
     assert mfu["figures"]["full"] > mfu["figures"]["causal"] > 0

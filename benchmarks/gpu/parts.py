@@ -75,6 +75,24 @@ def ladder(session: Session, precision: str) -> list[Finding]:
     return [Finding(f"tiny, {precision}", result, reference, details=details)]
 
 
+def self_check(session: Session) -> list[Finding]:
+    """The kernels of the step, each on small inputs beside its formula: what `jaxllm.doctor` shows."""
+    with session.jax("self_check", quick=session.quick) as jax:
+        found = jax.facts
+    findings = []
+    for precision, facts in found.items():
+        for kernel, error in facts["largest"].items():
+            what, limit, failure = f"{kernel}, {precision}", facts["limit"], facts["failures"].get(kernel)
+            if failure is not None:
+                findings.append(Finding(what, f"FAILED: {failure}", f"limit {limit:.0e}", details={"failure": failure}))
+                continue
+            goal, figures = at_most(limit), {"error": error}
+            findings.append(
+                Finding(what, f"error {error:.1e}", f"limit {limit:.0e}", None, goal, error, details=figures)
+            )
+    return findings
+
+
 def ceilings(session: Session) -> list[Finding]:
     """A large matrix product, and reading and writing memory; later rows are compared with them."""
     with session.jax("ceilings", quick=session.quick) as jax:

@@ -6,7 +6,7 @@ A kernel that fails for a passing reason, such as memory that another program ho
 import contextlib
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
@@ -70,9 +70,13 @@ def _failures(config: ModelConfig, dtype: jnp.dtype, special: Collection[str]) -
     return failed
 
 
-def failures(checks: Sequence[Check]) -> dict[str, str]:
+def failures(checks: Collection[Check]) -> dict[str, str]:
     """The first failure of each kernel that fails."""
-    return {check.kernel: check.failure for check in reversed(checks) if check.failure is not None}
+    found: dict[str, str] = {}
+    for check in checks:
+        if check.failure is not None:
+            found.setdefault(check.kernel, check.failure)
+    return found
 
 
 def _fingerprint(config: ModelConfig, dtype: jnp.dtype, special: Collection[str]) -> str:

@@ -119,6 +119,28 @@ def peak_tflops(prepare: Callable[[int], Callable[[], float]]) -> float:
     return 2 * side**3 / best / 1e12
 
 
+MEMORY_BYTES = (2**26, 2**28, 2**30)
+"""Sizes of an array that is read and written to measure the speed of memory: far above what caches hold."""
+
+
+def memory_gb_per_s(prepare: Callable[[int], Callable[[], float]]) -> float:
+    """GB/s of reading and writing a large array, measured in a fraction of a second. Nothing else should run meanwhile.
+
+    Args:
+        prepare: given a number of bytes, returns a warm function that reads and writes as many, and returns the
+            seconds it took.
+    """
+    pass_over, best, size = (lambda: 0.0), 0.0, 0
+    for size in MEMORY_BYTES:
+        pass_over = prepare(size)
+        if (best := pass_over()) >= LONG_ENOUGH:
+            break
+    end = time.perf_counter() + BUDGET_SECONDS
+    while time.perf_counter() < end:
+        best = min(best, pass_over())
+    return 2 * size / best / 1e9
+
+
 def host_peak_gib() -> float:
     """The most memory that this process has held at once (resident set), in GiB."""
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB

@@ -133,14 +133,7 @@ def _experts(kernels: ExpertKernels, D: int, F: int, dtype: jnp.dtype, sizes: tu
         return out[:M], d_rows[:M], d_w[:M].T, *(total[E:] for total in totals)
 
     made = passes(x, d_out, masters, jnp.asarray(tokens, jnp.int32), w, jnp.asarray(sizes, jnp.int32), jnp.int32(E))
-    names = (
-        "output",
-        "gradient of rows",
-        "gradient of gates",
-        "gradient of gate",
-        "gradient of up",
-        "gradient of down",
-    )
+    names = ("output", *(f"gradient of {name}" for name in ("rows", "row weights", "gate", "up", "down")))
     yield from zip(names, made, _experts_formula(x_[tokens], d_[tokens], w, sizes, own), strict=True)
 
 
