@@ -1,37 +1,20 @@
-"""For all tests: programs that several tests compile are compiled once, and so are a small corpus and a narrow run."""
+"""For all tests: quick compilation and its cache, a small corpus, and a narrow run."""
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pytest
-from matplotlib.figure import Figure
 
 import train
-from jaxllm.run import reporting
-from jaxllm.run import run as running
 from jaxllm.run.signals import STOPPING
-from jaxllm.train import trainer
-from jaxllm.train.computation import Computation
-from jaxllm.train.placement import OneDevice, Placement
+from tests.configs import NARROW
 
 jax.config.update("jax_num_cpu_devices", 8)  # for `test_parallel.py`, before the first use of a device
-
-NARROW = (
-    "--model.hidden-size", "32", "--model.num-hidden-layers", "2", "--model.num-attention-heads", "2",
-    "--model.moe-intermediate-size", "24", "--model.n-routed-experts", "4", "--model.vocab-size", "300",
-    "--model.max-position-embeddings", "64", "--seq-len", "16", "--batch-size", "4", "--log-every", "1",
-    "--eval-samples", "7", "--sample-tokens", "8",
-    "--precision", "float32", "--optimizer", "adamw", "--learning-rate", "4e-3",  # compiles faster than the default
-)  # fmt: skip
 
 
 def write_corpus(folder: Path, files: int = 25) -> Path:
@@ -107,57 +90,3 @@ def _compile_once(tmp_path_factory):
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(shared / "compiled")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _share_programs():
-    """Runs in this process whose programs are equal share them and their first state, which take seconds to trace.
-
-    They share what else follows from their config, too. `placement.compile_programs`, which the tests of layouts call,
-    compiles anew.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        compiled = _once_per_program(trainer.compile_programs)
-        patch.setattr(trainer, "compile_programs", compiled)
-        init = _once_per_program(OneDevice.init)
-        patch.setattr(OneDevice, "init", lambda *args: jax.tree.map(jnp.copy, init(*args)))  # the step deletes it
-        for name in ("module_tree", "measured_peak_tflops"):
-            patch.setattr(running, name, functools.cache(getattr(running, name)))
-        yield
-
-
-def _once_per_program(function: Callable) -> Callable:
-    """Call `function(placement, computation)` once for all equal computations."""
-    results = {}
-
-    def shared(placement: Placement, computation: Computation) -> Any:
-        key = (type(placement), placement.layout, computation)
-        if key not in results:
-            results[key] = function(placement, computation)
-        return results[key]
-
-    return shared
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _draw_once():
-    """The first picture of a run's losses is drawn, which takes half a second; the later ones are copies of it."""
-    pictures, new_figure = [], reporting.new_figure
-
-    def figure(**options: Any) -> Figure:
-        made = new_figure(**options)
-        draw = made.savefig
-
-        def save(file: Path, **options: Any) -> None:
-            if pictures:
-                file.write_bytes(pictures[0])
-            else:
-                draw(file, **options)
-                pictures.append(file.read_bytes())
-
-        made.savefig = save
-        return made
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reporting, "new_figure", figure)
-        yield

@@ -9,8 +9,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from jaxllm.config import TrainConfig
+from jaxllm.data.held_out import read_held_out
 from jaxllm.data.sources import open_source
-from jaxllm.data.stream import encode, held_out_rows
+from jaxllm.data.stream import encode
 from jaxllm.data.tokenizer import align, train_or_recall_tokenizer
 from jaxllm.errors import UserError
 
@@ -35,7 +36,7 @@ def open_corpus(name: str, config: TrainConfig, folder: Path) -> Corpus:
     config = config.with_options(data=name)
     tokenizer = train_or_recall_tokenizer(open_source(config), config.model.vocab_size, name)
     config = align(config, tokenizer)
-    rows = _spread_rows(files, tokenizer, config) if files else held_out_rows(config, tokenizer)
+    rows = _spread_rows(files, tokenizer, config) if files else read_held_out(config, tokenizer).rows
     return Corpus(config, tokenizer, rows)
 
 

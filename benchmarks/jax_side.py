@@ -19,6 +19,7 @@ from benchmarks.machine import driver_version, peak_resident
 from benchmarks.worker import Contender, Prepared, repeated, sustained
 from jaxllm.config import ModelConfig, TrainConfig, preset
 from jaxllm.data.stream import POOL_ROWS, Position
+from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import CustomLLM, abstract_model, split_model
 from jaxllm.model.decoding import generate, prefill
 from jaxllm.model.flops import active_parameters
@@ -65,7 +66,7 @@ class JaxLearner:
 
     def step(self, labels: np.ndarray, precision: str | None = None) -> StepMetrics:
         """Launch one optimizer step on labels (A,B,T)."""
-        self.state, metrics = self.programs[precision or self._config.precision](self.state, labels)
+        self.state, metrics = self.programs[precision or self._config.precision](self.state, TokenBatch(labels))
         return metrics
 
     def expert_load(self, labels: np.ndarray) -> float:
@@ -75,7 +76,7 @@ class JaxLearner:
     def loss(self, rows: np.ndarray) -> float:
         """Mean cross-entropy of rows (n,T), in nats per token; n is a multiple of the batch size."""
         batches = rows.reshape(-1, self._config.data.batch_size, rows.shape[-1])
-        sums = [self._evaluate(self.state.params, self.state.routing_bias, batch) for batch in batches]
+        sums = [self._evaluate(self.state.params, self.state.routing_bias, TokenBatch(batch)) for batch in batches]
         return sum(float(nll) for nll, _ in sums) / sum(int(count) for _, count in sums)
 
 

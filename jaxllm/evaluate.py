@@ -3,7 +3,8 @@
 python -m jaxllm.evaluate RUN --data FILE_OR_FOLDER_OR_HUB_NAME
 
 Every token of the text is scored once. A window of --seq-len tokens begins with the last token of the one before it,
-the first with the end-of-sequence token. Bits per byte compares models of different tokenizers.
+the first with the end-of-sequence token. Of chats, what the assistant says is scored, each chat on its own. Bits per
+byte compares models of different tokenizers.
 """
 
 import math
@@ -11,8 +12,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
@@ -22,26 +24,30 @@ from transformers import PreTrainedTokenizerBase
 from jaxllm.command_line import parse
 from jaxllm.config import Precision, TrainConfig
 from jaxllm.config.fields import check_fields, option
+from jaxllm.config.groups import JOINED_TEXTS, DataConfig
 from jaxllm.data.documents import DocumentEncoder, check_vocabulary
 from jaxllm.data.encode import encoder_of
+from jaxllm.data.mixture import holds_chats
+from jaxllm.data.packing import pack_in_order
 from jaxllm.data.sources import TextChunk, is_hub_name, open_source
 from jaxllm.data.splits import ALL
-from jaxllm.data.tokenizer import load_tokenizer
+from jaxllm.data.tokenizer import load_tokenizer, text_bytes
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.generate import load_model, tokenizer_folder
+from jaxllm.model.batch import IGNORED, TokenBatch, token_batch, token_ids
 from jaxllm.model.decoder import CustomLLM
 from jaxllm.model.dtypes import Array
 from jaxllm.model.inference import for_inference
 from jaxllm.run.runtime import start_jax, use_compilation_cache
 from jaxllm.store.folder import CONFIG_FILE, is_run, read_config
-from jaxllm.train.loss import IGNORED
 from jaxllm.train.step import summed_loss
 
 
 class Scores(NamedTuple):
     nats: float  # summed cross-entropy
     tokens: int  # that were scored, ends of documents included
-    text_bytes: int  # of the text, as UTF-8
+    text_bytes: int  # of their text, as UTF-8
+    read: int  # tokens, scored or not
 
     @property
     def loss(self) -> float:
@@ -64,11 +70,11 @@ def score(
     seq_len: int,
     batch_size: int,
     max_tokens: int,
-    special_tokens: str = "text",
+    data: DataConfig = JOINED_TEXTS,
 ) -> Scores:
     """Score the chunks in order, until `max_tokens` tokens are reached.
 
-    `special_tokens` is the run's `special_tokens_in_text`.
+    `data`: `special_tokens_in_text`, `train_on` and `documents` say how they are read.
 
     Raises:
         UserError: there is no text, the tokenizer does not fit it or has no end token, or `seq_len` is beyond the
@@ -79,35 +85,49 @@ def score(
         raise UserError(f"seq_len is {seq_len}: it must lie in 2 to max_position_embeddings = {limit}")
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-sequence token, with which the first window begins")
-    parts, tokens, text_bytes = [np.asarray([tokenizer.eos_token_id], np.int32)], 0, 0
-    documents = DocumentEncoder(encoder_of(tokenizer, special_tokens))
+    parts, tokens, of_text = [], 0, 0
+    documents = DocumentEncoder(encoder_of(tokenizer, data.special_tokens_in_text), data)
     for chunk in chunks:
         if (ids := documents.add(chunk)) is None:
             continue
         parts.append(ids)
         tokens += len(ids)
-        text = chunk.text if isinstance(chunk.text, str) else str(tokenizer.decode(ids))  # a chat through its template
-        text_bytes += len(text.encode("utf-8"))
+        text = chunk.text if isinstance(chunk.text, str) else str(tokenizer.decode(token_ids(ids)))  # by the template
+        of_text += len(text.encode("utf-8"))
         if tokens >= max_tokens:
             break
-    if not text_bytes:
+    if not of_text:
         raise UserError("data: there is no text to evaluate on")
     parts.append(documents.flush())
-    tokens += len(parts[-1])
     check_vocabulary(documents.counts)
-    ids, step = np.concatenate(parts), seq_len - 1
-    batch_size = min(batch_size, -(-tokens // step))
-    rows = np.full((-(-tokens // (step * batch_size)) * batch_size, seq_len), IGNORED, np.int32)
-    for row, start in zip(rows, range(0, tokens, step), strict=False):
-        window = ids[start : start + seq_len]
-        row[: len(window)] = window
+    ids = np.concatenate(parts)
+    rows = _rows(ids, tokenizer.eos_token_id, seq_len, data.documents == "separate")
+    batch_size = min(batch_size, len(rows))
+    rows = np.concatenate([rows, np.full((-len(rows) % batch_size, seq_len), IGNORED, np.int32)])
+    labels = token_batch(rows, data).labels[:, 1:]
+    if data.has_targets:
+        of_text = text_bytes(tokenizer, labels[labels != IGNORED][None])
 
     @nnx.jit
-    def nats(model: CustomLLM, labels: Array) -> Array:
-        return summed_loss(model, model.hidden_states(jnp.maximum(labels, 0))[0], labels)
+    def nats(model: CustomLLM, batch: TokenBatch) -> Array:
+        hidden = model.hidden_states(jnp.maximum(batch.ids, 0), batch.documents).last
+        return summed_loss(model, hidden, batch.labels)
 
-    batches = rows.reshape(-1, batch_size, seq_len)
-    return Scores(sum(float(nats(model, jnp.asarray(batch))) for batch in batches), tokens, text_bytes)
+    batches = (token_batch(part, data) for part in rows.reshape(-1, batch_size, seq_len))
+    total = sum(float(nats(model, jax.tree.map(jnp.asarray, batch))) for batch in batches)
+    return Scores(total, int((labels != IGNORED).sum()), of_text, len(ids))
+
+
+def _rows(ids: np.ndarray, start: Any, seq_len: int, is_separate: bool) -> np.ndarray:
+    """Documents packed, or windows of their tokens, each of which begins with the last token of the one before it."""
+    if is_separate:
+        return pack_in_order([ids], seq_len, most=len(ids))
+    after_start, step = np.append(np.int32(start), ids), seq_len - 1
+    rows = np.full((-(-len(ids) // step), seq_len), IGNORED, np.int32)
+    for row, first in zip(rows, range(0, len(ids), step), strict=True):
+        window = after_start[first : first + seq_len]
+        row[: len(window)] = window
+    return rows
 
 
 @dataclass(frozen=True)
@@ -152,22 +172,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = for_inference(load_model(args.run, args.precision))
     tokenizer = load_tokenizer(str(tokenizer_folder(args.run)))
     if args.data is None and config is not None:
-        chunks = open_source(config).held_out()
+        data, chunks = config.data, open_source(config).held_out()
     else:
         assert args.data is not None
         split = args.data_split or ("train" if is_hub_name(args.data) else ALL)
-        data = TrainConfig.from_options(
-            data=args.data, data_split=split, text_field=args.text_field, hold_out="nothing"
-        )
-        source = open_source(data)
+        special = config.data.special_tokens_in_text if config else "text"
+        options = {"data": args.data, "data_split": split, "text_field": args.text_field, "hold_out": "nothing"}
+        given = TrainConfig.from_options(**options, special_tokens_in_text=special)
+        source = open_source(given)
         for line in source.notes:
             print(f"Not read: {line}")
-        chunks = source.chunks()
+        if holds_chats(source):
+            given = given.with_options(train_on="assistant", documents="separate")
+        data, chunks = given.data, source.chunks()
     seq_len = args.seq_len or (config.data.seq_len if config else model.config.max_position_embeddings)
     sizes = {"seq_len": seq_len, "batch_size": args.batch_size, "max_tokens": args.max_tokens}
-    special_tokens = config.data.special_tokens_in_text if config else "text"
-    found = score(model, tokenizer, chunks, **sizes, special_tokens=special_tokens)
-    print(f"Tokens         {found.tokens:,} ({found.text_bytes:,} bytes of text)")
+    found = score(model, tokenizer, chunks, **sizes, data=data)
+    of = f"targets of {found.read:,} tokens; " if data.has_targets else ""
+    print(f"Tokens         {found.tokens:,} ({of}{found.text_bytes:,} bytes of text)")
     print(f"Loss           {found.loss:.4f} nats per token")
     print(f"Perplexity     {found.perplexity:.2f}")
     print(f"Bits per byte  {found.bits_per_byte:.4f}")

@@ -18,6 +18,7 @@ import torch
 import torch_ref.step as torch_step
 from jaxllm.config import TrainConfig
 from jaxllm.config.families import is_interleaved
+from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import abstract_model
 from jaxllm.store.checkpoint import Weights
 from jaxllm.train import step as jax_step
@@ -76,7 +77,7 @@ class JaxTraining:
     def gradients(self, labels: np.ndarray, experts: np.ndarray | None = None) -> Gradients:
         """Gradients of the mean loss over micro-batches (A,B,T); `experts` (A,L,B,T,k) replaces the routers' choice."""
         with jax_precision(self.precision):
-            grads, loss, _ = self._gradients(self._start(), jnp.asarray(labels), experts)
+            grads, loss, _ = self._gradients(self._start(), TokenBatch(jnp.asarray(labels)), experts)
         return Gradients(float(loss), self._named(grads), None)
 
     def train(
@@ -99,7 +100,9 @@ class JaxTraining:
             state = self._start(moments, weights)
             for i, labels in enumerate(batches):
                 before_step(i, Weights(state.params, state.routing_bias))
-                state, metrics = self._step(state, jnp.asarray(labels), None if experts is None else experts[i])
+                state, metrics = self._step(
+                    state, TokenBatch(jnp.asarray(labels)), None if experts is None else experts[i]
+                )
                 reports.append(metrics)
             reports = jax.device_get(reports)
         after, named = state.opt_state, self._named

@@ -20,12 +20,12 @@ from typing import Literal
 
 import tyro
 
+from tests.configs import NARROW_MODEL
+
 ROOT = Path(__file__).parents[1]
 
 NARROW = (
-    "--model.hidden-size", "32", "--model.num-hidden-layers", "2", "--model.num-attention-heads", "2",
-    "--model.moe-intermediate-size", "24", "--model.n-routed-experts", "4", "--model.vocab-size", "400",
-    "--model.max-position-embeddings", "64", "--model.dropout", "0.1", "--seq-len", "16", "--batch-size", "4",
+    *NARROW_MODEL, "--model.vocab-size", "400", "--model.dropout", "0.1", "--batch-size", "4",
     "--grad-accum", "2", "--eval-samples", "7", "--sample-tokens", "0", "--peak-tflops", "1",
     # neither divides the other: lines, evaluations and checkpoints fall apart
     "--log-every", "3", "--eval-every", "13", "--save-every", "5", "--keep-every", "20",

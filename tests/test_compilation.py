@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -21,7 +22,8 @@ from jaxllm.data.tokenizer import train_or_recall_tokenizer
 from jaxllm.run.arguments import parse_args
 from jaxllm.run.runtime import use_compilation_cache
 from jaxllm.train.computation import Computation
-from jaxllm.train.placement import OneDevice, compile_programs
+from jaxllm.train.placement import OneDevice, OnMesh, compile_programs, shared_programs
+from jaxllm.train.trainer import Trainer
 
 PROCESS = """
 import collections, json, sys
@@ -119,6 +121,29 @@ def test_the_step_updates_the_state_in_place(narrow, accumulation):
     after, _ = step(state, rows)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert int(after.step) == 1
+
+
+def test_runs_of_one_process_share_programs_and_keep_no_arrays(narrow):
+    """What no program depends on does not matter, what one depends on does."""
+    first, *others = (
+        parse_args([*narrow, *options], "test", None, TrainConfig)
+        for options in ((), ("--save-every", "7", "--run-dir", "other"), ("--seed", "1"))
+    )
+    rows = np.zeros((first.data.batch_size, first.data.seq_len), np.int32)
+    trainer = Trainer(first)
+    trainer.compile()
+    gc.collect()
+    before = {id(array) for array in jax.live_arrays()}
+    trainer.step(trainer.init(), rows)
+    programs = shared_programs(trainer.placement, trainer.computation)
+    del trainer
+    gc.collect()
+    assert {id(array) for array in jax.live_arrays()} <= before
+    same, seeded = map(Trainer, others)
+    assert shared_programs(same.placement, same.computation) is programs
+    assert same.compile() < 0.1
+    assert seeded.computation != same.computation
+    assert OneDevice() != OnMesh(OneDevice.layout)
 
 
 def test_a_tokenizer_is_cached_by_text_and_size(corpus, tmp_path, monkeypatch, capsys):

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from jaxllm.config import PRESETS, TrainConfig, recipe
 from jaxllm.data import sources as corpora
 from jaxllm.data import stream as streams
+from jaxllm.data.held_out import read_held_out
 from jaxllm.data.prefetch import Prefetcher
 from jaxllm.data.reading import CHUNK_CHARS
 from jaxllm.data.sources import FileSource, HubSource, local_files, open_source, stdlib_files
-from jaxllm.data.stream import TokenStream, encode, held_out_rows
+from jaxllm.data.stream import TokenStream, encode
 from jaxllm.data.tokenizer import align, train_tokenizer
 from jaxllm.errors import UserError
 
@@ -191,9 +192,9 @@ def test_the_49152_token_tokenizer_fits_the_source_s_presets():
 
 def test_evaluation_rows_come_from_the_held_out_part(corpus, tokenizer):
     config = TrainConfig.from_options(data=str(corpus), seq_len=32, eval_samples=5)
-    rows = held_out_rows(config, tokenizer)
+    rows = read_held_out(config, tokenizer).rows
     assert rows.shape == (5, 32)
     text = "".join(chunk.text for chunk in open_source(config).chunks() if chunk.held_out)
     assert tokenizer.decode(rows[0]) in text
-    other = held_out_rows(config.with_options(seed=7), tokenizer)
+    other = read_held_out(config.with_options(seed=7), tokenizer).rows
     np.testing.assert_array_equal(rows, other)  # runs with different seeds can be compared

@@ -12,7 +12,7 @@ import pytest
 
 from jaxllm.config import TrainConfig
 from jaxllm.data import reading
-from jaxllm.data.report import Seen
+from jaxllm.data.report import Counts
 from jaxllm.data.source import utf8_bytes
 from jaxllm.data.sources import FileSource, local_files, open_source
 from jaxllm.data.stream import TokenStream
@@ -89,7 +89,7 @@ def test_the_start_reads_what_is_held_out_once(tokenizer, tmp_path, counted_rows
     counted_rows[0] = 0
     options = {"data": str(tmp_path / "data"), "tokenizer": tokenizer, "seq_len": 64, "eval_samples": 10_000}
     first = start(tmp_path / "run", **options)
-    assert 6000 <= counted_rows[0] <= 6060  # and one row of each file, to see that it has the field
+    assert 6000 <= counted_rows[0] <= 6061  # and one row of each file, to see that it has the field; and one of all
     said = capsys.readouterr().out
     assert "60 .jsonl files" in said
     assert "held out: 3 whole files, 5.0 % of the bytes" in said
@@ -148,11 +148,11 @@ def test_the_report_is_the_same_in_all_places(run, tokenizer, tmp_path, capsys):
 
 
 def test_seen_counts_documents_of_several_chunks():
-    seen = Seen()
+    seen = Counts()
     for size, ends in ((5, False), (7, True), (3, True)):
         seen.add(size, ends)
     assert (seen.documents, seen.text_bytes, seen.longest) == (2, 15, 12)
-    assert (seen + Seen(1, 1, 1, 1, 99)).longest == 99
+    assert (seen + Counts(longest=99)).longest == 99
 
 
 def test_a_run_of_before_resumes_to_the_same_rows(tokenizer, tmp_path):

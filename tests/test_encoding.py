@@ -19,11 +19,12 @@ from jaxllm.data import documents
 from jaxllm.data.documents import DocumentEncoder
 from jaxllm.data.encode import MARK, encoder_of
 from jaxllm.data.epochs import steps_for_epochs
+from jaxllm.data.held_out import read_held_out
 from jaxllm.data.lines import Lines
 from jaxllm.data.reading import _text_chunks
 from jaxllm.data.source import TextChunk
 from jaxllm.data.sources import open_source
-from jaxllm.data.stream import POOL_ROWS, Position, ProcessBatches, TokenStream, encode, held_out_rows
+from jaxllm.data.stream import POOL_ROWS, Position, ProcessBatches, TokenStream, encode
 from jaxllm.data.tokenizer import bytes_per_target, encode_prompt, text_bytes, without_dropout
 from jaxllm.errors import UserError
 from jaxllm.run import prepare
@@ -223,7 +224,7 @@ def test_what_was_encoded_is_counted():
     chat = made.add(TextChunk([{"role": "user", "content": "</s>"}], True, False))
     counts = made.counts
     assert (counts.documents, counts.special, counts.ends, counts.unknown) == (2, 2001, 1001, 0)
-    assert counts.tokens == len(ids) - 1 + len(chat) - 1  # without the ends that were added
+    assert counts.tokens == counts.targets == len(ids) + len(chat)
 
 
 def test_dropout_is_off(capsys, tmp_path):
@@ -250,7 +251,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused_or_named(unknown, tmp_path, ca
     def rows(text: str, **options) -> None:
         for i in range(25):
             (tmp_path / f"{i:02d}.txt").write_text(text)
-        held_out_rows(config.with_options(**options), tokenizer)
+        read_held_out(config.with_options(**options), tokenizer)
 
     rows(fits * 10)
     assert capsys.readouterr().out == ""

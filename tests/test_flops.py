@@ -13,6 +13,7 @@ from jax.extend.core import jaxprs_in_params
 
 from jaxllm.config import PRESETS, ModelConfig, TrainConfig
 from jaxllm.model import flops
+from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import STACKS, abstract_model, count_parameters
 from jaxllm.run.throughput import Meter
 from jaxllm.train.step import eval_step
@@ -94,7 +95,7 @@ def test_forward_flops_are_the_products_that_jax_traces():
     """Except the routed experts': their trip counts depend on the rows."""
     graph, params, bias = abstract_model(ODD)
     rows = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
-    traced = jax.make_jaxpr(functools.partial(eval_step, graph))(params, bias, rows)
+    traced = jax.make_jaxpr(functools.partial(eval_step, graph))(params, bias, TokenBatch(rows))
     parts = flops.forward_flops(ODD, LENGTH, "full")
     routed = parts.pop("routed_experts")
     assert product_flops(traced.jaxpr) == BATCH * LENGTH * sum(parts.values())

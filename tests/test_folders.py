@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 import train
 from jaxllm.config import TrainConfig
 from jaxllm.data import file_source
+from jaxllm.data.held_out import read_held_out
 from jaxllm.data.lines import kind_of
 from jaxllm.data.sources import FileSource, local_files, open_source
-from jaxllm.data.stream import TokenStream, encode, held_out_rows
+from jaxllm.data.stream import TokenStream, encode
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.files import read_json
@@ -301,11 +302,11 @@ def test_chats_pass_the_tokenizer_s_template(write, field, tokenizer, tmp_path, 
     with pytest.raises(UserError, match="--tokenizer"):
         train_tokenizer(open_source(config), 300)
     with pytest.raises(UserError, match="chat template"):
-        held_out_rows(config, tokenizer)
+        read_held_out(config, tokenizer)
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
     (chunk, *_) = open_source(config).chunks()
     assert tokenizer.decode(encode(tokenizer, chunk.text, False)) == "<user>Question 0?<assistant>Yes."
-    assert tokenizer.decode(held_out_rows(config, tokenizer)[0]).startswith("<user>")
+    assert tokenizer.decode(read_held_out(config, tokenizer).rows[0]).startswith("<user>")
     stream = TokenStream(open_source(config), tokenizer, 8, 0)
     monkeypatch.setattr("jaxllm.data.stream.POOL_ROWS", 4)
     stream.next_rows(150)
@@ -488,13 +489,13 @@ def test_a_row_or_two_get_advice_that_helps(tokenizer, tmp_path):
         for i, content in enumerate(contents):
             (tmp_path / f"{i}.txt").write_text(content)
         with pytest.raises(UserError) as refused:
-            held_out_rows(TrainConfig.from_options(data=str(tmp_path)), tokenizer)
+            read_held_out(TrainConfig.from_options(data=str(tmp_path)), tokenizer)
         return str(refused.value)
 
     assert "two rows or files" in advice("words " * 500)
     assert "smaller --seq-len" in advice("words " * 500, "few words")
     (tmp_path / "1.txt").write_text("words " * 500)
-    assert len(held_out_rows(TrainConfig.from_options(data=str(tmp_path)), tokenizer)) >= 1
+    assert len(read_held_out(TrainConfig.from_options(data=str(tmp_path)), tokenizer).rows) >= 1
 
 
 # a run

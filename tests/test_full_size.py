@@ -12,6 +12,7 @@ SCRIPT = """
 import resource, time
 import jax, numpy as np
 from jaxllm.config import recipe
+from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import count_parameters
 from jaxllm.train.computation import Computation
 
@@ -23,7 +24,7 @@ step = jax.jit(computation.train_step, donate_argnums=0)
 rows = np.random.default_rng(0).integers(49152, size=(1, 4, 256), dtype=np.int32)
 for _ in range(2):
     start = time.perf_counter()
-    state, metrics = step(state, rows)
+    state, metrics = step(state, TokenBatch(rows))
     loss = float(metrics.loss)
     print(f"loss {loss:.4f}, grad_norm {float(metrics.grad_norm):.4f}, {time.perf_counter() - start:.1f} s")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)

@@ -47,10 +47,11 @@ from jaxllm.store.checkpoint_writer import write_run
 from jaxllm.store.folder import read_model_config
 from jaxllm.store.resume import check_resumable
 from jaxllm.train.state import init_state
+from tests.configs import small
 
-MODEL = ModelConfig(
-    vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, moe_intermediate_size=8,
-    n_routed_experts=2, max_position_embeddings=32, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+MODEL = small(
+    vocab_size=300, hidden_size=16, num_hidden_layers=1, moe_intermediate_size=8, n_routed_experts=2,
+    max_position_embeddings=32, bos_token_id=0, eos_token_id=0, pad_token_id=0,
 )  # fmt: skip
 CONFIG = TrainConfig.from_options(model=MODEL, seq_len=16, batch_size=4, run_dir=Path("run"))
 

@@ -12,23 +12,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxllm import CustomLLM, ModelConfig, UserError
+from jaxllm import CustomLLM, UserError
 from jaxllm import generate as generation
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.generate import GenerateArgs
 from jaxllm.model import decoding
 from jaxllm.model.attention import Latents
 from jaxllm.model.decoding import STREAMED_TOKENS, Sampling, generate, sample_token, stream
+from tests.configs import small
 
-SMALL = ModelConfig(
-    vocab_size=311,
-    hidden_size=64,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    moe_intermediate_size=32,
-    max_position_embeddings=256,
+SMALL = small(
+    vocab_size=311, hidden_size=64, num_attention_heads=4, moe_intermediate_size=32, max_position_embeddings=256,
     final_norm=True,
-)
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from jax.experimental import topologies
 from jaxllm.config import PRESETS, TrainConfig
 from jaxllm.devices import load_target
 from jaxllm.model import layer_loop, layout
+from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import abstract_model
 from jaxllm.model.kernels import CUDA
 from jaxllm.plan.hlo import read_program
@@ -53,7 +54,8 @@ def compile_step(config: TrainConfig) -> Any:
     start = functools.partial(start_state, config.model, config.optim, config.seed)
     state = jax.eval_shape(start, params, bias)
     labels = jax.ShapeDtypeStruct((1, config.data.batch_size, config.data.seq_len), jnp.int32)
-    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one_gpu), (state, labels))
+    batch = TokenBatch(labels)
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one_gpu), (state, batch))
     step = functools.partial(train_step, config.optim, config.schedule, graph)
     return jax.jit(step, donate_argnums=0).lower(*arguments).compile()
 
@@ -134,7 +136,7 @@ def test_memory_traffic_without_remat():
 
 
 def test_everything_kept_is_seen(monkeypatch):
-    monkeypatch.setattr(layout, "_is_kept", jax.checkpoint_policies.everything_saveable)
+    monkeypatch.setattr(layout, "_is_saved", jax.checkpoint_policies.everything_saveable)
     assert gigabytes(compile_step(CONFIG.with_options(remat=False)).as_text()) > TRAFFIC_WITHOUT_REMAT + 5
 
 

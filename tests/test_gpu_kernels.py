@@ -18,11 +18,9 @@ from jaxllm.model.decoder import CustomLLM, split_model
 from jaxllm.model.kernels import ANY, CUDA, grouped_loop, grouped_triton, grouped_whole
 from jaxllm.model.kernels.interface import ExpertKernels, ExpertRows, Saved
 from jaxllm.train.loss import summed_cross_entropy
+from tests.configs import small
 
-SMALL = ModelConfig(
-    vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, moe_intermediate_size=48,
-    n_shared_experts=2, max_position_embeddings=32,
-)  # fmt: skip
+SMALL = small(vocab_size=64, moe_intermediate_size=48, n_shared_experts=2, max_position_embeddings=32)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from huggingface_hub import constants
 from jaxllm.config import TrainConfig
 from jaxllm.data import hub_retry as patience
 from jaxllm.data import sources
+from jaxllm.data.source import Reading
 from jaxllm.data.sources import FileSource, HubSource, local_files, open_source
 from jaxllm.data.stream import ProcessBatches
 from jaxllm.data.tokenizer import train_tokenizer
@@ -30,6 +31,7 @@ from jaxllm.run.arguments import parse_args
 from jaxllm.run.prepare import prepare
 from jaxllm.store.lock import FolderLock
 from jaxllm.store.metrics_file import read_metrics
+from tests.configs import NARROW_MODEL
 from tests.hub_server import Fault, HubServer
 
 NAME, CONFIG = "HuggingFaceTB/smollm-corpus", "cosmopedia-v2"
@@ -286,7 +288,8 @@ def test_a_split_that_is_not_there_is_refused_and_a_validation_split_is_evaluate
     assert "evaluated on the split 'validation'; nothing is held out" in report.evaluated
     assert report.seen.documents == 9
     assert not any(chunk.held_out for chunk in source.chunks())
-    running = HubSource(NAME, CONFIG, "train", "text", hold_out="chunks")  # a run that began before there was one
+    before = Reading(hold_out="chunks")  # a run that began before there was one
+    running = HubSource(NAME, CONFIG, "train", "text", reading=before)
     assert any(chunk.held_out for chunk in running.chunks())
 
 
@@ -312,9 +315,7 @@ def test_a_mistyped_path_is_not_only_the_hub_s_fault(hub, monkeypatch):
 # Below: the seed recipe. The slow tests start it in a separate process, as a user does.
 
 SMALL = (
-    "--preset", "customllm-768", "--recipe", "seed", "--model.hidden-size", "32", "--model.num-hidden-layers", "2",
-    "--model.num-attention-heads", "2", "--model.moe-intermediate-size", "24", "--model.n-routed-experts", "4",
-    "--model.vocab-size", "300", "--model.max-position-embeddings", "64", "--seq-len", "16", "--batch-size", "2",
+    "--preset", "customllm-768", "--recipe", "seed", *NARROW_MODEL, "--batch-size", "2",
     "--grad-accum", "2", "--steps", "6", "--save-every", "3", "--eval-every", "3", "--log-every", "1",
     "--eval-samples", "4", "--sample-tokens", "4", "--peak-tflops", "1",
 )  # fmt: skip

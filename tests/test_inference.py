@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxllm import ModelConfig, TrainConfig
+from jaxllm import TrainConfig
 from jaxllm.model import inference
 from jaxllm.model.decoder import CustomLLM, split_model
 from jaxllm.model.decoding import Sampling, _Choice, _first_token, _more_tokens, generate, prefill
@@ -22,17 +22,9 @@ from jaxllm.model.layout import ONE_DEVICE
 from jaxllm.model.pullback import with_arguments, without_arguments
 from jaxllm.train.computation import Computation
 from jaxllm.train.placement import lower_step
+from tests.configs import small
 
-SMALL = ModelConfig(
-    vocab_size=80,
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    moe_intermediate_size=24,
-    n_routed_experts=4,
-    max_position_embeddings=64,
-    dropout=0.0,
-)
+SMALL = small(vocab_size=80, n_routed_experts=4, dropout=0.0)
 BFLOAT16 = CustomLLM(SMALL, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
 TOKENS = jax.random.randint(jax.random.key(1), (2, 24), 0, SMALL.vocab_size)
 

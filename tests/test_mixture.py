@@ -15,9 +15,10 @@ import pytest
 import train
 from jaxllm.config import TrainConfig
 from jaxllm.data import stream as streams
+from jaxllm.data.held_out import read_held_out
 from jaxllm.data.mixture import weighted
 from jaxllm.data.sources import open_source
-from jaxllm.data.stream import TokenStream, held_out_rows
+from jaxllm.data.stream import TokenStream
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.store.metrics_file import read_metrics
@@ -114,7 +115,7 @@ def test_rows_continue_exactly(mixed, monkeypatch):
             resumed.seek(position)
         np.testing.assert_array_equal(resumed.next_rows(5), wanted[i])
     assert resumed.skipped_rows == stream.skipped_rows > 0
-    text = tokenizer.decode(held_out_rows(config, tokenizer).reshape(-1))
+    text = tokenizer.decode(read_held_out(config, tokenizer).rows.reshape(-1))
     assert all(name in text for name in ("large", "small", "doc"))
 
 

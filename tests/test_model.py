@@ -13,19 +13,11 @@ import pytest
 from flax import nnx
 from jax import export
 
-from jaxllm import PRESETS, CustomLLM, ModelConfig
+from jaxllm import PRESETS, CustomLLM
 from jaxllm.model.decoder import abstract_model, count_parameters, split_model
 from jaxllm.train.loss import count_targets
 from jaxllm.train.step import summed_loss
-
-SMALL = ModelConfig(
-    vocab_size=97,
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    moe_intermediate_size=24,
-    max_position_embeddings=64,
-)
+from tests.configs import SMALL
 
 
 def small_model(dtype=jnp.float32, **changes) -> CustomLLM:

@@ -15,13 +15,13 @@ from flax import nnx
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from jaxllm.config import ModelConfig
 from jaxllm.model import load_balance, moe
 from jaxllm.model.kernels import choose_kernels, grouped_loop
 from jaxllm.model.kernels.dispatch import combine, gather_slots, plan_dispatch
 from jaxllm.model.kernels.expert_ffn import expert_ffn, expert_slice
+from tests.configs import small
 
-SMALL = ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, moe_intermediate_size=24)
+SMALL = small(vocab_size=64, num_hidden_layers=1)
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ from jaxllm.config import TrainConfig
 from jaxllm.data.stream import ProcessBatches
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.files import read_json
+from jaxllm.model.batch import TokenBatch
 from jaxllm.model.layers import ParameterFacts
 from jaxllm.run import replay
 from jaxllm.run.evaluation import Evaluator
@@ -81,10 +82,10 @@ def test_a_nonfinite_step_changes_only_the_step_count(run):
     state.params["token_embeddings"]["weight"] = weight.at[token].set(jnp.nan)
     step = jax.jit(Computation.of(config).train_step)
     rows = np.random.default_rng(0).integers(0, token, (1, config.data.batch_size, config.data.seq_len), np.int32)
-    good, metrics = step(state, rows)
+    good, metrics = step(state, TokenBatch(rows))
     assert np.isfinite(metrics.loss)
     rows[0, 2, 5] = token
-    bad, metrics = step(state, rows)
+    bad, metrics = step(state, TokenBatch(rows))
     assert not np.isfinite(metrics.loss)
     assert float(metrics.learning_rate) == pytest.approx(config.optim.learning_rate)  # the schedule stands where it was
     assert int(bad.step) == int(good.step) == 1

@@ -19,10 +19,11 @@ import pytest
 
 import jaxllm.model.layout
 import train
-from jaxllm.config import PRESETS, ModelConfig, TrainConfig
+from jaxllm.config import PRESETS, TrainConfig
 from jaxllm.data.stream import Position
 from jaxllm.errors import UserError
 from jaxllm.files import write_json
+from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import abstract_model, model_facts
 from jaxllm.model.layout import MESH_AXIS, Layout
 from jaxllm.store.checkpoint import newest_checkpoint
@@ -33,19 +34,11 @@ from jaxllm.train.loss import IGNORED
 from jaxllm.train.placement import OneDevice, Placement, choose_placement, compile_programs, lower_step
 from jaxllm.train.sharding import choose_mesh
 from jaxllm.train.state import TrainState
+from tests.configs import small
 
 STEPS, ROWS = 3, 32
 CONFIG = TrainConfig.from_options(
-    model=ModelConfig(
-        vocab_size=61,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        moe_intermediate_size=24,
-        n_routed_experts=8,
-        max_position_embeddings=32,
-        dropout=0.1,
-    ),
+    model=small(vocab_size=61, num_hidden_layers=2, n_routed_experts=8, max_position_embeddings=32, dropout=0.1),
     seq_len=4,
     batch_size=ROWS,
     steps=50,
@@ -87,7 +80,7 @@ def run(**changes) -> tuple[TrainState, list[list[float]], list[float]]:
     state, metrics = train_steps(config, programs.step, placement.init(computation))
     labels = batch(STEPS)[: config.data.batch_size]
     labels[ROWS // 4 :] = IGNORED  # so that micro-batches of any size have the same targets
-    evaluation = [float(value) for value in programs.evaluate(state, labels)]
+    evaluation = [float(value) for value in programs.evaluate(state, TokenBatch(labels))]
     return placement.unshard(state), metrics, evaluation
 
 
@@ -105,7 +98,7 @@ def train_steps(config: TrainConfig, step: Callable, state: TrainState) -> tuple
     metrics = []
     for seed in range(STEPS):
         labels = batch(seed).reshape(config.data.grad_accum, config.data.batch_size, config.data.seq_len)
-        before, (state, measured) = state, step(state, labels)
+        before, (state, measured) = state, step(state, TokenBatch(labels))
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))  # updated in place
         metrics.append([float(value) for value in measured])
     return state, metrics
@@ -204,7 +197,7 @@ def test_the_backward_pass_gathers_again_and_keeps_no_gathered_weight(monkeypatc
         return len(re.findall(r"[^(]f32\[2,8,(?:32,24|24,32)\]", lowered.compile().as_text()))
 
     assert stacks_of_gathered_experts() == 0
-    monkeypatch.setattr(jaxllm.model.layout, "_is_kept", jax.checkpoint_policies.everything_saveable)
+    monkeypatch.setattr(jaxllm.model.layout, "_is_saved", jax.checkpoint_policies.everything_saveable)
     assert stacks_of_gathered_experts() > 0
 
 
@@ -298,8 +291,8 @@ def test_a_run_changes_its_layout_from_start_to_start(narrow, tmp_path, capsys):
             r"expert must divide n_routed_experts = 8 \(sizes that do: 1, 2, 4, 8\)",
         ),
         ({"mesh": "data=2", "parallel": "pmap"}, "--parallel pmap has no mesh"),
-        ({"mesh": "data=16"}, "it needs 16 devices, and 8 are here"),
-        ({"parallel": "pmap", "batch_size": 12}, "must be a multiple of the 8 devices here"),
+        ({"mesh": "data=16"}, "it needs 16 devices, and 8 are available"),
+        ({"parallel": "pmap", "batch_size": 12}, "must be a multiple of the 8 available devices"),
         ({"parallel": "threads"}, "parallel is 'threads'"),
     ],
 )

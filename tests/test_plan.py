@@ -1,4 +1,4 @@
-"""Planning for a device that is not here: targets, the reader of programs, arithmetic, and real compilations."""
+"""Planning for a device that you do not have: targets, the reader of programs, arithmetic, and real compilations."""
 
 from __future__ import annotations
 

@@ -351,7 +351,7 @@ def test_the_side_that_is_not_trained_on_is_named(name, tmp_path):
 
 
 FIELDS = [
-    ("instruction", "input", "output"), ("prompt", "completion"), ("question", "answer"), ("input", "output"),
+    ("question", "answer"), ("input", "output"),
     ("query", "response"), ("inputs", "targets"), ("question", "answers"), ("problem", "solution"),
     ("id", "user", "assistant"),
     ("instruction", "response"), ("prompt", "answer"), ("prompt", "chosen", "rejected"), ("chosen", "rejected"),

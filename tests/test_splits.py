@@ -11,9 +11,9 @@ import pytest
 
 from jaxllm import evaluate
 from jaxllm.config import TrainConfig
+from jaxllm.data.held_out import read_held_out
 from jaxllm.data.sources import FileSource, check_new_data, local_files, open_source
 from jaxllm.data.splits import Ambiguous, recognized
-from jaxllm.data.stream import held_out_rows
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.errors import UserError
 
@@ -167,10 +167,10 @@ def test_a_validation_split_that_is_gone_is_named(tmp_path):
     config = TrainConfig.from_options(data=str(tmp_path), seq_len=8, eval_samples=2)
     tokenizer = train_tokenizer(open_source(config), 300)
     config = config.with_options(hold_out=open_source(config).hold_out)
-    held_out_rows(config, tokenizer)
+    read_held_out(config, tokenizer)
     (tmp_path / "validation.jsonl").unlink()
     with pytest.raises(UserError, match="the text that it is evaluated on is gone"):
-        held_out_rows(config, tokenizer)
+        read_held_out(config, tokenizer)
 
 
 def test_splits_that_datasets_saved(tmp_path):
@@ -203,7 +203,7 @@ def test_evaluation_data_of_the_user(tmp_path):
         check_new_data(overlapping, open_source(overlapping))
     config = TrainConfig.from_options(data=str(tmp_path / "corpus"), eval_data=str(tmp_path / "eval.txt"), seq_len=8)
     tokenizer = train_tokenizer(open_source(config), 300)
-    assert tokenizer.decode(held_out_rows(config, tokenizer)[0]).startswith("other")
+    assert tokenizer.decode(read_held_out(config, tokenizer).rows[0]).startswith("other")
 
 
 CARD = """---

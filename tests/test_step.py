@@ -13,23 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.config import PRESETS, ModelConfig, TrainConfig, recipe
+from jaxllm.config import PRESETS, TrainConfig, recipe
+from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import model_facts
 from jaxllm.train.computation import Computation
 from jaxllm.train.loss import IGNORED
 from jaxllm.train.optim import learning_rate
 from jaxllm.train.state import TrainState
+from tests.configs import small
 
 CONFIG = TrainConfig.from_options(
-    model=ModelConfig(
-        vocab_size=61,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        moe_intermediate_size=24,
-        max_position_embeddings=32,
-        dropout=0.0,
-    ),
+    model=small(vocab_size=61, num_hidden_layers=2, max_position_embeddings=32, dropout=0.0),
     seq_len=8,
     steps=50,
     warmup_steps=2,
@@ -75,7 +69,7 @@ def step_of(config: TrainConfig) -> Callable:
 def run(config: TrainConfig, *batches: jax.Array):
     state, losses = first_state(), []
     for batch in batches:
-        state, metrics = step_of(config)(state, batch)
+        state, metrics = step_of(config)(state, TokenBatch(batch))
         losses.append(float(metrics.loss))
     return state, losses, metrics
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from jaxllm.config.groups import DataConfig
 from jaxllm.data.prefetch import Batch, Prefetcher
 from jaxllm.data.stream import TokenStream
+from jaxllm.model.batch import token_batch
 
 
 class MicroBatches:
@@ -19,6 +21,7 @@ class MicroBatches:
     """
 
     def __init__(self, stream: TokenStream, data: DataConfig):
+        self._data = data
         self.stream, self.prefetcher = stream, Prefetcher(stream, data.grad_accum * data.batch_size)
         self.batch: Batch | None = None  # None before the first step
         self._shape = (data.grad_accum, data.batch_size, data.seq_len)  # (A,B,T)
@@ -27,10 +30,13 @@ class MicroBatches:
         while True:
             self.batch = batch = self.prefetcher.take()
             assert batch is not None  # `take` returns None only if it is interrupted
-            for rows in torch.from_numpy(batch.rows).long().view(self._shape):
-                yield as_inputs(rows)
+            for rows in batch.rows.reshape(self._shape):
+                yield as_inputs(rows, self._data)
 
 
-def as_inputs(rows: Tensor) -> dict[str, Tensor]:
-    """Use token rows as inputs and as labels: the model shifts the labels. -100 is ignored."""
-    return {"input_ids": rows.clamp(min=0), "labels": rows}
+def as_inputs(rows: np.ndarray, data: DataConfig) -> dict[str, Tensor]:
+    """Travelling rows (...,T) as inputs and labels: the model shifts the labels. -100 is ignored."""
+    batch = token_batch(rows, data)
+    return {
+        "input_ids": torch.from_numpy(batch.ids).long().clamp(min=0), "labels": torch.from_numpy(batch.labels).long()
+    }  # fmt: skip

@@ -81,7 +81,7 @@ class MPSCallback(TrainerCallback):
 
 
 class LogCallback(TrainerCallback):
-    """Writes the Trainer's logs as the records of train.py (same columns, same files), then the result of the run."""
+    """Writes the Trainer's logs as records of train.py (same columns and files), then the result of the run."""
 
     def __init__(
         self,
@@ -139,7 +139,7 @@ class LogCallback(TrainerCallback):
         batches = math.ceil(samples / self._config.data.batch_size)
         return eval_record(
             self._eval_loss, self._bytes_per_target, seconds=logs["eval_runtime"], samples=samples, batches=batches,
-            epoch=self._epoch(step), step=step,
+            epoch=self._epoch(step), step=step, targets=self._prepared.eval_targets,
         )  # fmt: skip
 
     def _end_record(self, logs: dict, step: int) -> dict:

@@ -11,7 +11,7 @@ from jaxllm.run.throughput import GIB, host_peak_gib, peak_tflops
 
 
 def bfloat16_hardware(device: torch.device) -> str | None:
-    """What multiplies bfloat16 in hardware on the device, as `jaxllm.run.hardware` names it; None: nothing known."""
+    """The hardware that multiplies bfloat16 on the device, as `jaxllm.run.hardware` names it; None: unknown."""
     if device.type == "cuda":
         return "the GPU" if torch.cuda.is_bf16_supported(including_emulation=False) else None
     return cpu_bfloat16() if device.type == "cpu" else None

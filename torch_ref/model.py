@@ -25,7 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils.versions import require_version
 
-require_version("transformers>=5.4", "To load this model: pip install -U transformers")  # older ones lack what follows
+require_version(
+    "transformers>=5.4", "To load this model: pip install -U transformers"
+)  # older versions lack names imported below
 
 from transformers import AutoModel, Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
@@ -40,7 +42,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
-# The rows of each expert are a number that only the data know; else torch.compile breaks the graph at each layer.
+# The number of rows of an expert depends on the data; without this, torch.compile breaks the graph at each layer.
 torch._dynamo.config.capture_scalar_outputs = True  # pyright: ignore[reportAttributeAccessIssue]
 
 IGNORED = -100  # the label of a position that is not a target
@@ -55,7 +57,13 @@ AUTO_CLASSES = {
     "AutoModelForSequenceClassification": "CustomLLMForSequenceClassification",
     "AutoModelForTokenClassification": "CustomLLMForTokenClassification",
 }
-PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}  # repeat what position_ids say
+PACKING = {
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+    "seq_idx",
+}  # the same information as position_ids
 # Tensor parallel: a device has some of the heads and a part of every expert. The router, the position table and the two
 # projections to the latents are whole on each. There is no pipeline plan: transformers only splits models whose modules
 # are called `layers`, `embed_tokens` and `norm`, and the later stages would add the positions again.
@@ -326,7 +334,7 @@ class Dispatch(NamedTuple):
 
 
 class Router(nn.Linear):
-    """`nn.Linear` in float32, whatever the dtype of its input and of autocast; printed as the Linear that it is."""
+    """`nn.Linear` in float32, whatever the dtype of its input and of autocast; printed as `Linear`."""
 
     def forward(self, x: Tensor) -> Tensor:  # (N,D) -> (N,E)
         acc_dtype = at_least_float32(x.dtype)
@@ -404,7 +412,7 @@ class DeepSeekExpertLayer(nn.Module):
 
 
 class RoutedExperts(nn.ModuleList):
-    """The routed experts; printed as the ModuleList that it is."""
+    """The routed experts; printed as `ModuleList`."""
 
     def forward(self, tokens: Tensor, experts: Tensor, gates: Tensor) -> Tensor:  # (N,D), twice (N,k) -> (N,D)
         if torch.jit.is_tracing():  # it would keep the group sizes that it saw: each expert runs on every token
@@ -504,7 +512,7 @@ class PositionLimit(StoppingCriteria):
 
 
 def either_cache(past_key_values: Any, cache: Any) -> Any:
-    """The argument with two names. Raises TypeError if both are given, or something else than a cache."""
+    """The cache, which has two names. Raises TypeError if both are given, or if the value is not a cache."""
     if past_key_values is not None and cache is not None:
         raise TypeError("pass either cache or past_key_values: they are two names of one argument")
     cache = past_key_values if cache is None else cache
@@ -514,7 +522,7 @@ def either_cache(past_key_values: Any, cache: Any) -> Any:
 
 
 class CustomLLMPreTrainedModel(PreTrainedModel):
-    """What all models of this file have in common.
+    """The base class of the models of this file.
 
     Args:
         config: a `CustomLLMConfig`, or any object whose `to_dict()` has its fields.
@@ -623,7 +631,7 @@ class CustomLLMModel(CustomLLMPreTrainedModel):
         positions = position_ids
         if positions is None:
             positions = self._positions(past, length, attention_mask, tokens.device)
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # which cannot look at values
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # where values are not available
             self._check_mask(past, length, attention_mask)
             if position_ids is not None or past + length > config.max_position_embeddings:
                 self._check_positions(positions)

@@ -31,8 +31,7 @@ if __name__ == "__main__" and not is_installed("torch"):
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from jaxllm.data.sources import open_source
-from jaxllm.data.stream import POSITION_FILE, TokenStream, read_position
+from jaxllm.data.stream import POSITION_FILE, open_stream, read_position
 from jaxllm.run.metrics import RunLog
 from jaxllm.run.reporting import announce, announce_finished, announce_speed
 from jaxllm.run.throughput import reference_peak
@@ -62,8 +61,7 @@ def train(prepared: Prepared[RunConfig], model: CustomLLM | None = None) -> Cust
     if model is None:
         torch.manual_seed(config.seed % 2**32)
         model = CustomLLM(config.model)
-    special = config.data.special_tokens_in_text
-    stream = TokenStream(open_source(config), prepared.tokenizer, config.data.seq_len, config.seed, special)
+    stream = open_stream(config, prepared.tokenizer)
     first_step = 0
     if checkpoint is not None:
         first_step = checkpoint.step

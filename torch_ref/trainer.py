@@ -76,6 +76,8 @@ class CustomLLMTrainer(Trainer):
     def __init__(self, prepared: Prepared[RunConfig], model: CustomLLM, batches: MicroBatches):
         config = prepared.config
         self._config, self._tokenizer, self._batches = config, prepared.tokenizer, batches
+        self._held_out = [as_inputs(row, config.data) for row in prepared.held_out]
+        self._eval_targets = prepared.eval_targets
         self._cross_entropy: Any = None  # (), the last micro-batch's share of the mean
         self.routing = RoutingBiasCallback(config.optim.bias_update_rate)
         optimizer = make_optimizer(model, config.optim, config.decided_precision)
@@ -84,7 +86,7 @@ class CustomLLMTrainer(Trainer):
         super().__init__(
             model,
             training_arguments(config),
-            eval_dataset=[as_inputs(row) for row in torch.from_numpy(prepared.held_out).long()],  # pyright: ignore[reportArgumentType]
+            eval_dataset=self._held_out,  # pyright: ignore[reportArgumentType]
             callbacks=[schedule, self.routing, MPSCallback()],
             optimizers=(optimizer, self._schedule(optimizer)),
         )
@@ -100,6 +102,8 @@ class CustomLLMTrainer(Trainer):
         recomputed in the backward pass does not count twice.
         """
         config, labels = self._config, inputs["labels"]
+        if self._eval_targets and not model.training:  # the Trainer takes the mean over rows, which have other counts
+            num_items_in_batch = self._eval_targets * len(labels) / len(self._held_out)
         output = model(
             inputs["input_ids"], labels=labels, num_items_in_batch=num_items_in_batch, output_router=model.training
         )

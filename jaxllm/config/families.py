@@ -58,7 +58,7 @@ def write_config(config: ModelConfig, dtype: str, source: Json | None = None) ->
 
     Args:
         dtype: of the weights.
-        source: the config.json that the weights came with. What need not change is kept.
+        source: the config.json that the weights came with. What need not change stays as it is.
 
     Raises:
         UserError: no family has all options of the config.
@@ -74,15 +74,15 @@ def write_config(config: ModelConfig, dtype: str, source: Json | None = None) ->
     changed = {key: value for key, value in written.items() if key not in before or before[key] != value}
     stale = {"quantization_config", "auto_map"} | (set() if before else {"mlp_layer_types"})
     stale |= {"rope_parameters"} if changed.keys() & {"rope_theta", "rope_scaling"} else set()
-    kept = {key: value for key, value in source.items() if key not in stale}
+    result = {key: value for key, value in source.items() if key not in stale}
     for key in ("topk_method", "scoring_func"):  # servers route wrongly where they are not named
-        if key in written and kept.get(key) is None:
-            kept[key] = written[key]
-    if kept.get("num_nextn_predict_layers"):
-        kept["num_nextn_predict_layers"] = 0
+        if key in written and result.get(key) is None:
+            result[key] = written[key]
+    if result.get("num_nextn_predict_layers"):
+        result["num_nextn_predict_layers"] = 0
     if source.get("dtype", source.get("torch_dtype", dtype)) != dtype:
         head |= {key: dtype for key in ("dtype", "torch_dtype") if key in source}
-    return kept | changed | head
+    return result | changed | head
 
 
 def _written_before(source: Json, family: Family) -> dict[str, Any]:

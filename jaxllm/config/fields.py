@@ -1,4 +1,4 @@
-"""What a config declares at each field: its range, and what a resumed run may do with it. Checked in one place."""
+"""Declarations of config fields (range, whether a resumed run may change them), and the check of all of them."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from jaxllm.errors import UserError, shown
 
 MAX_INT = 2**31 - 1
-"""Upper bound of integer fields that declare none: a config may come from anywhere."""
+"""Upper bound of integer fields that declare none: a config may be untrusted input."""
 
 MAX_SEED = 2**63 - 1
 
@@ -28,13 +28,13 @@ def option(
     resumable: bool = False,
     saved: bool = True,
 ) -> Any:
-    """A config field with its bounds; None is always within them.
+    """A config field with its bounds; None always passes.
 
     Args:
         default: without one, the field is required.
         ge, gt, le, lt: bounds, inclusive and exclusive.
         resumable: a resumed run may change it, because it does not change the run's numbers.
-        saved: it is part of a run's train_config.json. An option of one start, such as `overwrite`, is not.
+        saved: whether train_config.json has it. An option for a single start, such as `overwrite`, is not saved.
     """
     facts = {"ge": ge, "gt": gt, "le": le, "lt": lt, "resumable": resumable, "saved": saved}
     return dataclasses.field(default=default, metadata=facts)
@@ -47,7 +47,7 @@ def _type_hints(cls: type) -> dict[str, Any]:
 
 @functools.cache
 def option_names(cls: type) -> dict[str, str]:
-    """The option that sets each field: the field's name, or the one that its annotation gives to tyro."""
+    """The command-line option of each field: the field's name, or the name in its tyro annotation."""
     names = {}
     for field in dataclasses.fields(cls):
         annotations = getattr(_type_hints(cls)[field.name], "__metadata__", ())
@@ -57,7 +57,7 @@ def option_names(cls: type) -> dict[str, str]:
 
 
 def check_fields(config: Any) -> None:
-    """Check the type and the range of every field; ints in float fields become floats, and paths what the field holds.
+    """Check the type and the range of every field; convert ints in float fields, and paths to the field's type.
 
     Raises:
         UserError: a value has another type or is outside its range.

@@ -32,11 +32,11 @@ STORY_PROMPTS = (
 
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-4, 1e4
-"""Of sampling, besides 0. Beyond them logits leave float32, or every token is as likely as any other."""
+"""Bounds of the sampling temperature, besides 0. Beyond them logits overflow float32, or sampling is uniform."""
 
 
 def check_temperature(temperature: float) -> None:
-    """Raise UserError if it lies between 0, which is greedy, and the least that can be computed with."""
+    """Raise UserError if it lies between 0, which is greedy, and `MIN_TEMPERATURE`."""
     if 0 < temperature < MIN_TEMPERATURE:
         raise UserError(f"temperature is {temperature}: it must be 0 (greedy) or lie in [{MIN_TEMPERATURE}, 10000]")
 
@@ -48,41 +48,58 @@ class _Checked:
 
 @dataclass(frozen=True)
 class DataConfig(_Checked):
-    """What is read, and how it is cut into batches."""
+    """The data, and how they are cut into batches."""
 
     source: Annotated[str, tyro.conf.arg(name="data")] = option("stdlib", resumable=True)
     """`stdlib` (the standard library's own source code), a file of text, JSONL, JSON, CSV, TSV, parquet or Arrow, a
     folder of them, or the name of a dataset on the Hugging Face Hub. Several with weights: A=0.7,B=0.3, shares of the
-    text. A run resumes with the same content by another name."""
+    text. A run can be resumed with the same content under another name."""
     subset: Annotated[str | None, tyro.conf.arg(name="data-config")] = None
     """Configuration of a Hub dataset."""
     split: Annotated[str, tyro.conf.arg(name="data-split")] = "train"
-    """Split that is trained on, of a Hub dataset or of a folder whose names tell splits as on the Hub (train-*.parquet,
+    """Split to train on, of a Hub dataset or of a folder whose file names give splits as on the Hub (train-*.parquet,
     test/...); `all` reads every file of a folder. If there is a validation split, the run is evaluated on it."""
     eval_data: str | None = option(None, resumable=True)
-    """Text that the run is evaluated on, in place of a held-out part: a file, a folder, or another split of --data."""
+    """Text to evaluate on, in place of a held-out part: a file, a folder, or another split of --data."""
     hold_out: tyro.conf.Suppress[str | None] = option(None, resumable=True)
-    """What the run holds out for evaluation, which it decides at its first start (`jaxllm.data.source.HoldOut`)."""
+    """What the run holds out for evaluation, decided at its first start (`jaxllm.data.source.HoldOut`)."""
     revision: Annotated[str | None, tyro.conf.arg(name="data-revision")] = option(None, resumable=True)
-    """Commit of a Hub dataset; default: the newest one when the run starts. The run keeps it; of files, it keeps their
-    fingerprint."""
+    """Commit of a Hub dataset; default: the newest one when the run starts. The run records it; of files, it
+    records their fingerprint."""
     skip_data: str = option("", resumable=True)
-    """Files that are left out: names or patterns such as `part-3*`, separated by commas. A running run takes more."""
+    """Files to leave out: names or patterns such as `part-3*`, separated by commas. A resumed run may add to it."""
     text_field: str = "text"
     """Field of a row that holds the text, or a chat: messages for the tokenizer's chat template; `a.b` is the field b
-    of the field a. Where there is no field `text`, `messages` is read."""
+    of the field a. Rows without a field `text` are read from `messages`."""
     tokenizer: str | None = None
     """A Hub name or a folder; default: a byte-level BPE trained on the data."""
     special_tokens_in_text: Literal["text", "keep", "earlier"] = "text"
-    """What becomes of special tokens that documents, messages and prompts spell: `text`, encoded as other characters
-    are; `keep`, control tokens, for data that rely on them. `earlier` is how runs were made before there was a choice,
-    and resume: kept, every 4,096 characters of a text file encoded alone, and rows of several passes mixed."""
+    """How special tokens in documents, messages and prompts are encoded: `text`, like other characters; `keep`, as
+    control tokens, for data that rely on them. `earlier` resumes runs of versions without this option: control tokens,
+    every 4,096 characters of a text file encoded separately, and rows of several passes mixed."""
+    train_on: Literal["assistant", "all"] | None = None
+    """Which tokens are targets of the loss. `assistant`: of chats, what the assistant says and the token that ends it;
+    of rows of a prompt and a completion, the completion. `all`: every token. Default: `assistant` where the rows are
+    such; texts are trained on whole."""
+    documents: Literal["joined", "separate"] | None = None
+    """`joined`: documents follow one another in rows that are always full, and a token sees what comes before it in its
+    row. `separate`: a row is filled with whole documents (longer ones are cut at the row), which do not see each other;
+    the rest of it is padding. Default: `separate` where the rows are chats, or prompts with their completions."""
     seq_len: int = option(256, ge=2)
     """Tokens in a row of a batch."""
     batch_size: int = option(8, ge=1, le=2**20)
     """Rows in a micro-batch, over all devices."""
     grad_accum: int = option(1, ge=1)
     """Micro-batches in a step."""
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether the labels of a row differ from its tokens."""
+        return self.train_on == "assistant" or self.documents == "separate"
+
+
+JOINED_TEXTS = DataConfig()
+"""Rows in which every token is a target."""
 
 
 @dataclass(frozen=True)
@@ -162,20 +179,20 @@ class MeshConfig(_Checked):
     """Which devices compute a step, and which processes."""
 
     parallel: Literal["jit", "pmap"] = option("jit", resumable=True)
-    """How a step runs: `jit` on one device or on the --mesh, `pmap` on all devices, each with a copy of the model."""
+    """How a step runs: `jit` on one device or the --mesh, or `pmap` on all devices, each with a copy of the model."""
     axes: Annotated[str, tyro.conf.arg(name="mesh")] = option("", resumable=True)
-    """Devices along each axis, e.g. data=2,fsdp=4,expert=1: `data` copies the model, `fsdp` cuts parameters and
-    optimizer state, `expert` spreads the routed experts. Empty: one device."""
+    """Devices along each axis, e.g. data=2,fsdp=4,expert=1: `data` replicates the model, `fsdp` shards parameters and
+    optimizer state, `expert` distributes the routed experts. Empty: one device."""
     coordinator: str | None = option(None, resumable=True, saved=False)
-    """Of a run of several processes, HOST:PORT of the first, given to each of them; `auto`: SLURM, Open MPI, Kubernetes
-    or the TPU's own environment names it and the rest."""
+    """For a run of several processes: HOST:PORT of the first, the same for all of them; `auto`: detect it and the next
+    two from SLURM, Open MPI, Kubernetes or the TPU's environment."""
     num_processes: int | None = option(None, ge=1, resumable=True, saved=False)
-    """How many processes there are; all see the same --run-dir and data."""
+    """Number of processes; all need access to the same --run-dir and data."""
     process_id: int | None = option(None, resumable=True, saved=False)
-    """Which of them this is, from 0."""
+    """Index of this process, from 0."""
     data_streams: int | None = option(None, ge=1, le=2**16)
-    """Shards of the data that are read in parallel, each into its own rows of a batch, which they decide. Default: one
-    for each process, so that each reads its own."""
+    """Shards of the data that are read in parallel, each for its own rows of a batch. Default: one for each process,
+    which then reads its own shard."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -183,7 +200,7 @@ class MeshConfig(_Checked):
             raise UserError(f"mesh is {shown(self.axes)}: --parallel pmap has no mesh, leave out one of the two")
         rest = (self.num_processes, self.process_id)
         if self.coordinator == "auto" and rest != (None, None):
-            raise UserError("coordinator is 'auto': leave out --num-processes and --process-id, which it finds too")
+            raise UserError("coordinator is 'auto': leave out --num-processes and --process-id, which are detected too")
         if self.coordinator is None and rest != (None, None):
             raise UserError("num_processes and process_id need --coordinator HOST:PORT as well")
         if self.coordinator not in (None, "auto"):
@@ -202,7 +219,7 @@ class MeshConfig(_Checked):
         """Devices along each axis that `axes` names.
 
         Raises:
-            UserError: it is not of that form.
+            UserError: it has another form.
         """
         sizes: dict[str, int] = {}
         for entry in filter(None, self.axes.split(",")):
@@ -236,11 +253,11 @@ class CheckpointConfig(SaveConfig):
     """Checkpoints and recovery of train.py."""
 
     keep_every: int = option(0, ge=0, resumable=True)
-    """Checkpoints whose step is a multiple of this are kept too; 0: none."""
+    """Also keep checkpoints whose step is a multiple of this; 0: none."""
     strict: bool = option(False, resumable=True, saved=False)
     """Refuse to resume from an older checkpoint where the newest is damaged."""
     max_nonfinite: int = option(10, ge=1, resumable=True)
-    """Stop the run after this many steps in a row whose loss or gradient is not finite. Such a step changes nothing."""
+    """Stop after this many consecutive steps with a loss or gradient that is not finite; they change nothing."""
 
 
 @dataclass(frozen=True)
@@ -250,16 +267,16 @@ class LoggingConfig(_Checked):
     log_every: int = option(25, ge=1, resumable=True)
     """Steps between two lines of the log."""
     log_format: Literal["text", "dict"] = option("text", resumable=True)
-    """Lines of the console: `text` to read, or `dict` with every value, as the source prints them."""
+    """Format of console lines: `text`, or `dict` with every value, as the source prints them."""
     log_to: Literal["none", "wandb", "trackio"] = option("none", resumable=True)
     """Send the log to Weights & Biases or trackio as well, through their own library."""
     eval_every: int = option(100, ge=1, resumable=True)
     """Steps between two evaluations."""
     eval_samples: int = option(100, ge=1, resumable=True)
-    """Rows of the held-out part that an evaluation reads."""
+    """Rows of the held-out part in an evaluation."""
     peak_tflops: float | None = option(None, gt=0, resumable=True)
-    """What one device reaches in matrix products, in TFLOP/s, the reference of the MFU. Default: its data sheet's in
-    the run's precision, if jaxllm/devices has one, else what is measured at the start."""
+    """TFLOP/s of one device in matrix products, the reference of the MFU. Default: its data sheet's, if jaxllm/devices
+    has one, else measured at the start; in the run's precision."""
 
 
 @dataclass(frozen=True)
@@ -267,13 +284,13 @@ class SamplingConfig(_Checked):
     """The samples at the end of a run."""
 
     prompts: tuple[str, ...] = option(CODE_PROMPTS, resumable=True)
-    """Prompts that the trained model continues at the end."""
+    """Prompts that the trained model continues at the end of the run."""
     sample_tokens: int = option(96, ge=0, resumable=True)
     """New tokens for each of these prompts; 0 generates nothing."""
     temperature: float = option(0.5, ge=0, le=MAX_TEMPERATURE, resumable=True)
     """Divides the logits of the samples; 0 is greedy."""
     top_p: float = option(0.95, gt=0, le=1, resumable=True)
-    """Only the likeliest tokens that together reach this probability."""
+    """Sample from the most likely tokens whose probabilities together reach this value."""
 
     def __post_init__(self) -> None:
         check_fields(self)

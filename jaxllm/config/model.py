@@ -15,32 +15,32 @@ CUSTOMLLM_FIELDS = (
     "rms_norm_eps", "rope_theta", "dropout", "final_norm", "initializer_range", "bos_token_id", "eos_token_id",
     "pad_token_id",
 )  # fmt: skip
-"""The fields of a CustomLLM. In one, every other field has its default."""
+"""The fields of a CustomLLM; all others have their defaults there."""
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""The fields that name tokens. Weights that came without their tokenizer have none of them."""
+"""The fields that name special tokens; all are None in weights without a tokenizer."""
 
 
 @dataclass(frozen=True)
 class YarnConfig:
-    """YaRN's change of the rotary frequencies (arXiv:2309.00071), in the words of `rope_scaling` in a config.json."""
+    """YaRN's scaling of rotary frequencies (arXiv:2309.00071), with the names of `rope_scaling` in config.json."""
 
     factor: float = option(1.0, ge=1)
-    """By how much the context is longer than the one of the first training; 1: plain rotary embedding."""
+    """The new context length over that of pre-training; 1: plain rotary embedding."""
     original_max_position_embeddings: int = option(4096, ge=1)
-    """Tokens of the context of the first training."""
+    """Context length of pre-training, in tokens."""
     beta_fast: float = option(32.0, gt=0)
-    """Pairs that turn more often than this in that context are not changed."""
+    """Pairs with more rotations than this in that context are unchanged."""
     beta_slow: float = option(1.0, gt=0)
-    """Pairs that turn less often are divided by the factor."""
+    """The frequencies of pairs with fewer rotations are divided by the factor."""
     mscale: float = option(0.0, ge=0)
-    """With `mscale_all_dim`, decides the size of rotated queries and keys; 0: not given."""
+    """With `mscale_all_dim`, determines the scale of rotated queries and keys; 0: not given."""
     mscale_all_dim: float = option(0.0, ge=0)
-    """Above 0, the attention scale grows with the factor (the non-rotary part included)."""
+    """Above 0, the attention scale grows with the factor, for the non-rotary part too."""
     attention_factor: float | None = option(None, gt=0)
-    """Multiplies the turned queries and keys; None: it follows from `mscale` and `mscale_all_dim`."""
+    """Multiplies the rotated queries and keys; None: derived from `mscale` and `mscale_all_dim`."""
     truncate: bool = True
-    """Whether the bounds of the ramp between the two betas are whole numbers."""
+    """Whether to round the bounds of the ramp between the two betas to integers."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -51,7 +51,7 @@ class YarnConfig:
 
     @property
     def rotation_scale(self) -> float:
-        """Multiplies the turned queries and keys; 1 in all public models."""
+        """Multiplies the rotated queries and keys; 1 in all public models."""
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale and self.mscale_all_dim:
@@ -61,19 +61,19 @@ class YarnConfig:
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """How experts are chosen and weighed, in transformers' words. The defaults are CustomLLM's."""
+    """How experts are chosen and weighted, with transformers' names. The defaults are CustomLLM's."""
 
     scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
-    """What makes scores of the router's logits."""
+    """The function from the router's logits to scores."""
     topk_method: Literal["noaux_tc", "greedy", "group_limited_greedy"] = "noaux_tc"
-    """How they are ranked. noaux_tc adds the routing bias, and a group is worth its two best experts; greedy and
-    group_limited_greedy have no bias, and a group is worth its best expert."""
+    """How experts are ranked. noaux_tc adds the routing bias, and ranks a group by the sum of its two best experts;
+    greedy and group_limited_greedy have no bias, and rank a group by its best expert."""
     n_group: int = option(1, ge=1, le=2**14)
-    """Groups of consecutive experts; 1: none."""
+    """Number of groups of consecutive experts; 1: no groups."""
     topk_group: int = option(1, ge=1)
-    """How many of the groups a token may choose from."""
+    """Number of groups that a token chooses experts from."""
     norm_topk_prob: bool = True
-    """Whether the gates of a token are normalized to the sum 1."""
+    """Whether to normalize the gates of a token to the sum 1."""
     routed_scaling_factor: float = option(1.0, gt=0)
     """Multiplies the gates, after the normalization."""
 
@@ -92,14 +92,14 @@ class RouterConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder, in transformers' words. The defaults are CustomLLM's.
+    """The shape of a decoder, with transformers' names. The defaults are CustomLLM's.
 
     Derived sizes are properties. Nothing about devices or precision belongs here. Upper bounds are far beyond any
     model: a config may come from anywhere, and must not make a loop or an allocation absurdly large.
     """
 
     vocab_size: int = option(ge=1, le=2**24)
-    """Rows of the table of token embeddings."""
+    """Rows of the token embedding table."""
     hidden_size: int = option(ge=1, le=2**20)
     """Size of the residual stream."""
     num_hidden_layers: int = option(ge=1, le=2**12)
@@ -136,13 +136,13 @@ class ModelConfig:
     """Routed experts that a token chooses."""
     router: RouterConfig = field(default_factory=RouterConfig)
     first_k_dense_replace: int = option(0, ge=0)
-    """The first layers, this many, have a dense feed-forward network instead of experts."""
+    """Number of leading layers with a dense feed-forward network instead of experts."""
     intermediate_size: int | None = option(None, ge=1, le=2**20)
-    """Hidden size of those."""
+    """Hidden size of the dense feed-forward network."""
     max_position_embeddings: int = option(2048, ge=1)
-    """Tokens of the longest sequence."""
+    """Maximum length of a sequence, in tokens."""
     learned_positions: bool = True
-    """Whether a table of positions is added to the embeddings."""
+    """Whether to add learned position embeddings."""
     rms_norm_eps: float = option(1e-5, ge=0)
     """Added to the mean square in all other norms."""
     rope_theta: float = option(10000.0, gt=1)
@@ -154,15 +154,15 @@ class ModelConfig:
     """Whether a norm precedes lm_head (the source has none)."""
     lm_head_bias: bool = True
     tie_word_embeddings: bool = False
-    """Whether lm_head is the table of token embeddings."""
+    """Whether lm_head shares the weight of the token embeddings."""
     initializer_range: float = option(0.02, ge=0)
-    """Standard deviation of new matrices."""
+    """Standard deviation of the initial weights of matrices."""
     bos_token_id: int | None = None
-    """The token that begins a text; the tokenizer's, in a run."""
+    """The token at the start of a text; in a run, the tokenizer's."""
     eos_token_id: int | tuple[int, ...] | None = None
-    """The token, or each of the tokens, that ends a text."""
+    """The token, or tokens, that end a text."""
     pad_token_id: int | None = None
-    """The token that fills up shorter rows; the tokenizer's, in a run."""
+    """The token that pads shorter rows; in a run, the tokenizer's."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -273,12 +273,14 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON values of the fields of a CustomLLM, and of all others that differ from their defaults."""
         eos = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
-        kept = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != _default(f)} | {*CUSTOMLLM_FIELDS}
+        written = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != _default(f)} | {
+            *CUSTOMLLM_FIELDS
+        }
         values = dataclasses.asdict(self) | {"eos_token_id": eos}
-        return {name: value for name, value in values.items() if name in kept}
+        return {name: value for name, value in values.items() if name in written}
 
     def resolved(self) -> Self:
-        """The same model, with the numbers in place of what is derived where a field is None."""
+        """The same model, with derived values in place of fields that are None."""
         return dataclasses.replace(
             self, q_lora_rank=self.q_latent_size, kv_lora_rank=self.kv_latent_size, qk_nope_head_dim=self.nope_head_dim,
             qk_rope_head_dim=self.rope_head_dim, v_head_dim=self.value_head_dim, compression_ratio=1,
@@ -286,8 +288,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`. Fields that did not exist when it was written have their defaults, and unknown
-        keys are ignored.
+        """The inverse of `to_dict`. Missing fields get their defaults, and unknown keys are ignored.
 
         Raises:
             UserError: a required key is missing, or a value is out of range.

@@ -32,7 +32,7 @@ Flat = Annotated[Group, tyro.conf.OmitArgPrefixes]
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What decides a training run in either framework: all that `python -m torch_ref.train` takes."""
+    """The configuration of a training run in either framework: all options of `python -m torch_ref.train`."""
 
     preset: Annotated[str, tyro.conf.arg(help=f"The model's shape: one of {', '.join(PRESETS)}.")] = option(
         "tiny", resumable=True
@@ -50,9 +50,9 @@ class RunConfig:
     has: bfloat16 where all devices multiply it in hardware (NVIDIA GPUs from Ampere on, AMD's with matrix cores, a TPU,
     a CPU with AMX or AVX512-BF16), else float32. A resumed run keeps what it has."""
     remat: bool = option(False, resumable=True)
-    """Compute each layer again in the backward pass. Without it, what products made is kept."""
+    """Recompute each layer in the backward pass. Without it, the results of matrix products are saved."""
     seed: int = option(0, ge=0, le=MAX_SEED)
-    """Of the weights, the order of the data, dropout and the samples."""
+    """Random seed of the weights, the order of the data, dropout and the samples."""
     data: Flat[groups.DataConfig] = field(default_factory=groups.DataConfig)
     optim: Flat[groups.OptimConfig] = field(default_factory=groups.OptimConfig)
     schedule: Flat[groups.ScheduleConfig] = field(default_factory=groups.ScheduleConfig)
@@ -122,10 +122,10 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`. Options that did not exist when it was written have their defaults.
+        """The inverse of `to_dict`. Options that its version did not have get their defaults.
 
         Raises:
-            UserError: the format is another, a key is unknown, the model is missing, or a value is out of its range.
+            UserError: the format differs, a key is unknown, the model is missing, or a value is out of its range.
         """
         values = dict(values)
         if (written := values.pop("format", 1)) != FORMAT:
@@ -138,9 +138,11 @@ class RunConfig:
         values["model"] = ModelConfig.from_dict(values["model"])
         if isinstance(prompts := values.get("prompts"), list):
             values["prompts"] = tuple(prompts)
-        values.setdefault("special_tokens_in_text", "earlier")  # written before there was a choice
-        values.pop("run_dir", None)  # of an earlier version: a run is where it is found
-        values.setdefault("hold_out", "count")  # of an earlier version, too
+        values.setdefault("special_tokens_in_text", "earlier")  # of a version without this option, as the next two
+        values.setdefault("train_on", "all")
+        values.setdefault("documents", "joined")
+        values.pop("run_dir", None)  # of an earlier version; the folder in which the file lies counts
+        values.setdefault("hold_out", "count")  # of an earlier version
         return cls.from_options(**values)
 
     def as_type(self, cls: type[Config]) -> Config:
@@ -154,7 +156,7 @@ Config = TypeVar("Config", bound=RunConfig)
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
-    """Everything that decides a run of train.py. `train.py --help` is this class."""
+    """The configuration of a run of train.py; `train.py --help` prints it."""
 
     init: Path | None = option(None, resumable=True)
     """Start a new run from the weights of this folder: of the DeepSeek family, or an exported CustomLLM. It gives the
@@ -203,7 +205,7 @@ def _check_divides(n: int, divisor: int, message: str) -> None:
 
 
 class _Option(NamedTuple):
-    """Where a flat option is in a config, and what `option` declared of it."""
+    """The place of a flat option in a config, and what `option` declared for it."""
 
     group: str | None  # None: the config itself
     attribute: str
@@ -228,7 +230,7 @@ def _options(cls: type[RunConfig]) -> tuple[_Option, ...]:
 
 
 def changed_options(saved: Mapping[str, Any], now: RunConfig) -> list[tuple[str, Any, Any]]:
-    """The options (the model's as `model.NAME`) that forbid resuming a saved `to_dict()`: name, old and new value."""
+    """The options (the model's as `model.NAME`) whose change prevents a resume: name, old and new value."""
     resumable = {known.name for known in _options(type(now)) if known.resumable}
 
     def flat(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,14 +252,14 @@ SEED_RECIPE = {
     "log_format": "dict",
     "eval_every": 1_000, "save_every": 1_000, "prompts": groups.STORY_PROMPTS,
 }  # fmt: skip
-"""What the source's run has other than the defaults."""
+"""The source's run, where it differs from the defaults."""
 
 
 DEFAULT_RECIPE: dict[str, Any] = {
     "optimizer": "muon", "learning_rate": 8e-3, "muon_momentum": 0.8, "bias_update_rate": 5e-3, "steps": 700,
 }  # fmt: skip
-"""What teaches `tiny` most in the default run's minutes: docs/muon.md has the search. The options' own defaults are
-AdamW's, for runs that were started before there was a choice."""
+"""The settings with the lowest loss of `tiny` in the time of the default run; docs/muon.md describes the search. The
+defaults of the options themselves are AdamW's, as in runs of versions without Muon."""
 
 
 def recipe(name: str, preset_name: str, cls: type[Config] = TrainConfig) -> Config:

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.data.encode import MARGIN, Encoder, Spans, strings_in
-from jaxllm.data.report import TextCounts
-from jaxllm.data.rows import Chat
+from jaxllm.config.groups import JOINED_TEXTS, DataConfig
+from jaxllm.data.chats import Chat, Pair
+from jaxllm.data.encode import MARGIN, ChatTokens, Encoder, Spans, strings_in
+from jaxllm.data.report import Counts
 from jaxllm.data.source import CLOSING, TextChunk
 from jaxllm.errors import UserError
+from jaxllm.model.batch import DOCUMENT_END, NOT_TARGET
 
 SETTLED = 8
 """Words that must follow a cut, and that precede it in the next window: far more than a pre-tokenizer looks around."""
@@ -29,11 +31,14 @@ class DocumentEncoder:
     A window of text is encoded with some words before it, whose tokens are left out, so that nothing is added that
     begins a text; and up to a place behind which the words are settled. The rest waits for the next piece. After a
     piece that is missing (held out, or of another shard), a document goes on without what begins a text.
+
+    Tokens are marked (`jaxllm.model.batch`) where the run trains on the assistant's alone or keeps documents separate.
     """
 
-    def __init__(self, encoder: Encoder, counts: TextCounts | None = None):
-        """`counts`: where to count; default: from zero."""
-        self.encoder, self.counts = encoder, counts or TextCounts()
+    def __init__(self, encoder: Encoder, data: DataConfig = JOINED_TEXTS, counts: Counts | None = None):
+        """`data`: its `train_on` and `documents` are read. `counts`: where to count; default: from zero."""
+        self.encoder, self.counts = encoder, counts or Counts()
+        self._marks_targets, self._marks_ends = data.train_on == "assistant", data.documents == "separate"
         self._reset()
 
     def _reset(self, document_is_open: bool = False) -> None:
@@ -52,14 +57,15 @@ class DocumentEncoder:
         self._text, self._done, self._next_part, self._try_at = state
 
     def add(self, chunk: TextChunk) -> np.ndarray | None:
-        """The tokens that are certain now: (n,) int32. None: the chat template does not take this chat.
+        """The tokens that are certain now: (n,) int32. None: a chat is skipped, as nothing in it is a target, or as the
+        template does not take it.
 
         Raises:
             UserError: the tokenizer has no chat template.
         """
         text = chunk.text
         if not isinstance(text, str):
-            chat = self._chat(text, chunk.ends_document)
+            chat = self._chat_or_pair(text, chunk.ends_document)
             return None if chat is None else np.concatenate([self._closed(), chat])
         if chunk.part == CLOSING:
             return self._closed()
@@ -87,28 +93,61 @@ class DocumentEncoder:
         """The end of the document that is open, if one is."""
         return self._rest(ends_document=True) if self._next_part else np.zeros(0, np.int32)
 
-    def _chat(self, chat: Chat, ends_document: bool) -> np.ndarray | None:
-        encoder = self.encoder
-        if not encoder.tokenizer.chat_template:
+    def _chat_or_pair(self, text: Chat | Pair, ends_document: bool) -> np.ndarray | None:
+        is_chat = not isinstance(text, Pair) or not isinstance(text.prompt, str)
+        if is_chat and not self.encoder.tokenizer.chat_template:
             raise UserError("data: its rows are chats: pass --tokenizer, one with a chat template, or --text-field")
         try:
-            ids = encoder.chat_ids(chat)
+            ids, is_target, last_only = self._tokens_of(text, ends_document)
         except Exception:  # a template can raise anything
+            self.counts.refused += 1
             return None
-        for text in strings_in(chat):
-            self._count_special(text, 0, len(text))
-        return self._counted(ids, ends_document)
+        if not is_target.any():
+            self.counts.without_target += 1
+            return None
+        for one in strings_in([*text]):
+            self._count_special(one, 0, len(one))
+        self.counts.chats += is_chat
+        self.counts.pairs += not is_chat
+        self.counts.targets += int(is_target.sum())
+        self.counts.last_only += last_only
+        self._count(ids, ends_document)
+        return self._with_end_mark(ids | np.where(is_target, 0, NOT_TARGET).astype(np.int32))
+
+    def _tokens_of(self, text: Chat | Pair, ends_document: bool) -> ChatTokens:
+        encoder = self.encoder
+        prompt, completion = text if isinstance(text, Pair) else ([], text)
+        if isinstance(prompt, str) and isinstance(completion, str):
+            tokens = encoder.pair_targets(prompt, completion)
+        elif self._marks_targets:
+            tokens = encoder.chat_targets([*prompt, *completion], first=len(prompt))  # pyright: ignore
+        else:
+            ids = encoder.chat_ids([*prompt, *completion])  # pyright: ignore
+            ids = encoder.with_end(ids) if ends_document else ids
+            tokens = ChatTokens(ids, np.ones(len(ids), bool))
+        return tokens if self._marks_targets else tokens._replace(is_target=np.ones(len(tokens.ids), bool))
 
     def _count_special(self, text: str, start: int, stop: int) -> None:
         for at, is_end in self.encoder.special_in(text, start):
             self.counts.special += at < stop
             self.counts.ends += at < stop and is_end
 
-    def _counted(self, ids: np.ndarray, ends_document: bool) -> np.ndarray:
+    def _count(self, ids: np.ndarray, ends_document: bool) -> None:
         self.counts.tokens += ids.size
         self.counts.unknown += self.encoder.unknown_in(ids)
         self.counts.documents += ends_document
-        return self.encoder.with_end(ids) if ends_document else ids
+
+    def _counted(self, ids: np.ndarray, ends_document: bool) -> np.ndarray:
+        ids = self.encoder.with_end(ids) if ends_document else ids
+        self._count(ids, ends_document)
+        self.counts.targets += ids.size
+        return self._with_end_mark(ids) if ends_document else ids
+
+    def _with_end_mark(self, ids: np.ndarray) -> np.ndarray:
+        if self._marks_ends and ids.size:
+            ids = ids.copy()
+            ids[-1] |= DOCUMENT_END
+        return ids
 
     def _context(self, text: str) -> str:
         """What a piece is encoded behind where its document's text before it is not there."""
@@ -182,7 +221,7 @@ def _without_token(spans: Spans, text: str, start: int, stop: int) -> int:
     return sum(not text[start + int(at)].isspace() for at in missing)
 
 
-def check_vocabulary(counts: TextCounts, refuse: bool = True) -> None:
+def check_vocabulary(counts: Counts, refuse: bool = True) -> None:
     """Compare what was encoded with the tokenizer's vocabulary; print a line where it lacks much of it.
 
     Raises:
@@ -197,7 +236,7 @@ def check_vocabulary(counts: TextCounts, refuse: bool = True) -> None:
 
 
 def encoded(encoder: DocumentEncoder, chunks: Iterable[TextChunk]) -> Iterator[np.ndarray]:
-    """The tokens of chunks, in parts; chats that the template does not take are left out."""
+    """The tokens of chunks, in parts, without the chats that are skipped."""
     for chunk in chunks:
         if (ids := encoder.add(chunk)) is not None:
             yield ids

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxllm.data.rows import Chat, valid_unicode
+from jaxllm.data.chat_turns import assistant_turns
+from jaxllm.data.chats import Chat, valid_unicode
 from jaxllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,6 +41,14 @@ class Spans(NamedTuple):
     words: np.ndarray  # (n,)
 
 
+class ChatTokens(NamedTuple):
+    """A chat, or a pair, as tokens."""
+
+    ids: np.ndarray  # (n,) int32
+    is_target: np.ndarray  # (n,) bool, what the assistant says, or the completion
+    last_only: bool = False  # whether earlier answers are no targets, because the template changes them afterwards
+
+
 class Encoder:
     """A tokenizer as training uses it: without what it adds at the ends of a text, and without dropout.
 
@@ -53,6 +62,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self._keeps = special_tokens != "text"
         self.pieces_apart = special_tokens == "earlier"
+        self._template = _template_of(tokenizer)
         self.eos: int | None = tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
         backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
@@ -64,6 +74,7 @@ class Encoder:
         control = {i: t.content for i, t in added.items() if t.special or i in special or t.content in markers}
         control |= {i: str(tokenizer.convert_ids_to_tokens(i)) for i in special - control.keys()}
         control = {id: text for id, text in control.items() if len(text) > 1}
+        self._ends_turns = {*control}
         self._control = {} if self._keeps else control
         self.margin = MARGIN + max((len(token.content) for token in added.values()), default=0)
         spec = json.loads(backend.to_str())
@@ -90,31 +101,78 @@ class Encoder:
 
     def chat_ids(self, chat: Chat, add_generation_prompt: bool = False) -> np.ndarray:  # (n,) int32
         """The tokens of a chat through its template, which may raise anything."""
+        return np.asarray(self._tokens(self._rendered(chat, add_generation_prompt))[0], np.int32)
+
+    def chat_targets(self, chat: Chat, first: int = 0) -> ChatTokens:
+        """The tokens of a chat through its template, and which of them the assistant says from message `first` on.
+
+        One end token follows, unless the template has ended the last turn. The template may raise anything, and
+        ValueError is raised where its renderings do not tell what the assistant says.
+        """
+        text, turns, last_only = assistant_turns(self._rendered, self._same_tokens, chat, first, self._template)
+        spans = self._spans_of(text)
+        is_target = np.zeros(len(spans.ids), bool)
+        for start, stop in turns:
+            ends = [found.end() for found in self._special.finditer(text, start, stop)]
+            if ends and not text[ends[-1] : stop].strip():
+                stop = ends[-1]  # what follows the end token is never generated
+            is_target |= (spans.ends > start) & (spans.starts < stop)
+        said = np.flatnonzero(is_target)
+        ids = spans.ids
+        has_ended = self._has_end(ids) or (said.size and int(ids[said[-1]]) in self._ends_turns)
+        if self.eos is not None and not has_ended:
+            ids, is_target = np.append(ids, np.int32(self.eos)), np.append(is_target, is_target[-1:])
+        return ChatTokens(ids, is_target, last_only)
+
+    def pair_targets(self, prompt: str, completion: str) -> ChatTokens:
+        """The tokens of a prompt and its completion, with an end token."""
+        spans = self.spans(prompt + completion)
+        ids, is_target = self.with_end(spans.ids), spans.ends > len(prompt)
+        return ChatTokens(ids, np.append(is_target, [True] * (len(ids) - len(spans.ids))))
+
+    def _rendered(self, chat: Chat, add_generation_prompt: bool = False, template: str | None = None) -> str:
         messages: Any = self._escaped_within(chat)
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        return np.asarray(self._tokens(valid_unicode(str(text)))[0], np.int32)
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=template
+        )
+        return valid_unicode(str(text))
+
+    def _same_tokens(self, one: str, other: str) -> int:
+        """The character of `other` up to which two renderings have the same tokens."""
+        ours, theirs = self._spans_of(one), self._spans_of(other)
+        shorter = min(len(ours.ids), len(theirs.ids))
+        different = np.flatnonzero(ours.ids[:shorter] != theirs.ids[:shorter])
+        same = int(different[0]) if different.size else shorter
+        return int(theirs.starts[same]) if same < len(theirs.ids) else len(other)
 
     def with_end(self, ids: np.ndarray) -> np.ndarray:
         """A document's last tokens, with the end token, unless the document ends with one of its own."""
-        if self.eos is None:
-            return ids
+        return ids if self.eos is None or self._has_end(ids) else np.append(ids, np.int32(self.eos))
+
+    def _has_end(self, ids: np.ndarray) -> bool:
         tail = ids[-TAIL:].tolist()
-        if self.eos in tail and not self.pieces_apart:
-            after = tail[len(tail) - tail[::-1].index(self.eos) :]
-            if not after or not str(self.tokenizer.decode(after)).strip():
-                return ids
-        return np.append(ids, np.int32(self.eos))
+        if self.eos not in tail or self.pieces_apart:
+            return False
+        after = tail[len(tail) - tail[::-1].index(self.eos) :]
+        return not after or not str(self.tokenizer.decode(after)).strip()
 
     def spans(self, text: str) -> Spans:
         """The tokens of a text, and what they stand for."""
         escaped = self._escaped(text)
+        spans = self._spans_of(escaped)
+        if marks := [found.end() for found in re.finditer(MARK, escaped)]:  # as characters of the text itself
+            starts, ends = (
+                at - len(MARK) * np.searchsorted(marks, at, side="right") for at in (spans.starts, spans.ends)
+            )
+            return spans._replace(starts=starts, ends=ends)
+        return spans
+
+    def _spans_of(self, escaped: str) -> Spans:
         ids, encoding, origin = self._tokens(escaped)
         offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
         words = np.asarray([-1 if word is None else word for word in encoding.word_ids], np.int64)
         if origin is not None:
             offsets, words = offsets[origin], words[origin]
-        if marks := [found.end() for found in re.finditer(MARK, escaped)]:  # as characters of the text itself
-            offsets = offsets - len(MARK) * np.searchsorted(marks, offsets, side="right")
         return Spans(np.asarray(ids, np.int32), offsets[:, 0], offsets[:, 1], words)
 
     def breaks(self, spans: Spans) -> np.ndarray:
@@ -201,6 +259,14 @@ def encoder_of(tokenizer: PreTrainedTokenizerBase, special_tokens: str = "text")
 @functools.lru_cache(maxsize=4)
 def _made(tokenizer: PreTrainedTokenizerBase, size: int, template: str, eos: str, special_tokens: str) -> Encoder:
     return Encoder(tokenizer, special_tokens)
+
+
+def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template, of several the one that is used; empty if there is none."""
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError:
+        return ""
 
 
 def _backend_of(spec: dict[str, Any], as_spelled: set[str], breaks: bool) -> Any:

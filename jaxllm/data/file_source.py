@@ -12,13 +12,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from jaxllm.data.chats import Text
 from jaxllm.data.fingerprint import Fingerprint, content_digest
 from jaxllm.data.folder import DataFiles, described
 from jaxllm.data.lines import COMPRESSIONS, NoText, Unreadable, ending_of, kind_of
 from jaxllm.data.reading import CHUNK_CHARS, FileChunk, read_chunks, rows_in
-from jaxllm.data.report import Kind, Seen, SourceReport, counted
-from jaxllm.data.rows import Chat
-from jaxllm.data.source import CLOSING, HOLD_OUT, Evaluation, TextChunk, check_position, utf8_bytes
+from jaxllm.data.report import Counts, Kind, SourceReport, counted
+from jaxllm.data.source import AS_FOUND, CLOSING, HOLD_OUT, Reading, TextChunk, check_position, utf8_bytes
 from jaxllm.errors import UserError, listed, one_line, shown
 
 COUNTED = 2**20
@@ -58,20 +58,14 @@ class FileSource:
         text_field: str,
         shard: int = 0,
         num_shards: int = 1,
-        skip: str = "",
         found: DataFiles | None = None,
-        hold_out: str | None = None,
-        evaluation: Evaluation | None = None,
-        name: str = "files",
-        split: str = "train",
+        reading: Reading = AS_FOUND,
     ):
+        """`found`: where the files were found, and which of them are damaged.
+
+        Without a `hold_out`, whole files are held out where they hold their share of the bytes, else chunks.
         """
-        Args:
-            found: where the files were found, and which of them are damaged.
-            hold_out: a `HoldOut`; None: whole files where they hold their share of the bytes, else chunks.
-            evaluation: the text that is evaluated in place of what is held out.
-            name, split: for its report.
-        """
+        skip, evaluation = reading.skip, reading.evaluation
         self._shard, self._num_shards = shard, num_shards
         self._seed, self._text_field = seed, text_field
         self._folder = found.folder if found else Path(os.path.commonpath([file.parent for file in files]))
@@ -83,11 +77,11 @@ class FileSource:
         self._sizes = [size_of(file) for file in self._files]
         self._total = sum(self._sizes) or 1
         self._by_files = len(self._files) >= HOLD_OUT * num_shards
-        self.hold_out = hold_out or self._fitting_hold_out()
+        self.hold_out = reading.hold_out or self._fitting_hold_out()
         self._whole_files = self.hold_out == "files" or (self.hold_out == "count" and len(self._files) >= HOLD_OUT)
         self.evaluations = [evaluation] if evaluation is not None else []
-        self._name, self._split, self._splits = name, split, found.splits if found else {}
-        self.seen = Seen()
+        self._name, self._split, self._splits = reading.name, reading.split, found.splits if found else {}
+        self.seen = Counts()
         self._damaged: set[str] = set()  # files whose damaged rows were named
         self._strict = self.hold_out != "count"
         left_out = dict(found.damaged) if found else {}
@@ -178,7 +172,7 @@ class FileSource:
         fits = len(self._files) >= HOLD_OUT and least <= sum(self._sizes[1::HOLD_OUT]) / self._total <= most
         return "files" if fits else "chunks"
 
-    def _is_held_out(self, index: int, chunk: int, text: str | Chat) -> bool:
+    def _is_held_out(self, index: int, chunk: int, text: Text) -> bool:
         if self._whole_files:
             return index % HOLD_OUT == 1
         if self.hold_out == "nothing" or (index + chunk) % HOLD_OUT != 1:
@@ -244,7 +238,7 @@ class FileSource:
         """
         return {"pass": number, "file": 0, "chunk": 0, "offset": 0, "bytes": 0, "within": 0} | kept
 
-    def _chunks_of(self, index: int) -> Iterator[tuple[int, str | Chat, bool]]:
+    def _chunks_of(self, index: int) -> Iterator[tuple[int, Text, bool]]:
         """The chunks of a file from where the position is, each with its number; the position goes along.
 
         A file that cannot be read is tried `TRIES` times at one place, then left out.
@@ -262,6 +256,7 @@ class FileSource:
                     if read.text is None:
                         self._at["skipped"] += counts
                         self.seen.skipped_rows += counts
+                        self.seen.other_parts += counts and read.other_part
                         if read.damage and counts:
                             self._report_damage(name, read)
                     else:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxllm.data.report import Seen, SourceReport
+from jaxllm.data.chats import Text
+from jaxllm.data.report import Counts, SourceReport
 from jaxllm.data.source import CLOSING, Evaluation, Source, TextChunk, check_position, utf8_bytes
 from jaxllm.errors import UserError, listed, shown
 
@@ -55,7 +56,7 @@ class Mixture:
         self._given = [0] * len(sources)  # bytes of text
         self._skipped = 0  # rows that were skipped after they were read
         self._within: int | None = None  # the source whose document is not at its end
-        self.seen = Seen()
+        self.seen = Counts()
         self._pass, self._ended = 0, [False] * len(sources)  # which sources have ended since the pass began
         self.hold_out = JOINED.join(source.hold_out for source in self._sources)
 
@@ -99,6 +100,10 @@ class Mixture:
 
     def chunks(self) -> Iterator[TextChunk]:
         return self._in_turn(lambda source: source.chunks(), forever=True)
+
+    @property
+    def parts(self) -> list[Source]:
+        return self._sources
 
     @property
     def shares(self) -> dict[str, float]:
@@ -160,3 +165,16 @@ class Mixture:
         passes = [source.progress() for source in self._sources]
         known = [done for done in passes if done is not None]
         return min(known) if len(known) == len(passes) else None
+
+
+def holds_chats(source: Source) -> bool:
+    """Whether the first row of a source, or of a part of a mixture, is a chat, or a prompt with its completion."""
+    parts = source.parts if isinstance(source, Mixture) else [source]
+    return any(not isinstance(first, str) for first in map(_first_text, parts))
+
+
+def _first_text(source: Source) -> Text:
+    position = source.position
+    first = next(source.chunks(), None)
+    source.position = position
+    return "" if first is None else first.text

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxllm.data.chats import CHAT_FIELDS, chat_in, other_side
+from jaxllm.data.chats import CHAT_FIELDS, OtherPart, Text, forms, is_chat, other_side, text_in, without_text
 from jaxllm.data.lines import (
     Lines,
     NoText,
@@ -19,17 +19,7 @@ from jaxllm.data.lines import (
     kind_of,
     lines_of,
 )
-from jaxllm.data.rows import (
-    Chat,
-    arrow_batches,
-    look_at_footer,
-    names_in,
-    read_rows,
-    text_in,
-    value_of,
-    wanted_fields,
-    without_text,
-)
+from jaxllm.data.rows import Row, arrow_batches, look_at_footer, names_in, read_rows
 from jaxllm.errors import listed
 
 CHUNK_CHARS = 4096
@@ -45,11 +35,12 @@ LOOK_BYTES = 1 << 20
 class FileChunk(NamedTuple):
     """A chunk of a text file, or a row."""
 
-    text: str | Chat | None  # None: a row without text
+    text: Text | None  # None: a row without text
     ends_document: bool
     offset: int  # where the next one starts
     done: int  # bytes of the file up to there; of a parquet file, its share of the rows
     damage: str = ""  # of a row without text, what is wrong with it, if that is known
+    other_part: bool = False  # whether that is a part of a message that is not text
 
 
 def read_chunks(file: Path, size: int, offset: int, text_field: str, strict: bool = True) -> Iterator[FileChunk]:
@@ -65,9 +56,12 @@ def read_chunks(file: Path, size: int, offset: int, text_field: str, strict: boo
             return
         found = offset > 0
         for row in read_rows(file, raw, size, offset, text_field, strict):
-            text = text_in(value_of(row.values, text_field, strict))
-            found = found or text is not None
-            yield FileChunk(text, True, row.offset, row.done, row.damage)
+            try:
+                chunk = FileChunk(text_in(row.values, text_field, strict), True, row.offset, row.done, row.damage)
+            except OtherPart as other:
+                chunk = FileChunk(None, True, row.offset, row.done, str(other), other_part=True)
+            found = found or chunk.text is not None
+            yield chunk
     if not found:
         raise NoText(without_text(text_field, ()))
 
@@ -101,7 +95,7 @@ def look(file: Path, size: int, text_field: str, strict: bool = True) -> tuple[s
     with errors_as_unreadable(), file.open("rb") as raw:
         kind = kind_of(file)
         if kind == "parquet":
-            return other_side(text_field, look_at_footer(raw, text_field))
+            return other_side(text_field, look_at_footer(raw, text_field, strict))
         if kind != "arrow":
             check_encoding(head_of(file))
         if kind == "text":
@@ -112,16 +106,23 @@ def look(file: Path, size: int, text_field: str, strict: bool = True) -> tuple[s
         rows, row = 0, None
         for row in read_rows(file, raw, size, 0, text_field, strict):
             rows += 1
-            if text_in(value_of(row.values, text_field, strict)) is not None:
+            if _has_text(row, text_field, strict):
                 return other_side(text_field, names or row.values or ())
             fields |= dict.fromkeys(names_in(row.values))
             if row.done > LOOK_BYTES:
-                if not fields.keys().isdisjoint(wanted_fields(text_field)):
+                if any({*form} <= {*fields} for form in forms(text_field, strict)):
                     return ()  # later rows may have a text
                 break
         if rows == 1 and row is not None and (found := _whole_file_in(row.values or {}, text_field)):
             raise NoText(f"it is one JSON object, {found}: write each row as a line, in JSONL{PANDAS}")
         raise NoText(f"it has {row.damage}" if row and row.damage and not fields else without_text(text_field, fields))
+
+
+def _has_text(row: Row, text_field: str, strict: bool) -> bool:
+    try:
+        return text_in(row.values, text_field, strict) is not None
+    except OtherPart:
+        return False
 
 
 def _whole_file_in(row: dict[str, Any], text_field: str) -> str:
@@ -131,7 +132,7 @@ def _whole_file_in(row: dict[str, Any], text_field: str) -> str:
     for name, value in row.items():
         if isinstance(value, dict) and value and all(key.isdecimal() for key in value):
             return f"whose field {name!r} is a column of {len(value)} rows"
-        if name in CHAT_FIELDS or (isinstance(value, list) and chat_in(value)):
+        if name in CHAT_FIELDS or is_chat(value):
             continue
         kinds = {type(one) for one in value} if isinstance(value, list) else set()
         if kinds == {str} and name == text_field:

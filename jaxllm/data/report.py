@@ -12,15 +12,26 @@ from typing import Any
 
 
 @dataclass
-class Seen:
-    """Counts of what a source has read in this process."""
+class Counts:
+    """What was read of a source, or encoded, in this process. A count of tokens is of what was encoded alone."""
 
-    documents: int = 0
+    documents: int = 0  # texts and chats
     text_bytes: int = 0
     file_bytes: int = 0
-    skipped_rows: int = 0
+    skipped_rows: int = 0  # without a text
+    other_parts: int = 0  # of these, for a part of a message that is not text
     longest: int = 0  # bytes of the longest document
     within: int = 0  # of the document that has not ended
+    chats: int = 0
+    pairs: int = 0  # of a prompt and a completion that are texts
+    without_target: int = 0  # chats in which nothing is trained on; they are skipped
+    refused: int = 0  # chats that the chat template does not take; they are skipped
+    last_only: int = 0  # chats in which only the last answer is a target
+    tokens: int = 0
+    targets: int = 0
+    unknown: int = 0  # tokens for what the vocabulary lacks, and characters that have no token at all
+    special: int = 0  # special tokens spelled in texts and messages
+    ends: int = 0  # end tokens among them
 
     def add(self, text_bytes: int, ends_document: bool) -> None:
         self.text_bytes += text_bytes
@@ -29,9 +40,13 @@ class Seen:
             self.documents += 1
             self.longest, self.within = max(self.longest, self.within), 0
 
-    def __add__(self, other: Seen) -> Seen:
+    def __add__(self, other: Counts) -> Counts:
         added = (mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True))
-        return dataclasses.replace(Seen(*added), longest=max(self.longest, other.longest))
+        return dataclasses.replace(Counts(*added), longest=max(self.longest, other.longest))
+
+    @property
+    def unknown_share(self) -> float:
+        return self.unknown / max(1, self.tokens, self.unknown)
 
 
 @dataclass
@@ -55,7 +70,7 @@ class SourceReport:
     splits: dict[str, int | None]  # files of each, where that is counted; empty if there are none
     evaluated: str  # what it is evaluated on
     share: float | None  # of its bytes that are held out, where that is known
-    seen: Seen = field(default_factory=Seen)
+    seen: Counts = field(default_factory=Counts)
     is_sampled: bool = True  # `seen` is of this source, not of other text that is evaluated
     is_repeated: bool = False  # `seen` is that of the source before it
     passes: float | None = None  # that the run makes, as an estimate; None: the size of the data is not known
@@ -102,38 +117,26 @@ class SourceReport:
 
 
 @dataclass
-class TextCounts:
-    """What was encoded."""
-
-    documents: int = 0  # texts and chats that ended
-    tokens: int = 0
-    unknown: int = 0  # tokens for what the vocabulary lacks, and characters that have no token at all
-    special: int = 0  # special tokens spelled in texts and messages
-    ends: int = 0  # end tokens among them
-
-    @property
-    def unknown_share(self) -> float:
-        return self.unknown / max(1, self.tokens, self.unknown)
-
-
-@dataclass
 class DataReport:
     """What a run reads."""
 
     sources: list[SourceReport]
     not_read: list[str]
-    tokens: TextCounts
+    encoded: Counts
     epochs: float | None = None  # passes that the user asked for
+    rows: str = ""  # how the documents fill the rows
 
     def lines(self) -> list[str]:
         """The report in short lines, without what is not read."""
         seen = [source.seen for source in self.sources if not source.is_repeated]
         read = sum(each.documents + (each.within > 0) for each in seen)  # the last one may be read in part
+        other = sum(each.other_parts for each in seen)
+        skipped = f"{counted(sum(each.skipped_rows for each in seen), 'row')} without text skipped"
         facts = [
             f"longest document {_size(max(max(each.longest, each.within) for each in seen))}",
-            f"{counted(sum(each.skipped_rows for each in seen), 'row')} without text skipped",
+            skipped + (f", {other:,} of them for a part that is not text" if other else ""),
         ]
-        tokens = self.tokens
+        tokens = self.encoded
         facts += [
             f"{100 * tokens.unknown_share:.2g} % unknown tokens",
             f"{counted(tokens.special, 'special token')} in texts, end tokens among them: {tokens.ends:,}",
@@ -147,8 +150,24 @@ class DataReport:
         return [
             *(line for source in self.sources for line in source.lines()),
             f"in the {counted(read, 'document')} read to be evaluated: {', '.join(facts)}",
+            *([self._chats()] if tokens.chats + tokens.pairs + tokens.refused + tokens.without_target else []),
+            *([self.rows] if self.rows else []),
             "passes that the run makes: " + passes,
         ]
+
+    def _chats(self) -> str:
+        counts = self.encoded
+        facts = {
+            f"{counted(counts.chats, 'chat')}": counts.chats,
+            f"{counted(counts.pairs, 'pair')} of prompt and completion": counts.pairs,
+            f"{counted(counts.targets, 'target')} of {counted(counts.tokens, 'token')}": True,
+            f"in {counts.last_only:,} only the last answer is a target, as the template changes earlier ones": (
+                counts.last_only
+            ),
+            f"{counts.without_target:,} skipped, in which nobody answers": counts.without_target,
+            f"{counts.refused:,} skipped, which the chat template does not take": counts.refused,
+        }
+        return "read as " + ", ".join(fact for fact, count in facts.items() if count)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values, with its lines."""
@@ -158,23 +177,24 @@ class DataReport:
 def make_report(
     sources: list[SourceReport],
     not_read: list[str],
-    tokens: TextCounts,
+    encoded: Counts,
     *,
     bytes_per_token: float,
     training_tokens: int,
     weights: Mapping[str, float],
     epochs: float | None = None,
+    rows: str = "",
 ) -> DataReport:
     """The report of a run that trains on `training_tokens` tokens, or for `epochs` passes.
 
-    `weights`: of several sources, their shares.
+    `weights`: of several sources, their shares. `rows`: a line about the rows.
     """
     for source in sources:
         text = source.text_bytes
         trained = text and text * (1 - (source.share or 0.0))
         given = training_tokens * bytes_per_token * weights.get(source.name, 1.0)
         source.passes = given / trained if trained else None
-    return DataReport(sources, not_read, tokens, epochs)
+    return DataReport(sources, not_read, encoded, epochs, rows)
 
 
 def counted(count: int, noun: str) -> str:

@@ -1,11 +1,11 @@
-"""Rows of JSON, CSV, parquet and Arrow files, and the text in them."""
+"""Rows of JSON, CSV, parquet and Arrow files."""
 
 import csv
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from jaxllm.data.chats import CHAT_FIELDS, Chat, chat_in, chat_in_json, paired_fields
+from jaxllm.data.chats import form_in, without_text
 from jaxllm.data.delimited import csv_records, tsv_records, written_as_csv
 from jaxllm.data.json_rows import Decoder, document_rows, form_of
 from jaxllm.data.lines import (
@@ -20,7 +20,6 @@ from jaxllm.data.lines import (
     lines_of,
     skip_long_line,
 )
-from jaxllm.errors import listed
 
 BATCH_ROWS = 1024
 """Rows of a parquet file that are decoded at once."""
@@ -43,7 +42,7 @@ def read_rows(file: Path, raw: BinaryIO, size: int, offset: int, text_field: str
     """
     kind = kind_of(file)
     if kind == "parquet":
-        return _parquet_rows(raw, size, offset, text_field)
+        return _parquet_rows(raw, size, offset, text_field, strict)
     if kind == "arrow":
         return _arrow_rows(raw, offset, text_field, strict)
     if kind == "csv":
@@ -82,15 +81,15 @@ def _delimited_rows(
     is_tsv = ".tsv" in file.name.lower()
     is_plain = strict and is_tsv and not written_as_csv(head_of(file).decode("utf-8", "replace"))
     first = lines.take(MAX_ROW_BYTES).decode("utf-8", "replace")
-    delimiters, wanted = "\t,;|" if is_tsv else ",;\t|", {*wanted_fields(text_field)}
+    delimiters = "\t,;|" if is_tsv else ",;\t|"
     headers = {delimiter: next(csv.reader([first], delimiter=delimiter), []) for delimiter in delimiters}
     if is_plain:
         headers["\t"] = first.rstrip("\r\n").split("\t")
-    delimiter = next((d for d in headers if not wanted.isdisjoint(headers[d])), delimiters[0])
+    delimiter = next((d for d in headers if form_in(headers[d], text_field, strict)), delimiters[0])
     header = headers[delimiter]
-    if wanted.isdisjoint(header):
+    if (wanted := form_in(header, text_field, strict)) is None:
         raise NoText(without_text(text_field, header))
-    if twice := [name for name in header if name in wanted and header.count(name) > 1]:
+    if twice := [name for name in wanted if header.count(name) > 1]:
         raise Unreadable(f"its header has the field {twice[0]!r} twice")
     lines.skip_to(max(offset, lines.offset))
     if not strict:
@@ -104,11 +103,11 @@ def _delimited_rows(
         yield Row(None if damage else dict(zip(header, values, strict=True)), at, done(at), damage)
 
 
-def _parquet_rows(raw: BinaryIO, size: int, offset: int, text_field: str) -> Iterator[Row]:
+def _parquet_rows(raw: BinaryIO, size: int, offset: int, text_field: str, strict: bool) -> Iterator[Row]:
     import pyarrow.parquet
 
     parquet = pyarrow.parquet.ParquetFile(raw)
-    column = _column(parquet.schema_arrow, text_field)
+    columns = _columns(parquet.schema_arrow, text_field, strict)
     groups = range(parquet.metadata.num_row_groups)
     rows = [parquet.metadata.row_group(group).num_rows for group in groups]
     first = row = 0  # the row group with the offset in it, and its first row
@@ -116,26 +115,25 @@ def _parquet_rows(raw: BinaryIO, size: int, offset: int, text_field: str) -> Ite
         row += rows[first]
         first += 1
     batches = (  # a group at a time, so that those before a damaged one are read
-        batch for group in groups[first:] for batch in parquet.iter_batches(BATCH_ROWS, [group], columns=[column])
+        batch for group in groups[first:] for batch in parquet.iter_batches(BATCH_ROWS, [group], columns=columns)
     )
     for batch in batches:
-        for value in batch.column(0):  # one by one: a dictionary's long text may stand in every row
+        for values in zip(*batch.columns, strict=True):  # one by one: a dictionary's long text may stand in every row
             row += 1
             if row > offset:
-                values = {batch.schema.names[0]: _python_value(value)}
-                yield Row(values, row, size * row // parquet.metadata.num_rows)
+                yield Row(_python_row(batch.schema.names, values), row, size * row // parquet.metadata.num_rows)
 
 
 def _arrow_rows(raw: BinaryIO, offset: int, text_field: str, strict: bool) -> Iterator[Row]:
     magic = raw.read(6)
     schema, batches = arrow_batches(raw)
-    name, row = _column(schema, text_field), 0
-    name = name if name in schema.names else name.partition(".")[0]
+    row, columns = 0, _columns(schema, text_field, strict)
+    names = [name if name in schema.names else name.partition(".")[0] for name in columns]
     for batch in batches:
-        for value in batch.column(name) if row + batch.num_rows > offset else ():
+        for values in zip(*map(batch.column, names), strict=True) if row + batch.num_rows > offset else ():
             row += 1
             if row > offset:
-                yield Row({name: _python_value(value)}, row, raw.tell())
+                yield Row(_python_row(names, values), row, raw.tell())
         row = max(row, min(offset, row + batch.num_rows))
     if strict and magic != b"ARROW1":
         at, end = raw.tell(), ARROW_END if magic.startswith(ARROW_END[:4]) else ARROW_END[4:]
@@ -160,7 +158,7 @@ def arrow_batches(raw: BinaryIO) -> tuple[Any, Iterable[Any]]:
     return stream.schema, stream
 
 
-def look_at_footer(raw: BinaryIO, text_field: str) -> list[str]:
+def look_at_footer(raw: BinaryIO, text_field: str, strict: bool) -> list[str]:
     """The columns of a parquet file, if it has texts.
 
     Raises:
@@ -169,15 +167,19 @@ def look_at_footer(raw: BinaryIO, text_field: str) -> list[str]:
     import pyarrow.parquet
 
     parquet = pyarrow.parquet.ParquetFile(raw)
-    column, metadata = _column(parquet.schema_arrow, text_field), parquet.metadata
+    columns, metadata = _columns(parquet.schema_arrow, text_field, strict), parquet.metadata
     if metadata.num_rows == 0:
         raise NoText("it has no rows")
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        facts = [group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == column]
+        facts = [group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == columns[0]]
         nulls = [fact.statistics.null_count for fact in facts if fact.statistics and fact.statistics.has_null_count]
         if nulls != [group.num_rows]:
             return parquet.schema_arrow.names
     raise NoText(without_text(text_field, ()))
+
+
+def _python_row(names: Iterable[str], values: Iterable[Any]) -> dict[str, Any]:
+    return {name: _python_value(value) for name, value in zip(names, values, strict=True)}
 
 
 def _python_value(value: Any) -> Any:
@@ -187,13 +189,12 @@ def _python_value(value: Any) -> Any:
         return value.as_buffer().to_pybytes() if hasattr(value, "as_buffer") else None
 
 
-def _column(schema: Any, text_field: str) -> str:
-    """The column with the text or the chat."""
+def _columns(schema: Any, text_field: str, strict: bool) -> list[str]:
+    """The columns with the text, the chat or the pair."""
     names = list(_names(schema))
-    for name in wanted_fields(text_field):
-        if name in names:
-            return name
-    raise NoText(without_text(text_field, names))
+    if (form := form_in(names, text_field, strict)) is None:
+        raise NoText(without_text(text_field, names))
+    return [*form]
 
 
 def _names(fields: Any, outer: str = "") -> Iterator[str]:
@@ -206,55 +207,8 @@ def _names(fields: Any, outer: str = "") -> Iterator[str]:
             yield from _names(field.type, f"{outer}{field.name}.")
 
 
-def wanted_fields(text_field: str) -> tuple[str, ...]:
-    """The fields that may hold a text, the first one that does."""
-    return (text_field, *CHAT_FIELDS) if text_field == "text" else (text_field,)
-
-
-def without_text(text_field: str, fields: Iterable[str]) -> str:
-    fields = list(fields)
-    if not fields or text_field in fields:
-        return f"no row has a text in the field {text_field!r}"
-    if chats := [name for name in CHAT_FIELDS if text_field == "text" and name in fields]:
-        return f"its field {chats[0]!r} holds no chat: write a list of messages, each with the texts role and content"
-    if pair := paired_fields(fields):
-        return (
-            f"there is no field {text_field!r}, but questions and answers in {listed(pair)}: write each row as a chat, "
-            'e.g. {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}'
-        )
-    return f"there is no field {text_field!r}, but {listed(fields)}: pass --text-field"
-
-
-def value_of(row: dict[str, Any] | None, text_field: str, strict: bool = True) -> Any:
-    """A row's field. `a.b` is the field `b` of the field `a`, where there is no field of this name.
-
-    `strict`: a chat that is written as a text in JSON is a chat; earlier versions took it for a text.
-    """
-    for name in wanted_fields(text_field) if row else ():
-        value: Any = row
-        for part in [name] if name in value else name.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is not None:
-            return chat_in_json(value, name in CHAT_FIELDS) if strict and name != "text" else value
-    return None
-
-
 def names_in(row: Any, outer: str = "") -> Iterator[str]:
     """The names of a row's fields, as `value_of` takes them."""
     for name, value in row.items() if isinstance(row, dict) else ():
         yield outer + name
         yield from names_in(value, f"{outer}{name}.")
-
-
-def valid_unicode(text: str) -> str:
-    """JSON can hold halves of surrogate pairs, which no tokenizer takes: they become question marks."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
-
-
-def text_in(value: object) -> str | Chat | None:
-    """A row's text or chat; None where the field holds something else or nothing."""
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
-    if isinstance(value, list):
-        return chat_in(value)
-    return valid_unicode(value) if isinstance(value, str) and value else None

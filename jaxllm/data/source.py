@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-from jaxllm.data.report import Seen, SourceReport
-from jaxllm.data.rows import Chat
+from jaxllm.data.chats import Pair, Text
+from jaxllm.data.report import Counts, SourceReport
 from jaxllm.errors import UserError
 
 HOLD_OUT = 20
@@ -21,7 +21,7 @@ CLOSING = -1
 
 
 class TextChunk(NamedTuple):
-    text: str | Chat
+    text: Text
     ends_document: bool
     held_out: bool
     part: int = 0  # of a document that comes in several chunks, which one this is
@@ -32,6 +32,19 @@ class Evaluation(NamedTuple):
 
     name: str
     open: "Callable[[], Source]"
+
+
+class Reading(NamedTuple):
+    """How a source is read, besides where it is."""
+
+    hold_out: str | None = None  # a `HoldOut`; None: the source decides
+    evaluation: Evaluation | None = None  # the text that is evaluated in place of what is held out
+    skip: str = ""  # names and patterns of files to leave out, separated by commas
+    name: str = "files"  # for its report, as is the split
+    split: str = "train"
+
+
+AS_FOUND = Reading()
 
 
 class Source(Protocol):
@@ -53,7 +66,7 @@ class Source(Protocol):
         """What tells whether it is the same data: a commit of the Hub, or the fingerprint of files."""
         ...
 
-    seen: Seen
+    seen: Counts
     """What was read of it, or of the text that is evaluated in its place."""
 
     @property
@@ -105,8 +118,10 @@ class Source(Protocol):
         ...
 
 
-def utf8_bytes(text: str | Chat) -> int:
-    """Bytes of a text, or of a chat's contents."""
+def utf8_bytes(text: Text) -> int:
+    """Bytes of a text, of a pair, or of a chat's contents."""
+    if isinstance(text, Pair):
+        return sum(map(utf8_bytes, text))
     if isinstance(text, str):
         return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
     return sum(utf8_bytes(str(message.get("content") or "")) for message in text)

@@ -14,15 +14,14 @@ from typing import Any
 
 from jaxllm.config import RunConfig
 from jaxllm.config.groups import DataConfig
-from jaxllm.data.chats import one_sided, other_side
+from jaxllm.data.chats import OtherPart, form_in, one_sided, other_side, text_in, without_text
 from jaxllm.data.file_source import FILES, FileSource, is_skipped
 from jaxllm.data.folder import DataFiles, check_split, find_data
 from jaxllm.data.hub_retry import RetryPolicy, bound_requests, configure_clients, transient_cause
 from jaxllm.data.lines import kind_of
 from jaxllm.data.mixture import JOINED, Mixture, weighted
-from jaxllm.data.report import Seen, SourceReport
-from jaxllm.data.rows import text_in, value_of, wanted_fields, without_text
-from jaxllm.data.source import HOLD_OUT, Evaluation, Source, TextChunk, check_position, utf8_bytes
+from jaxllm.data.report import Counts, SourceReport
+from jaxllm.data.source import AS_FOUND, HOLD_OUT, Evaluation, Reading, Source, TextChunk, check_position, utf8_bytes
 from jaxllm.data.splits import ALL, VALIDATION
 from jaxllm.errors import UserError, listed, one_line, shown
 
@@ -123,7 +122,7 @@ def _open_one(
             )
         revision = None if is_fingerprint(data.revision) else data.revision
         where = (data.source, data.subset, data.split, data.text_field, shard, num_shards, revision)
-        return HubSource(*where, hold_out=data.hold_out, evaluation=evaluation)
+        return HubSource(*where, Reading(data.hold_out, evaluation))
     if data.revision is not None and not is_fingerprint(data.revision) and not is_old:
         raise UserError(f"data_revision is {shown(data.revision)}: only a dataset of the Hub has commits; leave it out")
     if data.source == "stdlib":
@@ -145,8 +144,8 @@ def _open_one(
             evaluation = Evaluation(f"the split {validation!r}", opened)
     if hold_out is None and evaluation is not None:
         hold_out = "nothing"
-    where = (found.files, config.seed, data.text_field, shard, num_shards, data.skip_data, found)
-    return FileSource(*where, hold_out, evaluation, name=data.source, split=data.split)
+    reading = Reading(hold_out, evaluation, data.skip_data, data.source, data.split)
+    return FileSource(found.files, config.seed, data.text_field, shard, num_shards, found, reading)
 
 
 def is_hub_name(name: str) -> bool:
@@ -215,10 +214,10 @@ class HubSource:
         shard: int = 0,
         num_shards: int = 1,
         revision: str | None = None,
-        hold_out: str | None = None,
-        evaluation: Evaluation | None = None,
+        reading: Reading = AS_FOUND,
     ):
-        """`hold_out`, `evaluation`: as of a `FileSource`; of this one, no whole files are held out."""
+        """`reading`: no whole files are held out, and none are left out."""
+        hold_out, evaluation = reading.hold_out, reading.evaluation
         self._shard, self._num_shards = shard, num_shards
         self._name, self._config, self._split, self._text_field = name, config, split, text_field
         self._retry = RetryPolicy(f"the dataset {name!r} on the Hub")
@@ -235,15 +234,15 @@ class HubSource:
         if evaluation is None and validation is not None and hold_out in (None, "nothing"):
             where = (name, config, validation, text_field, shard, num_shards, commit)
             evaluation = Evaluation(
-                f"the split {validation!r}", functools.partial(HubSource, *where, hold_out="nothing")
+                f"the split {validation!r}", functools.partial(HubSource, *where, Reading(hold_out="nothing"))
             )
         self.evaluations = [evaluation] if evaluation is not None else []
         self.hold_out = hold_out or ("nothing" if evaluation is not None else "chunks")
         names = self._opened.column_names
-        self.seen = Seen()
+        self.seen = Counts()
         self.notes: list[str] = []
         self.left_out: dict[str, str] = {}
-        if names is not None and not {text_field.partition(".")[0], *wanted_fields(text_field)} & {*names}:
+        if names is not None and text_field.partition(".")[0] not in names and not form_in(names, text_field):
             raise UserError(f"data: {name!r}: {without_text(text_field, names)}")
         if others := other_side(text_field, names or ()):
             self.notes.append(one_sided(text_field, others))
@@ -264,8 +263,12 @@ class HubSource:
 
     def chunks(self) -> Iterator[TextChunk]:
         for row, stream_position in self._rows():
-            value = value_of(row, self._text_field, self.hold_out != "count")
-            number, text = self._at["row"], text_in(value)
+            number = self._at["row"]
+            try:
+                text = text_in(row, self._text_field, self.hold_out != "count")
+            except OtherPart:
+                text = None
+                self.seen.other_parts += 1
             skipped = self._at["skipped"] + (text is None)
             self._at = self._at | {"row": number + 1, "stream": stream_position, "skipped": skipped}
             self.seen.skipped_rows += text is None

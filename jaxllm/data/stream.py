@@ -1,9 +1,11 @@
-"""From chunks of text to batches of token rows: tokenize, pack, shuffle; with a position that a checkpoint can keep."""
+"""From chunks of text to rows of tokens: tokenize, pack, shuffle; with a position that a checkpoint can keep.
+
+Rows here are as they travel (`jaxllm.model.batch`).
+"""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,15 +15,17 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from jaxllm.config import RunConfig
-from jaxllm.data.documents import DocumentEncoder, check_vocabulary, encoded
+from jaxllm.config.groups import JOINED_TEXTS, DataConfig
+from jaxllm.data.chats import Text
+from jaxllm.data.documents import DocumentEncoder
 from jaxllm.data.encode import encoder_of
-from jaxllm.data.reading import CHUNK_CHARS
-from jaxllm.data.report import TextCounts
-from jaxllm.data.rows import Chat
+from jaxllm.data.packing import best_fit, first_piece, lengths_of, padded
+from jaxllm.data.report import Counts
 from jaxllm.data.source import CLOSING, Source, TextChunk
 from jaxllm.data.sources import open_source
 from jaxllm.errors import UserError, one_line
 from jaxllm.files import read_bounded
+from jaxllm.model.batch import are_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +37,8 @@ MAX_POSITION_BYTES = 2**30
 """Far more than a pool of long rows and the tokens of the longest document take."""
 
 POOL_ROWS = 1024
-"""Rows among which the next one is drawn, so that neighbours in a file are not in the same batch."""
+"""Rows, or separate documents, among which the next one is drawn, so that neighbours in a file are not in the same
+batch."""
 
 
 class Position(NamedTuple):
@@ -45,9 +50,9 @@ class Position(NamedTuple):
     """
 
     source: dict[str, Any]  # JSON values
-    drawn: int  # rows drawn so far: the number of the next random draw
-    tokens: np.ndarray  # (n,) int32, packed tokens that do not fill a row yet
-    pool: np.ndarray  # (P,T) int32, rows that wait to be drawn
+    drawn: int  # rows, or separate documents, drawn so far: the number of the next random draw
+    tokens: np.ndarray  # (n,) int32, tokens that are no row, or separate document, yet
+    pool: np.ndarray  # (P,T) int32, rows that wait to be drawn; or one separate document in each, padded
     passes: np.ndarray | None = None  # (P+1,) int32, the pass in which each of them began, and that of `tokens`
     text: list[Any] | None = None  # `DocumentEncoder.state`
 
@@ -80,7 +85,7 @@ class Position(NamedTuple):
         if position.pool.shape[1] != seq_len:
             raise UserError(f"{where} has rows of {position.pool.shape[1]} tokens, and the run has seq_len = {seq_len}")
         for name, tokens in (("tokens", position.tokens), ("pool", position.pool)):
-            if tokens.dtype != np.int32 or (tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size):
+            if not are_rows(tokens, vocab_size):
                 raise UserError(f"{where}: {name} must be int32 from 0 to below vocab_size = {vocab_size}")
         return position
 
@@ -107,21 +112,32 @@ def read_position(file: Path, seq_len: int, vocab_size: int) -> Position:
 class TokenStream:
     """An endless stream of rows of `seq_len` tokens from the training part of a source.
 
-    Documents are concatenated, each followed by the end-of-sequence token, and cut into rows regardless of their
-    borders, so there is no padding. The next row is drawn from a pool, which is then refilled. The random number
-    depends only on the seed and the number of the draw. Rows of the oldest pass in the pool are drawn first, so that
-    each row of a pass is drawn before any of the next one.
+    Joined documents, each followed by the end-of-sequence token, are cut into rows regardless of their borders, so
+    there is no padding. The next row is drawn from a pool, which is then refilled. The random number depends only on
+    the seed and the number of the draw. Rows of the oldest pass in the pool are drawn first, so that each row of a pass
+    is drawn before any of the next one.
+
+    Of separate documents the pool has one in each of its rows. The first of a row is drawn, and the rest of the row is
+    filled with the longest that fit, those of the oldest pass first.
     """
 
     def __init__(
-        self, source: Source, tokenizer: PreTrainedTokenizerBase, seq_len: int, seed: int, special_tokens: str = "text"
+        self,
+        source: Source,
+        tokenizer: PreTrainedTokenizerBase,
+        seq_len: int,
+        seed: int,
+        special_tokens: str = "text",
+        data: DataConfig = JOINED_TEXTS,
     ):
-        """`special_tokens`: the run's `special_tokens_in_text`."""
+        """`special_tokens`: the run's `special_tokens_in_text`. `data`: `train_on` and `documents` are read."""
         self._source, self._seq_len, self._seed = source, seq_len, seed
-        self._documents = DocumentEncoder(encoder_of(tokenizer, special_tokens))
+        self._data, self._is_separate = data, data.documents == "separate"
+        self._documents = DocumentEncoder(encoder_of(tokenizer, special_tokens), data)
         self._by_pass = special_tokens != "earlier"
         self._tokens = np.zeros((0,), np.int32)
         self._pool = np.zeros((0, seq_len), np.int32)
+        self._lengths = np.zeros((0,), np.int64)  # (P,), without padding
         self._passes = np.zeros((0,), np.int32)  # (P,), in which each of them began
         self._row_pass = self._tokens_pass = 0  # in which the last packed row began, and `tokens`
         self._drawn = 0
@@ -139,13 +155,14 @@ class TokenStream:
         self._drawn, self._tokens, self._pool = position.drawn, position.tokens, position.pool.copy()
         passes = np.zeros(len(self._pool) + 1, np.int32) if position.passes is None else position.passes
         self._passes, self._tokens_pass = passes[:-1].copy(), int(passes[-1])
-        self._documents = DocumentEncoder(self._documents.encoder)
+        self._lengths = lengths_of(self._pool)
+        self._documents = DocumentEncoder(self._documents.encoder, self._data)
         if position.text is not None:
             self._documents.state = position.text
         self._rows = self._pack()
 
     @property
-    def counts(self) -> TextCounts:
+    def counts(self) -> Counts:
         """What was encoded since the start of this process."""
         return self._documents.counts
 
@@ -153,6 +170,11 @@ class TokenStream:
         """Passes over the data by the rows that were drawn, without those in the pool; None: its size is not known."""
         read = self._source.progress()
         return None if read is None else read * self._drawn / max(1, self._drawn + len(self._pool))
+
+    @property
+    def oldest_pass(self) -> int:
+        """The pass over the data whose rows are being drawn."""
+        return int(self._passes.min(initial=self._tokens_pass))
 
     @property
     def skipped_rows(self) -> int:
@@ -165,20 +187,36 @@ class TokenStream:
         return self._source.left_out
 
     def next_rows(self, count: int) -> np.ndarray:  # (count, T) int32
-        if len(self._pool) < POOL_ROWS:
-            new = [(next(self._rows), self._row_pass) for _ in range(POOL_ROWS - len(self._pool))]
+        if (missing := POOL_ROWS - len(self._pool)) > 0:
+            new = [(next(self._rows), self._row_pass) for _ in range(missing)]
             self._pool = np.concatenate([self._pool, [row for row, _ in new]])
             self._passes = np.concatenate([self._passes, np.asarray([number for _, number in new], np.int32)])
-        rows = np.empty((count, self._seq_len), np.int32)
-        for i in range(count):
-            among = np.flatnonzero(self._passes == self._passes.min()) if self._by_pass else np.arange(POOL_ROWS)
-            random = np.random.Generator(np.random.Philox(key=self._seed, counter=self._drawn))
-            choice = among[random.integers(len(among))]
-            rows[i] = self._pool[choice]
-            self._pool[choice] = next(self._rows)
-            self._passes[choice] = self._row_pass
-            self._drawn += 1
-        return rows
+            self._lengths = lengths_of(self._pool)
+        return np.stack([self._filled() if self._is_separate else self._take(self._draw()) for _ in range(count)])
+
+    def _draw(self) -> int:
+        """Which row of the pool comes next."""
+        among = np.flatnonzero(self._passes == self._passes.min()) if self._by_pass else np.arange(POOL_ROWS)
+        random = np.random.Generator(np.random.Philox(key=self._seed, counter=self._drawn))
+        return int(among[random.integers(len(among))])
+
+    def _take(self, choice: int) -> np.ndarray:  # (T,) int32
+        """A row of the pool, in whose place comes the next one."""
+        row = self._pool[choice].copy()
+        self._pool[choice] = new = next(self._rows)
+        self._lengths[choice], self._passes[choice] = lengths_of(new), self._row_pass
+        self._drawn += 1
+        return row
+
+    def _filled(self) -> np.ndarray:  # (T,) int32
+        """A row of separate documents."""
+        first = self._draw()
+        used, row = int(self._lengths[first]), self._take(first)
+        while (choice := best_fit(self._lengths, self._passes, self._seq_len - used)) is not None:
+            length = int(self._lengths[choice])
+            row[used : used + length] = self._take(choice)[:length]
+            used += length
+        return row
 
     def _pack(self) -> Iterator[np.ndarray]:
         yield from self._full_rows(self._tokens_pass)  # tokens of a seek, before another chunk is read
@@ -202,14 +240,21 @@ class TokenStream:
         raise UserError("data: there is nothing to train on besides the held-out part: pass more text")
 
     def _full_rows(self, number: int) -> Iterator[np.ndarray]:
-        """The rows that the tokens fill; those after the first one begin in pass `number`."""
-        while len(self._tokens) >= self._seq_len:
-            row, self._tokens = self._tokens[: self._seq_len], self._tokens[self._seq_len :]
+        """The rows that the tokens fill, or their separate documents; those after the first one begin in pass
+        `number`."""
+        while size := self._size():
+            row, self._tokens = self._tokens[:size], self._tokens[size:]
             self._row_pass, self._tokens_pass = self._tokens_pass, number
-            yield row
+            yield padded(row, self._seq_len) if self._is_separate else row
+
+    def _size(self) -> int:
+        """How many tokens the next row or separate document has; 0: they are not there yet."""
+        if self._is_separate:
+            return first_piece(self._tokens, self._seq_len)
+        return self._seq_len if len(self._tokens) >= self._seq_len else 0
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str | Chat, ends_document: bool) -> np.ndarray | None:
+def encode(tokenizer: PreTrainedTokenizerBase, text: Text, ends_document: bool) -> np.ndarray | None:
     """Token ids of a whole text or chat: (n,) int32. None: the chat template does not take this chat.
 
     Raises:
@@ -218,6 +263,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str | Chat, ends_document: 
     documents = DocumentEncoder(encoder_of(tokenizer))
     ids = documents.add(TextChunk(text, ends_document, held_out=False))
     return None if ids is None else np.concatenate([ids, documents.flush()])
+
+
+def open_stream(config: RunConfig, tokenizer: PreTrainedTokenizerBase, shard: int = 0) -> TokenStream:
+    """One of a run's data streams."""
+    data, seed = config.data, config.seed + (shard << 64)
+    source = open_source(config, shard, config.data_streams)
+    return TokenStream(source, tokenizer, data.seq_len, seed, data.special_tokens_in_text, data)
 
 
 class ProcessBatches:
@@ -234,13 +286,7 @@ class ProcessBatches:
         self._each = config.data.batch_size // S  # rows of a stream
         self._local = range(first_row, first_row + rows)
         self._streams = {
-            s: TokenStream(
-                open_source(config, s, S),
-                tokenizer,
-                config.data.seq_len,
-                config.seed + (s << 64),
-                config.data.special_tokens_in_text,
-            )
+            s: open_stream(config, tokenizer, s)
             for s in range(first_row // self._each, -(-(first_row + rows) // self._each))
         }
 
@@ -269,10 +315,9 @@ class ProcessBatches:
         return min(known) if len(known) == len(done) else None
 
     @property
-    def counts(self) -> TextCounts:
+    def counts(self) -> Counts:
         """What the streams that are read here have encoded since the start of this process."""
-        each = [dataclasses.astuple(stream.counts) for stream in self._streams.values()]
-        return TextCounts(*map(sum, zip(*each, strict=True)))
+        return sum((stream.counts for stream in self._streams.values()), Counts())
 
     @property
     def skipped_rows(self) -> int:
@@ -298,63 +343,3 @@ def check_streams(config: RunConfig) -> None:
                 f"data_streams is {S}: shard {s} of the data has nothing to train on; pass more text or fewer "
                 "--data-streams"
             )
-
-
-def held_out_rows(
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    opened: list[Source] | None = None,
-    counts: TextCounts | None = None,
-) -> np.ndarray:
-    """Up to `eval_samples` rows of the held-out part, packed in order: (n, T) int32, n >= 1.
-
-    They do not depend on the run's seed, so that runs with different seeds are evaluated on the same text. Each of
-    several data streams gives an equal share, if it has that many, of what is held out of its shard. The sources that
-    are read are added to `opened`, and what is encoded is counted in `counts`.
-
-    Raises:
-        UserError: the held-out part does not fill one row, or the tokenizer does not fit it.
-    """
-    config = dataclasses.replace(config, seed=0)
-    wanted = config.logging.eval_samples * config.data.seq_len
-    special, counts = config.data.special_tokens_in_text, counts or TextCounts()
-    opened = [] if opened is None else opened
-    parts, have, S = [], 0, config.data_streams
-    for s in range(S):
-        share = (s + 1) * wanted / S
-        source = open_source(config, s, S)
-        opened.append(source)
-        documents = DocumentEncoder(encoder_of(tokenizer, special), counts)
-        for tokens in encoded(documents, source.held_out()) if have < share else ():
-            parts.append(tokens)
-            have += len(parts[-1])
-            if have >= share:
-                break
-    rows = min(config.logging.eval_samples, have // config.data.seq_len)
-    if have == 0 and config.data.hold_out == "nothing":
-        raise UserError(
-            f"data is {config.data.source!r}: the run holds nothing out of it, and the text that it is evaluated on is "
-            "gone or has nothing to read: put it back, or pass --eval-data"
-        )
-    if have == 0:
-        rows_read = sum(report.seen.documents for source in opened for report in source.reports())
-        reason, more = (
-            f"it is one row, or a text of at most {CHUNK_CHARS} characters, which",
-            "two rows or files at least",
-        )
-        if rows_read > 1:
-            reason, more = (
-                f"of its {rows_read} rows, those that could be held out are too large a part, which",
-                "more rows",
-            )
-        raise UserError(
-            f"data is {config.data.source!r}: {reason} leaves nothing to evaluate on: pass {more}, or other text as "
-            "--eval-data"
-        )
-    if rows == 0:
-        raise UserError(
-            f"data is {config.data.source!r}: its held-out part has {have} tokens, which do not fill one row of "
-            f"seq_len = {config.data.seq_len}: pass more text or a smaller --seq-len"
-        )
-    check_vocabulary(counts, refuse=special != "earlier")
-    return np.concatenate(parts)[: rows * config.data.seq_len].reshape(rows, config.data.seq_len)

@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from jaxllm.config import PRESETS, TOKENIZER_SIZED_PRESETS, ModelConfig, RunConfig
+from jaxllm.config.groups import JOINED_TEXTS, DataConfig
+from jaxllm.data.chats import Chat, Pair
 from jaxllm.data.encode import encoder_of
 from jaxllm.data.source import Source
 from jaxllm.data.sources import hub_reachable
 from jaxllm.data.tokenizer_files import MAX_TOKENIZER_BYTES, is_there, tokenizer_class
 from jaxllm.errors import UserError, listed, one_line, shown
 from jaxllm.files import StrPath, cache_folder, check_file, plain_path, read_json, write_json, write_text_atomically
+from jaxllm.model.batch import IGNORED, token_batch
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -215,11 +218,13 @@ def _wrap(bpe: Tokenizer) -> PreTrainedTokenizerBase:
 def _training_texts(source: Source) -> Iterator[str]:
     chars = 0
     for chunk in source.chunks():
-        if not isinstance(chunk.text, str):
+        parts = chunk.text if isinstance(chunk.text, Pair) else [chunk.text]
+        text = "".join(part for part in parts if isinstance(part, str))
+        if not all(isinstance(part, str) for part in parts):
             raise UserError("data: its rows are chats: pass --tokenizer, one with a chat template, or --text-field")
         if not chunk.held_out:
-            yield chunk.text
-            chars += len(chunk.text)
+            yield text
+            chars += len(text)
             if chars > TRAINING_CHARS:
                 return
 
@@ -311,11 +316,15 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from None
 
 
-def bytes_per_target(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray) -> float:
-    """UTF-8 bytes of text for each predicted token of rows (n,T), all but the first. Special tokens are no text.
+def bytes_per_target(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray, data: DataConfig = JOINED_TEXTS) -> float:
+    """UTF-8 bytes of text for each target of a run's rows (n,T) as they travel. Special tokens are no text.
 
     A loss in nats per token, divided by this and by ln 2, is in bits per byte, which different tokenizers share.
     """
+    if data.has_targets:
+        targets = token_batch(rows, data).labels[:, 1:]
+        targets = targets[targets != IGNORED]
+        return text_bytes(tokenizer, targets[None]) / targets.size if targets.size else 0.0
     return (text_bytes(tokenizer, rows) - text_bytes(tokenizer, rows[:, :1])) / rows[:, 1:].size
 
 
@@ -348,17 +357,22 @@ def decode_after(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], new:
     return whole.removeprefix(before) if whole.startswith(before) else str(tokenizer.decode([*new]))
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, special_tokens: str = "text") -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, special_tokens: str = "text", as_chat: bool = False
+) -> list[int]:
     """Token ids of a prompt; an empty one is the token that separates documents.
 
-    `special_tokens` is the run's `special_tokens_in_text`.
+    `special_tokens` is the run's `special_tokens_in_text`. `as_chat`: the prompt is what a user says, through the chat
+    template.
 
     Raises:
         UserError: the tokenizer takes no such text, or has no token for an empty one.
     """
     try:
         with panics_as_errors():
-            ids = encoder_of(tokenizer, special_tokens).ids(prompt).tolist()
+            encoder = encoder_of(tokenizer, special_tokens)
+            said: Chat = [{"role": "user", "content": prompt}]
+            ids = (encoder.chat_ids(said, add_generation_prompt=True) if as_chat else encoder.ids(prompt)).tolist()
     except UserError:
         raise
     except Exception as error:  # tokenizers raises Exception itself

@@ -1,4 +1,4 @@
-"""Devices by their data sheets: facts, each with its source, and XLA's description of those that it can compile for.
+"""Devices by their data sheets: specifications, with sources, and XLA's description of those it can compile for.
 
 A target is a JSON file: those in this folder by name, any other by its path. Imports no JAX.
 """
@@ -32,14 +32,14 @@ class Target:
     name: str
     platform: Platform
     memory_gib: float
-    """What a program sees of it."""
+    """Memory available to a program."""
     peak_tflops: dict[Precision, float]
     """Dense matrix products, in each compute precision."""
     memory_gb_per_s: float
     devices: int
-    """How many of them a node (of TPUs: the topology) has."""
+    """Devices of a node (TPU: of the topology)."""
     interconnect_gb_per_s: float
-    """What one device sends to others of its node, in one direction."""
+    """Bandwidth from one device to others of its node, in one direction."""
     sources: dict[str, str]
     device_kinds: tuple[str, ...] = ()
     """JAX's names for it, which are the driver's full names: variants with other speeds are other targets."""
@@ -108,7 +108,7 @@ def load_target(name: str) -> Target:
     values = read_json(path)
     fields = {field.name: field for field in dataclasses.fields(Target)}
     if unknown := sorted(values.keys() - fields):
-        raise UserError(f"{path}: {', '.join(unknown)} is no field of a target: {', '.join(fields)}")
+        raise UserError(f"{path}: {', '.join(unknown)} is not a field of a target; the fields are {', '.join(fields)}")
     required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
     if missing := [name for name in required if name not in values]:
         raise UserError(f"{path}: {', '.join(missing)} is missing: a target needs it")

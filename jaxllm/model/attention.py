@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Bool, Float, Int, Shaped
 
 from jaxllm.config import ModelConfig
 from jaxllm.model.dtypes import Array, at_least_float32
@@ -20,12 +21,12 @@ from jaxllm.model.layers import CustomRMSNorm, Linear, RotaryEmbedding
 class Latents(NamedTuple):
     """What attention must remember of a token: R + G*r numbers instead of full keys and values."""
 
-    kv: Array  # (..., B,S,R), after its norm where it has one
-    k_rope: Array  # (..., B,S,G,r), already rotated
+    kv: Float[Array, "*L B S R"]  # after its norm where it has one
+    k_rope: Float[Array, "*L B S G r"]  # already rotated
 
 
 class Attended(NamedTuple):
-    output: Array  # (B,T,D)
+    output: Float[Array, "B T D"]
     latents: Latents  # to cache
 
 
@@ -56,19 +57,23 @@ class MultiHeadLatentAttention(nnx.Module):
         self.kv_norm, self.q_norm = latent_norm(R), latent_norm(Q)
         self.rotary_emb = RotaryEmbedding(config)
 
-    def latents(self, x: Array, positions: Array) -> Latents:  # (B,T,D), (B|1,T)
+    def latents(self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]) -> Latents:
         kv = self.kv_proj_d(x)
         k_rope = self.rope_k(x).reshape(*x.shape[:2], self.config.rope_key_heads, -1)
         return Latents(kv if self.kv_norm is None else self.kv_norm(kv), self.rotary_emb(k_rope, positions))
 
-    def queries(self, x: Array, positions: Array) -> tuple[Array, Array]:  # -> (B,T,H,n), (B,T,H,r)
+    def queries(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]
+    ) -> tuple[Float[Array, "B T H n"], Float[Array, "B T H r"]]:
         latent = x if self.q_proj_d is None else self.q_proj_d(x)  # (B,T,Q)
         if self.q_norm is not None:
             latent = self.q_norm(latent)
         return self._heads(self.q_proj_u(latent)), self.rotary_emb(self._heads(self.rope_q(latent)), positions)
 
-    def __call__(self, x: Array, positions: Array, attention_mask: Array | None) -> Attended:
-        """Attend within x: (B,T,D), positions (B|1,T), mask (B,T) or None."""
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"], attention_mask: Shaped[Array, "B T"] | None
+    ) -> Attended:
+        """Attend within x."""
         latents = self.latents(x, positions)
         q_nope, q_rope = self.queries(x, positions)
         q = save_for_backward(jnp.concatenate([q_nope, q_rope], axis=-1))  # (B,T,H,n+r)
@@ -79,8 +84,10 @@ class MultiHeadLatentAttention(nnx.Module):
         context = self.kernels.attention(q, k, v, attention_mask, self.config.softmax_scale)  # (B,T,H,v)
         return Attended(self.o_proj(context.reshape(*x.shape[:2], -1)), latents)
 
-    def attend_latents(self, x: Array, positions: Array, cache: Latents, mask: Array) -> Array:
-        """Attend to cached latents without expanding them: (B,T,D), cache of (B,S,...), mask (B,1,T,S) -> (B,T,D)."""
+    def attend_latents(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"], cache: Latents, mask: Bool[Array, "B 1 T S"]
+    ) -> Float[Array, "B T D"]:
+        """Attend to the cached latents of one layer without expanding them."""
         acc_dtype = at_least_float32(self.dtype)
         q_nope, q_rope = self.queries(x, positions)
         expand_k = self._per_head(self.k_proj_u)  # (R,H,n)
@@ -96,9 +103,9 @@ class MultiHeadLatentAttention(nnx.Module):
         context = jnp.einsum("bhts,bsR->bthR", weights, cache.kv)
         return self.o_proj(jnp.einsum("Rhd,bthR->bthd", expand_v, context).reshape(*x.shape[:2], -1))
 
-    def _heads(self, x: Array) -> Array:  # (B,T,H*d) -> (B,T,H,d)
+    def _heads(self, x: Float[Array, "B T Hd"]) -> Float[Array, "B T H d"]:
         return x.reshape(*x.shape[:2], self.config.num_attention_heads, -1)
 
-    def _per_head(self, linear: Linear) -> Array:  # (R,H*d) -> (R,H,d)
+    def _per_head(self, linear: Linear) -> Float[Array, "R H d"]:
         weight = in_dtype(linear.weight[...], self.dtype)
         return weight.reshape(weight.shape[0], self.config.num_attention_heads, -1)

@@ -15,10 +15,11 @@ from flax import nnx
 from jax.core import Tracer
 from jax.errors import InconclusiveDimensionOperation
 from jax.export import is_symbolic_dim
+from jaxtyping import Float, Int, Key, Shaped
 
 from jaxllm.config import ModelConfig
 from jaxllm.model.attention import Latents
-from jaxllm.model.dtypes import Array, Pytree, at_least_float32, check_dtype
+from jaxllm.model.dtypes import Array, DTypeLike, Pytree, at_least_float32, check_dtype
 from jaxllm.model.kernels import choose_kernels
 from jaxllm.model.kernels.dispatch import tokens_per_expert
 from jaxllm.model.kernels.matmul import linear
@@ -38,15 +39,15 @@ class LayerAux(NamedTuple):
     Those of a router (counts, losses and the trace's routing) are of the layers with experts alone.
     """
 
-    counts: Array  # (L,E) int32, tokens of each expert
-    balance_loss: Array  # (L,)
-    z_loss: Array  # (L,)
-    latents: Latents | None  # (L,B,T,...), to fill a cache
+    counts: Int[Array, "L E"]  # tokens of each expert
+    balance_loss: Float[Array, " L"]
+    z_loss: Float[Array, " L"]
+    latents: Latents | None  # to fill a cache
     trace: LayerTrace | None  # (L,...), to compare
 
 
 class HiddenStates(NamedTuple):
-    last: Array  # (B,T,D), before any final norm
+    last: Float[Array, "B T D"]  # before any final norm
     aux: LayerAux
 
 
@@ -58,7 +59,7 @@ class CustomLLM(nnx.Module):
         dtype: compute dtype, float32 or bfloat16 (float64 with jax_enable_x64). Weights are float32 masters.
         remat: compute each layer again in the backward pass; see `layout.checkpoint`.
         rngs: for the initialization.
-        platform: whose kernels to use (`kernels.choose_kernels`); None: those of the device here.
+        platform: whose kernels to use (`kernels.choose_kernels`); None: those of the default device.
         without: kernels that must have their plain form (`kernels.REPLACEABLE`).
     """
 
@@ -66,13 +67,14 @@ class CustomLLM(nnx.Module):
         self,
         config: ModelConfig,
         *,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         remat: bool = False,
         rngs: nnx.Rngs,
         platform: str | None = None,
         without: Collection[str] = (),
     ):
-        self.config, self.dtype, self.remat = config, check_dtype(dtype), remat
+        dtype = check_dtype(dtype)
+        self.config, self.dtype, self.remat = config, dtype, remat
         self.kernels = choose_kernels(config, dtype, platform, remat=remat, without=without)
         D, V, std = config.hidden_size, config.vocab_size, config.initializer_range
         positions = config.max_position_embeddings
@@ -95,11 +97,16 @@ class CustomLLM(nnx.Module):
         )
         self.lm_head = head  # None: the table of token embeddings
 
-    def __call__(self, input_ids: Array, attention_mask: Array | None = None, rngs: nnx.Rngs | None = None) -> Array:
-        """Logits of the next token, (B,T) int -> (B,T,V) in float32 (float64 in a float64 model).
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"],
+        attention_mask: Shaped[Array, "B T"] | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits of the next token, in float32 (float64 in a float64 model).
 
         Args:
-            attention_mask: (B, T), zero at padding; None: no padding.
+            attention_mask: zero at padding; None: no padding.
             rngs: the `dropout` stream in training; None: no dropout.
         """
         keys = None if rngs is None else jax.random.split(rngs.dropout(), input_ids.shape[0])
@@ -107,11 +114,11 @@ class CustomLLM(nnx.Module):
 
     def hidden_states(
         self,
-        input_ids: Array,
-        attention_mask: Array | None = None,
+        input_ids: Int[Array, "B T"],
+        attention_mask: Shaped[Array, "B T"] | None = None,
         *,
-        dropout_keys: Array | None = None,
-        experts: Array | None = None,
+        dropout_keys: Key[Array, " B"] | None = None,
+        experts: Int[Array, "L B T k"] | None = None,
         keep_latents: bool = False,
         keep_trace: bool = False,
         layout: Layout = ONE_DEVICE,
@@ -120,8 +127,8 @@ class CustomLLM(nnx.Module):
 
         Args:
             input_ids, attention_mask: as in `__call__`.
-            dropout_keys: (B,) random keys: a row's dropout does not depend on its device. None: no dropout.
-            experts: (L,B,T,k) experts to use instead of the router's choice, of the layers that have experts.
+            dropout_keys: one for each row, whose dropout does not depend on its device. None: no dropout.
+            experts: to use instead of the router's choice, of the layers that have experts.
             keep_latents, keep_trace: return the latents, to fill a decoding cache; the outputs of all parts of layers.
             layout: of the devices among which the weights are cut, in a step that runs on each of them.
         """
@@ -137,8 +144,10 @@ class CustomLLM(nnx.Module):
             records.append(of_layers)
         return HiddenStates(x, _joined(records, self.config.n_routed_experts))
 
-    def decode(self, token: Array, positions: Array, cache: Latents) -> tuple[Array, Latents]:
-        """Logits after one more token of each row: (B,1), (B,1), cache (L,B,S,...) -> (B,1,V) and the cache."""
+    def decode(
+        self, token: Int[Array, "B 1"], positions: Int[Array, "B 1"], cache: Latents
+    ) -> tuple[Float[Array, "B 1 V"], Latents]:
+        """Logits after one more token of each row, and the cache of all layers with it."""
         x, cache = decode_layers(self.stacks, self.embed(token, positions), positions, cache)
         return self.logits(x), cache
 
@@ -147,27 +156,27 @@ class CustomLLM(nnx.Module):
         """The layers in their order: the dense ones stacked, and those with experts."""
         return [layers for layers in (self.dense_layers, self.decoder_layers) if layers is not None]
 
-    def embed(self, input_ids: Array, positions: Array) -> Array:  # (B,T), (B|1,T) -> (B,T,D)
+    def embed(self, input_ids: Int[Array, "B T"], positions: Int[Array, "#B T"]) -> Float[Array, "B T D"]:
         x = self.token_embeddings(input_ids)
         return x if self.position_embeddings is None else x + self.position_embeddings(positions)
 
-    def apply_final_norm(self, x: Array) -> Array:
+    def apply_final_norm(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The input of lm_head: normed if the config has a final norm."""
         return x if self.final_norm is None else self.final_norm(x)
 
-    def logits(self, x: Array) -> Array:  # (B,T,D) -> (B,T,V)
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         weight, bias = self.head()
         logits = linear(self.apply_final_norm(x).astype(self.dtype), weight, at_least_float32(self.dtype))
         return logits if bias is None else logits + bias
 
-    def head(self) -> tuple[Array, Array | None]:
-        """The weight (D,V) and the bias (V,) of the output layer, as float32 masters."""
+    def head(self) -> tuple[Float[Array, "D V"], Float[Array, " V"] | None]:
+        """The weight and the bias of the output layer, as float32 masters."""
         if self.lm_head is None:
             return self.token_embeddings.weight[...].T, None
         return self.lm_head.weight[...], None if self.lm_head.bias is None else self.lm_head.bias[...]
 
 
-def _positions(input_ids: Array, attention_mask: Array | None) -> Array:  # (B,T) -> (B|1,T)
+def _positions(input_ids: Int[Array, "B T"], attention_mask: Shaped[Array, "B T"] | None) -> Int[Array, "#B T"]:
     if attention_mask is None:
         return jnp.arange(input_ids.shape[1])[None]
     return jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=-1) - 1, 0)

@@ -71,7 +71,7 @@ class _Choice(NamedTuple):
 
     numbers: _Numbers
     key: Array
-    eos: Array  # (E,) the tokens that end a row
+    eos: np.ndarray | Array  # (E,) the tokens that end a row
 
 
 class _Decoding(NamedTuple):

@@ -12,6 +12,8 @@ from jaxllm.errors import UserError, shown
 
 Array = jax.Array
 Pytree = Any
+DTypeLike = jnp.dtype | type[Any]
+"""A dtype, or its scalar type such as `jnp.float32`."""
 
 
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:

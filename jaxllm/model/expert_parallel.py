@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from jaxllm.model.dtypes import Array
 from jaxllm.model.kernels.dispatch import Dispatch, plan_dispatch
@@ -13,12 +14,12 @@ from jaxllm.model.kernels.matmul import save_for_backward
 
 def expert_parallel_ffn(
     local_ffn: Callable[[Array, Array, Dispatch], ExpertOutput],
-    tokens: Array,
-    gates: Array,
-    experts: Array,
+    tokens: Float[Array, "N D"],
+    gates: Float[Array, "N k"],
+    experts: Int[Array, "N k"],
     local_experts: int,
 ) -> ExpertOutput:
-    """The output of the routed experts of all devices along `expert` for this device's tokens: (N,D) -> (N,D).
+    """The output of the routed experts of all devices along `expert` for this device's tokens.
 
     Every device gathers the tokens of the others, runs the rows for which its experts were chosen, and the results are
     summed over the devices. No token is dropped, whatever the imbalance: every device has room for all rows. Exchanging
@@ -26,7 +27,7 @@ def expert_parallel_ffn(
 
     Args:
         local_ffn: this device's experts, on the tokens and gates of all n devices and their plan: (nN,D), (nN,k).
-        gates, experts: the router's choice for the tokens among all experts, (N,k).
+        gates, experts: the router's choice for the tokens among all experts.
         local_experts: how many experts a device has.
     """
 

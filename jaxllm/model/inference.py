@@ -1,4 +1,4 @@
-"""A model as it is kept to generate and evaluate: its matrices in the compute dtype, and no float32 masters."""
+"""The form of a model for generation and evaluation: its matrices in the compute dtype, without float32 masters."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxllm.model.layers import ParameterFacts
 def for_inference(model: CustomLLM) -> CustomLLM:
     """A bfloat16 model with its matrices and embeddings in bfloat16: half of the memory, and of what a token reads.
 
-    Norms, biases and routers compute in float32 and stay as they are. The new model computes the same numbers. It can
+    Norms, biases and routers compute in float32 and are unchanged. The new model computes the same numbers. It can
     be exported, but not trained. The masters are freed when nothing refers to the given model. A model of another
     dtype is returned as it is.
     """

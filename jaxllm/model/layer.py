@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Int, Shaped
 
 from jaxllm.config import ModelConfig
 from jaxllm.model.attention import Latents, MultiHeadLatentAttention
@@ -18,21 +19,21 @@ from jaxllm.model.moe import DeepSeekExpertLayer, DeepSeekMoE, ExpertSlices, Mix
 class LayerInputs(NamedTuple):
     """What a layer needs besides its weights and the residual stream; it has no gradient."""
 
-    positions: Array  # (B|1,T)
-    attention_mask: Array | None  # (B,T), zero at padding; None: no padding
-    experts: Array | None  # (B,T,k) experts to use instead of the router's choice
+    positions: Int[Array, "#B T"]
+    attention_mask: Shaped[Array, "B T"] | None  # zero at padding; None: no padding
+    experts: Int[Array, "*L B T k"] | None  # experts to use instead of the router's choice
 
 
 class LayerTrace(NamedTuple):
     """The outputs of the parts of a layer, in the order of the computation."""
 
-    input_norm: Array  # (B,T,D)
+    input_norm: Float[Array, "B T D"]
     latents: Latents
-    attention: Array  # (B,T,D)
-    post_attn_norm: Array  # (B,T,D)
+    attention: Float[Array, "B T D"]
+    post_attn_norm: Float[Array, "B T D"]
     routing: Routing | None  # None: the layer has no experts
-    mixture: Array  # (B,T,D), the feed-forward network's output: shared and routed experts summed
-    residual: Array  # (B,T,D), the residual stream after the layer
+    mixture: Float[Array, "B T D"]  # the feed-forward network's output: shared and routed experts summed
+    residual: Float[Array, "B T D"]  # the residual stream after the layer
 
 
 class LayerOutput(NamedTuple):
@@ -54,12 +55,13 @@ class DecoderLayer(nnx.Module):
         self.post_attn_norm = CustomRMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
 
     def __call__(
-        self, x: Array, inputs: LayerInputs, layout: Layout = ONE_DEVICE, experts: ExpertSlices | None = None
+        self,
+        x: Float[Array, "B T D"],
+        inputs: LayerInputs,
+        layout: Layout = ONE_DEVICE,
+        experts: ExpertSlices | None = None,
     ) -> LayerOutput:
-        """(B,T,D) -> the residual stream (B,T,D), and the outputs of the parts before it.
-
-        layout, experts: as in `DeepSeekMoE`.
-        """
+        """One layer on the residual stream x; `layout` and `experts` as in `DeepSeekMoE`."""
         normed = self.input_norm(x)
         attended, latents = self.self_attn(normed, inputs.positions, inputs.attention_mask)
         x = x + attended
@@ -69,17 +71,25 @@ class DecoderLayer(nnx.Module):
         return LayerOutput(trace, saved)
 
     def feed_forward(
-        self, x: Array, forced: Array | None = None, layout: Layout = ONE_DEVICE, experts: ExpertSlices | None = None
+        self,
+        x: Float[Array, "B T D"],
+        forced: Int[Array, "B T k"] | None = None,
+        layout: Layout = ONE_DEVICE,
+        experts: ExpertSlices | None = None,
     ) -> Mixture:
-        """(B,T,D) -> (B,T,D); arguments as in `DeepSeekMoE`."""
+        """The experts, or the dense network; arguments as in `DeepSeekMoE`."""
         if isinstance(self.mlp, DeepSeekMoE):
             return self.mlp(x, forced, layout, experts)
         return Mixture(self.mlp(x), routing=None, saved={})
 
     def decode(
-        self, x: Array, positions: Array, cached: Latents, experts: ExpertSlices | None = None
-    ) -> tuple[Array, Latents]:
-        """One token of each row: (B,1,D), positions (B,1), this layer's cache (B,S,...) -> (B,1,D), latents (B,1,...).
+        self,
+        x: Float[Array, "B 1 D"],
+        positions: Int[Array, "B 1"],
+        cached: Latents,
+        experts: ExpertSlices | None = None,
+    ) -> tuple[Float[Array, "B 1 D"], Latents]:
+        """One token of each row, and this layer's cache.
 
         A token's cache slot is its position. A row attends to the slots before it and to the token itself, whose
         latents are returned and not yet in the cache.

@@ -1,14 +1,14 @@
-"""The loop over the layers, and its backward pass: the one place that knows that all layers' weights are one array.
+"""The loop over the layers, and its backward pass: the only module that sees all layers' weights as arrays.
 
     forward     for layer i:            x, pullback = jax.vjp(layer, its weights, its experts, x);  save the pullback
     backward    for i, last to first:   d_weights[i], d_experts, d_x = pullback(d_x)
 
 `layer` is an ordinary function of one layer. Most weights are sliced: a layer gets a copy of its part. The experts are
 most of the weights, so they are not: a layer gets the arrays of all layers and its place in them (`ExpertSlice`), and
-writes there its part of the gradient and of what it saves. Autodiff of a plain scan would copy both in each layer.
+writes there its part of the gradient and of what it saves. The autodiff of a plain scan would copy both in each layer.
 
-What a pullback holds of its layer's arguments is not saved: the backward pass has them, and puts them back. So the two
-arrays that a layer wrote to are, in the backward pass, the ones that all layers wrote to.
+A layer's arguments are not saved with its pullback: the backward pass has them and substitutes them. So the two arrays
+that a layer wrote to are replaced there by the final ones, which all layers have written to.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Int
 
 from jaxllm.model.attention import Latents
 from jaxllm.model.dtypes import Array, Pytree
@@ -51,13 +52,13 @@ class LayerWeights(NamedTuple):
 
 def run_layers(
     layers: DecoderLayer,
-    x: Array,
+    x: Float[Array, "B T D"],
     inputs: LayerInputs,
     record: Callable[[LayerTrace], Pytree],
     layout: Layout,
     remat: bool,
-) -> tuple[Array, Pytree]:
-    """Run all layers: (B,T,D) -> (B,T,D), and what `record`, a function of no arrays, takes from each, (L,...).
+) -> tuple[Float[Array, "B T D"], Pytree]:
+    """Run all layers; returns the residual stream, and what `record`, a pure function, takes from each layer, (L,...).
 
     Args:
         layers: stacked.
@@ -92,10 +93,12 @@ def run_layers(
     return _run(loop, weights, inputs, x)
 
 
-def decode_layers(stacks: Sequence[DecoderLayer], x: Array, positions: Array, cache: Latents) -> tuple[Array, Latents]:
-    """Run the layers of several stacks on one token of each row, which attends to the cache and enters it.
+def decode_layers(
+    stacks: Sequence[DecoderLayer], x: Float[Array, "B 1 D"], positions: Int[Array, "B 1"], cache: Latents
+) -> tuple[Float[Array, "B 1 D"], Latents]:
+    """Run the layers of several stacks on one token of each row, which attends to the cache of all of them.
 
-    x (B,1,D), positions (B,1), cache of all their layers (L,B,S,...) -> (B,1,D) and the cache.
+    Returns the residual stream, and the cache with the token's latents in it.
     """
     packs = stacks[0].kernels.packs
     packed, first, new = pack(cache, packs), 0, []
@@ -128,9 +131,9 @@ def _decode_stack(
 
 
 def _split(layers: DecoderLayer, in_place: bool) -> tuple[Callable[[Pytree], DecoderLayer], Pytree, LayerWeights]:
-    """Layers as a function that makes one layer of its sliced weights, the facts of those, and the weights of all.
+    """Split layers into a function from sliced weights to one layer, the facts of those weights, and all weights.
 
-    In the layer that it makes, the weights of experts that are read in place are not numbers: nothing may read them.
+    In that layer, the weights of experts that are read in place are NaN: nothing may read them.
     """
     names = [name for name in layers.kernels.experts if in_place and hasattr(layers.mlp, name)]
     graph, others, sliced = nnx.split(layers, nnx.Any(*map(nnx.PathContains, names)), ...)
@@ -189,7 +192,7 @@ def _run(loop: _Loop, weights: LayerWeights, inputs: LayerInputs, x: Array) -> t
 def _forward(loop: _Loop, weights: LayerWeights, inputs: LayerInputs, x: Array):
     def body(carry: tuple[Array, dict], i: Array):
         x, saved = carry
-        # stands for the gradient, which the backward pass puts there
+        # a placeholder for the gradient, which the backward pass substitutes
         empty = {name: jax.tree.map(_empty_like, of_all.masters) for name, of_all in weights.experts.items()}
         arguments = loop.arguments(i, weights, inputs, in_place=(empty, saved))
         (x, record), pullback, written = jax.vjp(loop.layer, *arguments, x, has_aux=True)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Float, Int
 
 from jaxllm.config import ModelConfig
 from jaxllm.model.dtypes import Array, Pytree, at_least_float32
@@ -90,7 +91,7 @@ class Linear(nnx.Module):
         zeros = jnp.zeros((out_features,), at_least_float32(dtype))
         self.bias = parameter(zeros, axes[1:], decays=False) if bias else None
 
-    def __call__(self, x: Array, out_dtype: jnp.dtype | None = None) -> Array:  # (..., in) -> (..., out)
+    def __call__(self, x: Float[Array, "*batch I"], out_dtype: jnp.dtype | None = None) -> Float[Array, "*batch O"]:
         y = linear(x.astype(self.dtype), self.weight[...], out_dtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
@@ -103,7 +104,7 @@ class Embedding(nnx.Module):
         self.rows, self.features, self.dtype = rows, features, dtype
         self.weight = parameter(_normal(rngs, (rows, features), std, dtype), (axis, "hidden"), decays=True)
 
-    def __call__(self, ids: Array) -> Array:  # (...) -> (..., D)
+    def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
         return in_dtype(read(self.weight[...], ids), self.dtype)
 
 
@@ -114,7 +115,7 @@ class CustomRMSNorm(nnx.Module):
         self.eps = eps
         self.weight = parameter(jnp.ones((features,), at_least_float32(dtype)), ("norm",), decays=False)
 
-    def __call__(self, x: Array) -> Array:  # (..., D) -> (..., D)
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         return rms_norm(self.eps, x, self.weight[...])
 
 
@@ -147,7 +148,7 @@ class RotaryEmbedding(nnx.Module):
     def __init__(self, config: ModelConfig):
         self.config = config
 
-    def __call__(self, x: Array, positions: Array) -> Array:  # (B,T,H,r), (B|1,T) -> (B,T,H,r)
+    def __call__(self, x: Float[Array, "B T H r"], positions: Int[Array, "#B T"]) -> Float[Array, "B T H r"]:
         acc_dtype = at_least_float32(x.dtype)
         frequencies = rotary_frequencies(self.config).astype(acc_dtype)  # (r/2,)
         angles = positions[..., None, None].astype(acc_dtype) * frequencies  # (B|1,T,1,r/2)

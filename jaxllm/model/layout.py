@@ -34,7 +34,7 @@ def _is_of_gpu_kernel(primitive, *_, **__) -> bool:
     return primitive.name in _GPU_KERNELS
 
 
-def _is_kept(primitive, *_, **parameters) -> bool:
+def _is_saved(primitive, *_, **parameters) -> bool:
     marked = primitive.name == "name" and parameters["name"] == SAVED
     return marked or primitive.name in (*_GPU_KERNELS, *_ROUTING)
 
@@ -118,4 +118,4 @@ def checkpoint(layer: Callable, remat: bool) -> Callable:
     it saves only the results of a GPU's own kernels, which cost the most to run again.
     """
     # the layers run in a scan, across whose two loops XLA merges nothing
-    return jax.checkpoint(layer, prevent_cse=False, policy=_is_of_gpu_kernel if remat else _is_kept)
+    return jax.checkpoint(layer, prevent_cse=False, policy=_is_of_gpu_kernel if remat else _is_saved)

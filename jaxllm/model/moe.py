@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Int
 
 from jaxllm.config import ModelConfig, RouterConfig
 from jaxllm.model.dtypes import Array, at_least_float32
@@ -31,29 +32,29 @@ ExpertSlices = Mapping[str, ExpertSlice]
 
 
 class Routing(NamedTuple):
-    experts: Array  # (N,k) int32, the chosen experts
-    gates: Array  # (N,k), their weights
-    scores: Array  # (N,E), without the bias
-    logits: Array  # (N,E)
+    experts: Int[Array, "N k"]  # the chosen experts
+    gates: Float[Array, "N k"]  # their weights
+    scores: Float[Array, "N E"]  # without the bias
+    logits: Float[Array, "N E"]
 
 
 class Mixture(NamedTuple):
-    output: Array  # (B,T,D), shared and routed experts summed
+    output: Float[Array, "B T D"]  # shared and routed experts summed
     routing: Routing | None  # of the N tokens; None: a dense layer
     saved: dict[str, Array | None]  # see `ExpertOutput`, by the attribute of DeepSeekMoE
 
 
 def route(
-    x: Array,
-    router_weight: Array,
-    routing_bias: Array | None,
+    x: Float[Array, "N D"],
+    router_weight: Float[Array, "D E"],
+    routing_bias: Float[Array, " E"] | None,
     experts_per_token: int,
-    experts: Array | None = None,
+    experts: Int[Array, "N k"] | None = None,
     router: RouterConfig = CUSTOMLLM_ROUTER,
 ) -> Routing:
-    """Choose experts by rank, weigh them by score, all in float32: x (N,D), (D,E), (E,) or None, k.
+    """Choose experts by rank and weigh them by score, all in float32.
 
-    `experts` (N,k) are used instead of the k best ranked (ties: lowest index).
+    `experts` are used instead of the k best ranked (ties: lowest index).
     """
     acc_dtype = at_least_float32(x.dtype)
     logits = linear(x, router_weight, compute_dtype=acc_dtype)
@@ -69,8 +70,8 @@ def route(
     return Routing(experts, gates * router.routed_scaling_factor, scores, logits)
 
 
-def close_groups(ranks: Array, router: RouterConfig) -> Array:
-    """Ranks (N,E) in which only the experts of the `topk_group` best groups can be chosen (arXiv:2412.19437, 2.1.2)."""
+def close_groups(ranks: Float[Array, "N E"], router: RouterConfig) -> Float[Array, "N E"]:
+    """Ranks in which only the experts of the `topk_group` best groups can be chosen (arXiv:2412.19437, 2.1.2)."""
     if router.n_group == router.topk_group:
         return ranks
     grouped = ranks.reshape(ranks.shape[0], router.n_group, -1)  # (N,groups,E/groups)
@@ -92,7 +93,7 @@ class DeepSeekExpertLayer(nnx.Module):
         self.up_proj = Linear(D, F, ("hidden", "expert_hidden"), std=std, dtype=dtype, rngs=rngs)
         self.down_proj = Linear(F, D, ("expert_hidden", "hidden"), std=std, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:  # (..., D) -> (..., D)
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         return self.down_proj(plain_swiglu(self.gate_proj(x), self.up_proj(x)))
 
     def weights(self) -> Weights:
@@ -116,12 +117,16 @@ class DeepSeekMoE(nnx.Module):
         self.routing_bias = bias if config.router.has_bias else None
 
     def __call__(
-        self, x: Array, forced: Array | None = None, layout: Layout = ONE_DEVICE, experts: ExpertSlices | None = None
+        self,
+        x: Float[Array, "B T D"],
+        forced: Int[Array, "B T k"] | None = None,
+        layout: Layout = ONE_DEVICE,
+        experts: ExpertSlices | None = None,
     ) -> Mixture:
-        """Shared experts for every token and k routed ones: x (B,T,D).
+        """Shared experts for every token and k routed ones.
 
         Args:
-            forced: (B, T, k) experts to use instead of the router's choice.
+            forced: experts to use instead of the router's choice.
             layout: with several devices along `expert`, the routed experts are those of this device.
             experts: this layer's, in arrays of all layers; None: the weights of this module.
         """
@@ -142,8 +147,10 @@ class DeepSeekMoE(nnx.Module):
         kernels = self.kernels.experts
         return {name: expert_slice(kernels[name], getattr(self, name).weights(), self.dtype) for name in kernels}
 
-    def routed_ffn(self, x: Array, routing: Routing, layout: Layout, experts: ExpertSlice) -> ExpertOutput:
-        """The chosen experts of each token, weighed by the gates: (N,D) -> (N,D)."""
+    def routed_ffn(
+        self, x: Float[Array, "N D"], routing: Routing, layout: Layout, experts: ExpertSlice
+    ) -> ExpertOutput:
+        """The chosen experts of each token, weighed by the gates."""
 
         def ffn(x: Array, gates: Array, plan: Dispatch) -> ExpertOutput:
             return expert_ffn(self.kernels.routed, x.astype(self.dtype), gates, plan, experts)
@@ -153,8 +160,8 @@ class DeepSeekMoE(nnx.Module):
             return expert_parallel_ffn(ffn, x, routing.gates, routing.experts, E // layout.expert)
         return ffn(x, routing.gates, plan_dispatch(routing.experts, E))
 
-    def shared_ffn(self, x: Array, experts: ExpertSlice | None) -> ExpertOutput:
-        """All shared experts, summed: (N,D) -> (N,D). Without kernels for them, `experts` is None."""
+    def shared_ffn(self, x: Float[Array, "N D"], experts: ExpertSlice | None) -> ExpertOutput:
+        """All shared experts, summed. Without kernels for them, `experts` is None."""
         x = x.astype(self.dtype)
         if self.kernels.shared is None or experts is None:
             weights = zip(*self.shared_experts.weights(), strict=True)

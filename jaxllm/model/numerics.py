@@ -1,4 +1,4 @@
-"""JAX's settings that change numbers. A run has the same ones whatever a shell or another library has set."""
+"""JAX's settings that change numbers, fixed for a run: environment variables and other libraries do not change them."""
 
 import contextlib
 import sys
@@ -33,14 +33,14 @@ def random_key(seed: int) -> Array:
 
 
 def pin_numerics() -> None:
-    """Give this process the settings of `PINNED`. One line on stderr names those that were others.
+    """Apply the settings of `PINNED` to this process. One line on stderr names those that differed.
 
     Raises:
-        UserError: JAX may not compile.
+        UserError: jit is disabled.
     """
     present = jax.config.values
     if present["jax_disable_jit"]:
-        raise UserError("JAX_DISABLE_JIT is set: the programs here are compiled, unset it")
+        raise UserError("JAX_DISABLE_JIT is set: this program needs jax.jit, unset it")
     replaced = []
     for name, value in PINNED.items():
         before = getattr(present.get(name, value), "value", present.get(name, value))  # of an enum

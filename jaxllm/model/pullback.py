@@ -14,9 +14,9 @@ from jaxllm.model.dtypes import Array, Pytree
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["sources", "tree"])
 @dataclasses.dataclass(frozen=True)
 class SavedPullback:
-    """A pullback without the arguments of its function; an array that it holds twice is here once."""
+    """A pullback without the arguments of its function; an array that it holds twice is stored once."""
 
-    arrays: list[Array]
+    arrays: list[Any]  # leaves of a pytree: JAX also puts other objects there
     sources: tuple[int, ...]
     """Where each of its leaves is, in the leaves of the arguments followed by `arrays`."""
     tree: Any

@@ -15,6 +15,7 @@ from jaxllm.model.layers import Embedding, Linear
 from jaxllm.model.moe import DeepSeekExpertLayer
 
 
+@functools.lru_cache(16)
 def module_tree(config: ModelConfig) -> str:
     """The tree of a CustomLLM in the style of `print(torch_module)`; takes no memory."""
     lines: list[str] = []

@@ -1,1 +1,1 @@
-"""What a training step would take on a device that is not here."""
+"""Estimate memory and time of a training step on a device that you do not have."""

@@ -1,10 +1,10 @@
-"""What a training step would take on a GPU or TPU that is not here: memory, kernels, FLOPs, traffic, time.
+"""Estimate a training step on a GPU or TPU that you do not have: memory, kernels, FLOPs, traffic, time.
 
 python -m jaxllm.plan --preset customllm-1b --target h100 --batch-size 8 --seq-len 2048 --remat
 python -m jaxllm.plan --preset customllm-1b --target h100 --mesh fsdp=8 --batch-size 64 --seq-len 2048 --remat
 
-The real step is compiled for a described device, in a separate process; nothing runs, and no device is touched. Times
-are arithmetic on data sheets (`jaxllm.plan.roofline`), not measurements.
+The real step is compiled for a described device, in a separate process; nothing runs, and no device is used. Times
+are computed from data sheets (`jaxllm.plan.roofline`), not measurements.
 """
 
 import itertools
@@ -27,7 +27,7 @@ from jaxllm.plan.report import plan_as_json, print_plan, print_search
 
 @dataclass(frozen=True)
 class PlanArgs:
-    """Compile the training step for a device that is not here. Exits with 1 where it does not fit."""
+    """Compile the training step for a device that you do not have. Exits with 1 if it does not fit."""
 
     preset: Annotated[str, tyro.conf.arg(help=f"The model's shape: one of {', '.join(PRESETS)}.")] = "customllm-1b"
     target: str = "h100"
@@ -49,7 +49,7 @@ class PlanArgs:
     tokens: int | None = None
     """Tokens of the run to be timed; default: those of the recipe `seed`."""
     json: Path | None = None
-    """File for the answer, for programs."""
+    """Write the result to this file, as JSON."""
     search: bool = False
     """Find the largest batch size that fits."""
 

@@ -1,4 +1,4 @@
-"""Compile the training step for a device that is not here, and read the program.
+"""Compile the training step for a device that you do not have, and read the program.
 
 python -m jaxllm.plan.compile REQUEST.json REPLY.json is the separate process in which `jaxllm.plan` compiles, with an
 environment that hides the devices of this machine.
@@ -24,7 +24,7 @@ from jaxllm.train.placement import lower_step
 from jaxllm.train.sharding import make_mesh
 
 OUT_OF_MEMORY = "Ran out of memory"
-"""XLA's words for a program that cannot fit: a TPU's compiler checks it."""
+"""XLA's message for a program that does not fit, which a TPU's compiler checks."""
 
 
 def topology_devices(target: Target, devices: int) -> list[Any]:

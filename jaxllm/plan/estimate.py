@@ -21,13 +21,13 @@ from jaxllm.plan.roofline import Roofline, roofline
 from jaxllm.run.throughput import GIB
 
 USABLE_MEMORY = {"cuda": 0.92, "tpu": 0.98}
-"""The share of a device's memory that a program can have; a GPU's context, libraries and fragments take the rest."""
+"""The share of a device's memory that a program can use; a GPU's context, libraries and fragmentation take the rest."""
 
 EXTRAS = {
     "cuda": (("jax_cuda13_plugin", "jax_cuda12_plugin"), "an NVIDIA GPU needs its plugin: pip install 'jax[cuda13]'"),
     "tpu": (("libtpu",), "a TPU needs libtpu: pip install 'jax[tpu]'"),
 }
-"""The packages of which one must be there to compile for a platform."""
+"""The packages of which one must be installed to compile for a platform."""
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -38,10 +38,10 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "XLA_FLAGS": "",
 }
-"""Of the process that compiles, so that it sees no device."""
+"""Environment of the process that compiles; it hides all devices."""
 
 MAX_COMPILATIONS = 12
-"""Of a search, with and without recomputation each."""
+"""Of a search for one mesh, with or without recomputation."""
 
 
 class Refused(NamedTuple):
@@ -61,7 +61,7 @@ class Refused(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What one compiled step would take, on each device."""
+    """The resources of one compiled step, on each device."""
 
     config: TrainConfig
     target: Target
@@ -112,13 +112,13 @@ def usable_bytes(target: Target) -> float:
 
 
 def read_plan(config: TrainConfig, target: Target, reply: dict[str, Any]) -> Plan | Refused:
-    """The plan from what the compiling process wrote."""
+    """The plan from the reply of the compiling process."""
     if "out_of_memory" in reply:
         return Refused(config, target, reply["out_of_memory"])
     kernels = [Kernel(*kernel) for kernel in reply["kernels"]]
     products = [Product(*product) for product in reply["products"]]
     collectives = [Collective(*collective) for collective in reply["collectives"]]
-    # count only the rows that a device's experts get if the routing is even, not all that it has room for
+    # count only the rows that a device's experts get with balanced routing, not all for which it reserves memory
     share = 1 / config.mesh.sizes.get("expert", 1)
     products = [p._replace(flops=p.flops * share) if p.kind == "grouped" else p for p in products]
     kernels = [k._replace(flops=k.flops * share) if k.kind == "grouped" else k for k in kernels]
@@ -178,7 +178,7 @@ def meshes(config: TrainConfig) -> list[str]:
     for mesh in (f"data={n}", f"fsdp={n}", f"expert={n}", f"fsdp={n // 2},expert=2"):
         try:
             other = config.with_options(mesh=mesh)
-        except UserError:  # weights that it cannot cut
+        except UserError:  # it does not divide the weights
             continue
         if other.mesh.devices == n and not any(several(other) == several(known) for known in found):
             found.append(other)

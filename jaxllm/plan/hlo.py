@@ -18,7 +18,8 @@ _CALLED = {
     "conditional": ("branch_computations", "true_computation", "false_computation"),
     "fusion": ("calls",),
 }
-"""Which attributes name the computations that run; the scalar ones of reductions, sorts and scatters count nothing."""
+"""The attributes that name computations that run; the scalar computations of reductions, sorts and scatters do not
+count."""
 _SIZES = {"pred": 1.0, "bf16": 2.0, "c64": 8.0, "c128": 16.0, "token": 0.0, "opaque": 0.0}
 
 
@@ -27,7 +28,7 @@ class Shape(NamedTuple):
 
     dtype: str
     dims: tuple[int, ...]
-    on_chip: bool = False  # a TPU's layout keeps it on the chip and not in the device's memory
+    on_chip: bool = False  # a TPU's layout puts it into on-chip memory
 
     @property
     def bytes(self) -> float:
@@ -93,7 +94,7 @@ class Program:
     devices: int
 
     def steps(self) -> Iterator[Step]:
-        """Every instruction that runs, callers before what they call; all branches, but no loop of unknown length."""
+        """Every instruction that runs, callers first; all branches, but not loops of unknown length."""
         return self._visit(self.entry, 1, None)
 
     def _visit(self, name: str, times: int, fusion: Instruction | None) -> Iterator[Step]:
@@ -107,7 +108,7 @@ class Program:
                     yield from self._visit(called, times, kernel)
 
     def trip_count(self, loop: Instruction) -> int | None:
-        """Iterations of a `while`, which XLA noted or which a scan's counter makes up to a constant; None: unknown."""
+        """Iterations of a `while`, as annotated by XLA or from a scan's counter and its bound; None: unknown."""
         if noted := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(noted[1])
         condition = {i.name: i for i in self.computations[loop.called("condition")[0]]}
@@ -180,7 +181,7 @@ def _read_instruction(line: str, shapes: dict[str, tuple[Shape, ...]]) -> Instru
 
 
 def _closing(text: str, opened: int) -> int:
-    """Where the parenthesis that opens there is closed."""
+    """The position of the parenthesis that closes the one at `opened`."""
     depth = 0
     for at in range(opened, len(text)):
         depth += (text[at] == "(") - (text[at] == ")")

@@ -1,4 +1,4 @@
-"""What a compiled program does in one run, read from its instructions: products, kernels, collectives, bytes.
+"""The cost of a compiled program, from its instructions: matrix products, kernels, collectives, bytes.
 
 Everything is of one device, and counts each iteration of a loop; loops of unknown length are left out.
 """
@@ -39,7 +39,7 @@ class Product(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """What one kernel does in all its calls."""
+    """The cost of one kernel over all its calls."""
 
     kind: str | None  # of its products; None: it has none
     flops: float
@@ -98,7 +98,7 @@ def _contracted(instruction: Instruction, dimensions: str) -> float:
 
 
 def _convolved(instruction: Instruction) -> float:
-    """FLOPs without the products of padding and holes: on a TPU, batches of a dot are dilated dimensions."""
+    """FLOPs without multiplications by padding: on a TPU, the batch dimensions of a dot are dilated."""
     labels = match(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
     shapes = (instruction.inputs[0][0], instruction.inputs[1][0], instruction.outputs[0])
     left, right, out = (dict(zip(names, shape.dims, strict=True)) for names, shape in zip(labels, shapes, strict=True))
@@ -126,7 +126,7 @@ def _attention(instruction: Instruction, products: int) -> float:
 
 
 def collectives(program: Program) -> list[Collective]:
-    """What the program's devices exchange.
+    """The collectives of a program.
 
     An asynchronous pair counts once, where it starts. So does a TPU's collective in a chain of kernels, each of which
     names it. A TPU makes a scattered sum of an all-reduce.
@@ -148,7 +148,7 @@ def collectives(program: Program) -> list[Collective]:
 
 
 def _sent(kind: str, instruction: Instruction, devices: int) -> float:
-    """Bytes that one device sends, from what it holds before: a ring passes each part on once."""
+    """Bytes that one device sends: in a ring, each part is passed on once."""
     data = instruction.inputs[:1] if kind == "ragged-all-to-all" else instruction.inputs  # the rest are offsets
     held = sum(shape.bytes for operand in data for shape in operand)
     if kind == "collective-permute":
@@ -159,7 +159,7 @@ def _sent(kind: str, instruction: Instruction, devices: int) -> float:
 
 
 def group_size(instruction: Instruction, devices: int) -> int:
-    """How many devices take part together, where there are so many in all."""
+    """Devices of a group, given the number of all devices."""
     groups = instruction.attributes.partition("replica_groups=")[2]
     if listed := re.match(r"\{\{([\d,]+)\}", groups):
         return listed[1].count(",") + 1

@@ -50,7 +50,7 @@ def grouped_kernel(instruction: Instruction) -> str | None:
 
 
 def grouped_flops(instruction: Instruction) -> float:
-    """With all the rows that the tiles can hold at worst."""
+    """For the maximum number of rows that the tiles can hold."""
     call = _call(instruction)
     most = (-(-call.rows // TILE) + call.groups) * TILE
     if call.kernel == WEIGHT_GRADIENT:
@@ -59,7 +59,7 @@ def grouped_flops(instruction: Instruction) -> float:
 
 
 def grouped_bytes(instruction: Instruction) -> float:
-    """Each row and each result once, and of an array of all layers the part of one. A token counts for each row."""
+    """Each row and each result once; of an array of all layers, one layer's part. A token counts once for each row."""
     call = _call(instruction)
     aliasing = instruction.attributes.partition("output_to_operand_aliasing={")[2].partition("}}")[0]
     written_in_place = {int(operand) for operand in re.findall(r"\((\d+),", aliasing)}

@@ -1,4 +1,4 @@
-"""What `jaxllm.plan` found, for a person (a table) and for a program (JSON)."""
+"""Print a plan as a table, or convert it to JSON."""
 
 import sys
 import textwrap
@@ -16,7 +16,7 @@ from jaxllm.plan.roofline import ACHIEVED_FLOPS, ACHIEVED_INTERCONNECT, ACHIEVED
 from jaxllm.run.throughput import GIB
 
 DEFAULT_MEMORY = 0.75
-"""The share of a GPU's memory that JAX takes if XLA_PYTHON_CLIENT_MEM_FRACTION is not set."""
+"""The share of a GPU's memory that JAX allocates if XLA_PYTHON_CLIENT_MEM_FRACTION is not set."""
 
 WIDTH = 150
 """Columns of output that does not go to a terminal."""
@@ -49,7 +49,7 @@ def _totals(amount: str, rows: Iterable[tuple[str, int, float]]) -> dict[str, di
 
 
 def print_plan(plan: Plan | Refused, tokens: int, run: str) -> None:
-    """The whole answer: a table, then what it assumes."""
+    """Print a table of the plan, then its assumptions."""
     config = plan.config
     remat = ", remat" if config.remat else ""
     micro = f"{config.data.grad_accum} x " if config.data.grad_accum > 1 else ""
@@ -59,7 +59,9 @@ def print_plan(plan: Plan | Refused, tokens: int, run: str) -> None:
     if isinstance(plan, Refused):
         print(f"does not fit: {plan.message}")
         return
-    print(f"compiled in {plan.compile_seconds:.0f} s by JAX {plan.jax} for a device that is not here; nothing has run")
+    print(
+        f"compiled in {plan.compile_seconds:.0f} s by JAX {plan.jax} for a device that you do not have; nothing has run"
+    )
     table = Table()
     for column in ("", "what", "amount", ""):
         table.add_column(column, justify="right" if column == "amount" else "left", no_wrap=column != "")
@@ -140,7 +142,7 @@ def _duration(tokens: int, plan: Plan) -> str:
 
 
 def assumptions(plan: Plan) -> list[str]:
-    """What the answer rests on, in lines."""
+    """The assumptions of a plan, as lines of text."""
     target, peak = plan.target, plan.target.peak_tflops[plan.config.decided_precision]
     text = (
         f"Assumed, not measured: products reach {ACHIEVED_FLOPS['dot']} (dense), {ACHIEVED_FLOPS['grouped']} (grouped) "
@@ -156,8 +158,8 @@ def assumptions(plan: Plan) -> list[str]:
         enough = "would do too" if plan.peak <= DEFAULT_MEMORY * target.memory_gib * GIB else "is too little"
         text += (
             f"Usable: with XLA_PYTHON_CLIENT_MEM_FRACTION={plan.usable / GIB / target.memory_gib:.2f}; JAX's "
-            f"default of {DEFAULT_MEMORY} {enough}. On the device XLA tries kernels: it may choose cuBLAS where it "
-            "says Triton here, and it sorts with CUB, which it does not without one.",
+            f"default of {DEFAULT_MEMORY} {enough}. On the device XLA autotunes: it may choose cuBLAS in place of "
+            "Triton, and it sorts with CUB, unlike here.",
         )
     if plan.unknown_loops:
         text += (

@@ -1,4 +1,4 @@
-"""How fast a compiled step can be on a device, by arithmetic: nothing here is measured. Imports no JAX."""
+"""An estimate of the time of a compiled step on a device, without measuring. Does not import JAX."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from jaxllm.devices import Target
 from jaxllm.plan.hlo_cost import Collective, Kernel
 
 ACHIEVED_FLOPS = {"dot": 0.65, "grouped": 0.45, "attention": 0.5}
-"""The share of the dense peak that each kind of product is assumed to reach: what good kernels reach at large sizes."""
+"""The assumed share of the dense peak of each kind of product: that of good kernels at large sizes."""
 
 ACHIEVED_MEMORY = 0.8
-"""The share of the memory's bandwidth."""
+"""The assumed share of the memory's bandwidth."""
 
 ACHIEVED_INTERCONNECT = 0.7
-"""The share of the interconnect's."""
+"""The assumed share of the interconnect's bandwidth."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Roofline:
 
     @property
     def bound_by(self) -> str:
-        """The largest: the time of a step if everything else overlaps with it."""
+        """The largest bound: the time of a step if everything else overlaps with it."""
         return max(self.bounds, key=lambda name: self.bounds[name])
 
     @property

@@ -7,15 +7,15 @@ import jax
 import numpy as np
 
 from jaxllm.config import TrainConfig
+from jaxllm.model.batch import IGNORED
 from jaxllm.run.metrics import eval_record
 from jaxllm.run.prepare import Prepared
-from jaxllm.train.loss import IGNORED
 from jaxllm.train.state import TrainState
 from jaxllm.train.trainer import Trainer
 
 
 class Evaluator:
-    """Mean cross-entropy over the held-out rows."""
+    """Mean cross-entropy over the targets of the held-out rows."""
 
     def __init__(self, trainer: Trainer, prepared: Prepared[TrainConfig]):
         rows = prepared.held_out
@@ -23,6 +23,7 @@ class Evaluator:
         padding = np.full((-len(rows) % batch_size, rows.shape[1]), IGNORED, np.int32)
         self._batches = np.concatenate([rows, padding]).reshape(-1, batch_size, rows.shape[1])
         self._samples, self._bytes_per_target = len(rows), prepared.bytes_per_target
+        self._targets = prepared.eval_targets
         self._trainer = trainer
 
     def __call__(
@@ -38,9 +39,10 @@ class Evaluator:
             if len(sums) > 1:
                 sums[-2][0].block_until_ready()  # so that at most one batch is computed in advance
             sums.append(self._trainer.evaluate(state, batch))
-        loss = sum(float(nll) for nll, _ in sums) / sum(int(count) for _, count in sums)
+        targets = sum(int(count) for _, count in sums)
+        loss = sum(float(nll) for nll, _ in sums) / targets
         seconds = time.perf_counter() - start
         return eval_record(
             loss, self._bytes_per_target, seconds=seconds, samples=self._samples, batches=len(self._batches),
-            epoch=epoch, step=step,
+            epoch=epoch, step=step, targets=self._targets,
         )  # fmt: skip

@@ -89,9 +89,10 @@ def console_line(config: RunConfig, record: dict[str, Any]) -> str:
             f"expert load {record['expert_load']:5.2f}  left {left:>8}"
         )
     if "eval_loss" in record:
+        on = f" on {record['eval_targets']:,} targets" if "eval_targets" in record else ""
         return (
-            f"{where}  evaluation loss {record['eval_loss']:.4f}, {record['eval_bits_per_byte']:.4f} bits per byte, in "
-            f"{record['eval_runtime']:.1f} s"
+            f"{where}  evaluation loss {record['eval_loss']:.4f}{on}, {record['eval_bits_per_byte']:.4f} bits per "
+            f"byte, in {record['eval_runtime']:.1f} s"
         )
     if "loss_spike" in record:
         return f"{where}  loss {record['loss_spike']} is far above the usual {record['usual_loss']}"
@@ -157,11 +158,21 @@ def bits_per_byte(loss: float, bytes_per_target: float) -> float:
 
 
 def eval_record(
-    loss: float, bytes_per_target: float, *, seconds: float, samples: int, batches: int, epoch: float, step: int
+    loss: float,
+    bytes_per_target: float,
+    *,
+    seconds: float,
+    samples: int,
+    batches: int,
+    epoch: float,
+    step: int,
+    targets: int | None = None,
 ) -> dict[str, Any]:
-    """The evaluation line; `loss` in nats per token."""
+    """The evaluation line; `loss` in nats per target. `targets`: how many there are, where not all tokens are."""
+    counted = {} if targets is None else {"eval_targets": targets}
     return {
         "eval_loss": loss,
+        **counted,
         "eval_bits_per_byte": rounded(bits_per_byte(loss, bytes_per_target)),
         "eval_runtime": rounded(seconds),
         "eval_samples_per_second": rounded(samples / seconds, 3),

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxllm.config import RunConfig, families
 from jaxllm.data.epochs import steps_for_epochs
+from jaxllm.data.mixture import holds_chats
 from jaxllm.data.source import Source
 from jaxllm.data.sources import check_new_data, open_source
 from jaxllm.data.stream import check_streams
@@ -31,6 +32,7 @@ from jaxllm.data.tokenizer import (
 from jaxllm.data.tokenizer_class import check_tokenizer_class
 from jaxllm.errors import UserError, shown
 from jaxllm.files import delete_leftovers, read_json, rename_durably, write_json
+from jaxllm.model.batch import IGNORED, token_batch
 from jaxllm.run import held_out
 from jaxllm.run.trackers import check_tracker
 from jaxllm.store.folder import (
@@ -55,13 +57,19 @@ if TYPE_CHECKING:
 class Prepared(NamedTuple, Generic[Config]):
     config: Config  # aligned with the tokenizer
     tokenizer: PreTrainedTokenizerBase
-    held_out: np.ndarray  # (n,T) int32, the rows that are evaluated
+    held_out: np.ndarray  # (n,T) int32, the rows that are evaluated, as they travel (`jaxllm.model.batch`)
     resumes: bool  # whether the folder holds a run to resume
+
+    @property
+    def eval_targets(self) -> int | None:
+        """Targets of these rows; None where all tokens but the first of a row are targets."""
+        data = self.config.data
+        return int((token_batch(self.held_out, data).labels[:, 1:] != IGNORED).sum()) if data.has_targets else None
 
     @property
     def bytes_per_target(self) -> float:
         """UTF-8 bytes of text for each token that the evaluation predicts."""
-        return bytes_per_target(self.tokenizer, self.held_out)
+        return bytes_per_target(self.tokenizer, self.held_out, self.config.data)
 
 
 def prepare(
@@ -92,6 +100,7 @@ def prepare(
             config = align(config, kept)
         check_resumable(config)
     config, source = _open_data(config, saved, resumes)
+    config = _with_targets(config, source, framework)
     given = _tokenizer_given(config, source_folder, resumes)
     if kept is not None:
         tokenizer = kept
@@ -106,10 +115,10 @@ def prepare(
     config = align(config, without_dropout(tokenizer))
     if resumes and kept is None:
         check_resumable(config)
-    _check_prompts(config, tokenizer)
     check_streams(config)
     evaluated = held_out.read_or_make(config, tokenizer, source, resumes)
-    if not bytes_per_target(tokenizer, evaluated.rows):
+    _check_prompts(config, tokenizer, as_chats=evaluated.encoded.chats > 0)
+    if not bytes_per_target(tokenizer, evaluated.rows, config.data):
         raise UserError("data: the tokens of the held-out part have no text: pass another --tokenizer")
     if config.schedule.epochs is not None and saved.get("epochs") != config.schedule.epochs:
         config = config.with_options(steps=steps_for_epochs(config, tokenizer))
@@ -160,6 +169,9 @@ def _with_kept_options(config: Config, saved: dict[str, Any], processes: int, bf
     if config.data.revision is None:
         facts["data_revision"] = saved.get("data_revision")
     facts["hold_out"] = saved.get("hold_out", "count") if saved else None
+    for name, earlier in (("train_on", "all"), ("documents", "joined")):
+        if saved and getattr(config.data, name) is None:
+            facts[name] = saved.get(name, earlier)
     return config.with_options(**facts)
 
 
@@ -186,6 +198,33 @@ def _open_data(config: Config, saved: dict[str, Any], resumes: bool) -> tuple[Co
     return config, source
 
 
+def _with_targets(config: Config, source: Source, framework: Framework) -> Config:
+    """Decide, at a run's first start, what it is trained on and how documents fill its rows.
+
+    Raises:
+        UserError: the data have no assistant, or the framework cannot do that.
+    """
+    data = config.data
+    if None in (data.train_on, data.documents) or data.train_on == "assistant":
+        chats = holds_chats(source)
+        if data.train_on == "assistant" and not chats:
+            raise UserError(
+                f"train_on is 'assistant': the rows of {data.source!r} are texts, in which nobody answers; leave out "
+                "--train-on"
+            )
+        apart = "separate" if chats and framework == "JAX" else "joined"
+        found = {"train_on": "assistant" if chats else "all", "documents": apart}
+        config = config.with_options(
+            train_on=data.train_on or found["train_on"], documents=data.documents or found["documents"]
+        )
+    if framework == "PyTorch" and config.data.documents == "separate":
+        raise UserError(
+            "documents is 'separate': python -m torch_ref.train trains on joined documents alone; pass --documents "
+            "joined, or train with train.py"
+        )
+    return config
+
+
 def _tokenizer_given(config: RunConfig, source_folder: Path | None, resumes: bool) -> str | None:
     """The tokenizer of the option, or else of the weights' folder: never a new one for weights that are trained."""
     if config.data.tokenizer is not None or not (source_folder or (resumes and checkpoint_owner(config.folder))):
@@ -193,10 +232,10 @@ def _tokenizer_given(config: RunConfig, source_folder: Path | None, resumes: boo
     return str(next(path for path in (source_folder, config.folder / SOURCE, config.folder) if path and path.is_dir()))
 
 
-def _check_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase, as_chats: bool) -> None:
     limit, sampling = config.model.max_position_embeddings, config.sampling
     special = config.data.special_tokens_in_text
-    longest = max((len(encode_prompt(tokenizer, prompt, special)) for prompt in sampling.prompts), default=0)
+    longest = max((len(encode_prompt(tokenizer, prompt, special, as_chats)) for prompt in sampling.prompts), default=0)
     if sampling.sample_tokens and longest >= limit:
         raise UserError(
             f"prompts has one of {longest} tokens: max_position_embeddings = {limit} leaves no room after it; pass "

@@ -33,6 +33,7 @@ from jaxllm.data.stream import ProcessBatches
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.files import StrPath, write_text_atomically
+from jaxllm.model.batch import TokenBatch, token_batch
 from jaxllm.run.runtime import start_jax, use_compilation_cache
 from jaxllm.run.self_check import kernels_to_avoid
 from jaxllm.store.checkpoint import CheckpointReader
@@ -76,7 +77,7 @@ class ReplayArgs:
 def replay(folder: StrPath, step: int) -> None:
     """Replay a step of the run in a folder.
 
-    Prints what it finds and writes RUN/replay/STEP/: `batch.safetensors` (`labels`, (A,B,T) int32), `report.json`.
+    Prints what it finds and writes RUN/replay/STEP/: `batch.safetensors` (`TokenBatch`, (A,B,T)), `report.json`.
 
     Raises:
         UserError: the run does not exist, it has no checkpoint before that step, or the step is beyond the run's end.
@@ -117,23 +118,23 @@ def _replay(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, step: int, 
     if steps := range((saved or 0) + 1, step):
         for _ in tqdm(steps, unit="step", dynamic_ncols=True, disable=None):
             state, _ = trainer.step(state, stream.next_rows(config.data.grad_accum))
-    labels = stream.next_rows(config.data.grad_accum).reshape(config.data.grad_accum, -1, config.data.seq_len)
+    rows = stream.next_rows(config.data.grad_accum).reshape(config.data.grad_accum, -1, config.data.seq_len)
+    batch = token_batch(rows, config.data)
     state = on_one_device(trainer.placement.layout, trainer.unshard(state))
-    found, loss = examine(config.optim, trainer.graph, state, labels)
-    _report(config, tokenizer, step, labels, found, loss)
+    found, loss = examine(config.optim, trainer.graph, state, batch)
+    _report(config, tokenizer, step, batch, found, loss)
 
 
-def examine(
-    optim: OptimConfig, graph: nnx.GraphDef, state: TrainState, labels: np.ndarray
-) -> tuple[list[Found], float]:
-    """What of a step on labels (A,B,T) is not finite, in the order in which it is computed; and the step's loss."""
+def examine(optim: OptimConfig, graph: nnx.GraphDef, state: TrainState, batch: TokenBatch) -> tuple[list[Found], float]:
+    """What of a step on a batch (A,B,T) is not finite, in the order in which it is computed; and the step's loss."""
     found: list[Found] = []
-    for index, micro in enumerate(labels):
+    for index in range(len(batch.ids)):
+        micro = jax.tree.map(lambda rows, index=index: rows[index], batch)
         for where, bad in _in_order(_forward(graph, state, micro, index)):
             if bad.any():
                 row, token = np.argwhere(bad)[0].tolist()
                 found.append(Found(where, index, row, token, int(bad.sum())))
-    grads, loss, _ = jax.jit(functools.partial(gradients, optim, graph))(state, labels)
+    grads, loss, _ = jax.jit(functools.partial(gradients, optim, graph))(state, batch)
     if not np.isfinite(loss):
         found.append(Found("loss"))
     found += [Found(f"gradient of {name}") for name in _bad_leaves(grads)]
@@ -157,12 +158,12 @@ class _Bad(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(graph: nnx.GraphDef, state: TrainState, micro: Array, index: Array) -> _Bad:
-    """The forward pass of micro-batch `index` on its labels (B,T), as the step computes it."""
+def _forward(graph: nnx.GraphDef, state: TrainState, micro: TokenBatch, index: Array) -> _Bad:
+    """The forward pass of micro-batch `index` (B,T), as the step computes it."""
     model = nnx.merge(graph, state.params, state.routing_bias)
-    ids = jnp.maximum(micro, 0)
-    keys = dropout_keys(state, index, len(micro), jnp.arange(len(micro))) if model.config.dropout else None
-    x, aux = model.hidden_states(ids, dropout_keys=keys, keep_trace=True)
+    ids = jnp.maximum(micro.ids, 0)
+    keys = dropout_keys(state, index, len(ids), jnp.arange(len(ids))) if model.config.dropout else None
+    x, aux = model.hidden_states(ids, micro.documents, dropout_keys=keys, keep_trace=True)
     trace = aux.trace
     parts = (
         trace.input_norm, trace.attention, trace.post_attn_norm, trace.routing.scores, trace.mixture, trace.residual,
@@ -208,13 +209,17 @@ def _report(
     config: TrainConfig,
     tokenizer: PreTrainedTokenizerBase,
     step: int,
-    labels: np.ndarray,
+    batch: TokenBatch,
     found: list[Found],
     loss: float,
 ) -> None:
     folder = config.folder / "replay" / str(step)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({"labels": np.ascontiguousarray(labels, np.int32)}, folder / "batch.safetensors")
+    arrays = {"labels": batch.labels, "ids": batch.ids, "documents": batch.documents}
+    save_file(
+        {name: np.ascontiguousarray(a, np.int32) for name, a in arrays.items() if a is not None},
+        folder / "batch.safetensors",
+    )
     text = None
     print(f"Step {step}: loss {loss}")
     if not found:
@@ -223,7 +228,7 @@ def _report(
         first = found[0]
         place = ""
         if first.row is not None and first.token is not None:
-            row = labels[first.micro_batch, first.row]
+            row = batch.ids[first.micro_batch, first.row]
             text = tokenizer.decode(row[max(0, first.token - 8) : first.token + 1].tolist())
             place = (
                 f", micro-batch {first.micro_batch}, row {first.row}, token {first.token} "

@@ -21,6 +21,7 @@ from jaxllm.data.tokenizer import decode_after, encode_prompt
 from jaxllm.errors import optional
 from jaxllm.files import StrPath, read_json
 from jaxllm.model import flops
+from jaxllm.model.batch import IGNORED, token_batch
 from jaxllm.run.metrics import bits_per_byte
 from jaxllm.run.throughput import Peak
 from jaxllm.store.folder import DATA_REPORT
@@ -82,12 +83,13 @@ def announce_finished(steps_done: int) -> None:
     print(f"The run has its {steps_done} steps: pass --steps MORE to continue, or --overwrite to start over.")
 
 
-def unigram_loss(rows: np.ndarray) -> float:
-    """Cross-entropy, in nats, of the best possible unigram model of these rows: the entropy of their targets' counts.
+def unigram_loss(labels: np.ndarray) -> float:
+    """Cross-entropy, in nats, of the best possible unigram model of labels (n,T): the entropy of the targets' counts.
 
     No model that ignores the context can do better on them, whatever it was trained on.
     """
-    counts = np.bincount(rows[:, 1:].reshape(-1))
+    targets = labels[:, 1:]
+    counts = np.bincount(targets[targets != IGNORED])
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
 
@@ -111,8 +113,9 @@ def draw_losses(folder: StrPath, unigram: float, bytes_per_target: float) -> Non
     records = read_metrics(folder)
     train = [record for record in records if record.get("loss") is not None]
     evaluated = [record for record in records if record.get("eval_loss") is not None]
-    figure = new_figure(figsize=(8, 6), layout="constrained")
+    figure = new_figure(figsize=(8, 6))
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    figure.subplots_adjust(0.1, 0.09, 0.9, 0.97, hspace=0.12)
     losses.plot([r["step"] for r in train], [r["loss"] for r in train], label="training")
     if evaluated:
         losses.plot([r["step"] for r in evaluated], [r["eval_loss"] for r in evaluated], "o-", label="evaluation")
@@ -125,6 +128,7 @@ def draw_losses(folder: StrPath, unigram: float, bytes_per_target: float) -> Non
         axis.set_ylabel("bits per byte")
     rates.plot([r["step"] for r in train], [r["learning_rate"] for r in train], color="tab:green")
     rates.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    rates.ticklabel_format(axis="y", scilimits=(0, 0))
     for axis in (losses, rates):
         axis.grid(alpha=0.3)
     figure.savefig(Path(folder, "loss.png"), dpi=100)
@@ -139,7 +143,8 @@ def conclude(prepared: Prepared[Any], eval_loss: float, skipped_rows: int, left_
         print(f"{skipped_rows} rows of the data held no text and were skipped")
     if left_out:
         print(f"{len(left_out)} damaged files of the data were left out: {'; '.join(described(left_out))}")
-    config, unigram = prepared.config, unigram_loss(prepared.held_out)
+    config = prepared.config
+    unigram = unigram_loss(token_batch(prepared.held_out, config.data).labels)
     bytes_each = prepared.bytes_per_target
     evaluation = (
         f"{eval_loss:.4f} nats per token, {bits_per_byte(eval_loss, bytes_each):.4f} bits per byte; the best possible "
@@ -187,19 +192,20 @@ def write_report(config: RunConfig, evaluation: str, skipped_rows: int) -> None:
 def write_samples(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, generate: Callable[[list[list[int]], int], list[list[int]]]
 ) -> None:
-    """Continue the config's prompts, if it has any, print them, and write `samples.md`.
+    """Continue the config's prompts, if it has any, print them, and write `samples.md`; a run on chats answers them.
 
     `generate` takes prompts as token ids and the number of tokens to add, and returns the new tokens of each.
     """
     if not (config.sampling.sample_tokens and config.sampling.prompts):
         return
     special = config.data.special_tokens_in_text
-    prompts = [encode_prompt(tokenizer, prompt, special) for prompt in config.sampling.prompts]
+    as_chats = read_json(config.folder / DATA_REPORT)["encoded"]["chats"] > 0
+    prompts = [encode_prompt(tokenizer, prompt, special, as_chats) for prompt in config.sampling.prompts]
     room = config.model.max_position_embeddings - max(len(prompt) for prompt in prompts)
     new = generate(prompts, min(config.sampling.sample_tokens, room))
     sections = []
     for prompt, ids, tokens in zip(config.sampling.prompts, prompts, new, strict=True):
-        text = prompt + decode_after(tokenizer, ids, tokens)
+        text = ("" if as_chats else prompt) + decode_after(tokenizer, ids, tokens)
         print(f"\nPrompt: {prompt}\nGenerated Text: {text}")
         fence = "`" * 4
         sections.append(f"## {prompt.strip()!r}\n\n{fence}\n{text}\n{fence}\n")

@@ -1,5 +1,6 @@
 """What surrounds a process that trains: the compilation cache, the device's name, speed and memory."""
 
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -58,8 +59,9 @@ def device_name() -> str:
     return f"{jax.devices()[0].device_kind} ({jax.default_backend()})"
 
 
+@functools.cache  # of each of the precisions
 def measured_peak_tflops(precision: Precision) -> float:
-    """TFLOP/s in matrix products of the given precision, on the first device."""
+    """TFLOP/s in matrix products of the given precision, on the first device; measured once in a process."""
     multiply = jax.jit(jnp.matmul)
 
     def prepare(side: int) -> Callable[[], float]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Bool, Float, Int
 
 from jaxllm.config.groups import OptimConfig
 from jaxllm.model.dtypes import Array, Pytree
@@ -18,9 +19,9 @@ from jaxllm.model.layers import ParameterFacts
 class UpdateScalars(NamedTuple):
     """What all parameters share in one update."""
 
-    count: Array  # () int32, updates done, with this one if it is finite
-    rate: Array  # () learning rate
-    finite: Array  # () bool; where it is False, neither the parameters nor the moments change
+    count: Int[Array, ""]  # updates done, with this one if it is finite
+    rate: Float[Array, ""]  # learning rate
+    finite: Bool[Array, ""]  # where it is False, neither the parameters nor the moments change
 
 
 def adamw_update(
@@ -54,6 +55,6 @@ def adamw_update(
     return tree_where(finite, jax.tree.map(updated, params, *corrected, facts), params), *moments
 
 
-def tree_where(condition: Array, new: Pytree, old: Pytree) -> Pytree:
+def tree_where(condition: Bool[Array, ""], new: Pytree, old: Pytree) -> Pytree:
     """`new` where the condition holds, else `old`. Not a product: zero times a value that is not finite is not zero."""
     return jax.tree.map(lambda one, other: jnp.where(condition, one, other), new, old)

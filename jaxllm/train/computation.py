@@ -3,14 +3,15 @@
 import functools
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Int
 
 from jaxllm.config import ModelConfig, Precision, RunConfig
 from jaxllm.config.groups import OptimConfig, ScheduleConfig
+from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import abstract_model
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
@@ -30,16 +31,21 @@ class Computation:
     seed: int
     shape: tuple[int, int, int]
     """(A,B,T): micro-batches of a step, rows of each over all devices, tokens of a row."""
+    has_targets: bool = False
+    has_documents: bool = False
+    """Which arrays of a batch there are: see `TokenBatch`."""
     platform: str | None = None
-    """Whose kernels to use (`kernels.choose_kernels`); None: those of the device here."""
+    """Whose kernels to use (`kernels.choose_kernels`); None: those of the default device."""
     without: tuple[str, ...] = ()
     """The kernels that have their plain form."""
 
     @classmethod
-    def of(cls, config: RunConfig, platform: str | None = None, without: Collection[str] = ()) -> Self:
-        shape = (config.data.grad_accum, config.data.batch_size, config.data.seq_len)
+    def of(cls, config: RunConfig, platform: str | None = None, without: Collection[str] = ()) -> "Computation":
+        data = config.data
+        shape = (data.grad_accum, data.batch_size, data.seq_len)
         step = (config.model, config.optim, config.schedule, config.decided_precision, config.remat)
-        return cls(*step, config.seed, shape, platform, tuple(without))
+        arrays = (data.has_targets, data.documents == "separate")
+        return cls(*step, config.seed, shape, *arrays, platform, tuple(without))
 
     @property
     def graph(self) -> nnx.GraphDef:
@@ -47,30 +53,31 @@ class Computation:
         return _model_graph(self.model, self.precision, self.remat, self.platform, self.without)
 
     @property
-    def labels(self) -> jax.ShapeDtypeStruct:
-        """The labels of a step, over all devices: (A,B,T) int32."""
-        return jax.ShapeDtypeStruct(self.shape, jnp.int32)
+    def batch(self) -> TokenBatch:
+        """The shapes of a step's batch, over all devices: (A,B,T) int32."""
+        shape = jax.ShapeDtypeStruct(self.shape, jnp.int32)
+        return TokenBatch(shape, shape if self.has_targets else None, shape if self.has_documents else None)
 
     def init_state(self) -> TrainState:
         """A new run's state."""
         return init_state(self.model, self.optim, self.seed)
 
     def specs(self, layout: Layout) -> TrainState:
-        """Where a mesh keeps the state."""
+        """How a mesh shards the state."""
         return state_specs(self.model, self.optim, layout)
 
     def train_step(
-        self, state: TrainState, labels: Array, layout: Layout = ONE_DEVICE
+        self, state: TrainState, batch: TokenBatch, layout: Layout = ONE_DEVICE
     ) -> tuple[TrainState, StepMetrics]:
-        return train_step(self.optim, self.schedule, self.graph, state, labels, layout=layout)
+        return train_step(self.optim, self.schedule, self.graph, state, batch, layout=layout)
 
     def eval_step(
-        self, params: Pytree, routing_bias: Pytree, labels: Array, layout: Layout = ONE_DEVICE
-    ) -> tuple[Array, Array]:
-        return eval_step(self.graph, params, routing_bias, labels, layout)
+        self, params: Pytree, routing_bias: Pytree, batch: TokenBatch, layout: Layout = ONE_DEVICE
+    ) -> tuple[Float[Array, ""], Int[Array, ""]]:
+        return eval_step(self.graph, params, routing_bias, batch, layout)
 
 
-@functools.cache
+@functools.lru_cache(16)
 def _model_graph(
     model: ModelConfig, precision: Precision, remat: bool, platform: str | None, without: tuple[str, ...]
 ) -> nnx.GraphDef:

@@ -5,13 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
+from jaxllm.model.batch import IGNORED
 from jaxllm.model.dtypes import Array, at_least_float32
 from jaxllm.model.kernels.matmul import in_dtype, matmul
 from jaxllm.model.kernels.packed import pack, unpack
-
-IGNORED = -100
-"""Label of a position that is no target, as in PyTorch and transformers."""
 
 CHUNK_ROWS = 1024
 """Tokens of one chunk: enough to amortise reading lm_head, few enough that 49,152 logits of each take 192 MiB."""
@@ -20,22 +19,23 @@ GPU_CHUNK_ROWS = 4096
 """On an NVIDIA GPU: each chunk also reads and writes the head's gradient, and memory is the limit there."""
 
 
-def next_token_targets(labels: Array) -> Array:
-    """Shift labels, once: position t is scored on label t+1, the last position on nothing. (B,T) -> (B,T)."""
+def next_token_targets(labels: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Shift labels, once: position t is scored on label t+1, and the last position is not scored."""
     return jnp.concatenate([labels[:, 1:], jnp.full_like(labels[:, :1], IGNORED)], axis=1)
 
 
-def count_targets(labels: Array) -> Array:
-    """How many positions of (..., T) labels are scored."""
+def count_targets(labels: Int[Array, "*batch T"]) -> Int[Array, ""]:
+    """How many positions are scored."""
     return (labels[..., 1:] != IGNORED).sum()
 
 
 @jax.custom_vjp
-def summed_cross_entropy(hidden: Array, weight: Array, bias: Array | None, targets: Array) -> Array:
+def summed_cross_entropy(
+    hidden: Float[Array, "N D"], weight: Float[Array, "D V"], bias: Float[Array, " V"] | None, targets: Int[Array, " N"]
+) -> Float[Array, ""]:
     """Sum of the cross-entropies of `hidden @ weight + bias` over the targets that are not ignored, in nats.
 
-    hidden (N,D) in the compute dtype, the head's float32 masters (D,V) and (V,) or None, targets (N,) int -> a float32
-    scalar (float64 in a float64 model).
+    `hidden` has the compute dtype, the head's masters and the result float32 (float64 in a float64 model).
     """
     return _in_chunks(hidden, weight, bias, targets, with_grads=False)[0]
 
@@ -132,7 +132,7 @@ def _chunk(
     else:
         largest = logits.max(axis=-1)
         # Sums over V or over rows are products with a vector: XLA's reductions take up to forty times as long on a CPU.
-        # They are no matrix products that may be rounded to TF32 or bfloat16, hence the precision.
+        # These products must not be rounded to TF32 or bfloat16, hence the precision.
         exps = jnp.exp(logits - largest[:, None])  # (rows,V)
         total = jnp.matmul(exps, jnp.ones(exps.shape[-1], acc_dtype), precision=jax.lax.Precision.HIGHEST)  # (rows,)
     loss = jnp.where(scored, jnp.log(total) + largest - at_target, 0).sum()

@@ -11,9 +11,10 @@ import math
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Float
 
 from jaxllm.config.groups import OptimConfig
-from jaxllm.model.dtypes import Array, Pytree
+from jaxllm.model.dtypes import Array, DTypeLike, Pytree
 from jaxllm.model.kernels.matmul import matmul
 from jaxllm.model.kernels.packed import pack, unpack
 from jaxllm.model.layers import ParameterFacts
@@ -83,8 +84,8 @@ def _orthogonalized(part: Array, known: ParameterFacts, dtype: jnp.dtype, layout
     return exchange(part, split_axis=cut[0], concat_axis=0)[:layers] if cut else part
 
 
-def newton_schulz(x: Array, dtype: jnp.dtype) -> Array:
-    """About the orthogonal matrix U V' of each matrix U S V': (..., in, out), computed and returned in `dtype`."""
+def newton_schulz(x: Float[Array, "*batch I O"], dtype: DTypeLike) -> Float[Array, "*batch I O"]:
+    """About the orthogonal matrix U V' of each matrix U S V', computed and returned in `dtype`."""
     a, b, c = NEWTON_SCHULZ
     wide = x.shape[-2] <= x.shape[-1]
     norm = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)

@@ -1,10 +1,11 @@
 """The update of the parameters: clipping by the global norm, AdamW or Muon with AdamW, and the learning rate."""
 
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Bool, Float, Int
 
 from jaxllm.config import ModelConfig
 from jaxllm.config.groups import OptimConfig, ScheduleConfig
@@ -18,12 +19,12 @@ from jaxllm.train.muon import muon_update
 class OptimizerState(NamedTuple):
     """The optimizer's memory of the updates so far."""
 
-    count: Array  # () int32, updates done
+    count: Int[Array, ""]  # updates done
     mu: Pytree  # first moments, or Muon's momentum: a pytree like the parameters
     nu: Pytree  # second moments of the parameters that AdamW updates
 
     @classmethod
-    def zeros(cls, model: ModelConfig, optim: OptimConfig, params: Pytree) -> Self:
+    def zeros(cls, model: ModelConfig, optim: OptimConfig, params: Pytree) -> "OptimizerState":
         mu, nu = (jax.tree.map(jnp.zeros_like, tree) for tree in (params, of_adamw(model, optim, params)))
         return cls(jnp.zeros((), jnp.int32), mu, nu)
 
@@ -48,7 +49,7 @@ def _joined(one: Pytree, other: Pytree) -> Pytree:
     return unflatten_dict(flatten_dict(one) | flatten_dict(other))
 
 
-def learning_rate(schedule: ScheduleConfig, peak: float, count: Array | int) -> Array:
+def learning_rate(schedule: ScheduleConfig, peak: float, count: Int[Array, "*batch"] | int) -> Float[Array, "*batch"]:
     """Learning rate of update number `count` (from 0): to `peak` over `warmup_steps`, then down to 0 at `steps`.
 
     The formulas are those of transformers' `get_cosine_schedule_with_warmup`, whose values the source's log shows, and
@@ -68,8 +69,8 @@ def update(
     grads: Pytree,
     state: OptimizerState,
     params: Pytree,
-    rate: Array,
-    finite: Array,
+    rate: Float[Array, ""],
+    finite: Bool[Array, ""],
     layout: Layout = ONE_DEVICE,
 ) -> tuple[Pytree, OptimizerState]:
     """One update of the parameters.
@@ -92,7 +93,7 @@ def update(
     return new, OptimizerState(scalars.count, mu, nu)
 
 
-def clip_gradients(grads: Pytree, norm: Array, max_norm: float) -> Pytree:
+def clip_gradients(grads: Pytree, norm: Float[Array, ""], max_norm: float) -> Pytree:
     """Scale down gradients whose global `norm` is above `max_norm`, as torch.nn.utils.clip_grad_norm_ does.
 
     With optax, which divides every gradient by the norm, XLA keeps a second copy of all gradients: it does not repeat a

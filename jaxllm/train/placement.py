@@ -1,7 +1,7 @@
-"""Where a run's state is kept and what executes its step: one device, a mesh of devices, or `pmap`.
+"""Where a run's state lives and how its step runs: on one device, on a mesh of devices, or under `pmap`.
 
-Outside a step a state has one form, that of one device: it is saved, restored and exported in this form, whatever it
-was trained on. `shard` brings it into the form that the placement's programs take, `unshard` back.
+Outside a step every state has the form of one device: it is saved, restored and exported in this form. `shard` converts
+it to the form that the placement's programs take, `unshard` converts it back.
 
     OneDevice   the state as it is
     OnMesh      the same arrays, cut along the axes of the mesh
@@ -9,7 +9,6 @@ was trained on. `shard` brings it into the form that the placement's programs ta
 """
 
 import functools
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,29 +17,39 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxllm.config import AXES
-from jaxllm.config.groups import MeshConfig
+from jaxllm.config import AXES, ModelConfig
+from jaxllm.config.groups import MeshConfig, OptimConfig
 from jaxllm.errors import UserError
+from jaxllm.model.batch import TokenBatch
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
 from jaxllm.train.computation import Computation
 from jaxllm.train.sharding import choose_mesh, shardings
-from jaxllm.train.state import TrainState, abstract_state
+from jaxllm.train.state import TrainState, abstract_state, init_state, state_specs
 from jaxllm.train.step import StepMetrics
 
 
 class Programs(NamedTuple):
-    """What a run executes, compiled."""
+    """The compiled programs of a run."""
 
-    step: Callable[[TrainState, np.ndarray], tuple[TrainState, StepMetrics]]  # labels (A,B,T); donates the state
-    evaluate: Callable[[TrainState, np.ndarray], tuple[Array, Array]]  # labels (B,T) -> summed cross-entropy, targets
-    seconds: float  # to trace both and to compile them, or read them from the cache
+    step: Callable[[TrainState, TokenBatch], tuple[TrainState, StepMetrics]]  # (A,B,T); donates the state
+    evaluate: Callable[[TrainState, TokenBatch], tuple[Array, Array]]  # (B,T) -> summed cross-entropy, targets
+
+
+MAX_PROGRAMS = 16
+"""Compiled programs of each kind that a process holds for later runs; they hold no arrays."""
 
 
 class Placement(ABC):
-    """Keeps a state and runs its step. B are a batch's rows of this process."""
+    """Holds a state and runs its step. B are this process's rows of a batch."""
 
     layout: Layout
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and isinstance(other, Placement) and self.layout == other.layout
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.layout))
 
     @abstractmethod
     def describe(self) -> str:
@@ -56,7 +65,7 @@ class Placement(ABC):
 
     def init(self, computation: Computation) -> TrainState:
         """A new run's state, in the form that the programs take."""
-        return jax.jit(computation.init_state, out_shardings=self.state_shardings(computation))()
+        return _init_program(computation.model, computation.optim, computation.seed, self.layout)()
 
     def shard(self, state: TrainState) -> TrainState:
         """From the form of one device to the form that the programs take."""
@@ -68,7 +77,7 @@ class Placement(ABC):
 
 
 def choose_placement(mesh: MeshConfig, batch_size: int) -> Placement:
-    """The placement that a config asks for, on the devices here.
+    """The placement that a config requests, on the available devices.
 
     Raises a UserError if there are too few devices, or if they do not divide the batch.
     """
@@ -79,10 +88,19 @@ def choose_placement(mesh: MeshConfig, batch_size: int) -> Placement:
     return OneDevice()
 
 
+@functools.lru_cache(MAX_PROGRAMS)
+def _init_program(model: ModelConfig, optim: OptimConfig, seed: int, layout: Layout) -> Callable[[], TrainState]:
+    specs = None if layout.mesh is None else shardings(layout, state_specs(model, optim, layout))
+    return jax.jit(functools.partial(init_state, model, optim, seed), out_shardings=specs)
+
+
 def compile_programs(placement: Placement, computation: Computation) -> Programs:
-    """Trace and compile what a run executes."""
-    start = time.perf_counter()
-    return Programs(*placement.compile(computation), time.perf_counter() - start)
+    """Trace and compile the programs of a run."""
+    return Programs(*placement.compile(computation))
+
+
+shared_programs = functools.lru_cache(MAX_PROGRAMS)(compile_programs)
+"""The same for runs of this process that compute the same: they share the programs."""
 
 
 class OneDevice(Placement):
@@ -91,17 +109,17 @@ class OneDevice(Placement):
     layout = ONE_DEVICE
 
     def describe(self) -> str:
-        here = len(jax.devices())
-        return "one device" + (f" of {here}: pass --mesh or --parallel pmap to use more" if here > 1 else "")
+        available = len(jax.devices())
+        return "one device" + (f" of {available}: pass --mesh or --parallel pmap to use more" if available > 1 else "")
 
     def compile(self, computation: Computation) -> tuple[Callable, Callable]:
         evaluate = _compile_evaluation(computation, ONE_DEVICE)
         step = lower_step(computation, ONE_DEVICE).compile()
-        return step, lambda state, labels: evaluate(state.params, state.routing_bias, labels)
+        return step, lambda state, batch: evaluate(state.params, state.routing_bias, batch)
 
 
 class OnMesh(Placement):
-    """A mesh of devices, perhaps of several processes. Each part of a state is made and restored where it is kept."""
+    """A mesh of devices, perhaps of several processes. Each shard of a state is created and restored on its device."""
 
     def __init__(self, layout: Layout):
         self.layout = layout
@@ -118,12 +136,12 @@ class OnMesh(Placement):
         evaluate = _compile_evaluation(computation, layout, in_shardings=(state.params, state.routing_bias, rows))
         step = lower_step(computation, layout).compile()
         if jax.process_count() == 1:
-            return step, lambda state, labels: evaluate(state.params, state.routing_bias, labels)
+            return step, lambda state, batch: evaluate(state.params, state.routing_bias, batch)
         batch_size = computation.shape[1]
         first, _ = local_rows(batch_size)
 
-        def global_batch(local: np.ndarray, axis: int, start: int) -> Array:
-            """A batch over all processes, of which this one has the rows from `start` on."""
+        def global_array(axis: int, start: int, local: np.ndarray) -> Array:
+            """An array over all processes, of which this one has the rows from `start` on."""
             shape = (*local.shape[:axis], batch_size, *local.shape[axis + 1 :])
 
             def part(index: Any) -> np.ndarray:  # a slice for each axis
@@ -132,9 +150,12 @@ class OnMesh(Placement):
 
             return jax.make_array_from_callback(shape, shardings(layout, layout.batch_spec(axis)), part)
 
+        def global_batch(batch: TokenBatch, axis: int, start: int) -> TokenBatch:
+            return jax.tree.map(functools.partial(global_array, axis, start), batch)
+
         return (
-            lambda state, labels: step(state, global_batch(labels, 1, first)),
-            lambda state, labels: evaluate(state.params, state.routing_bias, global_batch(labels, 0, 0)),
+            lambda state, batch: step(state, global_batch(batch, 1, first)),
+            lambda state, batch: evaluate(state.params, state.routing_bias, global_batch(batch, 0, 0)),
         )
 
 
@@ -144,8 +165,8 @@ def _compile_evaluation(computation: Computation, layout: Layout, **options: Any
     return evaluate.lower(state.params, state.routing_bias, _micro_batch(computation)).compile()
 
 
-def _micro_batch(computation: Computation) -> jax.ShapeDtypeStruct:  # (B,T)
-    return jax.ShapeDtypeStruct(computation.shape[1:], computation.labels.dtype)
+def _micro_batch(computation: Computation) -> TokenBatch:  # (B,T)
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), computation.batch)
 
 
 class Pmap(Placement):
@@ -158,7 +179,7 @@ class Pmap(Placement):
         if batch_size % devices:
             raise UserError(
                 f"batch_size is {batch_size}: under --parallel pmap it must be a multiple of the "
-                f"{devices} devices here, which share its rows"
+                f"{devices} available devices, which share its rows"
             )
         self.layout = Layout(data=devices)
 
@@ -177,30 +198,33 @@ class Pmap(Placement):
     def compile(self, computation: Computation) -> tuple[Callable, Callable]:
         layout, n = self.layout, self.layout.devices
 
-        def by_device(labels: np.ndarray, axis: int) -> np.ndarray:
+        def by_device(batch: TokenBatch, axis: int) -> TokenBatch:
             """A batch with the devices' axis in front."""
-            parts = labels.reshape(*labels.shape[:axis], n, -1, *labels.shape[axis + 1 :])
-            return np.moveaxis(parts, axis, 0)
+
+            def parts(rows: np.ndarray) -> np.ndarray:
+                return np.moveaxis(rows.reshape(*rows.shape[:axis], n, -1, *rows.shape[axis + 1 :]), axis, 0)
+
+            return jax.tree.map(parts, batch)
 
         state = jax.eval_shape(jax.vmap(lambda _: computation.init_state()), np.arange(n))
         step = jax.pmap(functools.partial(computation.train_step, layout=layout), "data", donate_argnums=0)
-        step = step.lower(state, jax.eval_shape(lambda x: by_device(x, 1), computation.labels)).compile()
+        step = step.lower(state, jax.eval_shape(lambda x: by_device(x, 1), computation.batch)).compile()
         evaluate = jax.pmap(functools.partial(computation.eval_step, layout=layout), "data")
-        labels = jax.eval_shape(lambda x: by_device(x, 0), _micro_batch(computation))
-        evaluate = evaluate.lower(state.params, state.routing_bias, labels).compile()
+        batch = jax.eval_shape(lambda x: by_device(x, 0), _micro_batch(computation))
+        evaluate = evaluate.lower(state.params, state.routing_bias, batch).compile()
 
-        def run_step(state: TrainState, labels: np.ndarray) -> tuple[TrainState, StepMetrics]:
-            state, metrics = step(state, by_device(labels, 1))
+        def run_step(state: TrainState, batch: TokenBatch) -> tuple[TrainState, StepMetrics]:
+            state, metrics = step(state, by_device(batch, 1))
             return state, _first_copy(metrics)
 
-        def run_evaluate(state: TrainState, labels: np.ndarray) -> tuple[Array, Array]:
-            return _first_copy(evaluate(state.params, state.routing_bias, by_device(labels, 0)))
+        def run_evaluate(state: TrainState, batch: TokenBatch) -> tuple[Array, Array]:
+            return _first_copy(evaluate(state.params, state.routing_bias, by_device(batch, 0)))
 
         return run_step, run_evaluate
 
 
 def _first_copy(tree: Pytree) -> Pytree:
-    """What the first device holds of arrays with an axis of devices in front; the others do nothing."""
+    """The first device's copy of arrays whose first axis is that of the devices."""
     return jax.tree.map(lambda copies: copies.addressable_data(0)[0], tree)
 
 
@@ -228,4 +252,4 @@ def lower_step(computation: Computation, layout: Layout) -> jax.stages.Lowered:
             "out_shardings": (state, shardings(layout, PartitionSpec())),
         }
     step = jax.jit(functools.partial(computation.train_step, layout=layout), donate_argnums=0, **options)
-    return step.lower(abstract_state(computation.model, computation.optim), computation.labels)
+    return step.lower(abstract_state(computation.model, computation.optim), computation.batch)

@@ -1,4 +1,4 @@
-"""The mesh that a config asks for, and where it keeps what has a PartitionSpec."""
+"""The mesh that a config requests, and the shardings of arrays with a PartitionSpec."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ from jaxllm.model.layout import Layout
 
 
 def make_mesh(devices: Sequence[Any], **sizes: int) -> Layout:
-    """A layout on these devices; axes that are not named have one."""
+    """A layout on these devices; axes that are not named have size 1."""
     layout = Layout(**sizes)  # pyright: ignore[reportArgumentType]
     shape = tuple(getattr(layout, axis) for axis in AXES)
     return dataclasses.replace(layout, mesh=Mesh(np.asarray(devices).reshape(shape), AXES))
 
 
 def choose_mesh(mesh: MeshConfig) -> Layout:
-    """The mesh that a config asks for, on the devices here.
+    """The mesh that a config requests, on the available devices.
 
     Raises a UserError if there are too few devices, or if several processes do not use a mesh of all devices.
     """
@@ -38,14 +38,14 @@ def choose_mesh(mesh: MeshConfig) -> Layout:
     if wanted > len(devices):
         raise UserError(
             f"mesh is {axes!r}: it needs {wanted} devices, and {len(devices)} "
-            f"{'is' if len(devices) == 1 else 'are'} here; pass a smaller --mesh "
+            f"{'is' if len(devices) == 1 else 'are'} available; pass a smaller --mesh "
             f"(to simulate more on a CPU: JAX_NUM_CPU_DEVICES={wanted})"
         )
     return make_mesh(devices[:wanted], **mesh.sizes)
 
 
 def shardings(layout: Layout, specs: Pytree) -> Pytree:
-    """Where the mesh of a layout keeps arrays with these specs."""
+    """The shardings of arrays with these specs on the mesh of a layout."""
     mesh = layout.mesh
     if mesh is None:
         raise ValueError("a layout without a mesh has no shardings")

@@ -1,4 +1,4 @@
-"""The state of a training run: what a step changes, and where a mesh keeps it."""
+"""The state of a training run: what a step changes, and how a mesh shards it."""
 
 import functools
 from typing import Any, NamedTuple
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
+from jaxtyping import Int, UInt32
 
 from jaxllm.config import ModelConfig
 from jaxllm.config.groups import OptimConfig
@@ -23,8 +24,8 @@ class TrainState(NamedTuple):
     params: Pytree  # nested dict of float32 masters, stacked over layers and experts
     routing_bias: Pytree  # nested dict with one (L,E) leaf, or none where no bias steers the choice
     opt_state: OptimizerState
-    step: Array  # () int32, steps done, including those that were not finite and changed nothing else
-    dropout_key: Array  # raw key data, uint32; each step and micro-batch folds its number in
+    step: Int[Array, ""]  # steps done, including those that were not finite and changed nothing else
+    dropout_key: UInt32[Array, "2"]  # raw key data; each step and micro-batch folds its number in
 
 
 def init_state(model: ModelConfig, optim: OptimConfig, seed: int) -> TrainState:
@@ -40,20 +41,20 @@ def start_state(model: ModelConfig, optim: OptimConfig, seed: int, params: Pytre
     return TrainState(params, routing_bias, moments, step, dropout_key(seed))
 
 
-@functools.cache
+@functools.lru_cache(16)
 def abstract_state(model: ModelConfig, optim: OptimConfig) -> TrainState:
     """The state's shapes: takes no memory."""
     _, params, routing_bias = abstract_model(model)
     return jax.eval_shape(lambda: start_state(model, optim, 0, params, routing_bias))
 
 
-def dropout_key(seed: int) -> Array:
+def dropout_key(seed: int) -> UInt32[Array, "2"]:
     """The raw key data from which all dropout of a run is drawn."""
     return jax.random.key_data(jax.random.split(random_key(seed))[1])
 
 
 def state_specs(model: ModelConfig, optim: OptimConfig, layout: Layout) -> TrainState:
-    """The PartitionSpec of each array of the state: moments are cut like their parameters."""
+    """The PartitionSpec of each array of the state: moments are sharded like their parameters."""
     params, routing_bias = weight_specs(model, layout)
     whole: Any = PartitionSpec()
     moments = OptimizerState(whole, params, of_adamw(model, optim, params))

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import PartitionSpec
+from jaxtyping import Float, Int, Key
 
 from jaxllm.config.groups import OptimConfig, ScheduleConfig
+from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import STACKS, CustomLLM, model_facts
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
@@ -22,20 +24,20 @@ from jaxllm.train.state import TrainState, state_specs, weight_specs
 
 
 class StepMetrics(NamedTuple):
-    loss: Array  # () mean cross-entropy over the targets of the global batch, nats
-    grad_norm: Array  # () global norm before clipping
-    learning_rate: Array  # () set for the next update, as the source's log shows it
-    expert_load: Array  # () tokens of the fullest expert over the mean, the worst layer; 1 is even
+    loss: Float[Array, ""]  # mean cross-entropy over the targets of the global batch, nats
+    grad_norm: Float[Array, ""]  # global norm before clipping
+    learning_rate: Float[Array, ""]  # set for the next update, as the source's log shows it
+    expert_load: Float[Array, ""]  # tokens of the most loaded expert over the mean, the worst layer; 1 is balanced
 
 
 def gradients(
     optim: OptimConfig,
     graph: nnx.GraphDef,
     state: TrainState,
-    labels: Array,
-    experts: Array | None = None,
+    batch: TokenBatch,
+    experts: Int[Array, "A L B T k"] | None = None,
     layout: Layout = ONE_DEVICE,
-) -> tuple[Pytree, Array, Array]:
+) -> tuple[Pytree, Float[Array, ""], Int[Array, "L E"]]:
     """Gradient of the mean loss over all micro-batches, and over all devices.
 
     On several devices each of them runs this: the state and the gradient are its part, B are its local rows, and the
@@ -45,31 +47,33 @@ def gradients(
         optim: the weights of the auxiliary losses.
         graph: the static part of the model. It and `optim` and `layout` are static.
         state: its parameters, routing bias, step and dropout key are read.
-        labels: (A, B, T) int32: A micro-batches of token rows, which are inputs and labels at once (-100: ignored).
-        experts: (A, L, B, T, k) experts to use instead of the routers' choice, to replay a step. L are here the layers
-            that have experts.
+        batch: (A,B,T): A micro-batches of token rows.
+        experts: to use instead of the routers' choice, to replay a step. L are here the layers that have experts.
 
-    Returns the gradient, the mean cross-entropy in nats, and the tokens of each expert (L, E).
+    Returns the gradient, the mean cross-entropy in nats, and the tokens of each expert.
     """
-    targets = jnp.maximum(layout.psum(count_targets(labels)), 1)
+    A, B, _ = batch.ids.shape
+    targets = jnp.maximum(layout.psum(count_targets(batch.labels)), 1)
     config = nnx.merge(graph, state.params, state.routing_bias).config
     facts, _ = model_facts(config)
-    rows = layout.devices * labels.shape[1]  # of a micro-batch
-    local_rows = layout.device_index() * labels.shape[1] + jnp.arange(labels.shape[1])
+    rows = layout.devices * B  # of a micro-batch
+    local_rows = layout.device_index() * B + jnp.arange(B)
 
-    def micro_loss(params: Pytree, micro: Array, index: Array, forced: Array | None):
+    def micro_loss(params: Pytree, micro: TokenBatch, index: Array, forced: Array | None):
         model = gathered_model(graph, params, state.routing_bias, facts, layout)
         keys = dropout_keys(state, index, rows, local_rows) if config.dropout else None
-        x, record = model.hidden_states(jnp.maximum(micro, 0), dropout_keys=keys, experts=forced, layout=layout)
+        x, record = model.hidden_states(
+            jnp.maximum(micro.ids, 0), micro.documents, dropout_keys=keys, experts=forced, layout=layout
+        )
         # Each micro-batch adds its share of the global mean, so that accumulation is not a mean of means.
-        loss = summed_loss(model, x, micro) / targets
+        loss = summed_loss(model, x, micro.labels) / targets
         auxiliary = optim.balance_loss * record.balance_loss.sum() + optim.router_z_loss * record.z_loss.sum()
-        return loss + auxiliary / (labels.shape[0] * layout.devices), (loss, record.counts)
+        return loss + auxiliary / (A * layout.devices), (loss, record.counts)
 
     gradient = jax.grad(micro_loss, has_aux=True)
-    micro_batches = (labels, jnp.arange(labels.shape[0]), experts)
+    micro_batches = (batch, jnp.arange(A), experts)
     first = jax.tree.map(lambda leaf: leaf[0], micro_batches)
-    if labels.shape[0] == 1:  # no accumulator besides the gradient
+    if A == 1:  # no accumulator besides the gradient
         grads, (loss, counts) = gradient(state.params, *first)
     else:
 
@@ -82,7 +86,7 @@ def gradients(
     return layout.sum_gradients(grads, facts), *layout.psum((loss, counts))
 
 
-def dropout_keys(state: TrainState, index: Array, rows: int, local_rows: Array) -> Array:
+def dropout_keys(state: TrainState, index: Int[Array, ""], rows: int, local_rows: Int[Array, " B"]) -> Key[Array, " B"]:
     """Keys of the rows `local_rows` of micro-batch `index`, which has `rows` on all devices."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.dropout_key, impl=KEY_IMPL), state.step)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, index * rows + local_rows)
@@ -93,8 +97,8 @@ def train_step(
     schedule: ScheduleConfig,
     graph: nnx.GraphDef,
     state: TrainState,
-    labels: Array,
-    experts: Array | None = None,
+    batch: TokenBatch,
+    experts: Int[Array, "A L B T k"] | None = None,
     layout: Layout = ONE_DEVICE,
 ) -> tuple[TrainState, StepMetrics]:
     """One optimizer step: the new state, and measurements that stay on the device. Donate the state.
@@ -108,7 +112,7 @@ def train_step(
         in_specs=(specs, layout.batch_spec(1), layout.batch_spec(2)),
         out_specs=(specs.params, PartitionSpec(), PartitionSpec()),
     )
-    grads, loss, counts = global_gradients(state, labels, experts)
+    grads, loss, counts = global_gradients(state, batch, experts)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)  # a step that is not finite changes nothing
     grads = clip_gradients(grads, grad_norm, optim.max_grad_norm)
@@ -126,19 +130,19 @@ def train_step(
 
 
 def eval_step(
-    graph: nnx.GraphDef, params: Pytree, routing_bias: Pytree, labels: Array, layout: Layout = ONE_DEVICE
-) -> tuple[Array, Array]:
-    """Summed cross-entropy and number of targets of a batch (B, T), without dropout."""
+    graph: nnx.GraphDef, params: Pytree, routing_bias: Pytree, batch: TokenBatch, layout: Layout = ONE_DEVICE
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """Summed cross-entropy and number of targets of a batch (B,T), without dropout."""
     config = nnx.merge(graph, params, routing_bias).config
     facts, _ = model_facts(config)
 
-    def local(params: Pytree, routing_bias: Pytree, labels: Array) -> tuple[Array, Array]:
+    def local(params: Pytree, routing_bias: Pytree, batch: TokenBatch) -> tuple[Array, Array]:
         model = gathered_model(graph, params, routing_bias, facts, layout)
-        x, _ = model.hidden_states(jnp.maximum(labels, 0), layout=layout)
-        return layout.psum((summed_loss(model, x, labels), count_targets(labels)))
+        x, _ = model.hidden_states(jnp.maximum(batch.ids, 0), batch.documents, layout=layout)
+        return layout.psum((summed_loss(model, x, batch.labels), count_targets(batch.labels)))
 
     in_specs = (*weight_specs(config, layout), layout.batch_spec(0))
-    return layout.shard_map(local, in_specs, out_specs=PartitionSpec())(params, routing_bias, labels)
+    return layout.shard_map(local, in_specs, out_specs=PartitionSpec())(params, routing_bias, batch)
 
 
 def gathered_model(
@@ -151,7 +155,7 @@ def gathered_model(
     return nnx.merge(graph, params | layout.gather(outer, outer_facts), routing_bias)
 
 
-def summed_loss(model: CustomLLM, x: Array, labels: Array) -> Array:
-    """Summed next-token cross-entropy of labels (B,T), given the layers' output for them: x (B,T,D)."""
+def summed_loss(model: CustomLLM, x: Float[Array, "B T D"], labels: Int[Array, "B T"]) -> Float[Array, ""]:
+    """Summed next-token cross-entropy of labels, given the layers' output for them."""
     hidden = model.apply_final_norm(x).reshape(-1, x.shape[-1])
     return summed_cross_entropy(hidden, *model.head(), next_token_targets(labels).reshape(-1))

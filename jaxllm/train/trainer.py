@@ -1,23 +1,26 @@
 """A run's config, placement, static model and compiled programs, as one object."""
 
+import functools
+import time
 from collections.abc import Collection
 
 import jax
 import numpy as np
 
 from jaxllm.config import TrainConfig
+from jaxllm.model.batch import token_batch
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.train.computation import Computation
-from jaxllm.train.placement import Placement, Programs, choose_placement, compile_programs, on_one_device
+from jaxllm.train.placement import Placement, Programs, choose_placement, on_one_device, shared_programs
 from jaxllm.train.state import TrainState, start_state
 from jaxllm.train.step import StepMetrics
 
 
 class Trainer:
-    """Computes the steps of a run. A state that it takes or returns has the form of its placement.
+    """Computes the steps of a run. States that it takes and returns have the form of its placement.
 
     Args:
-        placement: where the state is kept; None: what the config asks for, on the devices here.
+        placement: None is the one that the config requests, on the available devices.
         without: kernels that have their plain form (`kernels.REPLACEABLE`).
     """
 
@@ -27,7 +30,6 @@ class Trainer:
         self.placement = choose_placement(mesh, batch_size) if placement is None else placement
         self.computation = Computation.of(config, without=without)
         self.graph = self.computation.graph
-        self._programs: Programs | None = None
 
     def init(self, weights: tuple[Pytree, Pytree] | None = None) -> TrainState:
         """A new run's state: with these parameters and routing bias, or fresh ones."""
@@ -43,22 +45,27 @@ class Trainer:
         return self.placement.state_shardings(self.computation)
 
     def compile(self) -> float:
-        """Compile the programs, unless that is done; returns the seconds it took."""
-        return self._compiled().seconds
+        """Compile the programs, unless that is done; returns the seconds it took.
 
-    def _compiled(self) -> Programs:
-        if self._programs is None:
-            self._programs = compile_programs(self.placement, self.computation)
-        return self._programs
+        Runs of one process with an equal placement and computation share them.
+        """
+        start = time.perf_counter()
+        _ = self._programs
+        return time.perf_counter() - start
 
-    def step(self, state: TrainState, labels: np.ndarray) -> tuple[TrainState, StepMetrics]:
-        """One optimizer step on this process's rows of the batch, (A*B,T) int32. The state given is donated."""
+    @functools.cached_property
+    def _programs(self) -> Programs:
+        return shared_programs(self.placement, self.computation)
+
+    def step(self, state: TrainState, rows: np.ndarray) -> tuple[TrainState, StepMetrics]:
+        """One optimizer step on this process's rows of the batch, as they travel: (A*B,T) int32. The state given is
+        donated."""
         data = self.config.data
-        return self._compiled().step(state, labels.reshape(data.grad_accum, -1, data.seq_len))
+        return self._programs.step(state, token_batch(rows.reshape(data.grad_accum, -1, data.seq_len), data))
 
-    def evaluate(self, state: TrainState, labels: np.ndarray) -> tuple[Array, Array]:
-        """Summed cross-entropy in nats, and number of targets, of rows (B,T) that all processes have."""
-        return self._compiled().evaluate(state, labels)
+    def evaluate(self, state: TrainState, rows: np.ndarray) -> tuple[Array, Array]:
+        """Summed cross-entropy in nats, and number of targets, of travelling rows (B,T) that all processes have."""
+        return self._programs.evaluate(state, token_batch(rows, self.config.data))
 
     def unshard(self, state: TrainState) -> TrainState:
         """The state in the form of one device, in which it is saved."""

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.config import ModelConfig
-from jaxllm.model.dtypes import Array
+from jaxllm.model.dtypes import Array, DTypeLike
 from jaxllm.model.kernels import grouped_loop, grouped_triton, grouped_whole, packed
 from jaxllm.model.kernels.causal_attention import blocked_attention, cudnn_attention, cudnn_refuses
 from jaxllm.model.kernels.interface import ExpertKernels
@@ -69,7 +69,7 @@ def compute_capability() -> float:
 
 def choose_kernels(
     config: ModelConfig,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     platform: str | None = None,
     *,
     remat: bool = False,
@@ -78,7 +78,7 @@ def choose_kernels(
     """The kernels of a model with this config, whose dimensions decide whether a kernel applies, and compute dtype.
 
     Args:
-        platform: CUDA or ANY (else ValueError), to compile for a device that is not here; None: the platform here.
+        platform: CUDA or ANY (else ValueError), to compile for a device that you do not have; None: the platform here.
         remat: whether the layers are computed again in the backward pass.
         without: of REPLACEABLE, which have their plain form.
     """
@@ -103,7 +103,7 @@ def _cudnn_refuses(config: ModelConfig) -> str | None:
 
 
 def describe_kernels(
-    config: ModelConfig, dtype: jnp.dtype, platform: str | None = None, without: Collection[str] = ()
+    config: ModelConfig, dtype: DTypeLike, platform: str | None = None, without: Collection[str] = ()
 ) -> str:
     """A description of the choice, for a line at start-up."""
     chosen, dtype = choose_kernels(config, dtype, platform, without=without), jnp.dtype(dtype)

@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
+from jaxtyping import Float, Shaped
 
 from jaxllm.model.dtypes import Array, at_least_float32
 from jaxllm.model.kernels.matmul import save_for_backward
@@ -27,11 +28,17 @@ def masked_softmax(scores: Array, mask: Array) -> Array:
     return jax.nn.softmax(jnp.where(mask, upcast, jnp.finfo(upcast.dtype).min), axis=-1)
 
 
-def blocked_attention(q: Array, k: Array, v: Array, attention_mask: Array | None, scale: float) -> Array:
-    """A token attends to itself and to what came before, but to no padding. A padded row still sees itself.
+def blocked_attention(
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B T H h"],
+    v: Float[Array, "B T H v"],
+    attention_mask: Shaped[Array, "B T"] | None,
+    scale: float,
+) -> Float[Array, "B T H v"]:
+    """A token attends to itself and to earlier tokens, but not to padding. A padding token attends to itself.
 
-    q, k (B,T,H,h), v (B,T,H,v), attention_mask (B,T), zero at padding, or None: no padding; `scale` multiplies the
-    scores -> (B,T,H,v). The backward pass saves q, k and v, and recomputes each block's weights.
+    The mask is zero at padding; None: no padding. `scale` multiplies the scores. The backward pass saves q, k and v,
+    and recomputes each block's weights.
     """
     length = q.shape[1]
     # heads before time: the products are batched over B,H
@@ -53,7 +60,7 @@ def blocked_attention(q: Array, k: Array, v: Array, attention_mask: Array | None
 
 @functools.partial(jax.checkpoint, static_argnums=0)
 def _attend(end: int, k: Array, v: Array, attention_mask: Array | None, start: Array, q: Array) -> Array:
-    """One block of queries, from start on: (B,H,b,h) -> (B,H,b,v). It slices the keys itself: no slice is kept."""
+    """One block of queries, from start on: (B,H,b,h) -> (B,H,b,v). It slices the keys, so no slice is saved."""
     k, v = k[:, :, :end], v[:, :, :end]
     scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=at_least_float32(q.dtype))
     queries, keys = start + jnp.arange(q.shape[2])[:, None], jnp.arange(end)
@@ -68,9 +75,9 @@ def cudnn_refuses(queries: int, values: int, compute_capability: float) -> str |
     """Why cuDNN's fused attention does not take heads of these sizes, those of queries and keys and those of values.
 
     None: it takes them. The sizes are a multiple of 8 and at most 128, from Hopper (9.0) on 256: the condition of
-    `jax.nn.dot_product_attention` in JAX 0.10 to 0.12. To compile for a device that is not here it holds that of older
-    ones, because it asks the device that is. cuDNN 9.10 takes 192 and 128 on Hopper, but that function takes one size
-    alone, so values are padded with zeros to the size of the queries.
+    `jax.nn.dot_product_attention` in JAX 0.10 to 0.12. That function asks the default device, so 128 is the limit when
+    compiling for a device that you do not have. cuDNN 9.10 takes 192 and 128 on Hopper, but the function takes one size
+    alone: values are padded with zeros to the size of the queries.
     """
     most = 256 if compute_capability >= 9 else 128
     if values > queries:
@@ -80,7 +87,13 @@ def cudnn_refuses(queries: int, values: int, compute_capability: float) -> str |
     return None
 
 
-def cudnn_attention(q: Array, k: Array, v: Array, attention_mask: Array | None, scale: float) -> Array:
+def cudnn_attention(
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B T H h"],
+    v: Float[Array, "B T H v"],
+    attention_mask: Shaped[Array, "B T"] | None,
+    scale: float,
+) -> Float[Array, "B T H v"]:
     """`blocked_attention` by cuDNN's fused kernel, where it can: no padding, an even length, known to be so.
 
     Heads must be of sizes that it does not refuse (`cudnn_refuses`).

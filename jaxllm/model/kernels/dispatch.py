@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from jaxllm.model.dtypes import Array
 
@@ -16,14 +17,14 @@ from jaxllm.model.dtypes import Array
 class Dispatch(NamedTuple):
     """The rows of E experts, and where each of the (N,k) slots has its row."""
 
-    order: Array | None  # (M,): row i is slot order[i] of the flattened slots, of the token order[i] // k
-    rows: Array | None  # (N,k): the row of each slot, the inverse of the order; M: of an expert that is not here
+    order: Int[Array, " M"] | None  # row i is slot order[i] of the flattened slots, of the token order[i] // k
+    rows: Int[Array, "N k"] | None  # row of each slot, the inverse of the order; M: of an expert of another device
     # None, both: row i is token i, of each expert. Only for `Kernels.shared`.
-    group_sizes: Array  # (E,): rows of each expert
+    group_sizes: Int[Array, " E"]  # rows of each expert
 
 
-def plan_dispatch(experts: Array, n_experts: int) -> Dispatch:
-    """Sort the slots by expert, (N,k) int, keeping the order of tokens within an expert.
+def plan_dispatch(experts: Int[Array, "N k"], n_experts: int) -> Dispatch:
+    """Sort the slots by expert, keeping the order of tokens within an expert.
 
     Experts are numbered from 0. Slots of experts that are not below `n_experts` are of other devices: their rows come
     last and have no group.
@@ -40,17 +41,17 @@ def every_token(tokens: int) -> Dispatch:
     return Dispatch(order=None, rows=None, group_sizes=jnp.full(1, tokens, jnp.int32))
 
 
-def tokens_per_expert(experts: Array, n_experts: int) -> Array:  # (N,k) -> (E,) int32
+def tokens_per_expert(experts: Int[Array, "N k"], n_experts: int) -> Int[Array, " E"]:
     return (experts.reshape(-1, 1) == jnp.arange(n_experts)).sum(axis=0, dtype=jnp.int32)
 
 
-def gather_slots(rows: Array, plan: Dispatch) -> Array:
-    """Move one scalar per sorted row back to its (token, k) slot; slots handled elsewhere get 0: (M,1) -> (N,k)."""
+def gather_slots(rows: Float[Array, "M 1"], plan: Dispatch) -> Float[Array, "N k"]:
+    """Move one scalar per sorted row back to its (token, k) slot; slots of other devices get 0."""
     return rows if plan.rows is None else _gather_or_zero(rows[:, 0], plan.rows)
 
 
-def combine(rows: Array, plan: Dispatch) -> Array:
-    """The sum of each token's rows: (M,D) -> (N,D).
+def combine(rows: Float[Array, "M D"], plan: Dispatch) -> Float[Array, "N D"]:
+    """The sum of each token's rows.
 
     The k slots are added one by one, which fuses with the gathers: XLA's sum over an axis in the middle is slow on a
     CPU.

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.export import is_symbolic_dim
+from jaxtyping import Float
 
-from jaxllm.model.dtypes import Array, at_least_float32
+from jaxllm.model.dtypes import Array, DTypeLike, at_least_float32
 
 FEW_ROWS = 32
 """Up to this many rows, as in decoding, float32 operands and the experts' weights are not copied into a faster form:
@@ -30,7 +31,7 @@ def save_for_backward(x: Array) -> Array:
 
 
 def matmul(
-    a: Array, b: Array, out_dtype: jnp.dtype | None = None, *, transpose_a: bool = False, transpose_b: bool = False
+    a: Array, b: Array, out_dtype: DTypeLike | None = None, *, transpose_a: bool = False, transpose_b: bool = False
 ) -> Array:
     """`a @ b` over the last two axes, accumulated in float32 or wider: (..., M,K), (..., K,N) -> (..., M,N).
 
@@ -95,9 +96,13 @@ def _row_major_transpose(x: Array) -> Array:
 
 
 def linear(
-    x: Array, weight: Array, out_dtype: jnp.dtype | None = None, *, compute_dtype: jnp.dtype | None = None
-) -> Array:
-    """`x @ weight` in the compute dtype (None: that of x): (..., K), masters (K,N) -> (..., N).
+    x: Float[Array, "*batch I"],
+    weight: Float[Array, "I O"],
+    out_dtype: DTypeLike | None = None,
+    *,
+    compute_dtype: DTypeLike | None = None,
+) -> Float[Array, "*batch O"]:
+    """`x @ weight` in the compute dtype (None: that of x); the weight is a master.
 
     The weight's gradient accumulates in float32 or wider and is returned in the master's dtype.
     """

@@ -6,6 +6,8 @@ are. A loop packs what it writes and unpacks what it returns: no other code sees
 next to a `pack`, so a loop within a loop costs nothing.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -25,15 +27,15 @@ def unpack(tree: Pytree, needed: bool = NEEDED) -> Pytree:
     return jax.tree.map(_numbers, tree) if needed else tree
 
 
-def _bits(x: Array) -> Array:
+def _bits(x: Any) -> Any:
     return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
 
 
-def _numbers(x: Array) -> Array:
+def _numbers(x: Any) -> Any:
     return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
-def read(x: Array, i: Array | int) -> Array:
+def read(x: Array, i: Any) -> Array:
     """`x[i]` along the first axis, inside a loop that only reads x: (L,...), one index or several.
 
     The barrier keeps XLA from converting all of x before the loop. It then converts only what is read.

@@ -1,6 +1,6 @@
-"""Root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467), whose backward pass keeps its input alone.
+"""Root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467), which saves only its input for the backward pass.
 
-Autodiff would keep several arrays of its size in float32.
+Autodiff would save several arrays of its size in float32.
 
     N rows    D features
 """
@@ -9,13 +9,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from jaxllm.model.dtypes import Array, at_least_float32
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def rms_norm(eps: float, x: Array, weight: Array) -> Array:
-    """`x / sqrt(mean(x**2) + eps) * weight` over the last axis: (..., D), (D,) -> (..., D) in the dtype of x.
+def rms_norm(eps: float, x: Float[Array, "*batch D"], weight: Float[Array, " D"]) -> Float[Array, "*batch D"]:
+    """`x / sqrt(mean(x**2) + eps) * weight` over the last axis, in the dtype of x.
 
     It is computed in float32 or wider.
     """

@@ -29,7 +29,7 @@ def swiglu_gradients(gate: Array, up: Array, weight: Array, d_out: Array) -> tup
 
 @jax.custom_vjp
 def plain_swiglu(gate: Array, up: Array) -> Array:
-    """`silu(gate) * up` in the dtype of `gate`, each (..., F). Its backward pass keeps the arguments alone."""
+    """`silu(gate) * up` in the dtype of `gate`, each (..., F). Only the arguments are saved for the backward pass."""
     return swiglu(gate, up, jnp.ones((), gate.dtype)).astype(gate.dtype)
 
 
