@@ -28,10 +28,10 @@ def test_it_prints_what_a_bug_report_needs(checked, capsys):
     assert doctor.main(["--preset", "tiny"]) == 0
     said = capsys.readouterr().out
     for part in (
-        f"Python {platform.python_version()}", f"JAX {jax.__version__}", f"devices: {len(jax.devices())} x cpu", "bfloat16 in hardware: ",
-        "--precision auto is ", "float32 product: 2.5 TFLOP/s (no data sheet)", "bfloat16 product: 5 TFLOP/s",
-        "memory, read and written: 42 GB/s", "kernels of tiny: experts: loops over groups with rows", "routed",
-        "1.5e-03",
+        f"Python {platform.python_version()}", f"JAX {jax.__version__}", f"devices: {len(jax.devices())} x cpu",
+        "bfloat16 in hardware: ", "--precision auto is ", "float32 product: 2.5 TFLOP/s (no data sheet)",
+        "bfloat16 product: 5 TFLOP/s", "memory, read and written: 42 GB/s",
+        "kernels of tiny: experts: loops over groups with rows", "routed", "1.5e-03",
     ):  # fmt: skip
         assert part in said, part
     assert platform.node() not in said
