@@ -82,6 +82,21 @@ def test_attention_is_cudnn_forward_and_backward(text):
     assert not re.search(rf"\[(\d+,)*{H},{T},{T}\]", text)
 
 
+def test_heads_of_unequal_sizes_are_padded_for_cudnn():
+    """Of at most 128: JAX asks the default device whether it takes larger ones, which only Hopper does."""
+    B, T, H = 2, 512, 2
+    q, v, d_out = (jax.ShapeDtypeStruct((B, T, H, size), jnp.bfloat16, sharding=one_gpu()) for size in (96, 64, 64))
+
+    def both(q, k, v, d_out):
+        out, back = jax.vjp(lambda q, k, v: cudnn_attention(q, k, v, None, 0.1), q, k, v)
+        return out, back(d_out)
+
+    text = jax.jit(both).lower(q, q, v, d_out).compile().as_text()
+    for call in ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"):
+        assert text.count(f'custom_call_target="{call}"') == 1
+    assert not re.search(rf"\[(\d+,)*{T},{T}\]", text)
+
+
 def test_no_loop_waits_for_the_host(text):
     """Every loop's trip count is known, so that none has to be read back."""
     loops = [line for line in text.splitlines() if " while(" in line]

@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from jaxllm.errors import UserError
+from jaxllm.run import processes
 from jaxllm.run.hardware import bfloat16_hardware, cpu_bfloat16
 from jaxllm.run.throughput import reference_peak
 
@@ -40,6 +41,18 @@ def test_a_device_counts_by_what_jax_tells_of_it(devices, wanted, monkeypatch):
     monkeypatch.setenv("PATH", "")  # no nvidia-smi is asked
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
     assert bfloat16_hardware() == wanted
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted"),
+    [(["the GPU", "the GPU"], "the GPU"), (["the GPU", None], None), ([None, "the GPU"], None)],
+)
+def test_processes_agree(found, wanted, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "_from_each", lambda local: found)
+    assert processes.all_have(found[0]) == wanted
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    assert processes.all_have(found[0]) == found[0]
 
 
 @pytest.mark.parametrize(
