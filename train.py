@@ -2,7 +2,7 @@
 
 python train.py                                         # train, or resume the last run
 python train.py --preset customllm-1b --recipe seed     # the source's run
-python train.py --help                                  # every option
+python train.py --help                                  # the options that most runs need; --help-all: every option
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxllm.model.decoding import Sampling, generate
 from jaxllm.packages import check_own
 from jaxllm.run.arguments import parse_args
 from jaxllm.run.init import check_shapes
-from jaxllm.run.processes import barrier, init_distributed, is_primary
+from jaxllm.run.processes import barrier, each_result, init_distributed, is_primary
 from jaxllm.run.reporting import write_samples
 from jaxllm.run.run import Run
 from jaxllm.run.runtime import use_compilation_cache
@@ -29,7 +29,7 @@ from jaxllm.train.placement import choose_placement
 from jaxllm.train.trainer import Trainer
 
 if TYPE_CHECKING:
-    from convert.to_flax import Imported
+    from convert.to_flax import Imported, Place
 
 
 @exit_on_user_error
@@ -60,15 +60,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\nEverything is in {run.config.folder}")
 
 
-def read_start(config: TrainConfig) -> Imported | None:
-    """What a new run starts from with --init; it is read before an earlier run is deleted."""
-    if config.init is None or (check_folder(config, "JAX") and checkpoint_steps(config.folder)):
+def read_start(config: TrainConfig, place: Place) -> Imported | None:
+    """What a new run starts from with --init; it is read, to its places, before an earlier run is deleted."""
+    init = config.init
+    if init is None or (check_folder(config, "JAX") and checkpoint_steps(config.folder)):
         return None
     check_shapes(config)
     check_own("convert")
     from convert.to_flax import read_model
 
-    return read_model(config.init)
+    return each_result(lambda: read_model(init, place=place))
 
 
 def sample(run: Run, trainer: Trainer, params: Any, routing_bias: Any) -> None:

@@ -40,10 +40,14 @@ class ToTorch:
     """Of the written weights; none: that of the folder that the run was made from, or float32."""
     training: bool = False
     """Hand over the run: moments, step count and data position too, for python -m torch_ref.train."""
+    drop_mtp: bool = False
+    """Leave out the layers of multi-token prediction, which are else the source's, untrained."""
 
     def __post_init__(self) -> None:
         if self.training and self.dtype not in (None, "float32"):
             raise UserError(f"dtype is {self.dtype!r}: a run to train on is handed over in float32")
+        if self.training and self.drop_mtp:
+            raise UserError("drop_mtp is set: a run to train on has no multi-token prediction, leave it out")
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         export_training(command.run, command.out)
         print(f"Wrote {command.out}: python -m torch_ref.train --run-dir {command.out} resumes it")
     elif isinstance(command, ToTorch):
-        export_run(command.run, command.out, dtype=command.dtype)
+        export_run(command.run, command.out, dtype=command.dtype, drop_mtp=command.drop_mtp)
         code = ", trust_remote_code=True" if (command.out / MODELING_FILE).exists() else ""
         print(f"Wrote {command.out}: AutoModelForCausalLM.from_pretrained({str(command.out)!r}{code})")
     elif is_pytorch_run(command.source):

@@ -26,7 +26,7 @@ from jaxllm.files import StrPath
 from jaxllm.model.decoder import CustomLLM, abstract_model
 from jaxllm.model.decoding import Sampling, generate, stream
 from jaxllm.model.dtypes import check_dtype
-from jaxllm.model.inference import for_inference
+from jaxllm.model.inference import for_compute
 from jaxllm.packages import check_own
 from jaxllm.run.runtime import start_jax, use_compilation_cache
 from jaxllm.run.self_check import kernels_to_avoid
@@ -39,16 +39,19 @@ if TYPE_CHECKING:
 
 
 def load_model(folder: StrPath, precision: Precision = "float32") -> CustomLLM:
-    """The model of a run or of an exported folder; raises a UserError if the folder is neither."""
+    """The model of a run or of an exported folder; raises a UserError if the folder is neither.
+
+    Its matrices are held in bfloat16 for that precision, else in the dtype in which they are stored.
+    """
     dtype = check_dtype(precision, "precision")
     if not is_run(folder):
         if not Path(folder).is_file():
             read_model_config(folder)  # nothing to convert
         check_own("convert")
-        from convert.to_flax import from_pretrained
+        from convert.to_flax import model_of
 
-        return from_pretrained(folder, dtype=dtype)
-    config, weights = load_weights(folder)
+        return model_of(folder, dtype, for_compute(dtype))
+    config, weights = load_weights(folder, for_compute(dtype))
     graph, _, _ = abstract_model(config, dtype=dtype, without=kernels_to_avoid(config, dtype))
     return nnx.merge(graph, *weights)
 
@@ -135,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start_jax()
     use_compilation_cache()
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
-    model = for_inference(load_model(args.run, args.precision))
+    model = load_model(args.run, args.precision)
     tokenizer = load_tokenizer(str(tokenizer_folder(args.run)))
     if args.chat:
         chat(args, model, tokenizer, sampling)

@@ -7,7 +7,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -17,23 +17,27 @@ from transformers import AutoModelForCausalLM
 
 from convert.to_flax import read_folder
 from convert.to_torch import AUTO_CLASSES, export_run, modeling_source, read_source
-from jaxllm.config import ModelConfig, preset
+from jaxllm.config import ModelConfig, TrainConfig, preset
 from jaxllm.config.families import is_interleaved, names_of
+from jaxllm.data.tokenizer_files import has_tokenizer
 from jaxllm.errors import UserError, listed, one_line, shown
 from jaxllm.files import read_bounded, read_json
 from jaxllm.generate import tokenizer_folder
 from jaxllm.run.runtime import start_jax
 from jaxllm.store.checkpoint import Weights, load_weights
-from jaxllm.store.folder import CONFIG_FILE, is_run
+from jaxllm.store.folder import CONFIG_FILE, is_run, read_config
 from parity_tests import hf_side
 from parity_tests.compare import Row
 from parity_tests.engine.report import first_divergence, print_table
+from parity_tests.executed import Executed
 from parity_tests.forward import random_weights, torch_model
 from parity_tests.hf_mutations import STOCK_MUTATIONS
+from parity_tests.jax_mutations import BFLOAT16_MUTATIONS, JAX_MUTATIONS
 from parity_tests.ladder import Ladder
 from parity_tests.mutations import MUTATIONS, Mutation
-from parity_tests.options import RUNGS, ParityArgs
+from parity_tests.options import MIN_STEPS, RUNGS, ParityArgs
 from parity_tests.report import NAMED, draw_report, write_report
+from parity_tests.settings import Settings
 from parity_tests.text import read_tokens
 from torch_ref import CustomLLM as TorchCustomLLM
 
@@ -127,7 +131,7 @@ def check_code(folder: Path, source: Mapping[str, Any], *, trusted: bool) -> str
             what = f"{config}: auto_map gives {listed([auto])} as {shown(name)}"
             if not re.fullmatch(r"\w+", module) or not file.is_file():
                 put = "put the file there" if trusted else remedy
-                raise UserError(f"{what}, which is no class of a file in that folder: {put}")
+                raise UserError(f"{what}, which is not a class of a file in that folder: {put}")
             if not trusted and kind != AUTO_CLASSES.get(auto):
                 raise UserError(f"{what}, and {OWN_CODE} has {AUTO_CLASSES.get(auto, 'no such class')}: {remedy}")
             if not trusted and read_bounded(file, MAX_CODE_BYTES) != modeling_source().read_bytes():
@@ -167,22 +171,28 @@ def find_mutation(name: str, config: ModelConfig, optimizer: str) -> Mutation:
         possible = {name: known.mutation for name, known in STOCK_MUTATIONS.items() if known.applies(config)}
     else:
         possible = {name: known for name, known in MUTATIONS.items() if known.optimizer in (None, optimizer)}
+    possible |= JAX_MUTATIONS | BFLOAT16_MUTATIONS
     if name not in possible:
         raise UserError(f"mutate is {name!r}: this model with {optimizer} can have one of {', '.join(possible)}")
     return possible[name]
 
 
-def _optimizer_of(folder: Path) -> str | None:
-    """The optimizer of a training run; None: the folder is none, or of a version that had one optimizer."""
-    file = folder / CONFIG_FILE
-    return read_json(file).get("optimizer") if file.is_file() else None
+def _run_of(folder: Path | None) -> TrainConfig | None:
+    """The settings of a training run; None: the folder is none, or of a version whose settings cannot be read."""
+    if folder is None or not (folder / CONFIG_FILE).is_file():
+        return None
+    try:
+        return read_config(folder, TrainConfig)
+    except UserError as error:
+        print(f"The rungs have no settings of the run: {error}", file=sys.stderr)
+        return None
 
 
 def find_tokenizer(args: ParityArgs) -> Path | None:
     if args.tokenizer is not None or args.weights is None:
         return args.tokenizer
     folder = tokenizer_folder(args.weights)
-    return folder if (folder / "tokenizer.json").is_file() else None
+    return folder if has_tokenizer(folder) else None
 
 
 def compare(args: ParityArgs) -> int:
@@ -191,7 +201,7 @@ def compare(args: ParityArgs) -> int:
     Raises:
         UserError: an option, the weights, their code or the text cannot be compared.
     """
-    known = [*MUTATIONS, *STOCK_MUTATIONS]
+    known = [*MUTATIONS, *STOCK_MUTATIONS, *JAX_MUTATIONS, *BFLOAT16_MUTATIONS]
     if args.mutate is not None and args.mutate not in known:
         raise UserError(f"mutate is {args.mutate!r}: choose one of {', '.join(known)}")
     start_jax()
@@ -199,26 +209,23 @@ def compare(args: ParityArgs) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"out is {str(args.out)!r}: it must be a folder that can be made ({error.strerror})") from None
-    config, weights, model, code, source = load_pair(args)
-    tokens = read_tokens(
-        config, Ladder.tokens_needed(config, args.seq_len, args.steps), args.text, find_tokenizer(args)
-    )
-    interleaved = is_interleaved(source)
-    optimizer = args.optimizer or (_optimizer_of(args.weights) if args.weights else None) or "adamw"
-    ladder = Ladder(config, weights, tokens, args.precision, args.seq_len, args.steps, optimizer, interleaved)
+    executed, run = Executed(), _run_of(args.weights)
+    with executed.watching():  # from the start: what follows from a config is computed once in a process
+        pair = load_pair(args)
+    config, code = pair.config, pair.code
+    passes, settings = plan_passes(args, run)
+    tokens = read_tokens(config, Ladder.tokens_needed(config, settings), args.text, find_tokenizer(args))
+    ladders: list[Ladder] = []
     rows: list[Row] = []
     seconds: dict[str, float] = {}
     try:
-        with nullcontext() if args.mutate is None else find_mutation(args.mutate, config, optimizer).plant(model):
-            started = time.perf_counter()
-            for rung, found in ladder.climb(model, args.rungs):
-                rows += found
-                seconds[rung] = time.perf_counter() - started
-                started = time.perf_counter()
-                print(
-                    f"{rung}: {'ok' if all(row.passed for row in found) else 'BREACH'}, {seconds[rung]:.1f} s",
-                    flush=True,
-                )
+        for precision, rungs, of_pass in passes:
+            if ladders and "step" in rungs:
+                of_pass = dataclasses.replace(of_pass, norms=ladders[0].training.norms)
+            with executed.watching():
+                ladders.append(Ladder(config, pair.weights, tokens, precision, of_pass, is_interleaved(pair.source)))
+                for rung, found in climb(args, pair, ladders[-1], rungs, seconds, len(passes) > 1):
+                    rows += [dataclasses.replace(row, rung=rung) for row in found]
     except Exception as error:  # of whatever the folder's code does
         if isinstance(error, UserError) or not args.trust_remote_code:
             raise
@@ -228,20 +235,97 @@ def compare(args: ParityArgs) -> int:
     name = str(args.weights or f"random weights of {args.preset}")
     if args.layers:
         name += f", {args.layers} layers"
-    title = f"JAX and PyTorch on {name}, {ladder.ids.size} tokens, {args.precision}, {optimizer}"
+    precisions, ladder = [precision for precision, _, _ in passes], ladders[0]
+    optimizer = ladder.plan.config.optim.optimizer
+    title = f"JAX and PyTorch on {name}, {ladder.ids.size} tokens, {' and '.join(precisions)}, {optimizer}"
     print_table(rows, title, NAMED)
-    about = {"model": name, "precision": args.precision, "optimizer": optimizer, "mutation": args.mutate}
-    about |= {"pytorch": code, "config": config.to_dict()}
+    left_out, never = not_compared(args, passes, ladders, run), executed.missed()
+    about = {"model": name, "precision": precisions[0], "optimizer": optimizer, "mutation": args.mutate}
+    about |= {"pytorch": code, "config": config.to_dict(), "not_compared": left_out}
+    about |= {"never_executed": [missed._asdict() for missed in never]}
     write_report(args.out / "parity.json", rows, ladder.curve, seconds, about)
     draw_report(args.out / "parity.png", rows, ladder.curve, title)
-    for tolerance in ladder.tolerances.named():
+    for tolerance in dict.fromkeys(t for ladder in ladders for t in ladder.tolerances.named()):
         print(f"{tolerance.name}: relative L2 at most {tolerance.relative_l2:g} ({tolerance.reason})")
     divergence = first_divergence(rows)
     print(f"\nThe report is in {args.out}: parity.json, parity.png")
     print(f"PyTorch's side: {code}")
-    if left_out := [rung for rung in RUNGS if rung not in args.rungs]:
-        print(f"Not compared: {', '.join(left_out)}")
+    for ladder in ladders:
+        print(f"Training in {ladder.precision}: {ladder.plan.described()}")
+    print(f"Not compared: {'; '.join(left_out)}")
+    whole = [missed.file for missed in never if missed.whole]
+    print(f"Never executed of the model and the step: {', '.join(whole)}; in part: "
+          f"{', '.join(str(missed) for missed in never if not missed.whole)}")  # fmt: skip
     print("The two frameworks agree." if divergence is None else f"BREACH, first in: {divergence}")
     if args.mutate is not None and divergence is None:
         print(f"The planted fault {args.mutate} was not seen.")
     return 0 if divergence is None else 1
+
+
+def climb(
+    args: ParityArgs, pair: Pair, ladder: Ladder, rungs: Iterable[str], seconds: dict[str, float], several: bool
+) -> Iterator[tuple[str, list[Row]]]:
+    """Climb with the fault of `args`, print a line for each rung, and enter its time.
+
+    Args:
+        several: whether bfloat16 comes after float32; its rungs are then named so.
+    """
+    optimizer = ladder.plan.config.optim.optimizer
+    mutation = None if args.mutate is None else find_mutation(args.mutate, pair.config, optimizer)
+    with nullcontext() if mutation is None else mutation.plant(pair.model):
+        started = time.perf_counter()
+        for rung, rows in ladder.climb(pair.model, rungs):
+            name = f"{rung}, bfloat16" if several and ladder.precision == "bfloat16" else rung
+            seconds[name] = time.perf_counter() - started
+            started = time.perf_counter()
+            verdict = "ok" if all(row.passed for row in rows) else "BREACH"
+            print(f"{name}: {verdict if rows else 'nothing to compare'}, {seconds[name]:.1f} s", flush=True)
+            yield name, rows
+
+
+class Pass(NamedTuple):
+    """One climb of the ladder."""
+
+    precision: str
+    rungs: tuple[str, ...]
+    settings: Settings
+
+
+BFLOAT16_RUNGS = ("parts", "gradients", "step", "trajectory")
+"""What is climbed again in the precision of a run that computes in bfloat16, after float32."""
+
+BFLOAT16_STEPS = 10
+
+
+def plan_passes(args: ParityArgs, run: TrainConfig | None) -> tuple[list[Pass], Settings]:
+    """The climbs, and the settings of the first."""
+    steps = min(args.steps, MIN_STEPS) if args.quick else args.steps
+    settings = Settings(args.seq_len, steps, args.optimizer, run, widens=not args.quick)
+    passes = [Pass(args.precision or "float32", args.rungs, settings)]
+    if args.precision is None and not args.quick and run is not None and run.precision == "bfloat16":
+        again = tuple(rung for rung in args.rungs if rung in BFLOAT16_RUNGS)
+        passes.append(Pass("bfloat16", again, dataclasses.replace(settings, most_steps=BFLOAT16_STEPS)))
+    return passes, settings
+
+
+def not_compared(args: ParityArgs, passes: list[Pass], ladders: list[Ladder], run: TrainConfig | None) -> list[str]:
+    """What this comparison says nothing about, besides code that never ran."""
+    rungs = [rung for rung in RUNGS if rung not in args.rungs]
+    found = [f"the rungs {', '.join(rungs)}"] if rungs else []
+    for precision, climbed, _ in passes[1:]:
+        found.append(f"in {precision}: {', '.join(rung for rung in args.rungs if rung not in climbed)}")
+    found += dict.fromkeys(line for ladder in ladders for line in ladder.not_compared)
+    if args.quick:
+        sizes = "the code beyond its thresholds (blocks of queries, chunks of the loss, large groups of an expert)"
+        found += [f"{sizes}, decoding to the last position"]
+    computes = run.precision if run else None
+    if computes and computes not in [precision for precision, _, _ in passes]:
+        found.append(f"{computes}, in which the run computes")
+    if run is not None:
+        if run.model.dropout:
+            found.append(f"dropout {run.model.dropout:g}, which the frameworks draw differently")
+        if run.data.has_targets:
+            found.append("targets apart from the inputs, and documents apart from each other, which the run has")
+        if run.mesh.parallel != "jit" or run.mesh.axes:
+            found.append(f"the run's devices ({run.mesh.axes or run.mesh.parallel}): one is compared")
+    return [*found, "sampling, which the frameworks draw differently"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +43,13 @@ ROUTER_PARTS = ("router logits", "router scores", "gates")
 """Parts of the layers that have experts alone."""
 
 
+QUERIES_AND_KEYS = {"kv_proj_d", "q_proj_d", "k_proj_u", "q_proj_u", "rope_k", "rope_q"}
+"""The matrices that make queries and keys."""
+
+QUERY_KEY_GAIN = 1.25
+"""By how much each of them enlarges its input in random weights: the scores of attention then have a deviation of 2."""
+
+
 class Trace(NamedTuple):
     """A forward pass on tokens (B,T)."""
 
@@ -52,6 +58,7 @@ class Trace(NamedTuple):
     experts: np.ndarray  # (L,B,T,k), the choice in the layers that have experts
     logits: np.ndarray  # (B,T,V)
     loss: float
+    keys: np.ndarray | None = None  # (L,B,T,G,r), rotated; of JAX alone
 
 
 @contextmanager
@@ -69,25 +76,22 @@ def torch_precision(precision: str):
 def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
     """Weights that reveal errors: norm weights that are not one, biases that are not zero, experts that differ.
 
-    Standard deviations: `initializer_range` for matrices, 0.2 (around 1) for norm weights, 0.02 for the bias of
-    lm_head, and 0.1 for the routing bias, which changes many choices. In the DeepSeek family matrices halve the size of
-    their input, so that attention and the router are far from even, and biases have 0.3.
+    Standard deviations: 0.2 (around 1) for norm weights, 0.3 for biases, 0.1 for the routing bias, which changes many
+    choices, and 1 for embeddings. A matrix halves the size of its input. One that makes queries or keys enlarges it, so
+    that attention is far from even: nearly even attention hides faults of the rotation and of the softmax.
     """
     rng = np.random.default_rng(seed)
-    deepseek = names_of(config) == "deepseek"
 
     def drawn(path, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         keys = [str(getattr(key, "key", "")) for key in path]
         values = rng.standard_normal(leaf.shape, np.float32)
         if any(key.endswith("norm") for key in keys):
             return 1 + 0.2 * values
-        if deepseek and "bias" in keys[-1]:
-            return 0.3 * values
-        if keys[-1] == "routing_bias":
-            return 0.1 * values
-        if deepseek:
-            return values * (1 if keys[0] == "token_embeddings" else 0.5 * leaf.shape[-2] ** -0.5)
-        return (0.02 if keys[-1] == "bias" else config.initializer_range) * values
+        if "bias" in keys[-1]:
+            return (0.1 if keys[-1] == "routing_bias" else 0.3) * values
+        if keys[0].endswith("embeddings"):
+            return values
+        return values * (QUERY_KEY_GAIN if QUERIES_AND_KEYS & {*keys} else 0.5) * leaf.shape[-2] ** -0.5
 
     _, params, routing_bias = abstract_model(config)
     return Weights(*jax.tree_util.tree_map_with_path(drawn, (params, routing_bias)))
@@ -142,11 +146,18 @@ def jax_trace(
     ids: np.ndarray,
     precision: str = "float32",
     experts: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
 ) -> Trace:
-    """Run the Flax model with the functions that train: ids (B,T); `experts` (L,B,T,k) replaces the routers' choice."""
+    """Run the Flax model with the functions that train: ids (B,T).
+
+    Args:
+        experts: (L,B,T,k), replaces the routers' choice.
+        mask: (B,T), zero at padding.
+    """
+    run = _as_written if precision == "bfloat16" else _jax_outputs
     with jax_precision(precision):
         graph, _, _ = abstract_model(config, dtype=DTYPES[precision])
-        outputs = _jax_outputs(graph, *jax_weights(weights, precision), jnp.asarray(ids), experts)
+        outputs = run(graph, *jax_weights(weights, precision), jnp.asarray(ids), experts, mask)
         embeddings, trace, logits, loss = jax.device_get(outputs)
     parts = {
         "input norm": trace.input_norm, "attention": trace.attention, "post-attention norm": trace.post_attn_norm,
@@ -161,29 +172,42 @@ def jax_trace(
         router = {"router scores": routing.scores, "router logits": routing.logits, "gates": gates}
         parts |= {name: values.reshape(in_time) for name, values in router.items()}
         chosen = routing.experts.reshape(in_time)
-    return Trace(embeddings, parts, chosen, logits, float(loss))
+    return Trace(embeddings, parts, chosen, logits, float(loss), trace.latents.k_rope)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _jax_outputs(graph: nnx.GraphDef, params, routing_bias, ids: jax.Array, experts: jax.Array | None):
+def _outputs(
+    graph: nnx.GraphDef, params, routing_bias, ids: jax.Array, experts: jax.Array | None, mask: jax.Array | None
+):
     model = nnx.merge(graph, params, routing_bias)
-    x, record = model.hidden_states(ids, experts=experts, keep_trace=True)
+    x, record = model.hidden_states(ids, mask, experts=experts, keep_trace=True)
     embeddings = model.embed(ids, jnp.arange(ids.shape[1])[None])
     return embeddings, record.trace, model.logits(x), summed_loss(model, x, ids) / count_targets(ids)
 
 
+_jax_outputs = jax.jit(_outputs, static_argnums=0)
+_as_written = jax.jit(_outputs, static_argnums=0, compiler_options={"xla_allow_excess_precision": False})
+"""Each value is rounded where the code says so: by default XLA leaves out a rounding that is undone at once."""
+
+
 @torch.no_grad()
 def torch_trace(
-    model: TorchCustomLLM, ids: np.ndarray, precision: str = "float32", experts: np.ndarray | None = None
+    model: TorchCustomLLM,
+    ids: np.ndarray,
+    precision: str = "float32",
+    experts: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
 ) -> Trace:
     """Run the PyTorch model as a user calls it; hooks record its parts. Arguments as in `jax_trace`."""
     tokens = torch.from_numpy(np.asarray(ids, np.int64))
+    padding = None if mask is None else torch.from_numpy(np.asarray(mask, np.int64))
     if hf_side.is_stock(model):
-        return _stock_trace(model, tokens, precision)
-    forced = None if experts is None else torch.from_numpy(np.asarray(experts, np.int64))
+        return _stock_trace(model, tokens, precision, padding)
+    options: dict[str, Any] = {"output_hidden_states": True, "output_router": True, "attention_mask": padding}
+    if experts is not None:
+        options["expert_indices"] = torch.from_numpy(np.asarray(experts, np.int64))
     modules = [(getattr(layer, name), part) for layer in model.decoder_layers for name, part in LAYER_PARTS.items()]
     with recorded(modules) as outputs, torch_precision(precision):
-        out = model(tokens, labels=tokens, output_hidden_states=True, output_router=True, expert_indices=forced)
+        out = model(tokens, labels=tokens, **options)
     made = {part: [first(output) for output in of_layers] for part, of_layers in outputs.items()}
     made["router scores"] = list(out.router_scores)
     made["residual"] = list(out.hidden_states[1:])
@@ -196,9 +220,9 @@ def torch_trace(
     )
 
 
-def _stock_trace(model: Any, tokens: torch.Tensor, precision: str) -> Trace:
+def _stock_trace(model: Any, tokens: torch.Tensor, precision: str, mask: torch.Tensor | None) -> Trace:
     with torch.no_grad(), recorded(hf_side.part_modules(model)) as outputs, torch_precision(precision):
-        out = model(tokens, labels=tokens)
+        out = model(tokens, labels=tokens, attention_mask=mask)
     routing, E = outputs.pop("routing", []), getattr(model.config, "n_routed_experts", 0)
     made = {part: [first(output) for output in of_layers] for part, of_layers in outputs.items()}
     made["router logits"] = [logits for logits, _, _ in routing]

@@ -10,7 +10,7 @@ import functools
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,9 +29,11 @@ from jaxllm.config.families import family_of
 from jaxllm.errors import UserError, shown
 from jaxllm.model.decoder import abstract_model
 from jaxllm.store.checkpoint import Weights
+from parity_tests.engine.planting import with_values
 from parity_tests.recording import recorded
 from torch_ref.model import CACHE, no_autocast
 from torch_ref.muon import Blocks
+from torch_ref.step import ROUTING_BIASES
 
 Named = dict[str, np.ndarray]
 
@@ -116,6 +118,14 @@ def _lifted(kind: type, float64: bool) -> Iterator[None]:
         yield
         return
     with float32_is_float64(kind):
+        yield
+
+
+@contextmanager
+def with_biases(model: Any, change: Callable[[Tensor], np.ndarray]) -> Iterator[None]:
+    """In this context the routing biases of either model have other values."""
+    buffers = [buffer for name, buffer in model.named_buffers() if name.endswith(ROUTING_BIASES)]
+    with with_values([(bias, lambda bias: torch.from_numpy(change(bias))) for bias in buffers]):
         yield
 
 

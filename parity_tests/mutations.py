@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import torch_ref.model as reference
 import torch_ref.muon as muon
 import torch_ref.step as stepping
+from parity_tests.settings import SMALL
 from torch_ref import CustomLLM
 
 Plant = Callable[[CustomLLM], AbstractContextManager[None]]
@@ -307,7 +308,7 @@ def mean_of_means(model: CustomLLM) -> Iterator[None]:
     """Each micro-batch is divided by its own targets, and the sum by the number of micro-batches."""
 
     def mean_of_micro_batch(loss, logits, labels, num_items=None):
-        return loss(logits, labels) / (1 if num_items is None else 2)  # the ladder accumulates two micro-batches
+        return loss(logits, labels) / (1 if num_items is None else SMALL.micro_batches)
 
     with _loss(mean_of_micro_batch):
         yield
@@ -500,7 +501,7 @@ def schedule_off_by_one(model: CustomLLM) -> Iterator[None]:
     """The learning rate is that of the next update."""
     make = stepping.make_schedule
     with mock.patch.object(
-        stepping, "make_schedule", lambda optimizer, config, done=0: make(optimizer, config, done + 1)
+        stepping, "make_schedule", lambda optimizer, schedule, peak, done=0: make(optimizer, schedule, peak, done + 1)
     ):
         yield
 
@@ -571,10 +572,9 @@ def cosine_with_a_floor(model: CustomLLM) -> Iterator[None]:
     """The learning rate ends at a tenth of its peak instead of zero."""
     make = stepping.make_schedule
 
-    def floored(optimizer, config, done=0):
-        schedule = make(optimizer, config, done)
-        (shape,) = set(schedule.lr_lambdas)
-        floor = functools.partial(_with_floor, shape, config.schedule.warmup_steps)
+    def floored(optimizer, schedule, peak, done=0):
+        (shape,) = set(make(optimizer, schedule, peak, done).lr_lambdas)
+        floor = functools.partial(_with_floor, shape, schedule.warmup_steps)
         return LambdaLR(optimizer, floor, last_epoch=done - 1)
 
     with mock.patch.object(stepping, "make_schedule", floored):

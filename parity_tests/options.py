@@ -12,7 +12,19 @@ from jaxllm.config import MAX_SEED
 from jaxllm.config.fields import check_fields, option
 from jaxllm.errors import UserError
 
-Rung = Literal["weights", "layers", "logits", "loss", "gradients", "step", "trajectory", "generation"]
+Rung = Literal[
+    "weights",
+    "layers",
+    "parts",
+    "logits",
+    "loss",
+    "padding",
+    "evaluation",
+    "gradients",
+    "step",
+    "trajectory",
+    "generation",
+]
 RUNGS: tuple[Rung, ...] = get_args(Rung)
 
 MIN_STEPS = 5
@@ -31,9 +43,11 @@ class ParityArgs:
     """The number of layers, instead of the preset's."""
     rungs: tuple[Rung, ...] = RUNGS
     """The comparisons to make."""
-    precision: Literal["float32", "float64", "bfloat16"] = "float32"
-    """float64 distinguishes errors from rounding."""
-    seq_len: int = option(500, ge=2)
+    precision: Literal["float32", "float64", "bfloat16"] | None = None
+    """float64 distinguishes errors from rounding; none: float32 and then, if the run computes in it, bfloat16."""
+    quick: bool = False
+    """Compare in float32 alone, with fewer steps and at smaller sizes; the last lines name what that leaves out."""
+    seq_len: int = option(500, ge=1)
     """Tokens in the forward comparisons; short texts miss position faults."""
     steps: int = option(50, ge=MIN_STEPS)
     """Steps of the training trajectory."""

@@ -15,7 +15,7 @@ from jaxllm.run.reporting import new_figure
 from parity_tests.compare import MUON_BFLOAT16, TOLERANCES, Row
 from parity_tests.engine.report import first_divergence, number, rows_as_json
 from parity_tests.forward import PARTS
-from parity_tests.ladder import Curve
+from parity_tests.training_rungs import Curve
 
 PACKAGES = ("jax", "flax", "optax", "torch", "transformers", "numpy")
 

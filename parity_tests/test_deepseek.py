@@ -24,11 +24,14 @@ from jaxllm.store.checkpoint import Weights
 from jaxllm.store.metrics_file import read_metrics
 from jaxllm.train.optim import OptimizerState
 from parity_tests import hf_side
-from parity_tests.compare import Flips, Row, expert_flips
+from parity_tests.compare import Row
 from parity_tests.deepseek_cases import CASES, V3, Json, respelled, yarn
 from parity_tests.forward import random_weights, torch_model
 from parity_tests.hf_mutations import STOCK_MUTATIONS
-from parity_tests.ladder import Ladder, training_batches, training_config
+from parity_tests.ladder import Ladder
+from parity_tests.options import RUNGS
+from parity_tests.replay import Flips, expert_flips
+from parity_tests.settings import SMALL, Settings, make_plan, text_batches
 from parity_tests.training import JaxTraining, torch_train
 
 TOKENS = np.random.default_rng(0).integers(0, 97, 90 + 50 * 2 * 2 * 64)
@@ -42,7 +45,8 @@ LENGTH = 90
 def climb(case: Json, precision: str, *rungs: str, steps: int = 5, optimizer: str = "adamw") -> list[Row]:
     config = read_config(case)
     weights = random_weights(config)
-    ladder = Ladder(config, weights, TOKENS, precision, LENGTH, steps, optimizer, is_interleaved(case))
+    settings = Settings(LENGTH, steps, optimizer, sizes=SMALL, widens=False)  # test_parity.py goes beyond thresholds
+    ladder = Ladder(config, weights, TOKENS, precision, settings, is_interleaved(case))
     model = torch_model(config, weights, precision, case)
     return [row for _, rows in ladder.climb(model, rungs) for row in rows]
 
@@ -86,8 +90,7 @@ def test_bfloat16_with_replayed_experts_is_transformers_s():
 @pytest.mark.parametrize("precision", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_whole_ladder_on_every_case(case, precision):
-    rungs = ("weights", "layers", "logits", "loss", "gradients", "step", "trajectory", "generation")
-    assert_passed(climb(case, precision, *rungs, steps=50))
+    assert_passed(climb(case, precision, *RUNGS, steps=50))
 
 
 # planted faults
@@ -102,7 +105,9 @@ FAULTY: dict[str, Json] = {
 def faulty_side(kind: str) -> tuple[Ladder, torch.nn.Module]:
     config = read_config(FAULTY[kind])
     weights = random_weights(config)
-    return Ladder(config, weights, TOKENS, "float64", LENGTH), torch_model(config, weights, "float64", FAULTY[kind])
+    return Ladder(config, weights, TOKENS, "float64", Settings(LENGTH)), torch_model(
+        config, weights, "float64", FAULTY[kind]
+    )
 
 
 @pytest.mark.parametrize("name", STOCK_MUTATIONS)
@@ -145,8 +150,9 @@ def test_steps_here_and_there_are_steps_here():
     """Twenty steps here and twenty in PyTorch on transformers' model are forty here: weights, moments and bias."""
     case, half = CASES["v3"], 20
     config = read_config(case)
-    training = training_config(config, 2 * half, "float64")
-    batches, weights = training_batches(training, TOKENS), random_weights(config)
+    plan = make_plan(config, "float64", Settings(steps=2 * half))
+    training, weights = plan.config, random_weights(config)
+    batches = text_batches(TOKENS, plan.sizes, 2 * half)
     ours = JaxTraining(training, weights, "float64")
     whole, first = ours.train(batches), ours.train(batches[:half])
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import html.parser
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +27,7 @@ from parity_tests.engine import logprobs
 from parity_tests.engine.command import main
 from parity_tests.engine.lift import Interpreter
 from parity_tests.engine.mapping import Entry, read_mapping, regroups
+from parity_tests.engine.page import write_verdict
 from parity_tests.engine.propose import relations
 
 ROOT = Path(__file__).parents[1]
@@ -461,6 +464,20 @@ class Page(html.parser.HTMLParser):
 
     def handle_data(self, data):
         self.text.append(data)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="neither chromium nor google-chrome is installed")
+def test_a_browser_shows_the_page_without_a_network(attention, tmp_path):
+    file = write_verdict(attention, tmp_path, "python -m parity_tests pair my_pair.py")["page"]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    offline = "--host-resolver-rules=MAP * ~NOTFOUND"
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", profile, offline, "--dump-dom", file.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert f'<h1 class="ok">{html.escape(attention.lines()[0])}</h1>' in shown
+    assert shown.count('class="error"') == sum(row.relative_l2 is not None for row in attention.rows)
 
 
 def test_the_command_names_what_differs(tmp_path, capsys):

@@ -3,35 +3,72 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import pkgutil
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
+import jax
 import numpy as np
 import pytest
 import torch
 
-import parity_tests.ladder
-from jaxllm.config import PRESETS, ModelConfig, RouterConfig
+import jaxllm.model.kernels
+import jaxllm.train
+from jaxllm.config import PRESETS, ModelConfig, RouterConfig, TrainConfig
+from jaxllm.model.kernels import causal_attention, grouped_loop, matmul
+from jaxllm.train import loss
+from parity_tests import training_rungs
 from parity_tests.__main__ import main
-from parity_tests.compare import TOLERANCES, compare_arrays, compare_leaves, expert_flips
+from parity_tests.compare import TOLERANCES, compare_arrays, compare_leaves
+from parity_tests.executed import Executed
 from parity_tests.forward import random_weights, torch_model
+from parity_tests.jax_mutations import BFLOAT16_MUTATIONS, JAX_MUTATIONS
 from parity_tests.ladder import Ladder
 from parity_tests.mutations import MUTATIONS, FaultyAdamW
 from parity_tests.options import RUNGS
+from parity_tests.replay import expert_flips
+from parity_tests.settings import Settings, Sizes, make_plan
 from parity_tests.text import read_tokens
 
 TINY = PRESETS["tiny"]
 # for tests with many models: the same parts, smaller
-NARROW = dataclasses.replace(TINY, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, moe_intermediate_size=48)
+NARROW = dataclasses.replace(
+    TINY, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, moe_intermediate_size=48,
+    max_position_embeddings=128,
+)  # fmt: skip
 # not covered by tiny: several shared experts, larger latents, no final norm
 OTHER = dataclasses.replace(
     NARROW, n_shared_experts=2, n_routed_experts=5, num_experts_per_tok=3, compression_ratio=2, final_norm=False
 )
 FORWARD = ("weights", "layers", "logits", "loss")
+SMALL_STEPS = Sizes(3, 2, 24)
+
+
+@contextmanager
+def low_thresholds() -> Iterator[None]:
+    """Small batches are beyond them, and few sizes are compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(causal_attention, "BLOCK_QUERIES", 16)
+        patch.setattr(causal_attention, "MAX_SPANS", 2)
+        patch.setattr(loss, "CHUNK_ROWS", 32)
+        patch.setattr(grouped_loop, "BLOCK_ROWS", (8, 16, 32))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _low_thresholds(request):
+    with ExitStack() as stack:
+        if not request.node.get_closest_marker("slow"):
+            stack.enter_context(low_thresholds())
+        yield
 
 
 @pytest.fixture(scope="module")
 def tokens() -> np.ndarray:
-    return read_tokens(TINY, Ladder.tokens_needed(TINY, 500, 50), None, None)
+    return read_tokens(TINY, 25_000, None, None)
 
 
 def failures(ladder: Ladder, model, rungs=RUNGS) -> list[str]:
@@ -45,13 +82,14 @@ def failures(ladder: Ladder, model, rungs=RUNGS) -> list[str]:
 
 def ladder_of(config: ModelConfig, tokens: np.ndarray, precision: str, **options):
     config = dataclasses.replace(config, dropout=0.0)
-    weights = random_weights(config)
-    return Ladder(config, weights, tokens, precision, **options), torch_model(config, weights, precision)
+    weights = random_weights(config, options.pop("seed", 0))
+    return Ladder(config, weights, tokens, precision, Settings(**options)), torch_model(config, weights, precision)
 
 
 @pytest.fixture(scope="module")
 def narrow(tokens):
-    return ladder_of(NARROW, tokens, "float32", seq_len=200, steps=15)
+    with low_thresholds():
+        return ladder_of(NARROW, tokens, "float32", seq_len=100, steps=15, sizes=SMALL_STEPS)
 
 
 @pytest.mark.slow  # `.ci/run` runs the whole ladder on a trained run of `tiny`
@@ -63,17 +101,17 @@ def test_tiny_in_float32(tokens):
 
 
 def test_float64_agrees_to_its_precision(tokens):
-    assert failures(*ladder_of(NARROW, tokens, "float64", seq_len=200, steps=15)) == []
+    assert failures(*ladder_of(NARROW, tokens, "float64", seq_len=100, steps=15, sizes=SMALL_STEPS)) == []
 
 
 @pytest.mark.slow
 def test_bfloat16(tokens):
-    assert failures(*ladder_of(NARROW, tokens, "bfloat16", seq_len=200, steps=8)) == []
+    assert failures(*ladder_of(NARROW, tokens, "bfloat16", seq_len=100, steps=8)) == []
 
 
-@pytest.mark.parametrize("rungs", [FORWARD, pytest.param(RUNGS[4:6], marks=pytest.mark.slow)], ids="_".join)
+@pytest.mark.parametrize("rungs", [FORWARD, pytest.param(("gradients", "step"), marks=pytest.mark.slow)], ids="_".join)
 def test_other_shapes(tokens, rungs):
-    assert failures(*ladder_of(OTHER, tokens, "float64", seq_len=200, steps=5), rungs=rungs) == []
+    assert failures(*ladder_of(OTHER, tokens, "float64", seq_len=100, steps=5), rungs=rungs) == []
 
 
 @pytest.mark.slow
@@ -84,19 +122,20 @@ def test_tiny_in_other_precisions(tokens, precision):
 
 @pytest.fixture(scope="module")
 def narrow_muon(tokens):
-    return ladder_of(NARROW, tokens, "float32", seq_len=200, steps=15, optimizer="muon")
+    with low_thresholds():
+        return ladder_of(NARROW, tokens, "float32", seq_len=100, steps=15, sizes=SMALL_STEPS, optimizer="muon")
 
 
 @pytest.mark.slow  # test_deepseek.py compares Muon in float64
 def test_muon_in_float64(tokens):
-    ladder = ladder_of(NARROW, tokens, "float64", seq_len=200, steps=15, optimizer="muon")
+    ladder = ladder_of(NARROW, tokens, "float64", seq_len=100, steps=15, optimizer="muon")
     assert failures(*ladder, rungs=("step", "trajectory")) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_muon_in_other_precisions(tokens, precision):
-    ladder = ladder_of(NARROW, tokens, precision, seq_len=200, steps=5, optimizer="muon")
+    ladder = ladder_of(NARROW, tokens, precision, seq_len=100, steps=5, optimizer="muon")
     assert failures(*ladder, rungs=("step", "trajectory")) == []
 
 
@@ -125,7 +164,215 @@ def test_faulty_adamw_without_a_mistake_is_adamw(narrow, monkeypatch):
 
 
 def test_there_is_a_fault_for_every_rung():
-    assert {mutation.rung for mutation in MUTATIONS.values()} == set(RUNGS)
+    every = MUTATIONS | JAX_MUTATIONS | BFLOAT16_MUTATIONS
+    assert {mutation.rung for mutation in every.values()} == set(RUNGS)
+
+
+# faults of the Flax side
+
+LEAST = dataclasses.replace(
+    NARROW, hidden_size=32, num_hidden_layers=1, n_routed_experts=3, moe_intermediate_size=16, vocab_size=512,
+    max_position_embeddings=64,
+)  # fmt: skip
+OF_A_RUN = {
+    "decay_ends_early": {"schedule": "wsd", "warmup_steps": 2, "decay_steps": 8},
+    "warmup_of_none_starts_at_zero": {"warmup_steps": 0},
+}
+"""Options of the run whose settings show the fault."""
+QUICK_FAULTS = ("later_queries_give_keys_no_gradient", "large_groups_cut")
+
+
+def least(tokens: np.ndarray, name: str, precision: str = "float32"):
+    run = None
+    if name in OF_A_RUN:
+        sizes = {"batch_size": 2, "seq_len": 24, "steps": 20, "learning_rate": 1e-3}
+        run = TrainConfig.from_options(model=LEAST, **sizes, **OF_A_RUN[name])
+    return ladder_of(LEAST, tokens % 512, precision, seq_len=60, steps=10, run=run, sizes=None if run else SMALL_STEPS)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK_FAULTS else pytest.mark.slow) for name in JAX_MUTATIONS]
+)
+def test_a_fault_of_the_flax_side_is_caught_by_the_lowest_rung_that_can_see_it(tokens, name):
+    mutation, rungs = JAX_MUTATIONS[name], RUNGS
+    if name in QUICK_FAULTS:
+        rungs = (mutation.rung,)
+    with low_thresholds():
+        ladder, model = least(tokens, name)
+        with mutation.plant(model):
+            breaches = (row for _, rows in ladder.climb(model, rungs) for row in rows if not row.passed)
+            caught = next(breaches, None)
+    assert caught is not None, "nothing was caught"
+    assert (caught.rung, caught.what) == (mutation.rung, mutation.what)
+
+
+def parts_that_differ(ladder: Ladder, model) -> list[str]:
+    ((_, rows),) = ladder.climb(model, ("parts",))
+    return [*dict.fromkeys(row.what for row in rows if not row.passed)]
+
+
+def test_float32_that_is_lost_inside_bfloat16_is_seen_in_each_part(tokens):
+    """Each part gets the same input in both frameworks, so that all faults can be planted at once."""
+    assert parts_that_differ(*ladder_of(NARROW, tokens, "bfloat16", seq_len=100)) == []
+    with ExitStack() as stack:
+        for mutation in BFLOAT16_MUTATIONS.values():
+            stack.enter_context(mutation.plant(None))
+        differ = parts_that_differ(*ladder_of(NARROW, tokens, "bfloat16", seq_len=100))
+    assert {mutation.what for mutation in BFLOAT16_MUTATIONS.values()} <= {*differ}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BFLOAT16_MUTATIONS)
+def test_float32_that_is_lost_is_caught_by_the_part_that_loses_it(tokens, name):
+    mutation = BFLOAT16_MUTATIONS[name]
+    with mutation.plant(None):
+        ladder, model = ladder_of(NARROW, tokens, "bfloat16", seq_len=100)
+        breaches = [row for _, rows in ladder.climb(model, RUNGS[:3]) for row in rows if not row.passed]
+    assert (breaches[0].rung, breaches[0].what) == (mutation.rung, mutation.what)
+
+
+# no false alarms
+
+SHAPES = {
+    "one layer": {"num_hidden_layers": 1},
+    "one expert": {"n_routed_experts": 1, "num_experts_per_tok": 1},
+    "one of the experts": {"num_experts_per_tok": 1},
+    "all experts": {"num_experts_per_tok": 7},
+    "odd heads": {"hidden_size": 60, "num_attention_heads": 5},
+    "three hidden": {"moe_intermediate_size": 3},
+}
+
+
+def of_a_run(model: ModelConfig, **options) -> TrainConfig:
+    """Settings as train.py has them by default, without auxiliary losses."""
+    sizes = {"batch_size": 4, "seq_len": 24, "steps": 40}
+    return TrainConfig.from_options(model=model, **sizes, **options)
+
+
+def test_a_router_whose_gradient_is_zero_in_theory_raises_no_alarm(tokens):
+    """With one expert a token the gate is 1: what the router gets is rounding. Odd heads and a size of 3 beside it."""
+    odd = SHAPES["odd heads"] | SHAPES["three hidden"] | SHAPES["one of the experts"]
+    config = dataclasses.replace(NARROW, num_hidden_layers=1, **odd)
+    ladder, model = ladder_of(config, tokens, "float32", seq_len=100, steps=5, run=of_a_run(config))
+    found = dict(ladder.climb(model, ("layers", "gradients")))
+    assert [row for rows in found.values() for row in rows if not row.passed] == []
+    assert any("zero in theory" in row.note for row in found["gradients"])
+    with MUTATIONS["latent_detached"].plant(model):
+        assert failures(ladder, model, ("gradients",)) != []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_right_models_raise_no_alarm(tokens, shape, optimizer, precision, seed):
+    config = dataclasses.replace(NARROW, **SHAPES[shape])
+    rate = 8e-3 if optimizer == "muon" else 4e-3  # the defaults
+    run = of_a_run(config, optimizer=optimizer, learning_rate=rate)
+    with low_thresholds():
+        ladder, model = ladder_of(config, tokens, precision, seq_len=100, steps=10, run=run, seed=seed)
+        assert failures(ladder, model) == []
+
+
+def test_one_token_is_compared(tokens):
+    assert failures(*ladder_of(LEAST, tokens % 512, "float32", seq_len=1), rungs=(*FORWARD, "padding")) == []
+
+
+# what is compared follows from the code and the run
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value", "size"),
+    [
+        (causal_attention, "BLOCK_QUERIES", 200, "tokens"),
+        (loss, "CHUNK_ROWS", 5000, "all"),
+        (grouped_loop, "BLOCK_ROWS", (16, 7000), "all"),
+    ],
+)
+def test_a_changed_threshold_widens_the_ladder(monkeypatch, module, name, value, size):
+    monkeypatch.setattr(module, name, value)
+    wide = make_plan(TINY, "float32", Settings()).wide
+    limit = value[-1] if isinstance(value, tuple) else value
+    assert (wide.tokens if size == "tokens" else wide.tokens * wide.rows) > limit
+
+
+def test_more_rows_are_decoded_where_few_rows_are_more(monkeypatch, tokens):
+    rows = [len(ladder_of(LEAST, tokens % 512, "float32")[0].generation.given[0].prompts)]
+    monkeypatch.setattr(matmul, "FEW_ROWS", 64)
+    rows.append(len(ladder_of(LEAST, tokens % 512, "float32")[0].generation.given[0].prompts))
+    assert rows == [16, 32]
+
+
+THRESHOLDS = {"BLOCK_QUERIES", "MAX_SPANS", "CHUNK_ROWS", "GPU_CHUNK_ROWS", "BLOCK_ROWS", "FEW_ROWS"}
+OTHER_NUMBERS = {"IGNORED", "MAX_PROGRAMS", "SMALL_GROUP", "STEPS", "TILE", "SWIGLU_WIDTH", "DEPTH"}
+"""A label; programs that are kept; how blocks are padded; Newton-Schulz steps; the last three are of a GPU."""
+
+
+def test_every_size_in_the_code_is_known_to_the_ladder():
+    """A new number in the kernels or the step is a threshold, which `settings` must read, or is named above."""
+    found = set()
+    for package in (jaxllm.model.kernels, jaxllm.train):
+        for info in pkgutil.iter_modules(package.__path__):
+            for name, value in vars(importlib.import_module(f"{package.__name__}.{info.name}")).items():
+                of_numbers = isinstance(value, tuple) and all(type(part) is int for part in value)
+                if name.lstrip("_").isupper() and (type(value) is int or of_numbers):
+                    found.add(name)
+    assert found - OTHER_NUMBERS == THRESHOLDS
+
+
+def test_the_rungs_have_the_settings_of_the_run():
+    options = {
+        "optimizer": "muon", "schedule": "wsd", "warmup_steps": 0, "decay_steps": 100, "grad_accum": 8, "remat": True,
+        "balance_loss": 1e-3, "router_z_loss": 1e-4, "weight_decay": 0.0, "learning_rate": 3e-3, "seq_len": 256,
+    }  # fmt: skip
+    run = TrainConfig.from_options(model=TINY, steps=200, **options)
+    plan = make_plan(TINY, "float32", Settings(run=run))
+    taken = plan.config.options()
+    changed = {"grad_accum": 3, "decay_steps": 25}
+    assert {name: taken[name] for name in options} == options | changed
+    assert plan.sizes == Sizes(3, 8, 256)
+    assert plan.wide == plan.sizes  # beyond every threshold
+    assert plan.notes == ["grad_accum 3 (the run's: 8)", "the schedule of 200 steps on 50, 0 of them warm-up"]
+
+
+def test_code_that_never_ran_is_named(tmp_path, monkeypatch):
+    source = """
+def chosen(a, b):
+    both = 1 if a else 2
+    if b:
+        both += 1
+    else:
+        both -= 1
+    if both < 0:
+        raise ValueError("not reached")
+    return both
+
+def never():
+    return 1
+"""
+    for name in ("ran", "unread"):
+        (tmp_path / "planted" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "planted" / f"{name}.py").write_text(source)
+    (tmp_path / "planted" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    executed = Executed(("planted",))
+    with executed.watching():
+        importlib.import_module("planted.ran").chosen(True, False)
+    assert sys.gettrace() is None or "executed" not in str(sys.gettrace())
+    assert [str(missed) for missed in executed.missed()] == ["planted/ran.py (never, 3, 5)", "planted/unread.py"]
+
+
+def test_what_jax_does_not_trace_is_named(tokens):
+    jax.clear_caches()
+    executed = Executed()
+    with executed.watching():
+        assert failures(*ladder_of(LEAST, tokens % 512, "float32", seq_len=60), rungs=("logits",)) == []
+    missed = {missed.file: missed for missed in executed.missed()}
+    assert "model/decoder.py" in missed
+    assert "CustomLLM.decode" in missed["model/decoder.py"].functions
+    assert missed["train/muon.py"].whole
+    assert "model/kernels/swiglu.py" in missed  # its gradient
 
 
 def test_near_ties_are_distinguished_from_wrong_choices():
@@ -160,7 +407,7 @@ def test_a_near_tie_is_replayed_and_reported(tokens, training, wrong):
     model = torch_model(config, weights)
     for layer in model.decoder_layers:
         layer.mlp.routing_bias[1] += 2e-6  # PyTorch prefers the second of the two, Flax the first
-    ladder = Ladder(config, weights, tokens, "float32", seq_len=200, steps=5)
+    ladder = Ladder(config, weights, tokens, "float32", Settings(seq_len=100, steps=5, sizes=SMALL_STEPS))
     found = dict(ladder.climb(model, ("layers", "logits", "loss", *training)))
     assert [row for rows in found.values() for row in rows if not row.passed] == []
     choice = next(row for row in found["layers"] if row.what == "expert choice")
@@ -180,7 +427,9 @@ def test_what_training_amplifies_is_distinguished_from_a_fault(narrow, monkeypat
     """Where rounding grows beyond the tolerance, two correct programs may differ by what rounding does, not by more."""
     ladder, model = narrow
     strict = ladder.tolerances.trajectory._replace(relative_l2=2e-7)  # as if this calm training were a wild one
-    monkeypatch.setattr(ladder, "tolerances", ladder.tolerances._replace(trajectory=strict))
+    subject = ladder.training.subject
+    tolerances = subject.tolerances._replace(trajectory=strict)
+    monkeypatch.setattr(ladder.training, "subject", subject._replace(tolerances=tolerances))
     ((_, rows),) = ladder.climb(model, ("trajectory",))
     assert [row for row in rows if not row.passed] == []
     parameters = [row for row in rows if row.what == "parameters"]
@@ -189,7 +438,7 @@ def test_what_training_amplifies_is_distinguished_from_a_fault(narrow, monkeypat
     assert any("10 roundings" in row.note for row in rows)
     with MUTATIONS["cosine_with_a_floor"].plant(model):
         assert any("losses" in failure for failure in failures(ladder, model, ("trajectory",)))
-    monkeypatch.setattr(parity_tests.ladder, "MAX_AMPLIFIED", strict.relative_l2)  # too wild to be compared
+    monkeypatch.setattr(training_rungs, "MAX_AMPLIFIED", strict.relative_l2)  # too wild to be compared
     assert failures(ladder, model, ("trajectory",)) != []
 
 
@@ -199,7 +448,8 @@ def test_a_cancelled_gradient_is_distinguished_from_a_wrong_one(tokens):
     for name in ("token_embeddings", "position_embeddings"):
         table = weights.params[name]["weight"]  # (V|P,D)
         table[:] = table[0] + 0.03 * table
-    ladder, model = Ladder(NARROW, weights, tokens, "float32", seq_len=200, steps=15), torch_model(NARROW, weights)
+    settings = Settings(seq_len=100, steps=15, sizes=SMALL_STEPS)
+    ladder, model = Ladder(NARROW, weights, tokens, "float32", settings), torch_model(NARROW, weights)
     (_, rows), *_ = ladder.climb(model, ("gradients",))
     assert [row for row in rows if not row.passed] == []
     limit = TOLERANCES["float32"].gradient.relative_l2
@@ -262,7 +512,7 @@ def test_the_command_reports_a_planted_fault(tmp_path, capsys):
     [
         (["--mutate", "everything"], "mutate is 'everything': choose one of weight_transposed"),
         (["--text", "nowhere.txt"], "text is 'nowhere.txt'"),
-        (["--seq-len", "1"], "seq_len is 1"),
+        (["--seq-len", "0"], "seq_len is 0"),
         (["--steps", "2"], "steps is 2: it must be at least 5"),
         (["--seed", "-1"], "seed is -1"),
         (["--text", __file__.removesuffix(".py")], "text is"),

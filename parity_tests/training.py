@@ -5,19 +5,22 @@ Both sides are the functions used for training: `jaxllm.train.step` and `torch_r
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from flax import nnx
 
 import torch_ref.step as torch_step
 from jaxllm.config import TrainConfig
 from jaxllm.config.families import is_interleaved
+from jaxllm.config.groups import OptimConfig, ScheduleConfig
 from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import abstract_model
 from jaxllm.store.checkpoint import Weights
@@ -26,7 +29,8 @@ from jaxllm.train.optim import OptimizerState, of_adamw
 from jaxllm.train.state import TrainState, start_state
 from jaxllm.train.step import StepMetrics
 from parity_tests import hf_side
-from parity_tests.forward import DTYPES, jax_precision, jax_weights, state_dict_arrays, torch_named
+from parity_tests.forward import DTYPES, jax_precision, jax_weights, state_dict_arrays, torch_named, torch_precision
+from parity_tests.recording import first, hooked
 from torch_ref import CustomLLM as TorchCustomLLM
 from torch_ref.muon import moment_names
 
@@ -37,6 +41,18 @@ class Gradients(NamedTuple):
     loss: float
     grads: Named
     experts: np.ndarray | None  # (A,L,B,T,k), chosen by PyTorch's routers; None from JAX
+    scales: dict[str, float] = {}  # noqa: RUF012  the norm of the gradient at the output of each module; from PyTorch
+
+    @property
+    def norm(self) -> float:
+        return float(np.sqrt(sum(float(np.square(grad, dtype=np.float64).sum()) for grad in self.grads.values())))
+
+    def scale_of(self, name: str) -> float:
+        """The size of the gradients that one is summed from: at the outputs of its module and of the one around it."""
+        owner = name.rpartition(".")[0]
+        while owner and owner not in self.scales:
+            owner = owner.rpartition(".")[0]
+        return max(self.scales.get(owner, 0.0), self.scales.get(owner.rpartition(".")[0], 0.0))
 
 
 class Trained(NamedTuple):
@@ -59,26 +75,83 @@ def random_moments(config: TrainConfig, weights: Weights, count: int, seed: int 
     return OptimizerState(np.asarray(count, np.int32), mu, of_adamw(config.model, config.optim, nu))
 
 
-_gradients = jax.jit(jax_step.gradients, static_argnums=(0, 1))
-_step = jax.jit(jax_step.train_step, static_argnums=(0, 1, 2), donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _gradients(optim: OptimConfig, graph: nnx.GraphDef, *arrays):
+    return jax_step.gradients(optim, graph, *arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _step(optim: OptimConfig, schedule: ScheduleConfig, graph: nnx.GraphDef, limit: jax.Array, *arrays):
+    """A step whose gradients are clipped at `limit`, an argument: another one compiles nothing."""
+    optim = copy.copy(optim)
+    object.__setattr__(optim, "max_grad_norm", limit)
+    return jax_step.train_step(optim, schedule, graph, *arrays)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _evaluate(graph: nnx.GraphDef, *arrays):
+    return jax_step.eval_step(graph, *arrays)
 
 
 class JaxTraining:
-    """Gradients and steps of the Flax model in one precision; each is compiled once for all models of a config."""
+    """Gradients and steps of the Flax model in one precision; each is compiled once for all models of a config.
 
-    def __init__(self, config: TrainConfig, weights: Weights, precision: str, interleaved: bool = True):
+    Args:
+        recomputes: whether the gradients are computed with remat; None: as the steps are.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        weights: Weights,
+        precision: str,
+        interleaved: bool = True,
+        recomputes: bool | None = None,
+    ):
         self.config, self.weights, self.precision = config, weights, precision
+        self.limit = config.optim.max_grad_norm
+        """Of the gradient norm; may be changed."""
         self._named = functools.partial(torch_named, config.model, interleaved=interleaved)
+        remat = config.remat if recomputes is None else recomputes
         with jax_precision(precision):
-            graph, _, _ = abstract_model(config.model, dtype=DTYPES[precision])
-        self._gradients = functools.partial(_gradients, config.optim, graph)
+            graph, recomputing = (
+                abstract_model(config.model, dtype=DTYPES[precision], remat=again)[0] for again in (config.remat, remat)
+            )
+        self._gradients = functools.partial(_gradients, config.optim, recomputing)
         self._step = functools.partial(_step, config.optim, config.schedule, graph)
+        self._evaluate = functools.partial(_evaluate, graph)
 
-    def gradients(self, labels: np.ndarray, experts: np.ndarray | None = None) -> Gradients:
-        """Gradients of the mean loss over micro-batches (A,B,T); `experts` (A,L,B,T,k) replaces the routers' choice."""
+    def gradients(
+        self, labels: np.ndarray, experts: np.ndarray | None = None, weights: Weights | None = None
+    ) -> Gradients:
+        """Gradients of the mean loss over micro-batches (A,B,T).
+
+        Args:
+            experts: (A,L,B,T,k), replaces the routers' choice.
+            weights: in place of the model's.
+        """
         with jax_precision(self.precision):
-            grads, loss, _ = self._gradients(self._start(), TokenBatch(jnp.asarray(labels)), experts)
+            batch = TokenBatch(jnp.asarray(labels))
+            grads, loss, _ = self._gradients(self._start(weights=weights), batch, experts)
         return Gradients(float(loss), self._named(grads), None)
+
+    def gradients_of_a_step(
+        self, labels: np.ndarray, experts: np.ndarray | None = None, weights: Weights | None = None
+    ) -> Gradients:
+        """As `gradients`, from the first moments of a step from zero moments: the program of the steps is enough."""
+        optim = self.config.optim
+        done = self.train(labels[None], None, None if experts is None else [experts], weights=weights)
+        scale = min(1.0, self.limit / (done.grad_norms[0] + 1e-6))
+        betas = {name: optim.beta1 if name in done.nu else optim.muon_momentum for name in done.mu}
+        grads = {name: moment / ((1 - betas[name]) * scale) for name, moment in done.mu.items()}
+        return Gradients(done.losses[0], grads, None)
+
+    def evaluate(self, labels: np.ndarray) -> tuple[float, int]:
+        """Summed loss and number of targets of a batch (B,T), as the training run evaluates it."""
+        with jax_precision(self.precision):
+            weights = jax_weights(self.weights, self.precision)
+            loss, targets = self._evaluate(*weights, TokenBatch(jnp.asarray(labels)))
+        return float(loss), int(targets)
 
     def train(
         self,
@@ -98,11 +171,11 @@ class JaxTraining:
         reports: list[StepMetrics] = []
         with jax_precision(self.precision):
             state = self._start(moments, weights)
+            limit = jnp.asarray(self.limit, state.opt_state.mu["token_embeddings"]["weight"].dtype)
             for i, labels in enumerate(batches):
                 before_step(i, Weights(state.params, state.routing_bias))
-                state, metrics = self._step(
-                    state, TokenBatch(jnp.asarray(labels)), None if experts is None else experts[i]
-                )
+                batch = TokenBatch(jnp.asarray(labels))
+                state, metrics = self._step(limit, state, batch, None if experts is None else experts[i])
                 reports.append(metrics)
             reports = jax.device_get(reports)
         after, named = state.opt_state, self._named
@@ -148,13 +221,52 @@ def _training(model: TorchCustomLLM) -> Iterator[None]:
 
 def torch_gradients(model: TorchCustomLLM, config: TrainConfig, labels: np.ndarray) -> Gradients:
     """The PyTorch model's gradients; arguments as in `JaxTraining.gradients`."""
-    with _training(model):
+    squares: dict[str, float] = {}
+
+    def add(name: str, norm: torch.Tensor) -> None:
+        squares[name] = squares.get(name, 0.0) + float(norm) ** 2
+
+    def watch(name: str, output: Any) -> None:
+        values = first(output)
+        if isinstance(values, torch.Tensor) and values.requires_grad:
+            values.register_hook(lambda grad: add(name, torch.linalg.vector_norm(grad)))
+
+    modules = [(module, name) for name, module in model.named_modules()]
+    with _training(model), hooked(modules, watch):
         loss, experts = torch_step.accumulate_gradients(
             model, config.optim, config.precision, torch.from_numpy(labels).long()
         )
         # an unused parameter has no gradient, which is not the same as a zero gradient
         grads = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
-    return Gradients(float(loss), hf_side.in_file(grads), experts.numpy())
+    scales = {name: value**0.5 for name, value in squares.items()}
+    return Gradients(float(loss), hf_side.in_file(grads), experts.numpy(), scales)
+
+
+@torch.no_grad()
+def torch_evaluate(model: TorchCustomLLM, labels: np.ndarray, precision: str) -> tuple[float, int]:
+    """As `JaxTraining.evaluate`."""
+    tokens = torch.from_numpy(labels).long()
+    with torch_precision(precision):
+        out = model(tokens.clamp(min=0), labels=tokens, num_items_in_batch=1)
+    return float(out.loss), int((labels[:, 1:] != torch_step.IGNORED).sum())
+
+
+@contextmanager
+def one_expert_for_all(model: Any, weights: Weights) -> Iterator[Weights]:
+    """In this context the routing biases send every token to the first expert, and none to the last.
+
+    Yields the weights of the Flax model with such biases.
+    """
+    push = hf_side.with_biases(model, lambda bias: _pushed(bias.numpy()))
+    with push:
+        yield weights._replace(routing_bias=jax.tree.map(_pushed, weights.routing_bias))
+
+
+def _pushed(bias: np.ndarray) -> np.ndarray:  # (...,E)
+    pushed = np.array(bias)
+    pushed[..., -1] -= 4  # scores are within 0 and 1
+    pushed[..., 0] = 4
+    return pushed
 
 
 def torch_train(

@@ -44,8 +44,7 @@ def test_a_device_counts_by_what_jax_tells_of_it(devices, wanted, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("found", "wanted"),
-    [(["the GPU", "the GPU"], "the GPU"), (["the GPU", None], None), ([None, "the GPU"], None)],
+    ("found", "wanted"), [(["the GPU", "the GPU"], "the GPU"), (["the GPU", None], None), ([None, "the GPU"], None)]
 )
 def test_processes_agree(found, wanted, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)

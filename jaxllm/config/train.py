@@ -23,7 +23,7 @@ PrecisionOption = Literal["auto", "float32", "bfloat16"]
 KernelsOption = Literal["auto", "plain"]
 
 FORMAT = 2
-"""Version of a run's train_config.json and checkpoints; CHANGELOG.md says what each version holds."""
+"""Version of a run's train_config.json and checkpoints; docs/reference/run-folder.md says what each one holds."""
 
 Group = TypeVar("Group")
 Flat = Annotated[Group, tyro.conf.OmitArgPrefixes]
@@ -35,23 +35,23 @@ class RunConfig:
     """The configuration of a training run in either framework: all options of `python -m torch_ref.train`."""
 
     preset: Annotated[str, tyro.conf.arg(help=f"The model's shape: one of {', '.join(PRESETS)}.")] = option(
-        "tiny", resumable=True
+        "tiny", resumable=True, common=True
     )
-    recipe: str = option("default", resumable=True)
+    recipe: str = option("default", resumable=True, common=True)
     """Training recipe: `default` (minutes on a CPU) or `seed` (the source's run)."""
     model: ModelConfig = field(default_factory=lambda: PRESETS["tiny"])
     """Single values of the preset can be overridden, e.g. --model.num-hidden-layers 2."""
-    run_dir: Path | None = option(None, resumable=True, saved=False)
+    run_dir: Path | None = option(None, resumable=True, saved=False, common=True)
     """Folder of the run; default: runs/PRESET."""
-    overwrite: bool = option(False, resumable=True, saved=False)
+    overwrite: bool = option(False, resumable=True, saved=False, common=True)
     """Delete the earlier run in the folder and start over."""
-    precision: PrecisionOption = "float32"
+    precision: PrecisionOption = option("float32", common=True)
     """Compute precision; master weights and moments are always float32. `auto`, which the default recipe of train.py
     has: bfloat16 where all devices multiply it in hardware (NVIDIA GPUs from Ampere on, AMD's with matrix cores, a TPU,
-    a CPU with AMX or AVX512-BF16), else float32. A resumed run keeps what it has."""
-    remat: bool = option(False, resumable=True)
+    a CPU with AMX or AVX512-BF16), else float32. A resumed run keeps its precision."""
+    remat: bool = option(False, resumable=True, common=True)
     """Recompute each layer in the backward pass. Without it, the results of matrix products are saved."""
-    seed: int = option(0, ge=0, le=MAX_SEED)
+    seed: int = option(0, ge=0, le=MAX_SEED, common=True)
     """Random seed of the weights, the order of the data, dropout and the samples."""
     data: Flat[groups.DataConfig] = field(default_factory=groups.DataConfig)
     optim: Flat[groups.OptimConfig] = field(default_factory=groups.OptimConfig)
@@ -156,14 +156,15 @@ Config = TypeVar("Config", bound=RunConfig)
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
-    """The configuration of a run of train.py; `train.py --help` prints it."""
+    """The configuration of a run of train.py; `train.py --help-all` prints it."""
 
-    init: Path | None = option(None, resumable=True)
-    """Start a new run from the weights of this folder: of the DeepSeek family, or an exported CustomLLM. It gives the
-    model and, where it has one, the tokenizer. The learning rate is then 2e-5, and the run's folder runs/NAME."""
+    init: Path | None = option(None, resumable=True, common=True)
+    """Start a new run from the weights in this folder: a model of the DeepSeek family, or an exported CustomLLM. The
+    model's shape and, if the folder has one, the tokenizer are taken from it. The learning rate is then 2e-5, and the
+    run's folder runs/NAME."""
     kernels: KernelsOption = option("auto", resumable=True)
     """`auto`: the fastest kernels of the device; on a GPU each is checked at the start, and what fails is replaced.
-    `plain`: those that run on any device, unchecked. A resumed run may change it: results differ by rounding, as
+    `plain`: kernels that run on any device, unchecked. A resumed run may change it: results differ by rounding, as
     between devices."""
     checkpoint: Flat[groups.CheckpointConfig] = field(default_factory=groups.CheckpointConfig)
     mesh: Flat[groups.MeshConfig] = field(default_factory=groups.MeshConfig)

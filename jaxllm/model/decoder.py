@@ -21,13 +21,12 @@ from jaxllm.config import ModelConfig
 from jaxllm.model.attention import Latents
 from jaxllm.model.dtypes import Array, DTypeLike, Pytree, at_least_float32, check_dtype
 from jaxllm.model.kernels import choose_kernels
-from jaxllm.model.kernels.dispatch import tokens_per_expert
 from jaxllm.model.kernels.matmul import linear
 from jaxllm.model.layer import DecoderLayer, LayerInputs, LayerTrace
 from jaxllm.model.layer_loop import decode_layers, run_layers
 from jaxllm.model.layers import CustomRMSNorm, Embedding, Linear, RoutingBias, parameter_facts, stack
 from jaxllm.model.layout import ONE_DEVICE, Layout
-from jaxllm.model.load_balance import balance_loss, z_loss
+from jaxllm.model.load_balance import balance_loss, expert_counts, z_loss
 
 STACKS = ("dense_layers", "decoder_layers")
 """The attributes of a model that are stacks of layers, in their order; a stack without layers is None."""
@@ -106,7 +105,8 @@ class CustomLLM(nnx.Module):
         """Logits of the next token, in float32 (float64 in a float64 model).
 
         Args:
-            attention_mask: zero at padding; None: no padding.
+            attention_mask: zero at padding; None: no padding. Numbers other than 0 and 1 are those of documents that do
+                not see each other, rising along a row; each begins at position 0.
             rngs: the `dropout` stream in training; None: no dropout.
         """
         keys = None if rngs is None else jax.random.split(rngs.dropout(), input_ids.shape[0])
@@ -179,16 +179,22 @@ class CustomLLM(nnx.Module):
 def _positions(input_ids: Int[Array, "B T"], attention_mask: Shaped[Array, "B T"] | None) -> Int[Array, "#B T"]:
     if attention_mask is None:
         return jnp.arange(input_ids.shape[1])[None]
-    return jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=-1) - 1, 0)
+    documents = attention_mask.astype(jnp.int32)
+    index = jnp.cumsum(documents > 0, axis=-1, dtype=jnp.int32) - 1  # among the tokens that are not padding
+    before = jax.lax.cummax(jnp.pad(documents, ((0, 0), (1, 0)))[:, :-1], axis=1)
+    first = jax.lax.cummax(jnp.where(documents > before, index, 0), axis=1)  # of the document
+    return jnp.maximum(index - first, 0)
 
 
-def _record(config: ModelConfig, keep_latents: bool, keep_trace: bool, trace: LayerTrace) -> LayerAux:
-    """What is returned of one layer."""
+def _record(
+    config: ModelConfig, keep_latents: bool, keep_trace: bool, trace: LayerTrace, attention_mask: Array | None
+) -> LayerAux:
+    """What is returned of one layer. Padding is in no figure of a router."""
     routing: Any = trace.routing
     return LayerAux(
-        counts=routing and tokens_per_expert(routing.experts, config.n_routed_experts),
-        balance_loss=routing and balance_loss(routing, trace.residual.shape[0]),
-        z_loss=routing and z_loss(routing),
+        counts=routing and expert_counts(routing, config.n_routed_experts, attention_mask),
+        balance_loss=routing and balance_loss(routing, trace.residual.shape[0], attention_mask),
+        z_loss=routing and z_loss(routing, attention_mask),
         latents=trace.latents if keep_latents else None,
         trace=trace if keep_trace else None,
     )

@@ -54,14 +54,15 @@ def run_layers(
     layers: DecoderLayer,
     x: Float[Array, "B T D"],
     inputs: LayerInputs,
-    record: Callable[[LayerTrace], Pytree],
+    record: Callable[[LayerTrace, Array | None], Pytree],
     layout: Layout,
     remat: bool,
 ) -> tuple[Float[Array, "B T D"], Pytree]:
-    """Run all layers; returns the residual stream, and what `record`, a pure function, takes from each layer, (L,...).
+    """Run all layers; returns the residual stream, and what `record` takes from each layer, (L,...).
 
     Args:
         layers: stacked.
+        record: a function of no other arrays than a layer's trace and the attention mask.
         inputs: those of a layer, but `experts` are of all layers, (L,B,T,k).
         remat: compute each layer again in the backward pass; see `layout.checkpoint`.
     """
@@ -71,7 +72,7 @@ def run_layers(
     def layer(sliced: Pytree, experts: Experts, inputs: LayerInputs, x: Array):
         module = merge(layout.gather(sliced, facts))
         trace, saved = module(x, inputs=inputs, layout=layout, experts=experts or None)  # names for nnx.tabulate
-        return (trace.residual, record(trace)), {name: saved[name] for name in experts}
+        return (trace.residual, record(trace, inputs.attention_mask)), {name: saved[name] for name in experts}
 
     kernels = layers.kernels
     tokens, k = x.shape[0] * x.shape[1], layers.config.num_experts_per_tok

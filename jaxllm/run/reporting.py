@@ -148,7 +148,8 @@ def conclude(prepared: Prepared[Any], eval_loss: float, skipped_rows: int, left_
     bytes_each = prepared.bytes_per_target
     evaluation = (
         f"{eval_loss:.4f} nats per token, {bits_per_byte(eval_loss, bytes_each):.4f} bits per byte; the best possible "
-        f"unigram model has {unigram:.4f} and {bits_per_byte(unigram, bytes_each):.4f}"
+        f"unigram model has {unigram:.4f} and {bits_per_byte(unigram, bytes_each):.4f} "
+        f"(on {len(prepared.held_out)} rows)"
     )
     print(f"Evaluation loss {evaluation}")
     draw_losses(config.folder, unigram, bytes_each)

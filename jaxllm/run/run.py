@@ -111,17 +111,18 @@ class Run:
     @classmethod
     @contextlib.contextmanager
     def open(
-        cls, config: TrainConfig, placement: Placement, read_start: Callable[[TrainConfig], Any]
+        cls, config: TrainConfig, placement: Placement, read_start: Callable[[TrainConfig, Any], Any]
     ) -> Iterator[tuple[Run, Trainer, TrainState]]:
         """Lock and prepare the folder of a run, restore or initialize its state, and release everything at the end.
 
-        `read_start` reads what a new run starts from (`convert.to_flax.Imported`; None: random weights).
+        `read_start` reads what a new run starts from to where it is kept (`convert.to_flax.Imported`; None: random
+        weights).
 
         Raises:
             UserError: the folder, the data, the tokenizer or a prompt does not fit the config, or all checkpoints are
                 damaged; before anything is deleted.
         """
-        starts = [read_start(config)]  # before an earlier run is deleted
+        starts = [read_start(config, placement.weight_shardings(config.model))]  # before an earlier run is deleted
         with silence_non_primary(), FolderLock(config.folder) as lock:
             bfloat16 = all_have(bfloat16_hardware())
             prepared, resume_step = _prepare_together(config, lock, bfloat16)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -20,7 +21,9 @@ from jaxllm.config import ModelConfig, RunConfig
 from jaxllm.data.stream import MAX_POSITION_BYTES, Position
 from jaxllm.errors import UserError, one_line
 from jaxllm.files import StrPath, plain_path
-from jaxllm.model.decoder import abstract_model
+from jaxllm.model.decoder import abstract_model, model_facts
+from jaxllm.model.inference import Hold, masters
+from jaxllm.model.layers import ParameterFacts
 from jaxllm.store.folder import CHECKPOINTS, checkpoint_steps, is_run, read_model_config
 from jaxllm.store.history import History
 from jaxllm.store.resume import check_format, choose_checkpoint
@@ -82,14 +85,23 @@ class CheckpointReader:
         """Whether it holds more than weights."""
         return (self._folder / "training").is_dir()
 
-    def weights(self, config: ModelConfig, shardings: Weights | None = None) -> Weights:
-        """Its weights, placed according to `shardings`; None: on the first device.
+    def weights(self, config: ModelConfig, shardings: Weights | None = None, hold: Hold = masters) -> Weights:
+        """Its weights, placed according to `shardings` (None: on the first device), in the dtypes that `hold` chooses.
 
         Raises:
             UserError: they cannot be read.
         """
-        _, params, routing_bias = abstract_model(config)
-        restored = self._restore(weights=_targets(Weights(params, routing_bias), shardings)._asdict())
+        shapes = Weights(*abstract_model(config)[1:])
+        if hold is not masters:
+            stored = self._stored("weights")
+
+            def held(path: Any, leaf: Any, facts: ParameterFacts) -> jax.ShapeDtypeStruct:
+                known = stored.get(tuple(str(getattr(key, "key", None) or key.name) for key in path), leaf)
+                narrow = known.dtype in (jnp.bfloat16, jnp.float16)
+                return jax.ShapeDtypeStruct(leaf.shape, hold(facts, known.dtype if narrow else jnp.float32))
+
+            shapes = jax.tree_util.tree_map_with_path(held, shapes, Weights(*model_facts(config)))
+        restored = self._restore(weights=_targets(shapes, shardings)._asdict())
         return Weights(**restored["weights"])
 
     def state(self, config: RunConfig, shardings: TrainState | None = None) -> tuple[TrainState, ResumeState | None]:
@@ -134,12 +146,7 @@ class CheckpointReader:
 
         A few bytes can claim any shape: it is checked before memory is allocated for it.
         """
-        try:
-            with plain_path(self._folder) as folder:
-                found: Any = ocp.StandardCheckpointHandler().metadata(epath.Path(folder / "positions"))
-            shapes = {name: tuple(leaf.shape) for name, leaf in dict(found).items()}
-        except Exception as error:  # as in `_restore`
-            raise self._unreadable(error) from None
+        shapes = {path[-1]: tuple(leaf.shape) for path, leaf in self._stored("positions").items()}
         for shape in shapes.values():
             if len(shape) != 1 or not 0 < shape[0] <= MAX_POSITION_BYTES:
                 raise UserError(
@@ -147,6 +154,16 @@ class CheckpointReader:
                     "folder elsewhere to use the one before it"
                 )
         return {name: np.empty(shape, np.uint8) for name, shape in shapes.items()}
+
+    def _stored(self, item: str) -> dict[tuple[str, ...], Any]:
+        """The shape and dtype of each array of a part of the checkpoint, by its path."""
+        try:
+            with plain_path(self._folder) as folder:
+                found: Any = ocp.StandardCheckpointHandler().metadata(epath.Path(folder / item))
+            leaves = jax.tree_util.tree_leaves_with_path(dict(found), is_leaf=lambda leaf: hasattr(leaf, "dtype"))
+            return {tuple(str(key.key) for key in path): leaf for path, leaf in leaves}
+        except Exception as error:  # as in `_restore`
+            raise self._unreadable(error) from None
 
     def _restore(self, **targets: Pytree) -> dict[str, Any]:
         args = {
@@ -211,11 +228,11 @@ def read_newest(run: StrPath, read: Callable[[CheckpointReader], T]) -> T:
     )
 
 
-def load_weights(run: StrPath) -> tuple[ModelConfig, Weights]:
-    """Model config and newest weights of a run folder.
+def load_weights(run: StrPath, hold: Hold = masters) -> tuple[ModelConfig, Weights]:
+    """Model config and newest weights of a run folder, in the dtypes that `hold` chooses.
 
     Raises:
         UserError: the folder is not a run folder, or the checkpoint cannot be read.
     """
     config = read_model_config(run)
-    return config, read_newest(run, lambda saved: saved.weights(config))
+    return config, read_newest(run, lambda saved: saved.weights(config, hold=hold))

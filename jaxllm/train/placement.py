@@ -21,6 +21,7 @@ from jaxllm.config import AXES, ModelConfig
 from jaxllm.config.groups import MeshConfig, OptimConfig
 from jaxllm.errors import UserError
 from jaxllm.model.batch import TokenBatch
+from jaxllm.model.decoder import model_facts
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
 from jaxllm.train.computation import Computation
@@ -62,6 +63,10 @@ class Placement(ABC):
     def state_shardings(self, computation: Computation) -> TrainState | None:
         """Where a checkpoint restores each array of the state; None: on the first device."""
         return None
+
+    def weight_shardings(self, model: ModelConfig) -> tuple[Pytree, Pytree] | jax.sharding.Sharding:
+        """Where parameters and routing bias are read to: a sharding of each of their arrays, or one of all."""
+        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def init(self, computation: Computation) -> TrainState:
         """A new run's state, in the form that the programs take."""
@@ -126,6 +131,9 @@ class OnMesh(Placement):
 
     def describe(self) -> str:
         return "mesh " + " x ".join(f"{axis}={getattr(self.layout, axis)}" for axis in AXES)
+
+    def weight_shardings(self, model: ModelConfig) -> tuple[Pytree, Pytree]:
+        return shardings(self.layout, jax.tree.map(lambda f: self.layout.parameter_spec(f.axes), model_facts(model)))
 
     def state_shardings(self, computation: Computation) -> TrainState:
         return shardings(self.layout, computation.specs(self.layout))

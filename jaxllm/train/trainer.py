@@ -32,12 +32,13 @@ class Trainer:
         self.graph = self.computation.graph
 
     def init(self, weights: tuple[Pytree, Pytree] | None = None) -> TrainState:
-        """A new run's state: with these parameters and routing bias, or fresh ones."""
+        """A new run's state: with these parameters and routing bias, which are donated, or fresh ones."""
         if weights is None:
             return self.placement.init(self.computation)
-        config = self.config
-        state = start_state(config.model, config.optim, config.seed, *weights)
-        return self.placement.shard(jax.device_put(state, self.state_shardings))
+        config, where = self.config, self.state_shardings
+        start = functools.partial(start_state, config.model, config.optim, config.seed)
+        state = jax.jit(start, donate_argnums=(0, 1), out_shardings=where)(*weights)  # each moment where it is kept
+        return self.placement.shard(state)
 
     @property
     def state_shardings(self) -> TrainState | None:

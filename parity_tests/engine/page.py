@@ -77,8 +77,8 @@ def page(verdict: Verdict, card: dict[str, Any]) -> str:
     body = [
         f'<h1 class="{"ok" if verdict.agrees else "bad"}">{html.escape(lines[0])}</h1>',
         *(f"<p>{html.escape(line)}</p>" for line in lines[1:]),
-        "<p>A bar is the logarithm of the relative error, from 1e-17 to 1. The orange mark is the rounding of both "
-        "sides in their own precision, the dashed line the tolerance.</p>",
+        "<p>A bar is the logarithm of the relative error, from 1e-17 to 1: red beyond the tolerance, else blue. The "
+        "orange mark is the rounding of both sides in their own precision, the dashed line the tolerance.</p>",
     ]
     rung = ""
     for group in group_rows(verdict.rows):
