@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import typing
 
 import pytest
 
@@ -43,7 +44,7 @@ def shown(help_text: str) -> list[str]:
 
 def declared(kind, prefix: str = "") -> dict[str, bool]:
     """Each option of a config and whether it is declared as common, read without the code that is tested."""
-    found = {}
+    found, hints = {}, typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         group = field.default_factory
         if field.name == "model":
@@ -52,7 +53,7 @@ def declared(kind, prefix: str = "") -> dict[str, bool]:
             found |= declared(group, f"{prefix}{field.name}.")
         elif dataclasses.is_dataclass(group):
             found |= declared(group)
-        elif field.name != "hold_out":  # an option of no command line
+        elif "Suppress" not in str(hints[field.name]):  # a run decides it, not a command line
             name = prefix + option_names(kind)[field.name]
             found[name.replace("_", "-")] = field.metadata.get("common", False)
     return found
