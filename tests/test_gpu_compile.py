@@ -27,6 +27,7 @@ from jaxllm.model import layer_loop, layout
 from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import abstract_model
 from jaxllm.model.kernels import CUDA
+from jaxllm.model.kernels.causal_attention import cudnn_attention
 from jaxllm.plan.hlo import read_program
 from jaxllm.plan.hlo_cost import kernels, matrix_products
 from jaxllm.train import loss
@@ -46,11 +47,15 @@ MODEL = PRESETS["customllm-1b"]
 CONFIG = TrainConfig.from_options(model=MODEL, seq_len=2048, batch_size=8, precision="bfloat16", remat=True)
 
 
-def compile_step(config: TrainConfig) -> Any:
+def on_one_gpu() -> jax.sharding.NamedSharding:
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100.read_text()
     )
-    one_gpu = jax.sharding.NamedSharding(jax.sharding.Mesh(topology.devices, ("one",)), jax.sharding.PartitionSpec())
+    return jax.sharding.NamedSharding(jax.sharding.Mesh(topology.devices, ("one",)), jax.sharding.PartitionSpec())
+
+
+def compile_step(config: TrainConfig) -> Any:
+    one_gpu = on_one_gpu()
     graph, params, bias = abstract_model(MODEL, dtype=jnp.bfloat16, remat=config.remat, platform=CUDA)
     start = functools.partial(start_state, config.model, config.optim, config.seed)
     state = jax.eval_shape(start, params, bias)
@@ -150,3 +155,16 @@ def test_experts_copied_by_the_scan_are_seen(monkeypatch):
     split = layer_loop._split
     monkeypatch.setattr(layer_loop, "_split", lambda layers, in_place: split(layers, in_place=False))
     assert gigabytes(compile_step(CONFIG).as_text()) > TRAFFIC + 40
+
+
+def test_separate_documents_are_a_mask_of_cudnn_s_kernel():
+    one_gpu = on_one_gpu()
+    q = jax.ShapeDtypeStruct((2, 512, 4, 64), jnp.bfloat16, sharding=one_gpu)
+    documents = jax.ShapeDtypeStruct((2, 512), jnp.int32, sharding=one_gpu)
+
+    def total(q, k, v, documents):
+        return cudnn_attention(q, k, v, documents, 0.125).astype(jnp.float32).sum()
+
+    text = jax.jit(jax.grad(total, (0, 1, 2))).lower(q, q, q, documents).compile().as_text()
+    assert text.count('custom_call_target="__cudnn$fmhaScaleBiasSoftmax"') == 1
+    assert text.count('custom_call_target="__cudnn$fmhaScaleBiasSoftmaxBackward"') == 1

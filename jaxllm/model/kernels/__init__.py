@@ -1,7 +1,7 @@
 """Which kernels run where: the one place that chooses. Every choice was measured, or read in the compiled program.
 
                               experts                          attention
-    NVIDIA GPU, bfloat16      Triton grouped product           cuDNN's fused kernel (padded batches: blocks)
+    NVIDIA GPU, bfloat16      Triton grouped product           cuDNN's fused kernel (an odd length: blocks)
     NVIDIA GPU, float32       Triton grouped product           blocks of queries
     anything else             loops over groups with rows      blocks of queries
 

@@ -80,7 +80,11 @@ def cudnn_attention(
     attention_mask: Shaped[Array, "B T"] | None,
     scale: float,
 ) -> Float[Array, "B T H v"]:
-    """`blocked_attention` by cuDNN's fused kernel, where it can: one document a row, an even length, known to be so."""
-    if attention_mask is not None or is_symbolic_dim(q.shape[1]) or q.shape[1] % 2:
+    """`blocked_attention` by cuDNN's fused kernel, where it can: an even length, known to be so.
+
+    It has no numbers of documents: it adds a mask (B,1,T,T) to the scores, which is made again in the backward pass.
+    """
+    if is_symbolic_dim(q.shape[1]) or q.shape[1] % 2:
         return blocked_attention(q, k, v, attention_mask, scale)
-    return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
+    same = None if attention_mask is None else attention_mask[:, None, :, None] == attention_mask[:, None, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=same, scale=scale, is_causal=True, implementation="cudnn")
