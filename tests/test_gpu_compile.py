@@ -170,3 +170,15 @@ def test_experts_copied_by_the_scan_are_seen(monkeypatch):
     split = layer_loop._split
     monkeypatch.setattr(layer_loop, "_split", lambda layers, in_place: split(layers, in_place=False))
     assert gigabytes(compile_step(CONFIG).as_text()) > TRAFFIC + 40
+
+
+def test_separate_documents_are_a_mask_of_cudnn_s_kernel():
+    q = jax.ShapeDtypeStruct((2, 512, 4, 64), jnp.bfloat16, sharding=one_gpu())
+    documents = jax.ShapeDtypeStruct((2, 512), jnp.int32, sharding=one_gpu())
+
+    def total(q, k, v, documents):
+        return cudnn_attention(q, k, v, documents, 0.125).astype(jnp.float32).sum()
+
+    text = jax.jit(jax.grad(total, (0, 1, 2))).lower(q, q, q, documents).compile().as_text()
+    assert text.count('custom_call_target="__cudnn$fmhaScaleBiasSoftmax"') == 1
+    assert text.count('custom_call_target="__cudnn$fmhaScaleBiasSoftmaxBackward"') == 1

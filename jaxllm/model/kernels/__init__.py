@@ -2,7 +2,7 @@
 
                               experts                          attention
     NVIDIA GPU, bfloat16      Triton grouped product           cuDNN's fused kernel, for heads that it takes
-                                                               (padded batches: blocks)
+                                                               (an odd length: blocks)
     NVIDIA GPU, float32       Triton grouped product           blocks of queries
     anything else             loops over groups with rows      blocks of queries
 

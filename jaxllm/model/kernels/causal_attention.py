@@ -96,12 +96,15 @@ def cudnn_attention(
     attention_mask: Shaped[Array, "B T"] | None,
     scale: float,
 ) -> Float[Array, "B T H v"]:
-    """`blocked_attention` by cuDNN's fused kernel, where it can: one document a row, an even length, known to be so.
+    """`blocked_attention` by cuDNN's fused kernel, where it can: an even length, known to be so.
 
-    Heads must be of sizes that it does not refuse (`cudnn_refuses`).
+    Heads must be of sizes that it does not refuse (`cudnn_refuses`). It has no numbers of documents: it adds a mask
+    (B,1,T,T) to the scores, which is made again in the backward pass.
     """
-    if attention_mask is not None or is_symbolic_dim(q.shape[1]) or q.shape[1] % 2:
+    if is_symbolic_dim(q.shape[1]) or q.shape[1] % 2:
         return blocked_attention(q, k, v, attention_mask, scale)
+    same = None if attention_mask is None else attention_mask[:, None, :, None] == attention_mask[:, None, None]
     values = v.shape[-1]
     v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, q.shape[-1] - values)))
-    return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")[..., :values]
+    attended = jax.nn.dot_product_attention(q, k, v, mask=same, scale=scale, is_causal=True, implementation="cudnn")
+    return attended[..., :values]
