@@ -26,9 +26,15 @@ def scale_shape(shape: Shape) -> Shape:
     return tuple(-(-size // FP8_BLOCK) for size in shape)
 
 
-def dequantize(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """values[a, b] * scales[a // 128, b // 128] in float32."""
-    result, scales = values.astype(np.float32), scales.astype(np.float32)
-    for block, row in enumerate(scales):
-        result[block * FP8_BLOCK : (block + 1) * FP8_BLOCK] *= np.repeat(row, FP8_BLOCK)[: result.shape[1]]
+def dequantize(values: np.ndarray, scales: np.ndarray, start: tuple[int, int] = (0, 0)) -> np.ndarray:
+    """values[a, b] * scales[a // 128, b // 128] in float32.
+
+    Args:
+        values: a weight, or its part that begins at the row and the column `start`.
+        scales: of the whole weight.
+    """
+    result, (row, column), columns = values.astype(np.float32), start, values.shape[1]
+    for block in range(row // FP8_BLOCK, -(-(row + len(values)) // FP8_BLOCK)):
+        of_row = np.repeat(scales[block].astype(np.float32), FP8_BLOCK)[column : column + columns]
+        result[max(block * FP8_BLOCK - row, 0) : (block + 1) * FP8_BLOCK - row] *= of_row
     return result

@@ -8,17 +8,28 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from convert.mapping import Box
+
 MAX_EXPERTS = 2**14
 
 _JOINED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 
 
 class Piece(NamedTuple):
-    """The tensor of one expert within a tensor of a file."""
+    """The tensor of one expert within a tensor of a file, or a tensor that is whole."""
 
     name: str
     shape: tuple[int, ...]
-    index: tuple[int | slice, ...] = ()
+    expert: int | None = None
+    row: int = 0
+    """The first of its rows."""
+
+    def box(self, own: Box) -> Box:
+        """A box of it as a box of the file's tensor."""
+        if self.expert is None:
+            return own
+        rows, columns = own
+        return range(self.expert, self.expert + 1), range(self.row + rows.start, self.row + rows.stop), columns
 
 
 def pieces(name: str, shape: tuple[int, ...]) -> Iterator[Piece]:
@@ -33,5 +44,4 @@ def pieces(name: str, shape: tuple[int, ...]) -> Iterator[Piece]:
         parts = {"down_proj": (0, rows)}
     for expert in range(experts):
         for linear, (start, end) in parts.items():
-            own_name = f"{match[1]}.{expert}.{linear}.weight"
-            yield Piece(own_name, (end - start, columns), (expert, slice(start, end)))
+            yield Piece(f"{match[1]}.{expert}.{linear}.weight", (end - start, columns), expert, start)

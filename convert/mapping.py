@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxllm.config import ModelConfig
 from jaxllm.config.families import names_of
+from jaxllm.config.joined import joined_linears
 
 Pytree = Any
 
@@ -30,6 +31,9 @@ EXPERT_LINEARS = ("gate_proj", "up_proj", "down_proj")
 
 _ALL = slice(None)
 
+BLOCK = 128
+"""Rows and columns that are transposed at a time."""
+
 
 class Part(NamedTuple):
     """A slice of one Flax leaf, and its place in a PyTorch tensor."""
@@ -38,6 +42,31 @@ class Part(NamedTuple):
     path: tuple[str, ...]  # of the leaf in that nested dict
     index: tuple[int, ...] = ()  # along the leaf's leading (layer, expert) axes
     where: slice | np.ndarray = _ALL  # along the entry's axis of the PyTorch tensor
+
+
+Box = tuple[range, ...]
+"""A part of an array: a range of each axis."""
+
+
+class Held(NamedTuple):
+    """The values of a PyTorch tensor that a box of a Flax leaf holds."""
+
+    index: tuple[int, ...]  # in the box, along its leading axes
+    axes: tuple[range | np.ndarray, ...]  # of the PyTorch tensor: which of each axis
+
+    @property
+    def span(self) -> Box:
+        """The box of the PyTorch tensor from the first of them to the last."""
+        return tuple(
+            along if isinstance(along, range) else range(int(along.min()), int(along.max()) + 1) for along in self.axes
+        )
+
+    def within(self, box: Box) -> tuple[slice | np.ndarray, ...]:
+        """The index of these values in a box of the PyTorch tensor."""
+        return tuple(
+            slice(along.start - read.start, along.stop - read.start) if isinstance(along, range) else along - read.start
+            for along, read in zip(self.axes, box, strict=True)
+        )
 
 
 class Entry(NamedTuple):
@@ -86,6 +115,19 @@ class Entry(NamedTuple):
         for part in self.parts:
             piece = tensor[(_ALL,) * self.axis + (part.where,)]
             leaf(trees[part.tree], part.path)[part.index] = piece.T if self.transposed else piece
+
+    def held_by(self, part: Part, box: Box) -> Held | None:
+        """Where the values of a part that lie in a box of its leaf are; None: there are none."""
+        lead = len(part.index)
+        if not all(i in held for i, held in zip(part.index, box, strict=False)):
+            return None
+        axes: list[Any] = list(reversed(box[lead:]) if self.transposed else box[lead:])
+        if isinstance(part.where, slice):
+            start = part.where.start or 0
+            axes[self.axis] = range(start + axes[self.axis].start, start + axes[self.axis].stop)
+        else:
+            axes[self.axis] = part.where[slice(axes[self.axis].start, axes[self.axis].stop)]
+        return Held(tuple(i - held.start for i, held in zip(part.index, box, strict=False)), tuple(axes))
 
     def _piece(self, trees: dict[str, Pytree], part: Part) -> np.ndarray:
         piece = np.asarray(leaf(trees[part.tree], part.path))[part.index]
@@ -163,9 +205,12 @@ class _JoinedRows:
         def of_heads(width: int, within: np.ndarray) -> np.ndarray:
             return (np.arange(H)[:, None] * width + within).reshape(-1)
 
-        self.queries = (("q_proj_u", of_heads(n + r, np.arange(n))), ("rope_q", of_heads(n + r, n + rotary)))
-        self.latent = (("kv_proj_d", np.arange(R)), ("rope_k", R + rotary))
-        self.expanded = (("k_proj_u", of_heads(n + v, np.arange(n))), ("v_proj_u", of_heads(n + v, n + np.arange(v))))
+        joined = joined_linears(config)
+        rows = of_heads(n + r, np.arange(n)), of_heads(n + r, n + rotary)
+        self.queries = tuple(zip(joined.queries, rows, strict=True))
+        self.latent = tuple(zip(joined.latent, (np.arange(R), R + rotary), strict=True))
+        rows = of_heads(n + v, np.arange(n)), of_heads(n + v, n + np.arange(v))
+        self.expanded = tuple(zip(joined.expanded, rows, strict=True))
 
 
 def _deepseek_attention(
@@ -227,3 +272,15 @@ def leaf(tree: Pytree, path: tuple[str, ...]) -> Any:
     for key in path:
         tree = tree[key]
     return tree
+
+
+def copy_into(target: np.ndarray, values: np.ndarray) -> None:
+    """`target[...] = values`, which casts. A transposed matrix is copied in blocks that a processor's cache holds: by
+    itself, NumPy takes six times as long."""
+    if target.ndim != 2 or values.strides[0] >= values.strides[1]:
+        target[...] = values
+        return
+    for row in range(0, len(target), BLOCK):
+        for column in range(0, target.shape[1], BLOCK):
+            at = slice(row, row + BLOCK), slice(column, column + BLOCK)
+            target[at] = values[at].T.astype(target.dtype).T  # contiguous in the target's dtype first

@@ -46,8 +46,13 @@ two frameworks on them: logits, gradients, optimizer steps and cached generation
 """
 
 
-def write_model_card(run: Path, out: Path, config: ModelConfig, weights: Weights, dtypes: set[str]) -> None:
-    """Write the card of a run's exported weights, of these dtypes; a run without a history has a shorter one."""
+def write_model_card(
+    run: Path, out: Path, config: ModelConfig, weights: Weights, dtypes: set[str], carried: int = 0
+) -> None:
+    """Write the card of a run's exported weights, of these dtypes; a run without a history has a shorter one.
+
+    `carried` tensors are of multi-token prediction.
+    """
     parameters = sum(leaf.size for leaf in jax.tree.leaves(weights.params))
     active = sum(flops.active_parameters(config).values())
     rows = {
@@ -58,6 +63,8 @@ def write_model_card(run: Path, out: Path, config: ModelConfig, weights: Weights
         "vocabulary, positions": f"{config.vocab_size:,}, {config.max_position_embeddings:,}",
         **_training(run),
     }
+    if carried:
+        rows["multi-token prediction"] = f"{carried:,} tensors as they came: this training did not change them"
     trust, own = ", trust_remote_code=True", names_of(config) == "customllm"
     rounded = f"in {' and '.join(sorted(dtypes))}, to which their float32 values are rounded"
     use = _USE.format(

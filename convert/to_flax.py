@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,26 +10,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from convert import fp8
+from convert import fp8, mtp
 from convert.mapping import PARAMS, ROUTING_BIAS, entries
 from convert.new_folder import check_new, new_folder
+from convert.reader import read_leaves
 from convert.tensor_files import TensorFiles
 from jaxllm.config import ModelConfig
 from jaxllm.config.families import is_interleaved, names_of
 from jaxllm.errors import UserError, listed, note
 from jaxllm.files import StrPath, read_json, write_json
-from jaxllm.model.decoder import CustomLLM, abstract_model
-from jaxllm.model.dtypes import check_dtype
+from jaxllm.model.decoder import CustomLLM, abstract_model, model_facts
+from jaxllm.model.dtypes import Pytree, at_least_float32, check_dtype
+from jaxllm.model.inference import Hold, as_stored, masters
 from jaxllm.store.checkpoint import Weights
 from jaxllm.store.checkpoint_writer import write_run
 from jaxllm.store.folder import SOURCE_DTYPES, read_model_config
 from jaxllm.store.source import model_folder, source_files
-
-_EXPORTED = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""The dtype of the export for each of a file: weights are float32 in between."""
 
 MAX_MISSING = 10_000
 """Tensors by which a model may exceed a file and still have the missing ones named."""
@@ -38,7 +35,9 @@ MAX_MISSING = 10_000
 ELEMENTS_PER_BYTE = 2
 """Of the narrowest dtype, four bits."""
 
-_LAYER = re.compile(r"(?:model\.layers|decoder_layers)\.(\d+)\.")
+Place = tuple[Pytree, Pytree] | jax.sharding.Sharding | None
+"""Where parameters and routing bias are read to: a sharding of each of their leaves, or one of all; None: to NumPy
+arrays on the host."""
 
 
 class Imported(NamedTuple):
@@ -49,15 +48,21 @@ class Imported(NamedTuple):
     values: dict[str, Any]
     """The folder's config.json."""
     dtypes: dict[str, Any]
-    """Of the folder's weights, as `source_dtypes.json` in a run keeps them: the export has the same."""
+    """What `source_dtypes.json` in a run keeps for the export: the dtypes of the folder's weights, and where its
+    tensors of multi-token prediction are (`convert.mtp`)."""
 
 
-def read_model(source: StrPath, layers: int | None = None) -> Imported:
+def read_model(source: StrPath, layers: int | None = None, *, hold: Hold = masters, place: Place = None) -> Imported:
     """The model of a folder, or of a file next to a config.json.
+
+    A process reads the bytes that its devices hold, and each of them once.
 
     Args:
         source: a folder, a file, or the Hub name of a model that is in the Hub's cache.
-        layers: only this many of the first layers; None: all.
+        layers: only this many of the first layers, of which the files alone are opened; None: all.
+        hold: chooses the dtype of each leaf (`jaxllm.model.inference`): float32 to train it, that of the files to
+            freeze it. Numbers are rounded only where a narrower dtype is chosen.
+        place: where the weights are read to.
 
     Raises:
         UserError: there is no config.json, its family is not known, it is not valid, or the weights do not fit.
@@ -70,7 +75,8 @@ def read_model(source: StrPath, layers: int | None = None) -> Imported:
             raise UserError(f"layers is {layers}: it must be 1 to {config.num_hidden_layers}, the model's")
         dense = min(config.first_k_dense_replace, layers)
         config = dataclasses.replace(config, num_hidden_layers=layers, first_k_dense_replace=dense)
-    weights, dtypes = _read_weights(source, config, is_interleaved(values), pass_over=layers is not None)
+    cut = layers is not None
+    weights, dtypes = _read_weights(source, config, is_interleaved(values), pass_over=cut, hold=hold, place=place)
     return Imported(config, weights, values, dtypes)
 
 
@@ -97,9 +103,9 @@ def import_run(source: StrPath, run: StrPath, config: ModelConfig | None = None,
     if config is None and not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json: name the model's shape with --preset")
     if config is None:
-        config, weights, _, dtypes = read_model(source, layers)
+        config, weights, _, dtypes = read_model(source, layers, hold=as_stored)
     else:
-        weights, dtypes = _read_weights(source, config)
+        weights, dtypes = _read_weights(source, config, hold=as_stored)
     with new_folder(run) as made:
         write_run(made, config, weights, [], kept=source_files(folder))
         write_json(made / SOURCE_DTYPES, dtypes)
@@ -116,14 +122,19 @@ def from_pretrained(folder: StrPath, *, dtype: Any = jnp.float32, remat: bool = 
         UserError: the folder or its weights are not those of a model of a known family, or there is no such dtype.
     """
     dtype = check_dtype(dtype)
-    config, weights, _ = read_folder(folder)
-    graph, params, _ = abstract_model(config, dtype=dtype, remat=remat)
-    master = jax.tree.leaves(params)[0].dtype
-    return nnx.merge(graph, *jax.tree.map(lambda leaf: jnp.asarray(leaf, master), tuple(weights)))
+    return model_of(folder, dtype, lambda facts, stored: at_least_float32(dtype), remat=remat)
 
 
-def read_weights(source: StrPath, config: ModelConfig, interleaved: bool = True, *, pass_over: bool = False) -> Weights:
-    """Read PyTorch weights into float32 Flax arrays, one tensor at a time.
+def model_of(folder: StrPath, dtype: Any, hold: Hold, *, remat: bool = False) -> CustomLLM:
+    """`from_pretrained`, its weights held in the dtypes that `hold` chooses."""
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    config, weights, *_ = read_model(folder, hold=hold, place=first)
+    graph, _, _ = abstract_model(config, dtype=dtype, remat=remat)
+    return nnx.merge(graph, *weights)
+
+
+def read_weights(source: StrPath, config: ModelConfig, interleaved: bool = True, **options: Any) -> Weights:
+    """Read PyTorch weights into Flax arrays, as `read_model` for a model whose shape is known.
 
     Every key is used exactly once. A missing routing bias of a CustomLLM is zero: the source's own files have none. No
     memory is taken before the files are known to hold as many values as the config requires.
@@ -132,22 +143,30 @@ def read_weights(source: StrPath, config: ModelConfig, interleaved: bool = True,
         source: a folder or a file.
         config: the model's shape.
         interleaved: as in `convert.mapping.entries`.
-        pass_over: whether to leave out the layers that the config does not have. In the DeepSeek family they always
-            are: they are the module of multi-token prediction, which is not part of this model.
+        options: `hold` and `place`, as in `read_model`; `pass_over`, whether to leave out the layers that the config
+            does not have. In the DeepSeek family they always are: they are the module of multi-token prediction, which
+            is not part of this model.
 
     Raises:
         UserError: keys are unknown, missing, duplicate, misplaced or misshaped, of each of which the first are named.
     """
-    return _read_weights(Path(source), config, interleaved, pass_over=pass_over)[0]
+    return _read_weights(Path(source), config, interleaved, **options)[0]
 
 
 def _read_weights(
-    source: Path, config: ModelConfig, interleaved: bool = True, *, pass_over: bool = False
+    source: Path,
+    config: ModelConfig,
+    interleaved: bool = True,
+    *,
+    pass_over: bool = False,
+    hold: Hold = masters,
+    place: Place = None,
 ) -> tuple[Weights, dict[str, Any]]:
-    """`read_weights`, and the dtypes of the files."""
-    pass_over = pass_over or names_of(config) == "deepseek"
+    """`read_weights`, and what a run keeps of the files."""
+    carry = names_of(config) == "deepseek" and not pass_over
+    pass_over |= carry
     L = config.num_hidden_layers
-    with TensorFiles(source, needed=lambda name: not (pass_over and _is_beyond(name, L))) as files:
+    with TensorFiles(source, needed=lambda name: not (pass_over and mtp.is_beyond(name, L))) as files:
         most = len(files.shapes) + MAX_MISSING
         table = {entry.torch_name: entry for entry in itertools.islice(entries(config, interleaved), most + 1)}
         if len(table) > most:
@@ -155,9 +174,8 @@ def _read_weights(
                 f"{source} holds {len(files.shapes)} tensors, and a model of its config has {MAX_MISSING} more or "
                 "beyond: pass the config that belongs to them"
             )
-        _, params, routing_bias = abstract_model(config)
-        trees = {PARAMS: params, ROUTING_BIAS: routing_bias}
-        ignored = _passed_over(source, files, L) if pass_over else set()
+        trees: dict[str, Any] = dict(zip((PARAMS, ROUTING_BIAS), abstract_model(config)[1:], strict=True))
+        ignored = _passed_over(files, L) if pass_over else set()
         ignored |= _repeated_head(source, files) if config.tie_word_embeddings else set()
         scales = {name: scale for name, scale in fp8.scales_of(files.dtypes).items() if name not in ignored}
         wanted = {name: entry.shape(trees) for name, entry in table.items()}
@@ -171,45 +189,29 @@ def _read_weights(
             raise UserError(
                 f"{source} has {files.size} bytes, which do not hold its {elements} values: export it again"
             )
-        arrays = jax.tree.map(lambda shape: np.zeros(shape.shape, np.float32), trees)
-        for name, entry in table.items():
-            if name not in files.shapes:
-                continue
-            tensor = files.read(name)
-            if name in scales:
-                tensor = fp8.dequantize(tensor, files.read(scales[name]))
-            if not jnp.issubdtype(tensor.dtype, jnp.floating):
-                raise UserError(f"{source}: {name} has the dtype {tensor.dtype}: floating point is expected")
-            if not np.isfinite(tensor).all():
-                raise UserError(
-                    f"{source}: {name} has values that are not finite: name weights from before they diverged"
-                )
-            entry.write(arrays, tensor)
-        return Weights(arrays[PARAMS], arrays[ROUTING_BIAS]), _exported_dtypes(files)
+        each = place if isinstance(place, tuple) else jax.tree.map(lambda _: place, tuple(trees.values()))
+        facts, places = (dict(zip(trees, pair, strict=True)) for pair in (model_facts(config), each))
+        filled = read_leaves(files, table, trees, facts, hold, places)
+        kept = _exported_dtypes(files) | (mtp.origin(files, L) if carry else {})
+        return Weights(filled[PARAMS], filled[ROUTING_BIAS]), kept
 
 
 def _exported_dtypes(files: TensorFiles) -> dict[str, Any]:
     """The dtype of most values, and the tensors that have another one; of FP8 files, among those that are not FP8."""
     counts: Counter[str] = Counter()
-    known = {name: _EXPORTED[dtype] for name, dtype in files.dtypes.items() if dtype in _EXPORTED}
+    known = {name: mtp.EXPORTED[dtype] for name, dtype in files.dtypes.items() if dtype in mtp.EXPORTED}
     for name, dtype in known.items():
         counts[dtype] += math.prod(files.shapes[name])
     main = max(counts, key=counts.__getitem__, default="float32")
     return {"dtype": main, "others": {name: dtype for name, dtype in known.items() if dtype != main}}
 
 
-def _is_beyond(name: str, layers: int) -> bool:
-    match = _LAYER.match(name)
-    return match is not None and int(match[1]) >= layers
-
-
-def _passed_over(source: Path, files: TensorFiles, layers: int) -> set[str]:
-    """The tensors of layers that the model does not have, and tables that it computes; a line says so."""
-    beyond = {name for name in files.shapes if _is_beyond(name, layers)}
-    if beyond or files.unopened:
-        count = len(beyond) + len(files.unopened)
-        note(f"{source}: passed over {count} tensors of layers from {layers} on")
-    return beyond | {name for name in files.shapes if name.endswith(".rotary_emb.inv_freq")}
+def _passed_over(files: TensorFiles, layers: int) -> set[str]:
+    """The tensors of layers that the model does not have, and tables that it computes; a message names them."""
+    beyond = {name for name in files.shapes if mtp.is_beyond(name, layers)}
+    if count := len(beyond) + len(files.unopened) + len(files.absent):
+        note(f"{files.path}: passed over {count} tensors of layers from {layers} on")
+    return beyond | {name for name in files.shapes if name.endswith(mtp.COMPUTED)}
 
 
 def _repeated_head(source: Path, files: TensorFiles) -> set[str]:

@@ -4,16 +4,19 @@ A CustomLLM comes with its code; a model of the DeepSeek family is of a class th
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from convert import mtp
+from convert.base import adapters_of, run_weights
 from convert.mapping import PARAMS, ROUTING_BIAS, entries
 from convert.model_card import CARD_FILE, write_model_card
 from convert.new_folder import check_new, new_folder
-from convert.tensor_files import DTYPES, Tensor, write_safetensors
 from convert.weight_files import MAX_INDEX_BYTES
+from convert.write_files import DTYPES, Tensor, write_safetensors
 from jaxllm.config import SPECIAL_TOKENS, ModelConfig
 from jaxllm.config.families import is_interleaved, names_of, write_config
 from jaxllm.data.tokenizer import export_tokenizer, load_tokenizer
@@ -21,8 +24,9 @@ from jaxllm.errors import shown
 from jaxllm.files import StrPath, read_json, write_json
 from jaxllm.model.decoder import CustomLLM, split_model
 from jaxllm.model.dtypes import check_dtype
+from jaxllm.model.inference import as_stored
 from jaxllm.packages import ROOT, check_own
-from jaxllm.store.checkpoint import Weights, load_weights
+from jaxllm.store.checkpoint import Weights
 from jaxllm.store.folder import CONFIG_FILE, SOURCE_DTYPES, TOKENIZER
 from jaxllm.store.source import GENERATION_CONFIG, kept_files, read_source
 
@@ -37,45 +41,55 @@ AUTO_CLASSES = {
 """As in `torch_ref.model`, whose import needs PyTorch."""
 
 
-def export_run(run: StrPath, out: StrPath, *, dtype: Any = None) -> None:
+def export_run(run: StrPath, out: StrPath, *, dtype: Any = None, drop_mtp: bool = False) -> None:
     """Export the newest weights of a run, with a model card, its tokenizer, and the files that the weights came with.
 
-    Those files are the same, byte for byte, except where a line says otherwise.
+    Those files are the same, byte for byte, except for changes that a message names. So are tensors of multi-token
+    prediction, which are read where the weights came from. Adapters are merged into the weights.
 
     Args:
         dtype: of the weights; None: that of the folder that they came from, or float32.
+        drop_mtp: whether to leave out multi-token prediction.
 
     Raises:
-        UserError: `run` is no run, or `out` holds something already.
+        UserError: `run` is not a run folder, or `out` holds something already, or the source of its MTP tensors is
+            not there.
     """
     run, out = Path(run), Path(out)
     check_new(out)
     asked = None if dtype is None else check_dtype(dtype, allowed=DTYPES).name
-    config, weights = load_weights(run)
-    kept, stored = kept_files(run), _stored_dtypes(run)
-    source = read_source(run)
+    kept, stored, source = kept_files(run), _stored_dtypes(run), read_source(run)
     named = (source or {}).get("dtype") or (source or {}).get("torch_dtype")
     given = asked or stored.get("dtype") or (named if named in DTYPES else "float32")
     others = None if asked else stored.get("others")
-    trained = (run / CONFIG_FILE).is_file()
-    if trained and others is not None:
-        moved = {entry.torch_name: "float32" for entry in entries(config) if entry.float32}
-        if any(others.get(name, given) != "float32" for name in moved):
-            print("The correction biases are in float32: training moves them by less than the source's dtype holds")
-        others = others | moved
-    with new_folder(out) as made:
-        write_model(config, weights, made, given, source, others)
+    with ExitStack() as stack:
+        carried: list[Tensor] = []
+        if mtp.KEY in stored and not drop_mtp:
+            files = mtp.carried(stored[mtp.KEY], kept.get("config.json"), given, asked is not None)
+            carried = stack.enter_context(files)
+            print(f"{len(carried)} tensors of multi-token prediction are those of the source, which were not trained")
+        elif mtp.KEY in stored:
+            print("Multi-token prediction is left out")
+        config, weights = run_weights(run, as_stored)
+        trained = (run / CONFIG_FILE).is_file()
+        if trained and others is not None and not adapters_of(run):
+            moved = {entry.torch_name: "float32" for entry in entries(config) if entry.float32}
+            if any(others.get(name, given) != "float32" for name in moved):
+                print("The correction biases are in float32: training moves them by less than the source's dtype holds")
+            others = others | moved
+        made = stack.enter_context(new_folder(out))
+        write_model(config, weights, made, given, source, others, carried)
         if source is None:
             if (run / TOKENIZER / "tokenizer.json").is_file():
                 export_tokenizer(load_tokenizer(str(run / TOKENIZER)), config, made)
         else:
             _copy_kept(kept, made, config, trained)
-        dtypes = {tensor.dtype for tensor in torch_tensors(config, weights, given, others=others)}
-        write_model_card(run, made, config, weights, dtypes)
+        tensors = (*torch_tensors(config, weights, given, others=others), *carried)
+        write_model_card(run, made, config, weights, {tensor.dtype for tensor in tensors}, len(carried))
 
 
 def _stored_dtypes(run: Path) -> dict[str, Any]:
-    """The dtypes of the weights that a run started from (`convert.to_flax.Imported`), if it keeps them."""
+    """What a run keeps of the weights that it started from (`convert.to_flax.Imported`), if it does."""
     file = run / SOURCE_DTYPES
     return read_json(file, MAX_INDEX_BYTES) if file.is_file() else {}
 
@@ -169,6 +183,7 @@ def write_model(
     dtype: Any,
     source: Mapping[str, Any] | None = None,
     others: Mapping[str, str] | None = None,
+    carried: Sequence[Tensor] = (),
 ) -> None:
     """Write config.json, safetensors and, for a CustomLLM, the modelling code into a folder.
 
@@ -184,9 +199,9 @@ def write_model(
     """
     dtype = check_dtype(dtype, allowed=DTYPES).name
     said = dtype if source is None or others is None else source.get("dtype", source.get("torch_dtype", dtype))
-    out, values = Path(out), write_config(config, said, source)
+    out, values = Path(out), write_config(config, said, source, mtp=bool(carried))
     out.mkdir(parents=True, exist_ok=True)
-    write_safetensors(out, torch_tensors(config, weights, dtype, is_interleaved(source), others))
+    write_safetensors(out, (*torch_tensors(config, weights, dtype, is_interleaved(source), others), *carried))
     generation = {name: config.to_dict()[name] for name in SPECIAL_TOKENS}
     if names_of(config) == "customllm":
         shutil.copyfile(modeling_source(), out / MODELING_FILE)

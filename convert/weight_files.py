@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from jaxllm.errors import UserError, listed, note, shown
 from jaxllm.files import read_json
+from jaxllm.store.folder import checkpoint_owner
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -33,6 +34,8 @@ class WeightFiles(NamedTuple):
     """Each with the tensors that an index puts there. A file may be a symlink, as in the Hub's cache."""
     unopened: list[str]
     """The tensors of shards of which nothing is needed."""
+    absent: list[str]
+    """Those of such shards that the folder does not hold."""
     rival: dict[Path, set[str]]
     """Complete files of another set of weights, which must be equal."""
 
@@ -57,12 +60,17 @@ def weight_files(path: Path, needed: Callable[[str], bool]) -> WeightFiles:
     if path.is_file():
         if path.suffix not in WEIGHT_SUFFIXES:
             raise UserError(f"{path}: the ending must be one of {', '.join(WEIGHT_SUFFIXES)}")
-        return WeightFiles({path: set()}, [], {})
+        return WeightFiles({path: set()}, [], [], {})
     if not path.is_dir():
         raise UserError(f"{path}: there is no such file or folder")
     for single, index in WEIGHT_SETS:
         if (path / single).is_file() or (path / index).is_file():
             return _of_set(path, single, index, needed)
+    if (owner := checkpoint_owner(path)) is not None:
+        remedy = f"export it with `python -m convert to-torch {path} OUT`, and pass OUT"
+        raise UserError(
+            f"{path} is a run, not a folder of weights: {remedy if owner == 'JAX' else 'pass one of its checkpoint-N'}"
+        )
     names = [name for names in WEIGHT_SETS for name in names]
     raise UserError(f"{path} holds none of {', '.join(names)}")
 
@@ -71,26 +79,30 @@ def _of_set(path: Path, single: str, index: str, needed: Callable[[str], bool]) 
     held = {file.name for file in path.iterdir() if file.is_file()}
     shards = _shards(path / index) if index in held else {}
     missing = sorted(shards.keys() - held)
-    rival = {}
+    rival, passed_over = {}, set()
     if single in held and single not in shards:
         if missing:
             note(f"{path}: {single} is read; {index} is out of date, it names {listed(missing)}")
         elif shards:
             rival = {path / name: tensors for name, tensors in shards.items()}
             note(f"{path}: {single} is read, and compared with the shards of {index}")
-        read, unopened = {path / single: set()}, []
+        read = {path / single: set()}
     else:
         wanted = {name: tensors for name, tensors in shards.items() if any(needed(tensor) for tensor in tensors)}
         if absent := [name for name in missing if name in wanted]:
             raise UserError(f"{path / index} names the file {shown(absent[0])}, which the folder does not hold")
         read = {path / name: tensors for name, tensors in wanted.items()}
-        unopened = [tensor for name in shards.keys() - wanted.keys() for tensor in shards[name]]
+        passed_over = shards.keys() - wanted.keys()
     if not read:
         raise UserError(f"{path / index} names no tensor of the model")
     others = {name for name in held if any(fnmatch(name, pattern) for pattern in MODEL_FILES)}
     if others := others - {index, *(file.name for file in read)} - shards.keys():
         note(f"{path}: not read: {listed(sorted(others))}")
-    return WeightFiles(read, unopened, rival)
+    unopened, absent = (
+        [tensor for name in passed_over if (name in held) == there for tensor in shards[name]]
+        for there in (True, False)
+    )
+    return WeightFiles(read, unopened, absent, rival)
 
 
 def _shards(index: Path) -> dict[str, set[str]]:

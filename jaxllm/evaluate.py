@@ -37,7 +37,6 @@ from jaxllm.generate import load_model, tokenizer_folder
 from jaxllm.model.batch import IGNORED, TokenBatch, token_batch, token_ids
 from jaxllm.model.decoder import CustomLLM
 from jaxllm.model.dtypes import Array
-from jaxllm.model.inference import for_inference
 from jaxllm.run.runtime import start_jax, use_compilation_cache
 from jaxllm.store.folder import CONFIG_FILE, is_run, read_config
 from jaxllm.train.step import summed_loss
@@ -169,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"data is missing: {str(args.run)!r} is not a training run, so it holds out no data; pass --data"
         )
     config = read_config(args.run, TrainConfig) if trained else None
-    model = for_inference(load_model(args.run, args.precision))
+    model = load_model(args.run, args.precision)
     tokenizer = load_tokenizer(str(tokenizer_folder(args.run)))
     if args.data is None and config is not None:
         data, chunks = config.data, open_source(config).held_out()

@@ -26,10 +26,9 @@ from jaxllm.files import StrPath
 from jaxllm.model.decoder import CustomLLM, abstract_model
 from jaxllm.model.decoding import Sampling, generate, stream
 from jaxllm.model.dtypes import check_dtype
-from jaxllm.model.inference import for_inference
+from jaxllm.model.inference import for_compute
 from jaxllm.packages import check_own
 from jaxllm.run.runtime import start_jax, use_compilation_cache
-from jaxllm.store.checkpoint import load_weights
 from jaxllm.store.folder import SOURCE, TOKENIZER, is_run, read_model_config
 from jaxllm.store.source import model_folder
 
@@ -38,16 +37,22 @@ if TYPE_CHECKING:
 
 
 def load_model(folder: StrPath, precision: Precision = "float32") -> CustomLLM:
-    """The model of a run or of an exported folder; raises a UserError if the folder is neither."""
-    dtype = check_dtype(precision, "precision")
-    if not is_run(folder):
-        if not Path(folder).is_file():
-            read_model_config(folder)  # nothing to convert
-        check_own("convert")
-        from convert.to_flax import from_pretrained
+    """The model of a run or of an exported folder; raises a UserError if the folder is neither.
 
-        return from_pretrained(folder, dtype=dtype)
-    config, weights = load_weights(folder)
+    Its matrices are held in bfloat16 for that precision, else in the dtype in which they are stored. Adapters of a run
+    are merged into their base.
+    """
+    dtype = check_dtype(precision, "precision")
+    if not is_run(folder) and not Path(folder).is_file():
+        read_model_config(folder)  # nothing to convert
+    check_own("convert")
+    if not is_run(folder):
+        from convert.to_flax import model_of
+
+        return model_of(folder, dtype, for_compute(dtype))
+    from convert.base import run_weights
+
+    config, weights = run_weights(folder, for_compute(dtype))
     graph, _, _ = abstract_model(config, dtype=dtype)
     return nnx.merge(graph, *weights)
 
@@ -134,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start_jax()
     use_compilation_cache()
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
-    model = for_inference(load_model(args.run, args.precision))
+    model = load_model(args.run, args.precision)
     tokenizer = load_tokenizer(str(tokenizer_folder(args.run)))
     if args.chat:
         chat(args, model, tokenizer, sampling)

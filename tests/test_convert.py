@@ -19,7 +19,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import train
-from convert import tensor_files
+from convert import write_files
 from convert.__main__ import main
 from convert.to_flax import read_folder, read_weights
 from convert.to_torch import write_model
@@ -106,7 +106,7 @@ def test_bfloat16_round_trip_is_bit_exact(run, tmp_path):
 
 
 def test_large_models_are_sharded_with_an_index(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensor_files, "MAX_SHARD_BYTES", 50_000)
+    monkeypatch.setattr(write_files, "MAX_SHARD_BYTES", 50_000)
     assert main(["to-torch", str(run), str(tmp_path / "out")]) == 0
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
@@ -205,7 +205,7 @@ def test_a_truncated_file_is_refused(copy, tmp_path, capsys):
     file.write_bytes(file.read_bytes()[:-100])
     assert main(["to-flax", str(copy), str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
-    assert "model.safetensors is no complete safetensors file" in error
+    assert "model.safetensors is not a complete safetensors file" in error
     assert error.count("\n") == 1
 
 

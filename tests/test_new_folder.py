@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import train
-from convert import tensor_files
+from convert import write_files
 from convert.__main__ import main
 from convert.new_folder import new_folder
 from convert.to_torch import save_pretrained
@@ -84,15 +84,15 @@ def test_the_current_folder_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_refused_sharded_export_leaves_no_shards(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensor_files, "MAX_SHARD_BYTES", 50_000)
-    checked = tensor_files._checked
+    monkeypatch.setattr(write_files, "MAX_SHARD_BYTES", 50_000)
+    checked = write_files._checked
 
     def refuse_the_last(tensor):
         if tensor.name == "lm_head.bias":
             raise UserError("not a number")
         return checked(tensor)
 
-    monkeypatch.setattr(tensor_files, "_checked", refuse_the_last)
+    monkeypatch.setattr(write_files, "_checked", refuse_the_last)
     with pytest.raises(UserError, match="not a number"):
         save_pretrained(generation.load_model(run), tmp_path / "out")
     assert not os.listdir(tmp_path)

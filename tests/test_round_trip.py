@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert.tensor_files import DTYPES
 from convert.to_flax import import_run
 from convert.to_torch import export_run, torch_tensors
+from convert.write_files import DTYPES
 from jaxllm.config.families import is_interleaved, read_config
 from jaxllm.files import write_json
 from parity_tests.deepseek_cases import CASES

@@ -280,7 +280,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_from_the_weigh
     start(corpus, run, "--init", str(made))
     config: Any = parse_args(["--run-dir", str(run)], "train.py", None, TrainConfig)  # without --init
     assert config.init == made
-    found = train.read_start(config)
+    found = train.read_start(config, None)
     assert found is not None
     assert_same_bits(tuple(found.weights), tuple(numbered_weights(read_config(SOURCE))))
     for part in ("source", "tokenizer"):  # killed while they were copied
@@ -289,7 +289,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_from_the_weigh
         for name in ("tokenizer/tokenizer_config.json", "source/generation_config.json"):
             assert (run / name).read_bytes() == (made / Path(name).name).read_bytes()
     save_weights(run)
-    assert train.read_start(config) is None
+    assert train.read_start(config, None) is None
 
 
 def test_values_of_weights_are_in_the_dtype_of_the_source(model, corpus, tmp_path):
@@ -299,7 +299,9 @@ def test_values_of_weights_are_in_the_dtype_of_the_source(model, corpus, tmp_pat
     write_model(config, numbered_weights(config), tmp_path / "half", "float16", SOURCE)
     shutil.copy(tmp_path / "half" / "model.safetensors", model)
     write_json(model / "config.json", {key: value for key, value in SOURCE.items() if key != "torch_dtype"})
-    found = train.read_start(TrainConfig.from_options(init=model, model=config, seq_len=16, run_dir=tmp_path / "run"))
+    found = train.read_start(
+        TrainConfig.from_options(init=model, model=config, seq_len=16, run_dir=tmp_path / "run"), None
+    )
     assert found is not None
     assert found.dtypes["dtype"] == "float16"
     assert set(found.dtypes["others"].values()) == {"float32"}  # of the correction biases

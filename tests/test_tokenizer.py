@@ -91,7 +91,7 @@ def test_an_exported_tokenizer_encodes_as_in_training_and_pads_apart(tokenizer, 
 
 
 def test_the_bytes_of_predicted_tokens_are_those_of_the_text(tokenizer):
-    """Whatever the decoder strips: the first token of a row is not predicted, and special tokens are no text."""
+    """Whatever the decoder strips: the first token of a row is not predicted, and special tokens are not text."""
     for text in TEXTS[:2]:
         row = encode(tokenizer, text, True)  # (T,), with the end of text
         first = tokenizer.decode(row[:1])
@@ -164,7 +164,7 @@ def test_a_class_of_a_folder_s_code_is_named_and_not_run(tmp_path, capsys):
     file = write(tmp_path / "tokenizer_config.json", config)
     check_tokenizer_class(tmp_path, load_tokenizer(tmp_path), {"model_type": "customllm"})
     said = capsys.readouterr().out
-    assert said.startswith(f"{file}: 'Own' was not compared with tokenizer.json, as it does not load (")
+    assert said.startswith(f"{file}: 'Own' was not compared with the vocabulary, as it does not load (")
     assert said.count("\n") == 1
 
 

@@ -40,5 +40,5 @@ def test_weights_that_are_no_numbers_are_refused_by_each_reader(value, tmp_path)
         init=folder, seq_len=32, run_dir=tmp_path / "run", model=read_model_config(folder)
     )
     with pytest.raises(UserError, match="not finite"):
-        train.read_start(config)
+        train.read_start(config, None)
     assert not (tmp_path / "run").exists()

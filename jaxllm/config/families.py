@@ -53,12 +53,13 @@ def is_interleaved(source: Json | None) -> bool:
     return family is None or source is None or family.is_interleaved(source)
 
 
-def write_config(config: ModelConfig, dtype: str, source: Json | None = None) -> dict[str, Any]:
+def write_config(config: ModelConfig, dtype: str, source: Json | None = None, mtp: bool = False) -> dict[str, Any]:
     """The config.json of an exported folder.
 
     Args:
         dtype: of the weights.
         source: the config.json that the weights came with. What need not change stays as it is.
+        mtp: whether the folder has the source's layers of multi-token prediction.
 
     Raises:
         UserError: no family has all options of the config.
@@ -67,7 +68,7 @@ def write_config(config: ModelConfig, dtype: str, source: Json | None = None) ->
     head = {"architectures": [family.architecture], "model_type": family.model_type}
     written = family.write(config)
     if source is None:
-        return head | {"dtype": dtype} | written | family.bare | ({"torch_dtype": dtype} if family.bare else {})
+        return head | {"dtype": dtype} | written | {**family.bare} | ({"torch_dtype": dtype} if family.bare else {})
     if "rope_interleave" in written:
         written["rope_interleave"] = is_interleaved(source)
     before = _written_before(source, family)
@@ -78,7 +79,7 @@ def write_config(config: ModelConfig, dtype: str, source: Json | None = None) ->
     for key in ("topk_method", "scoring_func"):  # servers route wrongly where they are not named
         if key in written and result.get(key) is None:
             result[key] = written[key]
-    if result.get("num_nextn_predict_layers"):
+    if result.get("num_nextn_predict_layers") and not mtp:
         result["num_nextn_predict_layers"] = 0
     if source.get("dtype", source.get("torch_dtype", dtype)) != dtype:
         head |= {key: dtype for key in ("dtype", "torch_dtype") if key in source}

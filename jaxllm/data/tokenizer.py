@@ -19,9 +19,11 @@ from jaxllm.config import PRESETS, TOKENIZER_SIZED_PRESETS, ModelConfig, RunConf
 from jaxllm.config.groups import JOINED_TEXTS, DataConfig
 from jaxllm.data.chats import Chat, Pair
 from jaxllm.data.encode import encoder_of
+from jaxllm.data.rank_file import load_ranks
+from jaxllm.data.sentencepiece_file import MODEL_FILE, check_same
 from jaxllm.data.source import Source
 from jaxllm.data.sources import hub_reachable
-from jaxllm.data.tokenizer_files import MAX_TOKENIZER_BYTES, is_there, tokenizer_class
+from jaxllm.data.tokenizer_files import MAX_TOKENIZER_BYTES, RANKS, is_there, tokenizer_class
 from jaxllm.errors import UserError, listed, one_line, shown
 from jaxllm.files import StrPath, cache_folder, check_file, plain_path, read_json, write_json, write_text_atomically
 from jaxllm.model.batch import IGNORED, token_batch
@@ -84,13 +86,18 @@ def load_tokenizer(name: StrPath) -> PreTrainedTokenizerBase:
         with panics_as_errors():
             if path.exists():  # not by AutoTokenizer: it would offer to run the code of an exported folder
                 with plain_path(path) as plain:
-                    tokenizer = getattr(transformers, kind).from_pretrained(str(plain))
+                    own = load_ranks if kind == RANKS else getattr(transformers, kind).from_pretrained
+                    tokenizer = own(plain)
+                    if not is_there(plain / "tokenizer.json") and is_there(plain / MODEL_FILE):
+                        check_same(plain, tokenizer)
             else:
                 from transformers import AutoTokenizer  # here: where PyTorch is installed, its import takes seconds
 
                 tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=cached_only, trust_remote_code=False)
             _try_out(tokenizer)
             return tokenizer
+    except UserError:
+        raise
     except Exception as error:  # transformers, tokenizers and the Hub's client raise kinds of their own
         mend = "check its files" if path.exists() else "check the name and the network, or pass --tokenizer FOLDER"
         reason = "the Hugging Face Hub could not be reached" if cached_only else one_line(error)

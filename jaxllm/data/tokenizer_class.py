@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.data.tokenizer import TRIAL, panics_as_errors
-from jaxllm.data.tokenizer_files import MAX_TOKENIZER_BYTES, is_there, is_tokenizer_file
+from jaxllm.data.tokenizer_files import (
+    MAX_TOKENIZER_BYTES,
+    RANKS,
+    VOCABULARIES,
+    is_there,
+    is_tokenizer_file,
+    tokenizer_class,
+)
 from jaxllm.errors import UserError, one_line, shown
 from jaxllm.files import read_json, write_json
 
@@ -29,7 +36,7 @@ def check_tokenizer_class(folder: Path, tokenizer: PreTrainedTokenizerBase, mode
     """Check that AutoTokenizer encodes with a folder's files as a run does that trains on `tokenizer`, read of them.
 
     transformers may take parts of a tokenizer from the class that tokenizer_config.json names, or that belongs to the
-    model, and not from tokenizer.json. A line says so where that class is code of the folder: it is not run.
+    model, and not from its vocabulary. A line says so where that class is code of the folder: it is not run.
 
     Args:
         model: the config.json that the export has beside the files.
@@ -40,6 +47,11 @@ def check_tokenizer_class(folder: Path, tokenizer: PreTrainedTokenizerBase, mode
     config = folder / "tokenizer_config.json"
     values = read_json(config, MAX_TOKENIZER_BYTES) if is_there(config) else {}
     if values.get("tokenizer_class") in PLAIN_CLASSES and not values.get("auto_map"):
+        return
+    if tokenizer_class(folder) == RANKS:
+        print(
+            f"{config}: {shown(values['tokenizer_class'])} is code of the folder, which is not run: its split is known"
+        )
         return
     from transformers import AutoTokenizer
 
@@ -60,11 +72,12 @@ def check_tokenizer_class(folder: Path, tokenizer: PreTrainedTokenizerBase, mode
             )
     except Exception as error:  # of whatever the class does
         named = shown(values.get("tokenizer_class") or values.get("auto_map"))
-        print(f"{config}: {named} was not compared with tokenizer.json, as it does not load ({one_line(error)})")
+        print(f"{config}: {named} was not compared with the vocabulary, as it does not load ({one_line(error)})")
         return
     if not same:
+        vocabulary = next(name for name in VOCABULARIES if any(folder.glob(name)))
         raise UserError(
             f"{config}: tokenizer_class is {shown(values.get('tokenizer_class'))}: AutoTokenizer then encodes by "
-            f"{type(other).__name__}, and otherwise than tokenizer.json, by which a run encodes: set it to "
-            f"{PLAIN_CLASSES[0]} to train by tokenizer.json, or write tokenizer.json with that class's save_pretrained"
+            f"{type(other).__name__}, and otherwise than {vocabulary}, by which a run encodes: set it to "
+            f"{PLAIN_CLASSES[0]} to train by {vocabulary}, or write tokenizer.json with that class's save_pretrained"
         )

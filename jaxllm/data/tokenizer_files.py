@@ -3,6 +3,8 @@
 from fnmatch import fnmatch
 from pathlib import Path
 
+from jaxllm.data.rank_file import RANK_FILE, check_ranks
+from jaxllm.data.sentencepiece_file import MODEL_FILE, check_model
 from jaxllm.errors import UserError, listed, shown
 from jaxllm.files import check_file, read_json
 
@@ -28,8 +30,21 @@ def is_tokenizer_file(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in TOKENIZER_FILES)
 
 
+RANKS = "ranks"
+"""In place of a class: a file of ranks, which this project reads."""
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer of a kind that is read."""
+    try:
+        tokenizer_class(folder)
+    except UserError:
+        return False
+    return True
+
+
 def tokenizer_class(folder: Path) -> str:
-    """The class of transformers that reads a folder's tokenizer, without running code of the folder.
+    """The class of transformers that reads a folder's tokenizer without running code of the folder, or RANKS.
 
     Raises:
         UserError: the folder has no tokenizer, or one of a kind that is not read.
@@ -44,6 +59,12 @@ def tokenizer_class(folder: Path) -> str:
     found = [name for name in held if any(fnmatch(name, pattern) for pattern in VOCABULARIES)]
     if not found:
         raise UserError(f"{what}: the folder holds no tokenizer.json: {remedy}")
+    if found in ([RANK_FILE], [MODEL_FILE]):
+        try:
+            (check_ranks if found == [RANK_FILE] else check_model)(folder)
+        except UserError as error:
+            raise UserError(f"{what}: {error}; {remedy}") from None
+        return RANKS if found == [RANK_FILE] else "PreTrainedTokenizerFast"
     if found != ["merges.txt", "vocab.json"]:
         raise UserError(f"{what}: {listed(found)} is of a kind that is not read: {remedy}")
     config = folder / "tokenizer_config.json"

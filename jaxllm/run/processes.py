@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -24,6 +24,8 @@ from jaxllm.data.stream import Position
 from jaxllm.errors import UserError, one_line
 from jaxllm.run.huge_pages import restart_with_huge_pages
 from jaxllm.run.runtime import start_jax
+
+T = TypeVar("T")
 
 BARRIER_SECONDS = 24 * 3600
 """How long processes wait for one that reads data or compiles. If one dies, the coordinator ends the others."""
@@ -120,6 +122,19 @@ def all_check(check: Callable[[], Any]) -> None:
     for process, message in enumerate(_from_each(found)):
         if message is not None:
             raise UserError(f"process {process}: {message}")
+
+
+def each_result(work: Callable[[], T]) -> T:
+    """What `work` returns in this process.
+
+    Raises:
+        UserError: the one that any process raised, in all of them.
+    """
+    if jax.process_count() == 1:
+        return work()
+    made: list[T] = []
+    all_check(lambda: made.append(work()))
+    return made.pop()
 
 
 def primary_result(work: Callable[[], Any]) -> Any:

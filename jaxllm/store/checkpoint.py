@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxllm.config import ModelConfig, RunConfig
+from jaxllm.config import LoraConfig, ModelConfig, RunConfig
 from jaxllm.data.stream import MAX_POSITION_BYTES, Position
 from jaxllm.errors import UserError, one_line
 from jaxllm.files import StrPath, plain_path
-from jaxllm.model.decoder import abstract_model
+from jaxllm.model.decoder import abstract_adapted, abstract_model, model_facts
+from jaxllm.model.inference import Hold, masters
+from jaxllm.model.layers import ParameterFacts
 from jaxllm.store.folder import CHECKPOINTS, checkpoint_steps, is_run, read_model_config
 from jaxllm.store.history import History
 from jaxllm.store.resume import check_format, choose_checkpoint
@@ -82,14 +85,33 @@ class CheckpointReader:
         """Whether it holds more than weights."""
         return (self._folder / "training").is_dir()
 
-    def weights(self, config: ModelConfig, shardings: Weights | None = None) -> Weights:
-        """Its weights, placed according to `shardings`; None: on the first device.
+    def adapters(self, config: ModelConfig, lora: LoraConfig, shardings: Weights | None = None) -> Weights:
+        """Its adapters, in the place of parameters, and the routing bias; placed as `weights`.
 
         Raises:
             UserError: they cannot be read.
         """
-        _, params, routing_bias = abstract_model(config)
-        restored = self._restore(weights=_targets(Weights(params, routing_bias), shardings)._asdict())
+        shapes = abstract_adapted(config, lora)
+        targets = _targets(Weights(shapes.params, shapes.routing_bias), shardings)
+        return Weights(**self._restore(weights=targets._asdict())["weights"])
+
+    def weights(self, config: ModelConfig, shardings: Weights | None = None, hold: Hold = masters) -> Weights:
+        """Its weights, placed according to `shardings` (None: on the first device), in the dtypes that `hold` chooses.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        shapes = Weights(*abstract_model(config)[1:])
+        if hold is not masters:
+            stored = self._stored("weights")
+
+            def held(path: Any, leaf: Any, facts: ParameterFacts) -> jax.ShapeDtypeStruct:
+                known = stored.get(tuple(str(getattr(key, "key", None) or key.name) for key in path), leaf)
+                narrow = known.dtype in (jnp.bfloat16, jnp.float16)
+                return jax.ShapeDtypeStruct(leaf.shape, hold(facts, known.dtype if narrow else jnp.float32))
+
+            shapes = jax.tree_util.tree_map_with_path(held, shapes, Weights(*model_facts(config)))
+        restored = self._restore(weights=_targets(shapes, shardings)._asdict())
         return Weights(**restored["weights"])
 
     def state(self, config: RunConfig, shardings: TrainState | None = None) -> tuple[TrainState, ResumeState | None]:
@@ -102,7 +124,8 @@ class CheckpointReader:
         """
         wanted = None if shardings is None else Weights(shardings.params, shardings.routing_bias)
         resumed = self.resume_state(config, shardings)
-        weights = self.weights(config.model, wanted)
+        model, lora = config.model, config.adapters
+        weights = self.weights(model, wanted) if lora is None else self.adapters(model, lora, wanted)
         if resumed is None:
             start = functools.partial(start_state, config.model, config.optim, config.seed)
             return (start if shardings is None else jax.jit(start, out_shardings=shardings))(*weights), None
@@ -117,7 +140,7 @@ class CheckpointReader:
         if not self.has_training:
             return None
         check_format(self._folder)
-        targets = _targets(abstract_state(config.model, config.optim), shardings)
+        targets = _targets(abstract_state(config.model, config.optim, config.adapters), shardings)
         training = {"opt_state": targets.opt_state, "step": targets.step, "dropout_key": targets.dropout_key}
         restored = self._restore(training=training, positions=self._shapes_of_positions(), history=None)
         try:
@@ -134,12 +157,7 @@ class CheckpointReader:
 
         A few bytes can claim any shape: it is checked before memory is allocated for it.
         """
-        try:
-            with plain_path(self._folder) as folder:
-                found: Any = ocp.StandardCheckpointHandler().metadata(epath.Path(folder / "positions"))
-            shapes = {name: tuple(leaf.shape) for name, leaf in dict(found).items()}
-        except Exception as error:  # as in `_restore`
-            raise self._unreadable(error) from None
+        shapes = {path[-1]: tuple(leaf.shape) for path, leaf in self._stored("positions").items()}
         for shape in shapes.values():
             if len(shape) != 1 or not 0 < shape[0] <= MAX_POSITION_BYTES:
                 raise UserError(
@@ -147,6 +165,16 @@ class CheckpointReader:
                     "folder elsewhere to use the one before it"
                 )
         return {name: np.empty(shape, np.uint8) for name, shape in shapes.items()}
+
+    def _stored(self, item: str) -> dict[tuple[str, ...], Any]:
+        """The shape and dtype of each array of a part of the checkpoint, by its path."""
+        try:
+            with plain_path(self._folder) as folder:
+                found: Any = ocp.StandardCheckpointHandler().metadata(epath.Path(folder / item))
+            leaves = jax.tree_util.tree_leaves_with_path(dict(found), is_leaf=lambda leaf: hasattr(leaf, "dtype"))
+            return {tuple(str(key.key) for key in path): leaf for path, leaf in leaves}
+        except Exception as error:  # as in `_restore`
+            raise self._unreadable(error) from None
 
     def _restore(self, **targets: Pytree) -> dict[str, Any]:
         args = {
@@ -211,11 +239,11 @@ def read_newest(run: StrPath, read: Callable[[CheckpointReader], T]) -> T:
     )
 
 
-def load_weights(run: StrPath) -> tuple[ModelConfig, Weights]:
-    """Model config and newest weights of a run folder.
+def load_weights(run: StrPath, hold: Hold = masters) -> tuple[ModelConfig, Weights]:
+    """Model config and newest weights of a run folder, in the dtypes that `hold` chooses.
 
     Raises:
         UserError: the folder is not a run folder, or the checkpoint cannot be read.
     """
     config = read_model_config(run)
-    return config, read_newest(run, lambda saved: saved.weights(config))
+    return config, read_newest(run, lambda saved: saved.weights(config, hold=hold))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxllm.config import ModelConfig
-from jaxllm.data.tokenizer_files import is_tokenizer_file, tokenizer_class
+from jaxllm.data.tokenizer_files import has_tokenizer, is_tokenizer_file
 from jaxllm.errors import UserError, listed, shown
 from jaxllm.files import StrPath, read_json, rename_durably
 from jaxllm.store.folder import SOURCE, TOKENIZER
@@ -81,11 +81,7 @@ def source_files(folder: Path, tokenizer: bool = True) -> SourceFiles:
         folder: of the model; without a config.json, only what is a model's by its name is kept.
         tokenizer: whether the run takes its tokenizer, if that is of a kind that is read.
     """
-    if tokenizer:
-        try:
-            tokenizer_class(folder)
-        except UserError:  # its files return in the export
-            tokenizer = False
+    tokenizer = tokenizer and has_tokenizer(folder)  # else its files return in the export
     places, left_out = {}, []
     whole = (folder / "config.json").is_file()
     for file in _files(folder, recursive=whole):

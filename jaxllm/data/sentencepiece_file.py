@@ -1,0 +1,82 @@
+"""Tokenizers that come as a SentencePiece model, `tokenizer.model`: read by transformers, compared with the library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxllm.errors import UserError, listed, one_line, shown
+from jaxllm.files import check_file, read_json
+from jaxllm.packages import is_installed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MODEL_FILE = "tokenizer.model"
+
+MAX_BYTES = 64 * 2**20
+
+CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
+"""Classes whose ids are those of the model; others move them."""
+
+TEXTS = (
+    "def f(x):\n    return 'Hello, wörld 😀'\t\n",
+    " two  spaces",
+    "a\r\n\n ÀÉÎ ﬁ x² 12345.678",
+    "汉字 и кириллица",
+)
+
+MAX_PIECES = 2000
+"""How many of the model's own pieces are tried, too."""
+
+
+def check_model(folder: Path) -> None:
+    """Check that a folder's tokenizer.model can be read.
+
+    Raises:
+        UserError: it cannot; without the folder and the remedy.
+    """
+    config = folder / "tokenizer_config.json"
+    named = read_json(config, MAX_BYTES).get("tokenizer_class") if config.exists() else None
+    if named not in CLASSES:
+        raise UserError(
+            f"{MODEL_FILE} is read with tokenizer_class {' or '.join(CLASSES)} in tokenizer_config.json, and it is "
+            f"{shown(named)}"
+        )
+    check_file(folder / MODEL_FILE, MAX_BYTES)
+    if missing := [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]:
+        raise UserError(f"{MODEL_FILE} is read with {listed(missing)}: pip install sentencepiece protobuf")
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return is_installed(name)
+    except ModuleNotFoundError:  # its parent is not
+        return False
+
+
+def check_same(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a tokenizer which transformers made of a folder's model encodes as the SentencePiece library does.
+
+    Raises:
+        UserError: it does not, or the file is not a SentencePiece model.
+    """
+    from sentencepiece import SentencePieceProcessor  # pyright: ignore[reportMissingImports]
+
+    try:
+        theirs: Any = SentencePieceProcessor(model_file=str(folder / MODEL_FILE))
+    except Exception as error:  # of its own kinds
+        raise UserError(f"{folder / MODEL_FILE} is not a SentencePiece model ({one_line(error)})") from None
+    size = theirs.get_piece_size()
+    pieces = [theirs.decode([id]) for id in range(0, size, max(1, size // MAX_PIECES)) if not theirs.is_control(id)]
+    encode: Any = tokenizer
+    special = [text for text in tokenizer.get_added_vocab() if text]
+    for text in (*TEXTS, *pieces):
+        if any(added in text for added in special):  # which the library takes for text
+            continue
+        if encode(text, add_special_tokens=False)["input_ids"] != theirs.encode(text):
+            raise UserError(
+                f"{folder / MODEL_FILE}: this release of transformers encodes {shown(text)} otherwise than "
+                "SentencePiece: put a tokenizer.json of the same tokens into the folder, or train with --tokenizer "
+                "FOLDER"
+            )
