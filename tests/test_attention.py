@@ -22,7 +22,7 @@ def plain_attention(q, k, v, attention_mask, scale):
     length = q.shape[1]
     mask = jnp.tril(jnp.ones((length, length), bool))
     if attention_mask is not None:
-        mask = (mask & attention_mask.astype(bool)[:, None, None]) | jnp.eye(length, dtype=bool)
+        mask = mask & (attention_mask[:, None, :, None] == attention_mask[:, None, None])
     scores = jnp.einsum("bthd,bshd->bhts", q, k) * scale
     weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
     return jnp.einsum("bhts,bshd->bthd", weights, v)
@@ -36,7 +36,7 @@ def out_and_gradients(attention, q, k, v, attention_mask, cotangent):
 
 # shorter than a block, a whole block, a ragged end, several spans, spans of two blocks with a ragged end
 @pytest.mark.parametrize("length", [1, 40, 128, 300, 1300])
-@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("padding", ["none", "left", "right", "documents"])
 def test_blocks_equal_the_plain_formula_to_rounding(length, padding):
     with jax.enable_x64(True):
         q, k, v, cotangent = jax.random.normal(jax.random.key(0), (4, 2, length, 2, 6), jnp.float64)
@@ -44,6 +44,8 @@ def test_blocks_equal_the_plain_formula_to_rounding(length, padding):
         mask = None if padding == "none" else jnp.ones((2, length)).at[0, : length // 3].set(0)
         if padding == "right":
             mask = mask[:, ::-1]
+        if padding == "documents":
+            mask = 1 + (jnp.arange(length) >= jnp.asarray([[length // 3], [length // 2]])).cumsum(axis=1) // 37
         results = (
             out_and_gradients(attention, q, k, v, mask, cotangent) for attention in (blocked_attention, plain_attention)
         )

@@ -20,7 +20,7 @@ class LayerInputs(NamedTuple):
     """What a layer needs besides its weights and the residual stream; it has no gradient."""
 
     positions: Int[Array, "#B T"]
-    attention_mask: Shaped[Array, "B T"] | None  # zero at padding; None: no padding
+    attention_mask: Shaped[Array, "B T"] | None  # each token's document, zero at padding; None: no padding
     experts: Int[Array, "*L B T k"] | None  # experts to use instead of the router's choice
 
 

@@ -35,39 +35,41 @@ def blocked_attention(
     attention_mask: Shaped[Array, "B T"] | None,
     scale: float,
 ) -> Float[Array, "B T H v"]:
-    """A token attends to itself and to earlier tokens, but not to padding. A padding token attends to itself.
+    """A token attends to itself and to earlier tokens of its document; padding is a document of its own.
 
-    The mask is zero at padding; None: no padding. `scale` multiplies the scores. The backward pass saves q, k and v,
-    and recomputes each block's weights.
+    The mask has the number of each token's document, zero at padding; None: one document. `scale` multiplies the
+    scores. The backward pass saves q, k and v, and recomputes each block's weights.
     """
     length = q.shape[1]
     # heads before time: the products are batched over B,H
     q, k, v = (a.swapaxes(1, 2) for a in (q * scale, k, v))
+    documents = None if attention_mask is None else attention_mask.astype(jnp.int32)
     if is_symbolic_dim(length):  # in jax.export, which cannot count blocks
-        return _attend(length, k, v, attention_mask, jnp.int32(0), q).swapaxes(1, 2)
+        return _attend(length, k, v, documents, jnp.int32(0), q).swapaxes(1, 2)
     block = min(BLOCK_QUERIES, length)
     span = block * -(-length // (block * MAX_SPANS))
     q = jnp.pad(q, ((0, 0), (0, 0), (0, -length % block), (0, 0)))  # queries after the last are discarded
+    documents = None if documents is None else jnp.pad(documents, ((0, 0), (0, -length % block)))
     spans = []
     for start in range(0, length, span):
         end = min(start + span, q.shape[2])
         blocks = jnp.stack(jnp.split(q[:, :, start:end], (end - start) // block, axis=2))  # (blocks,B,H,b,h)
         starts = jnp.arange(start, end, block)
-        attend = functools.partial(_attend, min(end, length), k, v, attention_mask)
+        attend = functools.partial(_attend, min(end, length), k, v, documents)
         spans += [*jax.lax.map(lambda x, attend=attend: attend(*x), (starts, blocks))]
     return save_for_backward(jnp.concatenate(spans, axis=2)[:, :, :length].swapaxes(1, 2))
 
 
 @functools.partial(jax.checkpoint, static_argnums=0)
-def _attend(end: int, k: Array, v: Array, attention_mask: Array | None, start: Array, q: Array) -> Array:
+def _attend(end: int, k: Array, v: Array, documents: Array | None, start: Array, q: Array) -> Array:
     """One block of queries, from start on: (B,H,b,h) -> (B,H,b,v). It slices the keys, so no slice is saved."""
     k, v = k[:, :, :end], v[:, :, :end]
     scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=at_least_float32(q.dtype))
     queries, keys = start + jnp.arange(q.shape[2])[:, None], jnp.arange(end)
     mask = keys <= queries
-    if attention_mask is not None:
-        real = attention_mask.astype(bool)[:, None, None, :end]  # (B,1,1,S)
-        mask = (mask & real) | (keys == queries)
+    if documents is not None:
+        own = jax.lax.dynamic_slice_in_dim(documents, start, q.shape[2], axis=1)
+        mask &= own[:, None, :, None] == documents[:, None, None, :end]  # (B,1,b,S)
     return jnp.einsum("bhts,bhsd->bhtd", masked_softmax(scores, mask).astype(q.dtype), v)
 
 
@@ -78,7 +80,7 @@ def cudnn_attention(
     attention_mask: Shaped[Array, "B T"] | None,
     scale: float,
 ) -> Float[Array, "B T H v"]:
-    """`blocked_attention` by cuDNN's fused kernel, where it can: no padding, an even length, known to be so."""
+    """`blocked_attention` by cuDNN's fused kernel, where it can: one document a row, an even length, known to be so."""
     if attention_mask is not None or is_symbolic_dim(q.shape[1]) or q.shape[1] % 2:
         return blocked_attention(q, k, v, attention_mask, scale)
     return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
