@@ -284,7 +284,7 @@ def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path):
         os.truncate(file, file.stat().st_size - 10)
         with pytest.raises(UserError, match=r"cannot be read \(.*safetensors ends before its last tensor"):
             _ = [files.read(name) for name in files.shapes]
-    with pytest.raises(UserError, match="is no complete safetensors file"):
+    with pytest.raises(UserError, match="is not a complete safetensors file"):
         read_folder(source)
 
 
