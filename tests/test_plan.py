@@ -78,7 +78,7 @@ def test_every_description_belongs_to_a_target():
         ({"config": "none.txtpb"}, ["none.txtpb", "cannot be read"]),
         ({"sources": {}}, ["sources.memory_gib is missing"]),
         ({"devices": 0.5}, ["devices is 0.5", "whole number"]),
-        ({"color": "green"}, ["color is no field"]),
+        ({"color": "green"}, ["color is not a field"]),
     ],
 )
 def test_a_custom_target_is_checked(change, parts, tmp_path):
