@@ -27,6 +27,7 @@ from convert.__main__ import Command
 from jaxllm.command_line import parse
 from jaxllm.config import RunConfig, TrainConfig, recipe
 from jaxllm.config.fields import option
+from jaxllm.doctor import DoctorArgs
 from jaxllm.evaluate import EvaluateArgs
 from jaxllm.generate import GenerateArgs
 from jaxllm.plan.__main__ import PlanArgs
@@ -180,6 +181,7 @@ PARSERS: dict[str, Any] = {
     "-m jaxllm.generate": GenerateArgs,
     "-m jaxllm.evaluate": EvaluateArgs,
     "-m jaxllm.plan": PlanArgs,
+    "-m jaxllm.doctor": DoctorArgs,
     "-m jaxllm.run.replay": ReplayArgs,
     "-m convert": Command,
     "-m parity_tests pair": PairArgs,
@@ -198,6 +200,7 @@ OTHER_OPTIONS = {
     "--help", "--help-all", "--batch", "--seq",  # the last two are aliases
     "--kills", "--devices",  # of tests.chaos
     "--trust-remote-code",  # also transformers'
+    "--build-arg",  # of docker
 }  # fmt: skip
 
 
