@@ -53,7 +53,7 @@ def kernels_to_avoid(config: ModelConfig, dtype: jnp.dtype, option: KernelsOptio
 
 
 def _failures(config: ModelConfig, dtype: jnp.dtype, special: Collection[str]) -> dict[str, str]:
-    """Why each kernel fails that does, from this process's device or from what is known of it."""
+    """Why each kernel fails that does, from this process's device or from facts about it."""
     try:
         file = cache_folder("kernels") / f"{_fingerprint(config, dtype, special)}.json"
     except (OSError, RuntimeError):  # RuntimeError: the user has no home folder
