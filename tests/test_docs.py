@@ -228,12 +228,16 @@ def program_of(command: str) -> str | None:
     return max(names, key=len) if names and not command.startswith(OTHER_PROGRAMS) else None
 
 
+INIT = "--preset deepseek-v2-lite --optimizer adamw"
+"""What --init gives: a long context, and AdamW."""
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_of_a_page_are_ones_that_the_parsers_take(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # no runs of before
     for command in commands_of("\n".join(re.findall(r"(?ms)^```(?:bash|console)\n(.*?)^```", page.read_text()))):
         program = program_of(command)
-        given = command.removeprefix(program or "").replace("--init", "--optimizer adamw --init")  # which it chooses
+        given = command.removeprefix(program or "").replace("--init", f"{INIT} --init")
         given = re.sub(r"--(?:init|adapter) \S+|--merge", "", given)  # for which a folder is read
         arguments = shlex.split(given.replace("STEP", "1").replace("PORT", "1234"))
         if program is None or {"--help", "--help-all"} & {*arguments}:

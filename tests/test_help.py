@@ -12,6 +12,7 @@ from jaxllm.command_line import parse
 from jaxllm.config import RunConfig, TrainConfig
 from jaxllm.config.fields import option, option_names
 from jaxllm.generate import GenerateArgs
+from jaxllm.plan.__main__ import PlanArgs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,7 @@ def test_a_command_without_common_options_shows_all_of_them_in_its_help(capsys):
     text = said(GenerateArgs, "--help", capsys)
     assert {"max-new-tokens", "top-k", "ignore-eos"} <= {*shown(text)}
     assert "--help-all" not in text
+    assert {"target", "lora-rank", "lora-alpha"} <= {*shown(said(PlanArgs, "--help", capsys))}  # a group of train.py
 
 
 def test_a_new_option_appears_in_the_short_help_only_if_it_is_declared_as_common(capsys):
