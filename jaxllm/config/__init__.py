@@ -2,6 +2,7 @@
 
 from jaxllm.config.fields import MAX_INT, MAX_SEED
 from jaxllm.config.groups import AXES
+from jaxllm.config.lora import LoraConfig
 from jaxllm.config.model import SPECIAL_TOKENS, ModelConfig, RouterConfig, YarnConfig
 from jaxllm.config.presets import PRESETS, TOKENIZER_SIZED_PRESETS, preset
 from jaxllm.config.train import (
@@ -18,6 +19,6 @@ from jaxllm.config.train import (
 
 __all__ = [
     "AXES", "DEFAULT_RECIPE", "FORMAT", "MAX_INT", "MAX_SEED", "PRESETS", "SPECIAL_TOKENS", "TOKENIZER_SIZED_PRESETS",
-    "KernelsOption", "ModelConfig", "Precision", "PrecisionOption", "RouterConfig", "RunConfig", "TrainConfig",
-    "YarnConfig", "changed_options", "preset", "recipe",
+    "KernelsOption", "LoraConfig", "ModelConfig", "Precision", "PrecisionOption", "RouterConfig", "RunConfig",
+    "TrainConfig", "YarnConfig", "changed_options", "preset", "recipe",
 ]  # fmt: skip

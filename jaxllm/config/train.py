@@ -14,6 +14,7 @@ import tyro
 
 from jaxllm.config import groups
 from jaxllm.config.fields import MAX_SEED, check_fields, option, option_names
+from jaxllm.config.lora import LoraConfig
 from jaxllm.config.model import ModelConfig
 from jaxllm.config.presets import PRESETS, preset
 from jaxllm.errors import UserError, listed, shown
@@ -87,6 +88,11 @@ class RunConfig:
     def data_streams(self) -> int:
         """Shards of the data that are read in parallel."""
         return 1
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """The adapters that are trained in place of all weights, if the run has some."""
+        return None
 
     @property
     def tokens_per_step(self) -> int:
@@ -166,11 +172,21 @@ class TrainConfig(RunConfig):
     """`auto`: the fastest kernels of the device; on a GPU each is checked at the start, and what fails is replaced.
     `plain`: kernels that run on any device, unchecked. A resumed run may change it: results differ by rounding, as
     between devices."""
+    adapter: Path | None = option(None)
+    """Continue training this adapter, a folder of PEFT: its rank, alpha and matrices are the defaults of --lora-..."""
     checkpoint: Flat[groups.CheckpointConfig] = field(default_factory=groups.CheckpointConfig)
     mesh: Flat[groups.MeshConfig] = field(default_factory=groups.MeshConfig)
+    lora: Flat[LoraConfig] = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.adapter is not None and not self.adapters:
+            raise UserError(f"adapter is {str(self.adapter)!r}, and lora_rank is 0: leave out one of the two")
+        if self.adapters and self.optim.optimizer != "adamw":
+            raise UserError(
+                f"optimizer is {self.optim.optimizer!r}: it makes the update of a whole matrix orthogonal, and an "
+                "adapter's two factors are not one; pass --optimizer adamw with --lora-rank"
+            )
         rows, model, mesh = self.data.batch_size, self.model, f"mesh is {shown(self.mesh.axes)}: "
         heads = [model.nope_head_dim, model.value_head_dim] + [model.rope_head_dim] * bool(model.q_latent_size)
         cut = math.gcd(model.hidden_size, *(model.num_attention_heads * size for size in heads))
@@ -198,6 +214,10 @@ class TrainConfig(RunConfig):
     @property
     def data_streams(self) -> int:
         return self.mesh.data_streams or 1
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        return self.lora if self.lora.rank else None
 
 
 def _check_divides(n: int, divisor: int, message: str) -> None:

@@ -3,19 +3,20 @@
 import functools
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, Int
 
-from jaxllm.config import ModelConfig, Precision, RunConfig
+from jaxllm.config import LoraConfig, ModelConfig, Precision, RunConfig
 from jaxllm.config.groups import OptimConfig, ScheduleConfig
 from jaxllm.model.batch import TokenBatch
-from jaxllm.model.decoder import abstract_model
+from jaxllm.model.decoder import abstract_adapted, abstract_model
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
-from jaxllm.train.state import TrainState, init_state, state_specs
+from jaxllm.train.state import TrainState, abstract_state, init_state, state_specs
 from jaxllm.train.step import StepMetrics, eval_step, train_step
 
 
@@ -36,6 +37,8 @@ class Computation:
     """Which arrays of a batch there are: see `TokenBatch`."""
     platform: str | None = None
     """Whose kernels to use (`kernels.choose_kernels`); None: those of the default device."""
+    lora: LoraConfig | None = None
+    """The adapters, which are then all that is trained."""
     without: tuple[str, ...] = ()
     """The kernels that have their plain form."""
 
@@ -45,12 +48,17 @@ class Computation:
         shape = (data.grad_accum, data.batch_size, data.seq_len)
         step = (config.model, config.optim, config.schedule, config.decided_precision, config.remat)
         arrays = (data.has_targets, data.documents == "separate")
-        return cls(*step, config.seed, shape, *arrays, platform, tuple(without))
+        return cls(*step, config.seed, shape, *arrays, platform, config.adapters, tuple(without))
 
     @property
     def graph(self) -> nnx.GraphDef:
         """The static part of the model."""
-        return _model_graph(self.model, self.precision, self.remat, self.platform, self.without)
+        return _model_graph(self.model, self.precision, self.remat, self.platform, self.lora, self.without)
+
+    @property
+    def state(self) -> TrainState:
+        """The shapes of the state."""
+        return abstract_state(self.model, self.optim, self.lora)
 
     @property
     def batch(self) -> TokenBatch:
@@ -60,11 +68,11 @@ class Computation:
 
     def init_state(self) -> TrainState:
         """A new run's state."""
-        return init_state(self.model, self.optim, self.seed)
+        return init_state(self.model, self.optim, self.seed, self.lora)
 
     def specs(self, layout: Layout) -> TrainState:
         """How a mesh shards the state."""
-        return state_specs(self.model, self.optim, layout)
+        return state_specs(self.model, self.optim, layout, self.lora)
 
     def train_step(
         self, state: TrainState, batch: TokenBatch, layout: Layout = ONE_DEVICE
@@ -72,14 +80,19 @@ class Computation:
         return train_step(self.optim, self.schedule, self.graph, state, batch, layout=layout)
 
     def eval_step(
-        self, params: Pytree, routing_bias: Pytree, batch: TokenBatch, layout: Layout = ONE_DEVICE
+        self, params: Pytree, routing_bias: Pytree, batch: TokenBatch, frozen: Pytree = (), layout: Layout = ONE_DEVICE
     ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-        return eval_step(self.graph, params, routing_bias, batch, layout)
+        return eval_step(self.graph, params, routing_bias, batch, layout, frozen or {})
 
 
 @functools.lru_cache(16)
 def _model_graph(
-    model: ModelConfig, precision: Precision, remat: bool, platform: str | None, without: tuple[str, ...]
+    model: ModelConfig,
+    precision: Precision,
+    remat: bool,
+    platform: str | None,
+    lora: LoraConfig | None,
+    without: tuple[str, ...],
 ) -> nnx.GraphDef:
-    options = {"remat": remat, "platform": platform, "without": without}
-    return abstract_model(model, dtype=jnp.dtype(precision), **options)[0]
+    options: dict[str, Any] = {"dtype": jnp.dtype(precision), "remat": remat, "platform": platform, "without": without}
+    return (abstract_model(model, **options) if lora is None else abstract_adapted(model, lora, **options))[0]

@@ -17,9 +17,9 @@ from collections.abc import Callable, Collection
 import jax
 import jax.numpy as jnp
 
-from jaxllm.config import ModelConfig
+from jaxllm.config import LoraConfig, ModelConfig
 from jaxllm.model.dtypes import Array, DTypeLike
-from jaxllm.model.kernels import grouped_loop, grouped_triton, grouped_whole, packed
+from jaxllm.model.kernels import grouped_adapted, grouped_loop, grouped_triton, grouped_whole, packed
 from jaxllm.model.kernels.causal_attention import blocked_attention, cudnn_attention, cudnn_refuses
 from jaxllm.model.kernels.interface import ExpertKernels
 
@@ -74,6 +74,7 @@ def choose_kernels(
     *,
     remat: bool = False,
     without: Collection[str] = (),
+    lora: LoraConfig | None = None,
 ) -> Kernels:
     """The kernels of a model with this config, whose dimensions decide whether a kernel applies, and compute dtype.
 
@@ -81,6 +82,7 @@ def choose_kernels(
         platform: CUDA or ANY (else ValueError), to compile for a device that you do not have; None: the platform here.
         remat: whether the layers are computed again in the backward pass.
         without: of REPLACEABLE, which have their plain form.
+        lora: the model's adapters. Shared experts that have some are computed by `linear`.
     """
     platform = platform_here() if platform is None else platform
     if platform not in (CUDA, ANY):
@@ -89,10 +91,12 @@ def choose_kernels(
     tiled = grouped_triton.applies(config.hidden_size, config.moe_intermediate_size)
     triton = on_cuda and dtype in (jnp.bfloat16, jnp.float32) and tiled
     loops = dataclasses.replace(grouped_loop.KERNELS, recomputes=remat)
+    on_triton = grouped_adapted.KERNELS if lora and lora.adapts("experts") else grouped_triton.KERNELS
+    whole = triton and "shared" not in without and not (lora and lora.adapts("shared"))
     cudnn = on_cuda and dtype == jnp.bfloat16 and _cudnn_refuses(config) is None
     return Kernels(
-        routed=grouped_triton.KERNELS if triton and "routed" not in without else loops,
-        shared=grouped_whole.KERNELS if triton and "shared" not in without else None,
+        routed=on_triton if triton and "routed" not in without else loops,
+        shared=grouped_whole.KERNELS if whole else None,
         attention=cudnn_attention if cudnn and "attention" not in without else blocked_attention,
         packs=packed.NEEDED and dtype == jnp.bfloat16 and not on_cuda,
     )
