@@ -2,7 +2,7 @@
 
 python train.py                                         # train, or resume the last run
 python train.py --preset customllm-1b --recipe seed     # the source's run
-python train.py --help                                  # every option
+python train.py --help                                  # the options that most runs need; --help-all: every option
 """
 
 from __future__ import annotations
@@ -14,21 +14,24 @@ from typing import TYPE_CHECKING, Any
 from flax import nnx
 
 from jaxllm.config import TrainConfig
-from jaxllm.errors import exit_on_user_error
+from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.model.decoding import Sampling, generate
 from jaxllm.packages import check_own
 from jaxllm.run.arguments import parse_args
 from jaxllm.run.init import check_shapes
-from jaxllm.run.processes import barrier, each_result, init_distributed, is_primary
+from jaxllm.run.processes import all_check, barrier, each_result, init_distributed, is_primary
 from jaxllm.run.reporting import write_samples
 from jaxllm.run.run import Run
 from jaxllm.run.runtime import use_compilation_cache
+from jaxllm.store.base import base_of, check_base
 from jaxllm.store.folder import checkpoint_steps
 from jaxllm.store.resume import check_folder
+from jaxllm.store.source import model_folder
 from jaxllm.train.placement import choose_placement
 from jaxllm.train.trainer import Trainer
 
 if TYPE_CHECKING:
+    from convert.base import Base
     from convert.to_flax import Imported, Place
 
 
@@ -60,13 +63,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\nEverything is in {run.config.folder}")
 
 
-def read_start(config: TrainConfig, place: Place) -> Imported | None:
-    """What a new run starts from with --init; it is read, to its places, before an earlier run is deleted."""
-    init = config.init
-    if init is None or (check_folder(config, "JAX") and checkpoint_steps(config.folder)):
+def read_start(config: TrainConfig, place: Place) -> Imported | Base | None:
+    """What a run starts from with --init, or the base of its adapters: read, to its places, before any deletion."""
+    resumes = check_folder(config, "JAX") and bool(checkpoint_steps(config.folder))
+    if (init := config.init) is None and config.adapters:
+        raise UserError(f"lora_rank is {config.lora.rank}: adapters need weights to adapt, pass --init FOLDER")
+    if init is None or (resumes and not config.adapters):
         return None
     check_shapes(config)
     check_own("convert")
+    if config.adapters:
+        from convert.base import read_base
+
+        if resumes:
+            all_check(lambda: is_primary() and check_base(config.folder, base_of(model_folder(init))))
+        return each_result(lambda: read_base(config, place))
     from convert.to_flax import read_model
 
     return each_result(lambda: read_model(init, place=place))
@@ -77,7 +88,7 @@ def sample(run: Run, trainer: Trainer, params: Any, routing_bias: Any) -> None:
     config = run.config
 
     def new_tokens(prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-        model = nnx.merge(trainer.graph, params, routing_bias)
+        model = nnx.merge(trainer.merged_graph, params, routing_bias)
         sampling = Sampling(temperature=config.sampling.temperature, top_p=config.sampling.top_p)
         eos = config.model.eos_token_ids
         return generate(model, prompts, max_new_tokens, sampling, seed=config.seed, eos_token_ids=eos)

@@ -1,6 +1,7 @@
 """Convert between a run of this project and a folder that PyTorch people know.
 
 python -m convert to-torch RUN OUT [--dtype bfloat16]
+python -m convert to-torch RUN OUT --merge                   # of a run with adapters: the whole model
 python -m convert to-torch RUN TORCH_RUN --training          # to resume with python -m torch_ref.train
 python -m convert to-flax DIR RUN
 python -m convert to-flax TORCH_RUN RUN                       # to resume with train.py
@@ -19,6 +20,7 @@ import tyro
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only moves bytes: no accelerator's memory is needed
 
+from convert.base import adapters_of, export_adapter
 from convert.to_flax import import_run
 from convert.to_torch import MODELING_FILE, export_run
 from convert.training import export_training, import_training, is_pytorch_run
@@ -40,12 +42,23 @@ class ToTorch:
     """Of the written weights; none: that of the folder that the run was made from, or float32."""
     training: bool = False
     """Hand over the run: moments, step count and data position too, for python -m torch_ref.train."""
+    merge: bool = False
+    """Of a run with adapters (--lora-rank): write the model with its adapters merged, in place of a folder for PEFT."""
     drop_mtp: bool = False
     """Leave out the layers of multi-token prediction, which are else the source's, untrained."""
 
     def __post_init__(self) -> None:
         if self.training and self.dtype not in (None, "float32"):
             raise UserError(f"dtype is {self.dtype!r}: a run to train on is handed over in float32")
+        adapted = adapters_of(self.run) is not None
+        if self.training and adapted:
+            raise UserError(
+                f"training is set: {str(self.run)!r} trains adapters, which python -m torch_ref.train does not"
+            )
+        if self.merge and not adapted:
+            raise UserError(f"merge is set: {str(self.run)!r} has no adapters, leave it out")
+        if adapted and not self.merge and (self.dtype is not None or self.drop_mtp):
+            raise UserError("dtype and drop_mtp are for a whole model: adapters are written alone, pass --merge")
         if self.training and self.drop_mtp:
             raise UserError("drop_mtp is set: a run to train on has no multi-token prediction, leave it out")
 
@@ -74,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if isinstance(command, ToTorch) and command.training:
         export_training(command.run, command.out)
         print(f"Wrote {command.out}: python -m torch_ref.train --run-dir {command.out} resumes it")
+    elif isinstance(command, ToTorch) and adapters_of(command.run) and not command.merge:
+        export_adapter(command.run, command.out)
+        print(f"Wrote {command.out}: PeftModel.from_pretrained(MODEL, {str(command.out)!r})")
     elif isinstance(command, ToTorch):
         export_run(command.run, command.out, dtype=command.dtype, drop_mtp=command.drop_mtp)
         code = ", trust_remote_code=True" if (command.out / MODELING_FILE).exists() else ""

@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxllm.config import ModelConfig
 from jaxllm.config.families import names_of
+from jaxllm.config.joined import joined_linears
 
 Pytree = Any
 
@@ -204,9 +205,12 @@ class _JoinedRows:
         def of_heads(width: int, within: np.ndarray) -> np.ndarray:
             return (np.arange(H)[:, None] * width + within).reshape(-1)
 
-        self.queries = (("q_proj_u", of_heads(n + r, np.arange(n))), ("rope_q", of_heads(n + r, n + rotary)))
-        self.latent = (("kv_proj_d", np.arange(R)), ("rope_k", R + rotary))
-        self.expanded = (("k_proj_u", of_heads(n + v, np.arange(n))), ("v_proj_u", of_heads(n + v, n + np.arange(v))))
+        joined = joined_linears(config)
+        rows = of_heads(n + r, np.arange(n)), of_heads(n + r, n + rotary)
+        self.queries = tuple(zip(joined.queries, rows, strict=True))
+        self.latent = tuple(zip(joined.latent, (np.arange(R), R + rotary), strict=True))
+        rows = of_heads(n + v, np.arange(n)), of_heads(n + v, n + np.arange(v))
+        self.expanded = tuple(zip(joined.expanded, rows, strict=True))
 
 
 def _deepseek_attention(

@@ -30,7 +30,7 @@ def check_new(out: StrPath) -> None:
         raise UserError(f"{out} is the current folder or a mount point: pass a new folder in it")
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"{out} cannot be made: {parent} is no folder that can be written to")
+        raise UserError(f"{out} cannot be made: {parent} is not a folder that can be written to")
 
 
 @contextlib.contextmanager

@@ -36,10 +36,12 @@ def check_pickled(file: Path) -> None:
     except UserError:
         raise
     except Exception as error:  # zipfile and pickletools raise whatever the bytes make them raise
-        raise UserError(f"{file} is no file of PyTorch tensors that is safe to read ({type(error).__name__})") from None
+        raise UserError(
+            f"{file} is not a file of PyTorch tensors that is safe to read ({type(error).__name__})"
+        ) from None
     if foreign:
         raise UserError(
-            f"{file} is no file of PyTorch tensors that is safe to read: it names {listed(sorted(foreign))}"
+            f"{file} is not a file of PyTorch tensors that is safe to read: it names {listed(sorted(foreign))}"
         )
 
 
@@ -71,4 +73,6 @@ def _foreign(opened: IO[bytes]) -> set[str]:
 
 
 def _unsafe(file: Path, reason: str) -> UserError:
-    return UserError(f"{file} is no file of PyTorch tensors that is safe to read ({reason}): export it as safetensors")
+    return UserError(
+        f"{file} is not a file of PyTorch tensors that is safe to read ({reason}): export it as safetensors"
+    )

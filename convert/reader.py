@@ -90,7 +90,7 @@ def read_leaves(
         place: the sharding of each leaf, or None: on the host, as a NumPy array.
 
     Raises:
-        UserError: a tensor is no floating-point one, has values that are not finite, or cannot be read.
+        UserError: a tensor is not of floating-point numbers, has values that are not finite, or cannot be read.
     """
     groups: dict[tuple[Key, ...], list[Entry]] = collections.defaultdict(list)
     for entry in table.values():

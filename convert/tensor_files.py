@@ -198,7 +198,9 @@ class TensorFiles:
         try:
             state = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
         except Exception as error:  # the unpickler raises whatever the bytes make it raise
-            raise UserError(f"{file} is no file of PyTorch tensors that is safe to read ({one_line(error)})") from None
+            raise UserError(
+                f"{file} is not a file of PyTorch tensors that is safe to read ({one_line(error)})"
+            ) from None
         while isinstance(state, dict) and (key := next((k for k in NESTED if isinstance(state.get(k), dict)), None)):
             print(f"{file}: the weights are read from its entry {key!r}")
             state = state[key]
@@ -276,4 +278,4 @@ def _read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
 
 
 def _incomplete(file: Path, reason: str) -> UserError:
-    return UserError(f"{file} is no complete safetensors file ({reason}): copy or export it again")
+    return UserError(f"{file} is not a complete safetensors file ({reason}): copy or export it again")

@@ -207,7 +207,7 @@ def _exported_dtypes(files: TensorFiles) -> dict[str, Any]:
 
 
 def _passed_over(files: TensorFiles, layers: int) -> set[str]:
-    """The tensors of layers that the model does not have, and tables that it computes; a line says so."""
+    """The tensors of layers that the model does not have, and tables that it computes; a message names them."""
     beyond = {name for name in files.shapes if mtp.is_beyond(name, layers)}
     if count := len(beyond) + len(files.unopened) + len(files.absent):
         note(f"{files.path}: passed over {count} tensors of layers from {layers} on")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from convert import mtp
+from convert.base import adapters_of, run_weights
 from convert.mapping import PARAMS, ROUTING_BIAS, entries
 from convert.model_card import CARD_FILE, write_model_card
 from convert.new_folder import check_new, new_folder
@@ -25,7 +26,7 @@ from jaxllm.model.decoder import CustomLLM, split_model
 from jaxllm.model.dtypes import check_dtype
 from jaxllm.model.inference import as_stored
 from jaxllm.packages import ROOT, check_own
-from jaxllm.store.checkpoint import Weights, load_weights
+from jaxllm.store.checkpoint import Weights
 from jaxllm.store.folder import CONFIG_FILE, SOURCE_DTYPES, TOKENIZER
 from jaxllm.store.source import GENERATION_CONFIG, kept_files, read_source
 
@@ -43,15 +44,15 @@ AUTO_CLASSES = {
 def export_run(run: StrPath, out: StrPath, *, dtype: Any = None, drop_mtp: bool = False) -> None:
     """Export the newest weights of a run, with a model card, its tokenizer, and the files that the weights came with.
 
-    Those files are the same, byte for byte, except where a line says otherwise, and so are tensors of multi-token
-    prediction, which are read where the weights came from.
+    Those files are the same, byte for byte, except for changes that a message names. So are tensors of multi-token
+    prediction, which are read where the weights came from. Adapters are merged into the weights.
 
     Args:
         dtype: of the weights; None: that of the folder that they came from, or float32.
         drop_mtp: whether to leave out multi-token prediction.
 
     Raises:
-        UserError: `run` is no run, or `out` holds something already, or the source of its multi-token prediction is
+        UserError: `run` is not a run folder, or `out` holds something already, or the source of its MTP tensors is
             not there.
     """
     run, out = Path(run), Path(out)
@@ -69,9 +70,9 @@ def export_run(run: StrPath, out: StrPath, *, dtype: Any = None, drop_mtp: bool 
             print(f"{len(carried)} tensors of multi-token prediction are those of the source, which were not trained")
         elif mtp.KEY in stored:
             print("Multi-token prediction is left out")
-        config, weights = load_weights(run, as_stored)
+        config, weights = run_weights(run, as_stored)
         trained = (run / CONFIG_FILE).is_file()
-        if trained and others is not None:
+        if trained and others is not None and not adapters_of(run):
             moved = {entry.torch_name: "float32" for entry in entries(config) if entry.float32}
             if any(others.get(name, given) != "float32" for name in moved):
                 print("The correction biases are in float32: training moves them by less than the source's dtype holds")

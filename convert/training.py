@@ -45,7 +45,7 @@ def export_training(run: StrPath, out: StrPath) -> None:
     check_new(out)
     model = read_model_config(run)
     if names_of(model) != "customllm":
-        raise UserError(f"{str(run)!r} is no CustomLLM, which torch_ref trains alone: leave out --training")
+        raise UserError(f"{str(run)!r} is not a CustomLLM, the only model that torch_ref trains: leave out --training")
     _check_tokenizer(run)
     config = read_config(run, TrainConfig)
     if config.data_streams != 1:

@@ -29,7 +29,6 @@ from jaxllm.model.dtypes import check_dtype
 from jaxllm.model.inference import for_compute
 from jaxllm.packages import check_own
 from jaxllm.run.runtime import start_jax, use_compilation_cache
-from jaxllm.store.checkpoint import load_weights
 from jaxllm.store.folder import SOURCE, TOKENIZER, is_run, read_model_config
 from jaxllm.store.source import model_folder
 
@@ -40,17 +39,20 @@ if TYPE_CHECKING:
 def load_model(folder: StrPath, precision: Precision = "float32") -> CustomLLM:
     """The model of a run or of an exported folder; raises a UserError if the folder is neither.
 
-    Its matrices are held in bfloat16 for that precision, else in the dtype in which they are stored.
+    Its matrices are held in bfloat16 for that precision, else in the dtype in which they are stored. Adapters of a run
+    are merged into their base.
     """
     dtype = check_dtype(precision, "precision")
+    if not is_run(folder) and not Path(folder).is_file():
+        read_model_config(folder)  # nothing to convert
+    check_own("convert")
     if not is_run(folder):
-        if not Path(folder).is_file():
-            read_model_config(folder)  # nothing to convert
-        check_own("convert")
         from convert.to_flax import model_of
 
         return model_of(folder, dtype, for_compute(dtype))
-    config, weights = load_weights(folder, for_compute(dtype))
+    from convert.base import run_weights
+
+    config, weights = run_weights(folder, for_compute(dtype))
     graph, _, _ = abstract_model(config, dtype=dtype)
     return nnx.merge(graph, *weights)
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from transformers import AutoModelForCausalLM
 
+from convert.base import run_weights
 from convert.to_flax import read_folder
 from convert.to_torch import AUTO_CLASSES, export_run, modeling_source, read_source
 from jaxllm.config import ModelConfig, TrainConfig, preset
@@ -24,7 +25,7 @@ from jaxllm.errors import UserError, listed, one_line, shown
 from jaxllm.files import read_bounded, read_json
 from jaxllm.generate import tokenizer_folder
 from jaxllm.run.runtime import start_jax
-from jaxllm.store.checkpoint import Weights, load_weights
+from jaxllm.store.checkpoint import Weights
 from jaxllm.store.folder import CONFIG_FILE, is_run, read_config
 from parity_tests import hf_side
 from parity_tests.compare import Row
@@ -75,7 +76,7 @@ def load_pair(args: ParityArgs) -> Pair:
     if args.weights.is_file():
         raise UserError(f"weights is {str(args.weights)!r}: name the folder that a user would load")
     if is_run(args.weights):
-        config, weights = load_weights(args.weights)
+        config, weights = run_weights(args.weights)
         if args.trust_remote_code:
             raise UserError(f"trust_remote_code is set: the run {str(args.weights)!r} holds no code, leave it out")
         if names_of(config) == "deepseek":
@@ -131,7 +132,7 @@ def check_code(folder: Path, source: Mapping[str, Any], *, trusted: bool) -> str
             what = f"{config}: auto_map gives {listed([auto])} as {shown(name)}"
             if not re.fullmatch(r"\w+", module) or not file.is_file():
                 put = "put the file there" if trusted else remedy
-                raise UserError(f"{what}, which is no class of a file in that folder: {put}")
+                raise UserError(f"{what}, which is not a class of a file in that folder: {put}")
             if not trusted and kind != AUTO_CLASSES.get(auto):
                 raise UserError(f"{what}, and {OWN_CODE} has {AUTO_CLASSES.get(auto, 'no such class')}: {remedy}")
             if not trusted and read_bounded(file, MAX_CODE_BYTES) != modeling_source().read_bytes():

@@ -130,7 +130,7 @@ class ForwardRungs:
         return rows
 
     def evaluation(self, model: Any, training: JaxTraining, batches: np.ndarray) -> list[Row]:
-        """The function that evaluates a training run, on a batch (B,T) of which half a row is no target."""
+        """The function that evaluates a training run, on a batch (B,T) in which half a row is ignored."""
         rows: list[Row] = []
         for labels in batches:
             (ours, targets), (theirs, counted) = training.evaluate(labels), torch_evaluate(

@@ -1,4 +1,4 @@
-"""Which tokens of chats and of prompts with completions are targets: what is said, and the token that ends it."""
+"""Which tokens of chats, and of prompts with completions, are targets: those of the answers, end tokens included."""
 
 from __future__ import annotations
 

@@ -205,7 +205,7 @@ def test_a_truncated_file_is_refused(copy, tmp_path, capsys):
     file.write_bytes(file.read_bytes()[:-100])
     assert main(["to-flax", str(copy), str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
-    assert "model.safetensors is no complete safetensors file" in error
+    assert "model.safetensors is not a complete safetensors file" in error
     assert error.count("\n") == 1
 
 

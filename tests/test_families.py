@@ -367,7 +367,7 @@ def test_weights_that_do_not_fit_do_not_cost_the_earlier_run(tmp_path, capsys):
     (folder / "model.safetensors").write_bytes(b"nothing")
     options = ["--init", str(folder), "--run-dir", str(run), "--overwrite", "--seq-len", "16", "--batch-size", "1"]
     assert train.main(options) == 2
-    assert "is no complete safetensors file" in capsys.readouterr().err
+    assert "is not a complete safetensors file" in capsys.readouterr().err
     assert sorted(path.relative_to(run) for path in run.rglob("*")) == before
 
 

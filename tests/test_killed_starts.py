@@ -67,7 +67,7 @@ def test_an_init_run_that_is_killed_before_its_first_checkpoint_starts_from_the_
         patch.setattr(Trainer, "compile", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         assert train.main(["--init", str(deepseek), *options]) == 130
     assert train.main(["--init", str(tmp_path), *options]) == 2
-    assert "it holds no config.json" in capsys.readouterr().err
+    assert "it has no config.json" in capsys.readouterr().err
     other = shutil.copytree(deepseek, tmp_path / "other")
     assert train.main(["--init", str(other), *options]) == 2
     assert f"init is '{other}', and the run in {folder} started from '{deepseek}'" in capsys.readouterr().err

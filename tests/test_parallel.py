@@ -214,7 +214,7 @@ def test_every_parameter_names_its_axes_and_is_cut_along_an_axis_once():
 
 
 def with_noise(state: TrainState) -> TrainState:
-    """Moments and bias that are no zeros."""
+    """Moments and bias that are not zero."""
 
     rng = np.random.default_rng(0)
 

@@ -78,7 +78,7 @@ def write(file: Path, word: str, rows: int = 60) -> None:
 
 
 def read(path: Path, **options) -> tuple[set[str], set[str], str]:
-    """First words of what is trained on and of what is evaluated, and what is said."""
+    """First words of what is trained on and of what is evaluated, and what is printed."""
     config = TrainConfig.from_options(data=str(path), **options)
     source = open_source(config)
     trained = {chunk.text.split()[0] for chunk in source.chunks() if not chunk.held_out}

@@ -91,7 +91,7 @@ def test_an_exported_tokenizer_encodes_as_in_training_and_pads_apart(tokenizer, 
 
 
 def test_the_bytes_of_predicted_tokens_are_those_of_the_text(tokenizer):
-    """Whatever the decoder strips: the first token of a row is not predicted, and special tokens are no text."""
+    """Whatever the decoder strips: the first token of a row is not predicted, and special tokens are not text."""
     for text in TEXTS[:2]:
         row = encode(tokenizer, text, True)  # (T,), with the end of text
         first = tokenizer.decode(row[:1])

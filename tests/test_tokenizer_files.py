@@ -183,7 +183,7 @@ DAMAGE = {
         lambda folder: (folder / "tokenization_moonshot.py").write_text(r'p = r"\p{N}{1,2}"'),
         r"tokenization_moonshot\.py splits text otherwise than the TikTokenTokenizer that is read here; train with",
     ),
-    "no code": (lambda folder: (folder / "tokenization_moonshot.py").write_text("def ("), "is no Python code"),
+    "no code": (lambda folder: (folder / "tokenization_moonshot.py").write_text("def ("), "is not valid Python"),
     "no tokens": (with_config(added_tokens_decoder=None), "added_tokens_decoder is None: it must name the special"),
     "an id that is none": (
         with_config(added_tokens_decoder={"5": token("[BOS]")}),
@@ -246,7 +246,7 @@ def test_a_sentencepiece_model_encodes_as_the_library(pieces):
 
 def test_a_file_of_ranks_that_is_called_a_sentencepiece_model_is_refused(pieces, made):
     shutil.copy(made / "tiktoken.model", pieces / "tokenizer.model")
-    with pytest.raises(UserError, match=r"tokenizer\.model is no SentencePiece model|could not be loaded"):
+    with pytest.raises(UserError, match=r"tokenizer\.model is not a SentencePiece model|could not be loaded"):
         load_tokenizer(str(pieces))
 
 

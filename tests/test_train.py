@@ -107,6 +107,7 @@ def test_it_learns_far_below_a_unigram_model_and_repeats_itself(narrow, tmp_path
     assert "Model parameters: 0.05M" in out
     assert "(0-1): 2 x DecoderLayer(" in out
     verdict = next(line for line in out.splitlines() if line.startswith("Evaluation loss"))
+    assert verdict.endswith("(on 7 rows)")
     evaluation, bits, unigram, unigram_bits = map(float, re.findall(r"[0-9]+[.][0-9]+", verdict))
     assert bits / evaluation == pytest.approx(unigram_bits / unigram, rel=1e-3)
     assert evaluation < unigram - 1

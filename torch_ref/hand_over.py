@@ -30,7 +30,7 @@ class Moments(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """What is known of a parameter before its moments are read."""
+    """Facts about a parameter, known before its moments are read."""
 
     shape: torch.Size
     moments: tuple[str, ...]

@@ -2,7 +2,7 @@
 
 python -m torch_ref.train                                         # train, or resume the last run
 python -m torch_ref.train --preset customllm-1b --recipe seed     # the source's run
-python -m torch_ref.train --help                                  # every option: those of train.py
+python -m torch_ref.train --help-all                              # every option: those of train.py
 """
 
 import sys

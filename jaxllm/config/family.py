@@ -44,7 +44,7 @@ class Family(ABC):
 
 def within_vocabulary(key: str, values: Json, said: bool = True) -> Any:
     """A special token's id, or ids, without those that the vocabulary does not have: transformers writes the defaults
-    of its classes into small models, and other tools -1 for no token. A line says so where the file has them. A pad
+    of its classes into small models, and other tools -1 for no token. A message reports ids that a file has. A pad
     token beyond the vocabulary is kept, to be refused as transformers refuses it."""
     given, size = values.get(key), values.get("vocab_size")
     if not isinstance(size, int):

@@ -27,6 +27,7 @@ def option(
     lt: float | None = None,
     resumable: bool = False,
     saved: bool = True,
+    common: bool = False,
 ) -> Any:
     """A config field with its bounds; None always passes.
 
@@ -35,8 +36,9 @@ def option(
         ge, gt, le, lt: bounds, inclusive and exclusive.
         resumable: a resumed run may change it, because it does not change the run's numbers.
         saved: whether train_config.json has it. An option for a single start, such as `overwrite`, is not saved.
+        common: many runs need it; `--help` shows only these, `--help-all` every option.
     """
-    facts = {"ge": ge, "gt": gt, "le": le, "lt": lt, "resumable": resumable, "saved": saved}
+    facts = {"ge": ge, "gt": gt, "le": le, "lt": lt, "resumable": resumable, "saved": saved, "common": common}
     return dataclasses.field(default=default, metadata=facts)
 
 

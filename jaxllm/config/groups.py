@@ -50,7 +50,7 @@ class _Checked:
 class DataConfig(_Checked):
     """The data, and how they are cut into batches."""
 
-    source: Annotated[str, tyro.conf.arg(name="data")] = option("stdlib", resumable=True)
+    source: Annotated[str, tyro.conf.arg(name="data")] = option("stdlib", resumable=True, common=True)
     """`stdlib` (the standard library's own source code), a file of text, JSONL, JSON, CSV, TSV, parquet or Arrow, a
     folder of them, or the name of a dataset on the Hugging Face Hub. Several with weights: A=0.7,B=0.3, shares of the
     text. A run can be resumed with the same content under another name."""
@@ -68,16 +68,16 @@ class DataConfig(_Checked):
     records their fingerprint."""
     skip_data: str = option("", resumable=True)
     """Files to leave out: names or patterns such as `part-3*`, separated by commas. A resumed run may add to it."""
-    text_field: str = "text"
+    text_field: str = option("text", common=True)
     """Field of a row that holds the text, or a chat: messages for the tokenizer's chat template; `a.b` is the field b
     of the field a. Rows without a field `text` are read from `messages`."""
-    tokenizer: str | None = None
+    tokenizer: str | None = option(None, common=True)
     """A Hub name or a folder; default: a byte-level BPE trained on the data."""
     special_tokens_in_text: Literal["text", "keep", "earlier"] = "text"
     """How special tokens in documents, messages and prompts are encoded: `text`, like other characters; `keep`, as
     control tokens, for data that rely on them. `earlier` resumes runs of versions without this option: control tokens,
     every 4,096 characters of a text file encoded separately, and rows of several passes mixed."""
-    train_on: Literal["assistant", "all"] | None = None
+    train_on: Literal["assistant", "all"] | None = option(None, common=True)
     """Which tokens are targets of the loss. `assistant`: of chats, what the assistant says and the token that ends it;
     of rows of a prompt and a completion, the completion. `all`: every token. Default: `assistant` where the rows are
     such; texts are trained on whole."""
@@ -85,11 +85,11 @@ class DataConfig(_Checked):
     """`joined`: documents follow one another in rows that are always full, and a token sees what comes before it in its
     row. `separate`: a row is filled with whole documents (longer ones are cut at the row), which do not see each other;
     the rest of it is padding. Default: `separate` where the rows are chats, or prompts with their completions."""
-    seq_len: int = option(256, ge=2)
+    seq_len: int = option(256, ge=2, common=True)
     """Tokens in a row of a batch."""
-    batch_size: int = option(8, ge=1, le=2**20)
+    batch_size: int = option(8, ge=1, le=2**20, common=True)
     """Rows in a micro-batch, over all devices."""
-    grad_accum: int = option(1, ge=1)
+    grad_accum: int = option(1, ge=1, common=True)
     """Micro-batches in a step."""
 
     @property
@@ -108,7 +108,7 @@ class OptimConfig(_Checked):
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`adamw`, or `muon` for the matrices of the layers and AdamW for the rest, at the same learning rate and decay."""
-    learning_rate: float = option(4e-3, ge=0)
+    learning_rate: float = option(4e-3, ge=0, common=True)
     """Peak of the schedule."""
     weight_decay: float = option(0.1, ge=0)
     """Decoupled decay of the matrices; norms, biases and the routing bias have none."""
@@ -134,9 +134,9 @@ class OptimConfig(_Checked):
 class ScheduleConfig(_Checked):
     """The learning rate over the steps: linear warm-up, then down to 0 at `steps`."""
 
-    steps: int = option(600, ge=1, resumable=True)
+    steps: int = option(600, ge=1, resumable=True, common=True)
     """Optimizer steps."""
-    epochs: float | None = option(None, gt=0, resumable=True)
+    epochs: float | None = option(None, gt=0, resumable=True, common=True)
     """Passes over the training part of the data, in place of --steps: all of it is read and encoded once before the
     first step, to count its rows. With several data streams, passes of the largest. Not for Hub datasets."""
     warmup_steps: int = option(50, ge=0)
@@ -180,7 +180,7 @@ class MeshConfig(_Checked):
 
     parallel: Literal["jit", "pmap"] = option("jit", resumable=True)
     """How a step runs: `jit` on one device or the --mesh, or `pmap` on all devices, each with a copy of the model."""
-    axes: Annotated[str, tyro.conf.arg(name="mesh")] = option("", resumable=True)
+    axes: Annotated[str, tyro.conf.arg(name="mesh")] = option("", resumable=True, common=True)
     """Devices along each axis, e.g. data=2,fsdp=4,expert=1: `data` replicates the model, `fsdp` shards parameters and
     optimizer state, `expert` distributes the routed experts. Empty: one device."""
     coordinator: str | None = option(None, resumable=True, saved=False)
@@ -242,7 +242,7 @@ class MeshConfig(_Checked):
 class SaveConfig(_Checked):
     """Which checkpoints a run writes and keeps."""
 
-    save_every: int = option(200, ge=1, resumable=True)
+    save_every: int = option(200, ge=1, resumable=True, common=True)
     """Steps between two checkpoints."""
     keep_checkpoints: int = option(2, ge=1, resumable=True)
     """How many of the newest checkpoints are kept; train.py also keeps the one with the lowest evaluation loss."""
@@ -270,7 +270,7 @@ class LoggingConfig(_Checked):
     """Format of console lines: `text`, or `dict` with every value, as the source prints them."""
     log_to: Literal["none", "wandb", "trackio"] = option("none", resumable=True)
     """Send the log to Weights & Biases or trackio as well, through their own library."""
-    eval_every: int = option(100, ge=1, resumable=True)
+    eval_every: int = option(100, ge=1, resumable=True, common=True)
     """Steps between two evaluations."""
     eval_samples: int = option(100, ge=1, resumable=True)
     """Rows of the held-out part in an evaluation."""

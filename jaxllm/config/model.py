@@ -153,6 +153,7 @@ class ModelConfig:
     final_norm: bool = False
     """Whether a norm precedes lm_head (the source has none)."""
     lm_head_bias: bool = True
+    """Whether lm_head has a bias."""
     tie_word_embeddings: bool = False
     """Whether lm_head shares the weight of the token embeddings."""
     initializer_range: float = option(0.02, ge=0)

@@ -14,6 +14,7 @@ import tyro
 
 from jaxllm.config import groups
 from jaxllm.config.fields import MAX_SEED, check_fields, option, option_names
+from jaxllm.config.lora import LoraConfig
 from jaxllm.config.model import ModelConfig
 from jaxllm.config.presets import PRESETS, preset
 from jaxllm.errors import UserError, listed, shown
@@ -21,7 +22,7 @@ from jaxllm.errors import UserError, listed, shown
 Precision = Literal["float32", "bfloat16"]
 
 FORMAT = 2
-"""Version of a run's train_config.json and checkpoints; CHANGELOG.md says what each version holds."""
+"""Version of a run's train_config.json and checkpoints; docs/reference/run-folder.md says what each one holds."""
 
 Group = TypeVar("Group")
 Flat = Annotated[Group, tyro.conf.OmitArgPrefixes]
@@ -33,23 +34,23 @@ class RunConfig:
     """The configuration of a training run in either framework: all options of `python -m torch_ref.train`."""
 
     preset: Annotated[str, tyro.conf.arg(help=f"The model's shape: one of {', '.join(PRESETS)}.")] = option(
-        "tiny", resumable=True
+        "tiny", resumable=True, common=True
     )
-    recipe: str = option("default", resumable=True)
+    recipe: str = option("default", resumable=True, common=True)
     """Training recipe: `default` (minutes on a CPU) or `seed` (the source's run)."""
     model: ModelConfig = field(default_factory=lambda: PRESETS["tiny"])
     """Single values of the preset can be overridden, e.g. --model.num-hidden-layers 2."""
-    run_dir: Path | None = option(None, resumable=True, saved=False)
+    run_dir: Path | None = option(None, resumable=True, saved=False, common=True)
     """Folder of the run; default: runs/PRESET."""
-    overwrite: bool = option(False, resumable=True, saved=False)
+    overwrite: bool = option(False, resumable=True, saved=False, common=True)
     """Delete the earlier run in the folder and start over."""
-    precision: Precision = "float32"
+    precision: Precision = option("float32", common=True)
     """Compute precision; master weights and moments are always float32. The default recipe of train.py is in bfloat16
     where this machine multiplies it in hardware: on NVIDIA GPUs from Ampere on, a TPU, or a CPU with AMX or
     AVX512-BF16. `--recipe seed` is in float32 everywhere."""
-    remat: bool = option(False, resumable=True)
+    remat: bool = option(False, resumable=True, common=True)
     """Recompute each layer in the backward pass. Without it, the results of matrix products are saved."""
-    seed: int = option(0, ge=0, le=MAX_SEED)
+    seed: int = option(0, ge=0, le=MAX_SEED, common=True)
     """Random seed of the weights, the order of the data, dropout and the samples."""
     data: Flat[groups.DataConfig] = field(default_factory=groups.DataConfig)
     optim: Flat[groups.OptimConfig] = field(default_factory=groups.OptimConfig)
@@ -74,6 +75,11 @@ class RunConfig:
     def data_streams(self) -> int:
         """Shards of the data that are read in parallel."""
         return 1
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """The adapters that are trained in place of all weights, if the run has some."""
+        return None
 
     @property
     def tokens_per_step(self) -> int:
@@ -143,16 +149,27 @@ Config = TypeVar("Config", bound=RunConfig)
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
-    """The configuration of a run of train.py; `train.py --help` prints it."""
+    """The configuration of a run of train.py; `train.py --help-all` prints it."""
 
-    init: Path | None = option(None, resumable=True)
-    """Start a new run from the weights of this folder: of the DeepSeek family, or an exported CustomLLM. It gives the
-    model and, where it has one, the tokenizer. The learning rate is then 2e-5, and the run's folder runs/NAME."""
+    init: Path | None = option(None, resumable=True, common=True)
+    """Start a new run from the weights in this folder: a model of the DeepSeek family, or an exported CustomLLM. The
+    model's shape and, if the folder has one, the tokenizer are taken from it. The learning rate is then 2e-5, and the
+    run's folder runs/NAME."""
+    adapter: Path | None = option(None)
+    """Continue training this adapter, a folder of PEFT: its rank, alpha and matrices are the defaults of --lora-..."""
     checkpoint: Flat[groups.CheckpointConfig] = field(default_factory=groups.CheckpointConfig)
     mesh: Flat[groups.MeshConfig] = field(default_factory=groups.MeshConfig)
+    lora: Flat[LoraConfig] = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.adapter is not None and not self.adapters:
+            raise UserError(f"adapter is {str(self.adapter)!r}, and lora_rank is 0: leave out one of the two")
+        if self.adapters and self.optim.optimizer != "adamw":
+            raise UserError(
+                f"optimizer is {self.optim.optimizer!r}: it makes the update of a whole matrix orthogonal, and an "
+                "adapter's two factors are not one; pass --optimizer adamw with --lora-rank"
+            )
         rows, model, mesh = self.data.batch_size, self.model, f"mesh is {shown(self.mesh.axes)}: "
         heads = [model.nope_head_dim, model.value_head_dim] + [model.rope_head_dim] * bool(model.q_latent_size)
         cut = math.gcd(model.hidden_size, *(model.num_attention_heads * size for size in heads))
@@ -180,6 +197,10 @@ class TrainConfig(RunConfig):
     @property
     def data_streams(self) -> int:
         return self.mesh.data_streams or 1
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        return self.lora if self.lora.rank else None
 
 
 def _check_divides(n: int, divisor: int, message: str) -> None:

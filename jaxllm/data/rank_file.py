@@ -87,7 +87,7 @@ def _texts(path: Path) -> Iterator[str]:
     try:
         tree = ast.parse(read_bounded(path, MAX_BYTES))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise UserError(f"{path.name} is no Python code, which says how the tokenizer splits text") from None
+        raise UserError(f"{path.name} is not valid Python: it states how the tokenizer splits text") from None
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.value

@@ -59,14 +59,14 @@ def check_same(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that a tokenizer which transformers made of a folder's model encodes as the SentencePiece library does.
 
     Raises:
-        UserError: it does not, or the file is no SentencePiece model.
+        UserError: it does not, or the file is not a SentencePiece model.
     """
     from sentencepiece import SentencePieceProcessor  # pyright: ignore[reportMissingImports]
 
     try:
         theirs: Any = SentencePieceProcessor(model_file=str(folder / MODEL_FILE))
     except Exception as error:  # of its own kinds
-        raise UserError(f"{folder / MODEL_FILE} is no SentencePiece model ({one_line(error)})") from None
+        raise UserError(f"{folder / MODEL_FILE} is not a SentencePiece model ({one_line(error)})") from None
     size = theirs.get_piece_size()
     pieces = [theirs.decode([id]) for id in range(0, size, max(1, size // MAX_PIECES)) if not theirs.is_control(id)]
     encode: Any = tokenizer

@@ -107,5 +107,6 @@ class MultiHeadLatentAttention(nnx.Module):
         return x.reshape(*x.shape[:2], self.config.num_attention_heads, -1)
 
     def _per_head(self, linear: Linear) -> Float[Array, "R H d"]:
-        weight = in_dtype(linear.weight[...], self.dtype)
+        weight = linear.weight[...] if linear.adapter is None else linear.adapter.added_to(linear.weight[...])
+        weight = in_dtype(weight, self.dtype)
         return weight.reshape(weight.shape[0], self.config.num_attention_heads, -1)

@@ -17,14 +17,15 @@ from jax.errors import InconclusiveDimensionOperation
 from jax.export import is_symbolic_dim
 from jaxtyping import Float, Int, Key, Shaped
 
-from jaxllm.config import ModelConfig
+from jaxllm.config import LoraConfig, ModelConfig
+from jaxllm.model.adapters import add_adapters
 from jaxllm.model.attention import Latents
 from jaxllm.model.dtypes import Array, DTypeLike, Pytree, at_least_float32, check_dtype
 from jaxllm.model.kernels import choose_kernels
 from jaxllm.model.kernels.matmul import linear
 from jaxllm.model.layer import DecoderLayer, LayerInputs, LayerTrace
 from jaxllm.model.layer_loop import decode_layers, run_layers
-from jaxllm.model.layers import CustomRMSNorm, Embedding, Linear, RoutingBias, parameter_facts, stack
+from jaxllm.model.layers import CustomRMSNorm, Embedding, Frozen, Linear, RoutingBias, parameter_facts, stack
 from jaxllm.model.layout import ONE_DEVICE, Layout
 from jaxllm.model.load_balance import balance_loss, expert_counts, z_loss
 
@@ -57,6 +58,7 @@ class CustomLLM(nnx.Module):
         config: the model's shape.
         dtype: compute dtype, float32 or bfloat16 (float64 with jax_enable_x64). Weights are float32 masters.
         remat: compute each layer again in the backward pass; see `layout.checkpoint`.
+        lora: its adapters (`jaxllm.model.adapters`), which are then all that is trained; None: none.
         rngs: for the initialization.
         platform: whose kernels to use (`kernels.choose_kernels`); None: those of the default device.
     """
@@ -67,12 +69,13 @@ class CustomLLM(nnx.Module):
         *,
         dtype: DTypeLike = jnp.float32,
         remat: bool = False,
+        lora: LoraConfig | None = None,
         rngs: nnx.Rngs,
         platform: str | None = None,
     ):
         dtype = check_dtype(dtype)
-        self.config, self.dtype, self.remat = config, dtype, remat
-        self.kernels = choose_kernels(config, dtype, platform, remat=remat)
+        self.config, self.dtype, self.remat, self.lora = config, dtype, remat, lora
+        self.kernels = choose_kernels(config, dtype, platform, remat=remat, lora=lora)
         D, V, std = config.hidden_size, config.vocab_size, config.initializer_range
         positions = config.max_position_embeddings
         init: Any = {"std": std, "dtype": dtype, "rngs": rngs}
@@ -93,6 +96,8 @@ class CustomLLM(nnx.Module):
             None if config.tie_word_embeddings else Linear(D, V, ("hidden", "vocab"), bias=config.lm_head_bias, **init)
         )
         self.lm_head = head  # None: the table of token embeddings
+        if lora is not None:
+            add_adapters(self, config, lora, rngs)
 
     def __call__(
         self,
@@ -153,6 +158,11 @@ class CustomLLM(nnx.Module):
     def stacks(self) -> list[DecoderLayer]:
         """The layers in their order: the dense ones stacked, and those with experts."""
         return [layers for layers in (self.dense_layers, self.decoder_layers) if layers is not None]
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether adapters alone are trained."""
+        return isinstance(self.token_embeddings.weight, Frozen)
 
     def embed(self, input_ids: Int[Array, "B T"], positions: Int[Array, "#B T"]) -> Float[Array, "B T D"]:
         x = self.token_embeddings(input_ids)
@@ -247,15 +257,38 @@ def split_model(model: CustomLLM) -> tuple[nnx.GraphDef, Pytree, Pytree]:
     return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(bias)
 
 
+class AdaptedModel(NamedTuple):
+    """A model with adapters as its static part and nested dicts of arrays."""
+
+    graph: nnx.GraphDef
+    params: Pytree  # the adapters
+    routing_bias: Pytree
+    frozen: Pytree  # all other weights
+
+
+def split_adapted(model: CustomLLM) -> AdaptedModel:
+    """`split_model` of a model with adapters."""
+    graph, *states = nnx.split(model, nnx.Param, RoutingBias, Frozen)
+    return AdaptedModel(graph, *map(nnx.to_pure_dict, states))
+
+
+def abstract_adapted(config: ModelConfig, lora: LoraConfig, **options) -> AdaptedModel:
+    """`split_adapted` with shapes in place of arrays."""
+    return split_adapted(nnx.eval_shape(lambda: CustomLLM(config, lora=lora, rngs=nnx.Rngs(0), **options)))
+
+
 def abstract_model(config: ModelConfig, **options) -> tuple[nnx.GraphDef, Pytree, Pytree]:
     """`split_model` with shapes in place of arrays: takes no memory."""
     return split_model(nnx.eval_shape(lambda: CustomLLM(config, rngs=nnx.Rngs(0), **options)))
 
 
 @functools.cache
-def model_facts(config: ModelConfig) -> tuple[Pytree, Pytree]:
-    """The facts of the parameters and of the routing bias, as nested dicts like those of `split_model`."""
-    model = nnx.eval_shape(lambda: CustomLLM(config, rngs=nnx.Rngs(0)))
+def model_facts(config: ModelConfig, lora: LoraConfig | None = None) -> tuple[Pytree, Pytree]:
+    """The facts of the parameters and of the routing bias, as nested dicts like those of `split_model`.
+
+    With `lora` the parameters are the adapters; the facts of the frozen weights are those of a model without them.
+    """
+    model = nnx.eval_shape(lambda: CustomLLM(config, lora=lora, rngs=nnx.Rngs(0)))
     return parameter_facts(nnx.state(model, nnx.Param)), parameter_facts(nnx.state(model, RoutingBias))
 
 

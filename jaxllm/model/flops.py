@@ -72,9 +72,14 @@ def forward_flops(config: ModelConfig, length: int, attention: Attention) -> dic
     }
 
 
-def training_flops_per_token(config: ModelConfig, length: int, attention: Attention) -> float:
-    """FLOPs of one token's forward and backward pass; the optimizer's few per parameter are left out."""
-    return TRAINING_FACTOR * sum(forward_flops(config, length, attention).values())
+def training_flops_per_token(config: ModelConfig, length: int, attention: Attention, *, frozen: bool = False) -> float:
+    """FLOPs of one token's forward and backward pass; the optimizer's few per parameter are left out.
+
+    With `frozen` weights, of which adapters alone are trained, their gradients are left out, and the adapters' few.
+    """
+    parts = forward_flops(config, length, attention)
+    scores = parts["attention_scores"] + parts["attention_values"]  # no weights: two gradients in any case
+    return TRAINING_FACTOR * sum(parts.values()) - frozen * (sum(parts.values()) - scores)
 
 
 def _attention_weights(config: ModelConfig) -> int:

@@ -25,18 +25,18 @@ def masters(facts: ParameterFacts, stored: Any) -> Any:
 
 def as_stored(facts: ParameterFacts, stored: Any) -> Any:
     """Matrices and embeddings in their stored dtype. Norms, biases and routers, which compute in float32, in that."""
-    return stored if _is_narrowed(facts) else jnp.float32
+    return stored if is_narrow(facts) else jnp.float32
 
 
 def for_compute(dtype: Any) -> Hold:
     """What a model of this compute dtype needs: bfloat16 matrices where it is bfloat16; else `as_stored`."""
     if dtype != jnp.bfloat16:
         return as_stored
-    return lambda facts, stored: dtype if _is_narrowed(facts) else jnp.float32
+    return lambda facts, stored: dtype if is_narrow(facts) else jnp.float32
 
 
-def _is_narrowed(facts: ParameterFacts) -> bool:
-    """Whether it is neither a norm nor a bias nor a router."""
+def is_narrow(facts: ParameterFacts) -> bool:
+    """Whether a weight may be held in bfloat16: it is neither a norm nor a bias nor a router."""
     return facts.decays and "score" not in facts.axes
 
 
@@ -53,7 +53,7 @@ def for_inference(model: CustomLLM) -> CustomLLM:
     facts, _ = model_facts(model.config)
 
     def narrowed(weight: Array, known: ParameterFacts) -> Array:
-        return weight.astype(model.dtype) if _is_narrowed(known) else weight
+        return weight.astype(model.dtype) if is_narrow(known) else weight
 
     @jax.jit
     def all_narrowed(params: Pytree) -> Pytree:

@@ -27,7 +27,7 @@ from jaxllm.model.kernels import Kernels
 from jaxllm.model.kernels.expert_ffn import ExpertSlice, expert_slice
 from jaxllm.model.kernels.packed import pack, read, unpack
 from jaxllm.model.layer import DecoderLayer, LayerInputs, LayerTrace
-from jaxllm.model.layers import parameter_facts
+from jaxllm.model.layers import Frozen, parameter_facts
 from jaxllm.model.layout import Layout, checkpoint
 from jaxllm.model.pullback import with_arguments, without_arguments, without_integers
 
@@ -37,17 +37,19 @@ Experts = dict[str, ExpertSlice]
 class LayerWeights(NamedTuple):
     """The weights of all layers as arrays."""
 
+    frozen: Pytree  # (L,...), nested dict; without a gradient
     sliced: Pytree  # (L,...), nested dict
     experts: Experts  # (L*E,...), by the attribute of DeepSeekMoE
 
     @property
     def layers(self) -> int:
-        return len(jax.tree.leaves(self.sliced)[0])
+        return len(jax.tree.leaves((self.frozen, self.sliced))[0])
 
-    def of_layer(self, i: Array) -> tuple[Pytree, Experts]:
+    def of_layer(self, i: Array) -> tuple[Pytree, Pytree, Experts]:
         """What layer i gets: slices, and its place in the arrays of all experts."""
         offsets = {name: i * (len(experts.weights[0]) // self.layers) for name, experts in self.experts.items()}
-        return _at(self.sliced, i), {name: self.experts[name]._replace(offset=at) for name, at in offsets.items()}
+        experts = {name: self.experts[name]._replace(offset=at) for name, at in offsets.items()}
+        return _at(self.frozen, i), _at(self.sliced, i), experts
 
 
 def run_layers(
@@ -69,8 +71,8 @@ def run_layers(
     # `fsdp` gathers all weights of a layer when it runs, so none stays in an array of all layers
     merge, facts, weights = _split(layers, in_place=layout.fsdp == 1)
 
-    def layer(sliced: Pytree, experts: Experts, inputs: LayerInputs, x: Array):
-        module = merge(layout.gather(sliced, facts))
+    def layer(frozen: Pytree, sliced: Pytree, experts: Experts, inputs: LayerInputs, x: Array):
+        module = merge(*layout.gather((frozen, sliced), facts))
         trace, saved = module(x, inputs=inputs, layout=layout, experts=experts or None)  # names for nnx.tabulate
         return (trace.residual, record(trace, inputs.attention_mask)), {name: saved[name] for name in experts}
 
@@ -124,32 +126,35 @@ def _decode_stack(
     weights, packs = weights._replace(experts=without_gradient), layers.kernels.packs
 
     def body(x: Array, i: Array) -> tuple[Array, Latents]:
-        sliced, experts = weights.of_layer(i)
-        x, own = merge(sliced).decode(x, positions, unpack(_at(packed, first + i), packs), experts or None)
+        *slices, experts = weights.of_layer(i)
+        x, own = merge(*slices).decode(x, positions, unpack(_at(packed, first + i), packs), experts or None)
         return x, pack(own, packs)
 
     return jax.lax.scan(body, x, jnp.arange(weights.layers))
 
 
-def _split(layers: DecoderLayer, in_place: bool) -> tuple[Callable[[Pytree], DecoderLayer], Pytree, LayerWeights]:
-    """Split layers into a function from sliced weights to one layer, the facts of those weights, and all weights.
+def _split(layers: DecoderLayer, in_place: bool) -> tuple[Callable[..., DecoderLayer], tuple, LayerWeights]:
+    """Split layers into a function from frozen and sliced weights to one layer, the facts of both, and all weights.
 
     In that layer, the weights of experts that are read in place are NaN: nothing may read them.
     """
     names = [name for name in layers.kernels.experts if in_place and hasattr(layers.mlp, name)]
-    graph, others, sliced = nnx.split(layers, nnx.Any(*map(nnx.PathContains, names)), ...)
+    read_in_place = nnx.All(nnx.Any(*map(nnx.PathContains, names)), nnx.Not(nnx.PathContains("adapter")))
+    graph, others, frozen, sliced = nnx.split(layers, read_in_place, Frozen, ...)
     shapes = jax.tree.map(lambda weight: jax.ShapeDtypeStruct(weight.shape[1:], weight.dtype), others)
 
-    def merge(sliced: Pytree) -> DecoderLayer:
+    def merge(frozen: Pytree, sliced: Pytree) -> DecoderLayer:
         unread = jax.tree.map(lambda weight: jnp.full(weight.shape, jnp.nan, weight.dtype), shapes)
-        return nnx.merge(graph, unread, sliced)
+        return nnx.merge(graph, unread, frozen, sliced)
 
     def experts_of_all(name: str) -> ExpertSlice:
-        gate, up, down = (weight.reshape(-1, *weight.shape[2:]) for weight in getattr(layers.mlp, name).weights())
-        return expert_slice(layers.kernels.experts[name], (gate, up, down), layers.dtype)
+        module = getattr(layers.mlp, name)
+        gate, up, down = (weight.reshape(-1, *weight.shape[2:]) for weight in module.weights())
+        return expert_slice(layers.kernels.experts[name], (gate, up, down), layers.dtype, frozen=module.is_frozen)
 
-    weights = LayerWeights(nnx.to_pure_dict(sliced), {name: experts_of_all(name) for name in names})
-    return merge, parameter_facts(sliced), weights
+    slices = (nnx.to_pure_dict(frozen), nnx.to_pure_dict(sliced))
+    weights = LayerWeights(*slices, {name: experts_of_all(name) for name in names})
+    return merge, (parameter_facts(frozen), parameter_facts(sliced)), weights
 
 
 def _at(arrays: Pytree, i: Array) -> Pytree:  # (L,...) -> (...)
@@ -164,20 +169,20 @@ def _empty_like(array: Array) -> Array:
 class _Loop:
     """What is static."""
 
-    layer: Callable[[Pytree, Experts, LayerInputs, Array], tuple[tuple[Array, Pytree], dict[str, Array | None]]]
-    """-> (x, what is recorded), and `ExpertOutput.saved` of its experts."""
+    layer: Callable[[Pytree, Pytree, Experts, LayerInputs, Array], tuple[tuple[Array, Pytree], dict[str, Array | None]]]
+    """-> (x, what is recorded), and `ExpertOutput.saved` of its experts. The first argument has no gradient."""
     kernels: Kernels
     new_saved: Callable[[], dict[str, Array | None]]
 
     def arguments(
         self, i: Array, weights: LayerWeights, inputs: LayerInputs, in_place: tuple[dict, dict] | None = None
-    ) -> tuple[Pytree, Experts, LayerInputs]:
+    ) -> tuple[Pytree, Pytree, Experts, LayerInputs]:
         """Those of layer i before x; `in_place` are `gradient` and `saved` of its experts."""
-        sliced, experts = weights.of_layer(i)
+        frozen, sliced, experts = weights.of_layer(i)
         if in_place is not None:
             gradient, saved = in_place
             experts = {name: e._replace(gradient=gradient[name], saved=saved[name]) for name, e in experts.items()}
-        return sliced, experts, inputs._replace(experts=_at(inputs.experts, i))
+        return frozen, sliced, experts, inputs._replace(experts=_at(inputs.experts, i))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -195,8 +200,9 @@ def _forward(loop: _Loop, weights: LayerWeights, inputs: LayerInputs, x: Array):
         x, saved = carry
         # a placeholder for the gradient, which the backward pass substitutes
         empty = {name: jax.tree.map(_empty_like, of_all.masters) for name, of_all in weights.experts.items()}
-        arguments = loop.arguments(i, weights, inputs, in_place=(empty, saved))
-        (x, record), pullback, written = jax.vjp(loop.layer, *arguments, x, has_aux=True)
+        frozen, *others = arguments = loop.arguments(i, weights, inputs, in_place=(empty, saved))
+        layer = functools.partial(loop.layer, frozen)
+        (x, record), pullback, written = jax.vjp(layer, *others, x, has_aux=True)
         out = record, without_arguments(pullback, arguments, must_hold=(empty, saved))
         return (x, written), pack(out, loop.kernels.packs)
 
@@ -222,7 +228,8 @@ def _backward(loop: _Loop, residuals: tuple, d: tuple[Array, Pytree]):
     of_layers = jnp.arange(weights.layers), pullbacks, pack(d_floats, loop.kernels.packs)
     (d_x, gradient), d_sliced = jax.lax.scan(body, (d_x, gradient), of_layers, reverse=True)
     none: Any = None  # the gradient of arrays that have none
-    return LayerWeights(d_sliced, {name: ExpertSlice(gradient[name], none, none) for name in gradient}), none, d_x
+    d_experts = {name: ExpertSlice(gradient[name], none, none) for name in gradient}
+    return LayerWeights(none, d_sliced, d_experts), none, d_x
 
 
 _run.defvjp(_forward, _backward)

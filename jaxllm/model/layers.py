@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 
 from jaxllm.config import ModelConfig
 from jaxllm.model.dtypes import Array, Pytree, at_least_float32
+from jaxllm.model.kernels.low_rank import adapted_linear
 from jaxllm.model.kernels.matmul import in_dtype, linear
 from jaxllm.model.kernels.packed import read
 from jaxllm.model.kernels.rms_norm import rms_norm
@@ -37,6 +38,10 @@ class ParameterFacts:
 
 class RoutingBias(nnx.Variable):
     """State that steers the choice of experts. It is not a parameter: no gradient, no weight decay."""
+
+
+class Frozen(nnx.Variable):
+    """A weight that is read and not trained: of a model with adapters (`jaxllm.model.adapters`)."""
 
 
 def parameter(
@@ -66,12 +71,38 @@ def stack(make: Callable[[nnx.Rngs], Module], count: int, axis: str, rngs: nnx.R
     return stacked
 
 
+def member(stacked: Module, axis: str, i: int) -> Module:
+    """Module i of those that `stack` made along an axis, within a layer. What they share has no such axis."""
+
+    def of_one(variable: nnx.Variable) -> nnx.Variable:
+        return variable.replace(variable[i]) if axis in variable.get_metadata("facts").axes else variable
+
+    graph, state = nnx.split(stacked)
+    return nnx.merge(graph, jax.tree.map(of_one, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
+
+
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> Array:
     return std * jax.random.normal(rngs.params(), shape, at_least_float32(dtype))
 
 
+class Adapter(nnx.Module):
+    """What is trained of a frozen linear map (LoRA, arXiv:2106.09685): it adds `scale * (x @ a) @ b`."""
+
+    def __init__(self, a: nnx.Variable, b: nnx.Variable, scale: float):
+        """a: (in, r), which other adapters may have too, b: (r, out)."""
+        self.a, self.b, self.scale = a, b, scale
+
+    def __call__(self, x: Array, weight: Array, out_dtype: jnp.dtype | None) -> Array:  # (..., in) -> (..., out)
+        return adapted_linear(self.scale, jnp.dtype(out_dtype or x.dtype), x, weight, self.a[...], self.b[...])
+
+    def added_to(self, weight: Array) -> Array:  # (in, out), as one matrix
+        return weight + self.scale * jnp.matmul(self.a[...], self.b[...])
+
+
 class Linear(nnx.Module):
     """`x @ weight (+ bias)`. The weight is (in, out); PyTorch's is (out, in), and the converter transposes."""
+
+    adapter: Adapter | None = None
 
     def __init__(
         self,
@@ -92,7 +123,8 @@ class Linear(nnx.Module):
         self.bias = parameter(zeros, axes[1:], decays=False) if bias else None
 
     def __call__(self, x: Float[Array, "*batch I"], out_dtype: jnp.dtype | None = None) -> Float[Array, "*batch O"]:
-        y = linear(x.astype(self.dtype), self.weight[...], out_dtype)
+        product = linear if self.adapter is None else self.adapter
+        y = product(x.astype(self.dtype), self.weight[...], out_dtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 

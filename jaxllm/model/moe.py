@@ -19,10 +19,10 @@ from jaxllm.model.expert_parallel import expert_parallel_ffn
 from jaxllm.model.kernels import Kernels
 from jaxllm.model.kernels.dispatch import Dispatch, add_all, every_token, plan_dispatch
 from jaxllm.model.kernels.expert_ffn import ExpertOutput, ExpertSlice, expert_ffn, expert_slice
-from jaxllm.model.kernels.interface import Weights
+from jaxllm.model.kernels.interface import Adapters, Weights
 from jaxllm.model.kernels.matmul import linear
 from jaxllm.model.kernels.swiglu import plain_swiglu
-from jaxllm.model.layers import Linear, RoutingBias, parameter, stack
+from jaxllm.model.layers import Frozen, Linear, RoutingBias, member, parameter, stack
 from jaxllm.model.layout import ONE_DEVICE, Layout
 
 CUSTOMLLM_ROUTER = RouterConfig()
@@ -100,6 +100,18 @@ class DeepSeekExpertLayer(nnx.Module):
         """gate, up (D,F) and down (F,D); of a stack of E, with E in front."""
         return self.gate_proj.weight[...], self.up_proj.weight[...], self.down_proj.weight[...]
 
+    @property
+    def is_frozen(self) -> bool:
+        return isinstance(self.gate_proj.weight, Frozen)
+
+    def adapters(self) -> Adapters | None:
+        """Those of `weights`, B times the scale; None: there are none."""
+        linears = (self.gate_proj, self.up_proj, self.down_proj)
+        gate, up, down = (
+            one.adapter and (one.adapter.a[...], one.adapter.scale * one.adapter.b[...]) for one in linears
+        )
+        return None if gate is None or up is None or down is None else (gate, up, down)
+
 
 class DeepSeekMoE(nnx.Module):
     def __init__(self, config: ModelConfig, *, kernels: Kernels, dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -145,12 +157,17 @@ class DeepSeekMoE(nnx.Module):
 
     def own_experts(self) -> ExpertSlices:
         kernels = self.kernels.experts
-        return {name: expert_slice(kernels[name], getattr(self, name).weights(), self.dtype) for name in kernels}
+        modules = {name: getattr(self, name) for name in kernels}
+        return {
+            name: expert_slice(kernels[name], module.weights(), self.dtype, frozen=module.is_frozen)
+            for name, module in modules.items()
+        }
 
     def routed_ffn(
         self, x: Float[Array, "N D"], routing: Routing, layout: Layout, experts: ExpertSlice
     ) -> ExpertOutput:
         """The chosen experts of each token, weighed by the gates."""
+        experts = experts._replace(adapters=self.routed_experts.adapters())
 
         def ffn(x: Array, gates: Array, plan: Dispatch) -> ExpertOutput:
             return expert_ffn(self.kernels.routed, x.astype(self.dtype), gates, plan, experts)
@@ -164,8 +181,7 @@ class DeepSeekMoE(nnx.Module):
         """All shared experts, summed. Without kernels for them, `experts` is None."""
         x = x.astype(self.dtype)
         if self.kernels.shared is None or experts is None:
-            weights = zip(*self.shared_experts.weights(), strict=True)
-            out = add_all(linear(plain_swiglu(linear(x, gate), linear(x, up)), down) for gate, up, down in weights)
-            return ExpertOutput(out, saved=None)
+            shared = (member(self.shared_experts, "shared_expert", j) for j in range(self.config.n_shared_experts))
+            return ExpertOutput(add_all(expert(x) for expert in shared), saved=None)
         ones = jnp.ones((x.shape[0], self.config.n_shared_experts), at_least_float32(self.dtype))
         return expert_ffn(self.kernels.shared, x, ones, every_token(x.shape[0]), experts)

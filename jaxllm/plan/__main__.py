@@ -1,12 +1,14 @@
 """Estimate a training step on a GPU or TPU that you do not have: memory, kernels, FLOPs, traffic, time.
 
 python -m jaxllm.plan --preset customllm-1b --target h100 --batch-size 8 --seq-len 2048 --remat
+python -m jaxllm.plan --preset moonlight-16b --lora-rank 16 --target h200 --batch 4 --seq 4096 --remat
 python -m jaxllm.plan --preset customllm-1b --target h100 --mesh fsdp=8 --batch-size 64 --seq-len 2048 --remat
 
 The real step is compiled for a described device, in a separate process; nothing runs, and no device is used. Times
 are computed from data sheets (`jaxllm.plan.roofline`), not measurements.
 """
 
+import dataclasses
 import itertools
 import sys
 from collections.abc import Sequence
@@ -17,12 +19,14 @@ from typing import Annotated
 import tyro
 
 from jaxllm.command_line import parse
-from jaxllm.config import PRESETS, Precision, TrainConfig, preset, recipe
+from jaxllm.config import PRESETS, LoraConfig, Precision, TrainConfig, preset, recipe
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.files import write_json
 from jaxllm.plan.estimate import Plan, Refused, check_extra, compile_plan, largest_batch, meshes, usable_bytes
 from jaxllm.plan.report import plan_as_json, print_plan, print_search
 from jaxllm.plan.targets import load_target
+from jaxllm.store.folder import read_model_config
+from jaxllm.store.source import model_folder
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,9 @@ class PlanArgs:
     """Compile the training step for a device that you do not have. Exits with 1 if it does not fit."""
 
     preset: Annotated[str, tyro.conf.arg(help=f"The model's shape: one of {', '.join(PRESETS)}.")] = "customllm-1b"
+    init: Path | None = None
+    """A folder whose config.json gives the model's shape, in place of --preset."""
+    lora: Annotated[LoraConfig, tyro.conf.OmitArgPrefixes] = LoraConfig()
     target: str = "h100"
     """A file of jaxllm/plan/devices by its name (h100, a100-80, l4, rtx4090, tpu-v5p ...), or the path of another."""
     devices: int | None = None
@@ -56,6 +63,8 @@ class PlanArgs:
     def __post_init__(self) -> None:
         if self.devices is not None and self.devices < 1:
             raise UserError(f"devices is {self.devices}: it must be at least 1")
+        if self.init is not None and self.preset != "customllm-1b":
+            raise UserError(f"preset is {self.preset!r}: --init gives the model, leave out one of the two")
         if self.tokens is not None and self.tokens < 1:
             raise UserError(f"tokens is {self.tokens}: it must be at least 1")
         if self.json is not None and not self.json.absolute().parent.is_dir():
@@ -69,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args: PlanArgs = parse(PlanArgs, argv, "python -m jaxllm.plan", __doc__)
     target = load_target(args.target)
     config = TrainConfig.from_options(
-        preset=args.preset,
-        model=preset(args.preset),
+        preset=args.preset if args.init is None else args.init.absolute().name,
+        model=preset(args.preset) if args.init is None else read_model_config(model_folder(args.init)),
         batch_size=args.batch_size,
         seq_len=args.seq_len,
         grad_accum=args.grad_accum,
@@ -78,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         remat=args.remat,
         mesh=args.mesh or (f"fsdp={args.devices}" if args.devices and args.devices > 1 else ""),
     )
+    config = dataclasses.replace(config, lora=args.lora)
     if args.devices not in (None, config.mesh.devices):
         raise UserError(f"devices is {args.devices}: the mesh {args.mesh!r} has {config.mesh.devices}, leave out one")
     if config.mesh.devices > target.devices:

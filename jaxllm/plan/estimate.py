@@ -99,7 +99,7 @@ class Plan:
     def model_flops(self, attention: flops.Attention) -> float:
         """Of one step, on all devices."""
         return self.config.tokens_per_step * flops.training_flops_per_token(
-            self.config.model, self.config.data.seq_len, attention
+            self.config.model, self.config.data.seq_len, attention, frozen=self.config.adapters is not None
         )
 
     def mfu(self, seconds: float, attention: flops.Attention) -> float:
@@ -123,8 +123,9 @@ def read_plan(config: TrainConfig, target: Target, reply: dict[str, Any]) -> Pla
     products = [p._replace(flops=p.flops * share) if p.kind == "grouped" else p for p in products]
     kernels = [k._replace(flops=k.flops * share) if k.kind == "grouped" else k for k in kernels]
     if reply["unknown_loops"]:  # not all products are known: use the model's FLOPs instead
-        per_token = flops.training_flops_per_token(config.model, config.data.seq_len, "full")
-        again = (flops.TRAINING_FACTOR + config.remat) / flops.TRAINING_FACTOR
+        length, frozen = config.data.seq_len, config.adapters is not None
+        per_token = flops.training_flops_per_token(config.model, length, "full", frozen=frozen)
+        again = 1 + config.remat * sum(flops.forward_flops(config.model, length, "full").values()) / per_token
         kernels = [kernel._replace(kind=None, flops=0.0) for kernel in kernels]
         kernels.append(Kernel("dot", again * per_token * config.tokens_per_step / config.mesh.devices, 0.0))
     return Plan(

@@ -54,6 +54,7 @@ def print_plan(plan: Plan | Refused, tokens: int, run: str) -> None:
     remat = ", remat" if config.remat else ""
     micro = f"{config.data.grad_accum} x " if config.data.grad_accum > 1 else ""
     step = f"{config.preset}, {micro}{config.data.batch_size} x {config.data.seq_len} tokens, {config.precision}{remat}"
+    step += f", LoRA of rank {config.adapters.rank}" if config.adapters else ""
     mesh = f", mesh {config.mesh.axes}" if plan.devices > 1 else ""
     print(f"{step} on {plan.devices} x {plan.target.name}{mesh}; all figures of one device")
     if isinstance(plan, Refused):

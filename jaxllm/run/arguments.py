@@ -14,6 +14,7 @@ from jaxllm.config import DEFAULT_RECIPE, ModelConfig, TrainConfig, recipe
 from jaxllm.errors import UserError, shown
 from jaxllm.files import read_json
 from jaxllm.run.hardware import bfloat16_hardware
+from jaxllm.store.adapter_folder import adapter_options
 from jaxllm.store.folder import CONFIG_FILE, OVERWRITING, Config, is_run, read_model_config
 from jaxllm.store.source import model_folder
 
@@ -40,6 +41,7 @@ def _deciding_options(argv: Sequence[str] | None, kind: type[Config]) -> argpars
     first.add_argument("--overwrite", "--no-overwrite", dest="start_over", action="store_true")
     if kind is TrainConfig:
         first.add_argument("--init", type=expanded)
+        first.add_argument("--adapter", type=expanded)
     for name in ("--preset", "--recipe", "--mesh", "--parallel", "--steps", "--epochs"):
         first.add_argument(name)
     return first.parse_known_args(argv)[0]
@@ -57,6 +59,8 @@ def _defaults(given: argparse.Namespace, kind: type[Config]) -> Config:
             raise UserError(f"preset is {shown(given.preset)}: --init gives the model, leave out one of the two")
         model = read_model_config(model_folder(start))
         default = _of_trained(default, model).with_options(init=start, tokenizer=str(model_folder(start)))
+    if (adapter := getattr(given, "adapter", None)) is not None:
+        default = default.with_options(adapter=adapter, **adapter_options(adapter))
     folder = given.run_dir or default.folder
     resumes = not (given.start_over or (folder / OVERWRITING).exists())
     saved = _saved_config(folder, kind) if resumes else None

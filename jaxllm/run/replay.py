@@ -85,6 +85,11 @@ def replay(folder: StrPath, step: int) -> None:
     config = read_config(folder, TrainConfig)
     if step > config.schedule.steps:
         raise UserError(f"step is {step}: the run in {folder} has {config.schedule.steps} steps")
+    if config.adapters:
+        raise UserError(
+            f"{str(folder)!r} trains adapters, whose frozen weights a replay does not read: merge them with `python -m "
+            "convert to-torch RUN OUT --merge`, and look at the model with `python -m jaxllm.evaluate`"
+        )
     with FolderLock(folder) as lock:
         lock.take()
         steps, saved = checkpoint_steps(folder), choose_checkpoint(folder, before=step).step

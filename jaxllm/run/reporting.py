@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxllm.config import RunConfig
+from jaxllm.config import LoraConfig, RunConfig
 from jaxllm.data.folder import described
 from jaxllm.data.tokenizer import decode_after, encode_prompt
 from jaxllm.errors import optional
@@ -64,8 +64,9 @@ def announce(config: RunConfig, parameters: int, tree: str | None, device: str, 
 
 def announce_speed(config: RunConfig, peak_tflops: float, compile_seconds: float | None) -> None:
     """Print the reference of the log's speed columns."""
+    frozen = config.adapters is not None
     full, causal = (
-        flops.training_flops_per_token(config.model, config.data.seq_len, attention) / 1e6
+        flops.training_flops_per_token(config.model, config.data.seq_len, attention, frozen=frozen) / 1e6
         for attention in ("full", "causal")
     )
     if compile_seconds is not None:
@@ -74,6 +75,15 @@ def announce_speed(config: RunConfig, peak_tflops: float, compile_seconds: float
         f"Model FLOPs of a training token: {full:.4g}M with attention counted full (T x T), {causal:.4g}M with its "
         f"causal half; MFU is their share of {peak_tflops:.4g} TFLOP/s "
         f"({'measured on' if config.logging.peak_tflops is None else 'given for'} {config.precision} matrix products)"
+    )
+
+
+def announce_adapters(lora: LoraConfig, trained: int) -> None:
+    """Print what is trained in place of the model's weights."""
+    alpha = f"alpha {lora.resolved_alpha:g}{' (rsLoRA)' if lora.rslora else ''}"
+    print(
+        f"LoRA: rank {lora.rank}, {alpha}, on {lora.targets}: {trained:,} parameters are trained; all weights of the "
+        f"model are frozen, its matrices in {lora.base_dtype}"
     )
 
 
@@ -146,7 +156,8 @@ def conclude(prepared: Prepared[Any], eval_loss: float, skipped_rows: int, left_
     bytes_each = prepared.bytes_per_target
     evaluation = (
         f"{eval_loss:.4f} nats per token, {bits_per_byte(eval_loss, bytes_each):.4f} bits per byte; the best possible "
-        f"unigram model has {unigram:.4f} and {bits_per_byte(unigram, bytes_each):.4f}"
+        f"unigram model has {unigram:.4f} and {bits_per_byte(unigram, bytes_each):.4f} "
+        f"(on {len(prepared.held_out)} rows)"
     )
     print(f"Evaluation loss {evaluation}")
     draw_losses(config.folder, unigram, bytes_each)

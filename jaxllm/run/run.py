@@ -20,6 +20,7 @@ from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.errors import Stopped, UserError
 from jaxllm.files import write_json
 from jaxllm.model import flops
+from jaxllm.model.decoder import count_parameters
 from jaxllm.model.kernels import describe_kernels
 from jaxllm.model.summary import module_tree
 from jaxllm.run.evaluation import Evaluator
@@ -40,7 +41,7 @@ from jaxllm.run.processes import (
     primary_result,
     silence_non_primary,
 )
-from jaxllm.run.reporting import announce, announce_finished, announce_speed, conclude
+from jaxllm.run.reporting import announce, announce_adapters, announce_finished, announce_speed, conclude
 from jaxllm.run.runtime import device_name, measured_peak_tflops, peak_memory
 from jaxllm.run.signals import stop_on_signals
 from jaxllm.run.throughput import Meter
@@ -119,6 +120,8 @@ class Run:
                 damaged; before anything is deleted.
         """
         starts = [read_start(config, placement.weight_shardings(config.model))]  # before an earlier run is deleted
+        if config.adapters:
+            config = config.with_options(lora_base_dtype=starts[0].matrix_dtype)
         with silence_non_primary(), FolderLock(config.folder) as lock:
             prepared, resume_step = _prepare_together(config, lock)
             try:
@@ -283,7 +286,11 @@ def _start(
     stream, history = ProcessBatches(config, prepared.tokenizer, *local_rows(config.data.batch_size)), History()
     trainer = Trainer(config, placement)
     if resume_step is None:
-        state, step = trainer.init(start and start.weights), 0
+        step = 0
+        if config.adapters:
+            state = trainer.init_adapted(start.weights, start.adapters)
+        else:
+            state = trainer.init(start and start.weights)
     else:
         saved = CheckpointReader(config.folder, resume_step)
         state, resumed = saved.state(config, trainer.state_shardings)
@@ -292,6 +299,8 @@ def _start(
             stream.seek(resumed.positions)
             history = resumed.history
         print(f"Resuming from step {step} of {config.folder}")
+        if config.adapters:
+            state = trainer.with_base(state, start.weights)
         state = placement.shard(state)
     if start is not None and is_primary():
         write_json(config.folder / SOURCE_DTYPES, start.dtypes)
@@ -300,6 +309,8 @@ def _start(
     announce(config, sum(flops.parameters(config.model).values()), tree, device_name(), bfloat16_hardware())
     print(f"Layout: {placement.describe()}")
     print(f"Kernels: {describe_kernels(config.model, jnp.dtype(config.precision))}")
+    if config.adapters:
+        announce_adapters(config.adapters, count_parameters(trainer.computation.state.params))
     if step >= config.schedule.steps:
         announce_finished(step)
         if history.records and is_primary():

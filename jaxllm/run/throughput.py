@@ -39,8 +39,9 @@ class Meter:
 
     def __init__(self, config: RunConfig, peak_tflops: float, waited: Callable[[], float]):
         self._tokens_per_step, self._peak, self._waited = config.tokens_per_step, peak_tflops * 1e12, waited
-        self._full = training_flops_per_token(config.model, config.data.seq_len, "full")
-        self._causal = training_flops_per_token(config.model, config.data.seq_len, "causal")
+        length, frozen = config.data.seq_len, config.adapters is not None
+        self._full = training_flops_per_token(config.model, length, "full", frozen=frozen)
+        self._causal = training_flops_per_token(config.model, length, "causal", frozen=frozen)
         self._started = self._lap_started = time.perf_counter()
         self._lap_waited, self._excluded = 0.0, 0.0
 

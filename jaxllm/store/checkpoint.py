@@ -17,11 +17,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxllm.config import ModelConfig, RunConfig
+from jaxllm.config import LoraConfig, ModelConfig, RunConfig
 from jaxllm.data.stream import MAX_POSITION_BYTES, Position
 from jaxllm.errors import UserError, one_line
 from jaxllm.files import StrPath, plain_path
-from jaxllm.model.decoder import abstract_model, model_facts
+from jaxllm.model.decoder import abstract_adapted, abstract_model, model_facts
 from jaxllm.model.inference import Hold, masters
 from jaxllm.model.layers import ParameterFacts
 from jaxllm.store.folder import CHECKPOINTS, checkpoint_steps, is_run, read_model_config
@@ -85,6 +85,16 @@ class CheckpointReader:
         """Whether it holds more than weights."""
         return (self._folder / "training").is_dir()
 
+    def adapters(self, config: ModelConfig, lora: LoraConfig, shardings: Weights | None = None) -> Weights:
+        """Its adapters, in the place of parameters, and the routing bias; placed as `weights`.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        shapes = abstract_adapted(config, lora)
+        targets = _targets(Weights(shapes.params, shapes.routing_bias), shardings)
+        return Weights(**self._restore(weights=targets._asdict())["weights"])
+
     def weights(self, config: ModelConfig, shardings: Weights | None = None, hold: Hold = masters) -> Weights:
         """Its weights, placed according to `shardings` (None: on the first device), in the dtypes that `hold` chooses.
 
@@ -114,7 +124,8 @@ class CheckpointReader:
         """
         wanted = None if shardings is None else Weights(shardings.params, shardings.routing_bias)
         resumed = self.resume_state(config, shardings)
-        weights = self.weights(config.model, wanted)
+        model, lora = config.model, config.adapters
+        weights = self.weights(model, wanted) if lora is None else self.adapters(model, lora, wanted)
         if resumed is None:
             start = functools.partial(start_state, config.model, config.optim, config.seed)
             return (start if shardings is None else jax.jit(start, out_shardings=shardings))(*weights), None
@@ -129,7 +140,7 @@ class CheckpointReader:
         if not self.has_training:
             return None
         check_format(self._folder)
-        targets = _targets(abstract_state(config.model, config.optim), shardings)
+        targets = _targets(abstract_state(config.model, config.optim, config.adapters), shardings)
         training = {"opt_state": targets.opt_state, "step": targets.step, "dropout_key": targets.dropout_key}
         restored = self._restore(training=training, positions=self._shapes_of_positions(), history=None)
         try:

@@ -220,7 +220,7 @@ def check_room(config: RunConfig) -> None:
     Raises:
         UserError: it has not.
     """
-    run, state = config.folder, abstract_state(config.model, config.optim)
+    run, state = config.folder, abstract_state(config.model, config.optim, config.adapters)._replace(frozen={})
     needed, free = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)), shutil.disk_usage(run).free
     if free < needed:
         raise UserError(

@@ -13,6 +13,7 @@ from typing import Any
 from jaxllm.config import FORMAT
 from jaxllm.errors import listed, shown
 from jaxllm.files import StrPath, read_json
+from jaxllm.store.base import base_hash
 from jaxllm.store.folder import MODEL_FILE, TOKENIZER
 
 CHECKSUMS_FILE = "checksums.json"
@@ -22,12 +23,14 @@ MAX_LIST_BYTES = 64 << 20
 
 
 def checkpoint_context(run: StrPath) -> dict[str, Any]:
-    """What a checkpoint depends on in its run's folder: the model's config, and the checksum of the tokenizer."""
+    """What a checkpoint depends on in its run's folder: the model's config, and the checksums of the tokenizer and of
+    the weights that its adapters belong to."""
     config, tokenizer = Path(run, MODEL_FILE), Path(run, TOKENIZER, "tokenizer.json")
     return {
         "format": FORMAT,
         "model": read_json(config) if config.is_file() else None,
         "tokenizer": hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else None,
+        "base": base_hash(Path(run)),
     }
 
 
@@ -49,8 +52,8 @@ def read_list(folder: Path) -> dict[str, Any] | None:
         if not file.is_file() or file.stat().st_size > MAX_LIST_BYTES:
             return None
         written = json.loads(file.read_bytes())
-        whole = {"format": 1, **written["list"]}  # format 1 did not name itself
-        types = {"files": dict, "model": dict | None, "tokenizer": str | None, "format": int}
+        whole = {"format": 1, "base": None, **written["list"]}  # format 1 did not name itself
+        types = {"files": dict, "model": dict | None, "tokenizer": str | None, "base": str | None, "format": int}
         valid = written["sha256"] == _list_checksum(written["list"])
         valid = valid and all(isinstance(whole[name], kind) for name, kind in types.items())
     except (OSError, ValueError, RecursionError, KeyError, TypeError):

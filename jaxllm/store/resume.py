@@ -17,6 +17,7 @@ from jaxllm.config import FORMAT, SPECIAL_TOKENS, RunConfig, changed_options, fa
 from jaxllm.data.sources import is_fingerprint
 from jaxllm.errors import UserError, shown
 from jaxllm.files import StrPath, read_json
+from jaxllm.store.base import BASE_FILE
 from jaxllm.store.checksums import checkpoint_context, find_damage, read_list
 from jaxllm.store.folder import (
     CHECKPOINTS,
@@ -76,7 +77,7 @@ def check_init(config: RunConfig, saved: dict[str, Any]) -> None:
         UserError: it started from something else.
     """
     init = getattr(config, "init", None)
-    if init is None or (saved and "init" not in saved):
+    if init is None or (saved and "init" not in saved) or saved.get("lora_rank"):  # of a base the content decides
         return
     before = saved.get("init")
     if before is None or Path(before).resolve() != model_folder(init).resolve():
@@ -176,6 +177,8 @@ def choose_checkpoint(run: StrPath, *, strict: bool = False, before: int | None 
 
 def _check_context(run: Path, checkpoint: Path) -> None:
     written, now = read_list(checkpoint) or {}, checkpoint_context(run)
+    if written.get("base") != now["base"]:
+        raise UserError(f"{run / BASE_FILE} is not the file that {checkpoint} was written with: put it back")
     if now["tokenizer"] is not None and written.get("tokenizer") not in (None, now["tokenizer"]):
         raise UserError(
             f"{run / TOKENIZER / 'tokenizer.json'} is not the file that {checkpoint} was written with: put it back"

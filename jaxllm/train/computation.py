@@ -2,19 +2,20 @@
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, Int
 
-from jaxllm.config import ModelConfig, Precision, RunConfig
+from jaxllm.config import LoraConfig, ModelConfig, Precision, RunConfig
 from jaxllm.config.groups import OptimConfig, ScheduleConfig
 from jaxllm.model.batch import TokenBatch
-from jaxllm.model.decoder import abstract_model
+from jaxllm.model.decoder import abstract_adapted, abstract_model
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
-from jaxllm.train.state import TrainState, init_state, state_specs
+from jaxllm.train.state import TrainState, abstract_state, init_state, state_specs
 from jaxllm.train.step import StepMetrics, eval_step, train_step
 
 
@@ -35,18 +36,26 @@ class Computation:
     """Which arrays of a batch there are: see `TokenBatch`."""
     platform: str | None = None
     """Whose kernels to use (`kernels.choose_kernels`); None: those of the default device."""
+    lora: LoraConfig | None = None
+    """The adapters, which are then all that is trained."""
 
     @classmethod
     def of(cls, config: RunConfig, platform: str | None = None) -> "Computation":
         data = config.data
         shape = (data.grad_accum, data.batch_size, data.seq_len)
         step = (config.model, config.optim, config.schedule, config.precision, config.remat)
-        return cls(*step, config.seed, shape, data.has_targets, data.documents == "separate", platform)
+        arrays = (data.has_targets, data.documents == "separate")
+        return cls(*step, config.seed, shape, *arrays, platform, config.adapters)
 
     @property
     def graph(self) -> nnx.GraphDef:
         """The static part of the model."""
-        return _model_graph(self.model, self.precision, self.remat, self.platform)
+        return _model_graph(self.model, self.precision, self.remat, self.platform, self.lora)
+
+    @property
+    def state(self) -> TrainState:
+        """The shapes of the state."""
+        return abstract_state(self.model, self.optim, self.lora)
 
     @property
     def batch(self) -> TokenBatch:
@@ -56,11 +65,11 @@ class Computation:
 
     def init_state(self) -> TrainState:
         """A new run's state."""
-        return init_state(self.model, self.optim, self.seed)
+        return init_state(self.model, self.optim, self.seed, self.lora)
 
     def specs(self, layout: Layout) -> TrainState:
         """How a mesh shards the state."""
-        return state_specs(self.model, self.optim, layout)
+        return state_specs(self.model, self.optim, layout, self.lora)
 
     def train_step(
         self, state: TrainState, batch: TokenBatch, layout: Layout = ONE_DEVICE
@@ -68,11 +77,14 @@ class Computation:
         return train_step(self.optim, self.schedule, self.graph, state, batch, layout=layout)
 
     def eval_step(
-        self, params: Pytree, routing_bias: Pytree, batch: TokenBatch, layout: Layout = ONE_DEVICE
+        self, params: Pytree, routing_bias: Pytree, batch: TokenBatch, frozen: Pytree = (), layout: Layout = ONE_DEVICE
     ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-        return eval_step(self.graph, params, routing_bias, batch, layout)
+        return eval_step(self.graph, params, routing_bias, batch, layout, frozen or {})
 
 
 @functools.lru_cache(16)
-def _model_graph(model: ModelConfig, precision: Precision, remat: bool, platform: str | None) -> nnx.GraphDef:
-    return abstract_model(model, dtype=jnp.dtype(precision), remat=remat, platform=platform)[0]
+def _model_graph(
+    model: ModelConfig, precision: Precision, remat: bool, platform: str | None, lora: LoraConfig | None
+) -> nnx.GraphDef:
+    options: dict[str, Any] = {"dtype": jnp.dtype(precision), "remat": remat, "platform": platform}
+    return (abstract_model(model, **options) if lora is None else abstract_adapted(model, lora, **options))[0]

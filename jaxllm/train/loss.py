@@ -1,7 +1,7 @@
 """Next-token cross-entropy in float32, a chunk of tokens at a time: the (N, V) logits never exist at once."""
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ from jaxllm.model.kernels.packed import pack, unpack
 
 CHUNK_ROWS = 1024
 """Tokens of one chunk: enough to amortise reading lm_head, few enough that 49,152 logits of each take 192 MiB."""
+
+Gradients = Literal["none", "hidden", "all"]
+"""Which gradients are computed with the loss: none, that of the hidden states, or those of the head too."""
 
 GPU_CHUNK_ROWS = 4096
 """On an NVIDIA GPU: each chunk also reads and writes the head's gradient, and memory is the limit there."""
@@ -29,22 +32,27 @@ def count_targets(labels: Int[Array, "*batch T"]) -> Int[Array, ""]:
     return (labels[..., 1:] != IGNORED).sum()
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def summed_cross_entropy(
-    hidden: Float[Array, "N D"], weight: Float[Array, "D V"], bias: Float[Array, " V"] | None, targets: Int[Array, " N"]
+    hidden: Float[Array, "N D"],
+    weight: Float[Array, "D V"],
+    bias: Float[Array, " V"] | None,
+    targets: Int[Array, " N"],
+    frozen: bool = False,
 ) -> Float[Array, ""]:
     """Sum of the cross-entropies of `hidden @ weight + bias` over the targets that are not ignored, in nats.
 
-    `hidden` has the compute dtype, the head's masters and the result float32 (float64 in a float64 model).
+    `hidden` has the compute dtype, the head's masters and the result float32 (float64 in a float64 model). A `frozen`
+    head has no gradient.
     """
-    return _in_chunks(hidden, weight, bias, targets, with_grads=False)[0]
+    return _in_chunks(hidden, weight, bias, targets, grads="none")[0]
 
 
-def _forward(hidden: Array, weight: Array, bias: Array | None, targets: Array):
-    return _in_chunks(hidden, weight, bias, targets, with_grads=True)
+def _forward(hidden: Array, weight: Array, bias: Array | None, targets: Array, frozen: bool):
+    return _in_chunks(hidden, weight, bias, targets, grads="hidden" if frozen else "all")
 
 
-def _backward(grads, d_loss: Array):
+def _backward(frozen: bool, grads, d_loss: Array):
     d_hidden, d_weight, d_bias = grads
     d_weight, d_bias = jax.tree.map(lambda gradient: gradient * d_loss, (d_weight, d_bias))
     return (d_hidden * d_loss).astype(d_hidden.dtype), d_weight, d_bias, None
@@ -54,11 +62,11 @@ summed_cross_entropy.defvjp(_forward, _backward)
 
 
 def _in_chunks(
-    hidden: Array, weight: Array, bias: Array | None, targets: Array, *, with_grads: bool
+    hidden: Array, weight: Array, bias: Array | None, targets: Array, *, grads: Gradients
 ) -> tuple[Array, Any]:
     """`_scan_chunks` as the platform needs it that the program is compiled for."""
-    usual = functools.partial(_scan_chunks, with_grads=with_grads, chunk_rows=CHUNK_ROWS, for_gpu=False)
-    on_gpu = functools.partial(_scan_chunks, with_grads=with_grads, chunk_rows=GPU_CHUNK_ROWS, for_gpu=True)
+    usual = functools.partial(_scan_chunks, grads=grads, chunk_rows=CHUNK_ROWS, for_gpu=False)
+    on_gpu = functools.partial(_scan_chunks, grads=grads, chunk_rows=GPU_CHUNK_ROWS, for_gpu=True)
     return jax.lax.platform_dependent(hidden, weight, bias, targets, cuda=on_gpu, default=usual)
 
 
@@ -68,7 +76,7 @@ def _scan_chunks(
     bias: Array | None,
     targets: Array,
     *,
-    with_grads: bool,
+    grads: Gradients,
     chunk_rows: int,
     for_gpu: bool,
 ) -> tuple[Array, Any]:
@@ -79,10 +87,10 @@ def _scan_chunks(
     hidden_chunks = jnp.pad(hidden, ((0, chunks * rows - N), (0, 0))).reshape(chunks, rows, D)
     target_chunks = jnp.pad(targets, (0, chunks * rows - N), constant_values=IGNORED).reshape(chunks, rows)
     compute_weight = in_dtype(weight, hidden.dtype)
-    chunk = functools.partial(_chunk, compute_weight, bias, with_grads, for_gpu)
+    chunk = functools.partial(_chunk, compute_weight, bias, grads, for_gpu)
 
     zero = jnp.zeros((), at_least_float32(hidden.dtype))
-    if not with_grads:
+    if grads == "none":
         return jax.lax.scan(lambda loss, c: (loss + chunk(*c)[0], None), zero, (hidden_chunks, target_chunks))[0], None
 
     def body(total, c):
@@ -92,7 +100,8 @@ def _scan_chunks(
     if chunks == 1:  # no accumulator besides the gradient
         loss, d_hidden, d_weight, d_bias = chunk(hidden_chunks[0], target_chunks[0])
     else:
-        start = (zero, *jax.tree.map(jnp.zeros_like, (weight, bias)))
+        head = (weight, bias) if grads == "all" else (None, None)
+        start = (zero, *jax.tree.map(jnp.zeros_like, head))
         (loss, d_weight, d_bias), packed = jax.lax.scan(body, start, (hidden_chunks, target_chunks))
         d_hidden = unpack(packed)
     return loss, (d_hidden.reshape(-1, D)[:N], d_weight, d_bias)
@@ -112,7 +121,7 @@ def _largest_and_sum_of_exps(logits: Array) -> tuple[Array, Array]:
 
 
 def _chunk(
-    weight: Array, bias: Array | None, with_grads: bool, for_gpu: bool, hidden: Array, targets: Array
+    weight: Array, bias: Array | None, grads: Gradients, for_gpu: bool, hidden: Array, targets: Array
 ) -> tuple[Any, ...]:
     """One chunk: weight (D,V) in the compute dtype, hidden (rows,D), targets (rows,).
 
@@ -136,7 +145,7 @@ def _chunk(
         exps = jnp.exp(logits - largest[:, None])  # (rows,V)
         total = jnp.matmul(exps, jnp.ones(exps.shape[-1], acc_dtype), precision=jax.lax.Precision.HIGHEST)  # (rows,)
     loss = jnp.where(scored, jnp.log(total) + largest - at_target, 0).sum()
-    if not with_grads:
+    if grads == "none":
         return loss, None, None, None
     # (rows,V): p - 1 at the target and p elsewhere, times the sum. Dividing (rows, D) on either side of the products by
     # it saves a pass over (rows, V).
@@ -147,6 +156,8 @@ def _chunk(
     scale = jnp.where(scored, 1 / total, 0)
     narrow = unscaled.astype(hidden.dtype)
     d_hidden = matmul(narrow, weight, transpose_b=True) * scale[:, None]
+    if grads == "hidden":
+        return loss, d_hidden.astype(hidden.dtype), None, None
     d_weight = matmul((hidden * scale[:, None]).astype(hidden.dtype), narrow, acc_dtype, transpose_a=True)
     d_bias = None if bias is None else jnp.matmul(scale, unscaled, precision=jax.lax.Precision.HIGHEST)
     return loss, d_hidden.astype(hidden.dtype), d_weight, d_bias

@@ -80,7 +80,7 @@ def update(
         grads, params: pytrees alike; the gradients are clipped.
         rate, finite: as in `UpdateScalars`.
     """
-    facts, _ = model_facts(model.config)
+    facts, _ = model_facts(model.config, model.lora)
     scalars = UpdateScalars(tree_where(finite, state.count + 1, state.count), rate, finite)
     trees = (grads, state.mu, params, facts)
     if optim.optimizer == "adamw":

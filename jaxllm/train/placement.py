@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxllm.config import AXES, ModelConfig
+from jaxllm.config import AXES, LoraConfig, ModelConfig
 from jaxllm.config.groups import MeshConfig, OptimConfig
 from jaxllm.errors import UserError
 from jaxllm.model.batch import TokenBatch
@@ -26,7 +26,7 @@ from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
 from jaxllm.train.computation import Computation
 from jaxllm.train.sharding import choose_mesh, shardings
-from jaxllm.train.state import TrainState, abstract_state, init_state, state_specs
+from jaxllm.train.state import TrainState, init_state, state_specs
 from jaxllm.train.step import StepMetrics
 
 
@@ -70,7 +70,7 @@ class Placement(ABC):
 
     def init(self, computation: Computation) -> TrainState:
         """A new run's state, in the form that the programs take."""
-        return _init_program(computation.model, computation.optim, computation.seed, self.layout)()
+        return _init_program(computation.model, computation.optim, computation.seed, self.layout, computation.lora)()
 
     def shard(self, state: TrainState) -> TrainState:
         """From the form of one device to the form that the programs take."""
@@ -94,9 +94,11 @@ def choose_placement(mesh: MeshConfig, batch_size: int) -> Placement:
 
 
 @functools.lru_cache(MAX_PROGRAMS)
-def _init_program(model: ModelConfig, optim: OptimConfig, seed: int, layout: Layout) -> Callable[[], TrainState]:
-    specs = None if layout.mesh is None else shardings(layout, state_specs(model, optim, layout))
-    return jax.jit(functools.partial(init_state, model, optim, seed), out_shardings=specs)
+def _init_program(
+    model: ModelConfig, optim: OptimConfig, seed: int, layout: Layout, lora: LoraConfig | None
+) -> Callable[[], TrainState]:
+    specs = None if layout.mesh is None else shardings(layout, state_specs(model, optim, layout, lora))
+    return jax.jit(functools.partial(init_state, model, optim, seed, lora), out_shardings=specs)
 
 
 def compile_programs(placement: Placement, computation: Computation) -> Programs:
@@ -120,7 +122,7 @@ class OneDevice(Placement):
     def compile(self, computation: Computation) -> tuple[Callable, Callable]:
         evaluate = _compile_evaluation(computation, ONE_DEVICE)
         step = lower_step(computation, ONE_DEVICE).compile()
-        return step, lambda state, batch: evaluate(state.params, state.routing_bias, batch)
+        return step, lambda state, batch: evaluate(state.params, state.routing_bias, batch, state.frozen)
 
 
 class OnMesh(Placement):
@@ -141,10 +143,11 @@ class OnMesh(Placement):
     def compile(self, computation: Computation) -> tuple[Callable, Callable]:
         layout, state = self.layout, self.state_shardings(computation)
         rows = shardings(layout, layout.batch_spec(0))
-        evaluate = _compile_evaluation(computation, layout, in_shardings=(state.params, state.routing_bias, rows))
+        where = (state.params, state.routing_bias, rows, state.frozen)
+        evaluate = _compile_evaluation(computation, layout, in_shardings=where)
         step = lower_step(computation, layout).compile()
         if jax.process_count() == 1:
-            return step, lambda state, batch: evaluate(state.params, state.routing_bias, batch)
+            return step, lambda state, batch: evaluate(state.params, state.routing_bias, batch, state.frozen)
         batch_size = computation.shape[1]
         first, _ = local_rows(batch_size)
 
@@ -163,14 +166,14 @@ class OnMesh(Placement):
 
         return (
             lambda state, batch: step(state, global_batch(batch, 1, first)),
-            lambda state, batch: evaluate(state.params, state.routing_bias, global_batch(batch, 0, 0)),
+            lambda state, batch: evaluate(state.params, state.routing_bias, global_batch(batch, 0, 0), state.frozen),
         )
 
 
 def _compile_evaluation(computation: Computation, layout: Layout, **options: Any) -> Callable:
-    state = abstract_state(computation.model, computation.optim)
+    state = computation.state
     evaluate = jax.jit(functools.partial(computation.eval_step, layout=layout), **options)
-    return evaluate.lower(state.params, state.routing_bias, _micro_batch(computation)).compile()
+    return evaluate.lower(state.params, state.routing_bias, _micro_batch(computation), state.frozen).compile()
 
 
 def _micro_batch(computation: Computation) -> TokenBatch:  # (B,T)
@@ -219,14 +222,14 @@ class Pmap(Placement):
         step = step.lower(state, jax.eval_shape(lambda x: by_device(x, 1), computation.batch)).compile()
         evaluate = jax.pmap(functools.partial(computation.eval_step, layout=layout), "data")
         batch = jax.eval_shape(lambda x: by_device(x, 0), _micro_batch(computation))
-        evaluate = evaluate.lower(state.params, state.routing_bias, batch).compile()
+        evaluate = evaluate.lower(state.params, state.routing_bias, batch, state.frozen).compile()
 
         def run_step(state: TrainState, batch: TokenBatch) -> tuple[TrainState, StepMetrics]:
             state, metrics = step(state, by_device(batch, 1))
             return state, _first_copy(metrics)
 
         def run_evaluate(state: TrainState, batch: TokenBatch) -> tuple[Array, Array]:
-            return _first_copy(evaluate(state.params, state.routing_bias, by_device(batch, 0)))
+            return _first_copy(evaluate(state.params, state.routing_bias, by_device(batch, 0), state.frozen))
 
         return run_step, run_evaluate
 
@@ -260,4 +263,4 @@ def lower_step(computation: Computation, layout: Layout) -> jax.stages.Lowered:
             "out_shardings": (state, shardings(layout, PartitionSpec())),
         }
     step = jax.jit(functools.partial(computation.train_step, layout=layout), donate_argnums=0, **options)
-    return step.lower(abstract_state(computation.model, computation.optim), computation.batch)
+    return step.lower(computation.state, computation.batch)

@@ -54,13 +54,13 @@ def gradients(
     """
     A, B, _ = batch.ids.shape
     targets = jnp.maximum(layout.psum(count_targets(batch.labels)), 1)
-    config = nnx.merge(graph, state.params, state.routing_bias).config
-    facts, _ = model_facts(config)
+    model = merged(graph, state.params, state.routing_bias, state.frozen)
+    config, (facts, _) = model.config, model_facts(model.config, model.lora)
     rows = layout.devices * B  # of a micro-batch
     local_rows = layout.device_index() * B + jnp.arange(B)
 
     def micro_loss(params: Pytree, micro: TokenBatch, index: Array, forced: Array | None):
-        model = gathered_model(graph, params, state.routing_bias, facts, layout)
+        model = gathered_model(graph, params, state.routing_bias, state.frozen, layout)
         keys = dropout_keys(state, index, rows, local_rows) if config.dropout else None
         x, record = model.hidden_states(
             jnp.maximum(micro.ids, 0), micro.documents, dropout_keys=keys, experts=forced, layout=layout
@@ -105,8 +105,8 @@ def train_step(
 
     Arguments as in `gradients`, but on a mesh they are global arrays.
     """
-    model = nnx.merge(graph, state.params, state.routing_bias)
-    specs = state_specs(model.config, optim, layout)
+    model = merged(graph, state.params, state.routing_bias, state.frozen)
+    specs = state_specs(model.config, optim, layout, model.lora)
     global_gradients = layout.shard_map(  # what follows is elementwise but for Muon, and XLA partitions it
         functools.partial(gradients, optim, graph, layout=layout),
         in_specs=(specs, layout.batch_spec(1), layout.batch_spec(2)),
@@ -124,38 +124,54 @@ def train_step(
         learning_rate=learning_rate(schedule, optim.learning_rate, opt_state.count),
         expert_load=(counts.max(axis=-1) / counts.mean(axis=-1)).max(initial=1.0),
     )
-    new_bias = jax.tree.map(lambda bias: updated_routing_bias(bias, counts, optim.bias_update_rate), state.routing_bias)
+    rate = 0.0 if model.is_frozen else optim.bias_update_rate
+    new_bias = jax.tree.map(lambda bias: updated_routing_bias(bias, counts, rate), state.routing_bias)
     routing_bias = tree_where(finite, new_bias, state.routing_bias)
-    return TrainState(params, routing_bias, opt_state, state.step + 1, state.dropout_key), metrics
+    return TrainState(params, routing_bias, opt_state, state.step + 1, state.dropout_key, state.frozen), metrics
 
 
 def eval_step(
-    graph: nnx.GraphDef, params: Pytree, routing_bias: Pytree, batch: TokenBatch, layout: Layout = ONE_DEVICE
+    graph: nnx.GraphDef,
+    params: Pytree,
+    routing_bias: Pytree,
+    batch: TokenBatch,
+    layout: Layout = ONE_DEVICE,
+    frozen: Pytree = {},  # noqa: B006  it is not changed
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Summed cross-entropy and number of targets of a batch (B,T), without dropout."""
-    config = nnx.merge(graph, params, routing_bias).config
-    facts, _ = model_facts(config)
+    whole = merged(graph, params, routing_bias, frozen)
 
-    def local(params: Pytree, routing_bias: Pytree, batch: TokenBatch) -> tuple[Array, Array]:
-        model = gathered_model(graph, params, routing_bias, facts, layout)
+    def local(params: Pytree, routing_bias: Pytree, frozen: Pytree, batch: TokenBatch) -> tuple[Array, Array]:
+        model = gathered_model(graph, params, routing_bias, frozen, layout)
         x, _ = model.hidden_states(jnp.maximum(batch.ids, 0), batch.documents, layout=layout)
         return layout.psum((summed_loss(model, x, batch.labels), count_targets(batch.labels)))
 
-    in_specs = (*weight_specs(config, layout), layout.batch_spec(0))
-    return layout.shard_map(local, in_specs, out_specs=PartitionSpec())(params, routing_bias, batch)
+    in_specs = (*weight_specs(whole.config, layout, whole.lora), layout.batch_spec(0))
+    return layout.shard_map(local, in_specs, out_specs=PartitionSpec())(params, routing_bias, frozen, batch)
+
+
+def merged(graph: nnx.GraphDef, params: Pytree, routing_bias: Pytree, frozen: Pytree) -> CustomLLM:
+    """The model of a state's weights."""
+    return nnx.merge(graph, params, routing_bias, *[frozen] * bool(frozen))
 
 
 def gathered_model(
-    graph: nnx.GraphDef, params: Pytree, routing_bias: Pytree, facts: Pytree, layout: Layout
+    graph: nnx.GraphDef, params: Pytree, routing_bias: Pytree, frozen: Pytree, layout: Layout
 ) -> CustomLLM:
     """The model on a device's part of the weights. Those outside the layers are gathered here; a layer's are gathered
     when it runs."""
-    outer = {name: part for name, part in params.items() if name not in STACKS}
-    outer_facts = {name: facts[name] for name in outer}
-    return nnx.merge(graph, params | layout.gather(outer, outer_facts), routing_bias)
+    model = merged(graph, params, routing_bias, frozen)
+    trees = (params, frozen), (model_facts(model.config, model.lora)[0], model_facts(model.config)[0])
+
+    def whole(parts: Pytree, facts: Pytree) -> Pytree:
+        outer = {name: part for name, part in parts.items() if name not in STACKS}
+        return parts | layout.gather(outer, {name: facts[name] for name in outer})
+
+    params, frozen = map(whole, *trees)
+    return merged(graph, params, routing_bias, frozen)
 
 
 def summed_loss(model: CustomLLM, x: Float[Array, "B T D"], labels: Int[Array, "B T"]) -> Float[Array, ""]:
     """Summed next-token cross-entropy of labels, given the layers' output for them."""
     hidden = model.apply_final_norm(x).reshape(-1, x.shape[-1])
-    return summed_cross_entropy(hidden, *model.head(), next_token_targets(labels).reshape(-1))
+    return summed_cross_entropy(hidden, *model.head(), next_token_targets(labels).reshape(-1), model.is_frozen)

@@ -2,17 +2,20 @@
 
 import functools
 import time
+from dataclasses import replace
 
 import jax
 import numpy as np
+from flax import nnx
 
 from jaxllm.config import TrainConfig
+from jaxllm.model.adapters import merged_weights
 from jaxllm.model.batch import token_batch
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.train.computation import Computation
 from jaxllm.train.placement import Placement, Programs, choose_placement, on_one_device, shared_programs
 from jaxllm.train.state import TrainState, start_state
-from jaxllm.train.step import StepMetrics
+from jaxllm.train.step import StepMetrics, merged
 
 
 class Trainer:
@@ -36,6 +39,30 @@ class Trainer:
         start = functools.partial(start_state, config.model, config.optim, config.seed)
         state = jax.jit(start, donate_argnums=(0, 1), out_shardings=where)(*weights)  # each moment where it is kept
         return self.placement.shard(state)
+
+    def init_adapted(self, weights: tuple[Pytree, Pytree], adapters: Pytree | None) -> TrainState:
+        """A new run's state on frozen weights and their routing bias, with these adapters, or some from the seed."""
+        where = self.state_shardings
+
+        @functools.partial(jax.jit, out_shardings=where and where._replace(frozen={}))
+        def drawn() -> TrainState:
+            return self.computation.init_state()._replace(frozen={})
+
+        state = self.with_base(drawn(), weights)
+        if adapters is not None:
+            state = state._replace(params=jax.device_put(adapters, where and where.params))
+        return self.placement.shard(state)
+
+    def with_base(self, state: TrainState, weights: tuple[Pytree, Pytree]) -> TrainState:
+        """A state of adapters, in the form of one device, with the weights and the routing bias that they belong to."""
+        where, shapes = self.state_shardings, self.computation.state
+        frozen, bias = jax.tree.map(
+            lambda leaf, shape: leaf.astype(shape.dtype, copy=False),
+            tuple(weights),
+            (shapes.frozen, shapes.routing_bias),
+        )
+        frozen = jax.device_put(frozen, where and where.frozen)
+        return state._replace(frozen=frozen, routing_bias=jax.device_put(bias, where and where.routing_bias))
 
     @property
     def state_shardings(self) -> TrainState | None:
@@ -69,7 +96,17 @@ class Trainer:
         """The state in the form of one device, in which it is saved."""
         return self.placement.unshard(state)
 
+    @property
+    def merged_graph(self) -> nnx.GraphDef:
+        """The static part of the model of `weights`."""
+        return replace(self.computation, lora=None).graph
+
     def weights(self, state: TrainState) -> tuple[Pytree, Pytree]:
-        """Parameters and routing bias, whole on one device. All processes must call it."""
+        """Parameters and routing bias, adapters merged, whole on one device. All processes must call it."""
         state = self.unshard(state)
-        return on_one_device(self.placement.layout, (state.params, state.routing_bias))
+        params = state.params
+        if self.computation.lora is not None:
+            params = jax.jit(lambda *trees: merged_weights(merged(self.graph, *trees)))(
+                params, state.routing_bias, state.frozen
+            )
+        return on_one_device(self.placement.layout, (params, state.routing_bias))

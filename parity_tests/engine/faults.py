@@ -1,4 +1,4 @@
-"""Generic faults for a PyTorch model that nobody here has seen: would the comparison have seen each of them?"""
+"""Generic faults, planted in any PyTorch model: would the comparison have seen each of them?"""
 
 from __future__ import annotations
 

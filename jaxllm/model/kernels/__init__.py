@@ -15,9 +15,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxllm.config import ModelConfig
+from jaxllm.config import LoraConfig, ModelConfig
 from jaxllm.model.dtypes import Array, DTypeLike
-from jaxllm.model.kernels import grouped_loop, grouped_triton, grouped_whole, packed
+from jaxllm.model.kernels import grouped_adapted, grouped_loop, grouped_triton, grouped_whole, packed
 from jaxllm.model.kernels.causal_attention import blocked_attention, cudnn_attention
 from jaxllm.model.kernels.interface import ExpertKernels
 
@@ -57,13 +57,19 @@ def platform_here() -> str:
 
 
 def choose_kernels(
-    config: ModelConfig, dtype: DTypeLike, platform: str | None = None, *, remat: bool = False
+    config: ModelConfig,
+    dtype: DTypeLike,
+    platform: str | None = None,
+    *,
+    remat: bool = False,
+    lora: LoraConfig | None = None,
 ) -> Kernels:
     """The kernels of a model with this config, whose dimensions decide whether a kernel applies, and compute dtype.
 
     Args:
         platform: CUDA or ANY (else ValueError), to compile for a device that you do not have; None: the platform here.
         remat: whether the layers are computed again in the backward pass.
+        lora: the model's adapters. Shared experts that have some are computed by `linear`.
     """
     platform = platform_here() if platform is None else platform
     if platform not in (CUDA, ANY):
@@ -73,9 +79,10 @@ def choose_kernels(
     triton = on_cuda and dtype in (jnp.bfloat16, jnp.float32) and tiled
     h = config.qk_head_dim
     cudnn = on_cuda and dtype == jnp.bfloat16 and h == config.value_head_dim and h % 8 == 0 and h <= 128
+    on_triton = grouped_adapted.KERNELS if lora and lora.adapts("experts") else grouped_triton.KERNELS
     return Kernels(
-        routed=grouped_triton.KERNELS if triton else dataclasses.replace(grouped_loop.KERNELS, recomputes=remat),
-        shared=grouped_whole.KERNELS if triton else None,
+        routed=on_triton if triton else dataclasses.replace(grouped_loop.KERNELS, recomputes=remat),
+        shared=grouped_whole.KERNELS if triton and not (lora and lora.adapts("shared")) else None,
         attention=cudnn_attention if cudnn else blocked_attention,
         packs=packed.NEEDED and dtype == jnp.bfloat16 and not on_cuda,
     )

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.kernels.dispatch import Dispatch, add_all, combine, gather_slots
-from jaxllm.model.kernels.interface import ExpertKernels, ExpertRows, Saved, Weights
+from jaxllm.model.kernels.interface import Adapters, ExpertKernels, ExpertRows, Saved, Weights
 from jaxllm.model.kernels.matmul import save_for_backward
 
 
@@ -32,11 +32,13 @@ class ExpertSlice(NamedTuple):
     hands the same two arrays, `gradient` and `saved`, from layer to layer, and each writes its part of them in place.
     """
 
-    masters: Weights | None  # in float32 or wider, whose gradient `gradient` becomes; None: it has no gradient
+    masters: Weights | tuple[()] | None  # in float32 or wider, whose gradient `gradient` becomes
+    # (): the weights are frozen, and have no gradient; None: nothing has, in decoding
     weights: Weights  # the masters as the kernels read them; without a gradient
     offset: Array | int  # () int, the first of the E experts
-    gradient: Weights | None = None  # of the masters: the layers after this one have written theirs; None: a new one
+    gradient: Weights | tuple[()] | None = None  # the layers after this one have written theirs; None: a new one
     saved: Array | None = None  # (L,M,2F) pre-activations, for the backward pass; None: this layer saves its own
+    adapters: Adapters | None = None  # of the E experts, which are then frozen
 
 
 class ExpertOutput(NamedTuple):
@@ -44,10 +46,10 @@ class ExpertOutput(NamedTuple):
     saved: Array | None  # `ExpertSlice.saved` with this layer's part written
 
 
-def expert_slice(kernels: ExpertKernels, masters: Weights, dtype: jnp.dtype) -> ExpertSlice:
-    """Experts, all of which belong to one layer, for products in this dtype."""
+def expert_slice(kernels: ExpertKernels, masters: Weights, dtype: jnp.dtype, frozen: bool = False) -> ExpertSlice:
+    """Experts, all of which belong to one layer, for products in this dtype; of `frozen` ones nothing is trained."""
     weights: Weights = jax.tree.map(lambda weight: kernels.prepared(jax.lax.stop_gradient(weight), dtype), masters)
-    return ExpertSlice(masters, weights, offset=0)
+    return ExpertSlice(() if frozen else masters, weights, offset=0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -74,10 +76,10 @@ def _passes(
     if plan.order is None:
         for j in range(gates.shape[1]):
             yield ExpertRows(x, None, gates[:, j : j + 1], plan.group_sizes, experts.weights, experts.offset + j)
-        return
+        return  # shared experts with adapters are computed elsewhere
     slots = jnp.pad(plan.order, (0, kernels.padding(plan.order.size)))
     tokens, row_weights = slots // gates.shape[1], gates.reshape(-1)[slots][:, None]
-    yield ExpertRows(x, tokens, row_weights, plan.group_sizes, experts.weights, experts.offset)
+    yield ExpertRows(x, tokens, row_weights, plan.group_sizes, experts.weights, experts.offset, experts.adapters)
 
 
 def _ffn(kernels: ExpertKernels, rows: ExpertRows, plan: Dispatch, saved: Saved | None) -> ExpertOutput:
@@ -117,7 +119,9 @@ def _forward(kernels: ExpertKernels, x: Array, gates: Array, plan: Dispatch, exp
 def _backward(kernels: ExpertKernels, residuals: tuple, d: ExpertOutput) -> tuple[Array, Array, None, ExpertSlice]:
     x, gates, plan, experts, own = residuals
     gradient, d_x, d_gates = experts.gradient, [], []
-    if gradient is None:
+    if experts.adapters is not None:
+        gradient = jax.tree.map(kernels.new_gradient, experts.adapters)
+    elif gradient is None:
         gradient = jax.tree.map(kernels.new_gradient, experts.masters)
     for j, rows in enumerate(_passes(kernels, x, gates, plan, experts)):
         saved = Saved(own[j], layer=0) if own else None if experts.saved is None else _part(experts.saved, rows)
@@ -126,7 +130,10 @@ def _backward(kernels: ExpertKernels, residuals: tuple, d: ExpertOutput) -> tupl
         d_x.append(combine(d_rows[:M], plan))
         d_gates.append(gather_slots(d_row_weights[:M], plan).astype(gates.dtype))
     none: Pytree = None  # the gradient of arrays that have none
-    return add_all(d_x), jnp.concatenate(d_gates, axis=1), None, ExpertSlice(gradient, none, none)
+    d_experts = ExpertSlice(gradient, none, none)
+    if experts.adapters is not None:
+        d_experts = ExpertSlice((), none, none, adapters=gradient)
+    return add_all(d_x), jnp.concatenate(d_gates, axis=1), None, d_experts
 
 
 expert_ffn.defvjp(_forward, _backward)

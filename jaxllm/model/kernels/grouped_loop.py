@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
 from jaxllm.model.dtypes import Array, at_least_float32
-from jaxllm.model.kernels.interface import ExpertKernels, ExpertRows, Saved, Weights
+from jaxllm.model.kernels.interface import Adapter, Adapters, ExpertKernels, ExpertRows, Gradients, Saved, Weights
 from jaxllm.model.kernels.matmul import FEW_ROWS, cast, in_dtype, matmul
 from jaxllm.model.kernels.packed import pack, read, unpack
 from jaxllm.model.kernels.swiglu import swiglu, swiglu_gradients
@@ -90,14 +90,21 @@ def ffn(rows: ExpertRows, saved: Saved | None) -> tuple[Array, Array | None]:
             gate_up_copy, down_copy = (_side_by_side(some, offset + e, dtype) for some in (gate_up, down))
         else:  # sliced in the block, a weight is read in place
             gate_up_copy, down_copy = None, None
+        low_rank = _of_group(rows.adapters, e, dtype)
 
         def block(size: int, e: Array, at: Array, stop: Array, is_first: bool, carry: Any) -> Any:
             out, stack = carry
-            products = _multiply(_gather(packed, tokens, at, size), gate_up, offset + e, gate_up_copy)
+            x_rows = _gather(packed, tokens, at, size)
+            products = _multiply(x_rows, gate_up, offset + e, gate_up_copy)
+            if low_rank is not None:
+                products = _sum(products, jnp.concatenate([_low_rank(x_rows, low_rank[i]) for i in (0, 1)], axis=1))
             g, u = jnp.split(products, 2, axis=1)
             h = swiglu(g, u, _slice(row_weights, at, size)).astype(dtype)
+            y = _multiply(h, down, offset + e, down_copy)
+            if low_rank is not None:
+                y = _sum(y, _low_rank(h, low_rank[2]))
             # A block may extend into the next one, which is computed later and overwrites the surplus.
-            out = _write(out, _multiply(h, down, offset + e, down_copy), at)
+            out = _write(out, y, at)
             return out, None if saved is None else _write(stack, products, saved.layer * P + at)
 
         return _loop_blocks(sizes, e, start, end, block, carry)
@@ -106,15 +113,20 @@ def ffn(rows: ExpertRows, saved: Saved | None) -> tuple[Array, Array | None]:
     return unpack(out), None if saved is None else unpack(stack.reshape(saved.rows.shape))
 
 
-def ffn_gradients(rows: ExpertRows, d_out: Array, saved: Saved | None, totals: Weights) -> tuple[Array, Array, Weights]:
+def ffn_gradients(
+    rows: ExpertRows, d_out: Array, saved: Saved | None, totals: Gradients
+) -> tuple[Array, Array, Gradients]:
     """`ExpertKernels.ffn_gradients`. The E experts' part of `totals` must be zero: that of an empty group stays."""
     x, tokens, row_weights, group_sizes, weights, offset = _sorted(rows)
     (P,), D, dtype, acc_dtype = tokens.shape, x.shape[1], x.dtype, at_least_float32(x.dtype)
     sizes, packed_x, packed_d_out = block_sizes(P, group_sizes.shape[0]), pack(x), pack(d_out)
-    stack = _packed_rows(saved)
+    stack, adapters = _packed_rows(saved), rows.adapters
+    totals, tree = jax.tree.flatten(totals)
+    first = 0 if adapters else offset  # adapters are those of the E experts
 
     def group(e: Array, start: Array, end: Array, carry: Any) -> Any:
         gate_up, down = (_side_by_side(some, offset + e, dtype) for some in (weights[:2], weights[2:]))
+        low_rank = _of_group(adapters, e, dtype)
 
         def block(size: int, e: Array, at: Array, stop: Array, is_first: bool, carry: Any) -> Any:
             d_rows, d_row_weights, totals = carry
@@ -122,31 +134,75 @@ def ffn_gradients(rows: ExpertRows, d_out: Array, saved: Saved | None, totals: W
             in_group = (at + jnp.arange(size) < stop)[:, None]  # not the next block's
             d_y = jnp.where(in_group, _gather(packed_d_out, tokens, at, size), 0)
             d_h = matmul(d_y, down, transpose_b=True)
-            products = matmul(x_rows, gate_up) if saved is None else _slice(stack, saved.layer * P + at, size)
+            if low_rank is not None:
+                d_h = _sum(d_h, _low_rank_transposed(d_y, low_rank[2]))
+            if saved is not None:
+                products = _slice(stack, saved.layer * P + at, size)
+            else:
+                products = matmul(x_rows, gate_up)
+                if low_rank is not None:
+                    products = _sum(products, jnp.concatenate([_low_rank(x_rows, low_rank[i]) for i in (0, 1)], axis=1))
             g, u = jnp.split(products, 2, axis=1)
             h, d_gate, d_up, d_w = swiglu_gradients(g, u, w, d_h)
             d_gate_up = jnp.concatenate([d_gate, d_up], axis=1).astype(dtype)
-            d_rows = _write(d_rows, matmul(d_gate_up, gate_up, transpose_b=True), at)
+            d_x = matmul(d_gate_up, gate_up, transpose_b=True)
+            d_weights: Sequence[Array] = ()
+            if low_rank is not None:
+                d_gate, d_up = d_gate.astype(dtype), d_up.astype(dtype)
+                d_x = _sum(d_x, _low_rank_transposed(d_gate, low_rank[0]) + _low_rank_transposed(d_up, low_rank[1]))
+                operands = ((x_rows, d_gate), (x_rows, d_up), (h.astype(dtype), d_y))
+                pairs = (_factor_gradients(*two, pair) for two, pair in zip(operands, low_rank, strict=True))
+                d_weights = [factor for pair in pairs for factor in pair]
+            elif totals:
+                d_weights = (
+                    *jnp.split(matmul(x_rows, d_gate_up, acc_dtype, transpose_a=True), 2, axis=1),
+                    matmul(h.astype(dtype), d_y, acc_dtype, transpose_a=True),
+                )
+            d_rows = _write(d_rows, d_x, at)
             d_row_weights = _write(d_row_weights, d_w[:, None].astype(row_weights.dtype), at)
-            d_weights = (
-                *jnp.split(matmul(x_rows, d_gate_up, acc_dtype, transpose_a=True), 2, axis=1),
-                matmul(h.astype(dtype), d_y, acc_dtype, transpose_a=True),
-            )
             if not is_first:
-                d_weights = [part + total[offset + e] for part, total in zip(d_weights, totals, strict=True)]
+                d_weights = [part + total[first + e] for part, total in zip(d_weights, totals, strict=True)]
             parts = (part[None].astype(total.dtype) for total, part in zip(totals, d_weights, strict=True))
-            totals = tuple(_write(total, part, offset + e) for total, part in zip(totals, parts, strict=True))
+            totals = tuple(_write(total, part, first + e) for total, part in zip(totals, parts, strict=True))
             return d_rows, d_row_weights, totals
 
         return _loop_blocks(sizes, e, start, end, block, carry)
 
-    carry = pack(jnp.zeros((P, D), dtype)), jnp.zeros_like(row_weights), totals
+    carry = pack(jnp.zeros((P, D), dtype)), jnp.zeros_like(row_weights), tuple(totals)
     d_rows, d_row_weights, totals = _loop_groups(group_sizes, group, carry)
-    return unpack(d_rows), d_row_weights, totals
+    return unpack(d_rows), d_row_weights, tree.unflatten(totals)
+
+
+def _of_group(adapters: Adapters | None, e: Array, dtype: jnp.dtype) -> list[Adapter] | None:
+    """A and B of a group's matrices, in the compute dtype."""
+    if adapters is None:
+        return None
+    return [(in_dtype(read(a, e), dtype), in_dtype(read(b, e), dtype)) for a, b in adapters]
+
+
+def _low_rank(x: Array, adapter: Adapter) -> Array:  # (b,X) -> (b,Y), in float32 or wider
+    a, b = adapter
+    return matmul(matmul(x, a), b, at_least_float32(x.dtype))
+
+
+def _low_rank_transposed(d: Array, adapter: Adapter) -> Array:  # (b,Y) -> (b,X), in float32 or wider
+    a, b = adapter
+    return matmul(matmul(d, b, transpose_b=True), a, at_least_float32(d.dtype), transpose_b=True)
+
+
+def _factor_gradients(x: Array, d: Array, adapter: Adapter) -> tuple[Array, Array]:
+    """Of A and B, from the rows and their products' gradients: (b,X), (b,Y) -> (X,r), (r,Y)."""
+    (a, b), acc_dtype = adapter, at_least_float32(x.dtype)
+    d_a = matmul(x, matmul(d, b, transpose_b=True), acc_dtype, transpose_a=True)
+    return d_a, matmul(matmul(x, a), d, acc_dtype, transpose_a=True)
+
+
+def _sum(product: Array, added: Array) -> Array:
+    return (product.astype(added.dtype) + added).astype(product.dtype)
 
 
 def _sorted(rows: ExpertRows) -> tuple[Array, Array, Array, Array, Weights, Array | int]:
-    x, tokens, row_weights, group_sizes, weights, offset = rows
+    x, tokens, row_weights, group_sizes, weights, offset, _ = rows
     return x, jnp.arange(x.shape[0]) if tokens is None else tokens, row_weights, group_sizes, weights, offset
 
 

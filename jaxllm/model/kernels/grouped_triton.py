@@ -22,7 +22,7 @@ from jax.experimental.pallas import triton
 from jax.export import is_symbolic_dim
 
 from jaxllm.model.dtypes import Array
-from jaxllm.model.kernels.interface import ExpertKernels, ExpertRows, Saved, Weights
+from jaxllm.model.kernels.interface import ExpertKernels, ExpertRows, Gradients, Saved
 from jaxllm.model.kernels.matmul import in_dtype
 from jaxllm.model.kernels.swiglu import swiglu, swiglu_gradients
 
@@ -96,12 +96,16 @@ def ffn(rows: ExpertRows, saved: Saved | None) -> tuple[Array, Array | None]:
     return grouped_matmul(h, rows.weights[2], rows.group_sizes, rows.offset), written
 
 
-def ffn_gradients(rows: ExpertRows, d_out: Array, saved: Saved | None, totals: Weights) -> tuple[Array, Array, Weights]:
+def ffn_gradients(
+    rows: ExpertRows, d_out: Array, saved: Saved | None, totals: Gradients
+) -> tuple[Array, Array, Gradients]:
     """`ExpertKernels.ffn_gradients`, from what `ffn` saved; its part of `totals` may hold anything before."""
-    (gate, up, _), (d_gate, d_up, d_down) = rows.weights, totals
-    tokens, group_sizes, offset = rows.tokens, rows.group_sizes, rows.offset
+    (gate, up, _), tokens, group_sizes, offset = rows.weights, rows.tokens, rows.group_sizes, rows.offset
     h, d_gate_up, d_row_weights = grouped_swiglu_gradients(rows, d_out, saved)
     d_rows = grouped_matmul_transposed(d_gate_up, (gate, up), group_sizes, offset)
+    if not totals:
+        return d_rows, d_row_weights, totals
+    d_gate, d_up, d_down = totals
     d_gate, d_up = weight_gradients((rows.x, tokens), (d_gate_up, None), group_sizes, (d_gate, d_up), offset)
     (d_down,) = weight_gradients((h, None), (d_out, tokens), group_sizes, (d_down,), offset)
     return d_rows, d_row_weights, (d_gate, d_up, d_down)
@@ -126,7 +130,7 @@ def grouped_swiglu(rows: ExpertRows, saved: Saved | None) -> tuple[Array | None,
 
     The products are written side by side into a layer of `saved.rows`, in place. Returns what is saved, and the result.
     """
-    x, tokens, row_weights, group_sizes, (gate, up, _), offset = rows
+    x, tokens, row_weights, group_sizes, (gate, up, _), offset, _ = rows
     M, D, F, dtype = row_weights.shape[0], x.shape[1], gate.shape[2], x.dtype
     tiles = _lay_out(M, group_sizes, offset)
     index, stacks = () if tokens is None else (tokens,), () if saved is None else (saved.rows,)
@@ -180,7 +184,7 @@ def grouped_swiglu_gradients(rows: ExpertRows, d_out: Array, saved: Saved | None
     """
     if saved is None:
         raise ValueError("the Triton kernels need what the forward pass saved: they have no backward pass without it")
-    _, tokens, row_weights, group_sizes, (*_, down), offset = rows
+    _, tokens, row_weights, group_sizes, (*_, down), offset, _ = rows
     M, D, F, dtype = row_weights.shape[0], d_out.shape[1], down.shape[1], d_out.dtype
     tiles = _lay_out(M, group_sizes, offset)
     index = () if tokens is None else (tokens,)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxllm.model.dtypes import Array
 from jaxllm.model.kernels import grouped_triton
-from jaxllm.model.kernels.interface import ExpertRows, Saved, Weights
+from jaxllm.model.kernels.interface import ExpertRows, Gradients, Saved
 from jaxllm.model.kernels.matmul import matmul
 
 
@@ -21,11 +21,15 @@ def ffn(rows: ExpertRows, saved: Saved | None) -> tuple[Array, Array | None]:
     return matmul(h, rows.weights[2][rows.offset]), written
 
 
-def ffn_gradients(rows: ExpertRows, d_out: Array, saved: Saved | None, totals: Weights) -> tuple[Array, Array, Weights]:
+def ffn_gradients(
+    rows: ExpertRows, d_out: Array, saved: Saved | None, totals: Gradients
+) -> tuple[Array, Array, Gradients]:
     """`ExpertKernels.ffn_gradients` of one group, from what `ffn` saved."""
     (gate, up, _), offset = rows.weights, rows.offset
     h, d_gate_up, d_row_weights = grouped_triton.grouped_swiglu_gradients(rows, d_out, saved)
     d_rows = matmul(d_gate_up, jnp.concatenate([gate[offset], up[offset]], axis=1), transpose_b=True)
+    if not totals:  # frozen
+        return d_rows, d_row_weights, totals
     d_gate, d_up = jnp.split(matmul(rows.x, d_gate_up, jnp.float32, transpose_a=True), 2, axis=1)  # (D,F)
     d_down = matmul(h, d_out, jnp.float32, transpose_a=True)  # (F,D)
 

@@ -10,10 +10,20 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from jaxllm.model.dtypes import Array
+from jaxllm.model.dtypes import Array, Pytree
 
 Weights = tuple[Array, Array, Array]
 """gate, up (S,D,F) and down (S,F,D) of S experts, which may be those of all layers."""
+
+
+Adapter = tuple[Array, Array]
+"""A and B of an expert's matrix, which add `(x @ A) @ B` to its product: (E,in,r) and (E,r,out)."""
+
+Adapters = tuple[Adapter, Adapter, Adapter]
+"""Of gate, up and down of the E experts of a layer."""
+
+Gradients = Pytree
+"""Arrays like what is trained of the experts: the weights, or their adapters, or nothing."""
 
 
 class Saved(NamedTuple):
@@ -32,6 +42,7 @@ class ExpertRows(NamedTuple):
     group_sizes: Array  # (E,) int32, rows of each expert, in the order of the experts
     weights: Weights  # as `prepared` returns them
     offset: Array | int  # () int, the first of the E experts in the weights
+    adapters: Adapters | None = None  # of the E experts; None: they have none
 
 
 @dataclass(frozen=True)
@@ -41,10 +52,10 @@ class ExpertKernels:
     ffn: Callable[[ExpertRows, Saved | None], tuple[Array, Array | None]]
     """`swiglu(x @ gate[e], x @ up[e], row_weights) @ down[e]` of each row, (P,D), e = offset + its group; and
     `saved.rows` with the products with gate and up written side by side into this layer's part, in place."""
-    ffn_gradients: Callable[[ExpertRows, Array, Saved | None, Weights], tuple[Array, Array, Weights]]
-    """From the gradient of each token's output, (N,D), those of the rows, (P,D), of `row_weights`, (P,1), and of the E
-    experts' weights, which are written into arrays like all S masters, in place. Without `Saved` it computes the
-    products again."""
+    ffn_gradients: Callable[[ExpertRows, Array, Saved | None, Gradients], tuple[Array, Array, Gradients]]
+    """From the gradient of each token's output, (N,D), those of the rows, (P,D), of `row_weights`, (P,1), and of what
+    is trained of the E experts, written in place: their weights, into arrays like all S masters; or their adapters,
+    into arrays like these; or nothing, if the experts are frozen. Without `Saved` it computes the products again."""
     padding: Callable[[int], int]
     """How many rows of padding must follow this many rows."""
     prepared: Callable[[Array, jnp.dtype], Array]

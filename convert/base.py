@@ -1,0 +1,143 @@
+"""The frozen weights of a run with adapters, and the model that both make together."""
+
+import functools
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from convert.adapter import read_adapter, write_adapter
+from convert.model_card import CARD_FILE
+from convert.new_folder import check_new, new_folder
+from convert.to_flax import Imported, Place, read_model
+from jaxllm.config import ModelConfig, TrainConfig
+from jaxllm.config.families import is_interleaved
+from jaxllm.errors import UserError
+from jaxllm.files import StrPath
+from jaxllm.model.adapters import merged_weights
+from jaxllm.model.decoder import abstract_adapted, model_facts
+from jaxllm.model.dtypes import Pytree
+from jaxllm.model.inference import Hold, as_stored, is_narrow, masters
+from jaxllm.store.base import base_of, check_base
+from jaxllm.store.checkpoint import Weights, load_weights, read_newest
+from jaxllm.store.folder import CONFIG_FILE, TOKENIZER, is_run, read_config, read_model_config
+from jaxllm.store.source import model_folder, read_source
+from jaxllm.train.step import merged
+
+
+class Base(NamedTuple):
+    """What a run with adapters starts from."""
+
+    weights: Weights
+    """Frozen; matrices in the dtype of their files: that which holds all of them, where they differ."""
+    adapters: Pytree | None
+    """Of --adapter; None: new ones."""
+    dtypes: dict[str, Any]
+    """As in `Imported`."""
+    matrix_dtype: str
+
+
+def read_base(config: TrainConfig, place: Place = None) -> Base:
+    """The weights of --init, read to `place` as `read_model` does, and the adapters of --adapter.
+
+    Raises:
+        UserError: the weights or the adapters cannot be read, or do not fit.
+    """
+    assert config.init is not None
+    found = read_model(config.init, hold=as_stored, place=place)
+    params, facts = found.weights.params, model_facts(found.config)[0]
+    matrices = [w.dtype for w, known in zip(*map(jax.tree.leaves, (params, facts)), strict=True) if is_narrow(known)]
+    dtype = functools.reduce(jnp.promote_types, matrices)
+    params = jax.tree.map(
+        lambda weight, known: weight.astype(dtype, copy=False) if is_narrow(known) else weight, params, facts
+    )
+    adapters = None
+    if config.adapter is not None:
+        shapes = abstract_adapted(config.model, config.lora).params
+        adapters = read_adapter(config.adapter, config.model, shapes, is_interleaved(found.values))
+    return Base(Weights(params, found.weights.routing_bias), adapters, found.dtypes, dtype.name)
+
+
+def adapters_of(run: StrPath) -> TrainConfig | None:
+    """The config of a run that trains adapters; None: it trains all weights, or is no run."""
+    if not is_run(run) or not Path(run, CONFIG_FILE).is_file():
+        return None
+    config = read_config(run, TrainConfig)
+    return config if config.adapters else None
+
+
+def run_weights(run: StrPath, hold: Hold = masters) -> tuple[ModelConfig, Weights]:
+    """Model config and newest weights of a run, in the dtypes that `hold` chooses; adapters are merged into their base.
+
+    Raises:
+        UserError: it is no run, the checkpoint cannot be read, or the base is not what it was.
+    """
+    config = adapters_of(run)
+    if config is None or config.adapters is None:
+        return load_weights(run, hold)
+    model, lora = read_model_config(run), config.adapters
+    base = run_base(run, config, hold)
+    saved = read_newest(run, lambda saved: saved.adapters(model, lora))
+    graph = abstract_adapted(model, lora).graph
+    merge = jax.jit(lambda *trees: merged_weights(merged(graph, *trees), hold))
+    return model, Weights(merge(*saved, base.weights.params), saved.routing_bias)
+
+
+def run_base(run: StrPath, config: TrainConfig, hold: Hold) -> Imported:
+    """The base of a run with adapters, as `read_model`.
+
+    Raises:
+        UserError: it is not where it was, or is not what it was.
+    """
+    if config.init is None or not model_folder(config.init).exists():
+        raise UserError(
+            f"init is {str(config.init)!r}, the base of the adapters in {run}, and there is nothing: put it back, or "
+            "resume the run once with --init and the folder where it is now"
+        )
+    folder = model_folder(config.init)
+    check_base(Path(run), base_of(folder))
+    return read_model(folder, hold=hold, place=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+
+
+_CARD = """\
+---
+library_name: peft
+base_model: {base}
+pipeline_tag: text-generation
+tags: [lora]
+---
+
+# {name}
+
+A low-rank adapter, trained with jaxllm.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({base!r})
+model = PeftModel.from_pretrained(model, "FOLDER")
+```
+"""
+
+
+def export_adapter(run: StrPath, out: StrPath) -> None:
+    """Write the newest adapters of a run as PEFT has them, with the run's tokenizer.
+
+    Raises:
+        UserError: `run` has none, or `out` holds something already.
+    """
+    run, config = Path(run), adapters_of(run)
+    check_new(out)
+    if config is None or config.adapters is None:
+        raise UserError(f"{str(run)!r} has no adapters")
+    model, lora, base = read_model_config(run), config.adapters, str(config.init)
+    saved = read_newest(run, lambda saved: saved.adapters(model, lora))
+    with new_folder(out) as made:
+        if (run / TOKENIZER).is_dir():
+            shutil.copytree(run / TOKENIZER, made, dirs_exist_ok=True)
+        card = _CARD.format(base=base, name=run.absolute().name)
+        (made / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
+        write_adapter(made, model, lora, saved.params, base, is_interleaved(read_source(run)))

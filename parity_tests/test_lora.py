@@ -1,0 +1,142 @@
+"""Adapters equal PEFT's on transformers' models and on torch_ref's: files, logits, gradients, training, tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from convert.adapter import adapted, read_adapter, write_adapter
+from convert.mapping import PARAMS
+from jaxllm.config import LoraConfig, ModelConfig, families
+from jaxllm.model.decoder import AdaptedModel, abstract_adapted
+from jaxllm.store.checkpoint import Weights
+from jaxllm.train.step import summed_loss
+from parity_tests.deepseek_cases import CASES
+from parity_tests.forward import jax_precision, random_weights, torch_model
+
+peft = pytest.importorskip("peft")
+
+CUSTOMLLM = ModelConfig(
+    vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, moe_intermediate_size=24,
+    n_routed_experts=4, n_shared_experts=2, max_position_embeddings=64, dropout=0.0,
+)  # fmt: skip
+EVERYWHERE = "attention,shared,dense,experts"
+
+
+class Case(NamedTuple):
+    config: ModelConfig
+    source: dict[str, Any] | None
+    """The config.json."""
+    lora: LoraConfig
+    weights: Weights
+    params: Any
+    """Random adapters, B too: of the adapters of a new run B is zero, which would hide A."""
+
+    @property
+    def interleaved(self) -> bool:
+        return families.is_interleaved(self.source)
+
+    def shapes(self, dtype: Any = jnp.float32) -> AdaptedModel:
+        return abstract_adapted(self.config, self.lora, dtype=dtype)
+
+
+def case_of(name: str, rank: int, targets: str = EVERYWHERE, **options: Any) -> Case:
+    source = None if name == "customllm" else dict(CASES[name])
+    config = CUSTOMLLM if source is None else families.read_config(source)
+    lora = LoraConfig(rank=rank, alpha=3.0 * rank, targets=targets, **options)
+    rng = np.random.default_rng(rank)
+    shapes = abstract_adapted(config, lora)
+    params = jax.tree.map(lambda leaf: 0.2 * rng.standard_normal(leaf.shape, np.float32), shapes.params)
+    return Case(config, source, lora, random_weights(config), params)
+
+
+IDS = np.random.default_rng(0).integers(0, 97, (2, 40))
+
+
+def loss_and_gradients(case: Case) -> tuple[float, np.ndarray, dict[str, np.ndarray]]:
+    """Loss, logits, and the gradients of A and B by PEFT's names, in float64."""
+    with jax_precision("float64"):
+        wide = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(leaf, jnp.float64))
+        graph, (params, frozen, bias) = case.shapes(jnp.float64).graph, wide((case.params, *case.weights))
+
+        def loss(params: Any):
+            model = nnx.merge(graph, params, bias, frozen)
+            x = model.hidden_states(jnp.asarray(IDS)).last
+            return summed_loss(model, x, jnp.asarray(IDS)) / (IDS[:, 1:].size), model.logits(x)
+
+        (value, logits), grads = jax.device_get(jax.jit(jax.value_and_grad(loss, has_aux=True))(params))
+    return float(value), logits, named(case, grads)
+
+
+def named(case: Case, params: Any) -> dict[str, np.ndarray]:
+    trees = {PARAMS: jax.tree.map(np.asarray, params)}
+    found = adapted(case.config, params, case.interleaved)
+    return {factor.torch_name: factor.to_torch(trees) for one in found for factor in (one.a, one.b)}
+
+
+def in_peft(case: Case, folder: Path, precision: str = "float64") -> Any:
+    """The PyTorch model with the adapter, as a user loads both."""
+    write_adapter(folder, case.config, case.lora, case.params, "base", case.interleaved)
+    base = torch_model(case.config, case.weights, precision, case.source)
+    model = peft.PeftModel.from_pretrained(base, folder, is_trainable=True, autocast_adapter_dtype=False)
+    return model.to(torch.float64 if precision == "float64" else torch.float32).eval()
+
+
+def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+    difference = float(np.linalg.norm(ours - theirs))
+    return difference / float(np.linalg.norm(theirs)) if difference else 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "options"),
+    [
+        ("v2-lite", 8, {}),
+        ("v3", 1, {}),
+        ("glm", 8, {"rslora": True}),
+        ("customllm", 1, {}),
+        *(
+            pytest.param(name, rank, {}, marks=pytest.mark.slow)
+            for name, rank in (("v2-lite", 1), ("v3", 8), ("glm", 1), ("customllm", 8), ("youtu", 8), ("v3-halves", 8))
+        ),
+    ],
+)
+def test_logits_and_gradients_equal_peft_s(tmp_path, name, rank, options):
+    targets = "attention,dense" if name == "youtu" else EVERYWHERE
+    case = case_of(name, rank, targets, **options)
+    loss, logits, grads = loss_and_gradients(case)
+    model, tokens = in_peft(case, tmp_path), torch.from_numpy(IDS)
+    out = model(input_ids=tokens, labels=tokens)
+    out.loss.backward()
+    theirs = {n.replace(".default", ""): p.grad.numpy() for n, p in model.named_parameters() if p.requires_grad}
+    assert grads.keys() == theirs.keys()
+    assert relative(logits, out.logits.detach().numpy()) < 1e-10
+    assert abs(loss - out.loss.item()) < 1e-10 * loss
+    assert {n: relative(grads[n], theirs[n]) for n in grads if relative(grads[n], theirs[n]) >= 1e-10} == {}
+    assert all(np.any(gradient) or ".routed_experts." in n for n, gradient in theirs.items())  # one may get no token
+    back = read_adapter(tmp_path, case.config, case.shapes().params, case.interleaved)
+    jax.tree.map(np.testing.assert_array_equal, back, case.params)
+
+
+@pytest.mark.parametrize("fault", ["scale", "rows of B"])
+def test_a_planted_fault_is_seen(tmp_path, fault):
+    """In the folder that PEFT reads: another scale, or the rotary rows of B in the order of halves."""
+    case = case_of("v3", 8)
+    _, logits, _ = loss_and_gradients(case)
+    planted = case._replace(lora=dataclasses.replace(case.lora, rslora=True))
+    if fault == "rows of B":
+        planted = case._replace(source=case.source and case.source | {"rope_interleave": False})
+    base = torch_model(case.config, case.weights, "float64", case.source)
+    write_adapter(tmp_path, case.config, planted.lora, case.params, "base", planted.interleaved)
+    model = peft.PeftModel.from_pretrained(base, tmp_path, autocast_adapter_dtype=False).double().eval()
+    with torch.no_grad():
+        theirs = model(input_ids=torch.from_numpy(IDS)).logits.numpy()
+    assert relative(logits, theirs) > 1e-3
