@@ -16,10 +16,15 @@ from flax import nnx
 
 from convert.adapter import adapted, read_adapter, write_adapter
 from convert.mapping import PARAMS
-from jaxllm.config import LoraConfig, ModelConfig, families
-from jaxllm.model.decoder import AdaptedModel, abstract_adapted
+from jaxllm.config import LoraConfig, ModelConfig, TrainConfig, families
+from jaxllm.model.adapters import merged_weights
+from jaxllm.model.batch import TokenBatch
+from jaxllm.model.decoder import AdaptedModel, abstract_adapted, abstract_model
+from jaxllm.model.decoding import Sampling, generate
 from jaxllm.store.checkpoint import Weights
-from jaxllm.train.step import summed_loss
+from jaxllm.train.optim import learning_rate
+from jaxllm.train.state import start_state
+from jaxllm.train.step import merged, summed_loss, train_step
 from parity_tests.deepseek_cases import CASES
 from parity_tests.forward import jax_precision, random_weights, torch_model
 
@@ -140,3 +145,67 @@ def test_a_planted_fault_is_seen(tmp_path, fault):
     with torch.no_grad():
         theirs = model(input_ids=torch.from_numpy(IDS)).logits.numpy()
     assert relative(logits, theirs) > 1e-3
+
+
+def test_greedy_tokens_are_peft_s(tmp_path):
+    """Of the adapter beside the base in PEFT, of PEFT's merged model, and of this project's."""
+    case = case_of("v3", 8)
+    model = in_peft(case, tmp_path, "float32")
+    graph = abstract_adapted(case.config, case.lora).graph
+    plain = abstract_model(case.config)[0]
+    merge = jax.jit(lambda *trees: merged_weights(merged(graph, *trees)))
+    weights = merge(case.params, case.weights.routing_bias, case.weights.params)
+    ours = nnx.merge(plain, weights, jax.tree.map(jnp.asarray, case.weights.routing_bias))
+    prompt = IDS[:1, :12]
+    found = generate(ours, prompt.tolist(), 16, Sampling(temperature=0.0), seed=0, eos_token_ids=())
+    for peft_model in (model, model.merge_and_unload()):
+        with torch.no_grad():
+            made = peft_model.generate(
+                input_ids=torch.from_numpy(prompt),
+                max_new_tokens=16,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        assert made[0, 12:].tolist() == found[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v3", "customllm"])
+def test_50_steps_equal_peft_s(tmp_path, name):
+    """AdamW, the rate of the schedule, clipping and decay, in float64: 1e-8 of each factor."""
+    case = case_of(name, 8)
+    config = TrainConfig.from_options(
+        model=case.config, batch_size=2, seq_len=40, steps=50, warmup_steps=5, learning_rate=1e-3, max_grad_norm=0.5,
+        lora_rank=8, lora_alpha=24.0, lora_targets=EVERYWHERE,
+    )  # fmt: skip
+    batches = np.random.default_rng(1).integers(0, 97, (50, 1, 2, 40), np.int32)
+    with jax_precision("float64"):
+        wide = functools.partial(jax.tree.map, lambda leaf: jnp.array(leaf, jnp.float64))
+        params, frozen, bias = wide((case.params, *case.weights))
+        state = start_state(config.model, config.optim, 0, params, bias)._replace(frozen=frozen)
+        graph = case.shapes(jnp.float64).graph
+        step = jax.jit(functools.partial(train_step, config.optim, config.schedule, graph), donate_argnums=0)
+        losses = []
+        for batch in batches:
+            state, metrics = step(state, TokenBatch(batch))
+            losses.append(float(metrics.loss))
+        ours = named(case, jax.device_get(state.params))
+        rates = [float(learning_rate(config.schedule, 1e-3, i)) for i in range(50)]
+    model = in_peft(case, tmp_path).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optim = config.optim
+    adamw = torch.optim.AdamW(
+        trained, lr=1.0, betas=(optim.beta1, optim.beta2), eps=optim.adam_eps, weight_decay=optim.weight_decay
+    )
+    for batch, rate, wanted in zip(batches, rates, losses, strict=True):
+        tokens = torch.from_numpy(batch[0]).long()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        assert abs(loss.item() - wanted) < 1e-8 * wanted
+        torch.nn.utils.clip_grad_norm_(trained, optim.max_grad_norm)
+        adamw.param_groups[0]["lr"] = rate
+        adamw.step()
+        adamw.zero_grad()
+    theirs = {n.replace(".default", ""): p.detach().numpy() for n, p in model.named_parameters() if p.requires_grad}
+    assert {n: relative(ours[n], theirs[n]) for n in ours if relative(ours[n], theirs[n]) >= 1e-8} == {}
