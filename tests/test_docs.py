@@ -237,7 +237,8 @@ def test_the_commands_of_a_page_are_ones_that_the_parsers_take(page, tmp_path, m
     monkeypatch.chdir(tmp_path)  # no runs of before
     for command in commands_of("\n".join(re.findall(r"(?ms)^```(?:bash|console)\n(.*?)^```", page.read_text()))):
         program = program_of(command)
-        given = command.removeprefix(program or "").replace("--init", f"{INIT} --init")
+        trains = program is not None and PARSERS[program] in (RunConfig, TrainConfig)
+        given = command.removeprefix(program or "").replace("--init", f"{INIT if trains else ''} --init")
         given = re.sub(r"--(?:init|adapter) \S+|--merge", "", given)  # for which a folder is read
         arguments = shlex.split(given.replace("STEP", "1").replace("PORT", "1234"))
         if program is None or {"--help", "--help-all"} & {*arguments}:

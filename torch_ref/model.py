@@ -658,9 +658,10 @@ class CustomLLMModel(CustomLLMPreTrainedModel):
                 routings.append(Routing(*(part.unflatten(0, tokens.shape[:2]) for part in routing)))
         last = options.logits_to_keep
         x = x[:, slice(-last, None) if isinstance(last, int) else last]
+        held: dict[str, Any] = {CACHE: cache}
         return CustomLLMModelOutput(
             last_hidden_state=self.final_norm(x) if config.final_norm else x,
-            **{CACHE: cache},
+            **held,
             hidden_states=tuple(hidden_states) if hidden else None,
             attentions=tuple(attentions) or None,
             router_experts=tuple(routing.experts for routing in routings) or None,

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxllm.errors import UserError, listed, one_line, shown
 from jaxllm.files import check_file, read_json
 from jaxllm.packages import is_installed
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 MODEL_FILE = "tokenizer.model"
 
@@ -55,7 +52,7 @@ def _is_installed(name: str) -> bool:
         return False
 
 
-def check_same(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_same(folder: Path, tokenizer: Any) -> None:
     """Check that a tokenizer which transformers made of a folder's model encodes as the SentencePiece library does.
 
     Raises:
@@ -69,12 +66,11 @@ def check_same(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         raise UserError(f"{folder / MODEL_FILE} is not a SentencePiece model ({one_line(error)})") from None
     size = theirs.get_piece_size()
     pieces = [theirs.decode([id]) for id in range(0, size, max(1, size // MAX_PIECES)) if not theirs.is_control(id)]
-    encode: Any = tokenizer
     special = [text for text in tokenizer.get_added_vocab() if text]
     for text in (*TEXTS, *pieces):
         if any(added in text for added in special):  # which the library takes for text
             continue
-        if encode(text, add_special_tokens=False)["input_ids"] != theirs.encode(text):
+        if tokenizer(text, add_special_tokens=False)["input_ids"] != theirs.encode(text):
             raise UserError(
                 f"{folder / MODEL_FILE}: this release of transformers encodes {shown(text)} otherwise than "
                 "SentencePiece: put a tokenizer.json of the same tokens into the folder, or train with --tokenizer "
