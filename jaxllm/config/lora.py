@@ -17,7 +17,7 @@ TARGETS = ("attention", "shared", "dense", "experts")
 class LoraConfig:
     """Low-rank adapters: the weights of --init are frozen. In y = x W + (alpha / r) (x A) B, A and B are trained."""
 
-    rank: Annotated[int, tyro.conf.arg(name="lora-rank")] = option(0, ge=0, le=4096)
+    rank: Annotated[int, tyro.conf.arg(name="lora-rank")] = option(0, ge=0, le=4096, common=True)
     """Rank r of the adapters; 0: none, all weights are trained."""
     alpha: Annotated[float | None, tyro.conf.arg(name="lora-alpha")] = option(None, gt=0)
     """The product of A and B is multiplied by alpha / r; default: twice the rank."""
