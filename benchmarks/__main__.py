@@ -23,14 +23,13 @@ import tyro
 
 from benchmarks import report
 from benchmarks.finding import Found
-from benchmarks.gpu.parts import target_of
 from benchmarks.machine import describe_machine
 from benchmarks.rows import PARTS, ROWS, Row
 from benchmarks.session import Session
 from benchmarks.worker import Failure
 from jaxllm.command_line import parse
+from jaxllm.devices import load_target, target_of
 from jaxllm.errors import UserError, exit_on_user_error
-from jaxllm.plan.targets import load_target
 
 
 @dataclass(frozen=True)

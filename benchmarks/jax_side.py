@@ -28,6 +28,7 @@ from jaxllm.model.kernels import choose_kernels, describe_kernels
 from jaxllm.model.kernels.dispatch import plan_dispatch
 from jaxllm.model.kernels.expert_ffn import expert_ffn, expert_slice
 from jaxllm.model.kernels.matmul import linear
+from jaxllm.model.kernels.self_check import LIMITS, check_kernels
 from jaxllm.model.kernels.swiglu import plain_swiglu
 from jaxllm.model.layers import stack
 from jaxllm.model.layout import ONE_DEVICE
@@ -35,6 +36,7 @@ from jaxllm.model.moe import DeepSeekExpertLayer, route
 from jaxllm.plan.hlo import read_program
 from jaxllm.plan.hlo_cost import matrix_products
 from jaxllm.plan.report import kernel_totals
+from jaxllm.run.self_check import failures
 from jaxllm.run.throughput import GIB
 from jaxllm.store.checkpoint_writer import CheckpointWriter
 from jaxllm.store.history import History
@@ -90,6 +92,19 @@ def device() -> Prepared:
         "runtime": " ".join(first.client.platform_version.split()),
         "driver": driver_version() if platform == "gpu" else None,
     }
+
+
+def self_check(quick: bool) -> Prepared:
+    """The self-check of the kernels of the step, in each precision; `checks` is empty of what cannot be a number."""
+    config = sizes.gpu_config(quick).model
+    found = {}
+    for precision in sizes.PRECISIONS:
+        dtype, largest = jnp.dtype(precision), {}
+        checks = check_kernels(choose_kernels(config, dtype), config, dtype)
+        for check in checks:
+            largest[check.kernel] = max(largest.get(check.kernel, 0.0), check.error)
+        found[precision] = {"largest": largest, "limit": LIMITS[precision], "failures": failures(checks)}
+    return {}, found
 
 
 def peak_memory() -> int:

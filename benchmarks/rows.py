@@ -57,6 +57,7 @@ _ladder = partial(Row, timed=False)
 PARTS: dict[str, Row] = {
     "plan-remat": _plan("customllm-1b, 8 x 2,048, bfloat16, remat: plan", partial(parts.plan, remat=True)),
     "plan": _plan("the same without remat: plan", partial(parts.plan, remat=False)),
+    "self-check": Row("each kernel of the step, on small inputs", parts.self_check, timed=False),
     "ladder-float32": _ladder("parity ladder, float32", partial(parts.ladder, precision="float32")),
     "ladder-bfloat16": _ladder("parity ladder, bfloat16", partial(parts.ladder, precision="bfloat16")),
     "ceilings": Row("what the card reaches", parts.ceilings),

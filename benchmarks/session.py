@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.worker import ROOT, Failure, Worker
+from jaxllm.devices import Target
 from jaxllm.plan.estimate import USABLE_MEMORY
-from jaxllm.plan.targets import Target
 
 # of a process in which JAX computes on the GPU: it takes memory as it needs it, up to what a plan counts as usable
 ON_GPU = {

@@ -61,7 +61,7 @@ def read_base(config: TrainConfig, place: Place = None) -> Base:
 
 
 def adapters_of(run: StrPath) -> TrainConfig | None:
-    """The config of a run that trains adapters; None: it trains all weights, or is no run."""
+    """The config of a run that trains adapters; None: it trains all weights, or is not a run folder."""
     if not is_run(run) or not Path(run, CONFIG_FILE).is_file():
         return None
     config = read_config(run, TrainConfig)
@@ -72,7 +72,7 @@ def run_weights(run: StrPath, hold: Hold = masters) -> tuple[ModelConfig, Weight
     """Model config and newest weights of a run, in the dtypes that `hold` chooses; adapters are merged into their base.
 
     Raises:
-        UserError: it is no run, the checkpoint cannot be read, or the base is not what it was.
+        UserError: it is not a run folder, the checkpoint cannot be read, or the base is not what it was.
     """
     config = adapters_of(run)
     if config is None or config.adapters is None:

@@ -24,6 +24,7 @@ from jaxllm.files import StrPath, read_json, write_json
 from jaxllm.model.decoder import CustomLLM, abstract_model, model_facts
 from jaxllm.model.dtypes import Pytree, at_least_float32, check_dtype
 from jaxllm.model.inference import Hold, as_stored, masters
+from jaxllm.run.self_check import kernels_to_avoid
 from jaxllm.store.checkpoint import Weights
 from jaxllm.store.checkpoint_writer import write_run
 from jaxllm.store.folder import SOURCE_DTYPES, read_model_config
@@ -129,7 +130,8 @@ def model_of(folder: StrPath, dtype: Any, hold: Hold, *, remat: bool = False) ->
     """`from_pretrained`, its weights held in the dtypes that `hold` chooses."""
     first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     config, weights, *_ = read_model(folder, hold=hold, place=first)
-    graph, _, _ = abstract_model(config, dtype=dtype, remat=remat)
+    without = kernels_to_avoid(config, dtype)
+    graph, _, _ = abstract_model(config, dtype=dtype, remat=remat, without=without)
     return nnx.merge(graph, *weights)
 
 

@@ -104,15 +104,13 @@ def parse(kind: Any, argv: Sequence[str] | None, prog: str, description: str | N
     given = [name.partition("=")[0] for name in arguments]
     if given.count("--data") > 1:
         raise UserError("--data is given twice: leave one out; several sources need weights: --data A=0.7,B=0.3")
-    all_options = HELP_ALL in arguments or not {"-h", "--help"} & {*arguments}
+    short = has_common_options(kind) and HELP_ALL not in arguments and bool({"-h", "--help"} & {*arguments})
     if has_common_options(kind):
         arguments = ["--help" if argument == HELP_ALL else argument for argument in arguments]
-        if not all_options:
-            description = (
-                f"{description or ''}\n\nThese are the options that most runs need; {HELP_ALL} lists every one."
-            )
+    if short:
+        description = f"{description or ''}\n\nThese are the options that most runs need; {HELP_ALL} lists every one."
     # tyro keeps the break before a line that is indented
     shown = description and re.sub("(?m)^python ", "    python ", description)
     return tyro.cli(
-        kind, args=arguments, prog=prog, description=shown, registry=_registry(all_options=all_options), **options
+        kind, args=arguments, prog=prog, description=shown, registry=_registry(all_options=not short), **options
     )

@@ -29,6 +29,7 @@ from jaxllm.model.dtypes import check_dtype
 from jaxllm.model.inference import for_compute
 from jaxllm.packages import check_own
 from jaxllm.run.runtime import start_jax, use_compilation_cache
+from jaxllm.run.self_check import kernels_to_avoid
 from jaxllm.store.folder import SOURCE, TOKENIZER, is_run, read_model_config
 from jaxllm.store.source import model_folder
 
@@ -53,7 +54,7 @@ def load_model(folder: StrPath, precision: Precision = "float32") -> CustomLLM:
     from convert.base import run_weights
 
     config, weights = run_weights(folder, for_compute(dtype))
-    graph, _, _ = abstract_model(config, dtype=dtype)
+    graph, _, _ = abstract_model(config, dtype=dtype, without=kernels_to_avoid(config, dtype))
     return nnx.merge(graph, *weights)
 
 

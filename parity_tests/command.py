@@ -297,12 +297,16 @@ BFLOAT16_RUNGS = ("parts", "gradients", "step", "trajectory")
 
 BFLOAT16_STEPS = 10
 
+NOT_QUICK = ("padding", "evaluation")
+"""What `--quick` leaves out: a program for each is compiled."""
+
 
 def plan_passes(args: ParityArgs, run: TrainConfig | None) -> tuple[list[Pass], Settings]:
     """The climbs, and the settings of the first."""
     steps = min(args.steps, MIN_STEPS) if args.quick else args.steps
     settings = Settings(args.seq_len, steps, args.optimizer, run, widens=not args.quick)
-    passes = [Pass(args.precision or "float32", args.rungs, settings)]
+    rungs = tuple(rung for rung in args.rungs if not (args.quick and rung in NOT_QUICK))
+    passes = [Pass(args.precision or "float32", rungs, settings)]
     if args.precision is None and not args.quick and run is not None and run.precision == "bfloat16":
         again = tuple(rung for rung in args.rungs if rung in BFLOAT16_RUNGS)
         passes.append(Pass("bfloat16", again, dataclasses.replace(settings, most_steps=BFLOAT16_STEPS)))
@@ -311,7 +315,7 @@ def plan_passes(args: ParityArgs, run: TrainConfig | None) -> tuple[list[Pass], 
 
 def not_compared(args: ParityArgs, passes: list[Pass], ladders: list[Ladder], run: TrainConfig | None) -> list[str]:
     """What this comparison says nothing about, besides code that never ran."""
-    rungs = [rung for rung in RUNGS if rung not in args.rungs]
+    rungs = [rung for rung in RUNGS if rung not in passes[0].rungs]
     found = [f"the rungs {', '.join(rungs)}"] if rungs else []
     for precision, climbed, _ in passes[1:]:
         found.append(f"in {precision}: {', '.join(rung for rung in args.rungs if rung not in climbed)}")

@@ -247,8 +247,9 @@ def torch_evaluate(model: TorchCustomLLM, labels: np.ndarray, precision: str) ->
     """As `JaxTraining.evaluate`."""
     tokens = torch.from_numpy(labels).long()
     with torch_precision(precision):
-        out = model(tokens.clamp(min=0), labels=tokens, num_items_in_batch=1)
-    return float(out.loss), int((labels[:, 1:] != torch_step.IGNORED).sum())
+        mean = float(model(tokens.clamp(min=0), labels=tokens).loss)
+    targets = int((labels[:, 1:] != torch_step.IGNORED).sum())
+    return mean * targets, targets
 
 
 @contextmanager

@@ -95,8 +95,8 @@ def test_options_of_the_wrong_type_end_with_the_same_code():
 
 
 def test_generate_and_convert_refuse_a_folder_that_is_not_a_run(run, tmp_path, capsys):
-    refused(generation.main, [str(tmp_path)], capsys, "holds no config.json")
-    refused(convert.main, ["to-torch", str(tmp_path), str(tmp_path / "out")], capsys, "holds no config.json")
+    refused(generation.main, [str(tmp_path)], capsys, "it has no config.json")
+    refused(convert.main, ["to-torch", str(tmp_path), str(tmp_path / "out")], capsys, "it has no config.json")
     refused(convert.main, ["to-flax", str(tmp_path / "x.bin"), str(tmp_path / "out")], capsys)
     refused(generation.main, [str(run), "--max-new-tokens", "500"], capsys, "max_new_tokens is 500", "embeddings is 64")
     refused(generation.main, [str(run), "--top-p", "1.5"], capsys, "top_p is 1.5")

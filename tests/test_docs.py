@@ -27,6 +27,7 @@ from convert.__main__ import Command
 from jaxllm.command_line import parse
 from jaxllm.config import RunConfig, TrainConfig, recipe
 from jaxllm.config.fields import option
+from jaxllm.doctor import DoctorArgs
 from jaxllm.evaluate import EvaluateArgs
 from jaxllm.generate import GenerateArgs
 from jaxllm.plan.__main__ import PlanArgs
@@ -180,6 +181,7 @@ PARSERS: dict[str, Any] = {
     "-m jaxllm.generate": GenerateArgs,
     "-m jaxllm.evaluate": EvaluateArgs,
     "-m jaxllm.plan": PlanArgs,
+    "-m jaxllm.doctor": DoctorArgs,
     "-m jaxllm.run.replay": ReplayArgs,
     "-m convert": Command,
     "-m parity_tests pair": PairArgs,
@@ -198,6 +200,7 @@ OTHER_OPTIONS = {
     "--help", "--help-all", "--batch", "--seq",  # the last two are aliases
     "--kills", "--devices",  # of tests.chaos
     "--trust-remote-code",  # also transformers'
+    "--build-arg",  # of docker
 }  # fmt: skip
 
 
@@ -225,12 +228,17 @@ def program_of(command: str) -> str | None:
     return max(names, key=len) if names and not command.startswith(OTHER_PROGRAMS) else None
 
 
+INIT = "--preset deepseek-v2-lite --optimizer adamw"
+"""What --init gives: a long context, and AdamW."""
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_of_a_page_are_ones_that_the_parsers_take(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # no runs of before
     for command in commands_of("\n".join(re.findall(r"(?ms)^```(?:bash|console)\n(.*?)^```", page.read_text()))):
         program = program_of(command)
-        given = re.sub(r"--(?:init|adapter) \S+", "", command.removeprefix(program or ""))  # a folder that is read
+        given = command.removeprefix(program or "").replace("--init", f"{INIT} --init")
+        given = re.sub(r"--(?:init|adapter) \S+|--merge", "", given)  # for which a folder is read
         arguments = shlex.split(given.replace("STEP", "1").replace("PORT", "1234"))
         if program is None or {"--help", "--help-all"} & {*arguments}:
             continue

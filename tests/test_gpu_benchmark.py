@@ -19,18 +19,17 @@ from benchmarks.finding import Finding, at_least, at_most
 from benchmarks.gpu import parts
 from benchmarks.gpu.page import PAGE, page
 from benchmarks.gpu.page import main as make_page
-from benchmarks.gpu.parts import target_of
 from benchmarks.report import GPU_REPORT
 from benchmarks.rows import PARTS, Row
 from benchmarks.session import Session
 from benchmarks.sizes import DecodingSizes
 from benchmarks.worker import Failure, Run
 from jaxllm.config import preset
+from jaxllm.devices import Target, load_target, target_of
 from jaxllm.errors import UserError
 from jaxllm.model import flops
-from jaxllm.plan.targets import Target, load_target
 
-FEW = ("ceilings", "step-remat", "torch-ref")  # both sides, and what they are compared with
+FEW = ("self-check", "ceilings", "step-remat", "torch-ref")  # both sides, and what they are compared with
 
 
 def session(seconds: float = 60.0) -> Session:
@@ -55,6 +54,9 @@ def test_every_part_runs_and_the_page_shows_it(parts, tmp_path):
     assert not {"hostname", "node", "path"} & set(report["machine"])
 
     lines = {part["part"]: part["lines"] for part in report["parts"]}
+    checked = {line["what"]: line["figures"]["error"] for line in lines["self-check"]}
+    assert {"product, float32", "routed, bfloat16", "attention, bfloat16"} <= {*checked}
+    assert all(0 < error < 8e-3 for error in checked.values())
     speed, mfu, *_, kernels = lines["step-remat"]
     assert speed["figures"]["seconds"]["median"] > 0
     assert mfu["figures"]["full"] > mfu["figures"]["causal"] > 0
@@ -198,14 +200,21 @@ def test_bad_input_is_refused_in_one_line(arguments, message, capsys):
         ("NVIDIA A100-SXM4-80GB", "a100-80"),
         ("NVIDIA GeForce RTX 4090", "rtx4090"),
         ("NVIDIA L4", "l4"),
-        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
         ("NVIDIA H100 NVL", None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("NVIDIA H200 NVL", None),
         ("NVIDIA GH200 480GB", None),
-        ("NVIDIA A100 80GB PCIe", None),
+        ("NVIDIA A100 80GB PCIe", "a100-80-pcie"),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("NVIDIA L40S", None),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L40", None),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA GeForce RTX 3090", "rtx3090"),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 5090", "rtx5090"),
+        ("AMD Instinct MI300X", "mi300x"),
+        ("TPU v5 lite", "tpu-v5e"),
         ("cpu", None),
     ],
 )
@@ -223,7 +232,7 @@ def not_installed(name: str, target: Target) -> None:
         ("NVIDIA H100 80GB HBM3", "data sheet 989.4", "0.20x"),
         ("NVIDIA H200", "data sheet 989.4", "0.20x"),
         ("NVIDIA A100-SXM4-40GB", "data sheet 312", "0.64x"),
-        ("NVIDIA H100 PCIe", "no data sheet for NVIDIA H100 PCIe", ""),
+        ("NVIDIA H100 NVL", "no data sheet for NVIDIA H100 NVL", ""),
     ],
 )
 def test_a_card_is_compared_with_no_other_cards_data_sheet(card, sheet, ratio, tmp_path, monkeypatch):

@@ -13,7 +13,6 @@ import importlib.util
 import math
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,12 +20,13 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
-import jaxllm
 from jaxllm.config import PRESETS, TrainConfig
+from jaxllm.devices import load_target
 from jaxllm.model import layer_loop, layout
 from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import abstract_model
 from jaxllm.model.kernels import CUDA
+from jaxllm.model.kernels.causal_attention import cudnn_attention
 from jaxllm.plan.hlo import read_program
 from jaxllm.plan.hlo_cost import kernels, matrix_products
 from jaxllm.train import loss
@@ -41,22 +41,27 @@ pytestmark = [
     ),
 ]
 
-H100 = Path(jaxllm.__file__).parent / "plan" / "devices" / "h100_sxm.txtpb"
+H100 = load_target("h100")
 MODEL = PRESETS["customllm-1b"]
 CONFIG = TrainConfig.from_options(model=MODEL, seq_len=2048, batch_size=8, precision="bfloat16", remat=True)
 
 
-def compile_step(config: TrainConfig) -> Any:
+def one_gpu() -> jax.sharding.NamedSharding:
+    """The place of an array on one H100 that need not be here."""
     topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100.read_text()
+        platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100.config
     )
-    one_gpu = jax.sharding.NamedSharding(jax.sharding.Mesh(topology.devices, ("one",)), jax.sharding.PartitionSpec())
+    return jax.sharding.NamedSharding(jax.sharding.Mesh(topology.devices, ("one",)), jax.sharding.PartitionSpec())
+
+
+def compile_step(config: TrainConfig) -> Any:
+    here = one_gpu()
     graph, params, bias = abstract_model(MODEL, dtype=jnp.bfloat16, remat=config.remat, platform=CUDA)
     start = functools.partial(start_state, config.model, config.optim, config.seed)
     state = jax.eval_shape(start, params, bias)
     labels = jax.ShapeDtypeStruct((1, config.data.batch_size, config.data.seq_len), jnp.int32)
     batch = TokenBatch(labels)
-    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one_gpu), (state, batch))
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), (state, batch))
     step = functools.partial(train_step, config.optim, config.schedule, graph)
     return jax.jit(step, donate_argnums=0).lower(*arguments).compile()
 
@@ -81,6 +86,21 @@ def test_attention_is_cudnn_forward_and_backward(text):
     assert text.count('custom_call_target="__cudnn$fmhaSoftmaxBackward"') == 1
     H, T = MODEL.num_attention_heads, CONFIG.data.seq_len
     assert not re.search(rf"\[(\d+,)*{H},{T},{T}\]", text)
+
+
+def test_heads_of_unequal_sizes_are_padded_for_cudnn():
+    """Of at most 128: JAX asks the default device whether it takes larger ones, which only Hopper does."""
+    B, T, H, here = 2, 512, 2, one_gpu()
+    q, v, d_out = (jax.ShapeDtypeStruct((B, T, H, size), jnp.bfloat16, sharding=here) for size in (96, 64, 64))
+
+    def both(q, k, v, d_out):
+        out, back = jax.vjp(lambda q, k, v: cudnn_attention(q, k, v, None, 0.1), q, k, v)
+        return out, back(d_out)
+
+    text = jax.jit(both).lower(q, q, v, d_out).compile().as_text()
+    for call in ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"):
+        assert text.count(f'custom_call_target="{call}"') == 1
+    assert not re.search(rf"\[(\d+,)*{T},{T}\]", text)
 
 
 def test_no_loop_waits_for_the_host(text):
@@ -150,3 +170,15 @@ def test_experts_copied_by_the_scan_are_seen(monkeypatch):
     split = layer_loop._split
     monkeypatch.setattr(layer_loop, "_split", lambda layers, in_place: split(layers, in_place=False))
     assert gigabytes(compile_step(CONFIG).as_text()) > TRAFFIC + 40
+
+
+def test_separate_documents_are_a_mask_of_cudnn_s_kernel():
+    q = jax.ShapeDtypeStruct((2, 512, 4, 64), jnp.bfloat16, sharding=one_gpu())
+    documents = jax.ShapeDtypeStruct((2, 512), jnp.int32, sharding=one_gpu())
+
+    def total(q, k, v, documents):
+        return cudnn_attention(q, k, v, documents, 0.125).astype(jnp.float32).sum()
+
+    text = jax.jit(jax.grad(total, (0, 1, 2))).lower(q, q, q, documents).compile().as_text()
+    assert text.count('custom_call_target="__cudnn$fmhaScaleBiasSoftmax"') == 1
+    assert text.count('custom_call_target="__cudnn$fmhaScaleBiasSoftmaxBackward"') == 1

@@ -15,8 +15,10 @@ from jax.experimental import pallas as pl
 
 from jaxllm.config import ModelConfig
 from jaxllm.model.decoder import CustomLLM, split_model
-from jaxllm.model.kernels import ANY, CUDA, grouped_loop, grouped_triton, grouped_whole
+from jaxllm.model.kernels import ANY, CUDA, choose_kernels, grouped_loop, grouped_triton, grouped_whole
 from jaxllm.model.kernels.interface import ExpertKernels, ExpertRows, Saved
+from jaxllm.model.kernels.self_check import check_kernels
+from jaxllm.run.self_check import failures
 from jaxllm.train.loss import summed_cross_entropy
 from tests.configs import small
 
@@ -78,6 +80,14 @@ def test_the_triton_kernels_equal_the_loops(interpreted, sizes, dtype):
     assert not last_layer.any()
     for ours, theirs in zip(results(grouped_triton.KERNELS), wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_self_check_passes(interpreted, dtype):
+    config = dataclasses.replace(SMALL, n_shared_experts=1)
+    checks = check_kernels(choose_kernels(config, dtype, CUDA), config, jnp.dtype(dtype), ["routed", "shared"])
+    assert failures(checks) == {}
+    assert {check.kernel for check in checks} == {"product", "routed", "shared"}
 
 
 def loss_and_gradients(

@@ -1,115 +1,81 @@
-"""What multiplies bfloat16 where JAX will compute, as a machine's files and variables tell before JAX starts."""
+"""What multiplies bfloat16 on the devices of a run, which decides its precision, and the reference of its MFU."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from importlib import util
-from importlib.metadata import EntryPoint
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from jaxllm.errors import UserError
-from jaxllm.run import hardware
+from jaxllm.run import processes
 from jaxllm.run.hardware import bfloat16_hardware, cpu_bfloat16
-
-CPU = "avx512_bf16"
-CUDA = ("jax_cuda13_plugin",)
+from jaxllm.run.throughput import reference_peak
 
 
-@pytest.fixture
-def machine(tmp_path, monkeypatch):
-    """A function that makes a machine, and returns what multiplies bfloat16 on it. Its processor does."""
-    for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "CUDA_VISIBLE_DEVICES"):
-        monkeypatch.delenv(name, raising=False)
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc" / "cpuinfo").write_text(f"flags : fpu {CPU}\n")
-
-    def found(devices=(), packages=(), capabilities=None, plugins=(), **environment) -> str | None:
-        for device in devices:
-            (tmp_path / "dev" / device).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / "dev" / device).touch()
-        program = tmp_path / "nvidia-smi"
-        if capabilities is not None:
-            program.write_text(f"#!/bin/sh\nprintf '{capabilities}'\n")
-            program.chmod(0o755)
-        monkeypatch.setenv("PATH", str(tmp_path))
-        find_spec = util.find_spec
-        monkeypatch.setattr(
-            "importlib.util.find_spec",
-            lambda name: (name in packages or None) if "plugin" in name or name == "libtpu" else find_spec(name),
-        )
-        monkeypatch.setattr(
-            hardware, "entry_points", lambda group: [EntryPoint(name, "", group) for name in (*plugins, "xla_cuda13")]
-        )
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        return bfloat16_hardware(tmp_path)
-
-    return found
+def gpu(capability: str) -> SimpleNamespace:
+    return SimpleNamespace(platform="gpu", compute_capability=capability)
 
 
 @pytest.mark.parametrize(
-    ("devices", "capabilities", "wanted"),
+    ("devices", "wanted"),
     [
-        (["nvidia0", "nvidiactl"], "9.0\\n", "the GPU"),
-        (["nvidia3", "nvidiactl"], "8.0\\n", "the GPU"),  # a container that has only the fourth
-        (["dxg"], "8.9\\n", "the GPU"),  # WSL
-        (["nvidia0", "nvidiactl"], "7.5\\n", None),
-        (["nvidia0", "nvidia1", "nvidiactl"], "9.0\\n7.0\\n", None),  # CUDA may take either
-        (["nvidia0", "nvidiactl"], None, None),  # no nvidia-smi
-        (["nvidia0", "nvidiactl"], 'Field "compute_cap" is not a valid field to query.', None),
-        (["nvidia0", "nvidiactl"], "", None),
-        ([], "9.0\\n", CPU),
+        ([gpu("9.0")], "the GPU"),
+        ([gpu("8.0"), gpu("8.0")], "the GPU"),
+        ([gpu("12.0")], "the GPU"),
+        ([gpu("7.5")], None),
+        ([gpu("9.0"), gpu("7.0")], None),  # a run may use both
+        ([gpu("gfx942")], "the GPU"),
+        ([gpu("gfx90a:sramecc+:xnack-")], "the GPU"),
+        ([gpu("gfx1100")], "the GPU"),
+        ([gpu("gfx906")], None),
+        ([SimpleNamespace(platform="gpu")], None),  # it does not tell
+        ([SimpleNamespace(platform="METAL")], None),
+        ([SimpleNamespace(platform="tpu")], "the TPU"),
+        ([SimpleNamespace(platform="cpu")], cpu_bfloat16()),
     ],
 )
-def test_a_gpu_counts_by_its_compute_capability(machine, devices, capabilities, wanted):
-    assert machine(devices, CUDA, capabilities) == wanted
+def test_a_device_counts_by_what_jax_tells_of_it(devices, wanted, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # no nvidia-smi is asked
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert bfloat16_hardware() == wanted
 
 
 @pytest.mark.parametrize(
-    ("environment", "wanted"),
+    ("found", "wanted"), [(["the GPU", "the GPU"], "the GPU"), (["the GPU", None], None), ([None, "the GPU"], None)]
+)
+def test_processes_agree(found, wanted, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "_from_each", lambda local: found)
+    assert processes.all_have(found[0]) == wanted
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    assert processes.all_have(found[0]) == found[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
     [
-        ({"CUDA_VISIBLE_DEVICES": ""}, CPU),
-        ({"CUDA_VISIBLE_DEVICES": "-1"}, CPU),
-        ({"CUDA_VISIBLE_DEVICES": "none"}, CPU),
-        ({"CUDA_VISIBLE_DEVICES": "1,0"}, "the GPU"),
-        ({"CUDA_VISIBLE_DEVICES": "GPU-8932f937"}, "the GPU"),
-        ({"JAX_PLATFORMS": "cpu"}, CPU),
-        ({"JAX_PLATFORMS": "cpu,cuda"}, CPU),
-        ({"JAX_PLATFORM_NAME": "CPU"}, CPU),
-        ({"JAX_PLATFORM_NAME": "cpu", "JAX_PLATFORMS": "cuda,cpu"}, CPU),
-        ({"JAX_PLATFORMS": "cuda,cpu"}, "the GPU"),
-        ({"JAX_PLATFORMS": "gpu"}, "the GPU"),
-        ({"JAX_PLATFORMS": ""}, "the GPU"),
-        ({"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": ""}, None),  # JAX will refuse it
-        ({"JAX_PLATFORMS": "rocm"}, None),
-        ({"JAX_PLATFORMS": "tpu"}, None),
+        ("flags\t\t: fpu avx512_bf16 sse\n", "avx512_bf16"),
+        ("processor : 0\nflags : fpu avx512_bf16 amx_bf16\n", "amx_bf16"),
+        ("flags : fpu avx512f\n", None),
+        ("Features : bf16\n", None),
+        ("", None),
+        (None, None),  # no such file
     ],
 )
-def test_variables_choose_the_device(machine, environment, wanted):
-    assert machine(["nvidia0", "nvidiactl"], CUDA, "9.0\\n", **environment) == wanted
+def test_a_processor_counts_by_its_flags(flags, wanted, tmp_path):
+    if flags is not None:
+        (tmp_path / "proc").mkdir()
+        (tmp_path / "proc" / "cpuinfo").write_text(flags)
+    assert cpu_bfloat16(tmp_path) == wanted
 
 
-def test_a_device_counts_with_its_plugin_only(machine):
-    assert machine(["nvidia0", "nvidiactl", "accel0", "vfio/0"], (), "9.0\\n") == CPU
-
-
-@pytest.mark.parametrize("device", ["accel0", "accel3", "vfio/1"])
-def test_a_tpu(machine, device):
-    assert machine([device], ("libtpu",)) == "the TPU"
-    assert machine(packages=("libtpu",), JAX_PLATFORMS="cpu") == CPU
-
-
-def test_an_accelerator_of_another_maker_is_not_known(machine):
-    assert machine(plugins=("xla_rocm7",)) is None
-    assert machine(plugins=("xla_rocm7",), JAX_PLATFORMS="cpu") == CPU
-
-
-def test_jax_is_not_started(tmp_path):
-    code = "from jaxllm.run.hardware import bfloat16_hardware as f; import sys; f(); assert 'jax' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"JAX_PLATFORMS": ""})
+@pytest.mark.parametrize("module", ["jaxllm.run.hardware", "jaxllm.run.arguments"])
+def test_jax_is_not_imported(module):
+    code = f"import sys, {module}; assert not {{'jax', 'torch'}} & {{*sys.modules}}"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +101,21 @@ def test_pytorch_announces_its_own_device(narrow, tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr(torch_ref.train, "choose_device", lambda config: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    monkeypatch.setattr(torch_ref.train, "measured_peak_tflops", stop)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch_ref.train, "reference_peak", stop)
     assert torch_ref.train.main([*narrow, "--precision", "bfloat16", "--run-dir", str(tmp_path / "run")]) == 2
     assert "the GPU multiplies bfloat16 in hardware) on cuda;" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "tflops", "source"),
+    [
+        (5.0, "NVIDIA H200", 5.0, "given for bfloat16"),
+        (None, "NVIDIA H200", 989.4, "the data sheet's of NVIDIA H200 SXM 141 GB, in dense bfloat16"),
+        (None, "NVIDIA H200 MIG 1g.18gb", 7.0, "measured on bfloat16"),
+        (None, None, 7.0, "measured on bfloat16"),
+    ],
+)
+def test_the_reference_of_the_mfu(given, kind, tflops, source):
+    assert reference_peak(given, "bfloat16", kind, lambda precision: 7.0) == (tflops, source)
+    assert reference_peak(given, "bfloat16", kind, lambda precision: 7.0).of_devices(8) == (8 * tflops, source)

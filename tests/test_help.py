@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import typing
 
 import pytest
 
@@ -11,6 +12,7 @@ from jaxllm.command_line import parse
 from jaxllm.config import RunConfig, TrainConfig
 from jaxllm.config.fields import option, option_names
 from jaxllm.generate import GenerateArgs
+from jaxllm.plan.__main__ import PlanArgs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,7 @@ def shown(help_text: str) -> list[str]:
 
 def declared(kind, prefix: str = "") -> dict[str, bool]:
     """Each option of a config and whether it is declared as common, read without the code that is tested."""
-    found = {}
+    found, hints = {}, typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         group = field.default_factory
         if field.name == "model":
@@ -52,7 +54,7 @@ def declared(kind, prefix: str = "") -> dict[str, bool]:
             found |= declared(group, f"{prefix}{field.name}.")
         elif dataclasses.is_dataclass(group):
             found |= declared(group)
-        elif field.name != "hold_out":  # an option of no command line
+        elif "Suppress" not in str(hints[field.name]):  # a run decides it, not a command line
             name = prefix + option_names(kind)[field.name]
             found[name.replace("_", "-")] = field.metadata.get("common", False)
     return found
@@ -84,6 +86,7 @@ def test_a_command_without_common_options_shows_all_of_them_in_its_help(capsys):
     text = said(GenerateArgs, "--help", capsys)
     assert {"max-new-tokens", "top-k", "ignore-eos"} <= {*shown(text)}
     assert "--help-all" not in text
+    assert {"target", "lora-rank", "lora-alpha"} <= {*shown(said(PlanArgs, "--help", capsys))}  # a group of train.py
 
 
 def test_a_new_option_appears_in_the_short_help_only_if_it_is_declared_as_common(capsys):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxllm.config import PRESETS, TrainConfig
+from jaxllm.devices import FOLDER, load_target, target_names
 from jaxllm.errors import UserError
 from jaxllm.model.flops import parameters, training_flops_per_token
 from jaxllm.plan import estimate as planning
@@ -25,7 +26,6 @@ from jaxllm.plan.hlo_cost import Collective, Kernel, collectives, kernels, matri
 from jaxllm.plan.hlo_grouped import grouped_bytes, grouped_flops
 from jaxllm.plan.report import plan_as_json, print_plan, print_search
 from jaxllm.plan.roofline import ACHIEVED_FLOPS, ACHIEVED_INTERCONNECT, ACHIEVED_MEMORY, roofline
-from jaxllm.plan.targets import FOLDER, load_target, target_names
 from jaxllm.run.throughput import GIB
 
 needs_cuda = pytest.mark.skipif(
@@ -44,11 +44,19 @@ CONFIG = TrainConfig.from_options(
 def test_a_target_agrees_with_its_description_for_xla(name):
     target = load_target(name)
     assert target.peak_tflops["bfloat16"] >= target.peak_tflops["float32"]
-    if target.platform == "cuda":
+    if target.config is not None:
+        (name,) = re.findall(r'device_description_str: "([^"]*)"', target.config)
+        assert name in target.device_kinds
         described = {key: float(value) for key, value in re.findall(r"(\w+): ([\d.]+)", target.config)}
         assert described["device_memory_size"] / GIB == pytest.approx(target.memory_gib, abs=0.02)
         assert described["memory_bandwidth"] / 1e9 == pytest.approx(target.memory_gb_per_s, rel=1e-3)
         assert target.compute_capability >= 8
+
+
+def test_a_device_kind_names_one_target():
+    kinds = [kind for name in target_names() for kind in load_target(name).device_kinds]
+    assert len(kinds) == len({*kinds}) >= len(target_names())
+    assert all(load_target(name).device_kinds for name in target_names())
 
 
 def test_every_description_belongs_to_a_target():
@@ -64,12 +72,13 @@ def test_every_description_belongs_to_a_target():
         ({"memory_gib": "much"}, ["memory_gib is 'much'"]),
         ({"peak_tflops": {"bfloat16": 1}}, ["peak_tflops", "float32 and bfloat16"]),
         ({"peak_tflops": {"bfloat16": 1, "float32": 0}}, ["peak_tflops.float32 is 0"]),
-        ({"platform": "rocm"}, ["platform is 'rocm'", "cuda or tpu"]),
-        ({"config": None}, ["config is None", "cuda target"]),
+        ({"platform": "metal"}, ["platform is 'metal'", "cuda, rocm, tpu"]),
+        ({"config": 1}, ["config is 1", "text"]),
+        ({"device_kinds": "NVIDIA H100"}, ["device_kinds is 'NVIDIA H100'", "list of names"]),
         ({"config": "none.txtpb"}, ["none.txtpb", "cannot be read"]),
         ({"sources": {}}, ["sources.memory_gib is missing"]),
         ({"devices": 0.5}, ["devices is 0.5", "whole number"]),
-        ({"color": "green"}, ["color is no field"]),
+        ({"color": "green"}, ["color is not a field"]),
     ],
 )
 def test_a_custom_target_is_checked(change, parts, tmp_path):
@@ -93,6 +102,7 @@ def test_a_custom_target_is_checked(change, parts, tmp_path):
     [
         (["--target", "h101"], ["target is 'h101'", "h100", "tpu-v5e"]),
         (["--target", "no/such.json"], ["no/such.json"]),
+        (["--target", "mi300x"], ["target is 'mi300x'", "data sheet is known"]),
         (["--preset", "huge"], ["preset is 'huge'", "customllm-1b"]),
         (["--batch-size", "0"], ["batch_size is 0"]),
         (["--seq-len", "4096"], ["seq_len is 4096", "2048"]),

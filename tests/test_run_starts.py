@@ -10,11 +10,13 @@ import pytest
 import train
 from convert import __main__ as convert
 from jaxllm.config import DEFAULT_RECIPE, RunConfig, TrainConfig
-from jaxllm.run import arguments
+from jaxllm.errors import UserError
+from jaxllm.run import run as running
 from jaxllm.run.arguments import INIT_LEARNING_RATE, parse_args
-from jaxllm.run.hardware import bfloat16_hardware
 from jaxllm.run.metrics import RunLog
+from jaxllm.store.folder import CONFIG_FILE
 from jaxllm.store.metrics_file import read_metrics
+from jaxllm.train.trainer import Trainer
 
 
 def losses(folder):
@@ -74,30 +76,38 @@ def test_the_default_recipe_is_for_new_weights_and_trained_ones_have_a_low_rate(
 
 
 @pytest.mark.parametrize(
-    ("flags", "wanted"),
+    ("bfloat16", "precision", "said"),
     [
-        ("flags\t\t: fpu avx512_bf16 sse\n", "avx512_bf16"),
-        ("processor : 0\nflags : fpu avx512_bf16 amx_bf16\n", "amx_bf16"),
-        ("flags : fpu avx512f\n", None),
-        ("Features : bf16\n", None),
-        ("", None),
-        (None, None),  # no such file
+        ("the GPU", "bfloat16", "in bfloat16 (--precision float32 is slower: the GPU multiplies bfloat16 in hardware)"),
+        (None, "float32", "in float32 (nothing known here multiplies bfloat16 in hardware)"),
     ],
 )
-def test_a_new_run_is_in_bfloat16_where_the_processor_multiplies_it(flags, wanted, tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    if flags is not None:
-        (tmp_path / "proc").mkdir()
-        (tmp_path / "proc" / "cpuinfo").write_text(flags)
-    assert bfloat16_hardware(tmp_path) == wanted
-    monkeypatch.setattr(arguments, "bfloat16_hardware", lambda: wanted)
-    folder = ("--run-dir", str(tmp_path / "run"))
-    assert options_of(*folder)["precision"] == ("bfloat16" if wanted else "float32")
+def test_a_new_run_decides_its_precision_by_the_devices_and_keeps_it(
+    bfloat16, precision, said, narrow, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(running, "bfloat16_hardware", lambda: bfloat16)
+    folder = tmp_path / "run"
+    at = narrow.index("--precision")
+    plain = [*narrow[:at], *narrow[at + 2 :], "--steps", "1", "--run-dir", str(folder)]
+    args = [*plain, "--precision", "auto"]
+    assert train.main(args) == 0
+    assert said in capsys.readouterr().out
+    assert json.loads((folder / CONFIG_FILE).read_text())["precision"] == precision
+    monkeypatch.setattr(running, "bfloat16_hardware", lambda: "amx_bf16" if bfloat16 is None else None)  # moved
+    for again in (args, plain):
+        assert train.main(again) == 0
+        assert f"tokens in {precision} (" in capsys.readouterr().out
+
+
+def test_the_default_recipe_of_train_py_lets_the_devices_decide(tmp_path, run):
+    folder = ("--run-dir", str(tmp_path / "new"))
+    assert options_of(*folder)["precision"] == "auto"
     assert options_of(*folder, "--precision", "float32")["precision"] == "float32"
     for unchanged in (options_of(*folder, "--recipe", "seed"), options_of(*folder, kind=RunConfig)):
         assert unchanged["precision"] == "float32"
+    assert options_of("--run-dir", str(run))["precision"] == "float32"  # what the run has
 
 
-def test_a_run_keeps_its_precision_on_another_machine(run, monkeypatch):
-    monkeypatch.setattr(arguments, "bfloat16_hardware", lambda: "avx512_bf16")
-    assert options_of("--run-dir", str(run))["precision"] == "float32"
+def test_auto_is_no_precision_to_compute_in():
+    with pytest.raises(UserError, match="precision is 'auto'"):
+        Trainer(TrainConfig(precision="auto"))

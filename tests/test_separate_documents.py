@@ -35,7 +35,7 @@ ROW = 150
 
 
 def rows_of(seed: int = 0) -> tuple[TokenBatch, TokenBatch]:
-    """Packed rows (1,B,T), and the same documents with a row of their own each (1,N,T); some tokens are no targets."""
+    """Packed rows (1,B,T), and the same documents with a row of their own each (1,N,T); some tokens are not targets."""
     random = np.random.default_rng(seed)
     documents = [[random.integers(0, 97, n, np.int32) for n in lengths] for lengths in LENGTHS]
     keep = [[random.random(n) < 0.6 for n in lengths] for lengths in LENGTHS]

@@ -5,6 +5,7 @@ python -m torch_ref.train --preset customllm-1b --recipe seed     # the source's
 python -m torch_ref.train --help-all                              # every option: those of train.py
 """
 
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from transformers.utils.logging import disable_progress_bar
 from jaxllm.data.stream import POSITION_FILE, open_stream, read_position
 from jaxllm.run.metrics import RunLog
 from jaxllm.run.reporting import announce, announce_finished, announce_speed
+from jaxllm.run.throughput import reference_peak
 from jaxllm.store.history import History
 from jaxllm.store.lock import FolderLock
 from jaxllm.store.metrics_file import read_metrics
@@ -78,14 +80,17 @@ def train(prepared: Prepared[RunConfig], model: CustomLLM | None = None) -> Cust
         samples.write(model)
         return model
     # measured before other threads use the device
-    peak_tflops = config.logging.peak_tflops or measured_peak_tflops(config.precision, device)
-    announce_speed(config, peak_tflops, compile_seconds=None)
+    # PyTorch multiplies float32 without TF32, of which a data sheet's figure is
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" and config.precision == "bfloat16" else None
+    measure = functools.partial(measured_peak_tflops, device=device)
+    peak = reference_peak(config.logging.peak_tflops, config.decided_precision, kind, measure)
+    announce_speed(config, peak, compile_seconds=None)
     batches = MicroBatches(stream, config.data)
     trainer = CustomLLMTrainer(prepared, model, batches)
     history = History.from_records([record for record in read_metrics(config.folder) if record["step"] <= first_step])
     try:
         with RunLog(config, history, first_step) as run_log:
-            trainer.add_callback(LogCallback(prepared, run_log, batches, trainer.routing, peak_tflops))
+            trainer.add_callback(LogCallback(prepared, run_log, batches, trainer.routing, peak.tflops))
             trainer.add_callback(samples)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
     finally:
@@ -97,9 +102,9 @@ def train(prepared: Prepared[RunConfig], model: CustomLLM | None = None) -> Cust
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(argv, PROGRAM, __doc__, RunConfig)
     disable_progress_bar()  # one for each written file: the run has its own bar
-    choose_device(config.precision)  # an unsuitable device is refused before anything is created or deleted
+    device = choose_device(config.precision)  # an unsuitable one is refused before anything is created or deleted
     with FolderLock(config.folder) as lock:
-        train(prepare(config, "PyTorch", lock))
+        train(prepare(config, "PyTorch", lock, bfloat16=bfloat16_hardware(device)))
     print(f"\nEverything is in {Path(config.folder)}")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from jaxllm.config import Precision, RunConfig
+from jaxllm.config import PrecisionOption, RunConfig
 from jaxllm.data.stream import POSITION_FILE
 from jaxllm.data.tokenizer import export_tokenizer
 from jaxllm.errors import UserError
@@ -23,7 +23,7 @@ from torch_ref.model import CustomLLM
 from torch_ref.step import auxiliary_loss, make_optimizer, make_schedule
 
 
-def choose_device(precision: Precision) -> torch.device:
+def choose_device(precision: PrecisionOption) -> torch.device:
     """The device that accelerate chooses: CUDA before MPS before CPU.
 
     Raises:
@@ -80,7 +80,7 @@ class CustomLLMTrainer(Trainer):
         self._eval_targets = prepared.eval_targets
         self._cross_entropy: Any = None  # (), the last micro-batch's share of the mean
         self.routing = RoutingBiasCallback(config.optim.bias_update_rate)
-        optimizer = make_optimizer(model, config.optim, config.precision)
+        optimizer = make_optimizer(model, config.optim, config.decided_precision)
         self._schedule = functools.partial(make_schedule, schedule=config.schedule, peak=config.optim.learning_rate)
         schedule = ScheduleCallback(config.schedule.steps, config.logging, config.checkpoint.save_every)
         super().__init__(

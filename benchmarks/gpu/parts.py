@@ -16,7 +16,6 @@ from jaxllm.files import read_json
 from jaxllm.model.flops import training_flops_per_token
 from jaxllm.plan.estimate import Refused, check_extra, compile_plan
 from jaxllm.plan.report import plan_as_json
-from jaxllm.plan.targets import Target, load_target, target_names
 from jaxllm.run.throughput import GIB
 from jaxllm.store.folder import CONFIG_FILE
 from jaxllm.store.metrics_file import last_evaluation
@@ -24,14 +23,6 @@ from jaxllm.store.metrics_file import last_evaluation
 SAME_START = 0.05  # largest relative difference of the first losses: the sides' weights have the same distributions
 
 Show = Callable[[float], str]
-
-
-def target_of(device: str) -> Target | None:
-    """The data sheet of a card by the name that its driver gives it, such as `NVIDIA H100 80GB HBM3`; None: unknown.
-
-    The whole name counts: an H100 PCIe, an H100 NVL and a part of a card (MIG) have other speeds than an H100 SXM.
-    """
-    return next((target for target in map(load_target, target_names()) if target.driver_name == device), None)
 
 
 def plan(session: Session, remat: bool) -> list[Finding]:
@@ -82,6 +73,24 @@ def ladder(session: Session, precision: str) -> list[Finding]:
     reference = f"PyTorch on the CPU; largest relative L2 {largest:.1e}"
     details = {"passed": report["passed"], "rungs": report["seconds"], "largest_relative_l2": largest}
     return [Finding(f"tiny, {precision}", result, reference, details=details)]
+
+
+def self_check(session: Session) -> list[Finding]:
+    """The kernels of the step, each on small inputs beside its formula: what `jaxllm.doctor` shows."""
+    with session.jax("self_check", quick=session.quick) as jax:
+        found = jax.facts
+    findings = []
+    for precision, facts in found.items():
+        for kernel, error in facts["largest"].items():
+            what, limit, failure = f"{kernel}, {precision}", facts["limit"], facts["failures"].get(kernel)
+            if failure is not None:
+                findings.append(Finding(what, f"FAILED: {failure}", f"limit {limit:.0e}", details={"failure": failure}))
+                continue
+            goal, figures = at_most(limit), {"error": error}
+            findings.append(
+                Finding(what, f"error {error:.1e}", f"limit {limit:.0e}", None, goal, error, details=figures)
+            )
+    return findings
 
 
 def ceilings(session: Session) -> list[Finding]:

@@ -5,10 +5,20 @@ from jaxllm.config.groups import AXES
 from jaxllm.config.lora import LoraConfig
 from jaxllm.config.model import SPECIAL_TOKENS, ModelConfig, RouterConfig, YarnConfig
 from jaxllm.config.presets import PRESETS, TOKENIZER_SIZED_PRESETS, preset
-from jaxllm.config.train import DEFAULT_RECIPE, FORMAT, Precision, RunConfig, TrainConfig, changed_options, recipe
+from jaxllm.config.train import (
+    DEFAULT_RECIPE,
+    FORMAT,
+    KernelsOption,
+    Precision,
+    PrecisionOption,
+    RunConfig,
+    TrainConfig,
+    changed_options,
+    recipe,
+)
 
 __all__ = [
     "AXES", "DEFAULT_RECIPE", "FORMAT", "MAX_INT", "MAX_SEED", "PRESETS", "SPECIAL_TOKENS", "TOKENIZER_SIZED_PRESETS",
-    "LoraConfig", "ModelConfig", "Precision", "RouterConfig", "RunConfig", "TrainConfig", "YarnConfig",
-    "changed_options", "preset", "recipe",
+    "KernelsOption", "LoraConfig", "ModelConfig", "Precision", "PrecisionOption", "RouterConfig", "RunConfig",
+    "TrainConfig", "YarnConfig", "changed_options", "preset", "recipe",
 ]  # fmt: skip

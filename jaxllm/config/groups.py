@@ -275,8 +275,8 @@ class LoggingConfig(_Checked):
     eval_samples: int = option(100, ge=1, resumable=True)
     """Rows of the held-out part in an evaluation."""
     peak_tflops: float | None = option(None, gt=0, resumable=True)
-    """TFLOP/s of one device in matrix products, the reference of the MFU; default: measured at the start, in the run's
-    precision."""
+    """TFLOP/s of one device in matrix products, the reference of the MFU. Default: its data sheet's, if jaxllm/devices
+    has one, else measured at the start; in the run's precision."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from jaxllm.config.presets import PRESETS, preset
 from jaxllm.errors import UserError, listed, shown
 
 Precision = Literal["float32", "bfloat16"]
+PrecisionOption = Literal["auto", "float32", "bfloat16"]
+KernelsOption = Literal["auto", "plain"]
 
 FORMAT = 2
 """Version of a run's train_config.json and checkpoints; docs/reference/run-folder.md says what each one holds."""
@@ -44,10 +46,10 @@ class RunConfig:
     """Folder of the run; default: runs/PRESET."""
     overwrite: bool = option(False, resumable=True, saved=False, common=True)
     """Delete the earlier run in the folder and start over."""
-    precision: Precision = option("float32", common=True)
-    """Compute precision; master weights and moments are always float32. The default recipe of train.py is in bfloat16
-    where this machine multiplies it in hardware: on NVIDIA GPUs from Ampere on, a TPU, or a CPU with AMX or
-    AVX512-BF16. `--recipe seed` is in float32 everywhere."""
+    precision: PrecisionOption = option("float32", common=True)
+    """Compute precision; master weights and moments are always float32. `auto`, which the default recipe of train.py
+    has: bfloat16 where all devices multiply it in hardware (NVIDIA GPUs from Ampere on, AMD's with matrix cores, a TPU,
+    a CPU with AMX or AVX512-BF16), else float32. A resumed run keeps its precision."""
     remat: bool = option(False, resumable=True, common=True)
     """Recompute each layer in the backward pass. Without it, the results of matrix products are saved."""
     seed: int = option(0, ge=0, le=MAX_SEED, common=True)
@@ -70,6 +72,17 @@ class RunConfig:
     @property
     def folder(self) -> Path:
         return self.run_dir or Path("runs") / self.preset
+
+    @property
+    def decided_precision(self) -> Precision:
+        """The precision of a run that has started.
+
+        Raises:
+            UserError: it is `auto`, which `jaxllm.run.prepare` decides.
+        """
+        if self.precision == "auto":
+            raise UserError("precision is 'auto': only a run decides it, at its start; choose float32 or bfloat16")
+        return self.precision
 
     @property
     def data_streams(self) -> int:
@@ -157,6 +170,10 @@ class TrainConfig(RunConfig):
     run's folder runs/NAME."""
     adapter: Path | None = option(None)
     """Continue training this adapter, a folder of PEFT: its rank, alpha and matrices are the defaults of --lora-..."""
+    kernels: KernelsOption = option("auto", resumable=True)
+    """`auto`: the fastest kernels of the device; on a GPU each is checked at the start, and what fails is replaced.
+    `plain`: kernels that run on any device, unchecked. A resumed run may change it: results differ by rounding, as
+    between devices."""
     checkpoint: Flat[groups.CheckpointConfig] = field(default_factory=groups.CheckpointConfig)
     mesh: Flat[groups.MeshConfig] = field(default_factory=groups.MeshConfig)
     lora: Flat[LoraConfig] = field(default_factory=LoraConfig)

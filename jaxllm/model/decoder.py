@@ -5,7 +5,7 @@ There are two stacks: the first layers, which may have a dense feed-forward netw
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -61,6 +61,7 @@ class CustomLLM(nnx.Module):
         lora: its adapters (`jaxllm.model.adapters`), which are then all that is trained; None: none.
         rngs: for the initialization.
         platform: whose kernels to use (`kernels.choose_kernels`); None: those of the default device.
+        without: kernels that must have their plain form (`kernels.REPLACEABLE`).
     """
 
     def __init__(
@@ -72,10 +73,11 @@ class CustomLLM(nnx.Module):
         lora: LoraConfig | None = None,
         rngs: nnx.Rngs,
         platform: str | None = None,
+        without: Collection[str] = (),
     ):
         dtype = check_dtype(dtype)
         self.config, self.dtype, self.remat, self.lora = config, dtype, remat, lora
-        self.kernels = choose_kernels(config, dtype, platform, remat=remat, lora=lora)
+        self.kernels = choose_kernels(config, dtype, platform, remat=remat, lora=lora, without=without)
         D, V, std = config.hidden_size, config.vocab_size, config.initializer_range
         positions = config.max_position_embeddings
         init: Any = {"std": std, "dtype": dtype, "rngs": rngs}

@@ -20,11 +20,11 @@ import tyro
 
 from jaxllm.command_line import parse
 from jaxllm.config import PRESETS, LoraConfig, Precision, TrainConfig, preset, recipe
+from jaxllm.devices import load_target
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.files import write_json
 from jaxllm.plan.estimate import Plan, Refused, check_extra, compile_plan, largest_batch, meshes, usable_bytes
 from jaxllm.plan.report import plan_as_json, print_plan, print_search
-from jaxllm.plan.targets import load_target
 from jaxllm.store.folder import read_model_config
 from jaxllm.store.source import model_folder
 
@@ -38,7 +38,7 @@ class PlanArgs:
     """A folder whose config.json gives the model's shape, in place of --preset."""
     lora: Annotated[LoraConfig, tyro.conf.OmitArgPrefixes] = LoraConfig()
     target: str = "h100"
-    """A file of jaxllm/plan/devices by its name (h100, a100-80, l4, rtx4090, tpu-v5p ...), or the path of another."""
+    """A file of jaxllm/devices by its name (h100, a100-80, l4, rtx4090, tpu-v5p ...), or the path of another."""
     devices: int | None = None
     """Devices of one node; default: those of the mesh."""
     mesh: str = ""

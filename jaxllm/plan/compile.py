@@ -13,12 +13,12 @@ import jax
 from jax.experimental import topologies
 
 from jaxllm.config import TrainConfig
+from jaxllm.devices import Target
 from jaxllm.files import read_json, write_json
 from jaxllm.model.kernels import ANY, CUDA
 from jaxllm.model.numerics import pin_numerics
 from jaxllm.plan.hlo import read_program
 from jaxllm.plan.hlo_cost import collectives, kernels, matrix_products
-from jaxllm.plan.targets import Target
 from jaxllm.train.computation import Computation
 from jaxllm.train.placement import lower_step
 from jaxllm.train.sharding import make_mesh

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxllm.config import TrainConfig
+from jaxllm.devices import Target
 from jaxllm.errors import UserError
 from jaxllm.files import read_json, write_json
 from jaxllm.model import flops
 from jaxllm.plan.hlo_cost import Collective, Kernel, Product
 from jaxllm.plan.roofline import Roofline, roofline
-from jaxllm.plan.targets import Target
 from jaxllm.run.throughput import GIB
 
 USABLE_MEMORY = {"cuda": 0.92, "tpu": 0.98}
@@ -103,7 +103,7 @@ class Plan:
         )
 
     def mfu(self, seconds: float, attention: flops.Attention) -> float:
-        peak = self.target.peak_tflops[self.config.precision] * 1e12
+        peak = self.target.peak_tflops[self.config.decided_precision] * 1e12
         return self.model_flops(attention) / (seconds * peak * self.devices)
 
 
@@ -134,7 +134,7 @@ def read_plan(config: TrainConfig, target: Target, reply: dict[str, Any]) -> Pla
         memory=reply["memory"],
         products=products,
         collectives=collectives,
-        roofline=roofline(target, config.precision, kernels, collectives),
+        roofline=roofline(target, config.decided_precision, kernels, collectives),
         touched=sum(kernel.bytes for kernel in kernels),
         unknown_loops=reply["unknown_loops"],
         compile_seconds=reply["compile_seconds"],
@@ -143,7 +143,9 @@ def read_plan(config: TrainConfig, target: Target, reply: dict[str, Any]) -> Pla
 
 
 def check_extra(name: str, target: Target) -> None:
-    """Raise a UserError if a package is missing that JAX needs to compile for the target."""
+    """Raise a UserError if XLA cannot compile for the target, or lacks a package for it."""
+    if not target.compilable:
+        raise UserError(f"target is {name!r}: its data sheet is known, but not the description that XLA compiles for")
     modules, needs = EXTRAS[target.platform]
     if not any(importlib.util.find_spec(module) for module in modules):
         raise UserError(f"target is {name!r}: compiling for {needs}")

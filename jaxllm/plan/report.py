@@ -144,7 +144,7 @@ def _duration(tokens: int, plan: Plan) -> str:
 
 def assumptions(plan: Plan) -> list[str]:
     """The assumptions of a plan, as lines of text."""
-    target, peak = plan.target, plan.target.peak_tflops[plan.config.precision]
+    target, peak = plan.target, plan.target.peak_tflops[plan.config.decided_precision]
     text = (
         f"Assumed, not measured: products reach {ACHIEVED_FLOPS['dot']} (dense), {ACHIEVED_FLOPS['grouped']} (grouped) "
         f"and {ACHIEVED_FLOPS['attention']} (attention) of {peak:g} TFLOP/s, memory {ACHIEVED_MEMORY} of "

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from jaxllm.config import Precision
+from jaxllm.devices import Target
 from jaxllm.plan.hlo_cost import Collective, Kernel
-from jaxllm.plan.targets import Target
 
 ACHIEVED_FLOPS = {"dot": 0.65, "grouped": 0.45, "attention": 0.5}
 """The assumed share of the dense peak of each kind of product: that of good kernels at large sizes."""

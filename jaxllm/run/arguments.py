@@ -13,7 +13,6 @@ from jaxllm.command_line import expanded, parse
 from jaxllm.config import DEFAULT_RECIPE, ModelConfig, TrainConfig, recipe
 from jaxllm.errors import UserError, shown
 from jaxllm.files import read_json
-from jaxllm.run.hardware import bfloat16_hardware
 from jaxllm.store.adapter_folder import adapter_options
 from jaxllm.store.folder import CONFIG_FILE, OVERWRITING, Config, is_run, read_model_config
 from jaxllm.store.source import model_folder
@@ -51,8 +50,8 @@ def _defaults(given: argparse.Namespace, kind: type[Config]) -> Config:
     if None not in (given.steps, given.epochs):
         raise UserError(f"epochs is {shown(given.epochs)}: --steps {given.steps} says the same, leave out one of them")
     default = recipe(given.recipe or "default", given.preset or "tiny", kind)
-    if kind is TrainConfig and default.recipe == "default" and bfloat16_hardware():
-        default = default.with_options(precision="bfloat16")
+    if kind is TrainConfig and default.recipe == "default":
+        default = default.with_options(precision="auto")
     start: Path | None = getattr(given, "init", None)
     if start is not None:
         if given.preset is not None:

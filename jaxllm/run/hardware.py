@@ -1,62 +1,79 @@
-"""Whether the machine multiplies bfloat16 in hardware: options of a run depend on it, before JAX starts."""
+"""What a run must know of its devices: whether they multiply bfloat16 in hardware, and their software's versions."""
 
-import importlib.util
-import os
+import ctypes
+import functools
 import re
-import subprocess
-from importlib.metadata import entry_points
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+CPU_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
+"""Instruction sets that multiply bfloat16."""
+
+ROCM_WITH_BFLOAT16 = r"gfx(908|90a|94|95|11|12)"
+"""AMD's matrix cores from the MI100 on, and the desktop cards' from RDNA 3 on."""
 
 
-def bfloat16_hardware(root: Path = Path("/")) -> str | None:
-    """What multiplies bfloat16 in hardware where JAX will compute: an accelerator or an instruction set.
+def bfloat16_hardware() -> str | None:
+    """What multiplies bfloat16 in hardware on JAX's devices of this process: an accelerator or an instruction set.
 
-    It asks the system and not JAX, which may not touch a device before the processes of a run are joined. None: nothing
-    does, or it is unknown, and float32 is the safe choice. Unknown are accelerators other than TPUs and NVIDIA's GPUs,
-    and a GPU that nvidia-smi does not list, as in a container without that program.
+    It starts JAX. None: not all devices have it, or one does not tell, and float32 is the safe choice.
+    """
+    import jax  # here: `torch_ref` works without it
+
+    found = [_of_device(device) for device in jax.local_devices()]
+    return None if None in found else found[0]
+
+
+def _of_device(device: Any) -> str | None:
+    if device.platform == "cpu":
+        return cpu_bfloat16()
+    if device.platform == "tpu":
+        return "the TPU"
+    capability = str(getattr(device, "compute_capability", ""))  # "9.0"; ROCm's is "gfx942"
+    if re.fullmatch(r"\d+\.\d+", capability):
+        return "the GPU" if float(capability) >= 8 else None  # from Ampere on
+    return "the GPU" if re.match(ROCM_WITH_BFLOAT16, capability) else None
+
+
+def cpu_bfloat16(root: Path = Path("/")) -> str | None:
+    """The processor's instruction set that multiplies bfloat16; None: it has none, or the system does not tell.
 
     Args:
         root: of the file system; tests have one of their own.
     """
-    first = os.environ.get("JAX_PLATFORM_NAME") or os.environ.get("JAX_PLATFORMS", "").split(",")[0]
-    asked = first.lower()
-    if asked in ("", "tpu") and importlib.util.find_spec("libtpu") and _devices(root, "accel[0-9]*", "vfio/[0-9]*"):
-        return "the TPU"
-    if asked in ("", "cuda", "gpu") and _may_use_cuda(root):
-        # CUDA may take any of them; the first generation that multiplies bfloat16 is Ampere, 8.0
-        return "the GPU" if min(_compute_capabilities(), default=0.0) >= 8.0 else None
-    if asked == "" and any("cuda" not in plugin.name for plugin in entry_points(group="jax_plugins")):
-        return None
-    return cpu_bfloat16(root) if asked in ("", "cpu") else None
-
-
-def cpu_bfloat16(root: Path = Path("/")) -> str | None:
-    """The processor's instruction set that multiplies bfloat16; None: it has none, or it is unknown."""
     try:
         cpuinfo = (root / "proc/cpuinfo").read_text(errors="replace")
         flags = set(re.findall(r"^flags\s*:(.*)", cpuinfo, re.MULTILINE)[0].split())
     except (OSError, IndexError):
         return None
-    return next((name for name in ("amx_bf16", "avx512_bf16") if name in flags), None)
+    return next((name for name in CPU_INSTRUCTIONS if name in flags), None)
 
 
-def _devices(root: Path, *patterns: str) -> bool:
-    return any(any((root / "dev").glob(pattern)) for pattern in patterns)
+@functools.cache
+def versions() -> dict[str, str]:
+    """Of JAX and, on an NVIDIA GPU, of its driver, CUDA and cuDNN: what decides which kernels work. It starts JAX."""
+    import jax
+
+    found = {"JAX": jax.__version__, "jaxlib": version("jaxlib")}
+    if jax.default_backend() == "gpu":
+        runtime = " ".join(jax.local_devices()[0].client.platform_version.split())
+        found |= {"driver": _driver(), "runtime": runtime, "cuDNN": _cudnn()}
+    return found
 
 
-def _may_use_cuda(root: Path) -> bool:
-    """Whether JAX will try an NVIDIA GPU: its plugin is installed, and a GPU is there (`dxg`: WSL) and not hidden."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    hidden = visible is not None and not re.match(r"\s*(\d|GPU-|MIG-)", visible)  # CUDA ends the list where it is wrong
-    installed = any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin")))
-    return installed and not hidden and _devices(root, "nvidia[0-9]*", "nvidiactl", "dxg")
-
-
-def _compute_capabilities() -> list[float]:
-    """Of all NVIDIA GPUs of the machine, without starting CUDA; empty if nvidia-smi fails."""
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+def _driver(file: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """Of NVIDIA's kernel module, which containers see too."""
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
-        return [float(line) for line in done.stdout.split()]
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return []
+        return re.findall(r"NVRM version:.*?\s(\d+\.[\d.]+)", file.read_text(errors="replace"))[0]
+    except (OSError, IndexError):
+        return "unknown"
+
+
+def _cudnn() -> str:
+    """Of the library that JAX has loaded, by its own word."""
+    try:
+        number = int(ctypes.CDLL("libcudnn.so.9").cudnnGetVersion())  # 91301: 9.13.1
+    except (OSError, AttributeError):
+        return "unknown"
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}"

@@ -73,7 +73,9 @@ class Prepared(NamedTuple, Generic[Config]):
         return bytes_per_target(self.tokenizer, self.held_out, self.config.data)
 
 
-def prepare(config: Config, framework: Framework, lock: FolderLock, processes: int = 1) -> Prepared[Config]:
+def prepare(
+    config: Config, framework: Framework, lock: FolderLock, processes: int = 1, bfloat16: str | None = None
+) -> Prepared[Config]:
     """Check everything before anything is computed or deleted, and write what identifies the run's folder.
 
     Args:
@@ -81,6 +83,7 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
         framework: the one that trains.
         lock: of the run's folder; it is taken here.
         processes: that share the run; a new run then has as many data streams, unless the config says otherwise.
+        bfloat16: what multiplies bfloat16 in hardware on the devices; decides the precision `auto` of a new run.
 
     Raises:
         UserError: the folder, the data, the tokenizer or a prompt does not fit the config.
@@ -89,7 +92,7 @@ def prepare(config: Config, framework: Framework, lock: FolderLock, processes: i
         raise UserError(f"preset is {shown(config.preset)}: python -m torch_ref.train trains CustomLLM alone")
     check_tracker(config)
     resumes, saved = _take_folder(config, framework, lock)
-    config = _with_kept_options(config, saved, processes)
+    config = _with_kept_options(config, saved, processes, bfloat16)
     source_folder, source_config = _origin(config, resumes)
     own_tokenizer = config.folder / TOKENIZER
     kept = load_tokenizer(str(own_tokenizer)) if resumes and own_tokenizer.is_dir() else None
@@ -155,9 +158,14 @@ def _take_folder(config: RunConfig, framework: Framework, lock: FolderLock) -> t
     return True, saved
 
 
-def _with_kept_options(config: Config, saved: dict[str, Any], processes: int) -> Config:
-    """Set what a run decides at its first start and then keeps: streams, dataset commit, the source of its weights."""
+def _with_kept_options(config: Config, saved: dict[str, Any], processes: int, bfloat16: str | None) -> Config:
+    """Set what a run decides at its first start and then keeps.
+
+    That is its precision, its data streams, the dataset's commit and the source of its weights.
+    """
     facts: dict[str, Any] = {}
+    if config.precision == "auto":
+        facts["precision"] = saved.get("precision", "bfloat16" if bfloat16 else "float32")
     if "init" in config.options() and (init := config.options()["init"] or saved.get("init")) is not None:
         facts["init"] = model_folder(init).absolute()
     if (adapter := config.options().get("adapter")) is not None:

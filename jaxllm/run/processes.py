@@ -168,6 +168,12 @@ def all_positions(local: dict[int, Position]) -> list[bytes]:
     return [base64.b64decode(found[s]) for s in sorted(found, key=int)]
 
 
+def all_have(local: str | None) -> str | None:
+    """What the primary process has, if every process has something. All must call it."""
+    found = [local] if jax.process_count() == 1 else _from_each(local)
+    return None if None in found else found[0]
+
+
 def all_sum(local: int) -> int:
     """The sum over all processes. All must call it."""
     return local if jax.process_count() == 1 else sum(_from_each(local))

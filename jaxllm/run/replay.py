@@ -35,6 +35,7 @@ from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.files import StrPath, write_text_atomically
 from jaxllm.model.batch import TokenBatch, token_batch
 from jaxllm.run.runtime import start_jax, use_compilation_cache
+from jaxllm.run.self_check import kernels_to_avoid
 from jaxllm.store.checkpoint import CheckpointReader
 from jaxllm.store.folder import TOKENIZER, checkpoint_steps, read_config
 from jaxllm.store.lock import FolderLock
@@ -107,7 +108,8 @@ def replay(folder: StrPath, step: int) -> None:
 
 
 def _replay(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, step: int, saved: int | None) -> None:
-    trainer = Trainer(config)
+    without = kernels_to_avoid(config.model, jnp.dtype(config.decided_precision), config.kernels)
+    trainer = Trainer(config, without=without)
     stream = ProcessBatches(config, tokenizer, *local_rows(config.data.batch_size))
     if saved is None:
         state = trainer.init()

@@ -23,6 +23,7 @@ from jaxllm.files import StrPath, read_json
 from jaxllm.model import flops
 from jaxllm.model.batch import IGNORED, token_batch
 from jaxllm.run.metrics import bits_per_byte
+from jaxllm.run.throughput import Peak
 from jaxllm.store.folder import DATA_REPORT
 from jaxllm.store.metrics_file import read_metrics
 
@@ -53,16 +54,18 @@ def announce(config: RunConfig, parameters: int, tree: str | None, device: str, 
             f"The warm-up of {warmup} steps is not shorter than the run of {steps}: the learning rate never reaches "
             f"{config.optim.learning_rate:g}; pass a smaller --warmup-steps or more --steps"
         )
-    reason = ""
+    has = f"{bfloat16 or 'nothing known here'} multiplies bfloat16 in hardware"
     if bfloat16 and config.precision == "bfloat16":
-        reason = f" (--precision float32 is slower: {bfloat16} multiplies bfloat16 in hardware)"
+        has = f"--precision float32 is slower: {has}"
+    elif bfloat16:
+        has = f"a new run in --precision bfloat16 is faster: {has}"
     print(
-        f"Training for {config.schedule.steps} steps of {config.tokens_per_step} tokens in {config.precision}{reason} "
+        f"Training for {config.schedule.steps} steps of {config.tokens_per_step} tokens in {config.precision} ({has}) "
         f"on {device}; everything goes to {config.folder}"
     )
 
 
-def announce_speed(config: RunConfig, peak_tflops: float, compile_seconds: float | None) -> None:
+def announce_speed(config: RunConfig, peak: Peak, compile_seconds: float | None) -> None:
     """Print the reference of the log's speed columns."""
     frozen = config.adapters is not None
     full, causal = (
@@ -73,8 +76,7 @@ def announce_speed(config: RunConfig, peak_tflops: float, compile_seconds: float
         print(f"Compiled in {compile_seconds:.1f} s")
     print(
         f"Model FLOPs of a training token: {full:.4g}M with attention counted full (T x T), {causal:.4g}M with its "
-        f"causal half; MFU is their share of {peak_tflops:.4g} TFLOP/s "
-        f"({'measured on' if config.logging.peak_tflops is None else 'given for'} {config.precision} matrix products)"
+        f"causal half; MFU is their share of {peak.tflops:.4g} TFLOP/s ({peak.source} matrix products)"
     )
 
 

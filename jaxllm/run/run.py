@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -32,6 +33,7 @@ from jaxllm.run.processes import (
     abort_if_multiprocess,
     all_check,
     all_gather,
+    all_have,
     all_min,
     all_positions,
     all_sum,
@@ -43,8 +45,9 @@ from jaxllm.run.processes import (
 )
 from jaxllm.run.reporting import announce, announce_adapters, announce_finished, announce_speed, conclude
 from jaxllm.run.runtime import device_name, measured_peak_tflops, peak_memory
+from jaxllm.run.self_check import kernels_to_avoid
 from jaxllm.run.signals import stop_on_signals
-from jaxllm.run.throughput import Meter
+from jaxllm.run.throughput import Meter, reference_peak
 from jaxllm.store.checkpoint import CheckpointReader, delete_unfinished, quarantine
 from jaxllm.store.checkpoint_writer import CheckpointWriter, check_room
 from jaxllm.store.folder import SOURCE_DTYPES, TOKENIZER
@@ -85,15 +88,16 @@ class Run:
         self.step = self._first_step = self._logged_step = self._saved_step = step
         self._stream, self._history, self._cleanup = stream, history, cleanup
         # measured before anything else is busy
-        peak = config.logging.peak_tflops or measured_peak_tflops(config.precision)
-        self._peak_tflops = trainer.placement.layout.devices * peak
+        kind = jax.devices()[0].device_kind
+        peak = reference_peak(config.logging.peak_tflops, config.decided_precision, kind, measured_peak_tflops)
+        self._peak = peak.of_devices(trainer.placement.layout.devices)
         self._position, self._progress = stream.position(), stream.progress()
         self._prefetcher = Prefetcher(stream, config.data.grad_accum)  # fills while the programs are compiled
         cleanup.callback(self._prefetcher.close)
         self._compile_seconds = trainer.compile()
         self._evaluator = Evaluator(trainer, prepared)
         barrier("compiled")
-        announce_speed(config, self._peak_tflops, self._compile_seconds)
+        announce_speed(config, self._peak, self._compile_seconds)
         self._log = RunLog(config, history, step) if is_primary() else NoLog(history)
         cleanup.push(self._log)
         # an interrupted run keeps the checkpoint that is being written
@@ -102,7 +106,7 @@ class Run:
         )
         cleanup.push(self._close_writer)
         self._monitor = StepMonitor(history, self._log, checkpoint.max_nonfinite)
-        self._meter = Meter(config, self._peak_tflops, lambda: self._prefetcher.waited)
+        self._meter = Meter(config, self._peak.tflops, lambda: self._prefetcher.waited)
         self._stop, self._stop_after_step = cleanup.enter_context(stop_on_signals()), False
 
     @classmethod
@@ -123,11 +127,12 @@ class Run:
         if config.adapters:
             config = config.with_options(lora_base_dtype=starts[0].matrix_dtype)
         with silence_non_primary(), FolderLock(config.folder) as lock:
-            prepared, resume_step = _prepare_together(config, lock)
+            bfloat16 = all_have(bfloat16_hardware())
+            prepared, resume_step = _prepare_together(config, lock, bfloat16)
             try:
                 with contextlib.ExitStack() as cleanup:
                     # nothing here keeps the state, nor the weights that it starts from
-                    yield _start(prepared, resume_step, placement, starts.pop(), cleanup)
+                    yield _start(prepared, resume_step, placement, starts.pop(), bfloat16, cleanup)
             except BaseException as error:
                 if not isinstance(error, Stopped):
                     abort_if_multiprocess(error)
@@ -217,7 +222,7 @@ class Run:
                 totals=self._meter.totals(self.step - self._first_step),
                 loss=self._history.mean_loss(),
                 memory=peak_memory(),
-                peak_tflops=self._peak_tflops,
+                peak_tflops=self._peak.tflops,
                 nonfinite_steps=self._history.nonfinite_steps,
                 compile_seconds=self._compile_seconds,
             )
@@ -279,12 +284,14 @@ def _start(
     resume_step: int | None,
     placement: Placement,
     start: Any,
+    bfloat16: str | None,
     cleanup: contextlib.ExitStack,
 ) -> tuple[Run, Trainer, TrainState]:
     """A run in its prepared folder, from the checkpoint of `resume_step` or from the beginning."""
     config = prepared.config
     stream, history = ProcessBatches(config, prepared.tokenizer, *local_rows(config.data.batch_size)), History()
-    trainer = Trainer(config, placement)
+    without = kernels_to_avoid(config.model, jnp.dtype(config.decided_precision), config.kernels)
+    trainer = Trainer(config, placement, without)
     if resume_step is None:
         step = 0
         if config.adapters:
@@ -306,9 +313,9 @@ def _start(
         write_json(config.folder / SOURCE_DTYPES, start.dtypes)
     del start  # the state has its own weights
     tree = module_tree(config.model) if step == 0 else None
-    announce(config, sum(flops.parameters(config.model).values()), tree, device_name(), bfloat16_hardware())
+    announce(config, sum(flops.parameters(config.model).values()), tree, device_name(), bfloat16)
     print(f"Layout: {placement.describe()}")
-    print(f"Kernels: {describe_kernels(config.model, jnp.dtype(config.precision))}")
+    print(f"Kernels: {describe_kernels(config.model, jnp.dtype(config.decided_precision), without=without)}")
     if config.adapters:
         announce_adapters(config.adapters, count_parameters(trainer.computation.state.params))
     if step >= config.schedule.steps:
@@ -322,7 +329,9 @@ def _start(
     return run, trainer, state
 
 
-def _prepare_together(config: TrainConfig, lock: FolderLock) -> tuple[Prepared[TrainConfig], int | None]:
+def _prepare_together(
+    config: TrainConfig, lock: FolderLock, bfloat16: str | None
+) -> tuple[Prepared[TrainConfig], int | None]:
     """`prepare` for all processes: the primary one does it, the others read what it has written.
 
     Returns:
@@ -333,7 +342,7 @@ def _prepare_together(config: TrainConfig, lock: FolderLock) -> tuple[Prepared[T
     """
 
     def prepare_and_choose() -> tuple[Prepared[TrainConfig], int | None]:
-        made = prepare(config, "JAX", lock, num_processes())
+        made = prepare(config, "JAX", lock, num_processes(), bfloat16)
         if not made.resumes:
             return made, None
         chosen = choose_checkpoint(config.folder, strict=config.checkpoint.strict)

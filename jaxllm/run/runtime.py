@@ -12,7 +12,7 @@ from jaxllm.config import Precision
 from jaxllm.errors import UserError, one_line
 from jaxllm.files import cache_folder
 from jaxllm.model.numerics import pin_numerics
-from jaxllm.run.throughput import GIB, host_peak_gib, peak_tflops
+from jaxllm.run.throughput import GIB, host_peak_gib, memory_gb_per_s, peak_tflops
 
 MAX_CACHE_BYTES = 2 * 2**30
 """Size of the compilation cache, beyond which the programs that were not used for longest are deleted."""
@@ -76,6 +76,23 @@ def measured_peak_tflops(precision: Precision) -> float:
         return seconds
 
     return peak_tflops(prepare)
+
+
+def measured_memory_gb_per_s() -> float:
+    """GB/s of reading and writing memory, on the first device."""
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+
+    def prepare(size: int) -> Callable[[], float]:
+        arrays = [add(jnp.zeros(size // 4, jnp.float32)).block_until_ready()]  # compiles
+
+        def seconds() -> float:
+            start = time.perf_counter()
+            arrays[0] = add(arrays[0]).block_until_ready()
+            return time.perf_counter() - start
+
+        return seconds
+
+    return memory_gb_per_s(prepare)
 
 
 def peak_memory() -> dict[str, float]:

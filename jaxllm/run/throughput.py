@@ -6,10 +6,21 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxllm.config import RunConfig
+from jaxllm.config import Precision, RunConfig
+from jaxllm.devices import target_of
 from jaxllm.model.flops import training_flops_per_token
 
 GIB = 2**30
+
+
+class Peak(NamedTuple):
+    """The reference of the MFU."""
+
+    tflops: float
+    source: str  # where it comes from, before `matrix products` in a sentence
+
+    def of_devices(self, count: int) -> "Peak":
+        return self._replace(tflops=count * self.tflops)
 
 
 class Speed(NamedTuple):
@@ -74,6 +85,22 @@ SIDES = (1024, 2048, 4096, 8192)
 BUDGET_SECONDS = 0.3
 
 
+def reference_peak(
+    given: float | None, precision: Precision, device_kind: str | None, measure: Callable[[Precision], float]
+) -> Peak:
+    """TFLOP/s of one device in matrix products: given, of its data sheet, or else measured.
+
+    Args:
+        device_kind: the name by which a data sheet is looked up; None: no data sheet holds.
+        measure: returns the measured TFLOP/s in a precision.
+    """
+    if given is not None:
+        return Peak(given, f"given for {precision}")
+    if device_kind is not None and (target := target_of(device_kind)) is not None:
+        return Peak(target.peak_tflops[precision], f"the data sheet's of {target.name}, in dense {precision}")
+    return Peak(measure(precision), f"measured on {precision}")
+
+
 def peak_tflops(prepare: Callable[[int], Callable[[], float]]) -> float:
     """TFLOP/s of the fastest of some large square matrix products, measured in a fraction of a second.
 
@@ -91,6 +118,28 @@ def peak_tflops(prepare: Callable[[int], Callable[[], float]]) -> float:
     while time.perf_counter() < end:
         best = min(best, product())
     return 2 * side**3 / best / 1e12
+
+
+MEMORY_BYTES = (2**26, 2**28, 2**30)
+"""Sizes of an array that is read and written to measure the speed of memory: far above what caches hold."""
+
+
+def memory_gb_per_s(prepare: Callable[[int], Callable[[], float]]) -> float:
+    """GB/s of reading and writing a large array, measured in a fraction of a second. Nothing else should run meanwhile.
+
+    Args:
+        prepare: given a number of bytes, returns a warm function that reads and writes as many, and returns the
+            seconds it took.
+    """
+    pass_over, best, size = (lambda: 0.0), 0.0, 0
+    for size in MEMORY_BYTES:
+        pass_over = prepare(size)
+        if (best := pass_over()) >= LONG_ENOUGH:
+            break
+    end = time.perf_counter() + BUDGET_SECONDS
+    while time.perf_counter() < end:
+        best = min(best, pass_over())
+    return 2 * size / best / 1e9
 
 
 def host_peak_gib() -> float:

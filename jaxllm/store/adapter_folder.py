@@ -45,7 +45,7 @@ def adapter_options(folder: StrPath) -> dict[str, Any]:
         with safe_open(weights, "numpy") as opened:
             names = list(opened.keys())
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{weights} is no complete safetensors file ({one_line(error)}): copy it again") from None
+        raise UserError(f"{weights} is not a complete safetensors file ({one_line(error)}): copy it again") from None
     targets = {next((target for target, place in _PLACES.items() if place in name), None) for name in names} - {None}
     return {
         "lora_rank": rank,

@@ -1,6 +1,7 @@
 """What the programs of a run depend on, apart from the rest of its config."""
 
 import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,19 +39,22 @@ class Computation:
     """Whose kernels to use (`kernels.choose_kernels`); None: those of the default device."""
     lora: LoraConfig | None = None
     """The adapters, which are then all that is trained."""
+    without: tuple[str, ...] = ()
+    """The kernels that have their plain form."""
 
     @classmethod
-    def of(cls, config: RunConfig, platform: str | None = None) -> "Computation":
+    def of(cls, config: RunConfig, platform: str | None = None, without: Collection[str] = ()) -> "Computation":
         data = config.data
         shape = (data.grad_accum, data.batch_size, data.seq_len)
-        step = (config.model, config.optim, config.schedule, config.precision, config.remat)
+        step = (config.model, config.optim, config.schedule, config.decided_precision, config.remat)
         arrays = (data.has_targets, data.documents == "separate")
-        return cls(*step, config.seed, shape, *arrays, platform, config.adapters)
+        return cls(*step, config.seed, shape, *arrays, platform, config.adapters, tuple(without))
 
     @property
     def graph(self) -> nnx.GraphDef:
         """The static part of the model."""
-        return _model_graph(self.model, self.precision, self.remat, self.platform, self.lora)
+        options = {"remat": self.remat, "platform": self.platform, "without": self.without}
+        return _model_graph(self.model, self.lora, dtype=jnp.dtype(self.precision), **options)
 
     @property
     def state(self) -> TrainState:
@@ -83,8 +87,5 @@ class Computation:
 
 
 @functools.lru_cache(16)
-def _model_graph(
-    model: ModelConfig, precision: Precision, remat: bool, platform: str | None, lora: LoraConfig | None
-) -> nnx.GraphDef:
-    options: dict[str, Any] = {"dtype": jnp.dtype(precision), "remat": remat, "platform": platform}
+def _model_graph(model: ModelConfig, lora: LoraConfig | None, **options: Any) -> nnx.GraphDef:
     return (abstract_model(model, **options) if lora is None else abstract_adapted(model, lora, **options))[0]

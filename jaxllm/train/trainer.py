@@ -2,6 +2,7 @@
 
 import functools
 import time
+from collections.abc import Collection
 from dataclasses import replace
 
 import jax
@@ -21,14 +22,16 @@ from jaxllm.train.step import StepMetrics, merged
 class Trainer:
     """Computes the steps of a run. States that it takes and returns have the form of its placement.
 
-    `placement`: None is the one that the config requests, on the available devices.
+    Args:
+        placement: None is the one that the config requests, on the available devices.
+        without: kernels that have their plain form (`kernels.REPLACEABLE`).
     """
 
-    def __init__(self, config: TrainConfig, placement: Placement | None = None):
+    def __init__(self, config: TrainConfig, placement: Placement | None = None, without: Collection[str] = ()):
         self.config = config
         mesh, batch_size = config.mesh, config.data.batch_size
         self.placement = choose_placement(mesh, batch_size) if placement is None else placement
-        self.computation = Computation.of(config)
+        self.computation = Computation.of(config, without=without)
         self.graph = self.computation.graph
 
     def init(self, weights: tuple[Pytree, Pytree] | None = None) -> TrainState:

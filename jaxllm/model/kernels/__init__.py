@@ -1,16 +1,18 @@
 """Which kernels run where: the one place that chooses. Every choice was measured, or read in the compiled program.
 
                               experts                          attention
-    NVIDIA GPU, bfloat16      Triton grouped product           cuDNN's fused kernel (padded batches: blocks)
+    NVIDIA GPU, bfloat16      Triton grouped product           cuDNN's fused kernel, for heads that it takes
+                                                               (an odd length: blocks)
     NVIDIA GPU, float32       Triton grouped product           blocks of queries
     anything else             loops over groups with rows      blocks of queries
 
 Rejected: `jax.lax.ragged_dot` is a dense product over all experts on the CPU (five times the time) and on an H100;
 loops with dynamic trip counts wait for the host on a GPU. A TPU takes the last line: correct, and not tuned.
+The last line is the plain form, of everything: `self_check` finds out which kernels a device must do without.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +20,15 @@ import jax.numpy as jnp
 from jaxllm.config import LoraConfig, ModelConfig
 from jaxllm.model.dtypes import Array, DTypeLike
 from jaxllm.model.kernels import grouped_adapted, grouped_loop, grouped_triton, grouped_whole, packed
-from jaxllm.model.kernels.causal_attention import blocked_attention, cudnn_attention
+from jaxllm.model.kernels.causal_attention import blocked_attention, cudnn_attention, cudnn_refuses
 from jaxllm.model.kernels.interface import ExpertKernels
 
 CUDA, ANY = "cuda", "any"
 """Platforms: an NVIDIA GPU of the Ampere generation or newer, and every other device."""
+
+
+REPLACEABLE = ("routed", "shared", "attention")
+"""The fields of `Kernels` that have a plain form too, which runs on any device."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +56,15 @@ class Kernels:
 
 def platform_here() -> str:
     """The platform that JAX computes on by default."""
+    return CUDA if compute_capability() >= 8 else ANY
+
+
+def compute_capability() -> float:
+    """Of the NVIDIA GPU that JAX computes on by default; 0: it is another device."""
     if jax.default_backend() != "gpu":
-        return ANY
+        return 0.0
     capability = str(jax.devices()[0].compute_capability)  # "9.0"; ROCm's is "gfx942"
-    return CUDA if capability[:1].isdigit() and float(capability) >= 8 else ANY
+    return float(capability) if capability[:1].isdigit() else 0.0
 
 
 def choose_kernels(
@@ -63,6 +74,7 @@ def choose_kernels(
     *,
     remat: bool = False,
     lora: LoraConfig | None = None,
+    without: Collection[str] = (),
 ) -> Kernels:
     """The kernels of a model with this config, whose dimensions decide whether a kernel applies, and compute dtype.
 
@@ -70,6 +82,7 @@ def choose_kernels(
         platform: CUDA or ANY (else ValueError), to compile for a device that you do not have; None: the platform here.
         remat: whether the layers are computed again in the backward pass.
         lora: the model's adapters. Shared experts that have some are computed by `linear`.
+        without: of REPLACEABLE, which have their plain form.
     """
     platform = platform_here() if platform is None else platform
     if platform not in (CUDA, ANY):
@@ -77,20 +90,31 @@ def choose_kernels(
     dtype, on_cuda = jnp.dtype(dtype), platform == CUDA
     tiled = grouped_triton.applies(config.hidden_size, config.moe_intermediate_size)
     triton = on_cuda and dtype in (jnp.bfloat16, jnp.float32) and tiled
-    h = config.qk_head_dim
-    cudnn = on_cuda and dtype == jnp.bfloat16 and h == config.value_head_dim and h % 8 == 0 and h <= 128
+    loops = dataclasses.replace(grouped_loop.KERNELS, recomputes=remat)
     on_triton = grouped_adapted.KERNELS if lora and lora.adapts("experts") else grouped_triton.KERNELS
+    fused_shared = triton and "shared" not in without and not (lora and lora.adapts("shared"))
+    cudnn = on_cuda and dtype == jnp.bfloat16 and _cudnn_refuses(config) is None
     return Kernels(
-        routed=on_triton if triton else dataclasses.replace(grouped_loop.KERNELS, recomputes=remat),
-        shared=grouped_whole.KERNELS if triton and not (lora and lora.adapts("shared")) else None,
-        attention=cudnn_attention if cudnn else blocked_attention,
+        routed=on_triton if triton and "routed" not in without else loops,
+        shared=grouped_whole.KERNELS if fused_shared else None,
+        attention=cudnn_attention if cudnn and "attention" not in without else blocked_attention,
         packs=packed.NEEDED and dtype == jnp.bfloat16 and not on_cuda,
     )
 
 
-def describe_kernels(config: ModelConfig, dtype: DTypeLike, platform: str | None = None) -> str:
+def _cudnn_refuses(config: ModelConfig) -> str | None:
+    return cudnn_refuses(config.qk_head_dim, config.value_head_dim, compute_capability())
+
+
+def describe_kernels(
+    config: ModelConfig, dtype: DTypeLike, platform: str | None = None, without: Collection[str] = ()
+) -> str:
     """A description of the choice, for a line at start-up."""
-    chosen = choose_kernels(config, dtype, platform)
+    chosen, dtype = choose_kernels(config, dtype, platform, without=without), jnp.dtype(dtype)
     experts = "Triton grouped product" if chosen.routed == grouped_triton.KERNELS else "loops over groups with rows"
+    shared = ", shared experts: plain products" if chosen.routed == grouped_triton.KERNELS and not chosen.shared else ""
     attention = "cuDNN fused kernel" if chosen.attention is cudnn_attention else "blocks of queries"
-    return f"experts: {experts}; attention: {attention} ({jnp.dtype(dtype).name})"
+    on_cuda = (platform_here() if platform is None else platform) == CUDA
+    if on_cuda and dtype == jnp.bfloat16 and (reason := _cudnn_refuses(config)):
+        attention += f", since {reason}"
+    return f"experts: {experts}{shared}; attention: {attention} ({dtype.name})"

@@ -73,6 +73,22 @@ def _attend(end: int, k: Array, v: Array, documents: Array | None, start: Array,
     return jnp.einsum("bhts,bhsd->bhtd", masked_softmax(scores, mask).astype(q.dtype), v)
 
 
+def cudnn_refuses(queries: int, values: int, compute_capability: float) -> str | None:
+    """Why cuDNN's fused attention does not take heads of these sizes, those of queries and keys and those of values.
+
+    None: it takes them. The sizes are a multiple of 8 and at most 128, from Hopper (9.0) on 256: the condition of
+    `jax.nn.dot_product_attention` in JAX 0.10 to 0.12. That function asks the default device, so 128 is the limit when
+    compiling for a device that you do not have. cuDNN 9.10 takes 192 and 128 on Hopper, but the function takes one size
+    alone: values are padded with zeros to the size of the queries.
+    """
+    most = 256 if compute_capability >= 9 else 128
+    if values > queries:
+        return f"cuDNN's kernel takes no heads of values that are larger than those of queries ({values}, {queries})"
+    if queries % 8 or queries > most:
+        return f"cuDNN's kernel takes heads of a multiple of 8 up to {most} here, and the model's have {queries}"
+    return None
+
+
 def cudnn_attention(
     q: Float[Array, "B T H h"],
     k: Float[Array, "B T H h"],
@@ -80,7 +96,15 @@ def cudnn_attention(
     attention_mask: Shaped[Array, "B T"] | None,
     scale: float,
 ) -> Float[Array, "B T H v"]:
-    """`blocked_attention` by cuDNN's fused kernel, where it can: one document a row, an even length, known to be so."""
-    if attention_mask is not None or is_symbolic_dim(q.shape[1]) or q.shape[1] % 2:
+    """`blocked_attention` by cuDNN's fused kernel, where it can: an even length, known to be so.
+
+    Heads must be of sizes that it does not refuse (`cudnn_refuses`). It has no numbers of documents: it adds a mask
+    (B,1,T,T) to the scores, which is made again in the backward pass.
+    """
+    if is_symbolic_dim(q.shape[1]) or q.shape[1] % 2:
         return blocked_attention(q, k, v, attention_mask, scale)
-    return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
+    same = None if attention_mask is None else attention_mask[:, None, :, None] == attention_mask[:, None, None]
+    values = v.shape[-1]
+    v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, q.shape[-1] - values)))
+    attended = jax.nn.dot_product_attention(q, k, v, mask=same, scale=scale, is_causal=True, implementation="cudnn")
+    return attended[..., :values]

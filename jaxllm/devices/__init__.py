@@ -1,6 +1,6 @@
-"""The devices that a step can be planned for: their specifications, with sources, and XLA's description of them.
+"""Devices by their data sheets: specifications, with sources, and XLA's description of those it can compile for.
 
-A target is a JSON file: those in `jaxllm/plan/devices/` by name, any other by its path. Imports no JAX.
+A target is a JSON file: those in this folder by name, any other by its path. Imports no JAX.
 """
 
 import dataclasses
@@ -14,9 +14,9 @@ from jaxllm.config import Precision
 from jaxllm.errors import UserError
 from jaxllm.files import read_json
 
-FOLDER = Path(__file__).parent / "devices"
+FOLDER = Path(__file__).parent
 
-Platform = Literal["cuda", "tpu"]
+Platform = Literal["cuda", "rocm", "tpu"]
 
 SOURCED = ("memory_gib", "peak_tflops", "memory_gb_per_s", "interconnect_gb_per_s")
 """The facts that need a source."""
@@ -24,7 +24,10 @@ SOURCED = ("memory_gib", "peak_tflops", "memory_gb_per_s", "interconnect_gb_per_
 
 @dataclass(frozen=True)
 class Target:
-    """A device by its data sheet; GB and TFLOP are powers of ten, GiB of two."""
+    """A device by its data sheet; GB and TFLOP are powers of ten, GiB of two.
+
+    Without `config` and `topology` it is known by its facts alone, and no step can be planned for it.
+    """
 
     name: str
     platform: Platform
@@ -38,6 +41,8 @@ class Target:
     interconnect_gb_per_s: float
     """Bandwidth from one device to others of its node, in one direction."""
     sources: dict[str, str]
+    device_kinds: tuple[str, ...] = ()
+    """JAX's names for it, which are the driver's full names: variants with other speeds are other targets."""
     config: str | None = None
     """CUDA: the text of an xla.gpu.GpuTargetConfigProto; in the file, the name of a file next to it."""
     topology: str | None = None
@@ -45,10 +50,13 @@ class Target:
 
     def __post_init__(self) -> None:
         if self.platform not in get_args(Platform):
-            raise UserError(f"platform is {self.platform!r}: it must be cuda or tpu")
-        needed = {"cuda": "config", "tpu": "topology"}[self.platform]
-        if not isinstance(getattr(self, needed), str):
-            raise UserError(f"{needed} is {getattr(self, needed)!r}: a {self.platform} target needs it, as text")
+            raise UserError(f"platform is {self.platform!r}: it must be {', '.join(get_args(Platform))}")
+        for field in ("config", "topology"):
+            if not isinstance(value := getattr(self, field), str | None):
+                raise UserError(f"{field} is {value!r}: it must be text")
+        if isinstance(self.device_kinds, str) or not all(isinstance(kind, str) for kind in self.device_kinds):
+            raise UserError(f"device_kinds is {self.device_kinds!r}: it must be a list of names")
+        object.__setattr__(self, "device_kinds", tuple(self.device_kinds))
         if not isinstance(self.devices, int) or self.devices < 1:
             raise UserError(f"devices is {self.devices!r}: it must be a whole number, at least 1")
         for field in ("memory_gib", "memory_gb_per_s", "interconnect_gb_per_s"):
@@ -68,10 +76,9 @@ class Target:
         return float(f"{found[1]}.{found[2] or 0}") if found else 0.0
 
     @property
-    def driver_name(self) -> str | None:
-        """What NVIDIA's driver calls the card, variant and memory included; None: the description does not say."""
-        found = re.search(r'device_description_str:\s*"([^"]*)"', self.config or "")
-        return found and found[1]
+    def compilable(self) -> bool:
+        """Whether XLA can compile for it where it is not."""
+        return {"cuda": self.config, "tpu": self.topology}.get(self.platform) is not None
 
 
 def _check_positive(field: str, value: Any) -> None:
@@ -81,6 +88,14 @@ def _check_positive(field: str, value: Any) -> None:
 
 def target_names() -> list[str]:
     return sorted(file.stem for file in FOLDER.glob("*.json"))
+
+
+def target_of(device_kind: str) -> Target | None:
+    """The data sheet of a device by the name that JAX has for it, such as `NVIDIA H100 80GB HBM3`; None: unknown.
+
+    The whole name counts: an H100 PCIe, an H100 NVL and a part of a card (MIG) have other speeds than an H100 SXM.
+    """
+    return next((target for target in map(load_target, target_names()) if device_kind in target.device_kinds), None)
 
 
 def load_target(name: str) -> Target:
