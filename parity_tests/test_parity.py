@@ -176,7 +176,7 @@ def test_there_is_a_fault_for_every_rung():
 # faults of the Flax side
 
 LEAST = dataclasses.replace(
-    NARROW, hidden_size=32, num_hidden_layers=1, n_routed_experts=3, moe_intermediate_size=16, vocab_size=512,
+    NARROW, hidden_size=32, num_hidden_layers=1, moe_intermediate_size=16, vocab_size=512,
     max_position_embeddings=64,
 )  # fmt: skip
 OF_A_RUN = {
