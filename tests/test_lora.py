@@ -258,7 +258,7 @@ def test_adapters_are_merged_in_the_place_of_the_base():
     """At the end of a run, which has no room for both."""
     trainer = Trainer(config_of(V3, ADAPTED | {"lora_base_dtype": "bfloat16"}))
     state = trainer.init()
-    wanted = jax.tree.map(np.asarray, state.frozen)  # as B is zero
+    wanted = jax.tree.map(np.array, state.frozen)  # copies; B is zero
     params, _ = trainer.weights(state)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.frozen))
     jax.tree.map(np.testing.assert_array_equal, params, wanted)
