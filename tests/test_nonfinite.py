@@ -161,7 +161,8 @@ def test_a_step_of_a_model_with_dense_layers_is_examined(dense):
     found, _ = replay.examine(computation.optim, computation.graph, state, TokenBatch(np.ones((1, 2, 8), np.int32)))
     names = [one.where for one in found]
     assert names[0] == f"layer {dense - 1}: experts"
-    assert [name for name in names if name.endswith("router scores")] == [f"layer {i}: router scores" for i in range(dense, 3)]
+    scores = [name for name in names if name.endswith("router scores")]
+    assert scores == [f"layer {layer}: router scores" for layer in range(dense, 3)]
     gradients = [name.split()[-1].split(".") for name in names if name.startswith("gradient of ")]
     order = [int(keys[1]) for keys in gradients if keys[0].endswith("layers")]
     assert order == sorted(order, reverse=True)
