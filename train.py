@@ -65,10 +65,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def read_start(config: TrainConfig, place: Place) -> Imported | Base | None:
     """What a run starts from with --init, or the base of its adapters: read, to its places, before any deletion."""
+    if (init := config.init) is None:
+        if config.adapters:
+            raise UserError(f"lora_rank is {config.lora.rank}: adapters need weights to adapt, pass --init FOLDER")
+        return None
     resumes = check_folder(config, "JAX") and bool(checkpoint_steps(config.folder))
-    if (init := config.init) is None and config.adapters:
-        raise UserError(f"lora_rank is {config.lora.rank}: adapters need weights to adapt, pass --init FOLDER")
-    if init is None or (resumes and not config.adapters):
+    if resumes and not config.adapters:
         return None
     check_shapes(config)
     check_own("convert")
