@@ -79,7 +79,7 @@ def read_start(config: TrainConfig, place: Place) -> Imported | Base | None:
 
         if resumes:
             all_check(lambda: is_primary() and check_base(config.folder, base_of(model_folder(init))))
-        return each_result(lambda: read_base(config, place))
+        return each_result(lambda: read_base(config, place, resumes=resumes))
     from convert.to_flax import read_model
 
     return each_result(lambda: read_model(init, place=place))

@@ -33,14 +33,14 @@ class Base(NamedTuple):
     weights: Weights
     """Frozen; matrices in the dtype of their files: that which holds all of them, where they differ."""
     adapters: Pytree | None
-    """Of --adapter; None: new ones."""
+    """Of --adapter; None: new ones, or those of the run's checkpoint."""
     dtypes: dict[str, Any]
     """As in `Imported`."""
     matrix_dtype: str
 
 
-def read_base(config: TrainConfig, place: Place = None) -> Base:
-    """The weights of --init, read to `place` as `read_model` does, and the adapters of --adapter.
+def read_base(config: TrainConfig, place: Place = None, *, resumes: bool = False) -> Base:
+    """The weights of --init, read to `place` as `read_model` does, and, unless the run `resumes`, those of --adapter.
 
     Raises:
         UserError: the weights or the adapters cannot be read, or do not fit.
@@ -54,7 +54,7 @@ def read_base(config: TrainConfig, place: Place = None) -> Base:
         lambda weight, known: weight.astype(dtype, copy=False) if is_narrow(known) else weight, params, facts
     )
     adapters = None
-    if config.adapter is not None:
+    if config.adapter is not None and not resumes:
         shapes = abstract_adapted(config.model, config.lora).params
         adapters = read_adapter(config.adapter, config.model, shapes, is_interleaved(found.values))
     return Base(Weights(params, found.weights.routing_bias), adapters, found.dtypes, dtype.name)

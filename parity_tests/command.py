@@ -329,6 +329,8 @@ def not_compared(args: ParityArgs, passes: list[Pass], ladders: list[Ladder], ru
     if run is not None:
         if run.model.dropout:
             found.append(f"dropout {run.model.dropout:g}, which the frameworks draw differently")
+        if run.adapters:
+            found.append("the training of the run's adapters: they are merged, and all weights are trained")
         if run.data.has_targets:
             found.append("targets apart from the inputs, and documents apart from each other, which the run has")
         if run.mesh.parallel != "jit" or run.mesh.axes:

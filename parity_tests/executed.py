@@ -52,8 +52,6 @@ class Executed:
             for folder in (spec and spec.submodule_search_locations) or []:
                 for path in sorted(Path(folder).rglob("*.py")):
                     self._files[str(path)] = path.relative_to(Path(folder).parent).as_posix()
-        self._spans: dict[str, set[Span]] = defaultdict(set)
-        self._called: set[tuple[str, int]] = set()  # path and first line of functions
         self._seen: dict[tuple[str, int, str], tuple[set[int], CodeType]] = {}
 
     @contextmanager

@@ -212,7 +212,7 @@ class TrainingRungs:
                 "step", f"update{which}", _change(before, ours), _change(before, theirs), update
             )  # fmt: skip
             if update is MUON_BFLOAT16:
-                changes = [self._muon_row(row, before, ours, theirs) for row in changes]
+                changes = [self._muon_row(row, ours, theirs) for row in changes]
             return [
                 compare_numbers("step", f"gradient norm{which}", *norms, gradient),
                 *compare_leaves("step", f"first moments{which}", ours.mu, theirs.mu, update),
@@ -231,7 +231,7 @@ class TrainingRungs:
             batches.size,
         )
 
-    def _muon_row(self, row: Row, before: Named, ours: Trained, theirs: Trained) -> Row:
+    def _muon_row(self, row: Row, ours: Trained, theirs: Trained) -> Row:
         """A row of an update that failed, judged by how far the iteration itself moves its argument's rounding.
 
         Newton-Schulz enlarges small singular values. So it is applied in float32 to what either side orthogonalized,

@@ -10,8 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.config import PRESETS, ModelConfig
-from jaxllm.model.kernels import ANY, CUDA, choose_kernels, describe_kernels, grouped_loop, grouped_triton, packed
+from jaxllm.config import PRESETS, LoraConfig, ModelConfig
+from jaxllm.model.kernels import (
+    ANY,
+    CUDA,
+    choose_kernels,
+    describe_kernels,
+    grouped_adapted,
+    grouped_loop,
+    grouped_triton,
+    packed,
+)
 from jaxllm.model.kernels.causal_attention import blocked_attention, cudnn_attention
 
 SCALE = 0.3
@@ -80,6 +89,12 @@ def test_the_choice_of_kernels():
     assert choose_kernels(model, jnp.float64, CUDA) == on_cpu
     odd = ModelConfig(vocab_size=8, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, moe_intermediate_size=9)
     assert choose_kernels(odd, jnp.bfloat16, CUDA).routed == grouped_loop.KERNELS
-    assert "cuDNN" in describe_kernels(model, jnp.bfloat16, CUDA)
+    described = describe_kernels(model, jnp.bfloat16, CUDA)
+    assert "cuDNN" in described
+    assert "plain products" not in described
+    shared, experts = (LoraConfig(rank=4, targets=target) for target in ("shared", "experts"))
+    assert choose_kernels(model, jnp.bfloat16, CUDA, lora=experts).routed == grouped_adapted.KERNELS
+    assert describe_kernels(model, jnp.bfloat16, CUDA, lora=experts) == described
+    assert "shared experts: plain products" in describe_kernels(model, jnp.bfloat16, CUDA, lora=shared)
     with pytest.raises(ValueError, match="platform is 'gpu'"):
         choose_kernels(model, jnp.float32, "gpu")

@@ -44,6 +44,7 @@ from jaxllm.store.folder import read_config as read_run
 from jaxllm.train.computation import Computation
 from jaxllm.train.placement import choose_placement, compile_programs, lower_step
 from jaxllm.train.step import merged
+from jaxllm.train.trainer import Trainer
 from parity_tests.deepseek_cases import V2, V3
 
 EVERYWHERE = "attention,shared,dense,experts"
@@ -156,6 +157,8 @@ def test_an_adapter_goes_out_and_in(run, base, options, tmp_path, capsys):
     again[at : at + 6] = ["--adapter", str(tmp_path / "out")]
     assert train.main(again) == 0
     jax.tree.map(np.testing.assert_array_equal, saved_adapters(run, 4), saved_adapters(tmp_path / "run", 1))
+    shutil.rmtree(tmp_path / "out")  # the checkpoints have the adapter now
+    assert train.main(["--run-dir", str(tmp_path / "run"), "--steps", "2"]) == 0
     assert convert(["to-torch", str(run), str(tmp_path / "x"), "--dtype", "bfloat16"]) == 2
     assert "pass --merge" in capsys.readouterr().err
 
@@ -249,6 +252,16 @@ def test_memory_is_the_base_and_16_bytes_an_adapter_parameter():
     assert memory.temp_size_in_bytes < full.memory_analysis().temp_size_in_bytes - base + adapters
     half = Computation.of(config.with_options(lora_base_dtype="bfloat16")).state
     assert nbytes(half.frozen) < 0.51 * base
+
+
+def test_adapters_are_merged_in_the_place_of_the_base():
+    """At the end of a run, which has no room for both."""
+    trainer = Trainer(config_of(V3, ADAPTED | {"lora_base_dtype": "bfloat16"}))
+    state = trainer.init()
+    wanted = jax.tree.map(np.array, state.frozen)  # copies; B is zero
+    params, _ = trainer.weights(state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.frozen))
+    jax.tree.map(np.testing.assert_array_equal, params, wanted)
 
 
 def nbytes(shapes: Any) -> int:

@@ -30,6 +30,7 @@ from jaxllm.store.metrics_file import read_metrics
 from jaxllm.train.adamw import UpdateScalars, adamw_update
 from jaxllm.train.computation import Computation
 from jaxllm.train.optim import OptimizerState, learning_rate
+from tests.configs import small
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +148,27 @@ def test_a_replay_repeats_the_batch_and_names_the_first_tensor(poisoned, capsys)
     assert "Everything in it is finite" in said
     logged = next(r["loss"] for r in read_metrics(poisoned) if r["step"] == good and "loss" in r)
     assert round(float(said[said.index(": loss ") + 7 :].split()[0]), 4) == logged
+
+
+@pytest.mark.parametrize("dense", [1, 3])
+def test_a_step_of_a_model_with_dense_layers_is_examined(dense):
+    """Its router's tensors are of the layers with experts alone; gradients are named by the layers' numbers."""
+    model = small(first_k_dense_replace=dense, intermediate_size=48)
+    computation = Computation.of(TrainConfig.from_options(model=model, seq_len=8, batch_size=2))
+    state = jax.jit(computation.init_state)()
+    stack = state.params["dense_layers"]["mlp"]["down_proj"]
+    stack["weight"] = stack["weight"].at[dense - 1].set(jnp.nan)
+    found, _ = replay.examine(computation.optim, computation.graph, state, TokenBatch(np.ones((1, 2, 8), np.int32)))
+    names = [one.where for one in found]
+    assert names[0] == f"layer {dense - 1}: experts"
+    scores = [name for name in names if name.endswith("router scores")]
+    assert scores == [f"layer {layer}: router scores" for layer in range(dense, 3)]
+    gradients = [name.split()[-1].split(".") for name in names if name.startswith("gradient of ")]
+    order = [int(keys[1]) for keys in gradients if keys[0].endswith("layers")]
+    assert order == sorted(order, reverse=True)
+    assert {*order} == {0, 1, 2}
+    assert {keys[0] for keys in gradients if keys[0].endswith("layers") and int(keys[1]) >= dense} <= {"decoder_layers"}
+    assert gradients[-1] == ["token_embeddings", "weight"]
 
 
 def test_after_max_nonfinite_steps_the_run_stops_and_keeps_its_checkpoints(narrow, tmp_path, capsys):

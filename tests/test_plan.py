@@ -445,6 +445,14 @@ def test_a_plan_has_time_speed_and_whether_it_fits(capsys):
         assert part in shown
 
 
+def test_a_plan_says_that_it_is_of_adapters(capsys):
+    plan = a_plan(CONFIG.with_options(lora_rank=8))
+    assert plan_as_json(plan, 1)["lora_rank"] == 8
+    assert "lora_rank" not in plan_as_json(a_plan(), 1)
+    print_plan(plan, 1, "a run")
+    assert "LoRA of rank 8 on weights in bfloat16" in capsys.readouterr().out
+
+
 def test_what_the_compiler_refused_does_not_fit(capsys):
     plan = a_plan(out_of_memory="Ran out of memory on HBM")
     assert not plan.fits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -21,6 +22,7 @@ from jaxllm.data.sources import open_source
 from jaxllm.data.stream import Position, TokenStream
 from jaxllm.model.batch import DOCUMENT_END, IGNORED, TokenBatch, token_batch, token_ids
 from jaxllm.model.decoder import CustomLLM, abstract_model
+from jaxllm.model.layout import ONE_DEVICE, Layout
 from jaxllm.train.loss import count_targets
 from jaxllm.train.state import TrainState
 from jaxllm.train.step import gradients
@@ -57,7 +59,7 @@ def rows_of(seed: int = 0) -> tuple[TokenBatch, TokenBatch]:
     return batch(where), batch([[one] for row in where for one in row])
 
 
-def computed(batch: TokenBatch, dtype: jnp.dtype, optim: OptimConfig):
+def computed(batch: TokenBatch, dtype: jnp.dtype, optim: OptimConfig, layout: Layout = ONE_DEVICE):
     graph, params, bias = abstract_model(dataclasses.replace(CUSTOM, dropout=0.0), dtype=dtype)
     random = np.random.default_rng(1)
 
@@ -66,8 +68,9 @@ def computed(batch: TokenBatch, dtype: jnp.dtype, optim: OptimConfig):
 
     params, bias = jax.tree.map(drawn, params), jax.tree.map(drawn, bias)
     state = TrainState(params, bias, None, jnp.zeros((), jnp.int32), None)
-    grads, loss, counts = jax.jit(lambda state, batch: gradients(optim, graph, state, batch))(state, batch)
-    return jax.device_get((grads, loss, counts))
+    step = functools.partial(gradients, optim, graph, layout=layout)
+    compiled = jax.jit(step) if layout.devices == 1 else jax.pmap(step, "data", in_axes=(None, 0))
+    return jax.device_get(compiled(state, batch))
 
 
 @pytest.mark.parametrize(
@@ -83,6 +86,19 @@ def test_packed_rows_compute_what_separate_rows_compute(dtype, tolerance):
         np.testing.assert_array_equal(one[2], other[2])
         for ours, theirs in zip(*map(jax.tree.leaves, (one[0], other[0])), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * max(1.0, np.abs(theirs).max()))
+
+
+def test_losses_of_routers_do_not_depend_on_how_rows_are_divided():
+    """Among micro-batches or devices, which have other numbers of documents and of tokens."""
+    packed, _ = rows_of()
+    optim = OptimConfig(balance_loss=0.5, router_z_loss=0.5)
+    wanted = computed(packed, jnp.float32, optim)
+    micro_batches = jax.tree.map(lambda rows: rows.swapaxes(0, 1), packed)  # (3,1,T)
+    devices = jax.tree.map(lambda rows: rows.swapaxes(0, 1)[:, None], packed)  # (3,1,1,T)
+    spread = jax.tree.map(lambda a: a[0], computed(devices, jnp.float32, optim, Layout(data=3)))
+    for found in (computed(micro_batches, jnp.float32, optim), spread):
+        for ours, theirs in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * max(1.0, np.abs(theirs).max()))
 
 
 def test_a_document_sees_no_other_one():

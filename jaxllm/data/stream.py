@@ -282,7 +282,7 @@ class ProcessBatches:
 
     def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, first_row: int, rows: int):
         """The rows `first_row` to `first_row + rows - 1` of each micro-batch."""
-        S, self._config = config.data_streams, config
+        S = config.data_streams
         self._each = config.data.batch_size // S  # rows of a stream
         self._local = range(first_row, first_row + rows)
         self._streams = {

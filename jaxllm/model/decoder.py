@@ -138,7 +138,7 @@ class CustomLLM(nnx.Module):
             layout: of the devices among which the weights are cut, in a step that runs on each of them.
         """
         check_inputs(self.config, input_ids, attention_mask)
-        positions = _positions(input_ids, attention_mask)
+        positions = token_positions(input_ids, attention_mask)
         x = self.embed(input_ids, positions)
         if dropout_keys is not None:
             x = jax.vmap(lambda row, key: self.dropout(row, rngs=key))(x, dropout_keys)
@@ -186,7 +186,8 @@ class CustomLLM(nnx.Module):
         return self.lm_head.weight[...], None if self.lm_head.bias is None else self.lm_head.bias[...]
 
 
-def _positions(input_ids: Int[Array, "B T"], attention_mask: Shaped[Array, "B T"] | None) -> Int[Array, "#B T"]:
+def token_positions(input_ids: Int[Array, "B T"], attention_mask: Shaped[Array, "B T"] | None) -> Int[Array, "#B T"]:
+    """The position of each token in its document, without padding; the mask as in `CustomLLM.__call__`."""
     if attention_mask is None:
         return jnp.arange(input_ids.shape[1])[None]
     documents = attention_mask.astype(jnp.int32)

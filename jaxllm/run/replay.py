@@ -34,6 +34,7 @@ from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.files import StrPath, write_text_atomically
 from jaxllm.model.batch import TokenBatch, token_batch
+from jaxllm.model.decoder import STACKS, token_positions
 from jaxllm.run.runtime import start_jax, use_compilation_cache
 from jaxllm.run.self_check import kernels_to_avoid
 from jaxllm.store.checkpoint import CheckpointReader
@@ -157,7 +158,7 @@ class _Bad(NamedTuple):
     """In which tokens the tensors of a forward pass on (B,T) are not finite."""
 
     embeddings: Array  # (B,T)
-    layers: list[Array]  # of PARTS, each (L,B,T)
+    layers: list[Array]  # of PARTS, each (L,B,T); of the router's, L are the layers with experts, the last ones
     final_norm: Array  # (B,T)
     logits: Array  # (B,T)
 
@@ -170,17 +171,15 @@ def _forward(graph: nnx.GraphDef, state: TrainState, micro: TokenBatch, index: A
     keys = dropout_keys(state, index, len(ids), jnp.arange(len(ids))) if model.config.dropout else None
     x, aux = model.hidden_states(ids, micro.documents, dropout_keys=keys, keep_trace=True)
     trace = aux.trace
-    parts = (
-        trace.input_norm, trace.attention, trace.post_attn_norm, trace.routing.scores, trace.mixture, trace.residual,
-    )  # fmt: skip
+    scores = jnp.zeros((0, *ids.shape, 1)) if trace.routing is None else trace.routing.scores
+    parts = (trace.input_norm, trace.attention, trace.post_attn_norm, scores, trace.mixture, trace.residual)
 
-    def bad(tensor: Array) -> Array:  # (...,B,T,D) or (...,B*T,D) -> (...,B,T)
-        layers = (model.config.num_hidden_layers,) if any(tensor is part for part in parts) else ()
-        return ~jnp.isfinite(tensor).reshape(*layers, *ids.shape, -1).all(-1)
+    def bad(tensor: Array, *layers: int) -> Array:  # (...,B,T,D) or (...,B*T,D) -> (...,B,T)
+        return ~jnp.isfinite(tensor).reshape(*layers, *ids.shape, tensor.shape[-1]).all(-1)
 
     return _Bad(
-        bad(model.embed(ids, jnp.arange(ids.shape[1])[None])),
-        [bad(part) for part in parts],
+        bad(model.embed(ids, token_positions(ids, micro.documents))),
+        [bad(part, len(part)) for part in parts],
         bad(model.apply_final_norm(x)),
         # row by row: the logits of a whole micro-batch may not fit
         jax.lax.map(lambda row: ~jnp.isfinite(model.logits(row[None])[0]).all(-1), x),
@@ -191,20 +190,26 @@ def _in_order(bad: _Bad) -> Iterator[tuple[str, np.ndarray]]:
     """Each tensor's name with its tokens (B,T), in the order in which they are computed."""
     yield "embeddings", np.asarray(bad.embeddings)
     layers = [np.asarray(rows) for rows in bad.layers]
-    for layer in range(len(layers[0])):
-        yield from ((f"layer {layer}: {part}", rows[layer]) for part, rows in zip(PARTS, layers, strict=True))
+    count = len(layers[0])
+    for layer in range(count):
+        for part, rows in zip(PARTS, layers, strict=True):
+            if (index := layer - count + len(rows)) >= 0:
+                yield f"layer {layer}: {part}", rows[index]
     yield "final norm", np.asarray(bad.final_norm)
     yield "logits", np.asarray(bad.logits)
 
 
 def _bad_leaves(grads: Any) -> list[str]:
     """Names of the parameters whose gradient is not finite, in the order of the backward pass: the head first."""
-    names = []
+    names, first = [], {}  # the number of the first layer of each stack
+    for stack in STACKS:
+        first[stack] = sum(len(jax.tree.leaves(grads[before])[0]) for before in first if before in grads)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         keys = [str(getattr(key, "key", key)) for key in path]
-        if keys[0] == "decoder_layers":
+        if keys[0] in STACKS:
             finite = np.asarray(jnp.isfinite(grad).reshape(len(grad), -1).all(-1))  # (L,)
-            names += [(1 + int(layer), ".".join([keys[0], str(layer), *keys[1:]])) for layer in np.flatnonzero(~finite)]
+            layers = (first[keys[0]] + int(layer) for layer in np.flatnonzero(~finite))
+            names += [(1 + layer, ".".join([keys[0], str(layer), *keys[1:]])) for layer in layers]
         elif not bool(jnp.isfinite(grad).all()):
             names.append((0 if keys[0].endswith("embeddings") else 1 << 30, ".".join(keys)))
     return [name for _, name in sorted(names, key=lambda found: -found[0])]

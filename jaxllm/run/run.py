@@ -315,7 +315,8 @@ def _start(
     tree = module_tree(config.model) if step == 0 else None
     announce(config, sum(flops.parameters(config.model).values()), tree, device_name(), bfloat16)
     print(f"Layout: {placement.describe()}")
-    print(f"Kernels: {describe_kernels(config.model, jnp.dtype(config.decided_precision), without=without)}")
+    dtype, lora = jnp.dtype(config.decided_precision), config.adapters
+    print(f"Kernels: {describe_kernels(config.model, dtype, lora=lora, without=without)}")
     if config.adapters:
         announce_adapters(config.adapters, count_parameters(trainer.computation.state.params))
     if step >= config.schedule.steps:

@@ -54,6 +54,7 @@ def gradients(
     """
     A, B, _ = batch.ids.shape
     targets = jnp.maximum(layout.psum(count_targets(batch.labels)), 1)
+    packed = None if batch.documents is None else jnp.maximum(layout.psum(_documents_and_tokens(batch.documents)), 1)
     model = merged(graph, state.params, state.routing_bias, state.frozen)
     config, (facts, _) = model.config, model_facts(model.config, model.lora)
     rows = layout.devices * B  # of a micro-batch
@@ -67,7 +68,11 @@ def gradients(
         )
         # Each micro-batch adds its share of the global mean, so that accumulation is not a mean of means.
         loss = summed_loss(model, x, micro.labels) / targets
-        auxiliary = optim.balance_loss * record.balance_loss.sum() + optim.router_z_loss * record.z_loss.sum()
+        balance, z = record.balance_loss.sum(), record.z_loss.sum()
+        if packed is not None:  # these are means over its documents and over its tokens
+            share = _documents_and_tokens(micro.documents) / packed * (A * layout.devices)
+            balance, z = share[0] * balance, share[1] * z
+        auxiliary = optim.balance_loss * balance + optim.router_z_loss * z
         return loss + auxiliary / (A * layout.devices), (loss, record.counts)
 
     gradient = jax.grad(micro_loss, has_aux=True)
@@ -84,6 +89,11 @@ def gradients(
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         (grads, (loss, counts)), _ = jax.lax.scan(accumulate, zeros, micro_batches)
     return layout.sum_gradients(grads, facts), *layout.psum((loss, counts))
+
+
+def _documents_and_tokens(documents: Int[Array, "*batch T"]) -> Int[Array, "2"]:
+    """How many documents rows have (`TokenBatch.documents`), and how many tokens besides padding."""
+    return jnp.stack([documents.max(axis=-1).sum(), (documents > 0).sum()])
 
 
 def dropout_keys(state: TrainState, index: Int[Array, ""], rows: int, local_rows: Int[Array, " B"]) -> Key[Array, " B"]:

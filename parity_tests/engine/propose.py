@@ -105,7 +105,7 @@ def _same_last_word(one: Unit, other: Unit) -> float:
     return float(bool(mine) and mine == its)
 
 
-def role(name: str, shape: Shape) -> str:
+def role(name: str) -> str:
     last = re.split(r"[._]", name)[-1] if name.rpartition(".")[2] not in _MATRICES else name.rpartition(".")[2]
     full = name.rpartition(".")[2]
     for kind, names in _ROLES.items():
@@ -141,7 +141,7 @@ def _tensor_pairs(one: Unit, other: Unit) -> list[tuple[str, str]]:
     found, taken = [], set()
     for name, shape in one.tensors.items():
         options = [torch for torch, its in other.tensors.items() if torch not in taken and relations(shape, its)]
-        same = [torch for torch in options if role(torch, other.tensors[torch]) == role(name, shape)]
+        same = [torch for torch in options if role(torch) == role(name)]
         if not same and len(options) == 1 and len(one.tensors) == len(other.tensors) == 1:
             same = options
         if len(same) > 1:

@@ -107,12 +107,18 @@ def _cudnn_refuses(config: ModelConfig) -> str | None:
 
 
 def describe_kernels(
-    config: ModelConfig, dtype: DTypeLike, platform: str | None = None, without: Collection[str] = ()
+    config: ModelConfig,
+    dtype: DTypeLike,
+    platform: str | None = None,
+    *,
+    lora: LoraConfig | None = None,
+    without: Collection[str] = (),
 ) -> str:
-    """A description of the choice, for a line at start-up."""
-    chosen, dtype = choose_kernels(config, dtype, platform, without=without), jnp.dtype(dtype)
-    experts = "Triton grouped product" if chosen.routed == grouped_triton.KERNELS else "loops over groups with rows"
-    shared = ", shared experts: plain products" if chosen.routed == grouped_triton.KERNELS and not chosen.shared else ""
+    """A description of the choice, for a line at start-up; arguments as in `choose_kernels`."""
+    chosen, dtype = choose_kernels(config, dtype, platform, lora=lora, without=without), jnp.dtype(dtype)
+    on_triton = chosen.routed in (grouped_triton.KERNELS, grouped_adapted.KERNELS)
+    experts = "Triton grouped product" if on_triton else "loops over groups with rows"
+    shared = ", shared experts: plain products" if on_triton and not chosen.shared else ""
     attention = "cuDNN fused kernel" if chosen.attention is cudnn_attention else "blocks of queries"
     on_cuda = (platform_here() if platform is None else platform) == CUDA
     if on_cuda and dtype == jnp.bfloat16 and (reason := _cudnn_refuses(config)):
