@@ -30,7 +30,7 @@ from jaxllm.data.sources import open_source
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.evaluate import main as evaluate
-from jaxllm.files import read_json
+from jaxllm.files import read_json, write_json
 from jaxllm.generate import load_model
 from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import abstract_adapted, model_facts
@@ -39,6 +39,7 @@ from jaxllm.model.kernels.interface import ExpertKernels, ExpertRows, Saved
 from jaxllm.model.layout import ONE_DEVICE
 from jaxllm.plan.hlo import read_program
 from jaxllm.plan.hlo_cost import matrix_products
+from jaxllm.store.adapter_folder import adapter_options
 from jaxllm.store.checkpoint import CheckpointReader, Weights
 from jaxllm.store.folder import read_config as read_run
 from jaxllm.train.computation import Computation
@@ -124,6 +125,12 @@ def test_another_base_is_refused_in_one_line(run, base, options, tmp_path, capsy
     assert re.search("init is .*other.* not those that the adapters .* pass --init", line)
     shutil.copytree(base, tmp_path / "moved")
     assert train.main([*options, "--run-dir", str(tmp_path / "run"), "--init", str(tmp_path / "moved")]) == 0
+    shutil.rmtree(tmp_path / "moved")
+    capsys.readouterr()
+    for main, given in ((train.main, ["--run-dir"]), (evaluate, [])):
+        assert main([*given, str(tmp_path / "run")]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert re.search("init is .*moved.* there is nothing: put it back, .* --run-dir .*run --init FOLDER", line)
 
 
 def test_merged_equals_the_adapter_beside_the_base(run, base):
@@ -156,6 +163,8 @@ def test_an_adapter_goes_out_and_in(run, base, options, tmp_path, capsys):
     again[at : at + 6] = ["--adapter", str(tmp_path / "out")]
     assert train.main(again) == 0
     jax.tree.map(np.testing.assert_array_equal, saved_adapters(run, 4), saved_adapters(tmp_path / "run", 1))
+    shutil.rmtree(tmp_path / "out")  # a resumed run needs it no more
+    assert train.main(["--run-dir", str(tmp_path / "run"), "--steps", "2"]) == 0
     assert convert(["to-torch", str(run), str(tmp_path / "x"), "--dtype", "bfloat16"]) == 2
     assert "pass --merge" in capsys.readouterr().err
 
@@ -176,9 +185,47 @@ def test_what_cannot_be_is_refused(options, tmp_path, capsys, given, said):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("given", [{"alpha": 8.0}, {"targets": "experts"}, {"rslora": True}])
+def test_options_of_an_adapter_need_a_rank(given):
+    with pytest.raises(UserError, match=f"lora_{next(iter(given))} is .* pass --lora-rank"):
+        LoraConfig(**given)
+
+
+def test_an_adapter_that_changed_its_base_is_refused_and_dropout_is_said(run, tmp_path, capsys):
+    assert convert(["to-torch", str(run), str(tmp_path / "out")]) == 0
+    file = tmp_path / "out" / "adapter_config.json"
+    values = read_json(file)
+    file.write_text(json.dumps(values | {"lora_dropout": 0.1}))
+    assert adapter_options(file.parent)["lora_rank"] == 4
+    assert "lora_dropout is 0.1" in capsys.readouterr().err
+    file.write_text(json.dumps(values | {"init_lora_weights": "pissa_niter_4"}))
+    with pytest.raises(UserError, match="init_lora_weights is 'pissa_niter_4'"):
+        adapter_options(file.parent)
+
+
+def test_an_adapter_a_run_and_a_model_are_not_taken_for_one_another(run, tmp_path):
+    with pytest.raises(UserError, match=f"that is a run; .* to-torch {run} OUT"):
+        adapter_options(run)
+    assert convert(["to-torch", str(run), str(tmp_path / "out")]) == 0
+    with pytest.raises(UserError, match=r"holds an adapter without its model: .* --adapter, beside --init"):
+        load_model(tmp_path / "out")
+
+
 def test_adapters_need_weights(tmp_path, capsys):
-    assert train.main(["--lora-rank", "4", "--optimizer", "adamw", "--run-dir", str(tmp_path / "run")]) == 2
-    assert "pass --init" in capsys.readouterr().err
+    """Also where the recipe's optimizer would be refused."""
+    for optimizer in ([], ["--optimizer", "adamw"]):
+        assert train.main(["--lora-rank", "4", *optimizer, "--run-dir", str(tmp_path / "run")]) == 2
+        assert "pass --init" in capsys.readouterr().err
+
+
+def test_a_run_without_adapters_does_not_get_them(base, corpus, tmp_path, capsys):
+    config = TrainConfig.from_options(model=read_config(SOURCE), init=base, data=str(corpus), seq_len=16)
+    run = tmp_path / "run"
+    (run / "checkpoints" / "4").mkdir(parents=True)
+    write_json(run / "config.json", config.model.to_dict())
+    write_json(run / "train_config.json", config.to_dict())
+    assert train.main(["--run-dir", str(run), "--lora-rank", "4"]) == 2
+    assert re.search("the run in .*run trains all weights: leave the option out", capsys.readouterr().err)
 
 
 def test_a_model_without_the_matrices_is_refused():
