@@ -66,10 +66,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def read_start(config: TrainConfig, place: Place) -> Imported | Base | None:
     """What a run starts from with --init, or the base of its adapters: read, to its places, before any deletion."""
+    if (init := config.init) is None:
+        if config.adapters:
+            raise UserError(NEEDS_INIT.format(config.lora.rank))
+        return None
     resumes = check_folder(config, "JAX") and bool(checkpoint_steps(config.folder))
-    if (init := config.init) is None and config.adapters:
-        raise UserError(NEEDS_INIT.format(config.lora.rank))
-    if init is None or (resumes and not config.adapters):
+    if resumes and not config.adapters:
         return None
     if resumes:
         check_there(config.folder, model_folder(init))

@@ -20,7 +20,7 @@ import tyro
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only moves bytes: no accelerator's memory is needed
 
-from convert.base import adapters_of, export_adapter
+from convert.base import export_adapter
 from convert.to_flax import import_run
 from convert.to_torch import MODELING_FILE, export_run
 from convert.training import export_training, import_training, is_pytorch_run
@@ -28,6 +28,7 @@ from jaxllm.command_line import parse
 from jaxllm.config import preset
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.run.runtime import start_jax
+from jaxllm.store.folder import adapters_of
 
 
 @dataclass(frozen=True)

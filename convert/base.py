@@ -22,7 +22,7 @@ from jaxllm.model.dtypes import Pytree
 from jaxllm.model.inference import Hold, as_stored, is_narrow, masters
 from jaxllm.store.base import check_base, check_there
 from jaxllm.store.checkpoint import Weights, load_weights, read_newest
-from jaxllm.store.folder import CONFIG_FILE, TOKENIZER, is_run, read_config, read_model_config
+from jaxllm.store.folder import TOKENIZER, adapters_of, read_model_config
 from jaxllm.store.source import model_folder, read_source
 from jaxllm.train.step import merged
 
@@ -58,14 +58,6 @@ def read_base(config: TrainConfig, place: Place = None) -> Base:
         shapes = abstract_adapted(config.model, config.lora).params
         adapters = read_adapter(config.adapter, config.model, shapes, is_interleaved(found.values))
     return Base(Weights(params, found.weights.routing_bias), adapters, found.dtypes, dtype.name)
-
-
-def adapters_of(run: StrPath) -> TrainConfig | None:
-    """The config of a run that trains adapters; None: it trains all weights, or is not a run folder."""
-    if not is_run(run) or not Path(run, CONFIG_FILE).is_file():
-        return None
-    config = read_config(run, TrainConfig)
-    return config if config.adapters else None
 
 
 def run_weights(run: StrPath, hold: Hold = masters) -> tuple[ModelConfig, Weights]:

@@ -102,7 +102,7 @@ def import_run(source: StrPath, run: StrPath, config: ModelConfig | None = None,
     check_new(run)
     folder = source if source.is_dir() else source.parent
     if config is None and not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no config.json: name the model's shape with --preset")
+        raise UserError(f"{folder} has no config.json: name the model's shape with --preset")
     if config is None:
         config, weights, _, dtypes = read_model(source, layers, hold=as_stored)
     else:

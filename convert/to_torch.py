@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from convert import mtp
-from convert.base import adapters_of, run_weights
+from convert.base import run_weights
 from convert.mapping import PARAMS, ROUTING_BIAS, entries
 from convert.model_card import CARD_FILE, write_model_card
 from convert.new_folder import check_new, new_folder
@@ -27,7 +27,7 @@ from jaxllm.model.dtypes import check_dtype
 from jaxllm.model.inference import as_stored
 from jaxllm.packages import ROOT, check_own
 from jaxllm.store.checkpoint import Weights
-from jaxllm.store.folder import CONFIG_FILE, SOURCE_DTYPES, TOKENIZER
+from jaxllm.store.folder import CONFIG_FILE, SOURCE_DTYPES, TOKENIZER, adapters_of
 from jaxllm.store.source import GENERATION_CONFIG, kept_files, read_source
 
 MODELING_FILE = "modeling_customllm.py"

@@ -30,7 +30,8 @@ from jaxllm.model.inference import for_compute
 from jaxllm.packages import check_own
 from jaxllm.run.runtime import start_jax, use_compilation_cache
 from jaxllm.run.self_check import kernels_to_avoid
-from jaxllm.store.folder import SOURCE, TOKENIZER, is_run, read_model_config
+from jaxllm.store.checkpoint import load_weights
+from jaxllm.store.folder import SOURCE, TOKENIZER, adapters_of, is_run, read_model_config
 from jaxllm.store.source import model_folder
 
 if TYPE_CHECKING:
@@ -46,14 +47,18 @@ def load_model(folder: StrPath, precision: Precision = "float32") -> CustomLLM:
     dtype = check_dtype(precision, "precision")
     if not is_run(folder) and not Path(folder).is_file():
         read_model_config(folder)  # nothing to convert
-    check_own("convert")
     if not is_run(folder):
+        check_own("convert")
         from convert.to_flax import model_of
 
         return model_of(folder, dtype, for_compute(dtype))
-    from convert.base import run_weights
+    if adapters_of(folder) is None:
+        config, weights = load_weights(folder, for_compute(dtype))
+    else:
+        check_own("convert")
+        from convert.base import run_weights
 
-    config, weights = run_weights(folder, for_compute(dtype))
+        config, weights = run_weights(folder, for_compute(dtype))
     graph, _, _ = abstract_model(config, dtype=dtype, without=kernels_to_avoid(config, dtype))
     return nnx.merge(graph, *weights)
 

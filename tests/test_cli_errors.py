@@ -119,7 +119,8 @@ def test_a_tilde_in_any_path_option_is_the_home_folder(tmp_path, monkeypatch):
         flags = [name for name, hint in hints.items() if "Positional" not in str(hint)]
         arguments = [f"--{name.replace('_', '-')}=~/{name}" for name in flags]
         arguments += [f"~/{name}" for name in hints if name not in flags]
-        parsed = parse(kind, [*arguments, *(["1"] if kind is replay.ReplayArgs else [])], "test")
+        more = {replay.ReplayArgs: ["1"], TrainConfig: ["--lora-rank", "1"]}.get(kind, [])  # --adapter needs a rank
+        parsed = parse(kind, [*arguments, *more], "test")
         assert {name: str(getattr(parsed, name)) for name in hints} == {name: f"{tmp_path}/{name}" for name in hints}
         seen += len(hints)
     assert seen >= 8

@@ -19,6 +19,7 @@ from jaxllm.config import TrainConfig
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.sources import FileSource, local_files
 from jaxllm.data.tokenizer import train_or_recall_tokenizer
+from jaxllm.model.batch import TokenBatch
 from jaxllm.run.arguments import parse_args
 from jaxllm.run.runtime import use_compilation_cache
 from jaxllm.train.computation import Computation
@@ -118,7 +119,7 @@ def test_the_step_updates_the_state_in_place(narrow, accumulation):
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert step.memory_analysis().alias_size_in_bytes >= size
     rows = np.zeros((config.data.grad_accum, config.data.batch_size, config.data.seq_len), np.int32)
-    after, _ = step(state, rows)
+    after, _ = step(state, TokenBatch(rows))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert int(after.step) == 1
 

@@ -246,7 +246,7 @@ def test_save_and_from_pretrained_round_trip(run, tmp_path):
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"holds no config\.json"):
+    with pytest.raises(UserError, match=r"has no config\.json"):
         from_pretrained(tmp_path)
 
 

@@ -302,7 +302,9 @@ def nbytes(shapes: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
-@pytest.mark.parametrize("layout", [{"mesh": "data=2,fsdp=2,expert=2"}, {"parallel": "pmap"}])
+@pytest.mark.parametrize(
+    "layout", [{"mesh": "data=2,fsdp=2,expert=2"}, pytest.param({"parallel": "pmap"}, marks=pytest.mark.slow)]
+)
 def test_layouts_train_the_same(layout):
     """float32: sums in another order."""
     source = V2 | {"n_routed_experts": 8, "n_group": 1, "topk_group": 1, "topk_method": "greedy"}

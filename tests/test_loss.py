@@ -43,7 +43,7 @@ def test_a_gpu_s_form_computes_the_same():
     targets = jax.random.randint(keys[2], (50,), 0, 30).at[::5].set(loss.IGNORED)
     arguments = (hidden, weight, bias, targets)
     scattered, selected, larger = (
-        loss._scan_chunks(*arguments, with_grads=True, chunk_rows=rows, for_gpu=for_gpu)
+        loss._scan_chunks(*arguments, grads="all", chunk_rows=rows, for_gpu=for_gpu)
         for rows, for_gpu in ((16, False), (16, True), (32, True))
     )
     for wanted, *others in zip(*map(jax.tree.leaves, (scattered, selected, larger)), strict=True):

@@ -70,7 +70,9 @@ def computed(batch: TokenBatch, dtype: jnp.dtype, optim: OptimConfig):
     return jax.device_get((grads, loss, counts))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.float64, 1e-12)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [pytest.param(jnp.float32, 1e-5, marks=pytest.mark.slow), (jnp.float64, 1e-12)]
+)
 def test_packed_rows_compute_what_separate_rows_compute(dtype, tolerance):
     """The loss, the gradients and the routers' counts, with the losses of the routers and without."""
     packed, apart = rows_of()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import NARROW
+from tests.configs import NARROW
 
 PAGE = (Path(__file__).parents[1] / "docs" / "tutorial.md").read_text()
 BLOCKS = re.findall(r"(?ms)^```(bash|python)\n(.*?)^```", PAGE)

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from jaxllm.config import ModelConfig, RunConfig, families
+from jaxllm.config import ModelConfig, RunConfig, TrainConfig, families
 from jaxllm.errors import UserError
 from jaxllm.files import StrPath, read_json
 from jaxllm.store.lock import LOCK_FILE
@@ -58,6 +58,14 @@ def read_config(run: StrPath, kind: type[Config]) -> Config:
         return kind.from_dict(read_json(run / CONFIG_FILE)).with_options(run_dir=run)
     except UserError as error:
         raise UserError(f"{str(run)!r} is not a training run: {error}") from None
+
+
+def adapters_of(run: StrPath) -> TrainConfig | None:
+    """The config of a run that trains adapters; None: it trains all weights, or is not a run folder."""
+    file = Path(run, CONFIG_FILE)
+    if not is_run(run) or not file.is_file() or not read_json(file).get("lora_rank"):
+        return None
+    return read_config(run, TrainConfig)
 
 
 def read_model_config(folder: StrPath) -> ModelConfig:

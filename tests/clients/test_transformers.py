@@ -83,7 +83,7 @@ def test_the_backbone(client):
     assert model.base_model is not model
     last = model.base_model(**batch).last_hidden_state
     assert torch.equal(model.lm_head(last), model(**batch).logits)
-    assert torch.equal(client.load(AutoModel)(**batch).last_hidden_state, last)
+    torch.testing.assert_close(client.load(AutoModel)(**batch).last_hidden_state, last)
     replaced = torch.nn.Embedding(client.config.vocab_size, client.config.hidden_size)
     model.set_input_embeddings(replaced)
     changed = model.base_model(**batch).last_hidden_state
@@ -96,7 +96,8 @@ def test_other_heads(client, tmp_path, auto):
     model, batch = client.load(auto, num_labels=3), client.padded()
     body = getattr(model, model.base_model_prefix)
     with torch.no_grad():
-        assert torch.equal(body(**batch).last_hidden_state, client.load(AutoModel)(**batch).last_hidden_state)
+        wanted = client.load(AutoModel)(**batch).last_hidden_state
+        torch.testing.assert_close(body(**batch).last_hidden_state, wanted)  # bits depend on where memory begins
     labels = torch.zeros(len(model(**batch).logits.flatten(0, -2)), dtype=torch.long)
     loss = model(**batch, labels=labels.view(model(**batch).logits.shape[:-1])).loss
     loss.backward()
@@ -104,7 +105,7 @@ def test_other_heads(client, tmp_path, auto):
     model.save_pretrained(tmp_path / "head")
     options = {"trust_remote_code": True, "attn_implementation": "eager"}
     again = auto.from_pretrained(tmp_path / "head", **options).eval()
-    assert torch.equal(again(**batch).logits, model(**batch).logits)
+    torch.testing.assert_close(again(**batch).logits, model(**batch).logits)
 
 
 @torch.no_grad()
@@ -454,6 +455,6 @@ def test_copies(client):
     model, batch = client.load(), client.padded()
     wanted = model(**batch).logits
     for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(made(**batch).logits, wanted)
+        torch.testing.assert_close(made(**batch).logits, wanted)  # bits depend on where memory begins
         made.lm_head.weight.zero_()
     assert torch.equal(model(**batch).logits, wanted)
