@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from flax import nnx
 
 from jaxllm.config import TrainConfig
+from jaxllm.config.train import NEEDS_INIT
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.model.decoding import Sampling, generate
 from jaxllm.packages import check_own
@@ -23,7 +24,7 @@ from jaxllm.run.processes import all_check, barrier, each_result, init_distribut
 from jaxllm.run.reporting import write_samples
 from jaxllm.run.run import Run
 from jaxllm.run.runtime import use_compilation_cache
-from jaxllm.store.base import base_of, check_base
+from jaxllm.store.base import check_base, check_there
 from jaxllm.store.folder import checkpoint_steps
 from jaxllm.store.resume import check_folder
 from jaxllm.store.source import model_folder
@@ -67,19 +68,22 @@ def read_start(config: TrainConfig, place: Place) -> Imported | Base | None:
     """What a run starts from with --init, or the base of its adapters: read, to its places, before any deletion."""
     if (init := config.init) is None:
         if config.adapters:
-            raise UserError(f"lora_rank is {config.lora.rank}: adapters need weights to adapt, pass --init FOLDER")
+            raise UserError(NEEDS_INIT.format(config.lora.rank))
         return None
     resumes = check_folder(config, "JAX") and bool(checkpoint_steps(config.folder))
     if resumes and not config.adapters:
         return None
+    if resumes:
+        check_there(config.folder, model_folder(init))
     check_shapes(config)
     check_own("convert")
     if config.adapters:
         from convert.base import read_base
 
         if resumes:
-            all_check(lambda: is_primary() and check_base(config.folder, base_of(model_folder(init))))
-        return each_result(lambda: read_base(config, place, resumes=resumes))
+            all_check(lambda: is_primary() and check_base(config.folder, model_folder(init)))
+            config = config.with_options(adapter=None)  # the checkpoint has what became of it
+        return each_result(lambda: read_base(config, place))
     from convert.to_flax import read_model
 
     return each_result(lambda: read_model(init, place=place))

@@ -23,7 +23,8 @@ from jaxllm.config.joined import joined_linears
 from jaxllm.errors import UserError, listed
 from jaxllm.files import StrPath, write_json
 from jaxllm.model.dtypes import check_floats
-from jaxllm.store.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from jaxllm.store.adapter_folder import ADAPTER_WEIGHTS
+from jaxllm.store.folder import ADAPTER_CONFIG
 
 PREFIX = "base_model.model."
 """Of the names in a file of PEFT."""
@@ -182,7 +183,8 @@ def read_adapter(folder: StrPath, config: ModelConfig, params: Pytree, interleav
         }
         if lines := [f"{kind}: {listed(names)}" for kind, names in problems.items() if names]:
             raise UserError(
-                f"{file} is not the adapter of this model and these --lora-rank and --lora-targets; " + "; ".join(lines)
+                f"{file} is not the adapter of this model and these --lora-rank and --lora-targets, leave them out to "
+                "take the adapter's; " + "; ".join(lines)
             )
         for name, factor in factors.items():
             values = np.asarray(files.read(name))

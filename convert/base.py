@@ -13,14 +13,14 @@ from convert.model_card import CARD_FILE
 from convert.new_folder import check_new, new_folder
 from convert.to_flax import Imported, Place, read_model
 from jaxllm.config import ModelConfig, TrainConfig
-from jaxllm.config.families import is_interleaved
+from jaxllm.config.families import is_interleaved, names_of
 from jaxllm.errors import UserError
 from jaxllm.files import StrPath
 from jaxllm.model.adapters import merged_weights
 from jaxllm.model.decoder import abstract_adapted, model_facts
 from jaxllm.model.dtypes import Pytree
 from jaxllm.model.inference import Hold, as_stored, is_narrow, masters
-from jaxllm.store.base import base_of, check_base
+from jaxllm.store.base import check_base, check_there
 from jaxllm.store.checkpoint import Weights, load_weights, read_newest
 from jaxllm.store.folder import TOKENIZER, adapters_of, read_model_config
 from jaxllm.store.source import model_folder, read_source
@@ -39,8 +39,8 @@ class Base(NamedTuple):
     matrix_dtype: str
 
 
-def read_base(config: TrainConfig, place: Place = None, *, resumes: bool = False) -> Base:
-    """The weights of --init, read to `place` as `read_model` does, and, unless the run `resumes`, those of --adapter.
+def read_base(config: TrainConfig, place: Place = None) -> Base:
+    """The weights of --init, read to `place` as `read_model` does, and the adapters of --adapter.
 
     Raises:
         UserError: the weights or the adapters cannot be read, or do not fit.
@@ -54,7 +54,7 @@ def read_base(config: TrainConfig, place: Place = None, *, resumes: bool = False
         lambda weight, known: weight.astype(dtype, copy=False) if is_narrow(known) else weight, params, facts
     )
     adapters = None
-    if config.adapter is not None and not resumes:
+    if config.adapter is not None:
         shapes = abstract_adapted(config.model, config.lora).params
         adapters = read_adapter(config.adapter, config.model, shapes, is_interleaved(found.values))
     return Base(Weights(params, found.weights.routing_bias), adapters, found.dtypes, dtype.name)
@@ -83,13 +83,10 @@ def run_base(run: StrPath, config: TrainConfig, hold: Hold) -> Imported:
     Raises:
         UserError: it is not where it was, or is not what it was.
     """
-    if config.init is None or not model_folder(config.init).exists():
-        raise UserError(
-            f"init is {str(config.init)!r}, the base of the adapters in {run}, and there is nothing: put it back, or "
-            "resume the run once with --init and the folder where it is now"
-        )
-    folder = model_folder(config.init)
-    check_base(Path(run), base_of(folder))
+    folder = None if config.init is None else model_folder(config.init)
+    check_there(Path(run), folder)
+    assert folder is not None
+    check_base(Path(run), folder)
     return read_model(folder, hold=hold, place=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
 
 
@@ -109,7 +106,7 @@ A low-rank adapter, trained with jaxllm.
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained({base!r})
+model = AutoModelForCausalLM.from_pretrained({base!r}{code})
 model = PeftModel.from_pretrained(model, "FOLDER")
 ```
 """
@@ -130,6 +127,7 @@ def export_adapter(run: StrPath, out: StrPath) -> None:
     with new_folder(out) as made:
         if (run / TOKENIZER).is_dir():
             shutil.copytree(run / TOKENIZER, made, dirs_exist_ok=True)
-        card = _CARD.format(base=base, name=run.absolute().name)
+        code = ", trust_remote_code=True" if names_of(model) == "customllm" else ""
+        card = _CARD.format(base=base, name=run.absolute().name, code=code)
         (made / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
         write_adapter(made, model, lora, saved.params, base, is_interleaved(read_source(run)))

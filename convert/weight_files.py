@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from jaxllm.errors import UserError, listed, note, shown
 from jaxllm.files import read_json
-from jaxllm.store.folder import checkpoint_owner
+from jaxllm.store.folder import ADAPTER_CONFIG, checkpoint_owner
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -19,9 +19,6 @@ MODEL_FILES = ("model*.safetensors*", "pytorch_model*.bin*", "consolidated*")
 """Other files of weights are an optimizer's, an adapter's or a trainer's."""
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-
-ADAPTER_CONFIG = "adapter_config.json"
-"""PEFT's: transformers adds the adapter of that file to the weights beside it."""
 
 MAX_INDEX_BYTES = 64 * 2**20
 """Largest index, or header of a file, that is read: one with a million tensors."""

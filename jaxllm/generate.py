@@ -21,7 +21,7 @@ from jaxllm.config.fields import check_fields, option
 from jaxllm.config.groups import MAX_TEMPERATURE, check_temperature
 from jaxllm.data.encode import encoder_of
 from jaxllm.data.tokenizer import decode_after, encode_prompt, load_tokenizer
-from jaxllm.errors import exit_on_user_error
+from jaxllm.errors import UserError, exit_on_user_error, shown
 from jaxllm.files import StrPath
 from jaxllm.model.decoder import CustomLLM, abstract_model
 from jaxllm.model.decoding import Sampling, generate, stream
@@ -131,6 +131,8 @@ class GenerateArgs:
     def __post_init__(self) -> None:
         check_fields(self)
         check_temperature(self.temperature)
+        if self.chat and self.prompt != ("",):
+            raise UserError(f"prompt is {shown(self.prompt)}: --chat answers what is typed, leave out one of the two")
 
 
 def end_tokens(args: GenerateArgs, model: CustomLLM, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -101,6 +101,7 @@ def test_a_replayed_step_has_the_run_s_batch(chat_run, capsys):
     assert float(read_metrics(chat_run)[0]["loss"]) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["--documents", "joined"], ["--train-on", "all"]])
 def test_joined_chats_and_whole_chats_are_trained_on(options, arguments, tmp_path):
     short = ["--steps", "2", "--save-every", "2", "--eval-every", "2", "--sample-tokens", "0"]

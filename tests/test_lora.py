@@ -30,7 +30,7 @@ from jaxllm.data.sources import open_source
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.evaluate import main as evaluate
-from jaxllm.files import read_json
+from jaxllm.files import read_json, write_json
 from jaxllm.generate import load_model
 from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import abstract_adapted, model_facts
@@ -39,6 +39,7 @@ from jaxllm.model.kernels.interface import ExpertKernels, ExpertRows, Saved
 from jaxllm.model.layout import ONE_DEVICE
 from jaxllm.plan.hlo import read_program
 from jaxllm.plan.hlo_cost import matrix_products
+from jaxllm.store.adapter_folder import adapter_options
 from jaxllm.store.checkpoint import CheckpointReader, Weights
 from jaxllm.store.folder import read_config as read_run
 from jaxllm.train.computation import Computation
@@ -125,6 +126,12 @@ def test_another_base_is_refused_in_one_line(run, base, options, tmp_path, capsy
     assert re.search("init is .*other.* not those that the adapters .* pass --init", line)
     shutil.copytree(base, tmp_path / "moved")
     assert train.main([*options, "--run-dir", str(tmp_path / "run"), "--init", str(tmp_path / "moved")]) == 0
+    shutil.rmtree(tmp_path / "moved")
+    capsys.readouterr()
+    for main, given in ((train.main, ["--run-dir"]), (evaluate, [])):
+        assert main([*given, str(tmp_path / "run")]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert re.search("init is .*moved.* there is nothing: put it back, .* --run-dir .*run --init FOLDER", line)
 
 
 def test_merged_equals_the_adapter_beside_the_base(run, base):
@@ -179,9 +186,47 @@ def test_what_cannot_be_is_refused(options, tmp_path, capsys, given, said):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("given", [{"alpha": 8.0}, {"targets": "experts"}, {"rslora": True}])
+def test_options_of_an_adapter_need_a_rank(given):
+    with pytest.raises(UserError, match=f"lora_{next(iter(given))} is .* pass --lora-rank"):
+        LoraConfig(**given)
+
+
+def test_an_adapter_that_changed_its_base_is_refused_and_dropout_is_said(run, tmp_path, capsys):
+    assert convert(["to-torch", str(run), str(tmp_path / "out")]) == 0
+    file = tmp_path / "out" / "adapter_config.json"
+    values = read_json(file)
+    file.write_text(json.dumps(values | {"lora_dropout": 0.1}))
+    assert adapter_options(file.parent)["lora_rank"] == 4
+    assert "lora_dropout is 0.1" in capsys.readouterr().err
+    file.write_text(json.dumps(values | {"init_lora_weights": "pissa_niter_4"}))
+    with pytest.raises(UserError, match="init_lora_weights is 'pissa_niter_4'"):
+        adapter_options(file.parent)
+
+
+def test_an_adapter_a_run_and_a_model_are_not_taken_for_one_another(run, tmp_path):
+    with pytest.raises(UserError, match=f"that is a run; .* to-torch {run} OUT"):
+        adapter_options(run)
+    assert convert(["to-torch", str(run), str(tmp_path / "out")]) == 0
+    with pytest.raises(UserError, match=r"holds an adapter without its model: .* --adapter, beside --init"):
+        load_model(tmp_path / "out")
+
+
 def test_adapters_need_weights(tmp_path, capsys):
-    assert train.main(["--lora-rank", "4", "--optimizer", "adamw", "--run-dir", str(tmp_path / "run")]) == 2
-    assert "pass --init" in capsys.readouterr().err
+    """Also where the recipe's optimizer would be refused."""
+    for optimizer in ([], ["--optimizer", "adamw"]):
+        assert train.main(["--lora-rank", "4", *optimizer, "--run-dir", str(tmp_path / "run")]) == 2
+        assert "pass --init" in capsys.readouterr().err
+
+
+def test_a_run_without_adapters_does_not_get_them(base, corpus, tmp_path, capsys):
+    config = TrainConfig.from_options(model=read_config(SOURCE), init=base, data=str(corpus), seq_len=16)
+    run = tmp_path / "run"
+    (run / "checkpoints" / "4").mkdir(parents=True)
+    write_json(run / "config.json", config.model.to_dict())
+    write_json(run / "train_config.json", config.to_dict())
+    assert train.main(["--run-dir", str(run), "--lora-rank", "4"]) == 2
+    assert re.search("the run in .*run trains all weights: leave the option out", capsys.readouterr().err)
 
 
 def test_a_model_without_the_matrices_is_refused():
@@ -235,6 +280,7 @@ def gradient_shapes(name: str, adapted: bool) -> set[tuple[int, ...]]:
     return found & (matrices | {shape[::-1] for shape in matrices})
 
 
+@pytest.mark.slow
 def test_no_product_is_the_gradient_of_a_frozen_weight():
     assert gradient_shapes("experts", adapted=True) == set()
     assert len(gradient_shapes("experts", adapted=False)) > 8  # it finds them in a full step
@@ -268,9 +314,8 @@ def nbytes(shapes: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
-@pytest.mark.parametrize(
-    "layout", [{"mesh": "data=2,fsdp=2,expert=2"}, pytest.param({"parallel": "pmap"}, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{"mesh": "data=2,fsdp=2,expert=2"}, {"parallel": "pmap"}])
 def test_layouts_train_the_same(layout):
     """float32: sums in another order."""
     source = V2 | {"n_routed_experts": 8, "n_group": 1, "topk_group": 1, "topk_method": "greedy"}
@@ -303,7 +348,7 @@ def test_layouts_train_the_same(layout):
 # kernels
 
 
-@pytest.mark.parametrize("rank", [4, 16])
+@pytest.mark.parametrize("rank", [4, pytest.param(16, marks=pytest.mark.slow)])
 def test_the_triton_kernels_with_adapters_equal_the_loops(monkeypatch, rank):
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
     sizes, (N, D, F) = (0, 130, 1, 60), (95, 32, 48)

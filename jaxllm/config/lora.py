@@ -1,5 +1,6 @@
 """The options of low-rank adapters (LoRA, arXiv:2106.09685)."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -39,9 +40,10 @@ class LoraConfig:
                 f"lora_targets is {shown(self.targets)}: it must be some of {', '.join(TARGETS)}, separated by commas"
             )
         if self.rank == 0:
-            for name, value in {"lora_alpha": self.alpha, "lora_rslora": self.rslora or None}.items():
-                if value is not None:
-                    raise UserError(f"{name} is {shown(value)}: it is of an adapter, pass --lora-rank")
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            for name in ("alpha", "targets", "rslora"):
+                if (value := getattr(self, name)) != defaults[name]:
+                    raise UserError(f"lora_{name} is {shown(value)}: it is of an adapter, pass --lora-rank")
 
     def adapts(self, target: str) -> bool:
         """Whether the matrices of a target have adapters."""

@@ -160,6 +160,9 @@ class RunConfig:
 Config = TypeVar("Config", bound=RunConfig)
 
 
+NEEDS_INIT = "lora_rank is {}: adapters need weights to adapt, pass --init FOLDER"
+
+
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
     """The configuration of a run of train.py; `train.py --help-all` prints it."""
@@ -183,6 +186,8 @@ class TrainConfig(RunConfig):
         if self.adapter is not None and not self.adapters:
             raise UserError(f"adapter is {str(self.adapter)!r}, and lora_rank is 0: leave out one of the two")
         if self.adapters and self.optim.optimizer != "adamw":
+            if self.init is None:  # the optimizer may be that of the default recipe
+                raise UserError(NEEDS_INIT.format(self.lora.rank))
             raise UserError(
                 f"optimizer is {self.optim.optimizer!r}: it makes the update of a whole matrix orthogonal, and an "
                 "adapter's two factors are not one; pass --optimizer adamw with --lora-rank"

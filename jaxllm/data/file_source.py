@@ -287,8 +287,9 @@ class FileSource:
         """Print the first damaged row of a file; the others are counted."""
         if name not in self._damaged:
             self._damaged.add(name)
+            what = "parts that are not text" if read.other_part else "damage"
             tqdm.write(
-                f"Data: {name}: rows with damage are skipped and counted; the first, before byte or row {read.offset}: "
+                f"Data: {name}: rows with {what} are skipped and counted; the first, before byte or row {read.offset}: "
                 f"{read.damage}"
             )
 

@@ -150,7 +150,7 @@ def conclude(prepared: Prepared[Any], eval_loss: float, skipped_rows: int, left_
     `skipped_rows` and `left_out` are the rows without text and the damaged files, with the reason.
     """
     if skipped_rows:
-        print(f"{skipped_rows} rows of the data held no text and were skipped")
+        print(f"{skipped_rows} rows, counted in each pass that was read, were skipped: no text, or no target in it")
     if left_out:
         print(f"{len(left_out)} damaged files of the data were left out: {'; '.join(described(left_out))}")
     config = prepared.config
@@ -174,8 +174,8 @@ def write_report(config: RunConfig, evaluation: str, skipped_rows: int) -> None:
     steps, tokens = config.schedule.steps, config.tokens_per_step
     device = f", {end['device_peak_gib']:.2f} GiB on the device" if "device_peak_gib" in end else ""
     rows = {
-        "model": f"preset {config.preset}: {end['parameters']:,} parameters, {end['active_parameters']:,} active",
-        "data": f"{config.data.source}: {end['epoch']} passes; {skipped_rows} rows without text were skipped",
+        "model": f"{_origin(config)}: {end['parameters']:,} parameters, {end['active_parameters']:,} active",
+        "data": f"{config.data.source}: {end['epoch']} passes; {skipped_rows} rows without text or target were skipped",
         "training": f"{steps:,} steps of {tokens:,} tokens ({steps * tokens:,}), in {config.precision}",
         "evaluation loss": evaluation,
         "mean training loss": f"{end['train_loss']:.4f}",
@@ -197,6 +197,14 @@ def write_report(config: RunConfig, evaluation: str, skipped_rows: int) -> None:
         "```\n",
     ]
     (config.folder / "report.md").write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")
+
+
+def _origin(config: RunConfig) -> str:
+    """Where the model comes from, and its adapters."""
+    init, lora = config.options().get("init"), config.adapters
+    return (f"preset {config.preset}" if init is None else f"weights of {init}") + (
+        f", frozen, with adapters of rank {lora.rank} on {lora.targets}" if lora else ""
+    )
 
 
 @optional("writing samples.md")

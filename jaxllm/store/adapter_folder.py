@@ -6,18 +6,23 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from jaxllm.config.lora import TARGETS
-from jaxllm.errors import UserError, one_line, shown
+from jaxllm.errors import UserError, note, one_line, shown
 from jaxllm.files import StrPath, read_json
+from jaxllm.store.folder import ADAPTER_CONFIG, is_run
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "fan_in_fan_out": (False, None),
     "modules_to_save": (None, []), "lora_bias": (False, None), "layer_replication": (None,),
     "alora_invocation_tokens": (None,), "trainable_token_indices": (None,),
     "rank_pattern": ({}, None), "alpha_pattern": ({}, None),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
+    **dict.fromkeys(("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
+                    (None, False)),
 }  # fmt: skip
-"""What an adapter must be: a low-rank one of matrices alone, of one rank and one scale."""
+"""What an adapter must be: a low-rank one of matrices alone, of one rank and one scale, that keeps the base's weights.
+PEFT changes them where an adapter begins as a part of them (`init_lora_weights`: pissa, olora, corda, loftq)."""
 
 _PLACES = {"attention": ".self_attn.", "shared": ".shared_experts.", "experts": "experts.", "dense": ".mlp."}
 """What the name of a tensor has in it, in the order in which they are looked for."""
@@ -30,6 +35,11 @@ def adapter_options(folder: StrPath) -> dict[str, Any]:
         UserError: the folder holds none, or one of another kind.
     """
     file, weights = Path(folder) / ADAPTER_CONFIG, Path(folder) / ADAPTER_WEIGHTS
+    if is_run(folder):
+        raise UserError(
+            f"adapter is {str(folder)!r}: that is a run; resume it with --run-dir, or name the folder that "
+            f"`python -m convert to-torch {folder} OUT` writes"
+        )
     for needed in (file, weights):
         if not needed.is_file():
             raise UserError(f"adapter is {str(folder)!r}: the folder holds no {needed.name}, as PEFT writes it")
@@ -41,6 +51,8 @@ def adapter_options(folder: StrPath) -> dict[str, Any]:
     rank, alpha = values.get("r"), values.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise UserError(f"{file}: r is {shown(rank)} and lora_alpha {shown(alpha)}: they must be numbers")
+    if dropout := values.get("lora_dropout"):
+        note(f"{file}: lora_dropout is {shown(dropout)}: the adapter is trained on without dropout")
     try:
         with safe_open(weights, "numpy") as opened:
             names = list(opened.keys())

@@ -36,13 +36,31 @@ def base_of(folder: Path) -> dict[str, Any]:
     return {"folder": str(folder), "sha256": hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()}
 
 
-def check_base(run: Path, base: dict[str, Any]) -> None:
-    """Compare with the base of a run.
+def check_there(run: Path, folder: Path | None) -> None:
+    """Check that the folder of a run's base, or its single file, is there.
 
     Raises:
-        UserError: the weights are others than those that its adapters were trained with.
+        UserError: it is not, or the run has no base.
     """
-    before = read_json(run / BASE_FILE)
+    if not (run / BASE_FILE).is_file():
+        raise UserError(
+            f"lora_rank is not 0, and the run in {run} trains all weights: leave the option out to resume it, or pass "
+            "another --run-dir"
+        )
+    if folder is None or not folder.exists():
+        raise UserError(
+            f"init is {str(folder)!r}, the base of the adapters in {run}, and there is nothing: put it back, or name "
+            f"the folder where it is now: train.py --run-dir {run} --init FOLDER"
+        )
+
+
+def check_base(run: Path, folder: Path) -> None:
+    """Compare the weights in a folder with the base of a run.
+
+    Raises:
+        UserError: they are others than those that its adapters were trained with.
+    """
+    before, base = read_json(run / BASE_FILE), base_of(folder)
     if base["sha256"] != before.get("sha256"):
         raise UserError(
             f"init is {base['folder']!r}: its weights are not those that the adapters in {run} were trained on, which "

@@ -18,6 +18,7 @@ SOURCE = "source"  # folder of the files that came with the weights
 SOURCE_DTYPES = "source_dtypes.json"  # of the weights that the run started from
 CHECKPOINTS = "checkpoints"  # in it, for each saved step: weights, training, history, positions; checksums.json
 METRICS_FILE = "metrics.jsonl"
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's: transformers adds the adapter of that file to weights beside it
 DATA_REPORT = "data_report.json"  # what the run reads (`jaxllm.data.report`), as its last start found it
 OVERWRITING = f".{CONFIG_FILE}.overwriting"  # while --overwrite deletes an earlier run: what is left is not resumed
 
@@ -74,6 +75,11 @@ def read_model_config(folder: StrPath) -> ModelConfig:
         UserError: the file is missing, its family is not known, or it is not valid.
     """
     file = Path(folder, MODEL_FILE)
+    if not file.is_file() and (file.parent / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"{str(file.parent)!r} holds an adapter without its model: name the run that trained it, or pass it to "
+            "train.py as --adapter, beside --init with its model"
+        )
     if not file.is_file():
         raise UserError(f"{str(file.parent)!r} is neither a run folder nor an exported model: it has no config.json")
     try:
