@@ -19,7 +19,7 @@ from jaxllm.devices import FOLDER, load_target, target_names
 from jaxllm.errors import UserError
 from jaxllm.model.flops import parameters, training_flops_per_token
 from jaxllm.plan import estimate as planning
-from jaxllm.plan.__main__ import main
+from jaxllm.plan.__main__ import held_dtype, main
 from jaxllm.plan.estimate import Plan, Refused, compile_plan, largest_batch, read_plan
 from jaxllm.plan.hlo import Shape, read_program, read_shapes
 from jaxllm.plan.hlo_cost import Collective, Kernel, collectives, kernels, matrix_products
@@ -581,3 +581,17 @@ def test_a_kernel_that_a_device_has_no_room_for_is_one_line(tmp_path, capfd):
     first, error = capfd.readouterr().err.splitlines()
     assert first.startswith("compiling ")
     assert "Shared memory size limit exceeded" in error
+
+
+@pytest.mark.parametrize(
+    ("config", "held"),
+    [
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"dtype": "bfloat16", "quantization_config": {}}, "float32"),
+        ({}, "float32"),
+    ],
+)
+def test_a_frozen_base_is_planned_in_the_dtype_in_which_a_run_holds_it(config, held, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert held_dtype(tmp_path) == held

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -22,10 +22,10 @@ from jaxllm.command_line import parse
 from jaxllm.config import PRESETS, LoraConfig, Precision, TrainConfig, preset, recipe
 from jaxllm.devices import load_target
 from jaxllm.errors import UserError, exit_on_user_error
-from jaxllm.files import write_json
+from jaxllm.files import read_json, write_json
 from jaxllm.plan.estimate import Plan, Refused, check_extra, compile_plan, largest_batch, meshes, usable_bytes
 from jaxllm.plan.report import plan_as_json, print_plan, print_search
-from jaxllm.store.folder import read_model_config
+from jaxllm.store.folder import MODEL_FILE, read_model_config
 from jaxllm.store.source import model_folder
 
 
@@ -73,6 +73,13 @@ class PlanArgs:
             raise UserError(f"json is {self.json}: it is a folder, name a file in it")
 
 
+def held_dtype(init: Path) -> Any:
+    """In which a run holds the frozen matrices of a folder, by its config.json: FP8 is dequantized to float32."""
+    values = read_json(model_folder(init) / MODEL_FILE)
+    named = values.get("dtype") or values.get("torch_dtype")
+    return named if named in ("bfloat16", "float16") and "quantization_config" not in values else "float32"
+
+
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> int:
     args: PlanArgs = parse(PlanArgs, argv, "python -m jaxllm.plan", __doc__)
@@ -87,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         remat=args.remat,
         mesh=args.mesh or (f"fsdp={args.devices}" if args.devices and args.devices > 1 else ""),
     )
-    config = dataclasses.replace(config, lora=args.lora)
+    lora = args.lora if args.init is None else dataclasses.replace(args.lora, base_dtype=held_dtype(args.init))
+    config = dataclasses.replace(config, lora=lora)
     if args.devices not in (None, config.mesh.devices):
         raise UserError(f"devices is {args.devices}: the mesh {args.mesh!r} has {config.mesh.devices}, leave out one")
     if config.mesh.devices > target.devices:
