@@ -587,10 +587,11 @@ def cosine_with_a_floor(model: CustomLLM) -> Iterator[None]:
 @_mutation("generation", "cached logits")
 def cached_position_off_by_one(model: CustomLLM) -> Iterator[None]:
     """The position of a token after cached ones is too large by one."""
+    limit = model.config.max_position_embeddings - 1
     positions = CustomLLM._positions
 
     def late(past, *args) -> Tensor:
-        return positions(past, *args) + (past > 0)
+        return (positions(past, *args) + (past > 0)).clamp(max=limit)
 
     with mock.patch.object(CustomLLM, "_positions", staticmethod(late)):
         yield
