@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from jaxllm.config import Precision, RunConfig
@@ -109,15 +109,8 @@ def peak_tflops(prepare: Callable[[int], Callable[[], float]]) -> float:
     Args:
         prepare: given a side, returns a warm function that multiplies such matrices and returns the seconds it took.
     """
-    product, best, side = (lambda: 0.0), 0.0, 0
-    for side in SIDES:
-        product = prepare(side)
-        if (best := product()) >= LONG_ENOUGH:
-            break
-    end = time.perf_counter() + BUDGET_SECONDS
-    while time.perf_counter() < end:
-        best = min(best, product())
-    return 2 * side**3 / best / 1e12
+    side, seconds = _fastest(prepare, SIDES)
+    return 2 * side**3 / seconds / 1e12
 
 
 MEMORY_BYTES = (2**26, 2**28, 2**30)
@@ -131,15 +124,21 @@ def memory_gb_per_s(prepare: Callable[[int], Callable[[], float]]) -> float:
         prepare: given a number of bytes, returns a warm function that reads and writes as many, and returns the
             seconds it took.
     """
-    pass_over, best, size = (lambda: 0.0), 0.0, 0
-    for size in MEMORY_BYTES:
-        pass_over = prepare(size)
-        if (best := pass_over()) >= LONG_ENOUGH:
+    size, seconds = _fastest(prepare, MEMORY_BYTES)
+    return 2 * size / seconds / 1e9
+
+
+def _fastest(prepare: Callable[[int], Callable[[], float]], sizes: Sequence[int]) -> tuple[int, float]:
+    """The first size that takes LONG_ENOUGH, or the last one, and the least seconds that it took."""
+    run, best, size = (lambda: 0.0), 0.0, 0
+    for size in sizes:
+        run = prepare(size)
+        if (best := run()) >= LONG_ENOUGH:
             break
     end = time.perf_counter() + BUDGET_SECONDS
     while time.perf_counter() < end:
-        best = min(best, pass_over())
-    return 2 * size / best / 1e9
+        best = min(best, run())
+    return size, best
 
 
 def host_peak_gib() -> float:
