@@ -24,7 +24,7 @@ from parity_tests import training_rungs
 from parity_tests.__main__ import main
 from parity_tests.compare import TOLERANCES, compare_arrays, compare_leaves
 from parity_tests.executed import Executed
-from parity_tests.forward import random_weights, torch_model
+from parity_tests.forward import QUERIES_AND_KEYS, QUERY_KEY_GAIN, random_weights, torch_model
 from parity_tests.jax_mutations import BFLOAT16_MUTATIONS, JAX_MUTATIONS
 from parity_tests.ladder import Ladder
 from parity_tests.mutations import MUTATIONS, FaultyAdamW
@@ -313,8 +313,11 @@ def test_more_rows_are_decoded_where_few_rows_are_more(monkeypatch, tokens):
 
 
 THRESHOLDS = {"BLOCK_QUERIES", "MAX_SPANS", "CHUNK_ROWS", "GPU_CHUNK_ROWS", "BLOCK_ROWS", "FEW_ROWS"}
-OTHER_NUMBERS = {"IGNORED", "MAX_PROGRAMS", "SMALL_GROUP", "STEPS", "TILE", "SWIGLU_WIDTH", "DEPTH"}
-"""A label; programs that are kept; how blocks are padded; Newton-Schulz steps; the last three are of a GPU."""
+OTHER_NUMBERS = {
+    "IGNORED", "MAX_PROGRAMS", "SMALL_GROUP", "STEPS", "TILE", "SWIGLU_WIDTH", "DEPTH", "RANKS", "ROUTED_GROUPS",
+    "SHARED_GROUP", "WORST_ROW",
+}  # fmt: skip
+"""A label; programs that are kept; how blocks are padded; Newton-Schulz steps; a GPU's; the self-check's cases."""
 
 
 def test_every_size_in_the_code_is_known_to_the_ladder():
@@ -401,7 +404,8 @@ def test_near_ties_are_distinguished_from_wrong_choices():
     ("training", "wrong"),
     [
         pytest.param(("gradients",), {"gradients"}, marks=pytest.mark.slow),
-        (("step", "trajectory"), {"first moments", "second moments", "update"}),  # they share a program
+        # they share a program
+        (("step", "trajectory"), {"gradient norm", "first moments", "second moments", "update"}),
     ],
 )
 def test_a_near_tie_is_replayed_and_reported(tokens, training, wrong):
@@ -427,7 +431,7 @@ def test_a_near_tie_is_replayed_and_reported(tokens, training, wrong):
     # the replay hides no fault
     with MUTATIONS["gates_detached"].plant(model):
         (_, rows), *_ = ladder.climb(model, training[:1])
-    assert {row.what for row in rows if not row.passed} == wrong
+    assert {row.what.removesuffix(", norm below the limit") for row in rows if not row.passed} == wrong
 
 
 @pytest.mark.slow
@@ -451,22 +455,25 @@ def test_what_training_amplifies_is_distinguished_from_a_fault(narrow, monkeypat
 
 
 def test_a_cancelled_gradient_is_distinguished_from_a_wrong_one(tokens):
-    """With nearly equal values everywhere, the gradient of a query is a small difference of large terms."""
+    """With nearly equal values and even attention, the gradient of a query is a small difference of large terms."""
     weights = random_weights(NARROW)
     for name in ("token_embeddings", "position_embeddings"):
         table = weights.params[name]["weight"]  # (V|P,D)
         table[:] = table[0] + 0.03 * table
+    attention = weights.params["decoder_layers"]["self_attn"]
+    for name in QUERIES_AND_KEYS & attention.keys():
+        attention[name]["weight"] *= 0.5 / QUERY_KEY_GAIN
     settings = Settings(seq_len=100, steps=15, sizes=SMALL_STEPS)
     ladder, model = Ladder(NARROW, weights, tokens, "float32", settings), torch_model(NARROW, weights)
     (_, rows), *_ = ladder.climb(model, ("gradients",))
     assert [row for row in rows if not row.passed] == []
     limit = TOLERANCES["float32"].gradient.relative_l2
-    excused = {row.leaf: row.note for row in rows if row.what == "gradients" and row.relative_l2 > limit}
-    assert set(excused.values()) == {"at most 1e-09 of all leaves together"}
-    assert "decoder_layers.0.self_attn.q_proj_u.weight" in excused
+    excused = {(row.what, row.leaf): row.note for row in rows if row.relative_l2 > limit}
+    assert set(excused.values()) == {"at most 2e-08 of all leaves together"}
+    assert {leaf for _, leaf in excused} >= {f"decoder_layers.1.self_attn.{name}_proj_u.weight" for name in "qk"}
     with MUTATIONS["scale_missing"].plant(model):
         (_, rows), *_ = ladder.climb(model, ("gradients",))
-    assert excused.keys() <= {row.leaf for row in rows if not row.passed}
+    assert excused.keys() <= {(row.what, row.leaf) for row in rows if not row.passed}
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ from jaxllm.run.evaluation import Evaluator
 from jaxllm.run.metrics import RunLog
 from jaxllm.run.prepare import Prepared, prepare
 from jaxllm.store.checkpoint import Weights
+from jaxllm.store.folder import DATA_REPORT
 from jaxllm.store.lock import FolderLock
 from jaxllm.store.metrics_file import read_metrics
 from jaxllm.train.state import TrainState
@@ -272,7 +273,7 @@ def test_the_printed_output(again, capsys):
     folder, args = again
     assert torch_ref.train.main([*args, "--steps", "2", "--overwrite", "--log-format", "dict"]) == 0
     out = capsys.readouterr().out
-    for part in ("Model parameters: 0.05M", "(0-1): 2 x DecoderLayer(", "in float32 on cpu", "Evaluation loss"):
+    for part in ("Model parameters: 0.05M", "(0-1): 2 x DecoderLayer(", "tokens in float32 (", "Evaluation loss"):
         assert part in out
     assert [record["step"] for record in lines(folder, "loss")] == [1, 2]
     assert out.count("{'loss'") == 2  # the Trainer's printer is removed
@@ -361,6 +362,7 @@ def test_the_mps_callback_frees_and_reports_on_mps_and_is_silent_elsewhere(monke
 def test_the_text_generation_callback_writes_samples(reference, tmp_path, capsys):
     config = reference.config.with_options(run_dir=tmp_path, sample_tokens=5, prompts=("def f", "x = "))
     model = torch_model(config.model, jax.device_get(Weights(reference.first.params, reference.first.routing_bias)))
+    shutil.copy(reference.config.folder / DATA_REPORT, tmp_path)
     TextGenerationCallback(config, reference.prepared.tokenizer).on_train_end(None, None, None, model=model)
     text = (tmp_path / "samples.md").read_text()
     assert "## 'def f'" in text

@@ -110,8 +110,8 @@ class CustomLLM(nnx.Module):
         """Logits of the next token, in float32 (float64 in a float64 model).
 
         Args:
-            attention_mask: zero at padding; None: no padding. Numbers other than 0 and 1 are those of documents that do
-                not see each other, rising along a row; each begins at position 0.
+            attention_mask: zero at padding, whose logits have no meaning; None: no padding. Numbers other than 0 and 1
+                are those of documents that do not see each other, rising along a row; each begins at position 0.
             rngs: the `dropout` stream in training; None: no dropout.
         """
         keys = None if rngs is None else jax.random.split(rngs.dropout(), input_ids.shape[0])
