@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from jax.experimental import pallas as pl
 
-from jaxllm.config import ModelConfig
+from jaxllm.config import LoraConfig, ModelConfig
 from jaxllm.model.decoder import CustomLLM, split_model
 from jaxllm.model.kernels import ANY, CUDA, choose_kernels, grouped_loop, grouped_triton, grouped_whole
 from jaxllm.model.kernels.interface import ExpertKernels, ExpertRows, Saved
@@ -82,10 +82,12 @@ def test_the_triton_kernels_equal_the_loops(interpreted, sizes, dtype):
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * np.abs(theirs).max())
 
 
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4, targets="experts")], ids=["trained", "adapters"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_self_check_passes(interpreted, dtype):
+def test_the_self_check_passes(interpreted, dtype, lora):
     config = dataclasses.replace(SMALL, n_shared_experts=1)
-    checks = check_kernels(choose_kernels(config, dtype, CUDA), config, jnp.dtype(dtype), ["routed", "shared"])
+    kernels = choose_kernels(config, dtype, CUDA, lora=lora)
+    checks = check_kernels(kernels, config, jnp.dtype(dtype), ["routed", "shared"], lora)
     assert failures(checks) == {}
     assert {check.kernel for check in checks} == {"product", "routed", "shared"}
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import train
-from jaxllm.config import ModelConfig
+from jaxllm.config import LoraConfig, ModelConfig
 from jaxllm.errors import UserError, note
 from jaxllm.model import kernels as choice
 from jaxllm.model.kernels import CUDA, REPLACEABLE, choose_kernels, grouped_loop, grouped_triton, self_check
@@ -141,6 +141,24 @@ def test_a_kernel_that_fails_says_why(changes, said):
     assert "\n" not in failure[1]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "rank"), [("float32", 4), *(pytest.param("bfloat16", rank, marks=pytest.mark.slow) for rank in (4, 16))]
+)
+def test_experts_with_adapters(dtype, rank):
+    lora = LoraConfig(rank=rank, targets="experts")
+    kernels = choose_kernels(SMALL, dtype, lora=lora)
+    checks = check_kernels(kernels, SMALL, jnp.dtype(dtype), ["routed"], lora)
+    assert failures(checks) == {}
+    assert "gradient of A of gate" in {check.what for check in checks}
+
+    def without_adapters(rows, saved):
+        return kernels.routed.ffn(rows._replace(adapters=None), saved)
+
+    wrong = dataclasses.replace(kernels, routed=dataclasses.replace(kernels.routed, ffn=without_adapters))
+    failed = failures(check_kernels(wrong, SMALL, jnp.dtype(dtype), ["routed"], lora))
+    assert "its output differs by" in failed["routed"]
+
+
 def test_padding_that_nothing_reads_may_hold_anything():
     assert with_routed(ffn=nan_in_padding_that_is_not_read) == {}
 
@@ -156,6 +174,7 @@ def scaled(x: jax.Array) -> jax.Array:
         (lambda *args: scaled(blocked_attention(*args)), "its output differs by 1.0e-02"),
         (lambda *args: blocked_attention(*args).at[:, -1].set(jnp.nan), "its output is not finite"),
         (lambda q, k, v, mask, scale: blocked_attention(q, k, v, mask, 1.05 * scale), "its output differs by"),
+        (lambda q, k, v, mask, scale: blocked_attention(q, k, v, None, scale), "its output, documents apart differs"),
         (cudnn_attention, "it raises RuntimeError"),  # there is no GPU
     ],
 )

@@ -109,7 +109,7 @@ def replay(folder: StrPath, step: int) -> None:
 
 
 def _replay(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, step: int, saved: int | None) -> None:
-    without = kernels_to_avoid(config.model, jnp.dtype(config.decided_precision), config.kernels)
+    without = kernels_to_avoid(config.model, jnp.dtype(config.decided_precision), config.kernels, config.adapters)
     trainer = Trainer(config, without=without)
     stream = ProcessBatches(config, tokenizer, *local_rows(config.data.batch_size))
     if saved is None:

@@ -290,7 +290,7 @@ def _start(
     """A run in its prepared folder, from the checkpoint of `resume_step` or from the beginning."""
     config = prepared.config
     stream, history = ProcessBatches(config, prepared.tokenizer, *local_rows(config.data.batch_size)), History()
-    without = kernels_to_avoid(config.model, jnp.dtype(config.decided_precision), config.kernels)
+    without = kernels_to_avoid(config.model, jnp.dtype(config.decided_precision), config.kernels, config.adapters)
     trainer = Trainer(config, placement, without)
     if resume_step is None:
         step = 0

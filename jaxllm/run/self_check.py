@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxllm.config import KernelsOption, ModelConfig
+from jaxllm.config import KernelsOption, LoraConfig, ModelConfig
 from jaxllm.errors import UserError, note
 from jaxllm.files import cache_folder, write_json
 from jaxllm.model import kernels
@@ -22,8 +22,10 @@ from jaxllm.run.hardware import versions
 from jaxllm.run.processes import all_gather, is_primary
 
 
-def kernels_to_avoid(config: ModelConfig, dtype: jnp.dtype, option: KernelsOption = "auto") -> Collection[str]:
-    """Of REPLACEABLE, the kernels that a model with this config and dtype must do without here.
+def kernels_to_avoid(
+    config: ModelConfig, dtype: jnp.dtype, option: KernelsOption = "auto", lora: LoraConfig | None = None
+) -> Collection[str]:
+    """Of REPLACEABLE, the kernels that a model with this config, dtype and adapters must do without here.
 
     All processes of a run must call it.
 
@@ -35,11 +37,12 @@ def kernels_to_avoid(config: ModelConfig, dtype: jnp.dtype, option: KernelsOptio
     if option == "plain":
         return REPLACEABLE
     dtype = jnp.dtype(dtype)
-    chosen, plain = choose_kernels(config, dtype), choose_kernels(config, dtype, without=REPLACEABLE)
+    chosen = choose_kernels(config, dtype, lora=lora)
+    plain = choose_kernels(config, dtype, lora=lora, without=REPLACEABLE)
     special = [name for name in REPLACEABLE if getattr(chosen, name) != getattr(plain, name)]
     if not special:
         return ()
-    failed = all_gather(_failures(config, dtype, special))
+    failed = all_gather(_failures(config, dtype, special, lora))
     about = ", ".join(f"{name} {version}" for name, version in versions().items())
     if "product" in failed:
         raise UserError(
@@ -52,17 +55,19 @@ def kernels_to_avoid(config: ModelConfig, dtype: jnp.dtype, option: KernelsOptio
     return tuple(name for name in REPLACEABLE if name in failed)
 
 
-def _failures(config: ModelConfig, dtype: jnp.dtype, special: Collection[str]) -> dict[str, str]:
+def _failures(
+    config: ModelConfig, dtype: jnp.dtype, special: Collection[str], lora: LoraConfig | None
+) -> dict[str, str]:
     """Why each kernel fails that does, from this process's device or from facts about it."""
     try:
-        file = cache_folder("kernels") / f"{_fingerprint(config, dtype, special)}.json"
+        file = cache_folder("kernels") / f"{_fingerprint(config, dtype, special, lora)}.json"
     except (OSError, RuntimeError):  # RuntimeError: the user has no home folder
         file = None
     if file is not None and file.is_file():
         return {}
     if is_primary():
         note("checking the kernels of this device, once for its driver and versions")
-    checks = check_kernels(choose_kernels(config, dtype), config, dtype, special)
+    checks = check_kernels(choose_kernels(config, dtype, lora=lora), config, dtype, special, lora)
     failed = failures(checks)
     if file is not None and not failed:
         with contextlib.suppress(OSError):  # it is checked again
@@ -79,9 +84,10 @@ def failures(checks: Collection[Check]) -> dict[str, str]:
     return found
 
 
-def _fingerprint(config: ModelConfig, dtype: jnp.dtype, special: Collection[str]) -> str:
+def _fingerprint(config: ModelConfig, dtype: jnp.dtype, special: Collection[str], lora: LoraConfig | None) -> str:
     """Of all that decides the result: the device, the versions, the kernels' code and their sizes."""
     device, code = jax.local_devices()[0], Path(kernels.__file__).parent.glob("*.py")
     sources = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(code)]
-    decides = [device.device_kind, versions(), sources, small_sizes(config), dtype.name, sorted(special)]
+    rank = lora.rank if lora and lora.adapts("experts") else 0
+    decides = [device.device_kind, versions(), sources, small_sizes(config), dtype.name, sorted(special), rank]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()

@@ -6,13 +6,13 @@ nothing with what they check.
 """
 
 from collections.abc import Callable, Collection, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.config import ModelConfig
+from jaxllm.config import LoraConfig, ModelConfig
 from jaxllm.errors import one_line
 from jaxllm.model.dtypes import Array
 from jaxllm.model.kernels import REPLACEABLE, Kernels
@@ -44,16 +44,23 @@ class Check(NamedTuple):
 
 
 def check_kernels(
-    kernels: Kernels, config: ModelConfig, dtype: jnp.dtype, only: Collection[str] = REPLACEABLE
+    kernels: Kernels,
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    only: Collection[str] = REPLACEABLE,
+    lora: LoraConfig | None = None,
 ) -> list[Check]:
     """Run the matrix product and the kernels that a model with this config has been given, forward and backward.
 
-    `only`: which of the kernels.
+    Args:
+        only: which of the kernels.
+        lora: the model's adapters, with which they were chosen.
     """
     D, F, h, v = small_sizes(config)
+    rank = lora.rank if lora and lora.adapts("experts") else 0
     cases: dict[str, Callable[[], Pairs]] = {"product": lambda: _product(D, F, dtype)}
     if config.moe_layers and "routed" in only:
-        cases["routed"] = lambda: _experts(kernels.routed, D, F, dtype, ROUTED_GROUPS)
+        cases["routed"] = lambda: _experts(kernels.routed, D, F, dtype, ROUTED_GROUPS, rank)
     if config.moe_layers and "shared" in only and (shared := kernels.shared) is not None:
         cases["shared"] = lambda: _experts(shared, D, F, dtype, SHARED_GROUP)
     if "attention" in only:
@@ -109,32 +116,45 @@ def _product(D: int, F: int, dtype: jnp.dtype) -> Pairs:
     yield "output of one row", jax.jit(linear)(x[:1], w), x_[:1] @ w_
 
 
-def _experts(kernels: ExpertKernels, D: int, F: int, dtype: jnp.dtype, sizes: tuple[int, ...]) -> Pairs:
-    """Both passes over the experts of the second of two layers."""
+def _experts(kernels: ExpertKernels, D: int, F: int, dtype: jnp.dtype, sizes: tuple[int, ...], rank: int = 0) -> Pairs:
+    """Both passes over the experts of the second of two layers; with a rank they are frozen and have adapters."""
     M, E, routed, draw = sum(sizes), len(sizes), len(sizes) > 1, _Draw(dtype)
-    N = M // 2 if routed else M
+    N, shapes = M // 2 if routed else M, ((D, F), (D, F), (F, D))
     (x, x_), (d_out, d_) = draw(N, D), draw(N, D)
-    stacks = [draw(2 * E, *shape, scale=shape[0] ** -0.5) for shape in ((D, F), (D, F), (F, D))]
+    stacks = [draw(2 * E, *shape, scale=shape[0] ** -0.5) for shape in shapes]
     masters, own = tuple(stack.astype(jnp.float32) for stack, _ in stacks), tuple(stack_[E:] for _, stack_ in stacks)
+    factors = [(draw(E, i, rank, scale=i**-0.5), draw(E, rank, o, scale=rank**-0.5)) for i, o in shapes if rank]
+    adapters: Any = tuple((a.astype(jnp.float32), b.astype(jnp.float32)) for (a, _), (b, _) in factors) or None
+    if factors:
+        own = tuple(weight + a_ @ b_ for weight, ((_, a_), (_, b_)) in zip(own, factors, strict=True))
     tokens = draw.random.integers(0, N, M) if routed else np.arange(M)
     w = draw.random.uniform(0.5, 1.5, (M, 1)).astype(np.float32)
 
     @jax.jit
-    def passes(x: Array, d_out: Array, masters: Weights, tokens: Array, w: Array, sizes: Array, offset: Array) -> tuple:
+    def passes(x: Array, d_out: Array, tokens: Array, w: Array, sizes: Array, offset: Array) -> tuple:
         weights: Weights = jax.tree.map(lambda master: kernels.prepared(master, x.dtype), masters)
         if routed:
             tokens, w = (jnp.pad(a, ((0, kernels.padding(M)), *[(0, 0)] * (a.ndim - 1))) for a in (tokens, w))
-        rows = ExpertRows(x, tokens if routed else None, w, sizes, weights, offset)
+        rows = ExpertRows(x, tokens if routed else None, w, sizes, weights, offset, adapters)
         room = None if kernels.recomputes else Saved(kernels.new_saved(2, M, 2 * F, x.dtype), offset // E)
         out, written = kernels.ffn(rows, room)
         saved = None if room is None or written is None else Saved(written, room.layer)
-        totals: Weights = jax.tree.map(kernels.new_gradient, masters)
+        totals: Any = jax.tree.map(kernels.new_gradient, adapters or masters)
         d_rows, d_w, totals = kernels.ffn_gradients(rows, d_out, saved, totals)
-        return out[:M], d_rows[:M], d_w[:M].T, *(total[E:] for total in totals)
+        return out[:M], d_rows[:M], d_w[:M].T, *(total if adapters else total[E:] for total in totals)
 
-    made = passes(x, d_out, masters, jnp.asarray(tokens, jnp.int32), w, jnp.asarray(sizes, jnp.int32), jnp.int32(E))
-    names = ("output", *(f"gradient of {name}" for name in ("rows", "row weights", "gate", "up", "down")))
-    yield from zip(names, made, _experts_formula(x_[tokens], d_[tokens], w, sizes, own), strict=True)
+    made = passes(x, d_out, jnp.asarray(tokens, jnp.int32), w, jnp.asarray(sizes, jnp.int32), jnp.int32(E))
+    wanted = _experts_formula(x_[tokens], d_[tokens], w, sizes, own)
+    yield from zip(("output", "gradient of rows", "gradient of row weights"), made[:3], wanted[:3], strict=True)
+    for name, total, d_weight, factor in zip(
+        ("gate", "up", "down"), made[3:], wanted[3:], factors or (None,) * 3, strict=True
+    ):
+        if factor is None:
+            yield f"gradient of {name}", total, d_weight
+        else:
+            (_, a_), (_, b_) = factor
+            yield f"gradient of A of {name}", total[0], d_weight @ b_.mT
+            yield f"gradient of B of {name}", total[1], a_.mT @ d_weight
 
 
 def _experts_formula(
@@ -157,21 +177,26 @@ def _experts_formula(
 
 
 def _attention(kernels: Kernels, h: int, v: int, dtype: jnp.dtype) -> Pairs:
-    """Causal attention without padding and its gradients, at an even length that no tile divides."""
+    """Causal attention and its gradients, at an even length that no tile divides: of one document, and of several."""
     draw, B, T, H, scale = _Draw(dtype), 2, 190, 2, h**-0.5
     arrays, (d_out, d_) = [draw(B, T, H, size) for size in (h, h, v)], draw(B, T, H, v)
-    attend = jax.jit(lambda q, k, v: kernels.attention(q, k, v, None, scale))
-    out, back = jax.vjp(attend, *(array for array, _ in arrays))
-    made = (out, *back(d_out))
     q_, k_, v_, d_ = (a.swapaxes(1, 2) for a in (*(array_ for _, array_ in arrays), d_))
-    scores = np.where(np.tri(T, dtype=bool), scale * q_ @ k_.mT, -np.inf)
-    shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    shares /= shares.sum(axis=-1, keepdims=True)
-    d_shares = d_ @ v_.mT
-    d_scores = scale * shares * (d_shares - (d_shares * shares).sum(axis=-1, keepdims=True))
-    wanted = (shares @ v_, d_scores @ k_, d_scores.mT @ q_, shares.mT @ d_)
-    names = ("output", "gradient of queries", "gradient of keys", "gradient of values")
-    yield from zip(names, made, (a.swapaxes(1, 2) for a in wanted), strict=True)
+    packed = np.stack([np.repeat([1, 2, 0], (70, 90, 30)), np.repeat([1, 2, 3], (1, 128, 61))])  # 0: padding
+    for documents, ending in ((None, ""), (packed, ", documents apart")):
+        mask = None if documents is None else jnp.asarray(documents)
+        attend = jax.jit(lambda q, k, v, mask=mask: kernels.attention(q, k, v, mask, scale))
+        out, back = jax.vjp(attend, *(array for array, _ in arrays))
+        seen = np.tri(T, dtype=bool)
+        if documents is not None:
+            seen = seen & (documents[:, None, :, None] == documents[:, None, None])
+        scores = np.where(seen, scale * q_ @ k_.mT, -np.inf)
+        shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        shares /= shares.sum(axis=-1, keepdims=True)
+        d_shares = d_ @ v_.mT
+        d_scores = scale * shares * (d_shares - (d_shares * shares).sum(axis=-1, keepdims=True))
+        wanted = (shares @ v_, d_scores @ k_, d_scores.mT @ q_, shares.mT @ d_)
+        names = [f"{name}{ending}" for name in ("output", *(f"gradient of {x}" for x in ("queries", "keys", "values")))]
+        yield from zip(names, (out, *back(d_out)), (a.swapaxes(1, 2) for a in wanted), strict=True)
 
 
 class _Draw:
