@@ -22,7 +22,7 @@ MAX_PENDING = 2**21
 """Characters without a place to cut after which a document is cut anyway."""
 
 MAX_UNKNOWN, SAID_UNKNOWN = 0.2, 0.01
-"""Shares of unknown tokens above which a tokenizer is refused, and above which a line says so."""
+"""Shares of unknown tokens above which a tokenizer is refused, and above which the share is printed."""
 
 
 class DocumentEncoder:

@@ -164,7 +164,7 @@ class DataReport:
             f"in {counts.last_only:,} only the last answer is a target, as the template changes earlier ones": (
                 counts.last_only
             ),
-            f"{counts.without_target:,} skipped, in which nobody answers": counts.without_target,
+            f"{counts.without_target:,} skipped, which have no answer": counts.without_target,
             f"{counts.refused:,} skipped, which the chat template does not take": counts.refused,
         }
         return "read as " + ", ".join(fact for fact, count in facts.items() if count)

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxllm.config import RunConfig
-from jaxllm.data.held_out import HeldOut, read_held_out
+from jaxllm.config.groups import DataConfig
+from jaxllm.data.held_out import HeldOut
 from jaxllm.data.mixture import Mixture
 from jaxllm.data.report import Counts, make_report
 from jaxllm.data.source import Source
@@ -36,35 +37,44 @@ FORMAT = 1
 """Increase it when the same text gives other rows."""
 
 
-def read_or_make(config: RunConfig, tokenizer: PreTrainedTokenizerBase, source: Source, resumes: bool) -> HeldOut:
-    """The rows that a run's folder keeps, if they were made of the same text in the same way; or new ones.
+class RowsFile:
+    """The file of the rows that a run is evaluated on; without it, the next start makes them again."""
 
-    Raises:
-        UserError: the held-out part does not fill one row.
-    """
-    kept = _kept(config, source) if resumes else None
-    return kept or read_held_out(config, tokenizer)
+    def __init__(self, config: RunConfig, source: Source):
+        self._file, self._config, self._source = config.folder / FILE, config, source
+
+    def read(self) -> HeldOut | None:
+        """The rows; None if the file is missing or damaged, or was made of other text or in another way."""
+        with contextlib.suppress(UserError, OSError, SafetensorError, ValueError, KeyError, TypeError):
+            check_file(self._file, MAX_BYTES)
+            with safe_open(self._file, "numpy") as file:
+                rows, facts = file.get_tensor("rows"), json.loads((file.metadata() or {})["facts"])
+            fits = rows.ndim == 2 and rows.shape[1] == self._config.data.seq_len and len(rows) > 0
+            if fits and facts["key"] == self._key() and are_rows(rows, self._config.model.vocab_size):
+                return HeldOut(rows, [Counts(**seen) for seen in facts["seen"]], Counts(**facts["encoded"]))
+        return None
+
+    def write(self, held_out: HeldOut) -> None:
+        """Write the rows, if the disk takes them; the run's folder has its tokenizer."""
+        encoded, seen = dataclasses.asdict(held_out.encoded), [dataclasses.asdict(each) for each in held_out.seen]
+        facts = {"key": self._key(), "seen": seen, "encoded": encoded}
+        with contextlib.suppress(OSError):
+            part = self._file.with_name(f".{FILE}")
+            save_file({"rows": np.ascontiguousarray(held_out.rows)}, part, {"facts": json.dumps(facts)})
+            part.replace(self._file)
+
+    def _key(self) -> str:
+        """What decides the rows: the content of the text, how it is read and encoded, and how many there are."""
+        config = self._config
+        options = dataclasses.asdict(config.data) | {"source": None, "eval_data": None}  # both by their content
+        evaluated = [evaluation.open().revision for evaluation in self._source.evaluations]
+        tokenizer = [_digest(file) for file in sorted((config.folder / TOKENIZER).rglob("*")) if file.is_file()]
+        decisive = [FORMAT, options, evaluated, tokenizer, config.logging.eval_samples, config.data_streams]
+        return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 
-def _kept(config: RunConfig, source: Source) -> HeldOut | None:
-    with contextlib.suppress(UserError, OSError, SafetensorError, ValueError, KeyError, TypeError):  # it is damaged
-        check_file(config.folder / FILE, MAX_BYTES)
-        with safe_open(config.folder / FILE, "numpy") as file:
-            rows, facts = file.get_tensor("rows"), json.loads((file.metadata() or {})["facts"])
-        fits = rows.ndim == 2 and rows.shape[1] == config.data.seq_len and len(rows) > 0
-        if fits and facts["key"] == _key(config, source) and are_rows(rows, config.model.vocab_size):
-            return HeldOut(rows, [Counts(**seen) for seen in facts["seen"]], Counts(**facts["encoded"]))
-    return None
-
-
-def keep(config: RunConfig, source: Source, held_out: HeldOut) -> None:
-    """Write the rows into the run's folder, which has its tokenizer; without them, the next start makes them again."""
-    encoded, seen = dataclasses.asdict(held_out.encoded), [dataclasses.asdict(each) for each in held_out.seen]
-    facts = {"key": _key(config, source), "seen": seen, "encoded": encoded}
-    with contextlib.suppress(OSError):
-        part = config.folder / f".{FILE}"
-        save_file({"rows": np.ascontiguousarray(held_out.rows)}, part, {"facts": json.dumps(facts)})
-        part.replace(config.folder / FILE)
+def _digest(file: Path) -> Any:
+    return [file.name, hashlib.sha256(file.read_bytes()).hexdigest()]
 
 
 def report_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, source: Source, held_out: HeldOut) -> None:
@@ -76,43 +86,30 @@ def report_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, source: S
         reports,
         source.notes,
         held_out.encoded,
-        bytes_per_token=_bytes_per_token(config, tokenizer, held_out.rows),
+        bytes_per_token=_bytes_per_token(config.data, tokenizer, held_out.rows),
         training_tokens=config.schedule.steps * config.tokens_per_step,
         epochs=config.schedule.epochs,
         weights=source.shares if isinstance(source, Mixture) else {},
-        rows=_about_rows(config, held_out.rows),
+        rows=_about_rows(config.data, held_out.rows),
     )
     write_json(config.folder / DATA_REPORT, report.to_dict())
     for line in report.lines():
         print(f"Data: {line}")
 
 
-def _bytes_per_token(config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: np.ndarray) -> float:
+def _bytes_per_token(data: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: np.ndarray) -> float:
     """Bytes of text for each token of a row, padding included."""
-    if not config.data.has_targets:
+    if not data.has_targets:
         return bytes_per_target(tokenizer, rows)
-    return text_bytes(tokenizer, token_batch(rows, config.data).ids[rows != IGNORED][None]) / rows.size
+    return text_bytes(tokenizer, token_batch(rows, data).ids[rows != IGNORED][None]) / rows.size
 
 
-def _about_rows(config: RunConfig, rows: np.ndarray) -> str:
+def _about_rows(data: DataConfig, rows: np.ndarray) -> str:
     """What the rows of a run hold, where they are not full of targets."""
-    if not config.data.has_targets:
+    if not data.has_targets:
         return ""
-    full, targets = (rows != IGNORED).mean(), (token_batch(rows, config.data).labels[:, 1:] != IGNORED).mean()
+    full, targets = (rows != IGNORED).mean(), (token_batch(rows, data).labels[:, 1:] != IGNORED).mean()
     return (
-        f"trained on {config.data.train_on}, documents {config.data.documents}: in the rows that are evaluated, "
+        f"trained on {data.train_on}, documents {data.documents}: in the rows that are evaluated, "
         f"{100 * full:.1f} % of the positions are tokens, and {100 * targets:.1f} % are targets"
     )
-
-
-def _key(config: RunConfig, source: Source) -> str:
-    """What decides the rows: the content of the text, how it is read and encoded, and how many there are."""
-    options = dataclasses.asdict(config.data) | {"source": None, "eval_data": None}  # both by their content
-    evaluated = [evaluation.open().revision for evaluation in source.evaluations]
-    tokenizer = [_digest(file) for file in sorted((config.folder / TOKENIZER).rglob("*")) if file.is_file()]
-    decisive = [FORMAT, options, evaluated, tokenizer, config.logging.eval_samples, config.data_streams]
-    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
-
-
-def _digest(file: Path) -> Any:
-    return [file.name, hashlib.sha256(file.read_bytes()).hexdigest()]

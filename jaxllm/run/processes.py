@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from jaxllm.config import TrainConfig
+from jaxllm.config.groups import MeshConfig
 from jaxllm.data.stream import Position
 from jaxllm.errors import UserError, one_line
 from jaxllm.run.huge_pages import restart_with_huge_pages
@@ -33,16 +33,15 @@ BARRIER_SECONDS = 24 * 3600
 _counter = itertools.count()
 
 
-def init_distributed(config: TrainConfig) -> None:
+def init_distributed(mesh: MeshConfig, options: dict[str, Any]) -> None:
     """Connect to the run's other processes, if it has any, before anything asks for a device.
 
-    Before that, the process may restart itself with huge pages.
+    Before that, the process may restart itself with huge pages. `options`: all that the command line gave.
 
     Raises:
         UserError: they cannot connect, or were given different options; or JAX finds no device.
     """
     restart_with_huge_pages()
-    mesh = config.mesh
     if mesh.coordinator is None:
         start_jax()
         return
@@ -58,7 +57,7 @@ def init_distributed(config: TrainConfig) -> None:
             f"coordinator is {mesh.coordinator!r}{rest}: the processes could not connect ({one_line(error)})"
         ) from None
     start_jax()
-    given = _from_each(config.options() | {"process_id": None})
+    given = _from_each(options | {"process_id": None})
     for process, other in enumerate(given):
         for name, value in other.items():
             if value != given[0][name]:
