@@ -75,7 +75,7 @@ def read_start(config: TrainConfig, place: Place) -> Imported | Base | None:
         return None
     if resumes:
         check_there(config.folder, model_folder(init))
-    check_shapes(config)
+    check_shapes(init, config.model)
     check_own("convert")
     if config.adapters:
         from convert.base import read_base

@@ -20,8 +20,8 @@ from jaxllm.data.stream import TokenStream
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.files import read_json, write_json
-from jaxllm.run import held_out
 from jaxllm.run.prepare import Prepared, prepare
+from jaxllm.store import held_out_file
 from jaxllm.store.lock import FolderLock
 from jaxllm.store.metrics_file import read_metrics
 from tests.configs import open_files
@@ -116,7 +116,7 @@ def test_kept_rows_are_made_again_where_they_would_be_others(change, tokenizer, 
         write(tmp_path / "data" / f"{i:02}.jsonl", 30)
     write(tmp_path / "other.jsonl", 50)
     options = {"data": str(tmp_path / "data"), "tokenizer": tokenizer, "seq_len": 16, "eval_samples": 5}
-    first, file = start(tmp_path / "run", **options), tmp_path / "run" / held_out.FILE
+    first, file = start(tmp_path / "run", **options), tmp_path / "run" / held_out_file.FILE
     changes = CHANGES.get(change, {}) | ({"eval_data": str(tmp_path / "other.jsonl")} if change == "other text" else {})
     if change == "damage":
         file.write_bytes(file.read_bytes()[:-9])

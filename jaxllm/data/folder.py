@@ -44,7 +44,7 @@ def find_data(
     text_field: str,
     split: str,
     skip: Callable[[str], bool] | None = lambda name: False,
-    config: str | None = None,
+    subset: str | None = None,
 ) -> DataFiles:
     """The file itself, or the files below a folder that hold text.
 
@@ -53,7 +53,7 @@ def find_data(
     another field. Of several splits, which `datasets` saved or the files' names tell, `split` is read.
 
     Args:
-        config: of a dataset whose card has several.
+        subset: the configuration, of a dataset whose card has several.
         skip: whether a file's name is one that the user leaves out; None: names tell no splits, as formerly.
 
     Raises:
@@ -92,8 +92,8 @@ def find_data(
     splits: Mapping[str, int | None] = saved
     if skip is not None and not saved:
         found_in = {}
-        if config is not None or (split != ALL and not path.is_file()):
-            found_in = of_card(path, list(files), config)
+        if subset is not None or (split != ALL and not path.is_file()):
+            found_in = of_card(path, list(files), subset)
         if split != ALL and not path.is_file() and not found_in:
             found_in = _splits_by_name(path, list(files), skip)
         splits = Counter(found for found in found_in.values() if found is not None)

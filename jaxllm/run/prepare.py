@@ -35,7 +35,7 @@ from jaxllm.data.tokenizer_class import check_tokenizer_class
 from jaxllm.errors import UserError, shown
 from jaxllm.files import delete_leftovers, read_json, rename_durably, write_json
 from jaxllm.model.batch import IGNORED, token_batch
-from jaxllm.run.held_out import RowsFile, report_data
+from jaxllm.run.data_report import report_data
 from jaxllm.run.trackers import check_tracker
 from jaxllm.store.base import BASE_FILE, base_of
 from jaxllm.store.folder import (
@@ -49,6 +49,7 @@ from jaxllm.store.folder import (
     checkpoint_owner,
     clear,
 )
+from jaxllm.store.held_out_file import HeldOutFile
 from jaxllm.store.lock import FolderLock
 from jaxllm.store.resume import check_data, check_folder, check_init, check_resumable
 from jaxllm.store.source import keep_source, model_folder, note_end_tokens, read_source, tokenizer_files
@@ -120,8 +121,8 @@ def prepare(
         check_resumable(config)
     data, streams = config.data, config.data_streams
     check_streams(data, config.seed, streams)
-    rows_file = RowsFile(config, source)
-    evaluated = (rows_file.read() if resumes else None) or read_held_out(
+    held_out_file = HeldOutFile(config, source)
+    evaluated = (held_out_file.read() if resumes else None) or read_held_out(
         data, config.logging.eval_samples, streams, tokenizer
     )
     _check_prompts(config, tokenizer, as_chats=evaluated.encoded.chats > 0)
@@ -146,7 +147,7 @@ def prepare(
         note_end_tokens(config.folder, config.model, tokenizer)
     if not own_tokenizer.is_dir():
         _save_tokenizer(tokenizer, own_tokenizer)
-    rows_file.write(evaluated)
+    held_out_file.write(evaluated)
     report_data(config, tokenizer, source, evaluated)
     return Prepared(config, tokenizer, evaluated.rows, resumes)
 

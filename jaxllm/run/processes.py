@@ -113,6 +113,9 @@ def all_check(check: Callable[[], Any]) -> None:
     Raises:
         UserError: the one that any process raised, in all of them.
     """
+    if jax.process_count() == 1:
+        check()
+        return
     found = None
     try:
         check()
@@ -129,8 +132,6 @@ def each_result(work: Callable[[], T]) -> T:
     Raises:
         UserError: the one that any process raised, in all of them.
     """
-    if jax.process_count() == 1:
-        return work()
     made: list[T] = []
     all_check(lambda: made.append(work()))
     return made.pop()
@@ -169,29 +170,29 @@ def all_positions(local: dict[int, Position]) -> list[bytes]:
 
 def all_have(local: str | None) -> str | None:
     """What the primary process has, if every process has something. All must call it."""
-    found = [local] if jax.process_count() == 1 else _from_each(local)
+    found = _from_each(local)
     return None if None in found else found[0]
 
 
 def all_sum(local: int) -> int:
     """The sum over all processes. All must call it."""
-    return local if jax.process_count() == 1 else sum(_from_each(local))
+    return sum(_from_each(local))
 
 
 def all_min(local: float) -> float:
     """The minimum over all processes. All must call it."""
-    return local if jax.process_count() == 1 else min(_from_each(local))
+    return min(_from_each(local))
 
 
 def all_gather(local: dict[str, Any]) -> dict[str, Any]:
     """The entries of all processes' dicts of JSON values, in one dict. All must call it."""
-    if jax.process_count() == 1:
-        return local
     return {name: value for each in _from_each(local) for name, value in each.items()}
 
 
 def _from_each(value: Any) -> list[Any]:
     """The JSON values of all processes, in their order."""
+    if jax.process_count() == 1:
+        return [value]
     barrier("exchange")
     message = json.dumps(value).encode()
     lengths = multihost_utils.process_allgather(np.int32(len(message)))

@@ -1,4 +1,4 @@
-"""What a run prints besides its log, at its start and end; the picture of its losses, and the samples.
+"""What a run prints besides its log, at its start and end: its size and speed, its result and samples.
 
 Imports neither JAX nor PyTorch.
 """

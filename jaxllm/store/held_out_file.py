@@ -1,4 +1,4 @@
-"""The rows that a run is evaluated on, which its folder keeps; and the report of its data, which reading them gives."""
+"""The rows that a run is evaluated on, which its folder keeps. Imports neither JAX nor PyTorch."""
 
 from __future__ import annotations
 
@@ -7,26 +7,20 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxllm.config import RunConfig
-from jaxllm.config.groups import DataConfig
 from jaxllm.data.held_out import HeldOut
-from jaxllm.data.mixture import Mixture
-from jaxllm.data.report import Counts, make_report
+from jaxllm.data.report import Counts
 from jaxllm.data.source import Source
-from jaxllm.data.tokenizer import bytes_per_target, text_bytes
 from jaxllm.errors import UserError
-from jaxllm.files import check_file, write_json
-from jaxllm.model.batch import IGNORED, are_rows, token_batch
-from jaxllm.store.folder import DATA_REPORT, TOKENIZER
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from jaxllm.files import check_file
+from jaxllm.model.batch import are_rows
+from jaxllm.store.folder import TOKENIZER
 
 FILE = "held_out.safetensors"
 """In a run's folder."""
@@ -37,7 +31,7 @@ FORMAT = 1
 """Increase it when the same text gives other rows."""
 
 
-class RowsFile:
+class HeldOutFile:
     """The file of the rows that a run is evaluated on; without it, the next start makes them again."""
 
     def __init__(self, config: RunConfig, source: Source):
@@ -75,41 +69,3 @@ class RowsFile:
 
 def _digest(file: Path) -> Any:
     return [file.name, hashlib.sha256(file.read_bytes()).hexdigest()]
-
-
-def report_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, source: Source, held_out: HeldOut) -> None:
-    """Write and print what the run reads."""
-    reports = source.reports()
-    for report, seen in zip(reports, held_out.seen, strict=True):
-        report.seen = seen
-    report = make_report(
-        reports,
-        source.notes,
-        held_out.encoded,
-        bytes_per_token=_bytes_per_token(config.data, tokenizer, held_out.rows),
-        training_tokens=config.schedule.steps * config.tokens_per_step,
-        epochs=config.schedule.epochs,
-        weights=source.shares if isinstance(source, Mixture) else {},
-        rows=_about_rows(config.data, held_out.rows),
-    )
-    write_json(config.folder / DATA_REPORT, report.to_dict())
-    for line in report.lines():
-        print(f"Data: {line}")
-
-
-def _bytes_per_token(data: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: np.ndarray) -> float:
-    """Bytes of text for each token of a row, padding included."""
-    if not data.has_targets:
-        return bytes_per_target(tokenizer, rows)
-    return text_bytes(tokenizer, token_batch(rows, data).ids[rows != IGNORED][None]) / rows.size
-
-
-def _about_rows(data: DataConfig, rows: np.ndarray) -> str:
-    """What the rows of a run hold, where they are not full of targets."""
-    if not data.has_targets:
-        return ""
-    full, targets = (rows != IGNORED).mean(), (token_batch(rows, data).labels[:, 1:] != IGNORED).mean()
-    return (
-        f"trained on {data.train_on}, documents {data.documents}: in the rows that are evaluated, "
-        f"{100 * full:.1f} % of the positions are tokens, and {100 * targets:.1f} % are targets"
-    )
