@@ -29,7 +29,8 @@ from jaxllm.data.documents import DocumentEncoder, check_vocabulary
 from jaxllm.data.encode import encoder_of
 from jaxllm.data.mixture import holds_chats
 from jaxllm.data.packing import pack_in_order
-from jaxllm.data.sources import TextChunk, is_hub_name, open_source
+from jaxllm.data.source import TextChunk
+from jaxllm.data.sources import is_hub_name, open_source
 from jaxllm.data.splits import ALL
 from jaxllm.data.tokenizer import load_tokenizer, text_bytes
 from jaxllm.errors import UserError, exit_on_user_error

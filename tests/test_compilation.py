@@ -154,7 +154,7 @@ def test_a_tokenizer_is_cached_by_text_and_size(corpus, tmp_path, monkeypatch, c
 
     def make(size: int = 300, files: int = 25) -> str:
         capsys.readouterr()
-        found = DataFiles(corpus, sorted(corpus.iterdir())[:files], {}, {}, {})
+        found = DataFiles(corpus, {file.name: file for file in sorted(corpus.iterdir())[:files]})
         made = train_or_recall_tokenizer(FileSource(found, DataConfig(), 0), size, "here")
         assert (made.eos_token, len(made)) == (tokenizers.END_OF_TEXT, size)
         assert made.decode(made("def x():\n")["input_ids"]) == "def x():\n"

@@ -20,7 +20,6 @@ from jaxllm.config.groups import DataConfig
 from jaxllm.data import lines, prefetch, rows
 from jaxllm.data import stream as streams
 from jaxllm.data.file_source import FileSource
-from jaxllm.data.folder import DataFiles
 from jaxllm.data.prefetch import Prefetcher
 from jaxllm.data.reading import CHUNK_CHARS, FileChunk, read_chunks
 from jaxllm.data.source import Shard, TextChunk
@@ -106,7 +105,7 @@ def parts_of(file: Path, place: int = 0) -> list[FileChunk]:
 
 
 def test_the_standard_library_s_pieces_are_those_of_text_mode():
-    for file in stdlib_files(Path(sysconfig.get_path("stdlib"))):
+    for file in stdlib_files(Path(sysconfig.get_path("stdlib"))).files.values():
         assert [(part.text, part.ends_document) for part in parts_of(file)] == list(pieces_in_text_mode(file)), file
 
 
@@ -320,6 +319,5 @@ def test_empty_files_among_the_standard_library_s_are_passed_over(tmp_path):
     """Its packages have empty `__init__.py`."""
     (tmp_path / "a.py").write_text("a = 1\n")
     (tmp_path / "b.py").write_text("")
-    found = DataFiles(tmp_path, stdlib_files(tmp_path), {}, {}, {})
-    source = FileSource(found, DataConfig(), 0)
+    source = FileSource(stdlib_files(tmp_path), DataConfig(), 0)
     assert [chunk.text for chunk in source.chunks()] == ["a = 1\n"]

@@ -57,11 +57,10 @@ class FileSource:
         """Without a `data.hold_out`, whole files are held out where they hold their share of the bytes, else chunks."""
         self._data, self._seed, self._shard = data, seed, shard
         self._folder, self._splits = found.folder, found.splits
-        here = {file.relative_to(self._folder).as_posix(): file for file in found.files}
-        self._present = [*here, *found.passed_over]
+        self._present = [*found.files, *found.passed_over]
         skip = data.skip_data
-        gone = [name for name in patterns_in(skip) if not glob.has_magic(name) and not _matching(name, here)]
-        self._names = sorted([*here, *gone], key=lambda name: self._folder / name)
+        gone = [name for name in patterns_in(skip) if not glob.has_magic(name) and not _matching(name, found.files)]
+        self._names = sorted([*found.files, *gone], key=lambda name: self._folder / name)
         self._files = [self._folder / name for name in self._names]
         self._sizes = [size_of(file) for file in self._files]
         self._total = sum(self._sizes) or 1

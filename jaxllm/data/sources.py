@@ -114,10 +114,10 @@ def _open_one(data: DataConfig, seed: int, shard: Shard, evaluation: Evaluation 
             check_split("data is 'stdlib'", data.split, ())
             if data.subset is not None:
                 raise UserError(f"data_config is {shown(data.subset)}: only datasets have one; leave it out")
-        found = DataFiles(root, stdlib_files(root), {}, {}, {})
+        found = stdlib_files(root)
     else:
         skip = None if is_old else functools.partial(is_skipped, data.skip_data)
-        found = find_data(path, data.text_field, data.split, skip, None if is_old else data.subset)
+        found = find_data(path, data, skip)
     validation = next((split for split in VALIDATION if split in found.splits and split != data.split), None)
     if evaluation is None and not is_old and data.split != ALL and validation is not None:
         other = replace(data, split=validation, hold_out="nothing", skip_data="")
@@ -154,7 +154,7 @@ def check_new_data(data: DataConfig, source: Source) -> None:
             raise UserError(f"eval_data: {str(both[0])!r} is trained on, too: leave it out of one of them")
 
 
-def stdlib_files(root: Path) -> list[Path]:
+def stdlib_files(root: Path) -> DataFiles:
     """The interpreter's own Python sources, without installed packages and tests.
 
     Also without `encodings`: its 1.5 MB of generated character tables read like nothing else.
@@ -166,4 +166,4 @@ def stdlib_files(root: Path) -> list[Path]:
         files += [Path(folder, name) for name in names if name.endswith(".py")]
     if not files:
         raise UserError(f"data is 'stdlib', but {root} holds no Python sources: pass --data FILE or --data FOLDER")
-    return sorted(files)
+    return DataFiles(root, {file.relative_to(root).as_posix(): file for file in sorted(files)})

@@ -239,7 +239,7 @@ def _training_texts(source: Source) -> Iterator[str]:
 
 
 def without_dropout(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Turn a BPE's dropout off, which would encode the same text in another way each time; said in a line."""
+    """Turn a BPE's dropout off, which would encode the same text in another way each time, and print that."""
     model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if dropout := getattr(model, "dropout", None):
         model.dropout = None

@@ -42,7 +42,7 @@ def check_tokenizer_class(folder: Path, tokenizer: PreTrainedTokenizerBase, mode
         model: the config.json that the export has beside the files.
 
     Raises:
-        UserError: it encodes otherwise.
+        UserError: it encodes differently.
     """
     config = folder / "tokenizer_config.json"
     values = read_json(config, MAX_TOKENIZER_BYTES) if is_there(config) else {}
