@@ -288,7 +288,7 @@ def test_passes_that_are_read_ahead_are_not_announced(tmp_path, tokenizer, capsy
 
 
 def test_the_end_of_a_run_does_not_wait_for_a_source_that_waits(corpus, tokenizer, monkeypatch):
-    monkeypatch.setattr(prefetch, "CLOSING", 0.2)
+    monkeypatch.setattr(prefetch, "CLOSE_SECONDS", 0.2)
     source, gone_on = open_files(corpus), threading.Event()
 
     def waiting() -> Iterator[TextChunk]:
