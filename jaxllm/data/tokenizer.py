@@ -25,7 +25,7 @@ from jaxllm.data.sentencepiece_file import MODEL_FILE, check_same
 from jaxllm.data.source import Source
 from jaxllm.data.tokenizer_files import MAX_TOKENIZER_BYTES, RANKS, is_there, tokenizer_class
 from jaxllm.errors import UserError, listed, one_line, shown
-from jaxllm.files import StrPath, cache_folder, check_file, plain_path, read_json, write_json, write_text_atomically
+from jaxllm.files import StrPath, cache_file, check_file, plain_path, read_json, write_json, write_text_atomically
 from jaxllm.model.batch import IGNORED, token_batch
 
 if TYPE_CHECKING:
@@ -178,10 +178,7 @@ def train_or_recall_tokenizer(source: Source, vocab_size: int, data: str) -> Pre
         encoded = text.encode("utf-8")
         key.update(len(encoded).to_bytes(8))
         key.update(encoded)
-    try:
-        file = cache_folder("tokenizers") / f"{key.hexdigest()}.json"
-    except (OSError, RuntimeError):  # no place to write, no home: it is trained each time
-        file = None
+    file = cache_file("tokenizers", f"{key.hexdigest()}.json")
     if file is not None and file.is_file():
         with contextlib.suppress(Exception):  # a damaged file may raise anything; it is written again
             return _wrap(tokenizers.Tokenizer.from_file(str(file)))

@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -18,7 +16,7 @@ from jaxllm.data.held_out import HeldOut
 from jaxllm.data.report import Counts
 from jaxllm.data.source import Source
 from jaxllm.errors import UserError
-from jaxllm.files import check_file
+from jaxllm.files import check_file, sha256_of
 from jaxllm.model.batch import are_rows
 from jaxllm.store.folder import TOKENIZER
 
@@ -62,10 +60,7 @@ class HeldOutFile:
         config = self._config
         options = dataclasses.asdict(config.data) | {"source": None, "eval_data": None}  # both by their content
         evaluated = [evaluation.open().revision for evaluation in self._source.evaluations]
-        tokenizer = [_digest(file) for file in sorted((config.folder / TOKENIZER).rglob("*")) if file.is_file()]
+        files = sorted(file for file in (config.folder / TOKENIZER).rglob("*") if file.is_file())
+        tokenizer = [[file.name, sha256_of(file)] for file in files]
         decisive = [FORMAT, options, evaluated, tokenizer, config.logging.eval_samples, config.data_streams]
         return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
-
-
-def _digest(file: Path) -> Any:
-    return [file.name, hashlib.sha256(file.read_bytes()).hexdigest()]
