@@ -165,7 +165,7 @@ def test_a_source_that_gives_nothing_is_named(tmp_path):
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("x", "held out")))
     config = TrainConfig.from_options(data=f"{tmp_path / 'a.txt'}=1,{tmp_path / 'b.jsonl'}=1")
     source = open_source(config.data, config.seed)
-    for part in source._sources:
+    for part in source.parts:
         part.chunks = lambda chunks=part.chunks: (chunk._replace(held_out=True) for chunk in chunks())
     with pytest.raises(UserError, match="has nothing to train on: leave it out"):
         list(itertools.chain.from_iterable(source.chunks() for _ in range(5)))
