@@ -67,9 +67,12 @@ def run_weights(run: StrPath, hold: Hold = masters) -> tuple[ModelConfig, Weight
         UserError: it is not a run folder, the checkpoint cannot be read, or the base is not what it was.
     """
     config = adapters_of(run)
-    if config is None or config.adapters is None:
-        return load_weights(run, hold)
-    model, lora = read_model_config(run), config.adapters
+    return load_weights(run, hold) if config is None else merged_run(run, config, hold)
+
+
+def merged_run(run: StrPath, config: TrainConfig, hold: Hold) -> tuple[ModelConfig, Weights]:
+    """As `run_weights`, of a run with adapters, whose config is known."""
+    model, lora = read_model_config(run), config.lora
     base = run_base(run, config, hold)
     saved = read_newest(run, lambda saved: saved.adapters(model, lora))
     graph = abstract_adapted(model, lora).graph
