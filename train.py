@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(argv, "train.py", __doc__, TrainConfig)
-    init_distributed(config)
+    init_distributed(config.mesh, config.options())
     use_compilation_cache()
     placement = choose_placement(config.mesh, config.data.batch_size)  # refused before the run's folder is touched
     with Run.open(config, placement, read_start) as (run, trainer, state):
@@ -70,12 +70,12 @@ def read_start(config: TrainConfig, place: Place) -> Imported | Base | None:
         if config.adapters:
             raise UserError(NEEDS_INIT.format(config.lora.rank))
         return None
-    resumes = check_folder(config, "JAX") and bool(checkpoint_steps(config.folder))
+    resumes = check_folder(config.folder, "JAX", config.overwrite) and bool(checkpoint_steps(config.folder))
     if resumes and not config.adapters:
         return None
     if resumes:
         check_there(config.folder, model_folder(init))
-    check_shapes(config)
+    check_shapes(init, config.model)
     check_own("convert")
     if config.adapters:
         from convert.base import read_base

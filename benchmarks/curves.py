@@ -99,7 +99,7 @@ def learn(learner: str, form: str, args: CurvesArgs, seed: int) -> dict[str, Any
         from benchmarks.jax_side import JaxLearner
 
         trained = JaxLearner(config)
-    batches = ProcessBatches(config, tokenizer, 0, config.data.batch_size)
+    batches = ProcessBatches(config.data, config.seed, config.data_streams, tokenizer, 0, config.data.batch_size)
     scale, points, load = 1 / (math.log(2) * bytes_per_target(tokenizer, held_out)), [], 0.0
     steps, every = config.schedule.steps, 2 if args.quick else config.logging.eval_every
     for step in range(1, steps + 1):

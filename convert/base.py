@@ -67,23 +67,26 @@ def run_weights(run: StrPath, hold: Hold = masters) -> tuple[ModelConfig, Weight
         UserError: it is not a run folder, the checkpoint cannot be read, or the base is not what it was.
     """
     config = adapters_of(run)
-    if config is None or config.adapters is None:
-        return load_weights(run, hold)
-    model, lora = read_model_config(run), config.adapters
-    base = run_base(run, config, hold)
+    return load_weights(run, hold) if config is None else merged_run(run, config, hold)
+
+
+def merged_run(run: StrPath, config: TrainConfig, hold: Hold) -> tuple[ModelConfig, Weights]:
+    """As `run_weights`, of a run with adapters, whose config is known."""
+    model, lora = read_model_config(run), config.lora
+    base = run_base(run, config.init, hold)
     saved = read_newest(run, lambda saved: saved.adapters(model, lora))
     graph = abstract_adapted(model, lora).graph
     merge = jax.jit(lambda *trees: merged_weights(merged(graph, *trees), hold))
     return model, Weights(merge(*saved, base.weights.params), saved.routing_bias)
 
 
-def run_base(run: StrPath, config: TrainConfig, hold: Hold) -> Imported:
+def run_base(run: StrPath, init: Path | None, hold: Hold) -> Imported:
     """The base of a run with adapters, as `read_model`.
 
     Raises:
         UserError: it is not where it was, or is not what it was.
     """
-    folder = None if config.init is None else model_folder(config.init)
+    folder = None if init is None else model_folder(init)
     check_there(Path(run), folder)
     assert folder is not None
     check_base(Path(run), folder)

@@ -29,7 +29,8 @@ from jaxllm.data.documents import DocumentEncoder, check_vocabulary
 from jaxllm.data.encode import encoder_of
 from jaxllm.data.mixture import holds_chats
 from jaxllm.data.packing import pack_in_order
-from jaxllm.data.sources import TextChunk, is_hub_name, open_source
+from jaxllm.data.source import TextChunk
+from jaxllm.data.sources import is_hub_name, open_source
 from jaxllm.data.splits import ALL
 from jaxllm.data.tokenizer import load_tokenizer, text_bytes
 from jaxllm.errors import UserError, exit_on_user_error
@@ -120,7 +121,7 @@ def score(
 def _rows(ids: np.ndarray, start: Any, seq_len: int, is_separate: bool) -> np.ndarray:
     """Documents packed, or windows of their tokens, each of which begins with the last token of the one before it."""
     if is_separate:
-        return pack_in_order([ids], seq_len, most=len(ids))
+        return pack_in_order(ids, seq_len, most=len(ids), is_separate=True)
     after_start, step = np.append(np.int32(start), ids), seq_len - 1
     rows = np.full((-(-len(ids) // step), seq_len), IGNORED, np.int32)
     for row, first in zip(rows, range(0, len(ids), step), strict=True):
@@ -171,14 +172,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load_model(args.run, args.precision)
     tokenizer = load_tokenizer(str(tokenizer_folder(args.run)))
     if args.data is None and config is not None:
-        data, chunks = config.data, open_source(config).held_out()
+        data, chunks = config.data, open_source(config.data, config.seed).held_out()
     else:
         assert args.data is not None
         split = args.data_split or ("train" if is_hub_name(args.data) else ALL)
         special = config.data.special_tokens_in_text if config else "text"
         options = {"data": args.data, "data_split": split, "text_field": args.text_field, "hold_out": "nothing"}
         given = TrainConfig.from_options(**options, special_tokens_in_text=special)
-        source = open_source(given)
+        source = open_source(given.data, given.seed)
         for line in source.notes:
             print(f"Not read: {line}")
         if holds_chats(source):

@@ -1,6 +1,7 @@
 """Files: written whole or not at all, read only within bounds; JSON; the cache folder."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -157,6 +158,12 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_text_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
+def sha256_of(file: Path) -> str:
+    """The checksum of a file's content, read in parts."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 def cache_folder(name: str) -> Path:
     """The subfolder `name` of the cache, created if needed.
 
@@ -173,3 +180,11 @@ def cache_folder(name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         return folder
+
+
+def cache_file(folder: str, name: str) -> Path | None:
+    """A file in a subfolder of the cache, which may not be there yet; None: nothing can be written there."""
+    try:
+        return cache_folder(folder) / name
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home folder
+        return None

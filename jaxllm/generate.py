@@ -52,13 +52,13 @@ def load_model(folder: StrPath, precision: Precision = "float32") -> CustomLLM:
         from convert.to_flax import model_of
 
         return model_of(folder, dtype, for_compute(dtype))
-    if adapters_of(folder) is None:
+    if (adapted := adapters_of(folder)) is None:
         config, weights = load_weights(folder, for_compute(dtype))
     else:
         check_own("convert")
-        from convert.base import run_weights
+        from convert.base import merged_run
 
-        config, weights = run_weights(folder, for_compute(dtype))
+        config, weights = merged_run(folder, adapted, for_compute(dtype))
     graph, _, _ = abstract_model(config, dtype=dtype, without=kernels_to_avoid(config, dtype))
     return nnx.merge(graph, *weights)
 

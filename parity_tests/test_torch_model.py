@@ -146,13 +146,15 @@ def test_labels_are_shifted_once(weights):
 
 def test_an_exported_folder_works_where_this_project_is_not_installed(weights, tmp_path):
     """Auto classes and the pipeline, in a process that cannot import this project."""
-    from jaxllm.data.sources import FileSource
+    from jaxllm.config.groups import DataConfig
+    from jaxllm.data.sources import open_source
     from jaxllm.data.tokenizer import train_tokenizer
 
     (tmp_path / "text.txt").write_text("def f(x): return x\n" * 500)
     flax = nnx.merge(abstract_model(SMALL)[0], weights.params, weights.routing_bias)
     save_pretrained(flax, tmp_path / "model")
-    train_tokenizer(FileSource([tmp_path / "text.txt"], 0, "text"), 300).save_pretrained(tmp_path / "model")
+    source = open_source(DataConfig(source=str(tmp_path / "text.txt")), 0)
+    train_tokenizer(source, 300).save_pretrained(tmp_path / "model")
     script = f"""
 import sys
 class Blocked:

@@ -109,7 +109,7 @@ class Reference:
     def steps(self, count: int) -> tuple[TrainState, StepMetrics]:
         """The state after `count` steps, and their metrics: (count,) float64 each."""
         config, state, measured = self.config, jax.tree.map(jnp.copy, self.first), []  # a step deletes its state
-        stream = TokenStream(open_source(config), self.prepared.tokenizer, config.data.seq_len, config.seed)
+        stream = TokenStream(open_source(config.data, config.seed), self.prepared.tokenizer, config.data, config.seed)
         for _ in range(count):
             rows = stream.next_rows(config.data.grad_accum * config.data.batch_size)
             state, metrics = self.trainer.step(state, rows)

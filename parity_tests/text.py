@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxllm.config import ModelConfig, TrainConfig
+from jaxllm.config import ModelConfig
+from jaxllm.config.groups import DataConfig
 from jaxllm.data.documents import DocumentEncoder, encoded
 from jaxllm.data.encode import encoder_of
 from jaxllm.data.lines import SUFFIXES
-from jaxllm.data.sources import FileSource, open_source
+from jaxllm.data.sources import open_source
 from jaxllm.data.tokenizer import load_tokenizer, train_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.files import StrPath
@@ -52,10 +53,10 @@ def read_tokens(config: ModelConfig, count: int, text: StrPath | None, tokenizer
 
 def _opener(text: Path | None):
     if text is None:
-        return lambda: open_source(TrainConfig())
+        return lambda: open_source(DataConfig(), 0)
     if not text.is_file() or text.stat().st_size == 0:
         raise UserError(f"text is {str(text)!r}: it must be a file that holds text")
     endings = [suffix for suffix, kind in SUFFIXES.items() if kind == "text"]
     if text.suffix not in endings:
         raise UserError(f"text is {str(text)!r}: the ending must be one of {', '.join(endings)}")
-    return lambda: FileSource([text], 0, "text")
+    return lambda: open_source(DataConfig(source=str(text)), 0)

@@ -1,9 +1,20 @@
 """The small model and the small run of the tests; each test says what is different in its own."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
-from jaxllm.config import ModelConfig
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from jaxllm.config import ModelConfig, RunConfig
+from jaxllm.config.groups import DataConfig
+from jaxllm.data.chats import Text
+from jaxllm.data.documents import DocumentEncoder, encoded
+from jaxllm.data.encode import encoder_of
+from jaxllm.data.held_out import HeldOut, read_held_out
+from jaxllm.data.source import WHOLE, Shard, Source, TextChunk
+from jaxllm.data.sources import open_source
 
 SMALL = ModelConfig(
     vocab_size=97,
@@ -32,3 +43,18 @@ NARROW = (
     "--precision", "float32", "--optimizer", "adamw", "--learning-rate", "4e-3",  # compiles faster than the default
 )  # fmt: skip
 """The same with the rest, without data and steps."""
+
+
+def open_files(path: Path, shard: Shard = WHOLE) -> Source:
+    """The text of a file or a folder as a source, without options."""
+    return open_source(DataConfig(source=str(path)), 0, shard)
+
+
+def held_out_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
+    """What a run with this config is evaluated on."""
+    return read_held_out(config.data, config.logging.eval_samples, config.data_streams, tokenizer)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: Text, ends_document: bool) -> np.ndarray:
+    """Token ids of a whole text or chat: (n,) int32."""
+    return np.concatenate([*encoded(DocumentEncoder(encoder_of(tokenizer)), [TextChunk(text, ends_document, False)])])

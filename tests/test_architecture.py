@@ -107,10 +107,7 @@ def takes_whole_config(parameters: list[ast.arg]) -> bool:
 MAX_PARAMETERS = 8
 
 MANY_PARAMETERS = {
-    "torch_ref/model.py": {"CustomLLM.forward"},  # transformers' signature
-    # to be narrowed:
-    "jaxllm/data/file_source.py": {"FileSource.__init__"},
-    "jaxllm/data/sources.py": {"HubSource.__init__"},
+    "torch_ref/model.py": {"CustomLLM.forward"}  # transformers' signature
 }
 """Functions that may have more."""
 
@@ -125,11 +122,8 @@ def test_no_function_has_many_parameters():
     assert [(name, len(parameters)) for name, parameters in functions(planted)] == [("A.f", 9)]
 
 
-MAX_WHOLE_CONFIG = 25
-
-
-WHOLE_CONFIG_ELSEWHERE = ("jaxllm/data/", "jaxllm/run/", "jaxllm/store/")
-"""Rooms that are not counted yet."""
+MAX_WHOLE_CONFIG = 31
+"""It only falls: a new function takes the groups or the numbers that it reads."""
 
 
 def test_few_functions_take_the_whole_config():
@@ -138,7 +132,7 @@ def test_few_functions_take_the_whole_config():
         f"{name}: {f}"
         for name, source in product().items()
         for f, parameters in functions(source)
-        if takes_whole_config(parameters) and not name.startswith(WHOLE_CONFIG_ELSEWHERE)
+        if takes_whole_config(parameters)
     ]
     assert len(found) <= MAX_WHOLE_CONFIG, found
     assert not [place for place in found if place.startswith("jaxllm/model/")]

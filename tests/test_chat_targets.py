@@ -17,11 +17,10 @@ from jaxllm.config.groups import DataConfig
 from jaxllm.data.chats import Pair
 from jaxllm.data.documents import DocumentEncoder
 from jaxllm.data.encode import encoder_of
-from jaxllm.data.held_out import read_held_out
 from jaxllm.data.source import TextChunk
-from jaxllm.data.sources import open_source
 from jaxllm.errors import UserError
 from jaxllm.model.batch import NOT_TARGET, token_batch
+from tests.configs import held_out_of, open_files
 
 DATA = DataConfig(train_on="assistant", documents="joined")
 KINDS = ["byte-level", "Metaspace first"]
@@ -157,7 +156,7 @@ def test_every_form_of_a_chat_has_the_same_rows(form, tmp_path):
     config = TrainConfig.from_options(
         data=str(tmp_path), seq_len=64, eval_samples=2, train_on="assistant", documents="separate"
     )
-    found = read_held_out(config, made)
+    found = held_out_of(config, made)
     batch = token_batch(found.rows, config.data)
     first = batch.documents[0] == 1
     assert made.decode(batch.ids[0][first]) == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
@@ -166,7 +165,7 @@ def test_every_form_of_a_chat_has_the_same_rows(form, tmp_path):
 
 def test_an_input_of_alpaca_follows_the_instruction(tmp_path):
     (tmp_path / "a.csv").write_text("instruction,input,output\nAdd,1 2,3\n")
-    (chunk,) = open_source(TrainConfig.from_options(data=str(tmp_path))).chunks()
+    (chunk,) = open_files(tmp_path).chunks()
     assert chunk.text == chat("3", asked="Add\n\n1 2")
 
 
@@ -174,7 +173,7 @@ def test_rows_with_a_picture_are_skipped_counted_and_said(tmp_path, capsys):
     picture = {"role": "user", "content": [{"type": "image_url", "url": "x"}, {"type": "text", "text": "Q"}]}
     rows = [ROWS["messages"]] * 30 + [{"messages": [picture, *chat("A")]}] * 3
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    source = open_source(TrainConfig.from_options(data=str(tmp_path)))
+    source = open_files(tmp_path)
     assert len(list(source.chunks())) == 30
     assert (source.seen.skipped_rows, source.seen.other_parts) == (3, 3)
     assert "a message with a part of type 'image_url'" in capsys.readouterr().out
@@ -183,4 +182,4 @@ def test_rows_with_a_picture_are_skipped_counted_and_said(tmp_path, capsys):
 def test_fields_of_another_form_are_named(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"topic": "a", "body": "b"}))
     with pytest.raises(UserError, match="there is no field 'text', but topic, body: pass --text-field"):
-        open_source(TrainConfig.from_options(data=str(tmp_path)))
+        open_files(tmp_path)

@@ -16,7 +16,7 @@ from convert import __main__ as convert
 from jaxllm import generate as generation
 from jaxllm.command_line import parse
 from jaxllm.config import PRESETS, TrainConfig
-from jaxllm.data import sources as corpora
+from jaxllm.data import hub_source
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.errors import UserError
 from jaxllm.plan import __main__ as plan
@@ -76,7 +76,7 @@ def test_bad_data_files(name, content, part, tmp_path, capsys):
 
 
 def test_without_a_network_the_error_names_the_hub_and_the_alternatives(tmp_path, capsys, monkeypatch):
-    for module in (corpora, tokenizers):
+    for module in (hub_source, tokenizers):
         monkeypatch.setattr(module, "hub_reachable", lambda: False)
     arguments = ["--preset", "customllm-1b", "--recipe", "seed", "--run-dir", str(tmp_path / "run")]
     refused(train.main, arguments, capsys, "HuggingFaceTB/smollm-corpus", "could not be reached", "--data FILE")

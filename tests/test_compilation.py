@@ -16,8 +16,10 @@ import pytest
 
 from jaxllm import files as cache
 from jaxllm.config import TrainConfig
+from jaxllm.config.groups import DataConfig
 from jaxllm.data import tokenizer as tokenizers
-from jaxllm.data.sources import FileSource, local_files
+from jaxllm.data.file_source import FileSource
+from jaxllm.data.folder import DataFiles
 from jaxllm.data.tokenizer import train_or_recall_tokenizer
 from jaxllm.model.batch import TokenBatch
 from jaxllm.run.arguments import parse_args
@@ -152,7 +154,8 @@ def test_a_tokenizer_is_cached_by_text_and_size(corpus, tmp_path, monkeypatch, c
 
     def make(size: int = 300, files: int = 25) -> str:
         capsys.readouterr()
-        made = train_or_recall_tokenizer(FileSource(local_files(corpus)[:files], 0, "text"), size, "here")
+        found = DataFiles(corpus, {file.name: file for file in sorted(corpus.iterdir())[:files]})
+        made = train_or_recall_tokenizer(FileSource(found, DataConfig(), 0), size, "here")
         assert (made.eos_token, len(made)) == (tokenizers.END_OF_TEXT, size)
         assert made.decode(made("def x():\n")["input_ids"]) == "def x():\n"
         return capsys.readouterr().out

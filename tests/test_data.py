@@ -16,22 +16,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.config import PRESETS, TrainConfig, recipe
-from jaxllm.data import sources as corpora
+from jaxllm.config.groups import DataConfig
+from jaxllm.data import hub_source
 from jaxllm.data import stream as streams
-from jaxllm.data.held_out import read_held_out
+from jaxllm.data.hub_source import HubSource
 from jaxllm.data.prefetch import Prefetcher
 from jaxllm.data.reading import CHUNK_CHARS
-from jaxllm.data.sources import FileSource, HubSource, local_files, open_source, stdlib_files
-from jaxllm.data.stream import TokenStream, encode
+from jaxllm.data.sources import open_source, stdlib_files
+from jaxllm.data.stream import TokenStream
 from jaxllm.data.tokenizer import align, train_tokenizer
 from jaxllm.errors import UserError
+from tests.configs import encode, held_out_of, open_files
 
 TEXTS = [f"document {i}: " + "some words of text " * (1 + i % 7) for i in range(90)]
 
 
 @pytest.fixture(scope="module")
 def tokenizer(corpus):
-    return train_tokenizer(FileSource(local_files(corpus), 0, "text"), 300)
+    return train_tokenizer(open_files(corpus), 300)
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +48,7 @@ def source(request, tmp_path, monkeypatch):
     if request.param == "text folder":
         for i, text in enumerate(TEXTS[:30]):
             (tmp_path / f"{i}.txt").write_text(text)
-        return lambda: FileSource(local_files(tmp_path), 0, "text")
+        return lambda: open_files(tmp_path)
     jsonl = tmp_path / "a.jsonl"
     jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
     if request.param == "hub":
@@ -57,31 +59,31 @@ def source(request, tmp_path, monkeypatch):
 
         monkeypatch.setattr(datasets, "load_dataset", local)
         monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)  # it asks a host of the network
-        monkeypatch.setattr(corpora, "hub_reachable", lambda: True)
+        monkeypatch.setattr(hub_source, "hub_reachable", lambda: True)
         monkeypatch.setattr(HubSource, "_newest_revision", lambda source: "0" * 40)
-        return lambda: HubSource("some/corpus", None, "train", "text")
+        return lambda: HubSource(DataConfig(source="some/corpus"))
     if request.param == "parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "b.parquet", row_group_size=20)
-        return lambda: FileSource([tmp_path / "b.parquet"], 0, "text")
-    return lambda: FileSource([jsonl], 0, "text")
+        return lambda: open_files(tmp_path / "b.parquet")
+    return lambda: open_files(jsonl)
 
 
 def test_positions_continue_exactly_again_and_again(source, tokenizer):
     """Across several passes, and from positions of streams that were resumed themselves."""
-    stream = TokenStream(source(), tokenizer, 32, seed=3)
+    stream = TokenStream(source(), tokenizer, DataConfig(seq_len=32), seed=3)
     wanted = [stream.next_rows(9) for _ in range(80)]
     assert stream.position().source["pass"] >= 2
-    resumed = TokenStream(source(), tokenizer, 32, seed=3)
+    resumed = TokenStream(source(), tokenizer, DataConfig(seq_len=32), seed=3)
     for i in range(80):
         if i % 7 == 6:
             position = resumed.position()
-            resumed = TokenStream(source(), tokenizer, 32, seed=3)
+            resumed = TokenStream(source(), tokenizer, DataConfig(seq_len=32), seed=3)
             resumed.seek(position)
         np.testing.assert_array_equal(resumed.next_rows(9), wanted[i])
 
 
 def test_a_position_does_not_move_with_its_stream(source, tokenizer):
-    stream = TokenStream(source(), tokenizer, 32, seed=0)
+    stream = TokenStream(source(), tokenizer, DataConfig(seq_len=32), seed=0)
     stream.next_rows(3)
     position = stream.position()
     kept = json.dumps(position.source)
@@ -91,8 +93,8 @@ def test_a_position_does_not_move_with_its_stream(source, tokenizer):
 
 def test_packing_loses_and_repeats_nothing(source, tokenizer):
     """The rows in the order in which they are packed are the documents, each with its end."""
-    stream = TokenStream(source(), tokenizer, 32, seed=0)
-    packed = np.concatenate([next(stream._rows) for _ in range(30)])
+    stream = TokenStream(source(), tokenizer, DataConfig(seq_len=32), seed=0)
+    packed = np.concatenate([next(stream._rows)[0] for _ in range(30)])
     chunks = [chunk for chunk in source().chunks() if not chunk.held_out]
     tokens = np.concatenate([encode(tokenizer, chunk.text, chunk.ends_document) for chunk in chunks])
     length = min(len(packed), len(tokens))
@@ -113,7 +115,7 @@ def test_rows_without_text_are_skipped_and_counted(tmp_path):
     file = tmp_path / "a.jsonl"
     good = [json.dumps({"text": f"row {i}"}) for i in range(5)]
     file.write_text("\n".join([*good, '{"text": 5}', '{"other": "x"}', "{broken", '{"text": ""}', "[1]", ""]))
-    source = FileSource([file], 0, "text")
+    source = open_files(file)
     assert [chunk.text for chunk in source.chunks()] == [f"row {i}" for i in range(5)]
     assert source.position["skipped"] == 5
 
@@ -121,7 +123,7 @@ def test_rows_without_text_are_skipped_and_counted(tmp_path):
 def test_a_long_line_comes_in_bounded_chunks(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("word " * 10_000)
-    chunks = list(FileSource([file], 0, "text").chunks())
+    chunks = list(open_files(file).chunks())
     assert max(len(chunk.text) for chunk in chunks) <= CHUNK_CHARS
     assert "".join(chunk.text for chunk in chunks) == "word " * 10_000
     assert [chunk.ends_document for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
@@ -129,7 +131,7 @@ def test_a_long_line_comes_in_bounded_chunks(tmp_path):
 
 def test_prefetching_gives_the_stream_s_batches_positions_and_errors(corpus, tokenizer):
     def open_stream():
-        return TokenStream(FileSource(local_files(corpus), 0, "text"), tokenizer, 32, seed=1)
+        return TokenStream(open_files(corpus), tokenizer, DataConfig(seq_len=32), seed=1)
 
     plain, ahead = open_stream(), Prefetcher(open_stream(), 4)
     for _ in range(10):
@@ -146,13 +148,13 @@ def test_prefetching_gives_the_stream_s_batches_positions_and_errors(corpus, tok
 
 
 def test_the_standard_library_is_a_corpus_without_tests():
-    files = stdlib_files(Path(sysconfig.get_path("stdlib")))
+    files = stdlib_files(Path(sysconfig.get_path("stdlib"))).files.values()
     assert sum(file.stat().st_size for file in files) > 5e6
     assert not [file for file in files if {"test", "tests", "site-packages"} & set(file.parts[-3:-1])]
 
 
 def test_the_tokenizer_trains_deterministically(corpus, tokenizer):
-    again = train_tokenizer(FileSource(local_files(corpus), 0, "text"), 300)
+    again = train_tokenizer(open_files(corpus), 300)
     assert again.get_vocab() == tokenizer.get_vocab()
     assert len(tokenizer) == 300
 
@@ -192,9 +194,9 @@ def test_the_49152_token_tokenizer_fits_the_source_s_presets():
 
 def test_evaluation_rows_come_from_the_held_out_part(corpus, tokenizer):
     config = TrainConfig.from_options(data=str(corpus), seq_len=32, eval_samples=5)
-    rows = read_held_out(config, tokenizer).rows
+    rows = held_out_of(config, tokenizer).rows
     assert rows.shape == (5, 32)
-    text = "".join(chunk.text for chunk in open_source(config).chunks() if chunk.held_out)
+    text = "".join(chunk.text for chunk in open_source(config.data, config.seed).chunks() if chunk.held_out)
     assert tokenizer.decode(rows[0]) in text
-    other = read_held_out(config.with_options(seed=7), tokenizer).rows
+    other = held_out_of(config.with_options(seed=7), tokenizer).rows
     np.testing.assert_array_equal(rows, other)  # runs with different seeds can be compared

@@ -11,18 +11,20 @@ import numpy as np
 import pytest
 
 from jaxllm.config import TrainConfig
+from jaxllm.config.groups import DataConfig
 from jaxllm.data import reading
 from jaxllm.data.report import Counts
 from jaxllm.data.source import utf8_bytes
-from jaxllm.data.sources import FileSource, local_files, open_source
+from jaxllm.data.sources import open_source
 from jaxllm.data.stream import TokenStream
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.files import read_json, write_json
-from jaxllm.run import held_out
 from jaxllm.run.prepare import Prepared, prepare
+from jaxllm.store import held_out_file
 from jaxllm.store.lock import FolderLock
 from jaxllm.store.metrics_file import read_metrics
+from tests.configs import open_files
 
 
 def write(file: Path, rows: int, words: int = 4) -> None:
@@ -31,7 +33,7 @@ def write(file: Path, rows: int, words: int = 4) -> None:
 
 
 def held_out_share(folder: Path) -> float:
-    chunks = [*open_source(TrainConfig.from_options(data=str(folder))).chunks()]
+    chunks = [*open_files(folder).chunks()]
     return sum(utf8_bytes(c.text) for c in chunks if c.held_out) / sum(utf8_bytes(c.text) for c in chunks)
 
 
@@ -41,7 +43,7 @@ def test_a_twentieth_of_the_bytes_is_held_out_however_large_the_files(large, fil
     for i in range(files):
         write(tmp_path / f"{i:02}.jsonl", 4000 if i == large else 12)
     assert 0.02 < held_out_share(tmp_path) < 0.11
-    (report,) = open_source(TrainConfig.from_options(data=str(tmp_path))).reports()
+    (report,) = open_files(tmp_path).reports()
     assert ("whole file" in report.evaluated) == (large is None)
     assert report.share == pytest.approx(held_out_share(tmp_path), abs=0.02)
     assert f"{100 * report.share:.1f} %" in report.evaluated
@@ -52,7 +54,7 @@ def test_a_row_that_is_most_of_the_corpus_is_trained_on(tmp_path):
         rows = [{"text": "long word " * 40_000 if i == number else f"row {i}"} for i in range(60)]
         (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         assert held_out_share(tmp_path) < 0.05
-        source = open_source(TrainConfig.from_options(data=str(tmp_path)))
+        source = open_files(tmp_path)
         assert sum(chunk.held_out for chunk in source.chunks()) in (2, 3)
 
 
@@ -72,7 +74,7 @@ def counted_rows(monkeypatch) -> list[int]:
 @pytest.fixture(scope="module")
 def tokenizer(corpus, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(FileSource(local_files(corpus), 0, "text"), 300).save_pretrained(folder)
+    train_tokenizer(open_files(corpus), 300).save_pretrained(folder)
     return str(folder)
 
 
@@ -114,12 +116,12 @@ def test_kept_rows_are_made_again_where_they_would_be_others(change, tokenizer, 
         write(tmp_path / "data" / f"{i:02}.jsonl", 30)
     write(tmp_path / "other.jsonl", 50)
     options = {"data": str(tmp_path / "data"), "tokenizer": tokenizer, "seq_len": 16, "eval_samples": 5}
-    first, file = start(tmp_path / "run", **options), tmp_path / "run" / held_out.FILE
+    first, file = start(tmp_path / "run", **options), tmp_path / "run" / held_out_file.FILE
     changes = CHANGES.get(change, {}) | ({"eval_data": str(tmp_path / "other.jsonl")} if change == "other text" else {})
     if change == "damage":
         file.write_bytes(file.read_bytes()[:-9])
     if change == "another tokenizer":  # with --overwrite, what the folder keeps is of the earlier run
-        other = train_tokenizer(FileSource(local_files(tmp_path / "data"), 0, "text"), 280)
+        other = train_tokenizer(open_files(tmp_path / "data"), 280)
         other.save_pretrained(tmp_path / "other")
         changes = {"tokenizer": str(tmp_path / "other"), "overwrite": True}
     changed = start(tmp_path / "run", **options | changes)
@@ -170,13 +172,13 @@ def test_a_run_of_before_resumes_to_the_same_rows(tokenizer, tmp_path):
     for _ in range(2):
         resumed = start(tmp_path / "run", **options)
         assert resumed.config.data.hold_out == "count"
-        source = open_source(resumed.config)
+        source = open_source(resumed.config.data, 0)
         chunks = [*source.chunks()]
         assert len(chunks) == 20 * 5 + 900
         assert {chunk.text.split()[0] for chunk in chunks if chunk.held_out} == {"part-01"}
     position = source.position
     assert position["pass"] == 1
-    TokenStream(open_source(resumed.config), resumed.tokenizer, 16, 0).next_rows(1)
+    TokenStream(open_source(resumed.config.data, 0), resumed.tokenizer, DataConfig(seq_len=16), 0).next_rows(1)
 
 
 def test_what_skip_data_names_must_be_there_when_a_run_begins(tokenizer, tmp_path):
@@ -205,7 +207,7 @@ def test_rows_too_long_to_be_held_out_are_named_as_the_reason(tokenizer, tmp_pat
 def test_the_share_of_chunks_is_counted_or_the_rule_is_named(files, size, tmp_path):
     for i in range(files):
         (tmp_path / f"{i}.txt").write_text("a line\n" * (size // 7))
-    (report,) = open_source(TrainConfig.from_options(data=str(tmp_path))).reports()
+    (report,) = open_files(tmp_path).reports()
     if size > 10**6:
         assert report.share is None
         assert report.evaluated == "held out: one chunk in 20"
@@ -257,6 +259,6 @@ def test_the_report_of_a_mixture_lists_each_source(tokenizer, tmp_path):
 
 def test_files_that_are_all_left_out_by_the_option_are_said_so(tmp_path):
     write(tmp_path / "a.jsonl", 3)
-    source = open_source(TrainConfig.from_options(data=str(tmp_path), skip_data="a.jsonl"))
+    source = open_source(TrainConfig.from_options(data=str(tmp_path), skip_data="a.jsonl").data, 0)
     with pytest.raises(UserError, match=r"is left out: by --skip-data$"):
         list(source.chunks())

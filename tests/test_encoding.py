@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import random
@@ -15,21 +16,22 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jaxllm.config import TrainConfig
+from jaxllm.config.groups import DataConfig
 from jaxllm.data import documents
 from jaxllm.data.documents import DocumentEncoder
 from jaxllm.data.encode import MARK, encoder_of
 from jaxllm.data.epochs import steps_for_epochs
-from jaxllm.data.held_out import read_held_out
 from jaxllm.data.lines import Lines
 from jaxllm.data.reading import _text_chunks
-from jaxllm.data.source import TextChunk
+from jaxllm.data.source import Shard, TextChunk
 from jaxllm.data.sources import open_source
-from jaxllm.data.stream import POOL_ROWS, Position, ProcessBatches, TokenStream, encode
+from jaxllm.data.stream import POOL_ROWS, Position, ProcessBatches, TokenStream
 from jaxllm.data.tokenizer import bytes_per_target, encode_prompt, text_bytes, without_dropout
 from jaxllm.errors import UserError
 from jaxllm.run import prepare
 from jaxllm.run.arguments import parse_args
 from jaxllm.store.lock import FolderLock
+from tests.configs import encode, held_out_of
 
 CHAT = [{"role": "user", "content": "Hello 1"}, {"role": "assistant", "content": "Hello 2"}]
 
@@ -106,7 +108,7 @@ def test_each_document_of_a_shard_ends_whatever_is_held_out(shards, tmp_path):
     config = TrainConfig.from_options(data=str(tmp_path), hold_out="chunks")
     for held_out in (False, True):
         for shard in range(shards):
-            source = open_source(config, shard, shards)
+            source = open_source(config.data, config.seed, Shard(shard, shards))
             read = source.held_out() if held_out else source.chunks()
             chunks = [chunk for chunk in read if chunk.held_out == held_out]
             ids = np.concatenate([*documents.encoded(DocumentEncoder(encoder_of(tokenizer)), chunks)])
@@ -251,7 +253,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused_or_named(unknown, tmp_path, ca
     def rows(text: str, **options) -> None:
         for i in range(25):
             (tmp_path / f"{i:02d}.txt").write_text(text)
-        read_held_out(config.with_options(**options), tokenizer)
+        held_out_of(config.with_options(**options), tokenizer)
 
     rows(fits * 10)
     assert capsys.readouterr().out == ""
@@ -291,9 +293,11 @@ def test_rows_of_a_pass_are_drawn_before_any_of_the_next(tmp_path):
     config = TrainConfig.from_options(data=str(tmp_path), seq_len=8, batch_size=1)
 
     def stream(special: str = "text") -> TokenStream:
-        return TokenStream(open_source(config), tokenizer, 8, 0, special)
+        data = dataclasses.replace(config.data, special_tokens_in_text=special)
+        return TokenStream(open_source(data, 0), tokenizer, data, seed=0)
 
-    tokens = [t for c in open_source(config).chunks() if not c.held_out for t in encode(tokenizer, c.text, True)]
+    chunks = [chunk for chunk in open_source(config.data, 0).chunks() if not chunk.held_out]
+    tokens = [token for chunk in chunks for token in encode(tokenizer, chunk.text, True)]
     rows, passes = len(tokens) // 8, 3
     assert rows * passes < POOL_ROWS
     made, drawn, done = stream(), [], []
@@ -323,8 +327,8 @@ def test_epochs_are_steps_of_the_largest_stream(streams, tmp_path, capsys):
     config = TrainConfig.from_options(
         data=str(tmp_path), seq_len=8, batch_size=2, data_streams=streams, epochs=2.0, grad_accum=2
     )
-    steps = steps_for_epochs(config, tokenizer)
-    batches = ProcessBatches(config, tokenizer, 0, 2)
+    steps = steps_for_epochs(2.0, config.data, config.seed, streams, tokenizer)
+    batches = ProcessBatches(config.data, config.seed, config.data_streams, tokenizer, 0, 2)
     batches.next_rows(2 * steps)
     assert batches.progress() == pytest.approx(2, abs=0.1)
     assert f"--epochs 2 is --steps {steps}" in capsys.readouterr().out
@@ -361,18 +365,18 @@ def test_a_run_from_before_the_choice_resumes_with_the_same_rows(narrow_model, c
     tokenizer, stream = tokenizer_of("Llama-2"), None
     rows = []
     for old in (False, True):
-        stream = TokenStream(open_source(config), tokenizer, 16, 0, "earlier")
+        stream = TokenStream(open_source(config.data, 0), tokenizer, config.data, seed=0)
         stream.next_rows(5)
         if old:
             position = stream.position()._replace(passes=None, text=None)
-            stream = TokenStream(open_source(config), tokenizer, 16, 0, "earlier")
+            stream = TokenStream(open_source(config.data, 0), tokenizer, config.data, seed=0)
             stream.seek(Position.from_bytes(position.to_bytes(), "", 16, len(tokenizer)))
         rows.append(stream.next_rows(200))
     np.testing.assert_array_equal(*rows)
-    chunks = [chunk for chunk in open_source(config).chunks() if not chunk.held_out]
+    chunks = [chunk for chunk in open_source(config.data, config.seed).chunks() if not chunk.held_out]
     pieces = [tokenizer(chunk.text)["input_ids"] + [tokenizer.eos_token_id] * chunk.ends_document for chunk in chunks]
-    packed = TokenStream(open_source(config), tokenizer, 16, 0, "earlier")
-    found = np.concatenate([next(packed._rows) for _ in range(20)])
+    packed = TokenStream(open_source(config.data, 0), tokenizer, config.data, seed=0)
+    found = np.concatenate([next(packed._rows)[0] for _ in range(20)])
     assert found.tolist() == [id for piece in pieces for id in piece][: found.size]
 
 
@@ -382,7 +386,7 @@ def test_a_position_within_a_document_continues_exactly(kind, tmp_path):
     config, tokenizer = TrainConfig.from_options(data=str(tmp_path), seq_len=16), tokenizer_of(kind)
 
     def stream() -> TokenStream:
-        return TokenStream(open_source(config), tokenizer, 16, 0)
+        return TokenStream(open_source(config.data, config.seed), tokenizer, DataConfig(seq_len=16), seed=0)
 
     whole, made, text = stream(), stream(), []
     for _ in range(40):

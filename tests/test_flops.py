@@ -15,7 +15,7 @@ from jaxllm.config import PRESETS, ModelConfig, TrainConfig
 from jaxllm.model import flops
 from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import STACKS, abstract_model, count_parameters
-from jaxllm.run.throughput import Meter
+from jaxllm.run.throughput import Meter, TokenFlops
 from jaxllm.train.step import eval_step
 
 ODD = ModelConfig(
@@ -130,7 +130,9 @@ def test_the_meter_counts_laps_evaluations_and_waiting(monkeypatch):
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     waits = iter([1.0, 1.0, 3.0])
     per_token = flops.training_flops_per_token(ODD, LENGTH, "full")
-    meter = Meter(CONFIG, 1e-12 * per_token * BATCH * LENGTH, lambda: next(waits))  # at the peak: one step a second
+    token_flops = TokenFlops.of(ODD, LENGTH, frozen=False)
+    # at the peak: one step a second
+    meter = Meter(BATCH * LENGTH, token_flops, 1e-12 * per_token * BATCH * LENGTH, lambda: next(waits))
     first = meter.lap(2)  # 4 s, of which 1 waiting
     assert (first.mfu_full, first.data_wait) == (pytest.approx(0.5), 0.25)
     assert first.tokens_per_second == 2 * BATCH * LENGTH / 4

@@ -23,16 +23,18 @@ from hypothesis import strategies as st
 
 import train
 from jaxllm.config import TrainConfig
+from jaxllm.config.groups import DataConfig
 from jaxllm.data import file_source
-from jaxllm.data.held_out import read_held_out
+from jaxllm.data.file_source import FileSource
 from jaxllm.data.lines import kind_of
-from jaxllm.data.sources import FileSource, local_files, open_source
-from jaxllm.data.stream import TokenStream, encode
+from jaxllm.data.sources import open_source
+from jaxllm.data.stream import TokenStream
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.files import read_json
 from jaxllm.run.prepare import prepare
 from jaxllm.store.lock import FolderLock
+from tests.configs import encode, held_out_of
 
 TEXTS = [f'Row {i}: "grüße", 雪; it has\ttabs, commas and two\nlines ' + "words " * (i % 9) for i in range(60)]
 
@@ -43,7 +45,7 @@ def _no_waiting(monkeypatch):
 
 
 def open_files(path: Path, field: str = "text", **options) -> FileSource:
-    return open_source(TrainConfig.from_options(data=str(path), text_field=field, **options))
+    return open_source(TrainConfig.from_options(data=str(path), text_field=field, **options).data, 0)
 
 
 def texts(source: FileSource) -> list[str]:
@@ -288,7 +290,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def tokenizer(corpus):
-    return train_tokenizer(FileSource(local_files(corpus), 0, "text"), 300)
+    return train_tokenizer(open_files(corpus), 300)
 
 
 @pytest.mark.parametrize("write", [lines, parquet, arrow])
@@ -300,14 +302,14 @@ def test_chats_pass_the_tokenizer_s_template(write, field, tokenizer, tmp_path, 
     (tmp_path / f"a.{ {lines: 'jsonl', parquet: 'parquet', arrow: 'arrow'}[write] }").write_bytes(write(rows))
     config = TrainConfig.from_options(data=str(tmp_path), text_field=field, seq_len=8, eval_samples=2)
     with pytest.raises(UserError, match="--tokenizer"):
-        train_tokenizer(open_source(config), 300)
+        train_tokenizer(open_source(config.data, config.seed), 300)
     with pytest.raises(UserError, match="chat template"):
-        read_held_out(config, tokenizer)
+        held_out_of(config, tokenizer)
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
-    (chunk, *_) = open_source(config).chunks()
+    (chunk, *_) = open_source(config.data, config.seed).chunks()
     assert tokenizer.decode(encode(tokenizer, chunk.text, False)) == "<user>Question 0?<assistant>Yes."
-    assert tokenizer.decode(read_held_out(config, tokenizer).rows[0]).startswith("<user>")
-    stream = TokenStream(open_source(config), tokenizer, 8, 0)
+    assert tokenizer.decode(held_out_of(config, tokenizer).rows[0]).startswith("<user>")
+    stream = TokenStream(open_source(config.data, config.seed), tokenizer, DataConfig(seq_len=8), seed=0)
     monkeypatch.setattr("jaxllm.data.stream.POOL_ROWS", 4)
     stream.next_rows(150)
     assert stream.skipped_rows == 1 + (stream.position().source["pass"] > 0)
@@ -489,13 +491,13 @@ def test_a_row_or_two_get_advice_that_helps(tokenizer, tmp_path):
         for i, content in enumerate(contents):
             (tmp_path / f"{i}.txt").write_text(content)
         with pytest.raises(UserError) as refused:
-            read_held_out(TrainConfig.from_options(data=str(tmp_path)), tokenizer)
+            held_out_of(TrainConfig.from_options(data=str(tmp_path)), tokenizer)
         return str(refused.value)
 
     assert "two rows or files" in advice("words " * 500)
     assert "smaller --seq-len" in advice("words " * 500, "few words")
     (tmp_path / "1.txt").write_text("words " * 500)
-    assert len(read_held_out(TrainConfig.from_options(data=str(tmp_path)), tokenizer).rows) >= 1
+    assert len(held_out_of(TrainConfig.from_options(data=str(tmp_path)), tokenizer).rows) >= 1
 
 
 # a run

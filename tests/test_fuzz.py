@@ -36,7 +36,7 @@ from convert.to_torch import write_model
 from convert.training import export_training, import_training
 from jaxllm import generate as generation
 from jaxllm.config import ModelConfig, TrainConfig
-from jaxllm.data.sources import FileSource, TextChunk, local_files
+from jaxllm.data.source import TextChunk
 from jaxllm.data.stream import Position, read_position
 from jaxllm.data.tokenizer import align, encode_prompt, load_tokenizer, train_tokenizer
 from jaxllm.errors import UserError
@@ -47,7 +47,7 @@ from jaxllm.store.checkpoint_writer import write_run
 from jaxllm.store.folder import read_model_config
 from jaxllm.store.resume import check_resumable
 from jaxllm.train.state import init_state
-from tests.configs import small
+from tests.configs import open_files, small
 
 MODEL = small(
     vocab_size=300, hidden_size=16, num_hidden_layers=1, moe_intermediate_size=8, n_routed_experts=2,
@@ -189,7 +189,7 @@ def test_what_is_no_file_is_refused_without_waiting(kind, exported, tmp_path):
     refused(tmp_path, lambda: read_json(folder / "train_config.json"), "a file is expected")
     refused(tmp_path, lambda: read_position(folder / "position", 16, 300), "a file is expected")
     refused(tmp_path, lambda: load_tokenizer(str(folder)), "a file is expected")
-    refused(tmp_path, lambda: list(FileSource(local_files(folder / "rows.jsonl"), 0, "text").chunks()))
+    refused(tmp_path, lambda: list(open_files(folder / "rows.jsonl").chunks()))
     refused(tmp_path, lambda: TensorFiles(folder))
     refused(tmp_path, lambda: TensorFiles(folder / "model.safetensors"))
 
@@ -230,7 +230,7 @@ def weights() -> Weights:
 def exported(weights, corpus, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("exported") / "model"
     write_model(MODEL, weights, out, "float32")
-    train_tokenizer(FileSource(local_files(corpus), 0, "text"), 300).save_pretrained(str(out))
+    train_tokenizer(open_files(corpus), 300).save_pretrained(str(out))
     return out
 
 
@@ -538,7 +538,7 @@ def test_a_text_is_not_blown_up(exported, tmp_path):
         steps = [{"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 8}] * 12
         write_json(folder / "tokenizer.json", contents | {part: {"type": "Sequence", kind: steps}})
         with in_memory():
-            refused(tmp_path, lambda: load_tokenizer(str(folder)), "it is no tokenizer")
+            refused(tmp_path, lambda: load_tokenizer(str(folder)), "it is not a tokenizer")
 
 
 @pytest.mark.parametrize("number", [2**24, 2**31, 2**32 - 1])
@@ -628,7 +628,7 @@ def test_parquet_is_not_blown_up(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": repeated}), tmp_path / "a.parquet", compression="zstd")
     assert (tmp_path / "a.parquet").stat().st_size < 2**18
     with in_memory():
-        first = outcome(tmp_path, lambda: next(FileSource(local_files(tmp_path / "a.parquet"), 0, "text").chunks()))
+        first = outcome(tmp_path, lambda: next(open_files(tmp_path / "a.parquet").chunks()))
     assert isinstance(first, UserError | TextChunk)
 
 
@@ -638,7 +638,7 @@ def test_names_of_fields_do_not_break_a_message(tmp_path):
 
 
 def read_chunks(file: Path) -> list[TextChunk]:
-    return list(FileSource(local_files(file), 0, "text").chunks())
+    return list(open_files(file).chunks())
 
 
 # data positions, and PyTorch runs

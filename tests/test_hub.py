@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -19,10 +20,12 @@ import pytest
 from huggingface_hub import constants
 
 from jaxllm.config import TrainConfig
+from jaxllm.config.groups import DataConfig
 from jaxllm.data import hub_retry as patience
-from jaxllm.data import sources
-from jaxllm.data.source import Reading
-from jaxllm.data.sources import FileSource, HubSource, local_files, open_source
+from jaxllm.data import hub_source
+from jaxllm.data.hub_source import HubSource
+from jaxllm.data.source import WHOLE, Shard
+from jaxllm.data.sources import open_source
 from jaxllm.data.stream import ProcessBatches
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.errors import UserError
@@ -31,7 +34,7 @@ from jaxllm.run.arguments import parse_args
 from jaxllm.run.prepare import prepare
 from jaxllm.store.lock import FolderLock
 from jaxllm.store.metrics_file import read_metrics
-from tests.configs import NARROW_MODEL
+from tests.configs import NARROW_MODEL, open_files
 from tests.hub_server import Fault, HubServer
 
 NAME, CONFIG = "HuggingFaceTB/smollm-corpus", "cosmopedia-v2"
@@ -88,8 +91,8 @@ def hub(tmp_path, monkeypatch):
         yield hub
 
 
-def open_hub(part: int = 0, parts: int = 1) -> HubSource:
-    return HubSource(NAME, CONFIG, "train", "text", part, parts)
+def open_hub(shard: Shard = WHOLE, **options: Any) -> HubSource:
+    return HubSource(DataConfig(**{"source": NAME, "subset": CONFIG} | options), shard)
 
 
 def texts(source: HubSource) -> list[str]:
@@ -220,7 +223,7 @@ def test_each_pass_is_the_same(hub, capsys):
 def test_two_parts_have_nothing_in_common_and_together_everything(shards, hub):
     files = corpus_files(shards, rows=12)
     hub.add("datasets", NAME, files)
-    parts = [texts(open_hub(part, 2)) for part in range(2)]
+    parts = [texts(open_hub(Shard(part, 2))) for part in range(2)]
     assert sorted(parts[0] + parts[1]) == sorted(expected(files))
     assert len(parts[0]) == len(parts[1])
 
@@ -228,12 +231,12 @@ def test_two_parts_have_nothing_in_common_and_together_everything(shards, hub):
 @pytest.mark.parametrize(("shards", "parts"), [(3, 1), (3, 2), (4, 2)])
 def test_a_stream_continues_after_any_row(shards, parts, hub):
     hub.add("datasets", NAME, corpus_files(shards, rows=12))
-    source = open_hub(parts - 1, parts)
+    source = open_hub(Shard(parts - 1, parts))
     positions, wanted = [], []
     for chunk in source.chunks():
         wanted.append(chunk)
         positions.append(json.dumps(source.position))
-    resumed = open_hub(parts - 1, parts)
+    resumed = open_hub(Shard(parts - 1, parts))
     for i in range(0, len(wanted), 5):
         resumed.position = json.loads(positions[i])
         assert list(resumed.chunks()) == wanted[i + 1 :], i
@@ -265,7 +268,7 @@ def test_a_run_keeps_its_commit_or_reports_that_it_is_gone(hub):
     hub.add("datasets", NAME, new)
     resumed = open_hub()
     assert texts(open_hub()) == expected(new)
-    assert texts(HubSource(NAME, CONFIG, "train", "text", revision=commit)) == expected(corpus_files())
+    assert texts(open_hub(revision=commit)) == expected(corpus_files())
     resumed.position = source.position
     assert texts(resumed) == expected(corpus_files())[40:]
     hub.forget("datasets", NAME, commit)
@@ -276,7 +279,7 @@ def test_a_run_keeps_its_commit_or_reports_that_it_is_gone(hub):
 
 def test_a_split_that_is_not_there_is_refused_and_a_validation_split_is_evaluated(hub):
     with pytest.raises(UserError, match="has no split 'nosuch': pass --data-split, one of train"):
-        HubSource(NAME, CONFIG, "nosuch", "text")
+        open_hub(split="nosuch")
     assert {chunk.text for chunk in open_hub().held_out()} == {*texts(open_hub())[1::20]}
     validation = f"  - split: validation\n    path: {CONFIG}/dev*\n"
     more = README.replace("- config_name: other", f"{validation}- config_name: other")
@@ -288,8 +291,7 @@ def test_a_split_that_is_not_there_is_refused_and_a_validation_split_is_evaluate
     assert "evaluated on the split 'validation'; nothing is held out" in report.evaluated
     assert report.seen.documents == 9
     assert not any(chunk.held_out for chunk in source.chunks())
-    before = Reading(hold_out="chunks")  # a run that began before there was one
-    running = HubSource(NAME, CONFIG, "train", "text", reading=before)
+    running = open_hub(hold_out="chunks")  # of a run that began before there was one
     assert any(chunk.held_out for chunk in running.chunks())
 
 
@@ -299,17 +301,17 @@ def test_a_split_that_is_not_there_is_refused_and_a_validation_split_is_evaluate
 def test_no_option_is_ignored_for_a_dataset_of_the_hub(option, hub):
     config = TrainConfig.from_options(**{"data": NAME, "data_config": CONFIG, option: "nosuch"})
     with pytest.raises(UserError) as refused:
-        next(open_source(config).held_out())
+        next(open_source(config.data, config.seed).held_out())
     assert "nosuch" in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
 def test_a_mistyped_path_is_not_only_the_hub_s_fault(hub, monkeypatch):
     with pytest.raises(UserError, match="there is no file or folder of that name"):
-        open_source(TrainConfig.from_options(data="corpora/mine"))
-    monkeypatch.setattr(sources, "hub_reachable", lambda: False)
+        open_source(TrainConfig.from_options(data="corpora/mine").data, 0)
+    monkeypatch.setattr(hub_source, "hub_reachable", lambda: False)
     with pytest.raises(UserError, match="there is no file or folder 'corpora/mine', and the Hugging Face Hub"):
-        open_source(TrainConfig.from_options(data="corpora/mine"))
+        open_source(TrainConfig.from_options(data="corpora/mine").data, 0)
 
 
 # Below: the seed recipe. The slow tests start it in a separate process, as a user does.
@@ -324,7 +326,7 @@ SMALL = (
 @pytest.fixture(scope="module")
 def tokenizer_files(corpus, tmp_path_factory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(FileSource(local_files(corpus), 0, "text"), 300).save_pretrained(folder)
+    train_tokenizer(open_files(corpus), 300).save_pretrained(folder)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -342,7 +344,7 @@ def test_the_seed_recipe_is_prepared_and_streams(hub, tokenizer_files, tmp_path)
         config, tokenizer, held_out, _ = prepare(config, "JAX", lock)
     assert config.data.revision  # to which its evaluations keep as well
     assert held_out.shape == (4, 16)
-    streams = [ProcessBatches(config, tokenizer, 0, config.data.batch_size) for _ in range(2)]
+    streams = [ProcessBatches(config.data, config.seed, 1, tokenizer, 0, config.data.batch_size) for _ in range(2)]
     streams[0].next_rows(50)
     streams[1].seek([*streams[0].position().values()])
     np.testing.assert_array_equal(*(stream.next_rows(50) for stream in streams))

@@ -31,25 +31,6 @@ PHRASES = {
 }
 """Each phrase with what to write instead."""
 
-STILL_TO_CLEAN: set[str] = {
-    "jaxllm/data/delimited.py",
-    "jaxllm/data/documents.py",
-    "jaxllm/data/epochs.py",
-    "jaxllm/data/fingerprint.py",
-    "jaxllm/data/hub_retry.py",
-    "jaxllm/data/json_rows.py",
-    "jaxllm/data/lines.py",
-    "jaxllm/data/report.py",
-    "jaxllm/data/sources.py",
-    "jaxllm/data/stream.py",
-    "jaxllm/data/tokenizer.py",
-    "jaxllm/data/tokenizer_class.py",
-    "jaxllm/data/tokenizer_files.py",
-    "jaxllm/model/batch.py",
-    "jaxllm/run/prepare.py",
-}
-"""Files that still have one of them. The list only shrinks: a file that is clean must leave it."""
-
 STRINGS = [ROOT / "train.py", *(file for room in PRODUCT for file in sorted((ROOT / room).rglob("*.py")))]
 DOCSTRINGS = [
     ROOT / "conftest.py",
@@ -89,14 +70,7 @@ def phrases_in(text: str) -> list[str]:
 @pytest.mark.parametrize("name", FILES)
 def test_no_phrase_comes_back(name):
     found = [line for text in texts(ROOT / name) for line in phrases_in(text)]
-    if name in STILL_TO_CLEAN:
-        assert found, f"{name} is clean: take it off the list STILL_TO_CLEAN"
-        return
     assert found == []
-
-
-def test_the_list_of_files_to_clean_names_files():
-    assert {*FILES} >= STILL_TO_CLEAN
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,6 @@ from convert.to_flax import read_folder
 from convert.to_torch import write_model
 from jaxllm.config import LoraConfig, ModelConfig, TrainConfig
 from jaxllm.config.families import read_config
-from jaxllm.data.sources import open_source
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.evaluate import main as evaluate
@@ -47,6 +46,7 @@ from jaxllm.train.placement import choose_placement, compile_programs, lower_ste
 from jaxllm.train.step import merged
 from jaxllm.train.trainer import Trainer
 from parity_tests.deepseek_cases import V2, V3
+from tests.configs import open_files
 
 EVERYWHERE = "attention,shared,dense,experts"
 SOURCE = V3 | {
@@ -68,7 +68,7 @@ def base(corpus, tmp_path_factory) -> Path:
     shapes = abstract_adapted(config, LoraConfig(rank=1))
     weights = Weights(random(shapes.frozen, 0.1), random(shapes.routing_bias, 0.1))
     write_model(config, weights, folder, "bfloat16", SOURCE)
-    train_tokenizer(open_source(TrainConfig.from_options(data=str(corpus))), 290).save_pretrained(str(folder))
+    train_tokenizer(open_files(corpus), 290).save_pretrained(str(folder))
     return folder
 
 

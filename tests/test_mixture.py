@@ -14,14 +14,16 @@ import pytest
 
 import train
 from jaxllm.config import TrainConfig
+from jaxllm.config.groups import DataConfig
 from jaxllm.data import stream as streams
-from jaxllm.data.held_out import read_held_out
 from jaxllm.data.mixture import weighted
+from jaxllm.data.source import Shard
 from jaxllm.data.sources import open_source
 from jaxllm.data.stream import TokenStream
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.store.metrics_file import read_metrics
+from tests.configs import held_out_of, open_files
 
 WEIGHTED = {
     "a=0.7,b=0.3": {"a": 0.7, "b": 0.3},
@@ -50,9 +52,9 @@ def test_a_path_that_looks_like_weights_is_a_path(tmp_path):
     folder = tmp_path / "a=1,b=2"
     folder.mkdir()
     (folder / "x.txt").write_text("words")
-    assert [chunk.text for chunk in open_source(TrainConfig.from_options(data=str(folder))).chunks()] == ["words"]
+    assert [chunk.text for chunk in open_files(folder).chunks()] == ["words"]
     with pytest.raises(UserError, match="several sources need weights"):
-        open_source(TrainConfig.from_options(data="one,two"))
+        open_source(TrainConfig.from_options(data="one,two").data, 0)
 
 
 @pytest.fixture
@@ -70,7 +72,7 @@ def mixed(tmp_path) -> str:
 
 
 def test_each_source_gives_its_share_of_the_text(mixed):
-    source = open_source(TrainConfig.from_options(data=mixed))
+    source = open_source(TrainConfig.from_options(data=mixed).data, 0)
     given, whole = Counter(), 0
     for _ in range(4):
         for chunk in source.chunks():
@@ -84,7 +86,7 @@ def test_each_source_gives_its_share_of_the_text(mixed):
 
 def test_a_document_in_chunks_stays_together_and_the_position_is_exact(mixed):
     def fresh():
-        return open_source(TrainConfig.from_options(data=mixed))
+        return open_source(TrainConfig.from_options(data=mixed).data, 0)
 
     source, chunks, positions = fresh(), [], []
     for _ in range(2):
@@ -104,38 +106,39 @@ def test_a_document_in_chunks_stays_together_and_the_position_is_exact(mixed):
 def test_rows_continue_exactly(mixed, monkeypatch):
     monkeypatch.setattr(streams, "POOL_ROWS", 16)
     config = TrainConfig.from_options(data=mixed, seq_len=32, eval_samples=9)
-    tokenizer = train_tokenizer(open_source(config), 300)
-    stream = TokenStream(open_source(config), tokenizer, 32, seed=1)
+    tokenizer = train_tokenizer(open_source(config.data, config.seed), 300)
+    stream = TokenStream(open_source(config.data, config.seed), tokenizer, DataConfig(seq_len=32), seed=1)
     wanted = [stream.next_rows(5) for _ in range(60)]
-    resumed = TokenStream(open_source(config), tokenizer, 32, seed=1)
+    resumed = TokenStream(open_source(config.data, config.seed), tokenizer, DataConfig(seq_len=32), seed=1)
     for i in range(60):
         if i % 7 == 6:
             position = resumed.position()
-            resumed = TokenStream(open_source(config), tokenizer, 32, seed=1)
+            resumed = TokenStream(open_source(config.data, config.seed), tokenizer, DataConfig(seq_len=32), seed=1)
             resumed.seek(position)
         np.testing.assert_array_equal(resumed.next_rows(5), wanted[i])
     assert resumed.skipped_rows == stream.skipped_rows > 0
-    text = tokenizer.decode(read_held_out(config, tokenizer).rows.reshape(-1))
+    text = tokenizer.decode(held_out_of(config, tokenizer).rows.reshape(-1))
     assert all(name in text for name in ("large", "small", "doc"))
 
 
 def test_other_data_in_one_source_is_refused(mixed, tmp_path):
     config = TrainConfig.from_options(data=mixed)
-    position = open_source(config).position
+    position = open_source(config.data, config.seed).position
     (tmp_path / "small" / "1.jsonl").write_text('{"text": "other"}\n')
     with pytest.raises(UserError, match=r"'1\.jsonl' has another content"):
-        open_source(config).position = position
+        open_source(config.data, config.seed).position = position
     other = config.with_options(data=mixed.replace("=5,", "=6,"))
     with pytest.raises(UserError, match=r"shares 0.5, 0.3, 0.2 of the text, not 0.54.*pass the old weights"):
-        open_source(other).position = position
+        open_source(other.data, 0).position = position
     one = config.with_options(data=str(tmp_path / "large"))
     with pytest.raises(UserError, match="other data"):
-        open_source(one).position = position
+        open_source(one.data, 0).position = position
 
 
 def test_files_of_one_source_are_left_out_by_its_name(mixed, tmp_path):
     def texts(**options) -> str:
-        return " ".join(chunk.text for chunk in open_source(TrainConfig.from_options(data=mixed, **options)).chunks())
+        source = open_source(TrainConfig.from_options(data=mixed, **options).data, 0)
+        return " ".join(chunk.text for chunk in source.chunks())
 
     assert "small 1 " in texts()
     assert "small 1 " not in texts(skip_data=f"{tmp_path / 'small'}/1.jsonl")
@@ -161,8 +164,8 @@ def test_a_source_that_gives_nothing_is_named(tmp_path):
     Path(tmp_path / "a.txt").write_text("words\n" * 100)
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("x", "held out")))
     config = TrainConfig.from_options(data=f"{tmp_path / 'a.txt'}=1,{tmp_path / 'b.jsonl'}=1")
-    source = open_source(config)
-    for part in source._sources:
+    source = open_source(config.data, config.seed)
+    for part in source.parts:
         part.chunks = lambda chunks=part.chunks: (chunk._replace(held_out=True) for chunk in chunks())
     with pytest.raises(UserError, match="has nothing to train on: leave it out"):
         list(itertools.chain.from_iterable(source.chunks() for _ in range(5)))
@@ -175,7 +178,7 @@ def test_a_turn_ends_with_the_part_of_a_document_that_the_shard_has(tmp_path):
             (tmp_path / name / f"{i}.txt").write_text(f"{name}{i}\n" * 20_000)
     data = f"{tmp_path / 'a'}=1,{tmp_path / 'b'}=1"
     for shard in range(2):
-        chunks = [*open_source(TrainConfig.from_options(data=data), shard, 2).chunks()]
+        chunks = [*open_source(DataConfig(source=data), 0, Shard(shard, 2)).chunks()]
         document: set[str] = set()
         for chunk in chunks:
             document |= {line for line in chunk.text.split() if len(line) == 2}
@@ -185,6 +188,6 @@ def test_a_turn_ends_with_the_part_of_a_document_that_the_shard_has(tmp_path):
 
 
 def test_a_source_without_the_split_to_evaluate_is_named(mixed):
-    source = open_source(TrainConfig.from_options(data=mixed, eval_data="nosuch"))
+    source = open_source(TrainConfig.from_options(data=mixed, eval_data="nosuch").data, 0)
     with pytest.raises(UserError, match=r"^eval_data is 'nosuch': data is '.*large'"):
         source.held_out()

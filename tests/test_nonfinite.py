@@ -41,7 +41,8 @@ def poisoned(run, narrow, tmp_path_factory):
     shutil.rmtree(half / "checkpoints" / "20")
     config = TrainConfig.from_dict(read_json(half / "train_config.json"))
     state, training = newest_checkpoint(half).state(config)
-    stream = ProcessBatches(config, load_tokenizer(str(half / "tokenizer")), 0, config.data.batch_size)
+    data, tokenizer = config.data, load_tokenizer(str(half / "tokenizer"))
+    stream = ProcessBatches(data, config.seed, 1, tokenizer, 0, data.batch_size)
     stream.seek(training.positions)
     batches = [set(stream.next_rows(1).ravel().tolist()) for _ in range(10)]
     token = next(token for token in range(300) if 2 <= sum(token in batch for batch in batches) <= 5)

@@ -18,9 +18,11 @@ import pytest
 from encoding_kinds import tokenizer_of
 
 from jaxllm.config import TrainConfig
-from jaxllm.data.sources import FileSource
+from jaxllm.config.groups import DataConfig
+from jaxllm.data.source import Shard
 from jaxllm.data.stream import ProcessBatches, check_streams
 from jaxllm.errors import UserError
+from tests.configs import open_files
 from tests.fingerprint import fingerprint
 
 ROOT = Path(__file__).parents[1]
@@ -135,14 +137,18 @@ CONFIG = TrainConfig.from_options(batch_size=8, grad_accum=2, seq_len=16)
 def test_batches_depend_on_the_streams_and_not_on_the_processes(corpus):
     config = CONFIG.with_options(data=str(corpus), data_streams=4)
     tokenizer = tokenizer_of("Metaspace first")
-    whole = ProcessBatches(config, tokenizer, 0, 8)
-    parts = [ProcessBatches(config, tokenizer, first, rows) for first, rows in ((0, 3), (3, 1), (4, 4))]
+    streams = config.data_streams
+    whole = ProcessBatches(config.data, config.seed, streams, tokenizer, 0, 8)
+    parts = [
+        ProcessBatches(config.data, config.seed, streams, tokenizer, first, rows)
+        for first, rows in ((0, 3), (3, 1), (4, 4))
+    ]
     for _ in range(3):
         rows = whole.next_rows(2).reshape(2, 8, 16)
         np.testing.assert_array_equal(np.concatenate([p.next_rows(2).reshape(2, -1, 16) for p in parts], 1), rows)
     positions = {s: position for part in parts for s, position in part.position().items()}
     assert sorted(parts[2].position()) == [2, 3]
-    later = ProcessBatches(config, tokenizer, 0, 8)
+    later = ProcessBatches(config.data, config.seed, streams, tokenizer, 0, 8)
     later.seek([positions[s] for s in range(4)])
     np.testing.assert_array_equal(later.next_rows(1), whole.next_rows(1))
 
@@ -153,10 +159,10 @@ def test_shards_of_a_corpus_are_disjoint_and_complete(tmp_path, files, rows):
     for i in range(files):
         lines = [json.dumps({"text": f"{i} {j}"}) for j in range(rows)]
         (tmp_path / f"{i:02d}.jsonl").write_text("\n".join([*lines, "no JSON"]))
-    paths, skipped = sorted(tmp_path.iterdir()), []
+    skipped = []
 
     def read(part: int, parts: int) -> list[tuple[str, bool]]:
-        source = FileSource(paths, 0, "text", part, parts)
+        source = open_files(tmp_path, Shard(part, parts))
         chunks = [(chunk.text, chunk.held_out) for chunk in source.chunks()]
         assert source.progress() == 1.0
         skipped.append(source.position["skipped"])
@@ -171,7 +177,7 @@ def test_shards_of_a_corpus_are_disjoint_and_complete(tmp_path, files, rows):
 def test_a_shard_without_text_is_refused(tmp_path):
     (tmp_path / "one.txt").write_text("few words")
     with pytest.raises(UserError, match="data_streams is 2: shard 1 of the data has nothing to train on"):
-        check_streams(CONFIG.with_options(data=str(tmp_path), data_streams=2))
+        check_streams(DataConfig(source=str(tmp_path)), 0, 2)
 
 
 @pytest.mark.parametrize(

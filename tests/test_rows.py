@@ -14,8 +14,10 @@ import pytest
 
 from jaxllm.config import TrainConfig
 from jaxllm.data import delimited, file_source
-from jaxllm.data.sources import FileSource, open_source
+from jaxllm.data.file_source import FileSource
+from jaxllm.data.sources import open_source
 from jaxllm.errors import UserError
+from tests.configs import open_files
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +27,7 @@ def _no_waiting(monkeypatch):
 
 def texts(folder: Path, name: str, content: str | bytes, **options) -> tuple[list, FileSource]:
     (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    source = open_source(TrainConfig.from_options(data=str(folder / name), **options))
+    source = open_source(TrainConfig.from_options(data=str(folder / name), **options).data, 0)
     return [chunk.text for chunk in source.chunks()], source
 
 
@@ -81,11 +83,11 @@ def test_damaged_csv_rows_are_dropped_alone(damage, tmp_path, capsys):
     assert source.position["skipped"] == (1 if damage == "two that open" else len(lost))
     assert "a.csv: rows with damage are skipped" in capsys.readouterr().out
     positions = []
-    again = open_source(TrainConfig.from_options(data=str(tmp_path / "a.csv")))
+    again = open_files(tmp_path / "a.csv")
     for _ in again.chunks():
         positions.append(again.position)
     for at in (0, 5, 6, 7, 8, 500, len(found) - 2):  # it continues after any row
-        resumed = open_source(TrainConfig.from_options(data=str(tmp_path / "a.csv")))
+        resumed = open_files(tmp_path / "a.csv")
         resumed.position = json.loads(json.dumps(positions[at]))
         assert [chunk.text for chunk in resumed.chunks()] == found[at + 1 :]
 
@@ -178,11 +180,11 @@ def test_json_in_any_form_is_read_and_continued(form, name, tmp_path):
     content = FORMS[form].encode()
     found, _ = texts(tmp_path, name, gzip.compress(content) if name.endswith("gz") else content)
     assert found == [row["text"] for row in OBJECTS]
-    source = open_source(TrainConfig.from_options(data=str(tmp_path / name)))
+    source = open_files(tmp_path / name)
     chunks = source.chunks()
     for _ in range(13):
         next(chunks)
-    resumed = open_source(TrainConfig.from_options(data=str(tmp_path / name)))
+    resumed = open_files(tmp_path / name)
     resumed.position = json.loads(json.dumps(source.position))
     assert [chunk.text for chunk in resumed.chunks()] == found[13:]
 
@@ -260,7 +262,7 @@ def test_compressed_files_are_read_to_their_end_or_named(codec, tmp_path):
         (compress(LINES[:half]) + compress(LINES[half:])[:-5], True),
     ):
         (tmp_path / f"a.jsonl.{codec}").write_bytes(content)
-        source = open_source(TrainConfig.from_options(data=str(tmp_path)))
+        source = open_files(tmp_path)
         rows = {chunk.text for chunk in source.chunks()}
         assert rows <= {f"row {i} " * 30 for i in range(2000)}
         assert (f"a.jsonl.{codec}" in source.left_out) == named

@@ -145,11 +145,14 @@ def test_held_out_documents_fill_rows_and_longer_ones_are_cut():
     documents = [np.arange(n, dtype=np.int32) for n in (6, 3, 13, 2, 4)]
     for document in documents:
         document[-1] |= DOCUMENT_END
-    rows = pack_in_order(documents, 8, most=10)
+    tokens = np.concatenate(documents)
+    rows = pack_in_order(tokens, 8, most=10, is_separate=True)
     assert (rows != IGNORED).sum(axis=1).tolist() == [8, 8, 8, 4]
     ids = [token_ids(row[row != IGNORED]).tolist() for row in rows]
     assert ids == [[*range(6), 0, 1], [0, 1, 2, *range(8, 13)], [*range(8)], [*range(4)]]
-    assert len(pack_in_order(documents, 8, most=2)) == 2
+    assert len(pack_in_order(tokens, 8, most=2, is_separate=True)) == 2
+    np.testing.assert_array_equal(pack_in_order(tokens, 8, most=3, is_separate=False), tokens[:24].reshape(3, 8))
+    assert pack_in_order(tokens[:5], 8, most=3, is_separate=False).shape == (0, 8)
 
 
 @pytest.fixture
@@ -177,7 +180,7 @@ def chats(folder, count: int) -> TrainConfig:
 @pytest.mark.usefixtures("small_pool")
 def test_every_document_of_a_pass_is_drawn_once_and_whole(tmp_path):
     config, tokenizer = chats(tmp_path, 60), tokenizer_of(FAMILIES["ChatML"], "byte-level")
-    stream = TokenStream(open_source(config), tokenizer, 96, 0, data=config.data)
+    stream = TokenStream(open_source(config.data, config.seed), tokenizer, config.data, seed=0)
     drawn, fills = [], []
     while stream.oldest_pass == 0:
         (row,) = stream.next_rows(1)
@@ -193,7 +196,7 @@ def test_every_document_of_a_pass_is_drawn_once_and_whole(tmp_path):
     assert first == {str(i) for i in range(60)}
     assert len(drawn) - 60 <= 16  # of the next pass, where no other fits
     assert np.mean(fills[:-1]) > 0.85
-    steps = steps_for_epochs(config.with_options(epochs=2.0), tokenizer)
+    steps = steps_for_epochs(2.0, config.data, config.seed, config.data_streams, tokenizer)
     assert steps == -(-2 * len(fills) // 2)
 
 
@@ -202,7 +205,7 @@ def test_a_stream_of_documents_goes_on_from_any_position(tmp_path):
     config, tokenizer = chats(tmp_path, 40), tokenizer_of(FAMILIES["ChatML"], "byte-level")
 
     def opened() -> TokenStream:
-        return TokenStream(open_source(config), tokenizer, 96, 3, data=config.data)
+        return TokenStream(open_source(config.data, config.seed), tokenizer, config.data, seed=3)
 
     stream = opened()
     wanted = [stream.next_rows(3) for _ in range(20)]
@@ -217,10 +220,9 @@ def test_a_stream_of_documents_goes_on_from_any_position(tmp_path):
 
 def test_a_text_that_is_longer_than_a_row_is_cut_there(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "word " * n}) for n in (300, 2, 90) * 20))
-    data = DataConfig(documents="separate", source=str(tmp_path), hold_out="nothing")
+    data = DataConfig(documents="separate", source=str(tmp_path), hold_out="nothing", seq_len=64)
     tokenizer = tokenizer_of(FAMILIES["ChatML"], "byte-level")
-    config = TrainConfig.from_options(data=str(tmp_path), hold_out="nothing", documents="separate")
-    stream = TokenStream(open_source(config), tokenizer, 64, 0, data=data)
+    stream = TokenStream(open_source(data, 0), tokenizer, data, seed=0)
     batch = token_batch(stream.next_rows(40), data)
     assert (batch.documents == 1).all(axis=1).any()
     assert (batch.documents.max(axis=1) > 1).any()

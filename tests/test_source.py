@@ -16,7 +16,6 @@ from convert.to_flax import import_run, read_folder
 from convert.to_torch import export_run, write_model
 from jaxllm.config import TrainConfig
 from jaxllm.config.families import read_config
-from jaxllm.data.sources import open_source
 from jaxllm.data.tokenizer import load_tokenizer, train_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.files import read_json, write_json
@@ -25,6 +24,7 @@ from jaxllm.run.prepare import Prepared, prepare
 from jaxllm.store.checkpoint_writer import CheckpointWriter
 from jaxllm.store.lock import FolderLock
 from jaxllm.store.source import source_files
+from tests.configs import open_files
 from tests.test_families import V3, assert_same_bits, numbered_weights
 
 SOURCE = V3 | {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0, "torch_dtype": "float32"}
@@ -43,7 +43,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def tokenizer(corpus):
-    return train_tokenizer(open_source(TrainConfig.from_options(data=str(corpus))), 290)
+    return train_tokenizer(open_files(corpus), 290)
 
 
 @pytest.fixture(scope="module")

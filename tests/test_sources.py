@@ -16,37 +16,41 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from jaxllm.config.groups import DataConfig
 from jaxllm.data import lines, prefetch, rows
 from jaxllm.data import stream as streams
+from jaxllm.data.file_source import FileSource
 from jaxllm.data.prefetch import Prefetcher
 from jaxllm.data.reading import CHUNK_CHARS, FileChunk, read_chunks
-from jaxllm.data.sources import FileSource, TextChunk, local_files, stdlib_files
+from jaxllm.data.source import Shard, TextChunk
+from jaxllm.data.sources import stdlib_files
 from jaxllm.data.stream import TokenStream
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.errors import UserError
+from tests.configs import open_files
 
 
 @pytest.fixture(scope="module")
 def tokenizer(corpus):
-    return train_tokenizer(FileSource(local_files(corpus), 0, "text"), 300)
+    return train_tokenizer(open_files(corpus), 300)
 
 
 def test_a_few_small_files_leave_something_to_evaluate_on(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.txt").write_text(f"file {i}\n")
-    chunks = list(FileSource(local_files(tmp_path), 0, "text").chunks())
+    chunks = list(open_files(tmp_path).chunks())
     assert [chunk.held_out for chunk in chunks].count(True) == 1
 
 
 def test_half_a_surrogate_pair_is_replaced(tmp_path, tokenizer):
     (tmp_path / "data.jsonl").write_text('{"text": "a\\ud800b"}\n')
-    (chunk,) = FileSource(local_files(tmp_path), 0, "text").chunks()
+    (chunk,) = open_files(tmp_path).chunks()
     assert tokenizer.decode(tokenizer(chunk.text)["input_ids"]) == "a?b"
 
 
 def test_progress_grows_within_a_file(tmp_path):
     (tmp_path / "one.txt").write_text("line é\n" * 4000)
-    source = FileSource(local_files(tmp_path), 0, "text")
+    source = open_files(tmp_path)
     seen = [source.progress() for _ in source.chunks()]
     assert seen == sorted(set(seen))
     assert seen[-1] == pytest.approx(1.0)
@@ -55,10 +59,10 @@ def test_progress_grows_within_a_file(tmp_path):
 
 def test_a_stream_continues_from_the_end_of_a_pass(corpus, tokenizer):
     def fresh():
-        return TokenStream(FileSource(local_files(corpus), 0, "text"), tokenizer, 32, seed=0)
+        return TokenStream(open_files(corpus), tokenizer, DataConfig(seq_len=32), seed=0)
 
     at_the_end, from_the_start = fresh(), fresh()
-    files = len(local_files(corpus))
+    files = len(open_files(corpus).files)
     source = at_the_end.position().source | {"pass": 1, "file": files}
     at_the_end.seek(at_the_end.position()._replace(source=source))
     from_the_start.seek(from_the_start.position()._replace(source=source | {"pass": 2, "file": 0}))
@@ -66,17 +70,17 @@ def test_a_stream_continues_from_the_end_of_a_pass(corpus, tokenizer):
 
 
 def test_held_out_text_alone_is_refused(corpus, tokenizer):
-    source = FileSource(local_files(corpus), 0, "text")
+    source = open_files(corpus)
     source.chunks = lambda chunks=source.chunks: (chunk._replace(held_out=True) for chunk in chunks())
     with pytest.raises(UserError, match="there is nothing to train on"):
-        TokenStream(source, tokenizer, 32, 0).next_rows(1)
+        TokenStream(source, tokenizer, DataConfig(seq_len=32), seed=0).next_rows(1)
 
 
 def test_a_prefetcher_raises_its_error_each_time(corpus, tokenizer):
     """A second call must not wait for a thread that has ended."""
-    source = FileSource(local_files(corpus), 0, "text")
+    source = open_files(corpus)
     source.chunks = lambda: (_ for _ in ()).throw(UserError("data: gone"))
-    batches = Prefetcher(TokenStream(source, tokenizer, 32, 0), 1)
+    batches = Prefetcher(TokenStream(source, tokenizer, DataConfig(seq_len=32), seed=0), 1)
     for _ in range(2):
         with pytest.raises(UserError, match="data: gone"):
             batches.take()
@@ -101,7 +105,7 @@ def parts_of(file: Path, place: int = 0) -> list[FileChunk]:
 
 
 def test_the_standard_library_s_pieces_are_those_of_text_mode():
-    for file in stdlib_files(Path(sysconfig.get_path("stdlib"))):
+    for file in stdlib_files(Path(sysconfig.get_path("stdlib"))).files.values():
         assert [(part.text, part.ends_document) for part in parts_of(file)] == list(pieces_in_text_mode(file)), file
 
 
@@ -154,7 +158,7 @@ def write_rows(file: Path, rows: int) -> None:
 def test_resuming_near_the_end_of_a_large_file_reads_only_the_end(kind, tmp_path, monkeypatch):
     file = tmp_path / f"big.{kind}"
     write_rows(file, 5000)
-    source = FileSource([file], 0, "text")
+    source = open_files(file)
     positions = []
     wanted = []
     for chunk in source.chunks():
@@ -162,7 +166,7 @@ def test_resuming_near_the_end_of_a_large_file_reads_only_the_end(kind, tmp_path
         positions.append(json.dumps(source.position))
     monkeypatch.setattr(Path, "open", lambda path, mode: CountedReads(path, mode))
     CountedReads.count = 0
-    resumed = FileSource([file], 0, "text")
+    resumed = open_files(file)
     resumed.position = json.loads(positions[-20])
     assert list(resumed.chunks()) == wanted[-19:]
     assert file.stat().st_size > 4e6
@@ -176,13 +180,13 @@ def test_a_source_continues_after_any_chunk(kind, parts, tmp_path):
     for i in range(2):
         write_rows(tmp_path / f"{i}.{kind}", 130)
     for part in range(parts):
-        source = FileSource(local_files(tmp_path), 0, "text", part, parts)
+        source = open_files(tmp_path, Shard(part, parts))
         positions, wanted = [], []
         for chunk in source.chunks():
             wanted.append(chunk)
             positions.append(json.dumps(source.position))
         for at in range(0, len(wanted), 7):
-            resumed = FileSource(local_files(tmp_path), 0, "text", part, parts)
+            resumed = open_files(tmp_path, Shard(part, parts))
             resumed.position = json.loads(positions[at])
             assert list(resumed.chunks()) == wanted[at + 1 :]
         assert max(map(len, positions)) < 400
@@ -210,12 +214,12 @@ CHANGES = {
 def test_a_run_does_not_resume_with_other_files(change, tmp_path):
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(f"file {name}\n")
-    position = FileSource(local_files(tmp_path), 0, "text").position
-    FileSource(local_files(tmp_path), 0, "text").position = position
+    position = open_files(tmp_path).position
+    open_files(tmp_path).position = position
     do, said = CHANGES[change]
     do(tmp_path)
     with pytest.raises(UserError, match=said) as refused:
-        FileSource(local_files(tmp_path), 0, "text").position = position
+        open_files(tmp_path).position = position
     assert str(tmp_path) in str(refused.value)
     assert "--overwrite" in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -226,13 +230,13 @@ def test_the_data_may_move_to_another_folder(tmp_path):
         (tmp_path / folder / "sub").mkdir(parents=True)
         (tmp_path / folder / "a.txt").write_text("one")
         (tmp_path / folder / "sub" / "b.txt").write_text("two")
-    position = FileSource(local_files(tmp_path / "here"), 0, "text").position
-    FileSource(local_files(tmp_path / "there"), 0, "text").position = position
+    position = open_files(tmp_path / "here").position
+    open_files(tmp_path / "there").position = position
 
 
 def test_a_position_of_another_kind_of_data_is_refused(corpus):
     with pytest.raises(UserError, match=r"other data or of an earlier version.*--overwrite"):
-        FileSource(local_files(corpus), 0, "text").position = {"pass": 0, "row": 0, "stream": None}
+        open_files(corpus).position = {"pass": 0, "row": 0, "stream": None}
 
 
 def test_a_line_that_is_too_long_is_passed_over_and_counted(tmp_path, monkeypatch):
@@ -243,7 +247,7 @@ def test_a_line_that_is_too_long_is_passed_over_and_counted(tmp_path, monkeypatc
     for end in ("\n", "\r\n"):
         file = tmp_path / "rows.jsonl"
         file.write_bytes("".join(json.dumps({"text": text}) + end for text in texts).encode())
-        source = FileSource([file], 0, "text")
+        source = open_files(file)
         assert [chunk.text for chunk in source.chunks()] == ["first", "second", "y" * 60]
         assert source.position["skipped"] == 2
         assert len(max(parts_of(file), key=lambda part: len(part.text or "")).text) == 60
@@ -255,7 +259,7 @@ def test_the_count_of_skipped_rows_survives_a_resume(tmp_path, tokenizer, monkey
     (tmp_path / "rows.jsonl").write_text("\n".join(good))
 
     def fresh() -> TokenStream:
-        return TokenStream(FileSource(local_files(tmp_path), 0, "text"), tokenizer, 16, 0)
+        return TokenStream(open_files(tmp_path), tokenizer, DataConfig(seq_len=16), seed=0)
 
     whole, first, second = fresh(), fresh(), fresh()
     whole.next_rows(400)
@@ -269,7 +273,7 @@ def test_broken_rows_are_skipped_and_broken_bytes_replaced(tmp_path):
     lines = [b'{"text": "a\xff\xe2\x82b"}', b'{"text": "cut', b"\xff\xfe", b'{"text": null}', b'{"text": ["a"]}', b""]
     lines.append(b'{"text": "' + b"x" * 800 + b'"}')
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
-    source = FileSource(local_files(tmp_path), 0, "text")
+    source = open_files(tmp_path)
     assert [chunk.text for chunk in source.chunks()] == ["a\ufffd\ufffdb", "x" * 800]
     assert source.position["skipped"] == 4
 
@@ -277,22 +281,22 @@ def test_broken_rows_are_skipped_and_broken_bytes_replaced(tmp_path):
 def test_passes_that_are_read_ahead_are_not_announced(tmp_path, tokenizer, capsys):
     """The pool holds many passes of a tiny corpus before the first row of the second is trained on."""
     (tmp_path / "a.txt").write_text("one two three\n" * 10)
-    stream = TokenStream(FileSource(local_files(tmp_path), 0, "text"), tokenizer, 16, 0)
+    stream = TokenStream(open_files(tmp_path), tokenizer, DataConfig(seq_len=16), seed=0)
     stream.next_rows(1)
     assert stream.position().source["pass"] > 2
     assert capsys.readouterr().out == ""
 
 
 def test_the_end_of_a_run_does_not_wait_for_a_source_that_waits(corpus, tokenizer, monkeypatch):
-    monkeypatch.setattr(prefetch, "CLOSING", 0.2)
-    source, gone_on = FileSource(local_files(corpus), 0, "text"), threading.Event()
+    monkeypatch.setattr(prefetch, "CLOSE_SECONDS", 0.2)
+    source, gone_on = open_files(corpus), threading.Event()
 
     def waiting() -> Iterator[TextChunk]:
         gone_on.wait(60)
         yield TextChunk("too late", True, False)
 
     source.chunks = waiting
-    batches = Prefetcher(TokenStream(source, tokenizer, 32, 0), 1)
+    batches = Prefetcher(TokenStream(source, tokenizer, DataConfig(seq_len=32), seed=0), 1)
     asked = time.monotonic()
     batches.close()
     assert time.monotonic() - asked < 5
@@ -303,7 +307,7 @@ def test_the_end_of_a_run_does_not_wait_for_a_source_that_waits(corpus, tokenize
 @pytest.mark.parametrize("text", ["once upon a time " * 300_000, "x" * 5_000_000, "ab1-" * 1_250_000])
 def test_a_document_of_five_megabytes_becomes_rows_in_seconds(text, tmp_path, tokenizer):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in ("a", "b", text, "c")))
-    stream = TokenStream(FileSource(local_files(tmp_path), 0, "text"), tokenizer, 256, 0)
+    stream = TokenStream(open_files(tmp_path), tokenizer, DataConfig(seq_len=256), seed=0)
     asked = time.monotonic()
     for _ in range(200):
         stream.next_rows(8)
@@ -315,5 +319,5 @@ def test_empty_files_among_the_standard_library_s_are_passed_over(tmp_path):
     """Its packages have empty `__init__.py`."""
     (tmp_path / "a.py").write_text("a = 1\n")
     (tmp_path / "b.py").write_text("")
-    source = FileSource(stdlib_files(tmp_path), 0, "text")
+    source = FileSource(stdlib_files(tmp_path), DataConfig(), 0)
     assert [chunk.text for chunk in source.chunks()] == ["a = 1\n"]

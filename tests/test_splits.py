@@ -11,11 +11,11 @@ import pytest
 
 from jaxllm import evaluate
 from jaxllm.config import TrainConfig
-from jaxllm.data.held_out import read_held_out
-from jaxllm.data.sources import FileSource, check_new_data, local_files, open_source
+from jaxllm.data.sources import check_new_data, open_source
 from jaxllm.data.splits import Ambiguous, recognized
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.errors import UserError
+from tests.configs import held_out_of, open_files
 
 NAMES = {
     "train-00000-of-00001.jsonl": "train",
@@ -80,9 +80,9 @@ def write(file: Path, word: str, rows: int = 60) -> None:
 def read(path: Path, **options) -> tuple[set[str], set[str], str]:
     """First words of what is trained on and of what is evaluated, and what is printed."""
     config = TrainConfig.from_options(data=str(path), **options)
-    source = open_source(config)
+    source = open_source(config.data, config.seed)
     trained = {chunk.text.split()[0] for chunk in source.chunks() if not chunk.held_out}
-    evaluated = {chunk.text.split()[0] for chunk in open_source(config).held_out()}
+    evaluated = {chunk.text.split()[0] for chunk in open_source(config.data, config.seed).held_out()}
     said = " ".join([*source.notes, *(line for report in source.reports() for line in report.lines())])
     return trained, evaluated, said
 
@@ -143,7 +143,7 @@ def test_a_run_of_before_reads_all_files_as_it_did(tmp_path):
         write(tmp_path / f"{word}.jsonl", word)
     saved = TrainConfig.from_options(data=str(tmp_path), data_split="nosuch", text_field="text").to_dict()
     del saved["hold_out"], saved["eval_data"]
-    source = open_source(TrainConfig.from_dict(saved))
+    source = open_source(TrainConfig.from_dict(saved).data, 0)
     assert {chunk.text.split()[0] for chunk in source.chunks()} == {"train", "validation", "test"}
     assert source.hold_out == "count"
 
@@ -156,7 +156,7 @@ def test_a_shard_that_is_missing_is_named(numbers, said, tmp_path):
     for number in numbers.split():
         write(tmp_path / f"data/train-0000{number}-of-00003-a{number}.jsonl", "words")
     write(tmp_path / "data/test-00000-of-00002.jsonl", "other")
-    source = open_source(TrainConfig.from_options(data=str(tmp_path)))
+    source = open_files(tmp_path)
     missing = [note for note in source.notes if "missing" in note]
     assert missing == ([f"data/train: {said}"] if said else [])
 
@@ -165,12 +165,12 @@ def test_a_validation_split_that_is_gone_is_named(tmp_path):
     for word in ("train", "validation", "test"):
         write(tmp_path / f"{word}.jsonl", word)
     config = TrainConfig.from_options(data=str(tmp_path), seq_len=8, eval_samples=2)
-    tokenizer = train_tokenizer(open_source(config), 300)
-    config = config.with_options(hold_out=open_source(config).hold_out)
-    read_held_out(config, tokenizer)
+    tokenizer = train_tokenizer(open_source(config.data, config.seed), 300)
+    config = config.with_options(hold_out=open_source(config.data, config.seed).hold_out)
+    held_out_of(config, tokenizer)
     (tmp_path / "validation.jsonl").unlink()
     with pytest.raises(UserError, match="the text that it is evaluated on is gone"):
-        read_held_out(config, tokenizer)
+        held_out_of(config, tokenizer)
 
 
 def test_splits_that_datasets_saved(tmp_path):
@@ -190,9 +190,7 @@ def test_evaluation_data_of_the_user(tmp_path):
     write(tmp_path / "eval.txt", "other")
     trained, evaluated, said = read(tmp_path / "corpus", eval_data=str(tmp_path / "eval.txt"))
     assert (trained, evaluated) == ({"mine"}, {"other"})
-    assert sum(
-        chunk.held_out for chunk in open_source(TrainConfig.from_options(data=str(tmp_path / "corpus"))).chunks()
-    )
+    assert sum(chunk.held_out for chunk in open_files(tmp_path / "corpus").chunks())
     assert "eval.txt; nothing is held out" in said
     with pytest.raises(UserError, match=r"eval_data is 'no/where': there is no such file or folder"):
         read(tmp_path / "corpus", eval_data="no/where")
@@ -200,10 +198,10 @@ def test_evaluation_data_of_the_user(tmp_path):
     own = str(tmp_path / "corpus" / "mine.txt")
     overlapping = TrainConfig.from_options(data=str(tmp_path / "corpus"), eval_data=own)
     with pytest.raises(UserError, match=r"mine\.txt' is trained on, too"):
-        check_new_data(overlapping, open_source(overlapping))
+        check_new_data(overlapping.data, open_source(overlapping.data, 0))
     config = TrainConfig.from_options(data=str(tmp_path / "corpus"), eval_data=str(tmp_path / "eval.txt"), seq_len=8)
-    tokenizer = train_tokenizer(open_source(config), 300)
-    assert tokenizer.decode(read_held_out(config, tokenizer).rows[0]).startswith("other")
+    tokenizer = train_tokenizer(open_source(config.data, config.seed), 300)
+    assert tokenizer.decode(held_out_of(config, tokenizer).rows[0]).startswith("other")
 
 
 CARD = """---
@@ -281,9 +279,11 @@ def test_no_option_is_ignored(kind, option, sources):
     changed = config.with_options(**{option: OPTIONS[option]})
 
     def outcome(config: TrainConfig) -> list[str]:
-        source = open_source(config)
-        check_new_data(config, source)
-        held_out = [chunk.text for _, chunk in zip(range(3), open_source(config).held_out(), strict=False)]
+        source = open_source(config.data, config.seed)
+        check_new_data(config.data, source)
+        held_out = [
+            chunk.text for _, chunk in zip(range(3), open_source(config.data, config.seed).held_out(), strict=False)
+        ]
         return [chunk.text for _, chunk in zip(range(3), source.chunks(), strict=False)] + held_out
 
     if (kind, option) in ACCEPTED:
@@ -302,8 +302,10 @@ def test_no_option_is_ignored(kind, option, sources):
 def test_options_that_apply_have_an_effect(kind, sources, tmp_path):
     write(tmp_path / "other.txt", "other")
     config = TrainConfig.from_options(data=sources[kind], eval_data=str(tmp_path / "other.txt"))
-    assert next(iter(open_source(config).held_out())).text.startswith("other")
-    assert not any(chunk.held_out for _, chunk in zip(range(300), open_source(config).chunks(), strict=False))
+    assert next(iter(open_source(config.data, config.seed).held_out())).text.startswith("other")
+    assert not any(
+        chunk.held_out for _, chunk in zip(range(300), open_source(config.data, config.seed).chunks(), strict=False)
+    )
 
 
 def test_evaluating_a_model_reads_all_of_a_folder_or_a_split(run, tmp_path, capsys):
@@ -317,9 +319,3 @@ def test_evaluating_a_model_reads_all_of_a_folder_or_a_split(run, tmp_path, caps
     assert whole == sum(splits)
     assert evaluate.main([str(run), "--data", str(tmp_path), "--data-split", "dev"]) == 2
     assert "no split 'dev'" in capsys.readouterr().err
-
-
-def test_local_files_are_those_of_the_split(tmp_path):
-    for word in ("train", "test"):
-        write(tmp_path / f"{word}.jsonl", word)
-    assert [file.name for file in FileSource(local_files(tmp_path), 0, "text").files] == ["train.jsonl"]

@@ -137,7 +137,7 @@ def test_a_signal_while_waiting_for_data_saves_the_steps_done(run, narrow, tmp_p
 
     with monkeypatch.context() as patch:
         patch.setattr(TokenStream, "next_rows", stalling)
-        patch.setattr(prefetch, "CLOSING", 0.1)
+        patch.setattr(prefetch, "CLOSE_SECONDS", 0.1)
         assert train.main([*narrow, "--run-dir", str(folder)]) == 143
     assert choose_checkpoint(folder).step == 12
     assert train.main([*narrow, "--run-dir", str(folder)]) == 0

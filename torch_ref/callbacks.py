@@ -14,7 +14,7 @@ from jaxllm.config.groups import LoggingConfig
 from jaxllm.run.metrics import RunLog, end_record, eval_record, step_record
 from jaxllm.run.prepare import Prepared
 from jaxllm.run.reporting import conclude, write_samples
-from jaxllm.run.throughput import GIB, Meter
+from jaxllm.run.throughput import GIB, Meter, TokenFlops
 from torch_ref.batches import MicroBatches
 from torch_ref.device import peak_memory
 from torch_ref.generate import generate
@@ -100,7 +100,9 @@ class LogCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self._first_step = self._logged_step = state.global_step
-        self._meter = Meter(self._config, self._peak_tflops, lambda: self._batches.prefetcher.waited)
+        model, seq_len, tokens_per_step = self._config.model, self._config.data.seq_len, self._config.tokens_per_step
+        flops = TokenFlops.of(model, seq_len, frozen=False)
+        self._meter = Meter(tokens_per_step, flops, self._peak_tflops, lambda: self._batches.prefetcher.waited)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self._log.bar.update()

@@ -31,10 +31,11 @@ if __name__ == "__main__" and not is_installed("torch"):
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from jaxllm.data.source import WHOLE
 from jaxllm.data.stream import POSITION_FILE, open_stream, read_position
 from jaxllm.run.metrics import RunLog
 from jaxllm.run.reporting import announce, announce_finished, announce_speed
-from jaxllm.run.throughput import reference_peak
+from jaxllm.run.throughput import TokenFlops, reference_peak
 from jaxllm.store.history import History
 from jaxllm.store.lock import FolderLock
 from jaxllm.store.metrics_file import read_metrics
@@ -61,7 +62,7 @@ def train(prepared: Prepared[RunConfig], model: CustomLLM | None = None) -> Cust
     if model is None:
         torch.manual_seed(config.seed % 2**32)
         model = CustomLLM(config.model)
-    stream = open_stream(config, prepared.tokenizer)
+    stream = open_stream(config.data, config.seed, WHOLE, prepared.tokenizer)
     first_step = 0
     if checkpoint is not None:
         first_step = checkpoint.step
@@ -84,7 +85,8 @@ def train(prepared: Prepared[RunConfig], model: CustomLLM | None = None) -> Cust
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" and config.precision == "bfloat16" else None
     measure = functools.partial(measured_peak_tflops, device=device)
     peak = reference_peak(config.logging.peak_tflops, config.decided_precision, kind, measure)
-    announce_speed(config, peak, compile_seconds=None)
+    token_flops = TokenFlops.of(config.model, config.data.seq_len, frozen=False)
+    announce_speed(token_flops, peak, compile_seconds=None)
     batches = MicroBatches(stream, config.data)
     trainer = CustomLLMTrainer(prepared, model, batches)
     history = History.from_records([record for record in read_metrics(config.folder) if record["step"] <= first_step])

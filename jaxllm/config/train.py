@@ -117,7 +117,10 @@ class RunConfig:
 
     def options(self) -> dict[str, Any]:
         """All flat options, as JSON values."""
-        values = {known.name: known.value(self) for known in _options(type(self))}
+        values = {
+            known.name: getattr(getattr(self, known.group) if known.group else self, known.attribute)
+            for known in _options(type(self))
+        }
         paths = {name: str(value) for name, value in values.items() if isinstance(value, Path)}
         return values | paths | {"model": self.model.to_dict(), "prompts": list(self.sampling.prompts)}
 
@@ -239,9 +242,6 @@ class _Option(NamedTuple):
     resumable: bool
     saved: bool
 
-    def value(self, config: RunConfig) -> Any:
-        return getattr(config if self.group is None else getattr(config, self.group), self.attribute)
-
 
 @functools.cache
 def _options(cls: type[RunConfig]) -> tuple[_Option, ...]:
@@ -259,15 +259,26 @@ def changed_options(saved: Mapping[str, Any], now: RunConfig) -> list[tuple[str,
     """The options (the model's as `model.NAME`) whose change prevents a resume: name, old and new value."""
     resumable = {known.name for known in _options(type(now)) if known.resumable}
 
-    def flat(values: Mapping[str, Any]) -> dict[str, Any]:
-        outer = {name: value for name, value in values.items() if name != "model" and name not in resumable}
-        model = dataclasses.asdict(ModelConfig.from_dict(values["model"]))  # with the defaults of later fields
-        parts = {
-            f"{name}.{key}": value for name in ("router", "rope_scaling") for key, value in model.pop(name).items()
-        }
-        return outer | {f"model.{name}": value for name, value in (model | parts).items()}
+    def run_options(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if name != "model" and name not in resumable}
 
-    before, after = flat(saved), flat(now.to_dict())
+    model = ModelConfig.from_dict(saved["model"])  # with the defaults of later fields
+    return sorted(_changed(run_options(saved), run_options(now.to_dict())) + changed_model(model, now.model))
+
+
+def changed_model(before: ModelConfig, now: ModelConfig) -> list[tuple[str, Any, Any]]:
+    """The options of the model that differ, as `model.NAME`: name, old and new value."""
+
+    def flat(model: ModelConfig) -> dict[str, Any]:
+        fields = dataclasses.asdict(model)
+        nested = {name: fields.pop(name) for name in ("router", "rope_scaling")}
+        fields |= {f"{name}.{key}": value for name, group in nested.items() for key, value in group.items()}
+        return {f"model.{name}": value for name, value in fields.items()}
+
+    return _changed(flat(before), flat(now))
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     return [(k, before.get(k), after.get(k)) for k in sorted(before | after) if before.get(k) != after.get(k)]
 
 

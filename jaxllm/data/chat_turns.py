@@ -35,10 +35,10 @@ def assistant_turns(
     with it.
 
     Args:
-        same_tokens: the character of the second of two renderings up to which their tokens are the same.
+        same_tokens: returns the character of the second rendering up to which the tokens of both are the same.
 
     Raises:
-        ValueError: the renderings do not tell the turns.
+        ValueError: the renderings do not show where the turns are.
     """
     if _GENERATION.search(template) and (marked := _marked_turns(render, chat, first, template)) is not None:
         return *marked, False
@@ -61,7 +61,7 @@ def assistant_turns(
 def _turn(
     render: Render, same_tokens: Callable[[str, str], int], chat: Chat, messages: list[int]
 ) -> tuple[str, tuple[int, int]] | None:
-    """The rendering up to the end of some messages, and where they are in it; None: it does not tell."""
+    """The rendering up to the end of some messages, and where they are in it; None: the rendering does not show it."""
     earlier = chat[: messages[0]]
     if not earlier:
         return None

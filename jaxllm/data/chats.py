@@ -49,7 +49,7 @@ def forms(text_field: str, with_pairs: bool = True) -> tuple[tuple[str, ...], ..
 
 
 def form_in(names: Collection[str], text_field: str, with_pairs: bool = True) -> tuple[str, ...] | None:
-    """The fields that are read of rows with these fields; None: they are of no form that is known."""
+    """Which of a row's fields are read; None: together they are not of a known form."""
     for form in forms(text_field, with_pairs):
         if {*form} <= {*names}:
             return (*form, "input") if form == FORMS[-1] and "input" in names else form

@@ -1,9 +1,9 @@
 """Rows of CSV and TSV files. Damage is reported, not repaired: no row is made of what a parser would have to guess.
 
 TSV has no quoting: a row is a line, unless a CSV writer made the file, or a quoted field makes one row of several lines
-that are none. In CSV a quoted field may span lines, so one stray quote can swallow the rows after it. Where it never
-closes, or closes within a field, that row is dropped alone, and reading continues with the lines in it if they are rows
-themselves. A field that closes is a text, or makes its row too long: its lines are never rows.
+that are not rows themselves. In CSV a quoted field may span lines, so one stray quote can swallow the rows after it.
+Where it never closes, or closes within a field, that row is dropped alone, and reading continues with the lines in it
+if they are rows themselves. A field that closes is a text, or makes its row too long: its lines are never rows.
 """
 
 import contextlib
@@ -72,7 +72,7 @@ def tsv_records(lines: Lines, fields: int) -> Iterator[Record]:
 
 
 def _over_lines(ahead: _Ahead, first: bytes, fields: int) -> tuple[list[str], str]:
-    """The row that a quoted field makes of several lines, of which half at least are no rows, or what is wrong with it.
+    """The row that a quoted field makes of several lines, or what is wrong with it: at least half of them are not rows.
 
     Nothing is taken where the first line is a row by itself. In a file of one column all lines are rows, so one over
     several is damage.

@@ -22,7 +22,7 @@ MAX_PENDING = 2**21
 """Characters without a place to cut after which a document is cut anyway."""
 
 MAX_UNKNOWN, SAID_UNKNOWN = 0.2, 0.01
-"""Shares of unknown tokens above which a tokenizer is refused, and above which a line says so."""
+"""Shares of unknown tokens above which a tokenizer is refused, and above which the share is printed."""
 
 
 class DocumentEncoder:
@@ -57,8 +57,8 @@ class DocumentEncoder:
         self._text, self._done, self._next_part, self._try_at = state
 
     def add(self, chunk: TextChunk) -> np.ndarray | None:
-        """The tokens that are certain now: (n,) int32. None: a chat is skipped, as nothing in it is a target, or as the
-        template does not take it.
+        """The tokens that no later text changes: (n,) int32. None: a chat is skipped, which has no target, or which
+        the template does not take.
 
         Raises:
             UserError: the tokenizer has no chat template.
@@ -150,7 +150,7 @@ class DocumentEncoder:
         return ids
 
     def _context(self, text: str) -> str:
-        """What a piece is encoded behind where its document's text before it is not there."""
+        """Text to encode in front of a piece whose predecessor is missing, so that the piece does not begin a text."""
         for context in ("\n", "a", "."):
             spans = self.encoder.spans(context + text[:MARGIN])
             if _first_behind(spans, len(context)) is not None:
@@ -186,7 +186,7 @@ class DocumentEncoder:
     def _cut(self, spans: Spans) -> tuple[int, int, int] | None:
         """The token at which to cut, the character there, and where the next window begins; None: nowhere yet.
 
-        It is tried out: the text from that beginning on must have the same tokens behind the cut.
+        The cut is verified: encoded from that beginning on, the text must have the same tokens after it.
         """
         breaks = self.encoder.breaks(spans)
         last = len(self._text) - self.encoder.margin

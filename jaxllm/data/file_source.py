@@ -3,7 +3,6 @@
 import contextlib
 import fnmatch
 import glob
-import os
 import random
 import time
 from collections.abc import Iterable, Iterator
@@ -12,13 +11,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from jaxllm.config.groups import DataConfig
 from jaxllm.data.chats import Text
 from jaxllm.data.fingerprint import Fingerprint, content_digest
 from jaxllm.data.folder import DataFiles, described
 from jaxllm.data.lines import COMPRESSIONS, NoText, Unreadable, ending_of, kind_of
 from jaxllm.data.reading import CHUNK_CHARS, FileChunk, read_chunks, rows_in
 from jaxllm.data.report import Counts, Kind, SourceReport, counted
-from jaxllm.data.source import AS_FOUND, CLOSING, HOLD_OUT, Reading, TextChunk, check_position, utf8_bytes
+from jaxllm.data.source import CLOSING, HOLD_OUT, WHOLE, Evaluation, Shard, TextChunk, check_position, utf8_bytes
 from jaxllm.errors import UserError, listed, one_line, shown
 
 COUNTED = 2**20
@@ -47,52 +47,38 @@ class FileSource:
     """Files of text or rows, in an order that each pass shuffles.
 
     One of several shards has every n-th file of that order if there are enough files, or else runs of chunks of every
-    file. A file that cannot be read, or not to its end, is left out from there on; so are those that `skip` names, with
-    patterns separated by commas. They keep their place in the order: the position tells which they are.
+    file. A file that cannot be read, or not to its end, is left out from there on; so are those that `data.skip_data`
+    names. They keep their place in the order: the position tells which they are.
     """
 
     def __init__(
-        self,
-        files: list[Path],
-        seed: int,
-        text_field: str,
-        shard: int = 0,
-        num_shards: int = 1,
-        found: DataFiles | None = None,
-        reading: Reading = AS_FOUND,
+        self, found: DataFiles, data: DataConfig, seed: int, shard: Shard = WHOLE, evaluation: Evaluation | None = None
     ):
-        """`found`: where the files were found, and which of them are damaged.
-
-        Without a `hold_out`, whole files are held out where they hold their share of the bytes, else chunks.
-        """
-        skip, evaluation = reading.skip, reading.evaluation
-        self._shard, self._num_shards = shard, num_shards
-        self._seed, self._text_field = seed, text_field
-        self._folder = found.folder if found else Path(os.path.commonpath([file.parent for file in files]))
-        here = {file.relative_to(self._folder).as_posix(): file for file in files}
-        self._present = [*here, *(found.passed_over if found else ())]
-        gone = [name for name in _patterns(skip) if not glob.has_magic(name) and not _matching(name, here)]
-        self._names = sorted([*here, *gone], key=lambda name: self._folder / name)
+        """Without a `data.hold_out`, whole files are held out where they hold their share of the bytes, else chunks."""
+        self._data, self._seed, self._shard = data, seed, shard
+        self._folder, self._splits = found.folder, found.splits
+        self._present = [*found.files, *found.passed_over]
+        skip = data.skip_data
+        gone = [name for name in patterns_in(skip) if not glob.has_magic(name) and not _matching(name, found.files)]
+        self._names = sorted([*found.files, *gone], key=lambda name: self._folder / name)
         self._files = [self._folder / name for name in self._names]
         self._sizes = [size_of(file) for file in self._files]
         self._total = sum(self._sizes) or 1
-        self._by_files = len(self._files) >= HOLD_OUT * num_shards
-        self.hold_out = reading.hold_out or self._fitting_hold_out()
+        self._by_files = len(self._files) >= HOLD_OUT * shard.of
+        self.hold_out = data.hold_out or self._fitting_hold_out()
         self._whole_files = self.hold_out == "files" or (self.hold_out == "count" and len(self._files) >= HOLD_OUT)
         self.evaluations = [evaluation] if evaluation is not None else []
-        self._name, self._split, self._splits = reading.name, reading.split, found.splits if found else {}
         self.seen = Counts()
         self._damaged: set[str] = set()  # files whose damaged rows were named
         self._strict = self.hold_out != "count"
-        left_out = dict(found.damaged) if found else {}
+        left_out = dict(found.damaged)
         skipped = dict.fromkeys(_matching(skip, self._names), "--skip-data")
         self._digests = [
             "" if name in {**skipped, **left_out} else content_digest(file, len(self._files))
             for name, file in zip(self._names, self._files, strict=True)
         ]
         self._fingerprint = Fingerprint(self._names, self._digests)
-        self.notes = described((found.passed_over if found else {}) | skipped | left_out)
-        self.notes += found.missing if found else ()
+        self.notes = [*described(found.passed_over | skipped | left_out), *found.missing]
         self._at: dict[str, Any] = self._start_of_pass(0, {"skipped": 0, "skip": skip, "left_out": left_out})
 
     @property
@@ -102,7 +88,7 @@ class FileSource:
     @position.setter
     def position(self, position: dict[str, Any]) -> None:
         check_position(position, {*self._at, "files"})
-        skip = ",".join(_patterns(f"{position['skip']},{self._at['skip']}"))
+        skip = ",".join(patterns_in(f"{position['skip']},{self._at['skip']}"))
         left_out = position["left_out"] | self._at["left_out"]
         if gone := left_out.keys() - {*self._names}:
             raise UserError(
@@ -139,7 +125,7 @@ class FileSource:
         for number in range(at["file"], len(order)):
             index = order[number]
             name = self._names[index]
-            mine = not self._by_files or number % self._num_shards == self._shard
+            mine = not self._by_files or number % self._shard.of == self._shard.number
             is_open = False  # the document of the file, whose last chunk is another's
             mine = mine and not (only_held_out and self._whole_files and index % HOLD_OUT != 1)
             if mine and name not in skipped and name not in self.left_out:
@@ -165,7 +151,7 @@ class FileSource:
 
     def _has_chunk(self, index: int, chunk: int) -> bool:
         """Whether a chunk of a file is of this shard."""
-        return self._by_files or (index + chunk // RUN_OF_CHUNKS) % self._num_shards == self._shard
+        return self._by_files or (index + chunk // RUN_OF_CHUNKS) % self._shard.of == self._shard.number
 
     def _fitting_hold_out(self) -> str:
         least, most = HELD_OUT_SHARE
@@ -211,7 +197,7 @@ class FileSource:
             )
         if self.evaluations:
             said = f"evaluated on {self.evaluations[0].name}; {said}"
-        where = (self._name, kinds, self._split, dict(self._splits), said, share, self.seen)
+        where = (self._data.source, kinds, self._data.split, dict(self._splits), said, share, self.seen)
         return [SourceReport(*where, is_sampled=not self.evaluations)]
 
     def _share_of_chunks(self, files: list[int]) -> float | None:
@@ -219,7 +205,7 @@ class FileSource:
         whole = held_out = 0
         for index in files:
             with contextlib.suppress(Unreadable, PermissionError):  # a pass says so
-                rows = read_chunks(self._files[index], self._sizes[index], 0, self._text_field, self._strict)
+                rows = read_chunks(self._files[index], self._sizes[index], 0, self._data.text_field, self._strict)
                 for chunk, text in enumerate(row.text for row in rows if row.text is not None):
                     whole += utf8_bytes(text)
                     held_out += utf8_bytes(text) if self._is_held_out(index, chunk, text) else 0
@@ -244,12 +230,14 @@ class FileSource:
         A file that cannot be read is tried `TRIES` times at one place, then left out.
         """
         file, name, size = self._files[index], self._names[index], self._sizes[index]
-        counts = self._by_files or self._shard == 0  # else every shard reads each row without text, and one counts it
+        counts = (
+            self._by_files or self._shard.number == 0
+        )  # else every shard reads each row without text, and one counts it
         tries, reason = 0, None
         while reason is None:
             try:
                 self._check_unchanged(index)
-                for read in read_chunks(file, size, self._at["offset"], self._text_field, self._strict):
+                for read in read_chunks(file, size, self._at["offset"], self._data.text_field, self._strict):
                     tries, chunk = 0, self._at["chunk"]
                     self.seen.file_bytes += read.done - self._at["within"]
                     self._at = self._at | {"offset": read.offset, "within": read.done}
@@ -314,13 +302,14 @@ def is_skipped(skip: str, name: str) -> bool:
     return bool(_matching(skip, [name]))
 
 
-def _patterns(skip: str) -> list[str]:
+def patterns_in(skip: str) -> list[str]:
+    """Names and patterns that are separated by commas, each once."""
     return list(dict.fromkeys(pattern for part in skip.split(",") if (pattern := part.strip())))
 
 
 def _matching(skip: str, names: Iterable[str]) -> list[str]:
     """The names, or whose last parts, are or match one of some patterns."""
-    patterns = _patterns(skip)
+    patterns = patterns_in(skip)
     return [
         name
         for name in names

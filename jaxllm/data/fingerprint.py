@@ -98,7 +98,7 @@ class Fingerprint:
             return f"one before {name} is gone): {put_back}"
         if len(before) < len(now) and (same == len(before) or before[same] == now[same + 1]):
             if self._names[same] in left_out:
-                return f"--skip-data names {name}, which is none of them): leave that out"
+                return f"--skip-data names {name}, which is not one of them): leave that out"
             return f"{name} is new): move it elsewhere"
         return f"{name} is new): pass the old data"
 

@@ -4,10 +4,11 @@ import functools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
+from jaxllm.config.groups import DataConfig
 from jaxllm.data.chats import one_sided
 from jaxllm.data.lines import COMPRESSIONS, SUFFIXES, NoText, Unreadable, kind_of
 from jaxllm.data.reading import look
@@ -25,93 +26,92 @@ _CODE = r".*\.(md|py)(\..*)?"
 _NOTES = re.compile(rf"{_ABOUT}|{_CODE}")
 """Names of text files that describe the data, in a folder that also has files of rows."""
 
-
 MAX_NAMED = 1000
 """Files that are named for each reason why they are not read."""
 
 
-class DataFiles(NamedTuple):
-    folder: Path  # names are relative to it
-    files: list[Path]  # sorted
-    damaged: dict[str, str]  # those of them that cannot be read: the reason by name
-    passed_over: dict[str, str]  # of other files, the reason by name
-    splits: Mapping[str, int | None]  # files of each split; None: not counted; empty if there are none
-    missing: Sequence[str] = ()  # what the files that are read lack, a line each
+@dataclass
+class DataFiles:
+    """The files of a folder, by their names relative to it."""
+
+    folder: Path
+    files: dict[str, Path] = field(default_factory=dict)  # those that are data, in order
+    damaged: dict[str, str] = field(default_factory=dict)  # those of them that cannot be read: the reason
+    passed_over: dict[str, str] = field(default_factory=dict)  # of other files, the reason
+    splits: Mapping[str, int | None] = field(default_factory=dict)  # files of each split; None: not counted
+    missing: list[str] = field(default_factory=list)  # what the files that are read lack, a line each
+
+    def pass_over(self, name: str, reason: str) -> None:
+        del self.files[name]
+        self.damaged.pop(name, None)
+        self.passed_over[name] = reason
+
+    def check_readable(self, what: str, reasons: dict[str, str]) -> None:
+        """Raise UserError if no file can be read."""
+        if not self.files.keys() - self.damaged.keys():
+            raise UserError(f"data is {what}: {'; '.join(described(reasons)[:3]) or 'it is empty'}")
 
 
-def find_data(
-    path: Path,
-    text_field: str,
-    split: str,
-    skip: Callable[[str], bool] | None = lambda name: False,
-    config: str | None = None,
-) -> DataFiles:
+def find_data(path: Path, data: DataConfig, skip: Callable[[str], bool] | None) -> DataFiles:
     """The file itself, or the files below a folder that hold text.
 
     Hidden files and the folders of runs are not data. Of a folder that `datasets` saved, only its own files are. Text
     files that describe the data (`_NOTES`) are left out where files of rows are read, or are the larger part but have
-    another field. Of several splits, which `datasets` saved or the files' names tell, `split` is read.
+    another field. Of several splits, which `datasets` saved or the files' names tell, `data.split` is read.
 
-    Args:
-        config: of a dataset whose card has several.
-        skip: whether a file's name is one that the user leaves out; None: names tell no splits, as formerly.
+    `skip`: whether a file's name is one that the user leaves out; None: names give no splits, as in earlier versions.
 
     Raises:
         UserError: there is none, or one may not be read.
     """
-    passed_over: dict[str, str] = {}
-    saved: dict[str, int | None] = {}
-    folder, found = (path.parent, [path]) if path.is_file() else (path, _candidates(path, split, passed_over, saved))
-    files, damaged, row_bytes = {}, {}, 0
-    other_fields: dict[str, None] = {}
-    for file in sorted(found):
-        name = file.relative_to(folder).as_posix()
+    found, saved = DataFiles(path.parent if path.is_file() else path), {}
+    candidates = [path] if path.is_file() else _candidates(path, data.split, found.passed_over, saved)
+    row_bytes, other_fields = 0, {}
+    for file in sorted(candidates):
+        name = file.relative_to(found.folder).as_posix()
         try:
             stat = file.stat()
-            reason, is_damaged, others = _verdict(file, stat.st_size, stat.st_mtime_ns, text_field, skip is not None)
+            looked_at = _verdict(file, stat.st_size, stat.st_mtime_ns, data.text_field, skip is not None)
         except OSError as error:
             raise UserError(f"data: cannot read {file}: {error.strerror}") from None
+        reason, is_damaged, others = looked_at
         row_bytes += stat.st_size if kind_of(file) in ("lines", "csv", "parquet", "arrow") else 0
         other_fields |= dict.fromkeys(others)
         if reason is None or is_damaged:
-            files[name] = file
+            found.files[name] = file
         if reason is not None:
-            (damaged if is_damaged else passed_over)[name] = reason
-    texts = [name for name in files if kind_of(files[name]) == "text"]
-    rows = [name for name in files if name not in damaged and name not in texts]
+            (found.damaged if is_damaged else found.passed_over)[name] = reason
+    texts = [name for name, file in found.files.items() if kind_of(file) == "text"]
+    rows = [name for name in found.files if name not in found.damaged and name not in texts]
     if skip is not None and not path.is_file():
-        rows = _check_not_code(path, {name: file for name, file in files.items() if not skip(name)}, rows, row_bytes)
-    if rows or row_bytes > sum(files[name].stat().st_size for name in texts):
-        for name in [name for name in texts if _NOTES.fullmatch(files[name].name.lower())]:
-            del files[name]
-            damaged.pop(name, None)
-            passed_over[name] = "a text file next to files of rows"
-    if not files.keys() - damaged.keys():
-        said = "; ".join(described(passed_over | damaged)[:3]) or "it is empty"
-        raise UserError(f"data is {str(path)!r}: there is nothing to read in it: {said}")
-    splits: Mapping[str, int | None] = saved
+        rows = _check_not_code(path, {n: file for n, file in found.files.items() if not skip(n)}, rows, row_bytes)
+    if rows or row_bytes > sum(found.files[name].stat().st_size for name in texts):
+        for name in [name for name in texts if _NOTES.fullmatch(found.files[name].name.lower())]:
+            found.pass_over(name, "a text file next to files of rows")
+    found.check_readable(f"{str(path)!r}: there is nothing to read in it", found.passed_over | found.damaged)
+    found.splits = saved
     if skip is not None and not saved:
-        found_in = {}
-        if config is not None or (split != ALL and not path.is_file()):
-            found_in = of_card(path, list(files), config)
-        if split != ALL and not path.is_file() and not found_in:
-            found_in = _splits_by_name(path, list(files), skip)
-        splits = Counter(found for found in found_in.values() if found is not None)
-        check_split(f"data is {str(path)!r}", split, list(splits))
-        wanted = {*splits} if split == ALL else {split}
-        for name in [name for name in files if found_in and found_in.get(name) not in wanted]:
-            del files[name]
-            damaged.pop(name, None)
-            passed_over[name] = _another(found_in.get(name), split)
-        if not files.keys() - damaged.keys():
-            raise UserError(
-                f"data is {str(path)!r}: nothing of its split {split!r} can be read: "
-                f"{'; '.join(described(damaged)[:3])}"
-            )
-    missing = [] if path.is_file() else missing_shards(list(files), [*files, *passed_over])
+        _keep_split(found, path, data, skip)
+    if not path.is_file():
+        found.missing += missing_shards(list(found.files), [*found.files, *found.passed_over])
     if other_fields:
-        missing.append(one_sided(text_field, other_fields))
-    return DataFiles(folder, list(files.values()), damaged, passed_over, splits, missing)
+        found.missing.append(one_sided(data.text_field, other_fields))
+    return found
+
+
+def _keep_split(found: DataFiles, path: Path, data: DataConfig, skip: Callable[[str], bool]) -> None:
+    """Pass over the files of other splits than the one that is read, by the card or the names of files."""
+    split, names, split_of = data.split, list(found.files), {}
+    if data.subset is not None or (split != ALL and not path.is_file()):
+        split_of = of_card(path, names, data.subset)
+    if split != ALL and not path.is_file() and not split_of:
+        split_of = _splits_by_name(path, names, skip)
+    found.splits = Counter(known for known in split_of.values() if known is not None)
+    check_split(f"data is {str(path)!r}", split, list(found.splits))
+    wanted = {*found.splits} if split == ALL else {split}
+    for name in [name for name in names if split_of and split_of.get(name) not in wanted]:
+        found.pass_over(name, _another(split_of.get(name), split))
+    found.check_readable(f"{str(path)!r}: nothing of its split {split!r} can be read", found.damaged)
 
 
 def _check_not_code(path: Path, files: dict[str, Path], rows: list[str], row_bytes: int) -> list[str]:
@@ -218,9 +218,9 @@ def _candidates(root: Path, split: str, passed_over: dict[str, str], saved: dict
                 if (folder / name).is_symlink():
                     leave_out(name, "a link to a folder")
             elif name not in own:
-                leave_out(name, "no part of the dataset that was saved there")
+                leave_out(name, "not a part of the dataset that was saved there")
             elif not (folder / name).is_file():
-                leave_out(name, "no regular file")
+                leave_out(name, "not a regular file")
             else:
                 yield folder / name
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jaxllm.config import RunConfig
+from jaxllm.config.groups import DataConfig
 from jaxllm.data.documents import DocumentEncoder, check_vocabulary, encoded
 from jaxllm.data.encode import encoder_of
 from jaxllm.data.packing import pack_in_order
 from jaxllm.data.reading import CHUNK_CHARS
 from jaxllm.data.report import Counts
-from jaxllm.data.source import Source
+from jaxllm.data.source import Shard
 from jaxllm.data.sources import open_source
 from jaxllm.errors import UserError
 
@@ -29,8 +28,8 @@ class HeldOut(NamedTuple):
     encoded: Counts
 
 
-def read_held_out(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
-    """Up to `eval_samples` rows of the held-out part, packed in order, at least one.
+def read_held_out(data: DataConfig, samples: int, streams: int, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
+    """Up to `samples` rows of the held-out part, packed in order, at least one.
 
     They do not depend on the run's seed, so that runs with different seeds are evaluated on the same text. Each of
     several data streams gives an equal share, if it has that many, of what is held out of its shard.
@@ -38,33 +37,28 @@ def read_held_out(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Held
     Raises:
         UserError: the held-out part does not fill one row, or the tokenizer does not fit it.
     """
-    config = dataclasses.replace(config, seed=0)
-    data, samples, S = config.data, config.logging.eval_samples, config.data_streams
-    opened, counts = [open_source(config, s, S) for s in range(S)], Counts()
-    parts, have = [], 0
-    for s, source in enumerate(opened):
-        share = (s + 1) * samples * data.seq_len / S
+    sources, counts = [open_source(data, seed=0, shard=Shard(s, streams)) for s in range(streams)], Counts()
+    parts, have = [np.zeros(0, np.int32)], 0
+    for s, source in enumerate(sources):
+        share = (s + 1) * samples * data.seq_len / streams
         documents = DocumentEncoder(encoder_of(tokenizer, data.special_tokens_in_text), data, counts)
         for tokens in encoded(documents, source.held_out()) if have < share else ():
             parts.append(tokens)
             have += len(parts[-1])
             if have >= share:
                 break
-    tokens = np.concatenate([np.zeros(0, np.int32), *parts])
-    if data.documents == "separate":
-        rows = pack_in_order([tokens], data.seq_len, samples)
-    else:
-        count = min(samples, have // data.seq_len)
-        rows = tokens[: count * data.seq_len].reshape(count, data.seq_len)
-    _check(config, opened, counts, have, len(rows))
+    rows = pack_in_order(np.concatenate(parts), data.seq_len, samples, data.documents == "separate")
+    shards = zip(*(source.reports() for source in sources), strict=True)
+    found = HeldOut(rows, [sum((report.seen for report in reports), Counts()) for reports in shards], counts)
+    _check(data, found, have)
     check_vocabulary(counts, refuse=data.special_tokens_in_text != "earlier")
-    shards = zip(*(source.reports() for source in opened), strict=True)
-    return HeldOut(rows, [sum((part.seen for part in parts), Counts()) for parts in shards], counts)
+    return found
 
 
-def _check(config: RunConfig, opened: list[Source], counts: Counts, tokens: int, rows: int) -> None:
-    what = f"data is {config.data.source!r}: "
-    if tokens == 0 and config.data.hold_out == "nothing":
+def _check(data: DataConfig, found: HeldOut, tokens: int) -> None:
+    """Raise UserError if `tokens` held-out tokens have not filled one row."""
+    what, counts = f"data is {data.source!r}: ", found.encoded
+    if tokens == 0 and data.hold_out == "nothing":
         raise UserError(
             f"{what}the run holds nothing out of it, and the text that it is evaluated on is "
             "gone or has nothing to read: put it back, or pass --eval-data"
@@ -76,7 +70,7 @@ def _check(config: RunConfig, opened: list[Source], counts: Counts, tokens: int,
             "pass --train-on all"
         )
     if tokens == 0:
-        rows_read = sum(report.seen.documents for source in opened for report in source.reports())
+        rows_read = sum(seen.documents for seen in found.seen)
         reason, more = (
             f"it is one row, or a text of at most {CHUNK_CHARS} characters, which",
             "two rows or files at least",
@@ -87,8 +81,8 @@ def _check(config: RunConfig, opened: list[Source], counts: Counts, tokens: int,
                 "more rows",
             )
         raise UserError(f"{what}{reason} leaves nothing to evaluate on: pass {more}, or other text as --eval-data")
-    if rows == 0:
+    if not len(found.rows):
         raise UserError(
             f"{what}its held-out part has {tokens} tokens, which do not fill one row of "
-            f"seq_len = {config.data.seq_len}: pass more text or a smaller --seq-len"
+            f"seq_len = {data.seq_len}: pass more text or a smaller --seq-len"
         )

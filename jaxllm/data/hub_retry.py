@@ -1,4 +1,4 @@
-"""Retries of requests to the Hub: which errors are transient, how long to wait, and what is said of each wait.
+"""Requests to the Hub: whether it answers, which errors are transient, and how long to wait before the next try.
 
 There are two loops. The Hub's client repeats a request up to five times in about half a minute, or when the server's
 Retry-After says; its own messages report this. When it gives up, `RetryPolicy` waits, and the stream is opened again
@@ -108,6 +108,22 @@ def configure_clients() -> None:
     config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = 1
     for name in ("READ", "READ_SERVER_UNAVAILABLE", "READ_RATE_LIMIT", "OPEN"):
         setattr(config, f"STREAMING_{name}_RETRY_INTERVAL", 0)
+
+
+def hub_reachable() -> bool:
+    """Whether the Hub answers at all.
+
+    Checked once before its clients are used: without a network they retry for half a minute per file.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    bound_requests()
+    try:
+        get_session().head(constants.ENDPOINT)
+    except Exception:  # the HTTP library's own kinds, or the client's where HF_HUB_OFFLINE is set
+        return False
+    return True
 
 
 def bound_requests() -> None:

@@ -1,6 +1,6 @@
-"""Rows of JSON files: lines, an array, or objects over several lines. A key that occurs twice makes no row.
+"""Rows of JSON files: lines, an array, or objects over several lines. An object in which a key occurs twice is damage.
 
-What is no row is the reason why, in a few words.
+In place of a damaged row there is the reason, in a few words.
 """
 
 import contextlib
@@ -73,7 +73,7 @@ class Decoder:
 
 
 def document_rows(stream: BinaryIO, form: JsonForm) -> list[dict[str, Any] | str]:
-    """The rows of an array, or objects one after another, which are read at once; for what is no row, the reason.
+    """The rows of an array, or objects one after another, which are read at once; for a damaged one, the reason.
 
     Raises:
         Unreadable: it is too long.

@@ -26,7 +26,7 @@ MARKS = {
 """Byte-order marks. That of UTF-32 LE begins with that of UTF-16 LE, so it is tried first."""
 
 MAX_ROW_BYTES = 64 << 20
-"""A longer line of a JSONL file is skipped: it is no document, and may not fit in memory."""
+"""A longer line of a JSONL file is skipped: it may not fit in memory."""
 
 BLOCK = 1 << 16
 """Bytes that are read at once."""
@@ -70,7 +70,7 @@ def errors_as_unreadable() -> Iterator[None]:
 
 
 def check_encoding(head: bytes) -> None:
-    """Refuse the first bytes of a file that is no UTF-8 text; single wrong bytes are replaced later."""
+    """Raise `Unreadable` if a file does not start with UTF-8 text; single wrong bytes are replaced later."""
     if head.startswith(b"version https://git-lfs"):
         raise Unreadable("it is a pointer of Git LFS, not the data: run `git lfs pull`")
     if head.count(0) > len(head) // 100:

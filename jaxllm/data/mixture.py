@@ -49,33 +49,32 @@ class Mixture:
     """
 
     def __init__(self, sources: Mapping[str, Source], weights: dict[str, float], evaluation: Evaluation | None):
-        self._sources = list(sources.values())
-        self._names, self._evaluation = list(sources), evaluation
+        self._sources, self._evaluation = sources, evaluation
         total = sum(weights.values())
-        self._shares = [weights[name] / total for name in sources]
+        self.shares = {name: weights[name] / total for name in sources}  # of the text
         self._given = [0] * len(sources)  # bytes of text
         self._skipped = 0  # rows that were skipped after they were read
         self._within: int | None = None  # the source whose document is not at its end
         self.seen = Counts()
         self._pass, self._ended = 0, [False] * len(sources)  # which sources have ended since the pass began
-        self.hold_out = JOINED.join(source.hold_out for source in self._sources)
+        self.hold_out = JOINED.join(source.hold_out for source in self.parts)
 
     @property
     def position(self) -> dict[str, Any]:
-        positions = [source.position for source in self._sources]
+        positions = [source.position for source in self.parts]
         skipped = self._skipped + sum(position["skipped"] for position in positions)
         turn = {"given": list(self._given), "within": self._within, "ended": list(self._ended)}
-        return {"pass": self._pass, "sources": positions, "shares": self._shares, "skipped": skipped} | turn
+        return {"pass": self._pass, "sources": positions, "shares": [*self.shares.values()], "skipped": skipped} | turn
 
     @position.setter
     def position(self, position: dict[str, Any]) -> None:
         check_position(position, {"pass", "sources", "shares", "given", "within", "ended", "skipped"})
-        if position["shares"] != self._shares:
+        if position["shares"] != (shares := [*self.shares.values()]):
             raise UserError(
                 f"data: the run's sources have the shares {listed(map(str, position['shares']))} of the text, not "
-                f"{listed(map(str, self._shares))}: pass the old weights, or --overwrite to start over"
+                f"{listed(map(str, shares))}: pass the old weights, or --overwrite to start over"
             )
-        for source, of_source in zip(self._sources, position["sources"], strict=True):
+        for source, of_source in zip(self.parts, position["sources"], strict=True):
             source.position = of_source
         self._pass, self._ended = position["pass"], list(position["ended"])
         self._given, self._within = list(position["given"]), position["within"]
@@ -83,55 +82,47 @@ class Mixture:
 
     @property
     def revision(self) -> str:
-        return JOINED.join(source.revision for source in self._sources)
+        return JOINED.join(source.revision for source in self.parts)
 
     @property
     def left_out(self) -> dict[str, str]:
-        return {
-            f"{name}/{file}": reason
-            for name, source in zip(self._names, self._sources, strict=True)
-            for file, reason in source.left_out.items()
-        }
+        both = self._sources.items()
+        return {f"{name}/{file}": reason for name, source in both for file, reason in source.left_out.items()}
 
     @property
     def notes(self) -> list[str]:
-        both = zip(self._names, self._sources, strict=True)
-        return [f"{name}: {note}" for name, source in both for note in source.notes]
+        return [f"{name}: {note}" for name, source in self._sources.items() for note in source.notes]
 
     def chunks(self) -> Iterator[TextChunk]:
         return self._in_turn(lambda source: source.chunks(), forever=True)
 
     @property
     def parts(self) -> list[Source]:
-        return self._sources
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """Each source's share of the text."""
-        return dict(zip(self._names, self._shares, strict=True))
+        return [*self._sources.values()]
 
     def held_out(self) -> Iterator[TextChunk]:
         if self._evaluation is not None:
             evaluated = self._evaluation.open()
-            for source in self._sources:
+            for source in self.parts:
                 source.seen = evaluated.seen
             return evaluated.chunks()
         return self._in_turn(lambda source: source.held_out(), forever=False)
 
     def _in_turn(self, opened: Callable[[Source], Iterator[TextChunk]], forever: bool) -> Iterator[TextChunk]:
         """Chunks of the sources in turn, until each has ended. `forever`: one that ends begins again."""
-        streams, given = [opened(source) for source in self._sources], [True] * len(self._sources)
+        sources, names, shares = self.parts, [*self._sources], [*self.shares.values()]
+        streams, given = [opened(source) for source in sources], [True] * len(sources)
         while not all(self._ended):
             at = self._within
             if at is None:
                 left = (i for i, ended in enumerate(self._ended) if forever or not ended)
-                at = min(left, key=lambda i: self._given[i] / self._shares[i])
+                at = min(left, key=lambda i: self._given[i] / shares[i])
             chunk = next(streams[at], None)
             if chunk is None:
                 if forever and not given[at]:
-                    raise UserError(f"data: {self._names[at]} has nothing to train on: leave it out")
+                    raise UserError(f"data: {names[at]} has nothing to train on: leave it out")
                 self._ended[at], self._within, given[at] = True, None, False
-                streams[at] = opened(self._sources[at]) if forever else streams[at]
+                streams[at] = opened(sources[at]) if forever else streams[at]
                 continue
             if not (forever and chunk.held_out) and chunk.part != CLOSING:
                 given[at] = True
@@ -144,25 +135,25 @@ class Mixture:
     def evaluations(self) -> list[Evaluation]:
         if self._evaluation is not None:
             return [self._evaluation]
-        return [evaluation for source in self._sources for evaluation in source.evaluations]
+        return [evaluation for source in self.parts for evaluation in source.evaluations]
 
     @property
     def files(self) -> list[Path]:
-        return [file for source in self._sources for file in source.files]
+        return [file for source in self.parts for file in source.files]
 
     def has_file(self, pattern: str) -> bool:
-        both = zip(self._names, self._sources, strict=True)
+        both = self._sources.items()
         return any(s.has_file(pattern.removeprefix(f"{n}/")) for n, s in both if pattern.startswith(f"{n}/"))
 
     def reports(self) -> list[SourceReport]:
-        reports = [report for source in self._sources for report in source.reports()]
+        reports = [report for source in self.parts for report in source.reports()]
         for report in reports[1:]:
             report.is_repeated = self._evaluation is not None
         return reports
 
     def progress(self) -> float | None:
         """Passes of the source that has done the fewest."""
-        passes = [source.progress() for source in self._sources]
+        passes = [source.progress() for source in self.parts]
         known = [done for done in passes if done is not None]
         return min(known) if len(known) == len(passes) else None
 

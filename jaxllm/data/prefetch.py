@@ -15,7 +15,7 @@ from jaxllm.data.stream import ProcessBatches, TokenStream
 INTERRUPTIBLE = 0.2
 """Seconds between checks for an interruption while waiting for a batch."""
 
-CLOSING = 5.0
+CLOSE_SECONDS = 5.0
 """Seconds that `close` waits for the batch that is being read."""
 
 
@@ -54,7 +54,7 @@ class Prefetcher:
     def close(self) -> None:
         """End the thread. One that waits for the Hub, which can take minutes, is abandoned."""
         self._stopped.set()
-        until = time.monotonic() + CLOSING
+        until = time.monotonic() + CLOSE_SECONDS
         while self._thread.is_alive() and time.monotonic() < until:
             try:
                 self._queue.get(timeout=0.05)

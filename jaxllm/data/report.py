@@ -6,7 +6,6 @@ What is known without reading is exact. The rest is an estimate from the documen
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +92,12 @@ class SourceReport:
             return self.bytes
         return self.whole(self.seen.text_bytes)
 
+    def passes_of(self, trained_bytes: float) -> float | None:
+        """Passes in which this many bytes of text are trained on, as an estimate; None: its size is not known."""
+        text = self.text_bytes
+        trained = text and text * (1 - (self.share or 0.0))
+        return trained_bytes / trained if trained else None
+
     def _documents(self) -> str:
         kinds = self.kinds.values()
         if kinds and all(kind.is_text for kind in kinds):
@@ -164,7 +169,7 @@ class DataReport:
             f"in {counts.last_only:,} only the last answer is a target, as the template changes earlier ones": (
                 counts.last_only
             ),
-            f"{counts.without_target:,} skipped, in which nobody answers": counts.without_target,
+            f"{counts.without_target:,} skipped, which have no answer": counts.without_target,
             f"{counts.refused:,} skipped, which the chat template does not take": counts.refused,
         }
         return "read as " + ", ".join(fact for fact, count in facts.items() if count)
@@ -172,29 +177,6 @@ class DataReport:
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values, with its lines."""
         return dataclasses.asdict(self) | {"lines": self.lines()}
-
-
-def make_report(
-    sources: list[SourceReport],
-    not_read: list[str],
-    encoded: Counts,
-    *,
-    bytes_per_token: float,
-    training_tokens: int,
-    weights: Mapping[str, float],
-    epochs: float | None = None,
-    rows: str = "",
-) -> DataReport:
-    """The report of a run that trains on `training_tokens` tokens, or for `epochs` passes.
-
-    `weights`: of several sources, their shares. `rows`: a line about the rows.
-    """
-    for source in sources:
-        text = source.text_bytes
-        trained = text and text * (1 - (source.share or 0.0))
-        given = training_tokens * bytes_per_token * weights.get(source.name, 1.0)
-        source.passes = given / trained if trained else None
-    return DataReport(sources, not_read, encoded, epochs, rows)
 
 
 def counted(count: int, noun: str) -> str:

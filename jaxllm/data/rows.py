@@ -208,7 +208,7 @@ def _names(fields: Any, outer: str = "") -> Iterator[str]:
 
 
 def names_in(row: Any, outer: str = "") -> Iterator[str]:
-    """The names of a row's fields, as `value_of` takes them."""
+    """The names of a row's fields; that of a field `b` in a field `a` is `a.b`."""
     for name, value in row.items() if isinstance(row, dict) else ():
         yield outer + name
         yield from names_in(value, f"{outer}{name}.")

@@ -34,17 +34,14 @@ class Evaluation(NamedTuple):
     open: "Callable[[], Source]"
 
 
-class Reading(NamedTuple):
-    """How a source is read, besides where it is."""
+class Shard(NamedTuple):
+    """One of several disjoint parts of a corpus."""
 
-    hold_out: str | None = None  # a `HoldOut`; None: the source decides
-    evaluation: Evaluation | None = None  # the text that is evaluated in place of what is held out
-    skip: str = ""  # names and patterns of files to leave out, separated by commas
-    name: str = "files"  # for its report, as is the split
-    split: str = "train"
+    number: int = 0
+    of: int = 1
 
 
-AS_FOUND = Reading()
+WHOLE = Shard()
 
 
 class Source(Protocol):

@@ -33,7 +33,7 @@ _SEVERAL = "?"
 
 
 class Ambiguous(Exception):
-    """Some names tell a split that is not trained on, and others none, or two. The message says which."""
+    """Some names give a split that is not trained on, and others give none, or two. The message says which."""
 
 
 def recognized(names: list[str]) -> dict[str, str | None]:

@@ -1,4 +1,4 @@
-"""From chunks of text to rows of tokens: tokenize, pack, shuffle; with a position that a checkpoint can keep.
+"""From chunks of text to rows of tokens: tokenized, packed (`jaxllm.data.packing`), shuffled; and their position.
 
 Rows here are as they travel (`jaxllm.model.batch`).
 """
@@ -14,14 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from safetensors.numpy import load, save
 
-from jaxllm.config import RunConfig
-from jaxllm.config.groups import JOINED_TEXTS, DataConfig
-from jaxllm.data.chats import Text
+from jaxllm.config.groups import DataConfig
 from jaxllm.data.documents import DocumentEncoder
 from jaxllm.data.encode import encoder_of
-from jaxllm.data.packing import best_fit, first_piece, lengths_of, padded
-from jaxllm.data.report import Counts
-from jaxllm.data.source import CLOSING, Source, TextChunk
+from jaxllm.data.packing import Packer, filled_row, lengths_of
+from jaxllm.data.source import CLOSING, Shard, Source
 from jaxllm.data.sources import open_source
 from jaxllm.errors import UserError, one_line
 from jaxllm.files import read_bounded
@@ -79,9 +76,9 @@ class Position(NamedTuple):
         drawn = position.drawn
         fits = isinstance(position.source, dict) and type(drawn) is int and 0 <= drawn < 2**63
         if not fits or (position.tokens.ndim, position.pool.ndim) != (1, 2):
-            raise UserError(f"{where} is no data position: its source, drawn, tokens or pool has another type")
+            raise UserError(f"{where} is not a data position: its source, drawn, tokens or pool has another type")
         if not (position.passes is None or _are_passes(position)) or not (position.text is None or _is_text(position)):
-            raise UserError(f"{where} is no data position: its passes or text has another type")
+            raise UserError(f"{where} is not a data position: its passes or text has another type")
         if position.pool.shape[1] != seq_len:
             raise UserError(f"{where} has rows of {position.pool.shape[1]} tokens, and the run has seq_len = {seq_len}")
         for name, tokens in (("tokens", position.tokens), ("pool", position.pool)):
@@ -110,61 +107,44 @@ def read_position(file: Path, seq_len: int, vocab_size: int) -> Position:
 
 
 class TokenStream:
-    """An endless stream of rows of `seq_len` tokens from the training part of a source.
+    """An endless stream of rows of `data.seq_len` tokens from the training part of a source.
 
-    Joined documents, each followed by the end-of-sequence token, are cut into rows regardless of their borders, so
-    there is no padding. The next row is drawn from a pool, which is then refilled. The random number depends only on
-    the seed and the number of the draw. Rows of the oldest pass in the pool are drawn first, so that each row of a pass
-    is drawn before any of the next one.
+    The next row is drawn from a pool, which is then refilled. The random number depends only on the seed and the number
+    of the draw. Rows of the oldest pass in the pool are drawn first, so that each row of a pass is drawn before any of
+    the next one.
 
     Of separate documents the pool has one in each of its rows. The first of a row is drawn, and the rest of the row is
     filled with the longest that fit, those of the oldest pass first.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        tokenizer: PreTrainedTokenizerBase,
-        seq_len: int,
-        seed: int,
-        special_tokens: str = "text",
-        data: DataConfig = JOINED_TEXTS,
-    ):
-        """`special_tokens`: the run's `special_tokens_in_text`. `data`: `train_on` and `documents` are read."""
-        self._source, self._seq_len, self._seed = source, seq_len, seed
-        self._data, self._is_separate = data, data.documents == "separate"
-        self._documents = DocumentEncoder(encoder_of(tokenizer, special_tokens), data)
-        self._by_pass = special_tokens != "earlier"
-        self._tokens = np.zeros((0,), np.int32)
-        self._pool = np.zeros((0, seq_len), np.int32)
+    def __init__(self, source: Source, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int):
+        """`data`: how text is encoded and packed."""
+        self._source, self._data, self._seed = source, data, seed
+        self._is_separate = data.documents == "separate"
+        self._documents = DocumentEncoder(encoder_of(tokenizer, data.special_tokens_in_text), data)
+        self._packer = Packer(data.seq_len, self._is_separate)
+        self._pool = np.zeros((0, data.seq_len), np.int32)
         self._lengths = np.zeros((0,), np.int64)  # (P,), without padding
         self._passes = np.zeros((0,), np.int32)  # (P,), in which each of them began
-        self._row_pass = self._tokens_pass = 0  # in which the last packed row began, and `tokens`
         self._drawn = 0
         self._rows = self._pack()
 
     def position(self) -> Position:
-        # `tokens` is only sliced, never written to, so a long document is not copied for each of its rows
         source, text = copy.deepcopy(self._source.position), self._documents.state
-        passes = np.append(self._passes, np.int32(self._tokens_pass))
-        return Position(source, self._drawn, self._tokens, self._pool.copy(), passes, text)
+        passes = np.append(self._passes, np.int32(self._packer.tokens_pass))
+        return Position(source, self._drawn, self._packer.tokens, self._pool.copy(), passes, text)
 
     def seek(self, position: Position) -> None:
         """Continue from `position`, without reading what came before."""
         self._source.position = copy.deepcopy(position.source)
-        self._drawn, self._tokens, self._pool = position.drawn, position.tokens, position.pool.copy()
+        self._drawn, self._pool = position.drawn, position.pool.copy()
         passes = np.zeros(len(self._pool) + 1, np.int32) if position.passes is None else position.passes
-        self._passes, self._tokens_pass = passes[:-1].copy(), int(passes[-1])
-        self._lengths = lengths_of(self._pool)
+        self._packer.tokens, self._packer.tokens_pass = position.tokens, int(passes[-1])
+        self._passes, self._lengths = passes[:-1].copy(), lengths_of(self._pool)
         self._documents = DocumentEncoder(self._documents.encoder, self._data)
         if position.text is not None:
             self._documents.state = position.text
         self._rows = self._pack()
-
-    @property
-    def counts(self) -> Counts:
-        """What was encoded since the start of this process."""
-        return self._documents.counts
 
     def progress(self) -> float | None:
         """Passes over the data by the rows that were drawn, without those in the pool; None: its size is not known."""
@@ -174,7 +154,7 @@ class TokenStream:
     @property
     def oldest_pass(self) -> int:
         """The pass over the data whose rows are being drawn."""
-        return int(self._passes.min(initial=self._tokens_pass))
+        return int(self._passes.min(initial=self._packer.tokens_pass))
 
     @property
     def skipped_rows(self) -> int:
@@ -188,38 +168,37 @@ class TokenStream:
 
     def next_rows(self, count: int) -> np.ndarray:  # (count, T) int32
         if (missing := POOL_ROWS - len(self._pool)) > 0:
-            new = [(next(self._rows), self._row_pass) for _ in range(missing)]
+            new = [next(self._rows) for _ in range(missing)]
             self._pool = np.concatenate([self._pool, [row for row, _ in new]])
             self._passes = np.concatenate([self._passes, np.asarray([number for _, number in new], np.int32)])
             self._lengths = lengths_of(self._pool)
-        return np.stack([self._filled() if self._is_separate else self._take(self._draw()) for _ in range(count)])
+        return np.stack([self._next_row() for _ in range(count)])
+
+    def _next_row(self) -> np.ndarray:  # (T,) int32
+        first = self._draw()
+        if not self._is_separate:
+            return self._take(first)
+        return filled_row(first, self._lengths, self._passes, self._data.seq_len, self._take)
 
     def _draw(self) -> int:
         """Which row of the pool comes next."""
-        among = np.flatnonzero(self._passes == self._passes.min()) if self._by_pass else np.arange(POOL_ROWS)
+        by_pass = self._data.special_tokens_in_text != "earlier"
+        among = np.flatnonzero(self._passes == self._passes.min()) if by_pass else np.arange(POOL_ROWS)
         random = np.random.Generator(np.random.Philox(key=self._seed, counter=self._drawn))
         return int(among[random.integers(len(among))])
 
     def _take(self, choice: int) -> np.ndarray:  # (T,) int32
         """A row of the pool, in whose place comes the next one."""
         row = self._pool[choice].copy()
-        self._pool[choice] = new = next(self._rows)
-        self._lengths[choice], self._passes[choice] = lengths_of(new), self._row_pass
+        self._pool[choice], self._passes[choice] = next(self._rows)
+        self._lengths[choice] = lengths_of(self._pool[choice])
         self._drawn += 1
         return row
 
-    def _filled(self) -> np.ndarray:  # (T,) int32
-        """A row of separate documents."""
-        first = self._draw()
-        used, row = int(self._lengths[first]), self._take(first)
-        while (choice := best_fit(self._lengths, self._passes, self._seq_len - used)) is not None:
-            length = int(self._lengths[choice])
-            row[used : used + length] = self._take(choice)[:length]
-            used += length
-        return row
-
-    def _pack(self) -> Iterator[np.ndarray]:
-        yield from self._full_rows(self._tokens_pass)  # tokens of a seek, before another chunk is read
+    def _pack(self) -> Iterator[tuple[np.ndarray, int]]:
+        """The rows for the pool, each with the pass in which it began."""
+        nothing = np.zeros(0, np.int32)
+        yield from self._packer.add(nothing, self._packer.tokens_pass)  # tokens of a seek, before another chunk is read
         empty_passes = 0
         while empty_passes < 2:  # the first may be the end of a pass, after a seek
             empty_passes += 1
@@ -233,43 +212,13 @@ class TokenStream:
                     continue
                 if chunk.part != CLOSING:
                     empty_passes = 0
-                if not self._tokens.size:
-                    self._tokens_pass = number
-                self._tokens = np.concatenate([self._tokens, tokens])
-                yield from self._full_rows(number)
+                yield from self._packer.add(tokens, number)
         raise UserError("data: there is nothing to train on besides the held-out part: pass more text")
 
-    def _full_rows(self, number: int) -> Iterator[np.ndarray]:
-        """The rows that the tokens fill, or their separate documents; those after the first one begin in pass
-        `number`."""
-        while size := self._size():
-            row, self._tokens = self._tokens[:size], self._tokens[size:]
-            self._row_pass, self._tokens_pass = self._tokens_pass, number
-            yield padded(row, self._seq_len) if self._is_separate else row
 
-    def _size(self) -> int:
-        """How many tokens the next row or separate document has; 0: they are not there yet."""
-        if self._is_separate:
-            return first_piece(self._tokens, self._seq_len)
-        return self._seq_len if len(self._tokens) >= self._seq_len else 0
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: Text, ends_document: bool) -> np.ndarray | None:
-    """Token ids of a whole text or chat: (n,) int32. None: the chat template does not take this chat.
-
-    Raises:
-        UserError: the tokenizer has no chat template.
-    """
-    documents = DocumentEncoder(encoder_of(tokenizer))
-    ids = documents.add(TextChunk(text, ends_document, held_out=False))
-    return None if ids is None else np.concatenate([ids, documents.flush()])
-
-
-def open_stream(config: RunConfig, tokenizer: PreTrainedTokenizerBase, shard: int = 0) -> TokenStream:
-    """One of a run's data streams."""
-    data, seed = config.data, config.seed + (shard << 64)
-    source = open_source(config, shard, config.data_streams)
-    return TokenStream(source, tokenizer, data.seq_len, seed, data.special_tokens_in_text, data)
+def open_stream(data: DataConfig, seed: int, shard: Shard, tokenizer: PreTrainedTokenizerBase) -> TokenStream:
+    """The stream of a shard of a run's data."""
+    return TokenStream(open_source(data, seed, shard), tokenizer, data, seed + (shard.number << 64))
 
 
 class ProcessBatches:
@@ -280,13 +229,14 @@ class ProcessBatches:
     processes read that stream too.
     """
 
-    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, first_row: int, rows: int):
+    def __init__(
+        self, data: DataConfig, seed: int, streams: int, tokenizer: PreTrainedTokenizerBase, first_row: int, rows: int
+    ):
         """The rows `first_row` to `first_row + rows - 1` of each micro-batch."""
-        S = config.data_streams
-        self._each = config.data.batch_size // S  # rows of a stream
+        self._each = data.batch_size // streams  # rows of a stream
         self._local = range(first_row, first_row + rows)
         self._streams = {
-            s: open_stream(config, tokenizer, s)
+            s: open_stream(data, seed, Shard(s, streams), tokenizer)
             for s in range(first_row // self._each, -(-(first_row + rows) // self._each))
         }
 
@@ -315,11 +265,6 @@ class ProcessBatches:
         return min(known) if len(known) == len(done) else None
 
     @property
-    def counts(self) -> Counts:
-        """What the streams that are read here have encoded since the start of this process."""
-        return sum((stream.counts for stream in self._streams.values()), Counts())
-
-    @property
     def skipped_rows(self) -> int:
         """Rows of the data that held no text."""
         return sum(stream.skipped_rows for stream in self._streams.values())
@@ -330,16 +275,16 @@ class ProcessBatches:
         return {name: reason for stream in self._streams.values() for name, reason in stream.left_out.items()}
 
 
-def check_streams(config: RunConfig) -> None:
+def check_streams(data: DataConfig, seed: int, streams: int) -> None:
     """Check that each of several data streams has something to read.
 
     Raises:
         UserError: a shard of the data is empty.
     """
-    S = config.data_streams
-    for s in range(S if S > 1 else 0):
-        if all(chunk.held_out or chunk.part == CLOSING for chunk in open_source(config, s, S).chunks()):
+    for s in range(streams if streams > 1 else 0):
+        source = open_source(data, seed, Shard(s, streams))
+        if all(chunk.held_out or chunk.part == CLOSING for chunk in source.chunks()):
             raise UserError(
-                f"data_streams is {S}: shard {s} of the data has nothing to train on; pass more text or fewer "
+                f"data_streams is {streams}: shard {s} of the data has nothing to train on; pass more text or fewer "
                 "--data-streams"
             )

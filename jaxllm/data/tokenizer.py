@@ -19,13 +19,13 @@ from jaxllm.config import PRESETS, TOKENIZER_SIZED_PRESETS, ModelConfig, RunConf
 from jaxllm.config.groups import JOINED_TEXTS, DataConfig
 from jaxllm.data.chats import Chat, Pair
 from jaxllm.data.encode import encoder_of
+from jaxllm.data.hub_retry import hub_reachable
 from jaxllm.data.rank_file import load_ranks
 from jaxllm.data.sentencepiece_file import MODEL_FILE, check_same
 from jaxllm.data.source import Source
-from jaxllm.data.sources import hub_reachable
 from jaxllm.data.tokenizer_files import MAX_TOKENIZER_BYTES, RANKS, is_there, tokenizer_class
 from jaxllm.errors import UserError, listed, one_line, shown
-from jaxllm.files import StrPath, cache_folder, check_file, plain_path, read_json, write_json, write_text_atomically
+from jaxllm.files import StrPath, cache_file, check_file, plain_path, read_json, write_json, write_text_atomically
 from jaxllm.model.batch import IGNORED, token_batch
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def load_tokenizer(name: StrPath) -> PreTrainedTokenizerBase:
         kind = tokenizer_class(path)
         check_tokenizer_files(path)
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"tokenizer is {name!r}: there is no such folder, and it is no Hub name (OWNER/NAME)")
+        raise UserError(f"tokenizer is {name!r}: there is no such folder, and it is not a Hub name (OWNER/NAME)")
     cached_only = not path.exists() and not hub_reachable()
     try:
         with panics_as_errors():
@@ -111,14 +111,14 @@ def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
         raise ValueError("it makes no text of tokens")
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     if not all(isinstance(token, int) for token in (*ids, *special) if token is not None):
-        raise ValueError("its tokens are no numbers")
+        raise ValueError("its tokens are not numbers")
 
 
 def check_tokenizer_files(folder: Path) -> None:
     """Refuse files that refer to other files, or that lengthen a text far too much.
 
     Raises:
-        UserError: one does, or is no JSON object.
+        UserError: one does, or does not hold a JSON object.
     """
     contents = {name: read_json(folder / name, MAX_TOKENIZER_BYTES) for name in FILES if is_there(folder / name)}
     for file in sorted((*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja"))):
@@ -129,9 +129,11 @@ def check_tokenizer_files(folder: Path) -> None:
     try:
         growth = _growth(steps)
     except RecursionError:
-        raise UserError(f"{folder / 'tokenizer.json'} is nested too deeply: it is no tokenizer") from None
+        raise UserError(f"{folder / 'tokenizer.json'} is nested too deeply: it is not a tokenizer") from None
     if growth > MAX_GROWTH:
-        raise UserError(f"{folder / 'tokenizer.json'} replaces letters by {shown(growth)} others: it is no tokenizer")
+        raise UserError(
+            f"{folder / 'tokenizer.json'} replaces letters by {shown(growth)} others: it is not a tokenizer"
+        )
 
 
 def _growth(part: Any) -> int:
@@ -148,7 +150,7 @@ def _growth(part: Any) -> int:
 
 @contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """Turn a panic of a Rust library, which is no `Exception` in Python, into one."""
+    """Turn a panic of a Rust library into an `Exception`: in Python it is only a `BaseException`."""
     try:
         yield
     except BaseException as error:
@@ -176,10 +178,7 @@ def train_or_recall_tokenizer(source: Source, vocab_size: int, data: str) -> Pre
         encoded = text.encode("utf-8")
         key.update(len(encoded).to_bytes(8))
         key.update(encoded)
-    try:
-        file = cache_folder("tokenizers") / f"{key.hexdigest()}.json"
-    except (OSError, RuntimeError):  # no place to write, no home: it is trained each time
-        file = None
+    file = cache_file("tokenizers", f"{key.hexdigest()}.json")
     if file is not None and file.is_file():
         with contextlib.suppress(Exception):  # a damaged file may raise anything; it is written again
             return _wrap(tokenizers.Tokenizer.from_file(str(file)))
@@ -237,7 +236,7 @@ def _training_texts(source: Source) -> Iterator[str]:
 
 
 def without_dropout(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Turn a BPE's dropout off, which would encode the same text in another way each time; said in a line."""
+    """Turn a BPE's dropout off, which would encode the same text in another way each time, and print that."""
     model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if dropout := getattr(model, "dropout", None):
         model.dropout = None
@@ -250,15 +249,17 @@ def _size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
 
 
-def _takes_its_size(config: RunConfig) -> bool:
-    given = getattr(config, "init", None) is not None  # weights have the size that they have
-    sized = config.preset in TOKENIZER_SIZED_PRESETS and not given
-    return sized and config.model.vocab_size == PRESETS[config.preset].vocab_size
+def given_vocab_size(config: RunConfig) -> int | None:
+    """The model's rows for tokens; None: it has as many as the tokenizer needs, as a tokenizer-sized preset does."""
+    is_trained = getattr(config, "init", None) is not None  # weights have the size that they have
+    vocab_size = config.model.vocab_size
+    is_sized = config.preset in TOKENIZER_SIZED_PRESETS and vocab_size == PRESETS[config.preset].vocab_size
+    return None if is_sized and not is_trained else vocab_size
 
 
-def with_pad_token(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> PreTrainedTokenizerBase:
-    """Add the pad token that a tokenizer lacks, if the model has a row for it."""
-    if tokenizer.pad_token_id is None and (_takes_its_size(config) or _size(tokenizer) < config.model.vocab_size):
+def with_pad_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> PreTrainedTokenizerBase:
+    """Add the pad token that a tokenizer lacks, if the model has a row for it. `vocab_size`: `given_vocab_size`."""
+    if tokenizer.pad_token_id is None and (vocab_size is None or _size(tokenizer) < vocab_size):
         tokenizer.add_special_tokens({"pad_token": PAD})
     return tokenizer
 
@@ -270,7 +271,7 @@ def align(config: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
         UserError: the tokenizer has tokens for which the model has no row.
     """
     model, size = config.model, _size(tokenizer)
-    vocab_size = size if _takes_its_size(config) else model.vocab_size
+    vocab_size = given_vocab_size(config) or size
     if size > vocab_size:
         remedy = f"pass --model.vocab-size {size} or another --tokenizer"
         if getattr(config, "init", None) is not None or (config.folder / "checkpoints").is_dir():
@@ -324,7 +325,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def bytes_per_target(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray, data: DataConfig = JOINED_TEXTS) -> float:
-    """UTF-8 bytes of text for each target of a run's rows (n,T) as they travel. Special tokens are no text.
+    """UTF-8 bytes of text for each target of a run's rows (n,T) as they travel. Special tokens do not count as text.
 
     A loss in nats per token, divided by this and by ln 2, is in bits per byte, which different tokenizers share.
     """

@@ -36,13 +36,13 @@ def check_tokenizer_class(folder: Path, tokenizer: PreTrainedTokenizerBase, mode
     """Check that AutoTokenizer encodes with a folder's files as a run does that trains on `tokenizer`, read of them.
 
     transformers may take parts of a tokenizer from the class that tokenizer_config.json names, or that belongs to the
-    model, and not from its vocabulary. A line says so where that class is code of the folder: it is not run.
+    model, and not from its vocabulary. Where that class is code of the folder, it is not run, which is reported.
 
     Args:
         model: the config.json that the export has beside the files.
 
     Raises:
-        UserError: it encodes otherwise.
+        UserError: it encodes differently.
     """
     config = folder / "tokenizer_config.json"
     values = read_json(config, MAX_TOKENIZER_BYTES) if is_there(config) else {}

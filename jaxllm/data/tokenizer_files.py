@@ -81,5 +81,5 @@ def tokenizer_class(folder: Path) -> str:
 
 
 def is_there(file: Path) -> bool:
-    """Whether anything is there: what is no regular file is refused when it is read."""
+    """Whether the path exists, also as a broken link; only a regular file is then read."""
     return file.exists() or file.is_symlink()

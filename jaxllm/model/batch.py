@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jaxllm.config.groups import DataConfig
 
 IGNORED = -100
-"""Label of a position that is no target, as in PyTorch and transformers; in travelling rows, padding."""
+"""Label of a position that is not a target, as in PyTorch and transformers; in travelling rows, padding."""
 
 DOCUMENT_END = 1 << 29
 """Set in the last token of a document; where documents are separate only."""
@@ -40,7 +40,7 @@ class TokenBatch(NamedTuple):
 def token_batch(rows: np.ndarray, data: DataConfig) -> TokenBatch:
     """Travelling rows (..., T) of a run as its step takes them: with targets and documents where the run needs them.
 
-    The first token of a document that is separate is no target, as nothing predicts it.
+    The first token of a separate document is not a target: no token predicts it.
     """
     if not data.has_targets:
         return TokenBatch(rows)

@@ -3,6 +3,9 @@ choice a bias steers (arXiv:2412.19437, 2.1.2).
 
 Routing and experts are separate functions, so that a test can call one alone or inject a routing. No token is ever
 dropped.
+
+An expert's gradient reaches the optimizer through the layer loop (`jaxllm.model.layer_loop`): its backward pass hands
+each layer one array for the experts of all layers, into which `jaxllm.model.kernels.expert_ffn` writes.
 """
 
 from collections.abc import Mapping

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxllm.config import TrainConfig
+from jaxllm.config.groups import MeshConfig
 from jaxllm.devices import Target
 from jaxllm.errors import UserError
 from jaxllm.files import read_json, write_json
@@ -173,15 +174,15 @@ def meshes(config: TrainConfig) -> list[str]:
     if n == 1:
         return [config.mesh.axes]
 
-    def several(config: TrainConfig) -> dict[str, int]:
-        return {axis: size for axis, size in config.mesh.sizes.items() if size > 1}
+    def several(mesh: MeshConfig) -> dict[str, int]:
+        return {axis: size for axis, size in mesh.sizes.items() if size > 1}
 
     for mesh in (f"data={n}", f"fsdp={n}", f"expert={n}", f"fsdp={n // 2},expert=2"):
         try:
             other = config.with_options(mesh=mesh)
         except UserError:  # it does not divide the weights
             continue
-        if other.mesh.devices == n and not any(several(other) == several(known) for known in found):
+        if other.mesh.devices == n and not any(several(other.mesh) == several(known.mesh) for known in found):
             found.append(other)
     return [config.mesh.axes for config in found]
 

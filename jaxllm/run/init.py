@@ -1,34 +1,35 @@
 """A run that starts from trained weights, `--init`: its options may not change their shapes."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxllm.config import ModelConfig, TrainConfig, changed_options
+from jaxllm.config import ModelConfig
+from jaxllm.config.train import changed_model
 from jaxllm.errors import UserError, shown
 from jaxllm.model.decoder import abstract_model
 from jaxllm.store.folder import read_model_config
 from jaxllm.store.source import model_folder
 
 
-def check_shapes(config: TrainConfig) -> None:
-    """Check that the model has the shapes of the weights that `config.init` names.
+def check_shapes(init: Path, model: ModelConfig) -> None:
+    """Check that the model has the shapes of the weights that `--init` names.
 
     Raises:
         UserError: options change them, all of which are named.
     """
-    assert config.init is not None
-    trained = read_model_config(model_folder(config.init))
+    trained = read_model_config(model_folder(init))
     shapes = _shapes(trained)
-    if _shapes(config.model) == shapes:
+    if _shapes(model) == shapes:
         return
-    changed = changed_options(config.to_dict() | {"model": trained.to_dict()}, config)
+    changed = changed_model(trained, model)
     alone = [(name, before, now) for name, before, now in changed if _reshapes(trained, name, now, shapes)]
     was = "; ".join(
         f"{name} is {shown(now)}, and the weights have {shown(before)}" for name, before, now in alone or changed
     )
-    raise UserError(f"{was}: --init gives the model of {config.init}, leave the option out")
+    raise UserError(f"{was}: --init gives the model of {init}, leave the option out")
 
 
 def _reshapes(model: ModelConfig, option: str, value: Any, shapes: dict[str, tuple[int, ...]]) -> bool:

@@ -29,7 +29,8 @@ class RunLog:
         self._path = config.folder / METRICS_FILE
         write_metrics(config.folder, history.records)
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
-        self._board, self._tracker = TensorBoardWriter(config.folder / "tensorboard", first_step), Tracker(config)
+        self._board = TensorBoardWriter(config.folder / "tensorboard", first_step)
+        self._tracker = Tracker(config.logging.log_to, config.folder, config.options())
         self.bar = tqdm(total=config.schedule.steps, initial=first_step, unit="step", dynamic_ncols=True, disable=None)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -39,7 +40,8 @@ class RunLog:
             OSError: it cannot be written to the disk.
         """
         self._history.add_record(record)
-        tqdm.write(console_line(self._config, record) if self._config.logging.log_format == "text" else str(record))
+        config, as_text = self._config, self._config.logging.log_format == "text"
+        tqdm.write(console_line(record, config.schedule.steps, config.tokens_per_step) if as_text else str(record))
         try:
             self._file.write(json_line(record))
         except OSError as error:
@@ -76,13 +78,12 @@ class NoLog(RunLog):
         pass
 
 
-def console_line(config: RunConfig, record: dict[str, Any]) -> str:
-    """A record as a line to read; training lines are aligned."""
-    last = config.schedule.steps
+def console_line(record: dict[str, Any], last: int, tokens_per_step: int) -> str:
+    """A record as a line to read, of a run with `last` steps; training lines are aligned."""
     where = f"step {record['step']:>{len(str(last))}}/{last}"
     if "loss" in record:
         rate = record["tokens_per_second"]
-        seconds = (last - record["step"]) * config.tokens_per_step / rate if rate else 0
+        seconds = (last - record["step"]) * tokens_per_step / rate if rate else 0
         left = str(timedelta(seconds=round(seconds)))
         return (
             f"{where}  loss {record['loss']:8.4f}  lr {record['learning_rate']:.2e}  {rate:10,.0f} tokens/s  "

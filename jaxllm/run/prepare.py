@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxllm.config import RunConfig, families
 from jaxllm.data.epochs import steps_for_epochs
+from jaxllm.data.held_out import read_held_out
 from jaxllm.data.mixture import holds_chats
 from jaxllm.data.source import Source
 from jaxllm.data.sources import check_new_data, open_source
@@ -23,6 +24,7 @@ from jaxllm.data.tokenizer import (
     align,
     bytes_per_target,
     encode_prompt,
+    given_vocab_size,
     load_tokenizer,
     save_tokenizer,
     train_or_recall_tokenizer,
@@ -33,7 +35,7 @@ from jaxllm.data.tokenizer_class import check_tokenizer_class
 from jaxllm.errors import UserError, shown
 from jaxllm.files import delete_leftovers, read_json, rename_durably, write_json
 from jaxllm.model.batch import IGNORED, token_batch
-from jaxllm.run import held_out
+from jaxllm.run.data_report import report_data
 from jaxllm.run.trackers import check_tracker
 from jaxllm.store.base import BASE_FILE, base_of
 from jaxllm.store.folder import (
@@ -47,6 +49,7 @@ from jaxllm.store.folder import (
     checkpoint_owner,
     clear,
 )
+from jaxllm.store.held_out_file import HeldOutFile
 from jaxllm.store.lock import FolderLock
 from jaxllm.store.resume import check_data, check_folder, check_init, check_resumable
 from jaxllm.store.source import keep_source, model_folder, note_end_tokens, read_source, tokenizer_files
@@ -90,7 +93,7 @@ def prepare(
     """
     if framework == "PyTorch" and families.names_of(config.model) != "customllm":
         raise UserError(f"preset is {shown(config.preset)}: python -m torch_ref.train trains CustomLLM alone")
-    check_tracker(config)
+    check_tracker(config.logging.log_to)
     resumes, saved = _take_folder(config, framework, lock)
     config = _with_kept_options(config, saved, processes, bfloat16)
     source_folder, source_config = _origin(config, resumes)
@@ -102,12 +105,12 @@ def prepare(
         check_resumable(config)
     config, source = _open_data(config, saved, resumes)
     config = _with_targets(config, source, framework)
-    given = _tokenizer_given(config, source_folder, resumes)
+    given = _tokenizer_given(config.data.tokenizer, config.folder, source_folder, resumes)
     if kept is not None:
         tokenizer = kept
     elif given is not None:
         tokenizer = load_tokenizer(given)
-        tokenizer = with_pad_token(tokenizer, config) if source_config is None else tokenizer
+        tokenizer = with_pad_token(tokenizer, given_vocab_size(config)) if source_config is None else tokenizer
     else:
         tokenizer = train_or_recall_tokenizer(source, config.model.vocab_size, config.data.source)
     files = own_tokenizer if kept is not None else given and Path(given)
@@ -116,13 +119,17 @@ def prepare(
     config = align(config, without_dropout(tokenizer))
     if resumes and kept is None:
         check_resumable(config)
-    check_streams(config)
-    evaluated = held_out.read_or_make(config, tokenizer, source, resumes)
+    data, streams = config.data, config.data_streams
+    check_streams(data, config.seed, streams)
+    held_out_file = HeldOutFile(config, source)
+    evaluated = (held_out_file.read() if resumes else None) or read_held_out(
+        data, config.logging.eval_samples, streams, tokenizer
+    )
     _check_prompts(config, tokenizer, as_chats=evaluated.encoded.chats > 0)
-    if not bytes_per_target(tokenizer, evaluated.rows, config.data):
+    if not bytes_per_target(tokenizer, evaluated.rows, data):
         raise UserError("data: the tokens of the held-out part have no text: pass another --tokenizer")
-    if config.schedule.epochs is not None and saved.get("epochs") != config.schedule.epochs:
-        config = config.with_options(steps=steps_for_epochs(config, tokenizer))
+    if (epochs := config.schedule.epochs) is not None and saved.get("epochs") != epochs:
+        config = config.with_options(steps=steps_for_epochs(epochs, data, config.seed, streams, tokenizer))
     base = None if resumes or not config.adapters else base_of(Path(config.options()["init"]))
     if not resumes:
         clear(config.folder)
@@ -140,21 +147,22 @@ def prepare(
         note_end_tokens(config.folder, config.model, tokenizer)
     if not own_tokenizer.is_dir():
         _save_tokenizer(tokenizer, own_tokenizer)
-    held_out.keep(config, source, evaluated)
-    held_out.report_data(config, tokenizer, source, evaluated)
+    held_out_file.write(evaluated)
+    report_data(config, tokenizer, source, evaluated)
     return Prepared(config, tokenizer, evaluated.rows, resumes)
 
 
 def _take_folder(config: RunConfig, framework: Framework, lock: FolderLock) -> tuple[bool, dict[str, Any]]:
     """Lock the folder; returns whether it holds a run to resume, and that run's saved options, if it was trained."""
-    check_folder(config, framework)  # before anything is written there
+    folder, overwrite = config.folder, config.overwrite
+    check_folder(folder, framework, overwrite)  # before anything is written there
     lock.take()
-    delete_leftovers(config.folder)
-    if not check_folder(config, framework):
+    delete_leftovers(folder)
+    if not check_folder(folder, framework, overwrite):
         return False, {}
-    file = config.folder / CONFIG_FILE
+    file = folder / CONFIG_FILE
     saved = read_json(file) if file.is_file() else {}
-    check_init(config, saved)
+    check_init(getattr(config, "init", None), folder, saved)
     return True, saved
 
 
@@ -193,14 +201,14 @@ def _origin(config: RunConfig, resumes: bool) -> tuple[Path | None, dict[str, An
 
 def _open_data(config: Config, saved: dict[str, Any], resumes: bool) -> tuple[Config, Source]:
     """The training data, and the config that names their content."""
-    source = open_source(config)
+    source = open_source(config.data, config.seed)
     if not resumes:
-        check_new_data(config, source)
+        check_new_data(config.data, source)
     for line in source.notes:
         print(f"Not read: {line}")
     config = config.with_options(data_revision=source.revision, hold_out=source.hold_out)
     if saved:
-        check_data(config, saved)
+        check_data(config.data, saved)
     return config, source
 
 
@@ -215,7 +223,7 @@ def _with_targets(config: Config, source: Source, framework: Framework) -> Confi
         chats = holds_chats(source)
         if data.train_on == "assistant" and not chats:
             raise UserError(
-                f"train_on is 'assistant': the rows of {data.source!r} are texts, in which nobody answers; leave out "
+                f"train_on is 'assistant': the rows of {data.source!r} are texts, without an assistant; leave out "
                 "--train-on"
             )
         apart = "separate" if chats and framework == "JAX" else "joined"
@@ -231,11 +239,11 @@ def _with_targets(config: Config, source: Source, framework: Framework) -> Confi
     return config
 
 
-def _tokenizer_given(config: RunConfig, source_folder: Path | None, resumes: bool) -> str | None:
+def _tokenizer_given(option: str | None, run: Path, source_folder: Path | None, resumes: bool) -> str | None:
     """The tokenizer of the option, or else of the weights' folder: never a new one for weights that are trained."""
-    if config.data.tokenizer is not None or not (source_folder or (resumes and checkpoint_owner(config.folder))):
-        return config.data.tokenizer
-    return str(next(path for path in (source_folder, config.folder / SOURCE, config.folder) if path and path.is_dir()))
+    if option is not None or not (source_folder or (resumes and checkpoint_owner(run))):
+        return option
+    return str(next(path for path in (source_folder, run / SOURCE, run) if path and path.is_dir()))
 
 
 def _check_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase, as_chats: bool) -> None:

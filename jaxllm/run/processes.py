@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from jaxllm.config import TrainConfig
+from jaxllm.config.groups import MeshConfig
 from jaxllm.data.stream import Position
 from jaxllm.errors import UserError, one_line
 from jaxllm.run.huge_pages import restart_with_huge_pages
@@ -33,16 +33,15 @@ BARRIER_SECONDS = 24 * 3600
 _counter = itertools.count()
 
 
-def init_distributed(config: TrainConfig) -> None:
+def init_distributed(mesh: MeshConfig, options: dict[str, Any]) -> None:
     """Connect to the run's other processes, if it has any, before anything asks for a device.
 
-    Before that, the process may restart itself with huge pages.
+    Before that, the process may restart itself with huge pages. `options`: all that the command line gave.
 
     Raises:
         UserError: they cannot connect, or were given different options; or JAX finds no device.
     """
     restart_with_huge_pages()
-    mesh = config.mesh
     if mesh.coordinator is None:
         start_jax()
         return
@@ -58,7 +57,7 @@ def init_distributed(config: TrainConfig) -> None:
             f"coordinator is {mesh.coordinator!r}{rest}: the processes could not connect ({one_line(error)})"
         ) from None
     start_jax()
-    given = _from_each(config.options() | {"process_id": None})
+    given = _from_each(options | {"process_id": None})
     for process, other in enumerate(given):
         for name, value in other.items():
             if value != given[0][name]:
@@ -114,6 +113,9 @@ def all_check(check: Callable[[], Any]) -> None:
     Raises:
         UserError: the one that any process raised, in all of them.
     """
+    if jax.process_count() == 1:
+        check()
+        return
     found = None
     try:
         check()
@@ -130,8 +132,6 @@ def each_result(work: Callable[[], T]) -> T:
     Raises:
         UserError: the one that any process raised, in all of them.
     """
-    if jax.process_count() == 1:
-        return work()
     made: list[T] = []
     all_check(lambda: made.append(work()))
     return made.pop()
@@ -170,29 +170,29 @@ def all_positions(local: dict[int, Position]) -> list[bytes]:
 
 def all_have(local: str | None) -> str | None:
     """What the primary process has, if every process has something. All must call it."""
-    found = [local] if jax.process_count() == 1 else _from_each(local)
+    found = _from_each(local)
     return None if None in found else found[0]
 
 
 def all_sum(local: int) -> int:
     """The sum over all processes. All must call it."""
-    return local if jax.process_count() == 1 else sum(_from_each(local))
+    return sum(_from_each(local))
 
 
 def all_min(local: float) -> float:
     """The minimum over all processes. All must call it."""
-    return local if jax.process_count() == 1 else min(_from_each(local))
+    return min(_from_each(local))
 
 
 def all_gather(local: dict[str, Any]) -> dict[str, Any]:
     """The entries of all processes' dicts of JSON values, in one dict. All must call it."""
-    if jax.process_count() == 1:
-        return local
     return {name: value for each in _from_each(local) for name, value in each.items()}
 
 
 def _from_each(value: Any) -> list[Any]:
     """The JSON values of all processes, in their order."""
+    if jax.process_count() == 1:
+        return [value]
     barrier("exchange")
     message = json.dumps(value).encode()
     lengths = multihost_utils.process_allgather(np.int32(len(message)))

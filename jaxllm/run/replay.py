@@ -110,8 +110,8 @@ def replay(folder: StrPath, step: int) -> None:
 
 def _replay(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, step: int, saved: int | None) -> None:
     without = kernels_to_avoid(config.model, jnp.dtype(config.decided_precision), config.kernels, config.adapters)
-    trainer = Trainer(config, without=without)
-    stream = ProcessBatches(config, tokenizer, *local_rows(config.data.batch_size))
+    trainer, local = Trainer(config, without=without), local_rows(config.data.batch_size)
+    stream = ProcessBatches(config.data, config.seed, config.data_streams, tokenizer, *local)
     if saved is None:
         state = trainer.init()
     else:
@@ -128,7 +128,7 @@ def _replay(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, step: int, 
     batch = token_batch(rows, config.data)
     state = on_one_device(trainer.placement.layout, trainer.unshard(state))
     found, loss = examine(config.optim, trainer.graph, state, batch)
-    _report(config, tokenizer, step, batch, found, loss)
+    _report(config.folder, tokenizer, step, batch, found, loss)
 
 
 def examine(optim: OptimConfig, graph: nnx.GraphDef, state: TrainState, batch: TokenBatch) -> tuple[list[Found], float]:
@@ -216,14 +216,9 @@ def _bad_leaves(grads: Any) -> list[str]:
 
 
 def _report(
-    config: TrainConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    step: int,
-    batch: TokenBatch,
-    found: list[Found],
-    loss: float,
+    run: Path, tokenizer: PreTrainedTokenizerBase, step: int, batch: TokenBatch, found: list[Found], loss: float
 ) -> None:
-    folder = config.folder / "replay" / str(step)
+    folder = run / "replay" / str(step)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {"labels": batch.labels, "ids": batch.ids, "documents": batch.documents}
     save_file(

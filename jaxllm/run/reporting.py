@@ -1,4 +1,4 @@
-"""What a run prints besides its log, at its start and end; the picture of its losses, and the samples.
+"""What a run prints besides its log, at its start and end: its size and speed, its result and samples.
 
 Imports neither JAX nor PyTorch.
 """
@@ -23,7 +23,7 @@ from jaxllm.files import StrPath, read_json
 from jaxllm.model import flops
 from jaxllm.model.batch import IGNORED, token_batch
 from jaxllm.run.metrics import bits_per_byte
-from jaxllm.run.throughput import Peak
+from jaxllm.run.throughput import Peak, TokenFlops
 from jaxllm.store.folder import DATA_REPORT
 from jaxllm.store.metrics_file import read_metrics
 
@@ -65,13 +65,9 @@ def announce(config: RunConfig, parameters: int, tree: str | None, device: str, 
     )
 
 
-def announce_speed(config: RunConfig, peak: Peak, compile_seconds: float | None) -> None:
+def announce_speed(token_flops: TokenFlops, peak: Peak, compile_seconds: float | None) -> None:
     """Print the reference of the log's speed columns."""
-    frozen = config.adapters is not None
-    full, causal = (
-        flops.training_flops_per_token(config.model, config.data.seq_len, attention, frozen=frozen) / 1e6
-        for attention in ("full", "causal")
-    )
+    full, causal = (flops / 1e6 for flops in token_flops)
     if compile_seconds is not None:
         print(f"Compiled in {compile_seconds:.1f} s")
     print(
@@ -172,9 +168,12 @@ def write_report(config: RunConfig, evaluation: str, skipped_rows: int) -> None:
     data = read_json(config.folder / DATA_REPORT)
     end = next(record for record in reversed(read_metrics(config.folder)) if "train_runtime" in record)
     steps, tokens = config.schedule.steps, config.tokens_per_step
+    init, lora = config.options().get("init"), config.adapters
+    origin = f"preset {config.preset}" if init is None else f"weights of {init}"
+    origin += f", frozen, with adapters of rank {lora.rank} on {lora.targets}" if lora else ""
     device = f", {end['device_peak_gib']:.2f} GiB on the device" if "device_peak_gib" in end else ""
     rows = {
-        "model": f"{_origin(config)}: {end['parameters']:,} parameters, {end['active_parameters']:,} active",
+        "model": f"{origin}: {end['parameters']:,} parameters, {end['active_parameters']:,} active",
         "data": f"{config.data.source}: {end['epoch']} passes; {skipped_rows} rows without text or target were skipped",
         "training": f"{steps:,} steps of {tokens:,} tokens ({steps * tokens:,}), in {config.precision}",
         "evaluation loss": evaluation,
@@ -197,14 +196,6 @@ def write_report(config: RunConfig, evaluation: str, skipped_rows: int) -> None:
         "```\n",
     ]
     (config.folder / "report.md").write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")
-
-
-def _origin(config: RunConfig) -> str:
-    """Where the model comes from, and its adapters."""
-    init, lora = config.options().get("init"), config.adapters
-    return (f"preset {config.preset}" if init is None else f"weights of {init}") + (
-        f", frozen, with adapters of rank {lora.rank} on {lora.targets}" if lora else ""
-    )
 
 
 @optional("writing samples.md")

@@ -47,7 +47,7 @@ from jaxllm.run.reporting import announce, announce_adapters, announce_finished,
 from jaxllm.run.runtime import device_name, measured_peak_tflops, peak_memory
 from jaxllm.run.self_check import kernels_to_avoid
 from jaxllm.run.signals import stop_on_signals
-from jaxllm.run.throughput import Meter, reference_peak
+from jaxllm.run.throughput import Meter, TokenFlops, reference_peak
 from jaxllm.store.checkpoint import CheckpointReader, delete_unfinished, quarantine
 from jaxllm.store.checkpoint_writer import CheckpointWriter, check_room
 from jaxllm.store.folder import SOURCE_DTYPES, TOKENIZER
@@ -97,7 +97,8 @@ class Run:
         self._compile_seconds = trainer.compile()
         self._evaluator = Evaluator(trainer, prepared)
         barrier("compiled")
-        announce_speed(config, self._peak, self._compile_seconds)
+        token_flops = TokenFlops.of(config.model, config.data.seq_len, frozen=config.adapters is not None)
+        announce_speed(token_flops, self._peak, self._compile_seconds)
         self._log = RunLog(config, history, step) if is_primary() else NoLog(history)
         cleanup.push(self._log)
         # an interrupted run keeps the checkpoint that is being written
@@ -106,7 +107,9 @@ class Run:
         )
         cleanup.push(self._close_writer)
         self._monitor = StepMonitor(history, self._log, checkpoint.max_nonfinite)
-        self._meter = Meter(config, self._peak.tflops, lambda: self._prefetcher.waited)
+        self._meter = Meter(
+            config.tokens_per_step, token_flops, self._peak.tflops, waited=lambda: self._prefetcher.waited
+        )
         self._stop, self._stop_after_step = cleanup.enter_context(stop_on_signals()), False
 
     @classmethod
@@ -289,7 +292,8 @@ def _start(
 ) -> tuple[Run, Trainer, TrainState]:
     """A run in its prepared folder, from the checkpoint of `resume_step` or from the beginning."""
     config = prepared.config
-    stream, history = ProcessBatches(config, prepared.tokenizer, *local_rows(config.data.batch_size)), History()
+    local, history = local_rows(config.data.batch_size), History()
+    stream = ProcessBatches(config.data, config.seed, config.data_streams, prepared.tokenizer, *local)
     without = kernels_to_avoid(config.model, jnp.dtype(config.decided_precision), config.kernels, config.adapters)
     trainer = Trainer(config, placement, without)
     if resume_step is None:
@@ -324,7 +328,7 @@ def _start(
         if history.records and is_primary():
             write_metrics(config.folder, history.records)
         return FinishedRun(prepared, stream, history, step), trainer, state
-    check_room(config)
+    check_room(config.folder, trainer.computation.state)
     run = Run(prepared, trainer, stream, history, step, cleanup)
     run.evaluate(state)  # the evaluation that a signal interrupted before this start
     return run, trainer, state
@@ -353,7 +357,7 @@ def _prepare_together(
 
     if num_processes() == 1:
         return prepare_and_choose()
-    all_check(lambda: open_source(config))
+    all_check(lambda: open_source(config.data, config.seed))
     folder = config.folder.absolute().parent
     token = Path(primary_result(lambda: _create_token(folder)))
 

@@ -66,14 +66,7 @@ def measured_peak_tflops(precision: Precision) -> float:
 
     def prepare(side: int) -> Callable[[], float]:
         matrix = jnp.ones((side, side), precision)
-        multiply(matrix, matrix).block_until_ready()  # compiles
-
-        def seconds() -> float:
-            start = time.perf_counter()
-            multiply(matrix, matrix).block_until_ready()
-            return time.perf_counter() - start
-
-        return seconds
+        return _timed(lambda: multiply(matrix, matrix))
 
     return peak_tflops(prepare)
 
@@ -83,16 +76,28 @@ def measured_memory_gb_per_s() -> float:
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
 
     def prepare(size: int) -> Callable[[], float]:
-        arrays = [add(jnp.zeros(size // 4, jnp.float32)).block_until_ready()]  # compiles
+        array = jnp.zeros(size // 4, jnp.float32)
 
-        def seconds() -> float:
-            start = time.perf_counter()
-            arrays[0] = add(arrays[0]).block_until_ready()
-            return time.perf_counter() - start
+        def step() -> jax.Array:
+            nonlocal array
+            array = add(array)
+            return array
 
-        return seconds
+        return _timed(step)
 
     return memory_gb_per_s(prepare)
+
+
+def _timed(step: Callable[[], jax.Array]) -> Callable[[], float]:
+    """A function that takes a step and returns the seconds of it; the first step, which compiles, is taken here."""
+    step().block_until_ready()
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        step().block_until_ready()
+        return time.perf_counter() - start
+
+    return seconds
 
 
 def peak_memory() -> dict[str, float]:

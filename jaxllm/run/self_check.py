@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxllm.config import KernelsOption, LoraConfig, ModelConfig
 from jaxllm.errors import UserError, note
-from jaxllm.files import cache_folder, write_json
+from jaxllm.files import cache_file, sha256_of, write_json
 from jaxllm.model import kernels
 from jaxllm.model.kernels import REPLACEABLE, choose_kernels
 from jaxllm.model.kernels.self_check import Check, check_kernels, small_sizes
@@ -59,10 +59,7 @@ def _failures(
     config: ModelConfig, dtype: jnp.dtype, special: Collection[str], lora: LoraConfig | None
 ) -> dict[str, str]:
     """Why each kernel fails that does, from this process's device or from facts about it."""
-    try:
-        file = cache_folder("kernels") / f"{_fingerprint(config, dtype, special, lora)}.json"
-    except (OSError, RuntimeError):  # RuntimeError: the user has no home folder
-        file = None
+    file = cache_file("kernels", f"{_fingerprint(config, dtype, special, lora)}.json")
     if file is not None and file.is_file():
         return {}
     if is_primary():
@@ -87,7 +84,7 @@ def failures(checks: Collection[Check]) -> dict[str, str]:
 def _fingerprint(config: ModelConfig, dtype: jnp.dtype, special: Collection[str], lora: LoraConfig | None) -> str:
     """Of all that decides the result: the device, the versions, the kernels' code and their sizes."""
     device, code = jax.local_devices()[0], Path(kernels.__file__).parent.glob("*.py")
-    sources = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(code)]
+    sources = [sha256_of(file) for file in sorted(code)]
     rank = lora.rank if lora and lora.adapts("experts") else 0
     decides = [device.device_kind, versions(), sources, small_sizes(config), dtype.name, sorted(special), rank]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()

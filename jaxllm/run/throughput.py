@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from jaxllm.config import Precision, RunConfig
+from jaxllm.config import ModelConfig, Precision
 from jaxllm.devices import target_of
 from jaxllm.model.flops import training_flops_per_token
 
@@ -23,9 +23,21 @@ class Peak(NamedTuple):
         return self._replace(tflops=count * self.tflops)
 
 
+class TokenFlops(NamedTuple):
+    """Model FLOPs of a training token."""
+
+    full: float  # attention counted full (T x T)
+    causal: float  # attention counted by its causal half
+
+    @classmethod
+    def of(cls, model: ModelConfig, seq_len: int, frozen: bool) -> "TokenFlops":
+        """`frozen`: only adapters are trained."""
+        return cls(*(training_flops_per_token(model, seq_len, each, frozen=frozen) for each in ("full", "causal")))
+
+
 class Speed(NamedTuple):
     tokens_per_second: float
-    tflops_per_second: float  # model FLOPs, attention counted full (T x T)
+    tflops_per_second: float  # model FLOPs, attention counted full
     mfu_full: float  # share of the peak, attention counted full
     mfu_causal: float  # the same, attention counted by its causal half
     data_wait: float  # share of the time in which the loop waited for a batch
@@ -43,16 +55,14 @@ class Meter:
     """Measures a run from its construction on, between log lines and as a whole.
 
     Args:
-        config: of the run.
+        tokens_per_step, flops: of the run.
         peak_tflops: what the training devices reach in matrix products, in TFLOP/s.
         waited: seconds that the loop has waited for batches so far.
     """
 
-    def __init__(self, config: RunConfig, peak_tflops: float, waited: Callable[[], float]):
-        self._tokens_per_step, self._peak, self._waited = config.tokens_per_step, peak_tflops * 1e12, waited
-        length, frozen = config.data.seq_len, config.adapters is not None
-        self._full = training_flops_per_token(config.model, length, "full", frozen=frozen)
-        self._causal = training_flops_per_token(config.model, length, "causal", frozen=frozen)
+    def __init__(self, tokens_per_step: int, flops: TokenFlops, peak_tflops: float, waited: Callable[[], float]):
+        self._tokens_per_step, self._flops = tokens_per_step, flops
+        self._peak, self._waited = peak_tflops * 1e12, waited
         self._started = self._lap_started = time.perf_counter()
         self._lap_waited, self._excluded = 0.0, 0.0
 
@@ -74,8 +84,8 @@ class Meter:
 
     def _speed(self, steps: int, seconds: float, waited: float) -> Speed:
         rate = steps * self._tokens_per_step / seconds
-        flops = (rate * self._full / 1e12, rate * self._full / self._peak, rate * self._causal / self._peak)
-        return Speed(rate, *flops, data_wait=waited / seconds)
+        full, causal = (rate * flops for flops in self._flops)
+        return Speed(rate, full / 1e12, full / self._peak, causal / self._peak, data_wait=waited / seconds)
 
 
 # A product that takes this many seconds outweighs the cost of launching it. A fast device gets larger matrices until

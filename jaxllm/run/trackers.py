@@ -3,9 +3,9 @@
 import importlib
 import os
 import uuid
+from pathlib import Path
 from typing import Any
 
-from jaxllm.config import RunConfig
 from jaxllm.errors import UserError, optional
 from jaxllm.files import read_json, write_json
 from jaxllm.packages import is_installed
@@ -18,27 +18,26 @@ WANDB_VARIABLES = {"project": "WANDB_PROJECT", "name": "WANDB_NAME", "id": "WAND
 """What wandb would take from the environment if it were not given."""
 
 
-def check_tracker(config: RunConfig) -> None:
+def check_tracker(name: str) -> None:
     """Check that the library of `log_to` is installed. Raises UserError."""
-    name = config.logging.log_to
     if name != "none" and not is_installed(name):
         raise UserError(f"log_to is {name!r}: it is not installed; pip install {name}, or leave the option out")
 
 
 class Tracker:
-    """The run in the library that the config names, if any. A first error is a warning, and ends it."""
+    """The run in the library that `log_to` names, if any. A first error is a warning, and ends it."""
 
-    def __init__(self, config: RunConfig):
-        self._name, self._works = config.logging.log_to, config.logging.log_to != "none"
+    def __init__(self, name: str, run: Path, options: dict[str, Any]):
+        self._name, self._works = name, name != "none"
         if self._works:
-            self._call("init", **self._identity(config), config=config.options())
+            self._call("init", **self._identity(run), config=options)
 
-    def _identity(self, config: RunConfig) -> dict[str, Any]:
+    def _identity(self, run: Path) -> dict[str, Any]:
         """What names the run: at its first start by wandb's own environment variables, then as it was named."""
-        file = config.folder / TRACKER_FILE
+        file = run / TRACKER_FILE
         known = read_json(file) if file.is_file() else {}
         if new := self._name not in known:
-            known[self._name] = {"project": "jaxllm", "name": config.folder.absolute().name}
+            known[self._name] = {"project": "jaxllm", "name": run.absolute().name}
             if self._name == "wandb":  # trackio knows a run by its name
                 given = {option: os.environ.get(variable) for option, variable in WANDB_VARIABLES.items()}
                 given["id"] = given["id"] or uuid.uuid4().hex[:8]

@@ -4,10 +4,11 @@ Checkpoints are orbax's: weights, optimizer, data position and history in one at
 converter writes such) is a starting point.
 """
 
+import contextlib
 import functools
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -143,11 +144,9 @@ class CheckpointReader:
         targets = _targets(abstract_state(config.model, config.optim, config.adapters), shardings)
         training = {"opt_state": targets.opt_state, "step": targets.step, "dropout_key": targets.dropout_key}
         restored = self._restore(training=training, positions=self._shapes_of_positions(), history=None)
-        try:
+        with self._readable():
             history = History.from_json(restored["history"])
             encoded = [np.asarray(restored["positions"][str(s)]) for s in range(len(restored["positions"]))]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise self._unreadable(error) from None
         where, seq_len, vocab_size = str(self._folder), config.data.seq_len, config.model.vocab_size
         positions = [Position.from_bytes(array.tobytes(), where, seq_len, vocab_size) for array in encoded]
         return ResumeState(**restored["training"], positions=positions, history=history)
@@ -168,30 +167,33 @@ class CheckpointReader:
 
     def _stored(self, item: str) -> dict[tuple[str, ...], Any]:
         """The shape and dtype of each array of a part of the checkpoint, by its path."""
-        try:
-            with plain_path(self._folder) as folder:
-                found: Any = ocp.StandardCheckpointHandler().metadata(epath.Path(folder / item))
+        with self._readable() as folder:
+            found: Any = ocp.StandardCheckpointHandler().metadata(epath.Path(folder / item))
             leaves = jax.tree_util.tree_leaves_with_path(dict(found), is_leaf=lambda leaf: hasattr(leaf, "dtype"))
             return {tuple(str(key.key) for key in path): leaf for path, leaf in leaves}
-        except Exception as error:  # as in `_restore`
-            raise self._unreadable(error) from None
 
     def _restore(self, **targets: Pytree) -> dict[str, Any]:
         args = {
             name: ocp.args.JsonRestore() if name == "history" else ocp.args.StandardRestore(target)
             for name, target in targets.items()
         }
-        try:
-            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer, plain_path(self._folder) as folder:
-                return dict(checkpointer.restore(folder, args=ocp.args.Composite(**args)))
-        except Exception as error:  # orbax, tensorstore and the file system raise kinds of their own
-            raise self._unreadable(error) from None
+        with self._readable() as folder, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            return dict(checkpointer.restore(folder, args=ocp.args.Composite(**args)))
 
-    def _unreadable(self, error: Exception) -> UserError:
-        return UserError(
-            f"the checkpoint {self._folder} cannot be read ({one_line(error)}): its checksums are correct, so the "
-            "library versions may differ: use those that wrote it; move the folder elsewhere to use the one before it"
-        )
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[Path]:
+        """The folder by a plain path. What goes wrong while it is read becomes one line."""
+        try:
+            with plain_path(self._folder) as folder:
+                yield folder
+        except UserError:
+            raise
+        except Exception as error:  # orbax, tensorstore and the file system raise kinds of their own
+            raise UserError(
+                f"the checkpoint {self._folder} cannot be read ({one_line(error)}): its checksums are correct, so the "
+                "library versions may differ: use those that wrote it; move the folder elsewhere to use the one before "
+                "it"
+            ) from None
 
 
 def _targets(shapes: Pytree, shardings: Pytree | None) -> Pytree:

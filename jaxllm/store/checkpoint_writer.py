@@ -27,7 +27,7 @@ from jaxllm.store.checksums import checkpoint_context, write_checksums
 from jaxllm.store.folder import CHECKPOINTS, CONFIG_FILE, MODEL_FILE, TOKENIZER
 from jaxllm.store.history import History
 from jaxllm.store.source import SourceFiles
-from jaxllm.train.state import TrainState, abstract_state
+from jaxllm.train.state import TrainState
 
 METADATA_SECONDS = 5.0
 """How long orbax's own description of a checkpoint is waited for; it is written within milliseconds."""
@@ -214,14 +214,14 @@ def write_run(
         writer.close()
 
 
-def check_room(config: RunConfig) -> None:
-    """Check that the disk has room for one more checkpoint of a run.
+def check_room(run: Path, state: TrainState) -> None:
+    """Check that the disk has room for one more checkpoint of a run, with a state of these shapes.
 
     Raises:
         UserError: it has not.
     """
-    run, state = config.folder, abstract_state(config.model, config.optim, config.adapters)._replace(frozen={})
-    needed, free = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)), shutil.disk_usage(run).free
+    leaves, free = jax.tree.leaves(state._replace(frozen={})), shutil.disk_usage(run).free
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     if free < needed:
         raise UserError(
             f"run_dir is {str(run)!r}: a checkpoint takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free "

@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxllm.config import FORMAT
 from jaxllm.errors import listed, shown
-from jaxllm.files import StrPath, read_json
+from jaxllm.files import StrPath, read_json, sha256_of
 from jaxllm.store.base import base_hash
 from jaxllm.store.folder import MODEL_FILE, TOKENIZER
 
@@ -29,17 +29,15 @@ def checkpoint_context(run: StrPath) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "model": read_json(config) if config.is_file() else None,
-        "tokenizer": hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else None,
+        "tokenizer": sha256_of(tokenizer) if tokenizer.is_file() else None,
         "base": base_hash(Path(run)),
     }
 
 
 def write_checksums(folder: Path, context: dict[str, Any]) -> None:
     """Write the list of a folder's files, with its `checkpoint_context` in it."""
-    files = {}
-    for name, file in sorted(_files(folder).items()):
-        with file.open("rb") as opened:
-            files[name] = {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+    found = sorted(_files(folder).items())
+    files = {name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for name, file in found}
     whole = context | {"files": files}
     written = json.dumps({"sha256": _list_checksum(whole), "list": whole}, indent=1)
     (folder / CHECKSUMS_FILE).write_text(written, encoding="utf-8")
@@ -82,9 +80,8 @@ def find_damage(folder: Path) -> str | None:
             size = files[name].stat().st_size
             if size != wanted.get("bytes"):
                 return f"{name} has {size} bytes instead of {shown(wanted.get('bytes'))}"
-            with files[name].open("rb") as opened:
-                if hashlib.file_digest(opened, "sha256").hexdigest() != wanted.get("sha256"):
-                    return f"{name} has another checksum than when it was written"
+            if sha256_of(files[name]) != wanted.get("sha256"):
+                return f"{name} has another checksum than when it was written"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
     # Each process writes a database; an item is read through the one that merges them.

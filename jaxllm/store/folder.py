@@ -63,9 +63,9 @@ def read_config(run: StrPath, kind: type[Config]) -> Config:
 def adapters_of(run: StrPath) -> TrainConfig | None:
     """The config of a run that trains adapters; None: it trains all weights, or is not a run folder."""
     file = Path(run, CONFIG_FILE)
-    if not is_run(run) or not file.is_file() or not read_json(file).get("lora_rank"):
-        return None
-    return read_config(run, TrainConfig)
+    # a run of another format has no adapters, and its weights can be read
+    has_adapters = is_run(run) and file.is_file() and read_json(file).get("lora_rank")
+    return read_config(run, TrainConfig) if has_adapters else None
 
 
 def read_model_config(folder: StrPath) -> ModelConfig:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxllm.config import FORMAT, SPECIAL_TOKENS, RunConfig, changed_options, families
+from jaxllm.config.groups import DataConfig
 from jaxllm.data.sources import is_fingerprint
 from jaxllm.errors import UserError, shown
 from jaxllm.files import StrPath, read_json
@@ -39,13 +40,12 @@ from jaxllm.store.source import model_folder
 HAND_OVER = {"JAX": "python -m convert to-flax {run} OUT", "PyTorch": "python -m convert to-torch {run} OUT --training"}
 
 
-def check_folder(config: RunConfig, framework: Framework) -> bool:
-    """Whether the run's folder holds a run to resume; nothing is changed.
+def check_folder(folder: Path, framework: Framework, overwrite: bool) -> bool:
+    """Whether a run's folder holds a run to resume, which `overwrite` prevents; nothing is changed.
 
     Raises:
         UserError: the folder is something else, or a run of the other framework.
     """
-    folder = config.folder
     if not folder.exists():
         return False
     if not folder.is_dir():
@@ -55,7 +55,7 @@ def check_folder(config: RunConfig, framework: Framework) -> bool:
     ours = (folder / CONFIG_FILE).is_file() or is_run(folder) or (folder / OVERWRITING).exists()
     if not ours and not all(path.name.startswith((LOCK_FILE, f".{CONFIG_FILE}.")) for path in folder.iterdir()):
         raise UserError(f"run_dir is {str(folder)!r}: the folder holds something else; pass another --run-dir")
-    if not ours or config.overwrite or (folder / OVERWRITING).exists():
+    if not ours or overwrite or (folder / OVERWRITING).exists():
         return False
     if not (folder / CONFIG_FILE).is_file() and not checkpoint_steps(folder):
         raise UserError(
@@ -70,20 +70,19 @@ def check_folder(config: RunConfig, framework: Framework) -> bool:
     return True
 
 
-def check_init(config: RunConfig, saved: dict[str, Any]) -> None:
-    """Compare --init with what a run started from; a run of an earlier version does not know it.
+def check_init(init: Path | None, run: Path, saved: dict[str, Any]) -> None:
+    """Compare --init with what a run with these saved options started from; one of an earlier version does not know it.
 
     Raises:
         UserError: it started from something else.
     """
-    init = getattr(config, "init", None)
     if init is None or (saved and "init" not in saved) or saved.get("lora_rank"):  # of a base the content decides
         return
     before = saved.get("init")
     if before is None or Path(before).resolve() != model_folder(init).resolve():
         start = "the weights in it" if not saved else "new weights" if before is None else repr(before)
         raise UserError(
-            f"init is {str(init)!r}, and the run in {config.folder} started from {start}: leave the option out to "
+            f"init is {str(init)!r}, and the run in {run} started from {start}: leave the option out to "
             "resume it, or pass another --run-dir"
         )
 
@@ -110,19 +109,18 @@ def check_resumable(config: RunConfig) -> None:
         )
 
 
-def check_data(config: RunConfig, saved: dict[str, Any]) -> None:
+def check_data(data: DataConfig, saved: dict[str, Any]) -> None:
     """Compare the data with those of the run's saved config. They may have another name.
 
     Raises:
         UserError: they differ. Of files by the same name, the data position shows which one differs.
     """
-    name, before = config.data.source, saved.get("data")
-    if config.data.revision != saved.get("data_revision") and not (
-        name == before and is_fingerprint(config.data.revision)
-    ):
+    before = saved.get("data")
+    has_same_name = data.source == before and is_fingerprint(data.revision)
+    if data.revision != saved.get("data_revision") and not has_same_name:
         raise UserError(
-            f"data is {shown(name)}, and the run has {shown(before)}: the content differs; leave the option out, "
-            "pass --overwrite to start over, or another --run-dir"
+            f"data is {shown(data.source)}, and the run has {shown(before)}: the content differs; leave the option "
+            "out, pass --overwrite to start over, or another --run-dir"
         )
 
 

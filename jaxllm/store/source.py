@@ -51,7 +51,7 @@ class SourceFiles(NamedTuple):
                         shutil.copyfile(file, copy)
                 rename_durably(Path(scratch) / part, run / part)
         if self.left_out:
-            print(f"Not kept for the export, as too large or no regular file: {listed(self.left_out)}", file=sys.stderr)
+            print(f"Not kept for the export, too large or not a file: {listed(self.left_out)}", file=sys.stderr)
 
 
 def model_folder(given: StrPath) -> Path:

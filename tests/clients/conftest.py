@@ -21,13 +21,14 @@ def export(out: Path) -> None:
     """Export random weights of a small model, with a tokenizer, as `convert to-torch` does."""
     from convert.to_torch import write_model
     from jaxllm.config import ModelConfig
-    from jaxllm.data.sources import FileSource
+    from jaxllm.config.groups import DataConfig
+    from jaxllm.data.sources import open_source
     from jaxllm.data.tokenizer import export_tokenizer, train_tokenizer
     from parity_tests.forward import random_weights
 
     text = out.parent / "text.txt"
     text.write_text("\n".join(f"def f{i}(x):\n    return x + {i * i}\n" for i in range(500)))
-    tokenizer = train_tokenizer(FileSource([text], 0, "text"), 300)
+    tokenizer = train_tokenizer(open_source(DataConfig(source=str(text)), 0), 300)
     eos = tokenizer.eos_token_id
     config = ModelConfig(
         vocab_size=len(tokenizer) + 9,
