@@ -205,8 +205,8 @@ def _rates(change: Callable[..., Any]) -> Iterator[None]:
 
 @_mutation("trajectory", "parameters")
 def decay_ends_early() -> Iterator[None]:
-    """The rate of the last two steps is 0."""
-    with _rates(lambda original, s, peak, count: jnp.where(count >= s.steps - 2, 0.0, original(s, peak, count))):
+    """The rate of the last step is 0: no loss shows it."""
+    with _rates(lambda original, s, peak, count: jnp.where(count >= s.steps - 1, 0.0, original(s, peak, count))):
         yield
 
 
