@@ -1,5 +1,6 @@
 """The model card of an exported run: README.md, as the Hugging Face Hub shows it."""
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -10,7 +11,7 @@ from jaxllm.errors import UserError
 from jaxllm.files import read_json
 from jaxllm.model import flops
 from jaxllm.store.checkpoint import Weights
-from jaxllm.store.folder import read_config
+from jaxllm.store.folder import CHECKPOINTS, read_config
 from jaxllm.store.metrics_file import last_evaluation
 
 CARD_FILE = "README.md"
@@ -42,8 +43,12 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER"{tokenizer})
 ## What was compared
 
 The weights are those of the JAX model, {values}. `python -m parity_tests FOLDER`, of jaxllm, compares the
-two frameworks on them: logits, gradients, optimizer steps and cached generation.
+two frameworks on them: logits, gradients, optimizer steps and cached generation.{compared}
 """
+
+_COMPARED = " [The result of such a comparison]({page})."
+PARITY_PAGE = "parity.html"
+"""What `python -m parity_tests RUN --out RUN` writes; it goes with the weights that it is of."""
 
 
 def write_model_card(
@@ -65,13 +70,18 @@ def write_model_card(
     }
     if carried:
         rows["multi-token prediction"] = f"{carried:,} tensors as they came: this training did not change them"
+    page, saved = run / PARITY_PAGE, run / CHECKPOINTS
+    has_page = page.is_file() and not (saved.is_dir() and saved.stat().st_mtime > page.stat().st_mtime)
     trust, own = ", trust_remote_code=True", names_of(config) == "customllm"
     rounded = f"in {' and '.join(sorted(dtypes))}, to which their float32 values are rounded"
     use = _USE.format(
         model=trust if own else "",
         tokenizer=trust if own or _has_tokenizer_code(out) else "",
         values="bit for bit in float32" if dtypes == {"float32"} else rounded,
+        compared=_COMPARED.format(page=PARITY_PAGE) if has_page else "",
     )
+    if has_page:
+        shutil.copyfile(page, out / PARITY_PAGE)
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
     card = _FRONT.format(name=_in_a_cell(run.absolute().name)) + table + use
     (out / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")

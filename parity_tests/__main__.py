@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # both frameworks on one device, else the comparison is between devices
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # PyTorch's waiting threads must not take the cores of JAX's
 
 from jaxllm.command_line import parse
 from jaxllm.errors import UserError, exit_on_user_error

@@ -24,20 +24,20 @@ from jaxllm.data.tokenizer_files import has_tokenizer
 from jaxllm.errors import UserError, listed, one_line, shown
 from jaxllm.files import read_bounded, read_json
 from jaxllm.generate import tokenizer_folder
-from jaxllm.run.runtime import start_jax
+from jaxllm.run.runtime import start_jax, use_compilation_cache
 from jaxllm.store.checkpoint import Weights
 from jaxllm.store.folder import CONFIG_FILE, is_run, read_config
 from parity_tests import hf_side
 from parity_tests.compare import Row
 from parity_tests.engine.report import first_divergence, print_table
-from parity_tests.executed import Executed
+from parity_tests.executed import Executed, in_short
 from parity_tests.forward import random_weights, torch_model
 from parity_tests.hf_mutations import STOCK_MUTATIONS
 from parity_tests.jax_mutations import BFLOAT16_MUTATIONS, JAX_MUTATIONS
 from parity_tests.ladder import Ladder
 from parity_tests.mutations import MUTATIONS, Mutation
 from parity_tests.options import MIN_STEPS, RUNGS, ParityArgs
-from parity_tests.report import NAMED, draw_report, write_report
+from parity_tests.report import NAMED, draw_report, write_page, write_report
 from parity_tests.settings import Settings
 from parity_tests.text import read_tokens
 from torch_ref import CustomLLM as TorchCustomLLM
@@ -206,6 +206,7 @@ def compare(args: ParityArgs) -> int:
     if args.mutate is not None and args.mutate not in known:
         raise UserError(f"mutate is {args.mutate!r}: choose one of {', '.join(known)}")
     start_jax()
+    use_compilation_cache()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -249,15 +250,13 @@ def compare(args: ParityArgs) -> int:
     for tolerance in dict.fromkeys(t for ladder in ladders for t in ladder.tolerances.named()):
         print(f"{tolerance.name}: relative L2 at most {tolerance.relative_l2:g} ({tolerance.reason})")
     divergence = first_divergence(rows)
-    print(f"\nThe report is in {args.out}: parity.json, parity.png")
-    print(f"PyTorch's side: {code}")
-    for ladder in ladders:
-        print(f"Training in {ladder.precision}: {ladder.plan.described()}")
-    print(f"Not compared: {'; '.join(left_out)}")
-    whole = [missed.file for missed in never if missed.whole]
-    print(f"Never executed of the model and the step: {', '.join(whole)}; in part: "
-          f"{', '.join(str(missed) for missed in never if not missed.whole)}")  # fmt: skip
-    print("The two frameworks agree." if divergence is None else f"BREACH, first in: {divergence}")
+    print(f"\nThe report is in {args.out}: parity.html, parity.json, parity.png")
+    lines = [f"PyTorch's side: {code}"]
+    lines += [f"Training in {ladder.precision}: {ladder.plan.described()}" for ladder in ladders]
+    lines += [f"Not compared: {'; '.join(left_out)}", f"Branches that never ran (all: parity.json): {in_short(never)}"]
+    verdict = "The two frameworks agree." if divergence is None else f"BREACH, first in: {divergence}"
+    print(*lines, verdict, sep="\n")
+    write_page(args.out / "parity.html", rows, [f"{title}: {verdict}", *lines], about | {"options": vars(args)})
     if args.mutate is not None and divergence is None:
         print(f"The planted fault {args.mutate} was not seen.")
     return 0 if divergence is None else 1
@@ -320,9 +319,8 @@ def not_compared(args: ParityArgs, passes: list[Pass], ladders: list[Ladder], ru
     for precision, climbed, _ in passes[1:]:
         found.append(f"in {precision}: {', '.join(rung for rung in args.rungs if rung not in climbed)}")
     found += dict.fromkeys(line for ladder in ladders for line in ladder.not_compared)
-    if args.quick:
-        sizes = "the code beyond its thresholds (blocks of queries, chunks of the loss, large groups of an expert)"
-        found += [f"{sizes}, decoding to the last position"]
+    if not ladders[0].plan.beyond_thresholds:
+        found += ["the code beyond its thresholds (blocks of queries, chunks of the loss, large groups of an expert)"]
     computes = run.precision if run else None
     if computes and computes not in [precision for precision, _, _ in passes]:
         found.append(f"{computes}, in which the run computes")
@@ -331,8 +329,8 @@ def not_compared(args: ParityArgs, passes: list[Pass], ladders: list[Ladder], ru
             found.append(f"dropout {run.model.dropout:g}, which the frameworks draw differently")
         if run.adapters:
             found.append("the training of the run's adapters: they are merged, and all weights are trained")
-        if run.data.has_targets:
-            found.append("targets apart from the inputs, and documents apart from each other, which the run has")
+        if run.data.documents == "separate":
+            found.append("padding after the last document of a row: the rungs' rows are full")
         if run.mesh.parallel != "jit" or run.mesh.axes:
             found.append(f"the run's devices ({run.mesh.axes or run.mesh.parallel}): one is compared")
     return [*found, "sampling, which the frameworks draw differently"]

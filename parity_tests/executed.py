@@ -33,9 +33,28 @@ class Missed(NamedTuple):
     """In functions that were."""
     whole: bool
     """Whether no function was called."""
+    partly: list[str]
+    """Functions that were called and have such lines: other inputs or options of what ran lead there."""
 
     def __str__(self) -> str:
         return self.file if self.whole else f"{self.file} ({', '.join([*self.functions, *map(str, self.lines)])})"
+
+
+def in_short(found: list[Missed], most: int = 400) -> str:
+    """The functions that ran in part, by file, in about `most` characters. A comparison that was not made has none."""
+    of_files = [f"{missed.file.partition('/')[2]} ({', '.join(missed.partly)})" for missed in found if missed.partly]
+    shown: list[str] = []
+    while len(shown) < len(of_files) and sum(map(len, shown)) + len(of_files[len(shown)]) <= most:
+        shown.append(of_files[len(shown)])
+    rest = len(of_files) - len(shown)
+    return ", ".join([*shown, *[f"and parts of {rest} more files"] * bool(rest)])
+
+
+class _Function(NamedTuple):
+    name: str
+    called: bool
+    lines: list[int]
+    """The branches that did not run, of one that was called."""
 
 
 class Executed:
@@ -89,11 +108,16 @@ class Executed:
                 if None not in span:
                     line, last, column, end = span
                     spans[path][line].append((line, column, last, end))  # pyright: ignore[reportArgumentType]
-        return [
-            found
-            for path, shown in self._files.items()
-            if (found := _missed(Path(path), shown, spans[path])) is not None
-        ]
+        found = []
+        for path, shown in self._files.items():
+            functions = _functions(Path(path), spans[path])
+            never = [function.name for function in functions if not function.called]
+            partly = [function for function in functions if function.lines]
+            if never or partly:
+                lines = sorted({line for function in partly for line in function.lines})
+                names = [function.name.removesuffix(".__init__").rpartition(".")[2] for function in partly]
+                found.append(Missed(shown, never, lines, len(never) == len(functions), [*dict.fromkeys(names)]))
+        return found
 
 
 def _only_here(*arrays: Any, default: Any = None, **of_platform: Any) -> Any:
@@ -102,8 +126,9 @@ def _only_here(*arrays: Any, default: Any = None, **of_platform: Any) -> Any:
     return of_platform.get(here, default)(*arrays)
 
 
-def _missed(path: Path, shown: str, spans: dict[int, list[Span]]) -> Missed | None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+def _functions(path: Path, spans: dict[int, list[Span]]) -> list[_Function]:
+    """Those of a file, without those that fail or are stubs."""
+    found: list[_Function] = []
 
     def ran(node: Any) -> bool:
         start, end = (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)
@@ -113,25 +138,25 @@ def _missed(path: Path, shown: str, spans: dict[int, list[Span]]) -> Missed | No
             for span in spans.get(line, ())
         )
 
-    functions, lines, called = [], [], False
-
-    def look(node: ast.AST, within: str) -> None:
-        nonlocal called
+    def look(node: ast.AST, within: tuple[str, ...]) -> None:
         for child in ast.iter_child_nodes(node):
-            named = f"{within}{child.name}" if isinstance(child, ast.FunctionDef | ast.ClassDef) else within
-            if isinstance(child, ast.FunctionDef):
-                if not any(ran(statement) for statement in child.body):
-                    if not _fails(child.body) and not _is_stub(child.body):
-                        functions.append(named)
-                    continue
-                called = True
-                lines.extend(way.lineno for way in _ways(child.body) if not ran(way))
-            look(child, f"{named}." if named != within else within)
+            if not isinstance(child, ast.FunctionDef | ast.ClassDef):
+                look(child, within)
+                continue
+            owners = (*within, child.name)
+            if isinstance(child, ast.ClassDef):
+                look(child, owners)
+                continue
+            called = any(ran(statement) for statement in child.body)
+            if called:
+                look(child, owners)
+            elif _fails(child.body) or _is_stub(child.body):
+                continue
+            lines = [way.lineno for way in _ways(child.body) if not ran(way)] if called else []
+            found.append(_Function(".".join(owners), called, lines))
 
-    look(tree, "")
-    if not functions and not lines:
-        return None
-    return Missed(shown, functions, sorted({*lines}), not called)
+    look(ast.parse(path.read_text(encoding="utf-8")), ())
+    return found
 
 
 def _ways(body: list[ast.stmt]) -> Iterator[Any]:

@@ -15,7 +15,7 @@ from parity_tests.forward import ROUTER_PARTS, Trace, jax_trace, state_dict_arra
 from parity_tests.replay import Flips, choice_row, expert_flips, routing_bias_of, same_choice, total_flips
 from parity_tests.same_input import same_input_rows
 from parity_tests.settings import beyond, thresholds
-from parity_tests.training import JaxTraining, torch_evaluate
+from parity_tests.training import JaxTraining, documents_apart, torch_evaluate
 
 
 class Subject(NamedTuple):
@@ -31,11 +31,11 @@ class Subject(NamedTuple):
     def trace(self, ids: np.ndarray, experts: np.ndarray | None = None, mask: np.ndarray | None = None) -> Trace:
         return jax_trace(self.config, self.weights, ids, self.precision, experts, mask)
 
-    def flips(self, weights: Weights, ids: np.ndarray, experts: np.ndarray) -> Flips:
+    def flips(self, weights: Weights, ids: np.ndarray, experts: np.ndarray, mask: np.ndarray | None = None) -> Flips:
         """The choices that Flax would have made differently from the given experts (L,B,T,k)."""
         if not self.config.moe_layers:
             return Flips(0, 0, 0.0)
-        trace = jax_trace(self.config, weights, ids, self.precision, experts)
+        trace = jax_trace(self.config, weights, ids, self.precision, experts, mask)
         bias = routing_bias_of(self.config, weights)[:, None, None]
         return expert_flips(trace.parts["router scores"], bias, experts, self.config.router)
 
@@ -133,9 +133,8 @@ class ForwardRungs:
         """The function that evaluates a training run, on a batch (B,T) in which half a row is ignored."""
         rows: list[Row] = []
         for labels in batches:
-            (ours, targets), (theirs, counted) = training.evaluate(labels), torch_evaluate(
-                model, labels, self.subject.precision
-            )  # fmt: skip
+            ours, targets = training.evaluate(labels)
+            theirs, counted = torch_evaluate(model, training.config, labels)
             note = "" if targets == counted else f"{targets} and {counted}"
             rows = [
                 compare_numbers("evaluation", "evaluation loss", ours, theirs, self.tolerance),
@@ -144,7 +143,9 @@ class ForwardRungs:
             ids = np.where(labels == IGNORED, 0, labels)
             if all(row.passed for row in rows):
                 break
-            theirs_chosen = torch_trace(model, ids, self.subject.precision).experts
-            if same_choice(self.subject.trace(ids).experts, theirs_chosen):
+            with documents_apart(model, training.config, labels.shape[-1]) as documents:
+                theirs_chosen = torch_trace(model, ids, self.subject.precision).experts
+            mask = None if documents is None else np.broadcast_to(documents, ids.shape)
+            if same_choice(self.subject.trace(ids, mask=mask).experts, theirs_chosen):
                 break  # else a near tie: the next batch has none, or the layers' rung shows what is wrong
         return rows

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 import jaxllm.model.kernels as kernels
 from jaxllm.model import decoder, decoding, layer_loop, layers, moe
+from jaxllm.model.batch import IGNORED
 from jaxllm.model.kernels import causal_attention, grouped_loop, rms_norm
 from jaxllm.train import loss, step
 from parity_tests import training_rungs
@@ -135,11 +136,22 @@ def padding_ignored() -> Iterator[None]:
 
 
 @_mutation("evaluation", "evaluation loss")
-def last_row_not_evaluated() -> Iterator[None]:
-    """The evaluation leaves out a row of each batch."""
+def documents_see_each_other() -> Iterator[None]:
+    """Attention in JAX sees earlier documents of the row."""
+
+    def attend(original, q, k, v, mask, scale):
+        return original(q, k, v, None if mask is None else mask > 0, scale)
+
+    with _replaced(kernels, "blocked_attention", attend):
+        yield
+
+
+@_mutation("evaluation", "evaluation loss")
+def a_target_not_evaluated() -> Iterator[None]:
+    """The evaluation leaves out the first target of each row."""
 
     def evaluate(original, graph, params, bias, batch, *rest):
-        return original(graph, params, bias, jax.tree.map(lambda x: x.at[-1].set(x[0]), batch), *rest)
+        return original(graph, params, bias, batch._replace(targets=batch.labels.at[:, 1].set(IGNORED)), *rest)
 
     with _replaced(step, "eval_step", evaluate):
         yield
@@ -193,8 +205,8 @@ def _rates(change: Callable[..., Any]) -> Iterator[None]:
 
 @_mutation("trajectory", "parameters")
 def decay_ends_early() -> Iterator[None]:
-    """The rate of the last two steps is 0."""
-    with _rates(lambda original, s, peak, count: jnp.where(count >= s.steps - 2, 0.0, original(s, peak, count))):
+    """The rate of the last step is 0: no loss shows it."""
+    with _rates(lambda original, s, peak, count: jnp.where(count >= s.steps - 1, 0.0, original(s, peak, count))):
         yield
 
 

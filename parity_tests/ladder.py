@@ -12,6 +12,7 @@ import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxllm.config import ModelConfig
@@ -56,6 +57,8 @@ class Ladder:
         self.tolerances: Tolerances = TOLERANCES[precision]
         if self.plan.config.optim.optimizer == "muon" and precision == "bfloat16":
             self.tolerances = self.tolerances._replace(update=MUON_BFLOAT16)
+        # on the host: arrays of a checkpoint are committed to a device, and each mixture with others is compiled anew
+        weights = jax.device_get(weights)
         subject = Subject(config, weights, precision, self.tolerances, interleaved)
         self.ids = tokens[None, : min(settings.seq_len, config.max_position_embeddings)]  # (1,T)
         self.forward = ForwardRungs(subject, self.ids)

@@ -60,7 +60,7 @@ class ParityArgs:
     mutate: str | None = None
     """A fault to plant in the PyTorch model; the ladder must catch it."""
     out: Path = Path("runs/parity")
-    """The folder for parity.json and parity.png."""
+    """The folder for parity.html, parity.json and parity.png."""
     seed: int = option(0, ge=0, le=MAX_SEED)
     """Seed of the random weights."""
     trust_remote_code: bool = False

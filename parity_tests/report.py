@@ -1,4 +1,4 @@
-"""Report the results of the ladder: a picture and JSON."""
+"""Report the results of the ladder: a page, JSON and a picture."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.files import StrPath
+from jaxllm.files import StrPath, write_text_atomically
 from jaxllm.run.reporting import new_figure
 from parity_tests.compare import MUON_BFLOAT16, TOLERANCES, Row
+from parity_tests.engine.page import Content, page
 from parity_tests.engine.report import first_divergence, number, rows_as_json
 from parity_tests.forward import PARTS
 from parity_tests.training_rungs import Curve
@@ -40,6 +41,19 @@ def write_report(
         "trajectory": asdict(curve),
     }
     Path(file).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def write_page(file: Path, rows: list[Row], lines: list[str], about: dict[str, Any]) -> None:
+    """Write `parity.html`: the verdict and a bar for every row.
+
+    Args:
+        lines: the verdict, and what was not compared.
+        about: what is needed to repeat it.
+    """
+    limits = {tolerance.name: tolerance.relative_l2 for tolerance in NAMED}
+    first = next((row for row in rows if not row.passed), None)
+    about = about | {"versions": {name: version(name) for name in PACKAGES}}
+    write_text_atomically(file, page(Content(first is None, lines, rows, first, limits, about)))
 
 
 def draw_report(file: StrPath, rows: list[Row], curve: Curve, title: str) -> None:

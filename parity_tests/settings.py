@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxllm.config import ModelConfig, TrainConfig
+from jaxllm.config.groups import DataConfig
 from jaxllm.config.train import RunConfig
 from jaxllm.model.batch import IGNORED
 from jaxllm.model.kernels import causal_attention, grouped_loop, matmul
@@ -97,6 +98,8 @@ class Plan:
     """How many are compared."""
     norms: tuple[float, float] | None = None
     """As in the settings."""
+    beyond_thresholds: bool = True
+    """Whether `wide` is beyond all of them."""
     notes: list[str] = field(default_factory=list)
     """In what it differs from the run, one line each."""
 
@@ -116,7 +119,7 @@ class Plan:
 
 TAKEN = (
     "learning_rate", "weight_decay", "beta1", "beta2", "adam_eps", "muon_momentum", "max_grad_norm", "bias_update_rate",
-    "balance_loss", "router_z_loss", "schedule", "remat",
+    "balance_loss", "router_z_loss", "schedule", "remat", "train_on", "documents",
 )  # fmt: skip
 """Options of a run that the rungs have as they are."""
 
@@ -136,6 +139,8 @@ def make_plan(model: ModelConfig, precision: str, settings: Settings) -> Plan:
             own = own._replace(micro_batches=3)
         if own.micro_batches * own.rows * own.tokens > STEP_TOKENS:
             own = own._replace(rows=max(1, STEP_TOKENS // (own.micro_batches * own.tokens)))
+        if not settings.widens:
+            own = own._replace(rows=min(own.rows, _rows_beyond(own.tokens)))
         named = {"grad_accum": (run.data.grad_accum, own.micro_batches), "batch_size": (run.data.batch_size, own.rows)}
         notes += [f"{name} {new} (the run's: {old})" for name, (old, new) in named.items() if old != new]
     own = settings.sizes or own
@@ -153,8 +158,11 @@ def make_plan(model: ModelConfig, precision: str, settings: Settings) -> Plan:
     )  # fmt: skip
     if run is not None and (warmup_steps, steps) != (run.schedule.warmup_steps, run.schedule.steps):
         notes.append(f"the schedule of {run.schedule.steps} steps on {steps}, {warmup_steps} of them warm-up")
-    wide = _widened(own, model.max_position_embeddings) if settings.widens else own
-    return Plan(config, wide, min(steps, settings.most_steps or steps), settings.norms, notes)
+    beyond_all = _widened(own, model.max_position_embeddings)
+    wide = beyond_all if settings.widens else own
+    return Plan(
+        config, wide, min(steps, settings.most_steps or steps), settings.norms, wide == beyond_all, notes
+    )  # fmt: skip
 
 
 def _affordable(model: ModelConfig, sizes: Sizes, steps: int) -> int:
@@ -168,11 +176,25 @@ def _widened(own: Sizes, limit: int) -> Sizes:
     """Sizes beyond every threshold that rows of at most `limit` tokens can reach."""
     passed = thresholds()
     tokens = max([own.tokens, *(min(beyond(size), limit) for size in passed.row_tokens if size < limit)])
-    rows = max(own.rows if tokens == own.tokens else 1, math.ceil(beyond(max(passed.tokens)) / tokens))
+    rows = max(own.rows if tokens == own.tokens else 1, _rows_beyond(tokens))
     return Sizes(own.micro_batches, rows, tokens)
 
 
-def text_batches(tokens: np.ndarray, sizes: Sizes, count: int) -> np.ndarray:
+def _rows_beyond(tokens: int) -> int:
+    """How many rows of so many tokens are beyond every threshold of a micro-batch."""
+    return math.ceil(beyond(max(thresholds().tokens)) / tokens)
+
+
+def documents_of(data: DataConfig, tokens: int) -> np.ndarray | None:
+    """The document of each token in a row, rising from 1 (T,); None: a row is one. One document has a single token."""
+    if data.documents != "separate":
+        return None
+    begins = np.zeros(tokens, np.int32)
+    begins[[0, tokens // 2, tokens // 2 + 1, tokens * 3 // 4]] = 1
+    return np.cumsum(begins, dtype=np.int32)
+
+
+def text_batches(tokens: np.ndarray, sizes: Sizes, count: int, data: DataConfig) -> np.ndarray:
     """(count, A, B, T) labels; the micro-batches of a step have different numbers of targets.
 
     In every third batch all rows are one: its gradient averages less, and so has another norm than the others.
@@ -181,4 +203,6 @@ def text_batches(tokens: np.ndarray, sizes: Sizes, count: int) -> np.ndarray:
     labels = np.resize(tokens, shape).astype(np.int32)
     labels[::3] = labels[::3, :1, :1]
     labels[:, 0, 0, max(2, sizes.tokens // 2) :] = IGNORED
+    if (documents := documents_of(data, sizes.tokens)) is not None:  # nothing predicts the first token of a document
+        labels[..., 1:][..., np.diff(documents) > 0] = IGNORED
     return labels

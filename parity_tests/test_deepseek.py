@@ -153,7 +153,7 @@ def test_steps_here_and_there_are_steps_here():
     config = read_config(case)
     plan = make_plan(config, "float64", Settings(steps=2 * half))
     training, weights = plan.config, random_weights(config)
-    batches = text_batches(TOKENS, plan.sizes, 2 * half)
+    batches = text_batches(TOKENS, plan.sizes, 2 * half, plan.config.data)
     ours = JaxTraining(training, weights, "float64")
     whole, first = ours.train(batches), ours.train(batches[:half])
 

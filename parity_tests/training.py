@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from jaxllm.train.step import StepMetrics
 from parity_tests import hf_side
 from parity_tests.forward import DTYPES, jax_precision, jax_weights, state_dict_arrays, torch_named, torch_precision
 from parity_tests.recording import first, hooked
+from parity_tests.settings import documents_of
 from torch_ref import CustomLLM as TorchCustomLLM
 from torch_ref.muon import moment_names
 
@@ -42,10 +44,6 @@ class Gradients(NamedTuple):
     grads: Named
     experts: np.ndarray | None  # (A,L,B,T,k), chosen by PyTorch's routers; None from JAX
     scales: dict[str, float] = {}  # noqa: RUF012  the norm of the gradient at the output of each module; from PyTorch
-
-    @property
-    def norm(self) -> float:
-        return float(np.sqrt(sum(float(np.square(grad, dtype=np.float64).sum()) for grad in self.grads.values())))
 
     def scale_of(self, name: str) -> float:
         """The size of the gradients that one is summed from: at the outputs of its module and of the one around it."""
@@ -131,8 +129,7 @@ class JaxTraining:
             weights: in place of the model's.
         """
         with jax_precision(self.precision):
-            batch = TokenBatch(jnp.asarray(labels))
-            grads, loss, _ = self._gradients(self._start(weights=weights), batch, experts)
+            grads, loss, _ = self._gradients(self._start(weights=weights), self._batch(labels), experts)
         return Gradients(float(loss), self._named(grads), None)
 
     def gradients_of_a_step(
@@ -150,7 +147,7 @@ class JaxTraining:
         """Summed loss and number of targets of a batch (B,T), as the training run evaluates it."""
         with jax_precision(self.precision):
             weights = jax_weights(self.weights, self.precision)
-            loss, targets = self._evaluate(*weights, TokenBatch(jnp.asarray(labels)))
+            loss, targets = self._evaluate(*weights, self._batch(labels))
         return float(loss), int(targets)
 
     def train(
@@ -174,8 +171,8 @@ class JaxTraining:
             limit = jnp.asarray(self.limit, state.opt_state.mu["token_embeddings"]["weight"].dtype)
             for i, labels in enumerate(batches):
                 before_step(i, Weights(state.params, state.routing_bias))
-                batch = TokenBatch(jnp.asarray(labels))
-                state, metrics = self._step(limit, state, batch, None if experts is None else experts[i])
+                forced = None if experts is None else experts[i]
+                state, metrics = self._step(limit, state, self._batch(labels), forced)
                 reports.append(metrics)
             reports = jax.device_get(reports)
         after, named = state.opt_state, self._named
@@ -187,6 +184,17 @@ class JaxTraining:
             nu=named(after.nu),
             routing_bias=_routing_bias(named(state.params, state.routing_bias)),
             experts=[],
+        )
+
+    def _batch(self, labels: np.ndarray) -> TokenBatch:
+        """Labels (...,T) as a step of the run gets them."""
+        if not self.config.data.has_targets:
+            return TokenBatch(jnp.asarray(labels))
+        documents = documents_of(self.config.data, labels.shape[-1])
+        return TokenBatch(
+            jnp.maximum(labels, 0),
+            jnp.asarray(labels),
+            None if documents is None else jnp.broadcast_to(documents, labels.shape),
         )
 
     def _start(self, moments: OptimizerState | None = None, weights: Weights | None = None) -> TrainState:
@@ -207,12 +215,41 @@ class JaxTraining:
 
 
 @contextmanager
-def _training(model: TorchCustomLLM) -> Iterator[None]:
-    """Train mode in this context; the weights are restored afterwards."""
+def documents_apart(model: Any, config: TrainConfig, tokens: int) -> Iterator[np.ndarray | None]:
+    """In this context the model gets the positions of the documents in rows (...,T), and so do balance losses.
+
+    Yields their numbers; None: the run's rows are one document each, and nothing changes.
+    """
+    documents = documents_of(config.data, tokens)
+    if documents is None:
+        yield None
+        return
+    begins = np.flatnonzero(np.diff(documents, prepend=0))
+    positions = torch.from_numpy(np.arange(tokens) - begins[documents - 1])[None]
+
+    def place(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, kwargs | {"position_ids": positions, "use_cache": False}
+
+    def balance(experts: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        parts = zip(*(values.tensor_split(begins[1:].tolist(), dim=1) for values in (experts, scores)), strict=True)
+        return torch.stack([of_row(*part) for part in parts]).mean()
+
+    of_row, watch = torch_step.balance_loss, model.register_forward_pre_hook(place, with_kwargs=True)
+    try:
+        with mock.patch.object(torch_step, "balance_loss", balance):
+            yield documents
+    finally:
+        watch.remove()
+
+
+@contextmanager
+def _training(model: TorchCustomLLM, config: TrainConfig, labels: np.ndarray) -> Iterator[None]:
+    """Train mode in this context, on labels (...,T); the weights are restored afterwards."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.train()
     try:
-        yield
+        with documents_apart(model, config, labels.shape[-1]):
+            yield
     finally:
         model.load_state_dict(before)
         model.zero_grad()
@@ -232,7 +269,7 @@ def torch_gradients(model: TorchCustomLLM, config: TrainConfig, labels: np.ndarr
             values.register_hook(lambda grad: add(name, torch.linalg.vector_norm(grad)))
 
     modules = [(module, name) for name, module in model.named_modules()]
-    with _training(model), hooked(modules, watch):
+    with _training(model, config, labels), hooked(modules, watch):
         loss, experts = torch_step.accumulate_gradients(
             model, config.optim, config.precision, torch.from_numpy(labels).long()
         )
@@ -243,10 +280,10 @@ def torch_gradients(model: TorchCustomLLM, config: TrainConfig, labels: np.ndarr
 
 
 @torch.no_grad()
-def torch_evaluate(model: TorchCustomLLM, labels: np.ndarray, precision: str) -> tuple[float, int]:
+def torch_evaluate(model: TorchCustomLLM, config: TrainConfig, labels: np.ndarray) -> tuple[float, int]:
     """As `JaxTraining.evaluate`."""
     tokens = torch.from_numpy(labels).long()
-    with torch_precision(precision):
+    with torch_precision(config.precision), documents_apart(model, config, labels.shape[-1]):
         mean = float(model(tokens.clamp(min=0), labels=tokens).loss)
     targets = int((labels[:, 1:] != torch_step.IGNORED).sum())
     return mean * targets, targets
@@ -274,7 +311,7 @@ def torch_train(
     model: TorchCustomLLM, config: TrainConfig, batches: np.ndarray, moments: OptimizerState | None = None
 ) -> Trained:
     """Train the PyTorch model; arguments as in `JaxTraining.train`."""
-    with _training(model):
+    with _training(model, config, batches):
         interleaved, E = is_interleaved(model.config.to_dict()), config.model.n_routed_experts
         blocks = hf_side.joined_matrices(model, config.model, interleaved) if hf_side.is_stock(model) else {}
         optimizer = torch_step.make_optimizer(model, config.optim, config.precision, blocks)

@@ -24,7 +24,7 @@ from parity_tests.forward import jax_precision, torch_named
 from parity_tests.forward_rungs import Subject
 from parity_tests.options import MIN_STEPS
 from parity_tests.replay import Comparison, Flips, total_flips
-from parity_tests.settings import Plan, text_batches
+from parity_tests.settings import Plan, documents_of, text_batches
 from parity_tests.training import (
     Gradients,
     JaxTraining,
@@ -81,8 +81,9 @@ class TrainingRungs:
 
     def __init__(self, subject: Subject, plan: Plan, tokens: np.ndarray, recomputes: bool | None = None):
         self.subject, self.plan, self.recomputes = subject, plan, recomputes
-        self.batches = text_batches(tokens, plan.sizes, plan.steps)  # (steps,A,B,T)
-        self.wide_batch = text_batches(tokens, plan.wide, 2)[1]  # (A,B,T)
+        data = plan.config.data
+        self.batches = text_batches(tokens, plan.sizes, plan.steps, data)  # (steps,A,B,T)
+        self.wide_batch = text_batches(tokens, plan.wide, 2, data)[1]  # (A,B,T)
         self.curve = Curve()
         self.not_compared: list[str] = []
         self._dead: set[str] = set()
@@ -98,7 +99,9 @@ class TrainingRungs:
     @functools.cached_property
     def norms(self) -> tuple[float, float]:
         """Of the gradients of the first two batches."""
-        one, other = self.plan.norms or [self._jax_gradients(labels).norm for labels in self.batches[:2]]
+        if self.plan.norms is not None:
+            return self.plan.norms
+        one, other = (self.jax.train(labels[None]).grad_norms[0] for labels in self.batches[:2])
         return one, other
 
     @functools.cached_property
@@ -376,8 +379,14 @@ class TrainingRungs:
 
     def _flips(self, weights: Weights, batch: np.ndarray, experts: np.ndarray) -> Flips:
         """The choices that Flax would make differently from the given experts (A,L,B,T,k) of a step."""
-        pairs = zip(batch, experts, strict=True)
-        return total_flips([self.subject.flips(weights, np.where(m == IGNORED, 0, m), chosen) for m, chosen in pairs])
+        documents = documents_of(self.plan.config.data, batch.shape[-1])
+        mask = None if documents is None else np.broadcast_to(documents, batch.shape[1:])
+        return total_flips(
+            [
+                self.subject.flips(weights, np.where(micro == IGNORED, 0, micro), chosen, mask)
+                for micro, chosen in zip(batch, experts, strict=True)
+            ]
+        )
 
     def _bias_rows(self, rung: str, ours: Trained, theirs: Trained, which: str = "") -> list[Row]:
         """The routing bias is a sum of signs: if the choices are the same, only its rounding differs."""

@@ -6,10 +6,11 @@ import hashlib
 import html
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from jaxllm.files import write_text_atomically
 from parity_tests.engine.judge import FORMULA, TRAINING
@@ -43,7 +44,7 @@ def write_verdict(verdict: Verdict, folder: Path, command: str, file: Path | Non
     folder.mkdir(parents=True, exist_ok=True)
     card = _card(verdict, command, file)
     found = {"page": folder / "parity.html", "card": folder / "card.json"}
-    write_text_atomically(found["page"], page(verdict, card))
+    write_text_atomically(found["page"], page(_content(verdict, card)))
     write_text_atomically(found["card"], json.dumps(card, indent=1) + "\n")
     return found
 
@@ -70,55 +71,82 @@ def _card(verdict: Verdict, command: str, file: Path | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def page(verdict: Verdict, card: dict[str, Any]) -> str:
+class Content(NamedTuple):
+    """What a page shows."""
+
+    agrees: bool
+    lines: list[str]
+    """The verdict, and what was not compared."""
+    rows: list[Row]
+    first: Row | None
+    """The first difference."""
+    limits: Mapping[str, float]
+    """The relative errors that tolerances allow, by their names."""
+    about: dict[str, Any]
+    """What is needed to repeat it."""
+    rounding: Mapping[tuple[str, str, str], float] = MappingProxyType({})
+    """That of both sides, by rung, what and leaf of a row."""
+    tables: str = ""
+    """What stands after the rows, in HTML."""
+
+
+def _content(verdict: Verdict, card: dict[str, Any]) -> Content:
+    tables = ""
+    if verdict.controls:
+        tables += "<h2>planted faults</h2><p>Each alone, in the PyTorch side: would the comparison have seen it?</p>"
+        tables += _table(("fault", "result", "rung", "where"), verdict.controls)
+    pairs = [(name, entry.spelled()) for name, entry in verdict.mapping.entries.items()]
+    tables += f"<h2>mapping</h2><details><summary>{len(pairs)} tensors</summary>"
+    tables += f"{_table(('JAX', 'PyTorch'), pairs)}</details>"
+    limits = {tolerance.name: tolerance.relative_l2 for tolerance in (FORMULA, TRAINING)}
+    about = {key: card[key] for key in ("command", "jaxllm", "pair", "sides")}
+    judged = verdict.judgement
+    return Content(
+        verdict.agrees, verdict.lines(), verdict.rows, judged.first, limits, about, judged.controls, tables
+    )  # fmt: skip
+
+
+def page(content: Content) -> str:
     """One file that needs no network: the verdict, then for each rung a bar for each comparison."""
-    first = verdict.judgement.first
-    lines = verdict.lines()
     body = [
-        f'<h1 class="{"ok" if verdict.agrees else "bad"}">{html.escape(lines[0])}</h1>',
-        *(f"<p>{html.escape(line)}</p>" for line in lines[1:]),
+        f'<h1 class="{"ok" if content.agrees else "bad"}">{html.escape(content.lines[0])}</h1>',
+        *(f"<p>{html.escape(line)}</p>" for line in content.lines[1:]),
         "<p>A bar is the logarithm of the relative error, from 1e-17 to 1: red beyond the tolerance, else blue. The "
-        "orange mark is the rounding of both sides in their own precision, the dashed line the tolerance.</p>",
+        "orange mark, where there is one, is the rounding of both sides in their own precision, the dashed line the "
+        "tolerance.</p>",
     ]
     rung = ""
-    for group in group_rows(verdict.rows):
+    for group in group_rows(content.rows):
         if group[0].rung != rung:
             rung = group[0].rung
             body.append(f"<h2>{html.escape(rung)}</h2>")
-        body.append(_group(group, verdict, first))
-    if verdict.controls:
-        body.append("<h2>planted faults</h2><p>Each alone, in the PyTorch side: would the comparison have seen it?</p>")
-        body.append(_table(("fault", "result", "rung", "where"), verdict.controls))
-    pairs = [(name, entry.spelled()) for name, entry in verdict.mapping.entries.items()]
-    body.append(
-        f"<h2>mapping</h2><details><summary>{len(pairs)} tensors</summary>{_table(('JAX', 'PyTorch'), pairs)}</details>"
-    )
-    about = {key: card[key] for key in ("command", "jaxllm", "pair", "sides")}
-    body.append(f"<h2>to repeat it</h2><pre>{html.escape(json.dumps(about, indent=1))}</pre>")
-    title = "Agrees" if verdict.agrees else "Differs"
+        body.append(_group(group, content))
+    body.append(content.tables)
+    body.append(f"<h2>to repeat it</h2><pre>{html.escape(json.dumps(content.about, indent=1, default=str))}</pre>")
+    title = "Agrees" if content.agrees else "Differs"
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
 
 
-def _group(rows: list[Row], verdict: Verdict, first: Row | None) -> str:
+def _group(rows: list[Row], content: Content) -> str:
     failed = sum(not row.passed for row in rows)
     state = (
         f'<span class="bad">{failed} of {len(rows)} differ</span>'
         if failed
         else f'<span class="ok">{len(rows)} agree</span>'
     )
-    lines = [_row(row, verdict, first) for row in rows]
+    lines = [_row(row, content) for row in rows]
     return (
         f"<details{' open' if failed or rows[0].rung == 'modules' else ''}>"
         f"<summary>{html.escape(rows[0].what)}: {state}</summary><table>{''.join(lines)}</table></details>"
     )
 
 
-def _row(row: Row, verdict: Verdict, first: Row | None) -> str:
-    control = verdict.judgement.controls.get((row.rung, row.what, row.leaf))
-    limit = {t.name: t.relative_l2 for t in (FORMULA, TRAINING)}.get(row.tolerance)
+def _row(row: Row, content: Content) -> str:
+    control = content.rounding.get((row.rung, row.what, row.leaf))
+    limit, is_first = content.limits.get(row.tolerance), row is content.first
     error = "" if row.relative_l2 is None else f'<div class="error" style="width:{_place(row.relative_l2):.1f}%"></div>'
     marks = "".join(
         f'<div class="{kind}" style="left:{_place(value):.1f}%"></div>'
@@ -126,8 +154,8 @@ def _row(row: Row, verdict: Verdict, first: Row | None) -> str:
         if value
     )
     size = "" if row.relative_l2 is None else f"{row.relative_l2:.1e}"
-    kinds = " ".join(kind for kind, applies in (("bad", not row.passed), ("first", row is first)) if applies)
-    note = row.note + (" first difference" if row is first else "")
+    kinds = " ".join(kind for kind, applies in (("bad", not row.passed), ("first", is_first)) if applies)
+    note = row.note + (" first difference" if is_first else "")
     return (
         f'<tr class="{kinds}"><td class="name">{html.escape(row.leaf or row.what)}</td>'
         f'<td><div class="scale">{error}{marks}</div></td><td class="number">{size}</td>'
