@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from convert.adapter import read_adapter, write_adapter
 from convert.model_card import CARD_FILE
 from convert.new_folder import check_new, new_folder
-from convert.to_flax import Imported, Place, read_model
+from convert.to_flax import Place, read_model
 from jaxllm.config import ModelConfig, TrainConfig
 from jaxllm.config.families import is_interleaved, names_of
 from jaxllm.errors import UserError
@@ -23,7 +23,7 @@ from jaxllm.model.inference import Hold, as_stored, is_narrow, masters
 from jaxllm.store.base import check_base, check_there
 from jaxllm.store.checkpoint import Weights, load_weights, read_newest
 from jaxllm.store.folder import TOKENIZER, adapters_of, read_model_config
-from jaxllm.store.source import model_folder, read_source
+from jaxllm.store.source import hub_name, model_folder, read_source
 from jaxllm.train.step import merged
 
 
@@ -70,15 +70,14 @@ def run_weights(run: StrPath, hold: Hold = masters) -> tuple[ModelConfig, Weight
     if config is None or config.adapters is None:
         return load_weights(run, hold)
     model, lora = read_model_config(run), config.adapters
-    base = run_base(run, config, hold)
     saved = read_newest(run, lambda saved: saved.adapters(model, lora))
-    graph = abstract_adapted(model, lora).graph
-    merge = jax.jit(lambda *trees: merged_weights(merged(graph, *trees), hold))
-    return model, Weights(merge(*saved, base.weights.params), saved.routing_bias)
+    # only the model refers to the base, whose matrices are replaced one by one
+    adapted = merged(abstract_adapted(model, lora).graph, *saved, run_base(run, config, hold))
+    return model, Weights(merged_weights(adapted, hold), saved.routing_bias)
 
 
-def run_base(run: StrPath, config: TrainConfig, hold: Hold) -> Imported:
-    """The base of a run with adapters, as `read_model`.
+def run_base(run: StrPath, config: TrainConfig, hold: Hold) -> Pytree:
+    """The frozen weights of a run with adapters, held as in `read_model`.
 
     Raises:
         UserError: it is not where it was, or is not what it was.
@@ -87,14 +86,13 @@ def run_base(run: StrPath, config: TrainConfig, hold: Hold) -> Imported:
     check_there(Path(run), folder)
     assert folder is not None
     check_base(Path(run), folder)
-    return read_model(folder, hold=hold, place=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    return read_model(folder, hold=hold, place=jax.sharding.SingleDeviceSharding(jax.devices()[0])).weights.params
 
 
 _CARD = """\
 ---
 library_name: peft
-base_model: {base}
-pipeline_tag: text-generation
+{front}pipeline_tag: text-generation
 tags: [lora]
 ---
 
@@ -122,12 +120,16 @@ def export_adapter(run: StrPath, out: StrPath) -> None:
     check_new(out)
     if config is None or config.adapters is None:
         raise UserError(f"{str(run)!r} has no adapters")
-    model, lora, base = read_model_config(run), config.adapters, str(config.init)
+    assert config.init is not None
+    model, lora = read_model_config(run), config.adapters
+    base, revision = hub_name(config.init) or (str(config.init), None)
     saved = read_newest(run, lambda saved: saved.adapters(model, lora))
     with new_folder(out) as made:
         if (run / TOKENIZER).is_dir():
             shutil.copytree(run / TOKENIZER, made, dirs_exist_ok=True)
         code = ", trust_remote_code=True" if names_of(model) == "customllm" else ""
-        card = _CARD.format(base=base, name=run.absolute().name, code=code)
+        # a path says where the model lies on someone's machine
+        named, front = (base, f"base_model: {base}\n") if revision else (config.init.name, "")
+        card = _CARD.format(front=front, base=named, name=run.absolute().name, code=code)
         (made / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
-        write_adapter(made, model, lora, saved.params, base, is_interleaved(read_source(run)))
+        write_adapter(made, model, lora, saved.params, base, is_interleaved(read_source(run)), revision)

@@ -6,6 +6,7 @@ Imports neither JAX nor PyTorch.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 import numpy as np
 
 from jaxllm.config import RunConfig, families
+from jaxllm.config.groups import CODE_PROMPTS, STORY_PROMPTS
+from jaxllm.data.chats import first_question
 from jaxllm.data.epochs import steps_for_epochs
 from jaxllm.data.mixture import holds_chats
 from jaxllm.data.source import Source
@@ -118,6 +121,8 @@ def prepare(
         check_resumable(config)
     check_streams(config)
     evaluated = held_out.read_or_make(config, tokenizer, source, resumes)
+    if evaluated.encoded.chats + evaluated.encoded.pairs:
+        config = _with_their_prompts(config, tokenizer, as_chats=evaluated.encoded.chats > 0)
     _check_prompts(config, tokenizer, as_chats=evaluated.encoded.chats > 0)
     if not bytes_per_target(tokenizer, evaluated.rows, config.data):
         raise UserError("data: the tokens of the held-out part have no text: pass another --tokenizer")
@@ -236,6 +241,21 @@ def _tokenizer_given(config: RunConfig, source_folder: Path | None, resumes: boo
     if config.data.tokenizer is not None or not (source_folder or (resumes and checkpoint_owner(config.folder))):
         return config.data.tokenizer
     return str(next(path for path in (source_folder, config.folder / SOURCE, config.folder) if path and path.is_dir()))
+
+
+def _with_their_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, as_chats: bool) -> Config:
+    """In place of a recipe's prompts, of code or stories, what is asked first in the chats that are held out."""
+    sampling, special = config.sampling, config.data.special_tokens_in_text
+    if sampling.prompts not in (CODE_PROMPTS, STORY_PROMPTS) or not sampling.sample_tokens:
+        return config
+    room, found = config.model.max_position_embeddings - sampling.sample_tokens, {}
+    for chunk in open_source(dataclasses.replace(config, seed=0)).held_out():
+        asked = first_question(chunk.text)
+        if asked and len(encode_prompt(tokenizer, asked, special, as_chats)) <= room:
+            found[asked] = None
+        if len(found) == len(sampling.prompts):
+            break
+    return config.with_options(prompts=(*found,)) if found else config
 
 
 def _check_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase, as_chats: bool) -> None:
