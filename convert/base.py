@@ -71,7 +71,6 @@ def run_weights(run: StrPath, hold: Hold = masters) -> tuple[ModelConfig, Weight
         return load_weights(run, hold)
     model, lora = read_model_config(run), config.adapters
     saved = read_newest(run, lambda saved: saved.adapters(model, lora))
-    # only the model refers to the base, whose matrices are replaced one by one
     adapted = merged(abstract_adapted(model, lora).graph, *saved, run_base(run, config, hold))
     return model, Weights(merged_weights(adapted, hold), saved.routing_bias)
 

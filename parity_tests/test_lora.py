@@ -153,8 +153,8 @@ def test_greedy_tokens_are_peft_s(tmp_path):
     model = in_peft(case, tmp_path, "float32")
     graph = abstract_adapted(case.config, case.lora).graph
     plain = abstract_model(case.config)[0]
-    merge = jax.jit(lambda *trees: merged_weights(merged(graph, *trees)))
-    weights = merge(case.params, case.weights.routing_bias, case.weights.params)
+    trees = jax.tree.map(jnp.array, (case.params, case.weights.routing_bias, case.weights.params))
+    weights = merged_weights(merged(graph, *trees))
     ours = nnx.merge(plain, weights, jax.tree.map(jnp.asarray, case.weights.routing_bias))
     prompt = IDS[:1, :12]
     found = generate(ours, prompt.tolist(), 16, Sampling(temperature=0.0), seed=0, eos_token_ids=())

@@ -107,19 +107,22 @@ def _adapt(matrix: Matrix, lora: LoraConfig, rngs: nnx.Rngs) -> None:
 def merged_weights(model: nnx.Module, hold: Callable[[ParameterFacts, Any], Any] | None = None) -> Pytree:
     """The weights that a model without adapters has instead: W + scale A B, as nested dicts.
 
-    They are computed in float32 or wider, one layer at a time, and take the place of the model's own: of a matrix that
-    keeps its dtype, the array is donated; of one that does not, it is free once nothing else refers to it.
+    They are computed in float32 or wider, one layer at a time, and take the place of the model's own, whose arrays are
+    deleted, so that both are never in memory at once. Not under `jax.jit`.
 
     Args:
         hold: chooses the dtype of each, from the facts of W and float32 (`inference.Hold`); None: that of W.
     """
-    for _, node in list(nnx.iter_graph(model)):
-        if isinstance(node, Linear) and node.adapter is not None:
-            facts = node.weight.get_metadata("facts")
-            dtype = node.weight.dtype if hold is None else hold(facts, jnp.float32)
-            factors = (_aligned(factor, facts.axes) for factor in (node.adapter.a, node.adapter.b))
-            whole = _add_product(node.weight[...].astype(dtype), *factors, node.adapter.scale)
-            node.weight = Frozen(whole, **node.weight.get_metadata())
+    for linear in [node for _, node in nnx.iter_graph(model) if isinstance(node, Linear)]:
+        if (adapter := linear.adapter) is not None:
+            facts = linear.weight.get_metadata("facts")
+            dtype = linear.weight.dtype if hold is None else hold(facts, jnp.float32)
+            factors = (_aligned(factor, facts.axes) for factor in (adapter.a, adapter.b))
+            weight = linear.weight[...]
+            whole = _add_product(weight.astype(dtype), *factors, adapter.scale)
+            if not weight.is_deleted():  # donated, if it has the dtype already
+                weight.delete()
+            linear.weight = Frozen(whole, **linear.weight.get_metadata())
     return nnx.to_pure_dict(nnx.state(model, Frozen))
 
 
