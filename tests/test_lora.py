@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 
 import train
 from convert.__main__ import main as convert
-from convert.base import run_base, run_weights
+from convert.base import run_base, run_weights, weights_hash
 from convert.to_flax import read_folder
 from convert.to_torch import write_model
 from jaxllm.config import LoraConfig, ModelConfig, TrainConfig
@@ -44,7 +44,6 @@ from jaxllm.plan.hlo_cost import matrix_products
 from jaxllm.run.arguments import parse_args
 from jaxllm.run.reporting import announce_adapters
 from jaxllm.store.adapter_folder import adapter_options
-from jaxllm.store.base import base_of
 from jaxllm.store.checkpoint import CheckpointReader, Weights
 from jaxllm.store.folder import read_config as read_run
 from jaxllm.train.computation import Computation
@@ -108,7 +107,7 @@ def test_a_checkpoint_holds_adapters_alone(run, base):
     assert sorted(leaf.shape for leaf in written) == sorted(leaf.shape for leaf in wanted)
     assert all(leaf.any() for leaf in jax.tree.leaves(saved_adapters(run, 4)))  # B has learned
     assert json.loads((run / "checkpoints" / "4" / "checksums.json").read_text())["list"]["base"]
-    assert read_json(run / "base.json") == base_of(base)
+    assert read_json(run / "base.json") == {"sha256": weights_hash(base)}
 
 
 def test_a_run_that_was_killed_resumes_to_the_same_bits(run, options, tmp_path):
@@ -223,7 +222,7 @@ def test_an_adapter_a_run_and_a_model_are_not_taken_for_one_another(run, tmp_pat
 
 
 def test_adapters_learn_faster_than_weights(base, run, capsys):
-    """By default, which a line says; a resumed run keeps its own."""
+    """By default, and a message reports it; a resumed run keeps its own."""
 
     def rate(*given: str) -> tuple[float, int]:
         config = parse_args(["--init", str(base), *given], "train.py", None, TrainConfig)

@@ -38,7 +38,6 @@ from jaxllm.files import delete_leftovers, read_json, rename_durably, write_json
 from jaxllm.model.batch import IGNORED, token_batch
 from jaxllm.run import held_out
 from jaxllm.run.trackers import check_tracker
-from jaxllm.store.base import BASE_FILE, base_of
 from jaxllm.store.folder import (
     CONFIG_FILE,
     MODEL_FILE,
@@ -128,15 +127,12 @@ def prepare(
         raise UserError("data: the tokens of the held-out part have no text: pass another --tokenizer")
     if config.schedule.epochs is not None and saved.get("epochs") != config.schedule.epochs:
         config = config.with_options(steps=steps_for_epochs(config, tokenizer))
-    base = None if resumes or not config.adapters else base_of(Path(config.options()["init"]))
     if not resumes:
         clear(config.folder)
     # First what identifies the folder as ours: a process may be killed between any two lines.
     write_json(config.folder / CONFIG_FILE, config.to_dict())
     (config.folder / OVERWRITING).unlink(missing_ok=True)
     write_json(config.folder / MODEL_FILE, config.model.to_dict())
-    if base is not None:
-        write_json(config.folder / BASE_FILE, base)
     if source_folder is not None:
         keep_source(source_folder, config.folder, Path(given or source_folder))
     elif source_config is not None and given is not None and not own_tokenizer.is_dir():
