@@ -78,6 +78,7 @@ def test_training_and_cached_decoding_are_transformers_s():
     assert_passed(climb(CASES["v3-yarn"], "float64", "gradients", "step", "trajectory", "generation"))
 
 
+@pytest.mark.slow
 def test_muon_updates_each_matrix_that_transformers_joins():
     assert_passed(climb(CASES["v3-yarn"], "float64", "gradients", "step", "trajectory", optimizer="muon"))
 

@@ -50,6 +50,7 @@ def edit(file: Path, before: str, after: str) -> None:
     file.write_text(content.replace(before, after))
 
 
+@pytest.mark.slow
 def test_the_verdict_names_the_code_that_was_compared(exported, text, tmp_path, capsys):
     arguments = [str(exported), *QUICK, "--text", str(text), "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
@@ -79,6 +80,7 @@ def test_edited_code_is_refused_and_not_run_unless_the_user_says_so(exported, te
     assert ran.exists()
 
 
+@pytest.mark.slow
 def test_a_fault_in_the_folder_s_code_is_found(exported, text, tmp_path, capsys, monkeypatch):
     """In another process: transformers keeps modules that it has imported from a folder of that name."""
     edit(

@@ -400,10 +400,11 @@ def test_near_ties_are_distinguished_from_wrong_choices():
     assert expert_flips(scores, np.asarray([0, 0, 0, 0.45]), np.asarray([[0, 3]]), router).count == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("training", "wrong"),
     [
-        pytest.param(("gradients",), {"gradients"}, marks=pytest.mark.slow),
+        (("gradients",), {"gradients"}),
         # they share a program
         (("step", "trajectory"), {"gradient norm", "first moments", "second moments", "update"}),
     ],

@@ -123,7 +123,8 @@ def test_a_graph_that_skips_experts_is_refused(weights, monkeypatch):
         compiled(tokens(2, 9))
 
 
-@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("masked", [False, True])
 @torch.no_grad()
 def test_an_exported_program_computes_the_same_logits(weights, tmp_path, masked):
     """Any batch and any length; saved, and loaded by a process that has nothing but torch."""

@@ -110,6 +110,7 @@ def test_evaluate_scores_the_targets_of_the_run_and_of_other_chats(chat_run, arg
     assert targets < 0.7 * tokens < every
 
 
+@pytest.mark.slow
 def test_a_replayed_step_has_the_run_s_batch(chat_run, capsys):
     replay(chat_run, 6)
     assert "Everything in it is finite" in capsys.readouterr().out
@@ -134,6 +135,7 @@ def test_joined_chats_and_whole_chats_are_trained_on(options, arguments, tmp_pat
     ).all()
 
 
+@pytest.mark.slow
 def test_a_run_from_before_there_was_a_choice_resumes(run, narrow, tmp_path):
     """Its config names neither, and its numbers stay."""
     folder = shutil.copytree(run, tmp_path / "run")

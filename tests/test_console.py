@@ -171,6 +171,7 @@ def finish(exit_code=0): _add("finish", exit_code)
 """
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_one_in_wandb_and_an_error_ends_it_as_failed(narrow, tmp_path, monkeypatch):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "wandb.py").write_text(WANDB)

@@ -222,6 +222,7 @@ def test_nothing_is_overwritten(run, copy, capsys):
     assert {path.name: path.stat().st_mtime_ns for path in copy.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_an_imported_run_and_an_exported_folder_generate_and_train(exported, narrow, tmp_path, capsys):
     assert main(["to-flax", str(exported), str(tmp_path / "run")]) == 0
     texts = []

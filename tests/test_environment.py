@@ -51,6 +51,7 @@ def test_there_is_another_value_for_each_pinned_setting():
     assert all(jax.config.values[name] == value for name, value in numerics.PINNED.items())  # JAX's defaults
 
 
+@pytest.mark.slow
 def test_a_shell_s_settings_change_no_sample_and_are_named(run):
     arguments = ["-m", "jaxllm.generate", run, "--prompt", "def ", "--max-new-tokens", "20", "--temperature", "1"]
     plain, other = command(*arguments), command(*arguments, **OTHERS)
@@ -80,6 +81,7 @@ def test_jit_that_is_turned_off_is_named(module, run):
     assert done.returncode != 0
 
 
+@pytest.mark.slow
 def test_the_library_s_keys_and_samples_are_pinned_where_nothing_else_is():
     small = dataclasses.replace(SMALL, num_hidden_layers=1)
     model, config = CustomLLM(small, rngs=nnx.Rngs(0)), TrainConfig.from_options(model=small)
@@ -119,7 +121,7 @@ def working_folder(request, tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("module", ["jaxllm.generate", "jaxllm.evaluate"])
+@pytest.mark.parametrize("module", ["jaxllm.generate", pytest.param("jaxllm.evaluate", marks=pytest.mark.slow)])
 def test_commands_work_on_a_run_among_a_user_s_own_modules(module, run, working_folder, tmp_path):
     (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 9)
     options = ["--prompt", "def ", "--max-new-tokens", "2"]
@@ -129,6 +131,7 @@ def test_commands_work_on_a_run_among_a_user_s_own_modules(module, run, working_
     assert "the user runs" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_user_s_module_that_hides_one_that_is_needed_is_named(run, working_folder, tmp_path):
     assert convert.main(["to-torch", str(run), str(tmp_path / "exported")]) == 0
     hides = working_folder / "convert"

@@ -520,6 +520,7 @@ def narrow_run(tmp_path, monkeypatch, narrow_model):
     return start
 
 
+@pytest.mark.slow
 def test_a_run_outlives_bad_shards_and_other_names(narrow_run, capsys):
     Path("data/part-03.jsonl").write_bytes(lines([{"text": None}] * 9))
     Path("data/part-05.parquet").write_bytes(parquet([], pyarrow.schema([("text", pyarrow.string())])))

@@ -36,7 +36,8 @@ def session(seconds: float = 60.0) -> Session:
     return Session(True, rounds=1, gpu=True, ends=time.monotonic() + seconds, target=load_target("h100"))
 
 
-@pytest.mark.parametrize("parts", [FEW, pytest.param((*PARTS,), marks=pytest.mark.slow)], ids=["few", "all"])
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [FEW, (*PARTS,)], ids=["few", "all"])
 def test_every_part_runs_and_the_page_shows_it(parts, tmp_path):
     """In a separate process, as a user starts it."""
     file = tmp_path / "gpu.json"

@@ -109,7 +109,7 @@ def loss_and_gradients(
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_step_s_gradients(interpreted, remat):
     """float32: 3e-5 of each gradient's largest entry, since sums are in another order."""
     (wanted, wanted_gradients), (made, gradients) = (
@@ -123,6 +123,7 @@ def test_the_step_s_gradients(interpreted, remat):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-5 * np.abs(theirs).max(), err_msg=str(path))
 
 
+@pytest.mark.slow
 def test_the_gradients_of_the_auxiliary_losses_alone(interpreted):
     """They do not depend on the last layer's output, and must find what the layers saved all the same."""
     (wanted, wanted_gradients), (made, gradients) = (
@@ -166,6 +167,7 @@ def test_decoding_reads_its_layer_s_experts(interpreted):
     np.testing.assert_allclose(made, wanted, rtol=0, atol=1e-5 * float(jnp.abs(wanted).max()))
 
 
+@pytest.mark.slow
 def test_decoding_refuses_a_gradient():
     model = CustomLLM(dataclasses.replace(SMALL, num_hidden_layers=1), rngs=nnx.Rngs(0), platform=ANY)
     token, position = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32)

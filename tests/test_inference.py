@@ -87,7 +87,8 @@ def test_no_packed_array_leaves_the_model():
     assert {leaf.dtype for leaf in jax.tree.leaves(seen[0][1:])} == {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}
 
 
-@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", [False, True])
 def test_packed_residuals_change_no_gradient(remat):
     """1e-5 of each gradient's largest entry: float32 sums are fused otherwise. A bit of bfloat16 less would be 4e-3."""
     model = CustomLLM(SMALL, dtype=jnp.bfloat16, remat=remat, rngs=nnx.Rngs(0))

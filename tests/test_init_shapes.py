@@ -47,6 +47,7 @@ def test_an_option_that_changes_the_shapes_of_trained_weights_is_named(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_trained_weights_is_not_told_to_change_their_table(
     exported, run, narrow_model, corpus, tmp_path, capsys
 ):

@@ -39,9 +39,8 @@ def survivals(framework: str, folder: Path, before: Path | str, *options: str) -
     return int(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(
-    "kind", ["init", *(pytest.param(k, marks=pytest.mark.slow) for k in ("new", "torch", "converted", "overwritten"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["init", "new", "torch", "converted", "overwritten"])
 def test_a_start_that_is_killed_anywhere_is_accepted_again(kind, narrow_model, corpus, deepseek, run, tmp_path):
     converted, options = tmp_path / "converted", [*narrow_model, "--data", str(corpus)]
     (converted / "checkpoints" / "0").mkdir(parents=True)
@@ -56,6 +55,7 @@ def test_a_start_that_is_killed_anywhere_is_accepted_again(kind, narrow_model, c
     assert survivals("PyTorch" if kind == "torch" else "JAX", tmp_path / "run", before, *options) >= 12
 
 
+@pytest.mark.slow
 def test_an_init_run_that_is_killed_before_its_first_checkpoint_starts_from_the_same_weights(
     deepseek, corpus, tmp_path, monkeypatch, capsys
 ):

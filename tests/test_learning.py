@@ -33,6 +33,7 @@ def test_completed_lines_are_parsed(sample, wanted):
     assert parses(sample) is wanted
 
 
+@pytest.mark.slow
 def test_a_run_has_its_evaluation_and_a_share(run, tmp_path, capsys):
     assert not main([str(run), "--samples", "2", "--tokens", "8"])
     out, last = capsys.readouterr().out, last_evaluation(run)

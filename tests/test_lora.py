@@ -153,6 +153,7 @@ def test_merged_equals_the_adapter_beside_the_base(run, base):
     assert evaluate([str(run), "--seq-len", "16"]) == 0
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_out_and_in(run, base, options, tmp_path, capsys):
     """Out for PEFT, merged, and in again as the start of another run."""
     assert convert(["to-torch", str(run), str(tmp_path / "out")]) == 0
@@ -337,6 +338,7 @@ def test_memory_is_the_base_and_16_bytes_an_adapter_parameter():
     assert nbytes(half.frozen) < 0.51 * base
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_in_the_place_of_the_base():
     """At the end of a run, which has no room for both."""
     trainer = Trainer(config_of(V3, ADAPTED | {"lora_base_dtype": "bfloat16"}))
@@ -410,7 +412,8 @@ def test_layouts_train_the_same(layout):
 # kernels
 
 
-@pytest.mark.parametrize("rank", [4, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [4, 16])
 def test_the_triton_kernels_with_adapters_equal_the_loops(monkeypatch, rank):
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
     sizes, (N, D, F) = (0, 130, 1, 60), (95, 32, 48)

@@ -81,6 +81,7 @@ def test_changing_a_token_changes_no_logit_before_it():
             assert jnp.abs(free[:, t:] - before[:, t:]).max() > 1e-3 * scale  # the token itself matters
 
 
+@pytest.mark.slow
 def test_uniform_random_tokens_cannot_be_predicted():
     """An answer that leaks would push the loss below log V; fresh weights leave it there."""
     ids = jax.random.randint(jax.random.key(9), (32, 64), 0, SMALL.vocab_size)

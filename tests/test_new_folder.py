@@ -36,6 +36,7 @@ def content(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["to-flax", pytest.param("to-torch", marks=pytest.mark.slow)])
 def test_a_killed_conversion_leaves_no_folder_and_the_same_command_writes_it(kind, run, exported, tmp_path):
     out = tmp_path / "odd [name]" / "out"

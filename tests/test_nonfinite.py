@@ -150,6 +150,7 @@ def test_a_replay_repeats_the_batch_and_names_the_first_tensor(poisoned, capsys)
     assert round(float(said[said.index(": loss ") + 7 :].split()[0]), 4) == logged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", [1, 3])
 def test_a_step_of_a_model_with_dense_layers_is_examined(dense):
     """Its router's tensors are of the layers with experts alone; gradients are named by the layers' numbers."""

@@ -24,7 +24,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize(
-    ("data", "mesh"), [pytest.param("folder", "", marks=pytest.mark.slow), ("jsonl", "data=2,fsdp=2")]
+    ("data", "mesh"), [("folder", ""), pytest.param("jsonl", "data=2,fsdp=2", marks=pytest.mark.slow)]
 )
 def test_n_steps_and_n_more_equal_2n(data, mesh, narrow_model, corpus, tmp_path):
     arguments, source = [*narrow_model, *OPTIONS, "--mesh", mesh], corpus

@@ -78,7 +78,12 @@ def test_the_default_recipe_is_for_new_weights_and_trained_ones_have_a_low_rate(
 @pytest.mark.parametrize(
     ("bfloat16", "precision", "said"),
     [
-        ("the GPU", "bfloat16", "in bfloat16 (--precision float32 is slower: the GPU multiplies bfloat16 in hardware)"),
+        pytest.param(
+            "the GPU",
+            "bfloat16",
+            "in bfloat16 (--precision float32 is slower: the GPU multiplies bfloat16 in hardware)",
+            marks=pytest.mark.slow,
+        ),
         (None, "float32", "in float32 (nothing known here multiplies bfloat16 in hardware)"),
     ],
 )

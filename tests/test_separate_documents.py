@@ -88,6 +88,7 @@ def test_packed_rows_compute_what_separate_rows_compute(dtype, tolerance):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * max(1.0, np.abs(theirs).max()))
 
 
+@pytest.mark.slow
 def test_losses_of_routers_do_not_depend_on_how_rows_are_divided():
     """Among micro-batches or devices, which have other numbers of documents and of tokens."""
     packed, _ = rows_of()

@@ -132,7 +132,13 @@ def reads(monkeypatch) -> dict[str, list[tuple[int, int]]]:
     return found
 
 
-@pytest.mark.parametrize("mesh", ["", "fsdp=8", "fsdp=4,expert=2", "data=2,fsdp=2,expert=2"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "data=2,fsdp=2,expert=2",
+        *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("", "fsdp=8", "fsdp=4,expert=2")),
+    ],
+)
 def test_each_byte_is_read_once_into_its_shards(mesh, folder, reads, monkeypatch):
     monkeypatch.setattr(reader, "MAX_IN_FLIGHT", 1)  # so that one tensor is read at a time
     expected = leaves_of(folder)

@@ -106,7 +106,7 @@ class DeepSeek(Family):
         types = values.get("mlp_layer_types")
         if types is None:
             return 1
-        if not isinstance(types, list) or len(types) != L or not {*types} <= {"dense", "sparse"}:
+        if not isinstance(types, list) or len(types) != L or any(kind not in ("dense", "sparse") for kind in types):
             raise UserError(
                 f"mlp_layer_types is {shown(types)}: it must be a list of dense or sparse for each of {L} layers"
             )
