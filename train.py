@@ -24,7 +24,7 @@ from jaxllm.run.processes import all_check, barrier, each_result, init_distribut
 from jaxllm.run.reporting import write_samples
 from jaxllm.run.run import Run
 from jaxllm.run.runtime import use_compilation_cache
-from jaxllm.store.base import check_base, check_there
+from jaxllm.store.base import check_there
 from jaxllm.store.folder import checkpoint_steps
 from jaxllm.store.resume import check_folder
 from jaxllm.store.source import model_folder
@@ -78,12 +78,12 @@ def read_start(config: TrainConfig, place: Place) -> Imported | Base | None:
     check_shapes(init, config.model)
     check_own("convert")
     if config.adapters:
-        from convert.base import read_base
+        from convert.base import check_base, read_base
 
         if resumes:
             all_check(lambda: is_primary() and check_base(config.folder, model_folder(init)))
             config = config.with_options(adapter=None)  # the checkpoint has what became of it
-        return each_result(lambda: read_base(config, place))
+        return each_result(lambda: read_base(config, place, hashed=is_primary() and not resumes))
     from convert.to_flax import read_model
 
     return each_result(lambda: read_model(init, place=place))

@@ -126,13 +126,20 @@ def _factor(entry: Entry, params: Pytree, kind: str, name: str) -> Entry:
 
 
 def write_adapter(
-    out: StrPath, config: ModelConfig, lora: LoraConfig, params: Pytree, base: str, interleaved: bool = True
+    out: StrPath,
+    config: ModelConfig,
+    lora: LoraConfig,
+    params: Pytree,
+    base: str,
+    interleaved: bool = True,
+    revision: str | None = None,
 ) -> None:
     """Write a folder that `PeftModel.from_pretrained(model, out)` reads.
 
     Args:
         params: those of a model with adapters; they are written in float32.
-        base: the folder or name of the base model, for `AutoPeftModelForCausalLM`.
+        base: the folder or Hub name of the base model, for `AutoPeftModelForCausalLM`.
+        revision: the commit of the base on the Hub.
 
     Raises:
         UserError: a value is not a finite number.
@@ -148,7 +155,8 @@ def write_adapter(
     (out / ADAPTER_WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
     alpha = lora.resolved_alpha
     values = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "revision": revision,
+        "inference_mode": True,
         "r": lora.rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "use_rslora": lora.rslora,
         "target_modules": sorted({one.target for one in found if not one.is_parameter}),
         "target_parameters": sorted({one.target for one in found if one.is_parameter}) or None,

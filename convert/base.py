@@ -1,7 +1,11 @@
 """The frozen weights of a run with adapters, and the model that both make together."""
 
 import functools
+import hashlib
+import json
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,20 +14,22 @@ import jax.numpy as jnp
 
 from convert.adapter import read_adapter, write_adapter
 from convert.model_card import CARD_FILE
+from convert.mtp import is_beyond
 from convert.new_folder import check_new, new_folder
-from convert.to_flax import Imported, Place, read_model
+from convert.to_flax import Place, read_model
+from convert.weight_files import weight_files
 from jaxllm.config import ModelConfig, TrainConfig
 from jaxllm.config.families import is_interleaved, names_of
 from jaxllm.errors import UserError
-from jaxllm.files import StrPath
+from jaxllm.files import StrPath, read_json
 from jaxllm.model.adapters import merged_weights
 from jaxllm.model.decoder import abstract_adapted, model_facts
 from jaxllm.model.dtypes import Pytree
 from jaxllm.model.inference import Hold, as_stored, is_narrow, masters
-from jaxllm.store.base import check_base, check_there
+from jaxllm.store.base import base_hash, check_there
 from jaxllm.store.checkpoint import Weights, load_weights, read_newest
-from jaxllm.store.folder import TOKENIZER, adapters_of, read_model_config
-from jaxllm.store.source import model_folder, read_source
+from jaxllm.store.folder import CONFIG_FILE, TOKENIZER, adapters_of, read_model_config
+from jaxllm.store.source import hub_name, model_folder, read_source
 from jaxllm.train.step import merged
 
 
@@ -37,10 +43,14 @@ class Base(NamedTuple):
     dtypes: dict[str, Any]
     """As in `Imported`."""
     matrix_dtype: str
+    sha256: str | None
+    """As of `weights_hash`, if it was asked for."""
 
 
-def read_base(config: TrainConfig, place: Place = None) -> Base:
+def read_base(config: TrainConfig, place: Place = None, hashed: bool = False) -> Base:
     """The weights of --init, read to `place` as `read_model` does, and the adapters of --adapter.
+
+    `hashed`: whether to compute the hash of the weights, too.
 
     Raises:
         UserError: the weights or the adapters cannot be read, or do not fit.
@@ -57,7 +67,36 @@ def read_base(config: TrainConfig, place: Place = None) -> Base:
     if config.adapter is not None:
         shapes = abstract_adapted(config.model, config.lora).params
         adapters = read_adapter(config.adapter, config.model, shapes, is_interleaved(found.values))
-    return Base(Weights(params, found.weights.routing_bias), adapters, found.dtypes, dtype.name)
+    sha256 = weights_hash(model_folder(config.init)) if hashed else None
+    return Base(Weights(params, found.weights.routing_bias), adapters, found.dtypes, dtype.name, sha256)
+
+
+def weights_hash(source: Path) -> str:
+    """The hash of those files of a folder, or of the single file, that are read for a base: others may be added."""
+    layers = read_model_config(source.parent if source.is_file() else source).num_hidden_layers
+    files = {file.name: file for file in weight_files(source, lambda name: not is_beyond(name, layers)).files}
+
+    def sha256(file: Path) -> str:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:
+        hashes = dict(zip(files, pool.map(sha256, files.values()), strict=True))
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+
+def check_base(run: Path, folder: Path) -> None:
+    """Compare the weights in a folder with the base of a run.
+
+    Raises:
+        UserError: they are others than those that its adapters were trained with.
+    """
+    if weights_hash(folder) != base_hash(run):
+        before = read_json(run / CONFIG_FILE).get("init")
+        raise UserError(
+            f"init is {str(folder)!r}: its weights are not those that the adapters in {run} were trained on, which "
+            f"were in {before!r}; pass --init with a folder that holds those"
+        )
 
 
 def run_weights(run: StrPath, hold: Hold = masters) -> tuple[ModelConfig, Weights]:
@@ -73,15 +112,13 @@ def run_weights(run: StrPath, hold: Hold = masters) -> tuple[ModelConfig, Weight
 def merged_run(run: StrPath, config: TrainConfig, hold: Hold) -> tuple[ModelConfig, Weights]:
     """As `run_weights`, of a run with adapters, whose config is known."""
     model, lora = read_model_config(run), config.lora
-    base = run_base(run, config.init, hold)
     saved = read_newest(run, lambda saved: saved.adapters(model, lora))
-    graph = abstract_adapted(model, lora).graph
-    merge = jax.jit(lambda *trees: merged_weights(merged(graph, *trees), hold))
-    return model, Weights(merge(*saved, base.weights.params), saved.routing_bias)
+    adapted = merged(abstract_adapted(model, lora).graph, *saved, run_base(run, config.init, hold))
+    return model, Weights(merged_weights(adapted, hold), saved.routing_bias)
 
 
-def run_base(run: StrPath, init: Path | None, hold: Hold) -> Imported:
-    """The base of a run with adapters, as `read_model`.
+def run_base(run: StrPath, init: Path | None, hold: Hold) -> Pytree:
+    """The frozen weights of a run with adapters, held as in `read_model`.
 
     Raises:
         UserError: it is not where it was, or is not what it was.
@@ -90,14 +127,13 @@ def run_base(run: StrPath, init: Path | None, hold: Hold) -> Imported:
     check_there(Path(run), folder)
     assert folder is not None
     check_base(Path(run), folder)
-    return read_model(folder, hold=hold, place=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    return read_model(folder, hold=hold, place=jax.sharding.SingleDeviceSharding(jax.devices()[0])).weights.params
 
 
 _CARD = """\
 ---
 library_name: peft
-base_model: {base}
-pipeline_tag: text-generation
+{front}pipeline_tag: text-generation
 tags: [lora]
 ---
 
@@ -125,12 +161,16 @@ def export_adapter(run: StrPath, out: StrPath) -> None:
     check_new(out)
     if config is None or config.adapters is None:
         raise UserError(f"{str(run)!r} has no adapters")
-    model, lora, base = read_model_config(run), config.adapters, str(config.init)
+    assert config.init is not None
+    model, lora = read_model_config(run), config.adapters
+    base, revision = hub_name(config.init) or (str(config.init), None)
     saved = read_newest(run, lambda saved: saved.adapters(model, lora))
     with new_folder(out) as made:
         if (run / TOKENIZER).is_dir():
             shutil.copytree(run / TOKENIZER, made, dirs_exist_ok=True)
         code = ", trust_remote_code=True" if names_of(model) == "customllm" else ""
-        card = _CARD.format(base=base, name=run.absolute().name, code=code)
+        # a path says where the model lies on someone's machine
+        named, front = (base, f"base_model: {base}\n") if revision else (config.init.name, "")
+        card = _CARD.format(front=front, base=named, name=run.absolute().name, code=code)
         (made / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
-        write_adapter(made, model, lora, saved.params, base, is_interleaved(read_source(run)))
+        write_adapter(made, model, lora, saved.params, base, is_interleaved(read_source(run)), revision)

@@ -21,7 +21,7 @@ from convert.fused import pieces
 from convert.mapping import Box
 from convert.pickled import check_pickled
 from convert.weight_files import MAX_INDEX_BYTES, weight_files
-from jaxllm.errors import UserError, listed, one_line
+from jaxllm.errors import UserError, listed, note, one_line
 from jaxllm.files import unique_keys
 
 WRAPPERS = re.compile(
@@ -93,7 +93,10 @@ class TensorFiles:
         self.size = 0
         rival = {}
         if files is None:
-            files, self.unopened, self.absent, rival = weight_files(path, lambda name: needed(WRAPPERS.sub("", name)))
+            found = weight_files(path, lambda name: needed(WRAPPERS.sub("", name)))
+            files, self.unopened, self.absent, rival, notes = found
+            for line in notes:
+                note(line)
         try:
             self._add(files)
             if rival:

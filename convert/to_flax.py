@@ -17,7 +17,7 @@ from convert.mapping import PARAMS, ROUTING_BIAS, entries
 from convert.new_folder import check_new, new_folder
 from convert.reader import read_leaves
 from convert.tensor_files import TensorFiles
-from jaxllm.config import ModelConfig
+from jaxllm.config import KernelsOption, ModelConfig
 from jaxllm.config.families import is_interleaved, names_of
 from jaxllm.errors import UserError, listed, note
 from jaxllm.files import StrPath, read_json, write_json
@@ -27,7 +27,7 @@ from jaxllm.model.inference import Hold, as_stored, masters
 from jaxllm.run.self_check import kernels_to_avoid
 from jaxllm.store.checkpoint import Weights
 from jaxllm.store.checkpoint_writer import write_run
-from jaxllm.store.folder import SOURCE_DTYPES, read_model_config
+from jaxllm.store.folder import ADAPTER_CONFIG, SOURCE_DTYPES, read_model_config
 from jaxllm.store.source import model_folder, source_files
 
 MAX_MISSING = 10_000
@@ -101,7 +101,7 @@ def import_run(source: StrPath, run: StrPath, config: ModelConfig | None = None,
     run, source = Path(run), model_folder(source)
     check_new(run)
     folder = source if source.is_dir() else source.parent
-    if config is None and not (folder / "config.json").is_file():
+    if config is None and not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         raise UserError(f"{folder} has no config.json: name the model's shape with --preset")
     if config is None:
         config, weights, _, dtypes = read_model(source, layers, hold=as_stored)
@@ -126,11 +126,13 @@ def from_pretrained(folder: StrPath, *, dtype: Any = jnp.float32, remat: bool = 
     return model_of(folder, dtype, lambda facts, stored: at_least_float32(dtype), remat=remat)
 
 
-def model_of(folder: StrPath, dtype: Any, hold: Hold, *, remat: bool = False) -> CustomLLM:
+def model_of(
+    folder: StrPath, dtype: Any, hold: Hold, *, remat: bool = False, kernels: KernelsOption = "auto"
+) -> CustomLLM:
     """`from_pretrained`, its weights held in the dtypes that `hold` chooses."""
     first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     config, weights, *_ = read_model(folder, hold=hold, place=first)
-    without = kernels_to_avoid(config, dtype)
+    without = kernels_to_avoid(config, dtype, kernels)
     graph, _, _ = abstract_model(config, dtype=dtype, remat=remat, without=without)
     return nnx.merge(graph, *weights)
 

@@ -5,9 +5,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxllm.errors import UserError, listed, note, shown
+from jaxllm.errors import UserError, listed, shown
 from jaxllm.files import read_json
-from jaxllm.store.folder import ADAPTER_CONFIG, checkpoint_owner
+from jaxllm.store.folder import ADAPTER_CONFIG, checkpoint_owner, merging
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -35,10 +35,12 @@ class WeightFiles(NamedTuple):
     """Those of such shards that the folder does not hold."""
     rival: dict[Path, set[str]]
     """Complete files of another set of weights, which must be equal."""
+    notes: list[str]
+    """What is not read, or is read otherwise than one may expect, in lines."""
 
 
 def weight_files(path: Path, needed: Callable[[str], bool]) -> WeightFiles:
-    """The files that hold the weights of a folder; a line names those that are not read.
+    """The files that hold the weights of a folder.
 
     Args:
         path: a folder, or a file.
@@ -51,13 +53,12 @@ def weight_files(path: Path, needed: Callable[[str], bool]) -> WeightFiles:
     if adapter.exists():
         raise UserError(
             f"{adapter}: transformers adds this adapter to the weights, and it is not read here: merge it with "
-            "`PeftModel.from_pretrained(MODEL, FOLDER).merge_and_unload().save_pretrained(OUT)`, or move the adapter_* "
-            "files away"
+            f"`{merging(adapter.parent)}`, or move the adapter_* files away"
         )
     if path.is_file():
         if path.suffix not in WEIGHT_SUFFIXES:
             raise UserError(f"{path}: the ending must be one of {', '.join(WEIGHT_SUFFIXES)}")
-        return WeightFiles({path: set()}, [], [], {})
+        return WeightFiles({path: set()}, [], [], {}, [])
     if not path.is_dir():
         raise UserError(f"{path}: there is no such file or folder")
     for single, index in WEIGHT_SETS:
@@ -76,13 +77,13 @@ def _of_set(path: Path, single: str, index: str, needed: Callable[[str], bool]) 
     held = {file.name for file in path.iterdir() if file.is_file()}
     shards = _shards(path / index) if index in held else {}
     missing = sorted(shards.keys() - held)
-    rival, passed_over = {}, set()
+    rival, passed_over, notes = {}, set(), []
     if single in held and single not in shards:
         if missing:
-            note(f"{path}: {single} is read; {index} is out of date, it names {listed(missing)}")
+            notes.append(f"{path}: {single} is read; {index} is out of date, it names {listed(missing)}")
         elif shards:
             rival = {path / name: tensors for name, tensors in shards.items()}
-            note(f"{path}: {single} is read, and compared with the shards of {index}")
+            notes.append(f"{path}: {single} is read, and compared with the shards of {index}")
         read = {path / single: set()}
     else:
         wanted = {name: tensors for name, tensors in shards.items() if any(needed(tensor) for tensor in tensors)}
@@ -94,12 +95,12 @@ def _of_set(path: Path, single: str, index: str, needed: Callable[[str], bool]) 
         raise UserError(f"{path / index} names no tensor of the model")
     others = {name for name in held if any(fnmatch(name, pattern) for pattern in MODEL_FILES)}
     if others := others - {index, *(file.name for file in read)} - shards.keys():
-        note(f"{path}: not read: {listed(sorted(others))}")
+        notes.append(f"{path}: not read: {listed(sorted(others))}")
     unopened, absent = (
         [tensor for name in passed_over if (name in held) == there for tensor in shards[name]]
         for there in (True, False)
     )
-    return WeightFiles(read, unopened, absent, rival)
+    return WeightFiles(read, unopened, absent, rival, notes)
 
 
 def _shards(index: Path) -> dict[str, set[str]]:

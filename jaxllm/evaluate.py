@@ -22,7 +22,7 @@ from flax import nnx
 from transformers import PreTrainedTokenizerBase
 
 from jaxllm.command_line import parse
-from jaxllm.config import Precision, TrainConfig
+from jaxllm.config import KernelsOption, Precision, TrainConfig
 from jaxllm.config.fields import check_fields, option
 from jaxllm.config.groups import JOINED_TEXTS, DataConfig
 from jaxllm.data.documents import DocumentEncoder, check_vocabulary
@@ -34,12 +34,13 @@ from jaxllm.data.sources import is_hub_name, open_source
 from jaxllm.data.splits import ALL
 from jaxllm.data.tokenizer import load_tokenizer, text_bytes
 from jaxllm.errors import UserError, exit_on_user_error
+from jaxllm.files import read_json
 from jaxllm.generate import load_model, tokenizer_folder
 from jaxllm.model.batch import IGNORED, TokenBatch, token_batch, token_ids
 from jaxllm.model.decoder import CustomLLM
 from jaxllm.model.dtypes import Array
 from jaxllm.run.runtime import start_jax, use_compilation_cache
-from jaxllm.store.folder import CONFIG_FILE, is_run, read_config
+from jaxllm.store.folder import CONFIG_FILE, DATA_REPORT, is_run, read_config
 from jaxllm.train.step import summed_loss
 
 
@@ -150,9 +151,21 @@ class EvaluateArgs:
     """Stop after the chunk of text that reaches this many tokens."""
     precision: Precision = "float32"
     """Compute precision; bfloat16 needs half of the memory and reads half of the bytes."""
+    kernels: KernelsOption = "auto"
+    """As of `python -m jaxllm.generate`."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+def _scored(run: Path, config: TrainConfig | None) -> dict[str, Any]:
+    """What is scored of other chats: as in the run's own, if it was trained on chats or pairs."""
+    file, trained_on = run / DATA_REPORT, {}
+    if config is not None and file.is_file():
+        trained_on = read_json(file).get("encoded", {})
+    if config is None or not (trained_on.get("chats") or trained_on.get("pairs")):
+        return {"train_on": "assistant", "documents": "separate"}
+    return {"train_on": config.data.train_on, "documents": config.data.documents}
 
 
 @exit_on_user_error
@@ -169,10 +182,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"data is missing: {str(args.run)!r} is not a training run, so it holds out no data; pass --data"
         )
     config = read_config(args.run, TrainConfig) if trained else None
-    model = load_model(args.run, args.precision)
+    model = load_model(args.run, args.precision, args.kernels)
     tokenizer = load_tokenizer(str(tokenizer_folder(args.run)))
     if args.data is None and config is not None:
-        data, chunks = config.data, open_source(config.data, config.seed).held_out()
+        source, given = open_source(config.data, config.seed), config
+        chunks, of_chats = source.held_out(), holds_chats(source)
     else:
         assert args.data is not None
         split = args.data_split or ("train" if is_hub_name(args.data) else ALL)
@@ -182,12 +196,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         source = open_source(given.data, given.seed)
         for line in source.notes:
             print(f"Not read: {line}")
-        if holds_chats(source):
-            given = given.with_options(train_on="assistant", documents="separate")
-        data, chunks = given.data, source.chunks()
+        if of_chats := holds_chats(source):
+            given = given.with_options(**_scored(args.run, config))
+        chunks = source.chunks()
+    data = given.data
     seq_len = args.seq_len or (config.data.seq_len if config else model.config.max_position_embeddings)
     sizes = {"seq_len": seq_len, "batch_size": args.batch_size, "max_tokens": args.max_tokens}
     found = score(model, tokenizer, chunks, **sizes, data=data)
+    if of_chats:
+        what = "what the assistant says" if data.train_on == "assistant" else "every token"
+        print(f"Scored         {what}; documents {data.documents}")
     of = f"targets of {found.read:,} tokens; " if data.has_targets else ""
     print(f"Tokens         {found.tokens:,} ({of}{found.text_bytes:,} bytes of text)")
     print(f"Loss           {found.loss:.4f} nats per token")

@@ -6,6 +6,7 @@ python -m jaxllm.generate RUN --chat
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import tyro
 from flax import nnx
 
 from jaxllm.command_line import parse
-from jaxllm.config import MAX_SEED, Precision
+from jaxllm.config import MAX_SEED, KernelsOption, Precision
 from jaxllm.config.fields import check_fields, option
 from jaxllm.config.groups import MAX_TEMPERATURE, check_temperature
 from jaxllm.data.encode import encoder_of
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_model(folder: StrPath, precision: Precision = "float32") -> CustomLLM:
+def load_model(folder: StrPath, precision: Precision = "float32", kernels: KernelsOption = "auto") -> CustomLLM:
     """The model of a run or of an exported folder; raises a UserError if the folder is neither.
 
     Its matrices are held in bfloat16 for that precision, else in the dtype in which they are stored. Adapters of a run
@@ -51,7 +52,7 @@ def load_model(folder: StrPath, precision: Precision = "float32") -> CustomLLM:
         check_own("convert")
         from convert.to_flax import model_of
 
-        return model_of(folder, dtype, for_compute(dtype))
+        return model_of(folder, dtype, for_compute(dtype), kernels=kernels)
     if (adapted := adapters_of(folder)) is None:
         config, weights = load_weights(folder, for_compute(dtype))
     else:
@@ -59,7 +60,7 @@ def load_model(folder: StrPath, precision: Precision = "float32") -> CustomLLM:
         from convert.base import merged_run
 
         config, weights = merged_run(folder, adapted, for_compute(dtype))
-    graph, _, _ = abstract_model(config, dtype=dtype, without=kernels_to_avoid(config, dtype))
+    graph, _, _ = abstract_model(config, dtype=dtype, without=kernels_to_avoid(config, dtype, kernels))
     return nnx.merge(graph, *weights)
 
 
@@ -127,12 +128,26 @@ class GenerateArgs:
     """Continue after an end-of-sequence token."""
     precision: Precision = "float32"
     """Compute precision; bfloat16 needs half of the memory and reads half of the bytes."""
+    kernels: KernelsOption = "auto"
+    """`auto`: the fastest kernels of the device, checked once on a GPU; `plain`: those of any device, unchecked."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_temperature(self.temperature)
+        self._check_greedy()
         if self.chat and self.prompt != ("",):
             raise UserError(f"prompt is {shown(self.prompt)}: --chat answers what is typed, leave out one of the two")
+
+    def _check_greedy(self) -> None:
+        """Raise UserError for an option of sampling beside greedy choice."""
+        if not self.greedy and self.temperature:
+            return
+        greedy = "greedy is set" if self.greedy else "temperature is 0"
+        ignored = ("temperature", "top_k", "top_p") if self.greedy and self.temperature else ("top_k", "top_p")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in ignored:
+            if (value := getattr(self, name)) != defaults[name]:
+                raise UserError(f"{name} is {shown(value)}, and {greedy}, which ignores it: leave out one of the two")
 
 
 def end_tokens(args: GenerateArgs, model: CustomLLM, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -147,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start_jax()
     use_compilation_cache()
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
-    model = load_model(args.run, args.precision)
+    model = load_model(args.run, args.precision, args.kernels)
     tokenizer = load_tokenizer(str(tokenizer_folder(args.run)))
     if args.chat:
         chat(args, model, tokenizer, sampling)

@@ -160,8 +160,8 @@ def test_greedy_tokens_are_peft_s(tmp_path):
     model = in_peft(case, tmp_path, "float32")
     graph = abstract_adapted(case.config, case.lora).graph
     plain = abstract_model(case.config)[0]
-    merge = jax.jit(lambda *trees: merged_weights(merged(graph, *trees)))
-    weights = merge(case.params, case.weights.routing_bias, case.weights.params)
+    trees = jax.tree.map(jnp.array, (case.params, case.weights.routing_bias, case.weights.params))
+    weights = merged_weights(merged(graph, *trees))
     ours = nnx.merge(plain, weights, jax.tree.map(jnp.asarray, case.weights.routing_bias))
     prompt = IDS[:1, :12]
     found = generate(ours, prompt.tolist(), 16, Sampling(temperature=0.0), seed=0, eos_token_ids=())
@@ -183,10 +183,10 @@ def test_50_steps_equal_peft_s(tmp_path, name):
     """AdamW, the rate of the schedule, clipping and decay, in float64: 1e-8 of each factor."""
     case = case_of(name, 8)
     config = TrainConfig.from_options(
-        model=case.config, batch_size=2, seq_len=40, steps=50, warmup_steps=5, learning_rate=1e-3, max_grad_norm=0.5,
+        model=case.config, batch_size=1, seq_len=24, steps=50, warmup_steps=5, learning_rate=1e-3, max_grad_norm=0.5,
         lora_rank=8, lora_alpha=24.0, lora_targets=EVERYWHERE,
     )  # fmt: skip
-    batches = np.random.default_rng(1).integers(0, 97, (50, 1, 2, 40), np.int32)
+    batches = np.random.default_rng(1).integers(0, 97, (50, 1, 1, 24), np.int32)
     with jax_precision("float64"):
         wide = functools.partial(jax.tree.map, lambda leaf: jnp.array(leaf, jnp.float64))
         params, frozen, bias = wide((case.params, *case.weights))
@@ -215,4 +215,8 @@ def test_50_steps_equal_peft_s(tmp_path, name):
         adamw.step()
         adamw.zero_grad()
     theirs = {n.replace(".default", ""): p.detach().numpy() for n, p in model.named_parameters() if p.requires_grad}
-    assert {n: relative(ours[n], theirs[n]) for n in ours if relative(ours[n], theirs[n]) >= 1e-8} == {}
+    found = {n: relative(ours[n], theirs[n]) for n in theirs}
+    print(f"after 50 steps the largest difference is {max(found.values()):.1e}")
+    assert {n: difference for n, difference in found.items() if difference >= 1e-8} == {}
+    started = {n: relative(value, theirs[n]) for n, value in named(case, case.params).items()}
+    assert min(started.values()) > 1e-3  # each factor has moved

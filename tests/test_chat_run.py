@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -39,9 +40,8 @@ def arguments(narrow_model, tmp_path_factory) -> list[str]:
     tokenizer_of(FAMILIES["ChatML"], "byte-level").save_pretrained(folder / "tokenizer")
     sizes = ["--model.vocab-size", "800", "--seq-len", "64", "--model.max-position-embeddings", "96"]
     steps = ["--steps", "8", "--save-every", "4", "--eval-every", "4", "--log-every", "1", "--eval-samples", "6"]
-    prompts = ["--prompts", "1 plus 1?", "--sample-tokens", "12"]
     data = ["--data", str(folder / "chats.jsonl"), "--tokenizer", str(folder / "tokenizer")]
-    return [*narrow_model, *data, *sizes, *steps, *prompts]
+    return [*narrow_model, *data, *sizes, *steps, "--sample-tokens", "12"]
 
 
 @pytest.fixture(scope="module")
@@ -78,18 +78,36 @@ def test_a_killed_run_resumes_to_the_same_bits(chat_run, arguments, tmp_path):
     assert fingerprint(folder) == fingerprint(chat_run)
 
 
-def test_samples_are_answers_through_the_template(chat_run):
+def test_samples_answer_what_is_asked_in_the_chats_that_are_held_out(chat_run):
+    """Through the template, and not the code of other runs."""
+    asked = read_json(chat_run / "train_config.json")["prompts"]
+    assert len({*asked}) == 5
+    assert all(re.fullmatch(r"\d+ plus 1\? (hm )*", prompt) for prompt in asked)
     text = (chat_run / "samples.md").read_text()
-    assert text.startswith("## '1 plus 1?'")
-    assert "1 plus 1?" not in text.split("````")[1]
+    assert re.findall("^## '(.*)'$", text, re.MULTILINE) == [prompt.strip() for prompt in asked]
+    assert not any(prompt in answer for prompt, answer in zip(asked, text.split("````")[1::2], strict=True))
 
 
-def test_evaluate_scores_the_targets_of_the_run_and_of_other_chats(chat_run, arguments, capsys):
+def test_a_row_that_is_skipped_is_counted_once(chat_run):
+    """However often the rows were read ahead: 200 are fewer than the pool."""
+    assert "; 1 rows without text or target were skipped" in (chat_run / "report.md").read_text()
+
+
+def test_evaluate_scores_the_targets_of_the_run_and_of_other_chats(chat_run, arguments, tmp_path, capsys):
+    """And every token of chats for a run that was trained on every token; it says which."""
     evaluate.main([str(chat_run)])
-    out = capsys.readouterr().out
-    assert "targets of" in out
-    evaluate.main([str(chat_run), "--data", arguments[arguments.index("--data") + 1], "--max-tokens", "500"])
-    assert "targets of" in capsys.readouterr().out
+    assert "Scored         what the assistant says; documents separate" in capsys.readouterr().out
+    other = ["--data", arguments[arguments.index("--data") + 1], "--max-tokens", "500"]
+    counts = []
+    run = shutil.copytree(chat_run, tmp_path / "run")
+    for what in ("what the assistant says", "every token"):
+        evaluate.main([str(run), *other])
+        out = capsys.readouterr().out
+        assert f"Scored         {what}; documents separate" in out
+        counts.append(tuple(int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:\(targets|tokens)", out)))
+        write_json(run / "train_config.json", read_json(run / "train_config.json") | {"train_on": "all"})
+    (targets, tokens), (every, _) = counts
+    assert targets < 0.7 * tokens < every
 
 
 @pytest.mark.slow

@@ -13,12 +13,14 @@ import pytest
 from flax import nnx
 
 from jaxllm import CustomLLM, UserError
+from jaxllm import evaluate as evaluation
 from jaxllm import generate as generation
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.generate import GenerateArgs
 from jaxllm.model import decoding
 from jaxllm.model.attention import Latents
 from jaxllm.model.decoding import STREAMED_TOKENS, Sampling, generate, sample_token, stream
+from jaxllm.model.kernels import REPLACEABLE
 from tests.configs import small
 
 SMALL = small(
@@ -167,6 +169,36 @@ def test_command_line_continues_prompts(run, capsys):
     assert "\nclass " in first
     assert generation.main(arguments) == 0
     assert capsys.readouterr().out == first
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["--greedy", "--temperature", "0.5"], "temperature is 0.5, and greedy is set"),
+        (["--greedy", "--top-k", "5"], "top_k is 5, and greedy is set"),
+        (["--temperature", "0", "--top-p", "0.5"], "top_p is 0.5, and temperature is 0"),
+    ],
+)
+def test_what_greedy_choice_ignores_is_refused(given, named, run, capsys):
+    assert generation.main([str(run), *given]) == 2
+    assert f"error: {named}, which ignores it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [generation.main, evaluation.main])
+def test_kernels_are_chosen_as_in_training(command, run, monkeypatch):
+    """As the self-check advises."""
+    asked = []
+    monkeypatch.setattr(
+        generation, "kernels_to_avoid", lambda config, dtype, option: asked.append(option) or REPLACEABLE
+    )
+
+    def stop(_: str):
+        raise UserError("the model is loaded")
+
+    monkeypatch.setattr(generation, "load_tokenizer", stop)
+    monkeypatch.setattr(evaluation, "load_tokenizer", stop)
+    assert command([str(run), "--kernels", "plain"]) == 2
+    assert asked == ["plain"]
 
 
 def joined(parts) -> list[int]:

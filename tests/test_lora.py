@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 
 import train
 from convert.__main__ import main as convert
-from convert.base import run_weights
+from convert.base import run_base, run_weights, weights_hash
 from convert.to_flax import read_folder
 from convert.to_torch import write_model
 from jaxllm.config import LoraConfig, ModelConfig, TrainConfig
@@ -31,13 +31,17 @@ from jaxllm.errors import UserError
 from jaxllm.evaluate import main as evaluate
 from jaxllm.files import read_json, write_json
 from jaxllm.generate import load_model
+from jaxllm.model import adapters
 from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import abstract_adapted, model_facts
+from jaxllm.model.inference import as_stored
 from jaxllm.model.kernels import grouped_adapted, grouped_loop, grouped_triton
 from jaxllm.model.kernels.interface import ExpertKernels, ExpertRows, Saved
 from jaxllm.model.layout import ONE_DEVICE
 from jaxllm.plan.hlo import read_program
 from jaxllm.plan.hlo_cost import matrix_products
+from jaxllm.run.arguments import parse_args
+from jaxllm.run.reporting import announce_adapters
 from jaxllm.store.adapter_folder import adapter_options
 from jaxllm.store.checkpoint import CheckpointReader, Weights
 from jaxllm.store.folder import read_config as read_run
@@ -103,7 +107,7 @@ def test_a_checkpoint_holds_adapters_alone(run, base):
     assert sorted(leaf.shape for leaf in written) == sorted(leaf.shape for leaf in wanted)
     assert all(leaf.any() for leaf in jax.tree.leaves(saved_adapters(run, 4)))  # B has learned
     assert json.loads((run / "checkpoints" / "4" / "checksums.json").read_text())["list"]["base"]
-    assert read_json(run / "base.json")["folder"] == str(base)
+    assert read_json(run / "base.json") == {"sha256": weights_hash(base)}
 
 
 def test_a_run_that_was_killed_resumes_to_the_same_bits(run, options, tmp_path):
@@ -123,8 +127,9 @@ def test_another_base_is_refused_in_one_line(run, base, options, tmp_path, capsy
     shutil.copytree(run, tmp_path / "run")
     assert train.main([*options, "--run-dir", str(tmp_path / "run"), "--init", str(tmp_path / "other")]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert re.search("init is .*other.* not those that the adapters .* pass --init", line)
+    assert re.search(f"^error: init is .*other.* not those that the adapters .*{re.escape(str(base))}.* --init", line)
     shutil.copytree(base, tmp_path / "moved")
+    (tmp_path / "moved" / "training_args.bin").write_bytes(b"of a trainer")  # not read
     assert train.main([*options, "--run-dir", str(tmp_path / "run"), "--init", str(tmp_path / "moved")]) == 0
     shutil.rmtree(tmp_path / "moved")
     capsys.readouterr()
@@ -205,12 +210,44 @@ def test_an_adapter_that_changed_its_base_is_refused_and_dropout_is_said(run, tm
         adapter_options(file.parent)
 
 
-def test_an_adapter_a_run_and_a_model_are_not_taken_for_one_another(run, tmp_path):
+def test_an_adapter_a_run_and_a_model_are_not_taken_for_one_another(run, tmp_path, capsys):
     with pytest.raises(UserError, match=f"that is a run; .* to-torch {run} OUT"):
         adapter_options(run)
     assert convert(["to-torch", str(run), str(tmp_path / "out")]) == 0
     with pytest.raises(UserError, match=r"holds an adapter without its model: .* --adapter, beside --init"):
         load_model(tmp_path / "out")
+    for source in ("out", "out/adapter_model.safetensors"):
+        assert convert(["to-flax", str(tmp_path / source), str(tmp_path / "made")]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert re.search(r"--adapter, beside --init with its model, or name what .*merge_and_unload\(\)", line)
+
+
+def test_adapters_learn_faster_than_weights(base, run, capsys):
+    """By default, and a message reports it; a resumed run keeps its own."""
+
+    def rate(*given: str) -> tuple[float, int]:
+        config = parse_args(["--init", str(base), *given], "train.py", None, TrainConfig)
+        return config.optim.learning_rate, config.schedule.warmup_steps
+
+    assert rate("--lora-rank", "4") == (2e-4, 20)
+    assert rate("--lora-rank=4", "--learning-rate", "1e-3") == (1e-3, 20)
+    assert rate() == rate("--lora-rank", "0") == (2e-5, 50)
+    assert rate("--lora-rank", "4", "--run-dir", str(run)) == (1e-2, 1)
+    announce_adapters(read_run(run, TrainConfig), LoraConfig(rank=4), 10)
+    assert "at a learning rate of 0.01 after 1 steps of warm-up" in capsys.readouterr().out
+
+
+def test_an_adapter_of_a_model_of_the_hub_names_its_repository(run, tmp_path):
+    """And no folder of this machine."""
+    shutil.copytree(run, tmp_path / "run")
+    file = tmp_path / "run" / "train_config.json"
+    snapshot = tmp_path / "models--moonshotai--Moonlight-16B-A3B" / "snapshots" / "930e8e3"
+    write_json(file, read_json(file) | {"init": str(snapshot)})
+    assert convert(["to-torch", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    values, card = read_json(tmp_path / "out" / "adapter_config.json"), (tmp_path / "out" / "README.md").read_text()
+    assert (values["base_model_name_or_path"], values["revision"]) == ("moonshotai/Moonlight-16B-A3B", "930e8e3")
+    assert "\nbase_model: moonshotai/Moonlight-16B-A3B\n" in card
+    assert str(tmp_path) not in card + json.dumps(values)
 
 
 def test_adapters_need_weights(tmp_path, capsys):
@@ -308,8 +345,33 @@ def test_adapters_are_merged_in_the_place_of_the_base():
     state = trainer.init()
     wanted = jax.tree.map(np.array, state.frozen)  # copies; B is zero
     params, _ = trainer.weights(state)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.frozen))
+    for before, after in zip(jax.tree.leaves(state.frozen), jax.tree.leaves(params), strict=True):
+        assert before.is_deleted() or before.unsafe_buffer_pointer() == after.unsafe_buffer_pointer()
     jax.tree.map(np.testing.assert_array_equal, params, wanted)
+    shapes = [jax.ShapeDtypeStruct((16, *shape), jnp.float32) for shape in ((64, 96), (64, 2), (2, 96))]
+    memory = adapters._add_product.lower(*shapes, 2.0).compile().memory_analysis()
+    whole = nbytes(shapes[0])
+    assert (memory.alias_size_in_bytes, memory.temp_size_in_bytes < whole / 4) == (whole, True)
+
+
+def test_a_base_is_free_where_the_merged_matrix_has_another_dtype(run, monkeypatch):
+    """As in an export: then it cannot take the base's place."""
+    held, counts, add = [], [], adapters._add_product
+
+    def watched(*args: Any) -> Any:
+        counts.append(sum(not leaf.is_deleted() for leaf in held))
+        return add(*args)
+
+    def read(*args: Any) -> Any:
+        weights = run_base(*args)
+        held.extend(jax.tree.leaves(weights))
+        return weights
+
+    monkeypatch.setattr(adapters, "_add_product", watched)
+    monkeypatch.setattr("convert.base.run_base", read)
+    run_weights(run, as_stored)
+    assert counts == [len(held) - i for i in range(len(counts))]
+    assert len(counts) > 20
 
 
 def nbytes(shapes: Any) -> int:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from jaxllm.plan.hlo_grouped import grouped_bytes, grouped_flops
 from jaxllm.plan.report import plan_as_json, print_plan, print_search
 from jaxllm.plan.roofline import ACHIEVED_FLOPS, ACHIEVED_INTERCONNECT, ACHIEVED_MEMORY, roofline
 from jaxllm.run.throughput import GIB
+from jaxllm.train.computation import Computation
 
 needs_cuda = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jax[cuda13]: pip install -e '.[cuda13,test]'"
@@ -451,6 +453,22 @@ def test_a_plan_says_that_it_is_of_adapters(capsys):
     assert "lora_rank" not in plan_as_json(a_plan(), 1)
     print_plan(plan, 1, "a run")
     assert "LoRA of rank 8 on weights in bfloat16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", ["joined", "separate"])
+def test_a_plan_is_of_the_documents_of_a_run(given, monkeypatch, capsys):
+    command, planned = importlib.import_module("jaxllm.plan.__main__"), []
+
+    def compiled(config: TrainConfig, target: Any) -> Refused:
+        planned.append(config)
+        return Refused(config, target, "")
+
+    monkeypatch.setattr(command, "check_extra", lambda *_: None)
+    monkeypatch.setattr(command, "compile_plan", compiled)
+    assert main(["--preset", "tiny", "--seq", "64", "--documents", given]) == 1
+    is_separate = given == "separate"
+    assert (Computation.of(planned[0]).batch.documents is not None) == is_separate
+    assert ("separate documents" in capsys.readouterr().out) == is_separate
 
 
 def test_what_the_compiler_refused_does_not_fit(capsys):

@@ -284,7 +284,8 @@ class SamplingConfig(_Checked):
     """The samples at the end of a run."""
 
     prompts: tuple[str, ...] = option(CODE_PROMPTS, resumable=True)
-    """Prompts that the trained model continues at the end of the run."""
+    """Prompts that the trained model continues at the end of the run. Default: some code; of chats and of prompts with
+    completions, what is asked in the part that is evaluated."""
     sample_tokens: int = option(96, ge=0, resumable=True)
     """New tokens for each of these prompts; 0 generates nothing."""
     temperature: float = option(0.5, ge=0, le=MAX_TEMPERATURE, resumable=True)

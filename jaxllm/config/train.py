@@ -172,8 +172,8 @@ class TrainConfig(RunConfig):
 
     init: Path | None = option(None, resumable=True, common=True)
     """Start a new run from the weights in this folder: a model of the DeepSeek family, or an exported CustomLLM. The
-    model's shape and, if the folder has one, the tokenizer are taken from it. The learning rate is then 2e-5, and the
-    run's folder runs/NAME."""
+    model's shape and, if the folder has one, the tokenizer are taken from it. The learning rate is then 2e-5 (with
+    --lora-rank 2e-4, after 20 steps of warm-up), and the run's folder runs/NAME."""
     adapter: Path | None = option(None)
     """Continue training this adapter, a folder of PEFT: its rank, alpha and matrices are the defaults of --lora-..."""
     kernels: KernelsOption = option("auto", resumable=True)

@@ -110,6 +110,15 @@ def _alpaca(instruction: Any, output: Any, context: Any) -> Chat | None:
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": parts[1]}]
 
 
+def first_question(text: Text) -> str | None:
+    """What is asked first in a chat, or the prompt of a pair; None: nothing, or it is a text."""
+    asked = text.prompt if isinstance(text, Pair) else text if isinstance(text, list) else []
+    if isinstance(asked, str):
+        return asked
+    said = (message.get("content") for message in asked if message["role"] == "user")
+    return next((content for content in said if isinstance(content, str)), None)
+
+
 def valid_unicode(text: str) -> str:
     """JSON can hold halves of surrogate pairs, which no tokenizer takes: they become question marks."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")

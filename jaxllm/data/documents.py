@@ -96,7 +96,10 @@ class DocumentEncoder:
     def _chat_or_pair(self, text: Chat | Pair, ends_document: bool) -> np.ndarray | None:
         is_chat = not isinstance(text, Pair) or not isinstance(text.prompt, str)
         if is_chat and not self.encoder.tokenizer.chat_template:
-            raise UserError("data: its rows are chats: pass --tokenizer, one with a chat template, or --text-field")
+            raise UserError(
+                "data: its rows are chats, and the tokenizer has no chat template: put a chat_template.jinja into its "
+                "folder, or pass --tokenizer, one with a template, or --text-field"
+            )
         try:
             ids, is_target, last_only = self._tokens_of(text, ends_document)
         except Exception:  # a template can raise anything

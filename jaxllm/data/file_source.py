@@ -242,7 +242,7 @@ class FileSource:
                     self.seen.file_bytes += read.done - self._at["within"]
                     self._at = self._at | {"offset": read.offset, "within": read.done}
                     if read.text is None:
-                        self._at["skipped"] += counts
+                        self._at["skipped"] += counts and self._at["pass"] == 0  # a later one skips the same rows
                         self.seen.skipped_rows += counts
                         self.seen.other_parts += counts and read.other_part
                         if read.damage and counts:

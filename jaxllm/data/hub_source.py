@@ -73,7 +73,7 @@ class HubSource:
             except OtherPart:
                 text = None
                 self.seen.other_parts += 1
-            skipped = self._at["skipped"] + (text is None)
+            skipped = self._at["skipped"] + (text is None and self._at["pass"] == 0)  # a later pass skips the same
             self._at = self._at | {"row": number + 1, "stream": stream_position, "skipped": skipped}
             self.seen.skipped_rows += text is None
             if text is not None:

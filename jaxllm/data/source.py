@@ -49,7 +49,7 @@ class Source(Protocol):
 
     @property
     def position(self) -> dict[str, Any]:
-        """Where the next chunk starts, and `skipped`, the number of rows without text so far; JSON values.
+        """Where the next chunk starts, and `skipped`, the rows without text of the first pass so far; JSON values.
 
         Setting a position that was taken from another corpus raises UserError.
         """

@@ -208,7 +208,8 @@ class TokenStream:
                     continue
                 if (tokens := self._documents.add(chunk)) is None:
                     position = self._source.position
-                    self._source.position = position | {"skipped": position["skipped"] + 1}
+                    if number == 0:  # a later pass skips the same
+                        self._source.position = position | {"skipped": position["skipped"] + 1}
                     continue
                 if chunk.part != CLOSING:
                     empty_passes = 0

@@ -5,6 +5,7 @@ apart here (`jaxllm.config.joined`): they have one A, and each has its part of B
 there: gate and up have one A for all of them, and down has one B.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -106,24 +107,32 @@ def _adapt(matrix: Matrix, lora: LoraConfig, rngs: nnx.Rngs) -> None:
 def merged_weights(model: nnx.Module, hold: Callable[[ParameterFacts, Any], Any] | None = None) -> Pytree:
     """The weights that a model without adapters has instead: W + scale A B, as nested dicts.
 
-    They are computed one layer at a time, in float32 or wider. The model's own are replaced.
+    They are computed in float32 or wider, one layer at a time, and take the place of the model's own, whose arrays are
+    deleted, so that both are never in memory at once. Not under `jax.jit`.
 
     Args:
         hold: chooses the dtype of each, from the facts of W and float32 (`inference.Hold`); None: that of W.
     """
-    for _, node in list(nnx.iter_graph(model)):
-        if isinstance(node, Linear) and node.adapter is not None:
-            facts = node.weight.get_metadata("facts")
-            axes, dtype = facts.axes, node.weight.dtype if hold is None else hold(facts, jnp.float32)
-            factors = [_aligned(factor, axes) for factor in (node.adapter.a, node.adapter.b)]
-            scale = node.adapter.scale
-
-            def merge(of_layer: tuple[Array, ...], scale: float = scale, dtype: Any = dtype) -> Array:
-                weight, a, b = of_layer
-                return (weight.astype(a.dtype) + scale * jnp.matmul(a, b)).astype(dtype)
-
-            node.weight = Frozen(jax.lax.map(merge, (node.weight[...], *factors)), **node.weight.get_metadata())
+    for linear in [node for _, node in nnx.iter_graph(model) if isinstance(node, Linear)]:
+        if (adapter := linear.adapter) is not None:
+            facts = linear.weight.get_metadata("facts")
+            dtype = linear.weight.dtype if hold is None else hold(facts, jnp.float32)
+            factors = (_aligned(factor, facts.axes) for factor in (adapter.a, adapter.b))
+            weight = linear.weight[...]
+            whole = _add_product(weight.astype(dtype), *factors, adapter.scale)
+            if not weight.is_deleted():  # donated, if it has the dtype already
+                weight.delete()
+            linear.weight = Frozen(whole, **linear.weight.get_metadata())
     return nnx.to_pure_dict(nnx.state(model, Frozen))
+
+
+@functools.partial(jax.jit, static_argnames="scale", donate_argnums=0)
+def _add_product(weights: Array, a: Array, b: Array, scale: float) -> Array:  # weights (L,...,in,out)
+    def add(layer: Array, weights: Array) -> Array:
+        whole = weights[layer].astype(a.dtype) + scale * jnp.matmul(a[layer], b[layer])
+        return weights.at[layer].set(whole.astype(weights.dtype))
+
+    return jax.lax.fori_loop(0, len(weights), add, weights)
 
 
 def _aligned(factor: nnx.Variable, axes: tuple[str, ...]) -> Array:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -49,6 +49,8 @@ class PlanArgs:
     """Tokens in a row."""
     grad_accum: int = 1
     """Micro-batches in a step."""
+    documents: Literal["joined", "separate"] = "joined"
+    """`separate`, as for chats: attention stays within a document."""
     precision: Precision = "bfloat16"
     """Compute precision."""
     remat: bool = False
@@ -90,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         batch_size=args.batch_size,
         seq_len=args.seq_len,
         grad_accum=args.grad_accum,
+        documents=args.documents,
         precision=args.precision,
         remat=args.remat,
         mesh=args.mesh or (f"fsdp={args.devices}" if args.devices and args.devices > 1 else ""),

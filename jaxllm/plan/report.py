@@ -56,6 +56,7 @@ def print_plan(plan: Plan | Refused, tokens: int, run: str) -> None:
     step = f"{config.preset}, {micro}{config.data.batch_size} x {config.data.seq_len} tokens, {config.precision}{remat}"
     if lora := config.adapters:
         step += f", LoRA of rank {lora.rank} on weights in {lora.base_dtype}"
+    step += ", separate documents" if config.data.documents == "separate" else ""
     mesh = f", mesh {config.mesh.axes}" if plan.devices > 1 else ""
     print(f"{step} on {plan.devices} x {plan.target.name}{mesh}; all figures of one device")
     if isinstance(plan, Refused):
@@ -203,7 +204,7 @@ def print_search(found: list[tuple[Plan | Refused, bool]], tokens: int, run: str
 def plan_as_json(plan: Plan | Refused, tokens: int) -> dict[str, Any]:
     """The answer for a program: bytes, FLOPs and seconds."""
     config = plan.config.to_dict()
-    names = ["preset", "batch_size", "seq_len", "grad_accum", "precision", "remat", "mesh", "model"]
+    names = ["preset", "batch_size", "seq_len", "grad_accum", "documents", "precision", "remat", "mesh", "model"]
     names += [name for name in config if name.startswith("lora_")] if plan.config.adapters else []
     answer = {name: config[name] for name in names} | {"fits": plan.fits}
     if isinstance(plan, Refused):

@@ -20,6 +20,9 @@ from jaxllm.store.source import model_folder
 INIT_LEARNING_RATE = 2e-5
 """Peak learning rate of a run that starts from trained weights, read by --init or made by the converter."""
 
+LORA_SCHEDULE = {"learning_rate": 10 * INIT_LEARNING_RATE, "warmup_steps": 20}
+"""Of a run that trains adapters, with alpha = 2 r: B begins at zero, and A and B need larger steps than weights do."""
+
 
 def parse_args(argv: Sequence[str] | None, prog: str, description: str | None, kind: type[Config]) -> Config:
     """The config of a command line.
@@ -41,6 +44,7 @@ def _deciding_options(argv: Sequence[str] | None, kind: type[Config]) -> argpars
     if kind is TrainConfig:
         first.add_argument("--init", type=expanded)
         first.add_argument("--adapter", type=expanded)
+        first.add_argument("--lora-rank")
     for name in ("--preset", "--recipe", "--mesh", "--parallel", "--steps", "--epochs"):
         first.add_argument(name)
     return first.parse_known_args(argv)[0]
@@ -60,6 +64,8 @@ def _defaults(given: argparse.Namespace, kind: type[Config]) -> Config:
         default = _of_trained(default, model).with_options(init=start, tokenizer=str(model_folder(start)))
     if (adapter := getattr(given, "adapter", None)) is not None:
         default = default.with_options(adapter=adapter, **adapter_options(adapter))
+    if start is not None and (adapter is not None or getattr(given, "lora_rank", None) not in (None, "0")):
+        default = default.with_options(**LORA_SCHEDULE)
     folder = given.run_dir or default.folder
     resumes = not (given.start_over or (folder / OVERWRITING).exists())
     saved = _saved_config(folder, kind) if resumes else None

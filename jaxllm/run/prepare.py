@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 import numpy as np
 
 from jaxllm.config import RunConfig, families
+from jaxllm.config.groups import CODE_PROMPTS, STORY_PROMPTS
+from jaxllm.data.chats import first_question
 from jaxllm.data.epochs import steps_for_epochs
 from jaxllm.data.held_out import read_held_out
 from jaxllm.data.mixture import holds_chats
@@ -37,7 +39,6 @@ from jaxllm.files import delete_leftovers, read_json, rename_durably, write_json
 from jaxllm.model.batch import IGNORED, token_batch
 from jaxllm.run.data_report import report_data
 from jaxllm.run.trackers import check_tracker
-from jaxllm.store.base import BASE_FILE, base_of
 from jaxllm.store.folder import (
     CONFIG_FILE,
     MODEL_FILE,
@@ -125,20 +126,19 @@ def prepare(
     evaluated = (held_out_file.read() if resumes else None) or read_held_out(
         data, config.logging.eval_samples, streams, tokenizer
     )
+    if evaluated.encoded.chats + evaluated.encoded.pairs:
+        config = _with_their_prompts(config, tokenizer, as_chats=evaluated.encoded.chats > 0)
     _check_prompts(config, tokenizer, as_chats=evaluated.encoded.chats > 0)
     if not bytes_per_target(tokenizer, evaluated.rows, data):
         raise UserError("data: the tokens of the held-out part have no text: pass another --tokenizer")
     if (epochs := config.schedule.epochs) is not None and saved.get("epochs") != epochs:
         config = config.with_options(steps=steps_for_epochs(epochs, data, config.seed, streams, tokenizer))
-    base = None if resumes or not config.adapters else base_of(Path(config.options()["init"]))
     if not resumes:
         clear(config.folder)
     # First what identifies the folder as ours: a process may be killed between any two lines.
     write_json(config.folder / CONFIG_FILE, config.to_dict())
     (config.folder / OVERWRITING).unlink(missing_ok=True)
     write_json(config.folder / MODEL_FILE, config.model.to_dict())
-    if base is not None:
-        write_json(config.folder / BASE_FILE, base)
     if source_folder is not None:
         keep_source(source_folder, config.folder, Path(given or source_folder))
     elif source_config is not None and given is not None and not own_tokenizer.is_dir():
@@ -244,6 +244,21 @@ def _tokenizer_given(option: str | None, run: Path, source_folder: Path | None, 
     if option is not None or not (source_folder or (resumes and checkpoint_owner(run))):
         return option
     return str(next(path for path in (source_folder, run / SOURCE, run) if path and path.is_dir()))
+
+
+def _with_their_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, as_chats: bool) -> Config:
+    """In place of a recipe's prompts, of code or stories, what is asked first in the chats that are held out."""
+    sampling, special = config.sampling, config.data.special_tokens_in_text
+    if sampling.prompts not in (CODE_PROMPTS, STORY_PROMPTS) or not sampling.sample_tokens:
+        return config
+    room, found = config.model.max_position_embeddings - sampling.sample_tokens, {}
+    for chunk in open_source(config.data, 0).held_out():
+        asked = first_question(chunk.text)
+        if asked and len(encode_prompt(tokenizer, asked, special, as_chats)) <= room:
+            found[asked] = None
+        if len(found) == len(sampling.prompts):
+            break
+    return config.with_options(prompts=(*found,)) if found else config
 
 
 def _check_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase, as_chats: bool) -> None:

@@ -76,11 +76,12 @@ def announce_speed(token_flops: TokenFlops, peak: Peak, compile_seconds: float |
     )
 
 
-def announce_adapters(lora: LoraConfig, trained: int) -> None:
-    """Print what is trained in place of the model's weights."""
+def announce_adapters(config: RunConfig, lora: LoraConfig, trained: int) -> None:
+    """Print what is trained in place of the model's weights, and at which rate: the default is not that of weights."""
     alpha = f"alpha {lora.resolved_alpha:g}{' (rsLoRA)' if lora.rslora else ''}"
     print(
-        f"LoRA: rank {lora.rank}, {alpha}, on {lora.targets}: {trained:,} parameters are trained; all weights of the "
+        f"LoRA: rank {lora.rank}, {alpha}, on {lora.targets}: {trained:,} parameters are trained, at a learning rate "
+        f"of {config.optim.learning_rate:g} after {config.schedule.warmup_steps} steps of warm-up; all weights of the "
         f"model are frozen, its matrices in {lora.base_dtype}"
     )
 
@@ -146,7 +147,7 @@ def conclude(prepared: Prepared[Any], eval_loss: float, skipped_rows: int, left_
     `skipped_rows` and `left_out` are the rows without text and the damaged files, with the reason.
     """
     if skipped_rows:
-        print(f"{skipped_rows} rows, counted in each pass that was read, were skipped: no text, or no target in it")
+        print(f"{skipped_rows} rows were skipped: no text, or no target in it")
     if left_out:
         print(f"{len(left_out)} damaged files of the data were left out: {'; '.join(described(left_out))}")
     config = prepared.config

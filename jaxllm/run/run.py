@@ -48,6 +48,7 @@ from jaxllm.run.runtime import device_name, measured_peak_tflops, peak_memory
 from jaxllm.run.self_check import kernels_to_avoid
 from jaxllm.run.signals import stop_on_signals
 from jaxllm.run.throughput import Meter, TokenFlops, reference_peak
+from jaxllm.store.base import BASE_FILE
 from jaxllm.store.checkpoint import CheckpointReader, delete_unfinished, quarantine
 from jaxllm.store.checkpoint_writer import CheckpointWriter, check_room
 from jaxllm.store.folder import SOURCE_DTYPES, TOKENIZER
@@ -315,6 +316,8 @@ def _start(
         state = placement.shard(state)
     if start is not None and is_primary():
         write_json(config.folder / SOURCE_DTYPES, start.dtypes)
+        if config.adapters and resume_step is None:
+            write_json(config.folder / BASE_FILE, {"sha256": start.sha256})
     del start  # the state has its own weights
     tree = module_tree(config.model) if step == 0 else None
     announce(config, sum(flops.parameters(config.model).values()), tree, device_name(), bfloat16)
@@ -322,7 +325,7 @@ def _start(
     dtype, lora = jnp.dtype(config.decided_precision), config.adapters
     print(f"Kernels: {describe_kernels(config.model, dtype, lora=lora, without=without)}")
     if config.adapters:
-        announce_adapters(config.adapters, count_parameters(trainer.computation.state.params))
+        announce_adapters(config, config.adapters, count_parameters(trainer.computation.state.params))
     if step >= config.schedule.steps:
         announce_finished(step)
         if history.records and is_primary():

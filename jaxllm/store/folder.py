@@ -77,8 +77,8 @@ def read_model_config(folder: StrPath) -> ModelConfig:
     file = Path(folder, MODEL_FILE)
     if not file.is_file() and (file.parent / ADAPTER_CONFIG).is_file():
         raise UserError(
-            f"{str(file.parent)!r} holds an adapter without its model: name the run that trained it, or pass it to "
-            "train.py as --adapter, beside --init with its model"
+            f"{str(file.parent)!r} holds an adapter without its model: name the run that trained it, pass it to "
+            f"train.py as --adapter, beside --init with its model, or name what `{merging(file.parent)}` writes"
         )
     if not file.is_file():
         raise UserError(f"{str(file.parent)!r} is neither a run folder nor an exported model: it has no config.json")
@@ -86,6 +86,11 @@ def read_model_config(folder: StrPath) -> ModelConfig:
         return families.read_config(read_json(file))
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
+
+
+def merging(adapter: Path) -> str:
+    """How PEFT merges an adapter into its model."""
+    return f"PeftModel.from_pretrained(MODEL, {str(adapter)!r}).merge_and_unload().save_pretrained(OUT)"
 
 
 def clear(folder: Path) -> None:

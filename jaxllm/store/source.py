@@ -74,6 +74,12 @@ def model_folder(given: StrPath) -> Path:
         ) from None
 
 
+def hub_name(folder: Path) -> tuple[str, str] | None:
+    """The repository and the commit of a folder in the Hub's cache; None: it is another folder."""
+    kind, *name = folder.parent.parent.name.split("--")
+    return ("/".join(name), folder.name) if kind == "models" and folder.parent.name == "snapshots" else None
+
+
 def source_files(folder: Path, tokenizer: bool = True) -> SourceFiles:
     """The files of a model's folder that a run keeps.
 

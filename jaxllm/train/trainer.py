@@ -107,11 +107,10 @@ class Trainer:
     def weights(self, state: TrainState) -> tuple[Pytree, Pytree]:
         """Parameters and routing bias, adapters merged, whole on one device. All processes must call it.
 
-        Adapters are merged in the place of the state's frozen weights, which are donated.
+        Adapters are merged in the place of the state's frozen matrices, which are donated.
         """
         state = self.unshard(state)
         params = state.params
         if self.computation.lora is not None:
-            merge = jax.jit(lambda *trees: merged_weights(merged(self.graph, *trees)), donate_argnums=2)
-            params = merge(params, state.routing_bias, state.frozen)
+            params = merged_weights(merged(self.graph, params, state.routing_bias, state.frozen))
         return on_one_device(self.placement.layout, (params, state.routing_bias))
