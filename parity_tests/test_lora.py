@@ -105,7 +105,7 @@ def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
     ("name", "rank", "options"),
     [
         ("v3", 1, {}),
-        ("glm", 8, {"rslora": True}),
+        pytest.param("glm", 8, {"rslora": True}, marks=pytest.mark.slow),
         *(
             pytest.param(name, rank, {}, marks=pytest.mark.slow)
             for name, rank in (

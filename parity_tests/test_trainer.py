@@ -434,7 +434,9 @@ class Trap:
         return os.mkdir, ("executed",)
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", *(pytest.param(n, marks=pytest.mark.slow) for n in ("scheduler.pt", "rng_state.pth"))]
+)
 def test_nothing_in_a_checkpoint_is_executed(again, name, tmp_path, capsys, monkeypatch):
     _, args = again
     monkeypatch.chdir(tmp_path)

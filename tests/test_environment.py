@@ -121,6 +121,7 @@ def working_folder(request, tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["jaxllm.generate", pytest.param("jaxllm.evaluate", marks=pytest.mark.slow)])
 def test_commands_work_on_a_run_among_a_user_s_own_modules(module, run, working_folder, tmp_path):
     (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 9)

@@ -17,7 +17,8 @@ def printed(out: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("seq_len", "batch_size"), [("16", "8"), pytest.param("64", "3", marks=pytest.mark.slow), ("2", "50")]
+    ("seq_len", "batch_size"),
+    [("16", "8"), pytest.param("64", "3", marks=pytest.mark.slow), pytest.param("2", "50", marks=pytest.mark.slow)],
 )
 def test_every_token_is_scored_once(seq_len, batch_size, run, tmp_path, capsys):
     text = "def f(x):\n    return x + 1\n\n日本 = f(2)\n" * 3

@@ -205,8 +205,15 @@ def joined(parts) -> list[int]:
     return [token for part in parts for token in part]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(1.0), Sampling(0.8, top_k=50, top_p=0.9)])
-@pytest.mark.parametrize("count", [1, STREAMED_TOKENS, STREAMED_TOKENS + 1, 30])
+ALIKE = [Sampling(0.0), Sampling(1.0)]
+
+
+@pytest.mark.parametrize(
+    "sampling", [*(pytest.param(one, marks=pytest.mark.slow) for one in ALIKE), Sampling(0.8, top_k=50, top_p=0.9)]
+)
+@pytest.mark.parametrize(
+    "count", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, STREAMED_TOKENS, 30)), STREAMED_TOKENS + 1]
+)
 def test_stream_and_generate_give_the_same_tokens_with_the_same_seed(count, sampling, model):
     prompt = [5, 17, 300]
     parts = list(stream(model, prompt, count, sampling, seed=7, eos_token_ids=()))

@@ -41,7 +41,7 @@ def interpreted(monkeypatch):
     "sizes",
     [(0, 130, 1, 300), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((431, 0, 0, 0), (0, 0, 128, 256)))],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_the_triton_kernels_equal_the_loops(interpreted, sizes, dtype):
     """Both passes, by the second of three layers, on tokens in any order. The kernels accumulate in float32."""
     keys = jax.random.split(jax.random.key(0), 7)

@@ -207,6 +207,7 @@ def exported(*constraints: str, platform: str | None = None, dtype=jnp.float32) 
     return export.export(program, disabled_checks=[layouts])(state, ids, ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "shapes"),
     [

@@ -84,6 +84,7 @@ def test_the_current_folder_is_refused(tmp_path, monkeypatch):
         new_folder(".").__enter__()
 
 
+@pytest.mark.slow
 def test_a_refused_sharded_export_leaves_no_shards(run, tmp_path, monkeypatch):
     monkeypatch.setattr(write_files, "MAX_SHARD_BYTES", 50_000)
     checked = write_files._checked

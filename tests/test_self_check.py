@@ -252,6 +252,7 @@ def gpu(monkeypatch, tmp_path):
     note.cache_clear()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_plain_kernels(gpu, narrow, tmp_path, capsys):
     options = [*narrow, "--model.moe-intermediate-size", "32", "--steps", "2", "--precision", "bfloat16"]
     losses = {}

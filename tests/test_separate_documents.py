@@ -76,16 +76,17 @@ def computed(batch: TokenBatch, dtype: jnp.dtype, optim: OptimConfig, layout: La
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [pytest.param(jnp.float32, 1e-5, marks=pytest.mark.slow), (jnp.float64, 1e-12)]
 )
-def test_packed_rows_compute_what_separate_rows_compute(dtype, tolerance):
+@pytest.mark.parametrize("routers", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
+def test_packed_rows_compute_what_separate_rows_compute(dtype, tolerance, routers):
     """The loss, the gradients and the routers' counts, with the losses of the routers and without."""
     packed, apart = rows_of()
-    for optim in (OptimConfig(), OptimConfig(balance_loss=0.1, router_z_loss=0.1)):
-        with jax.enable_x64(dtype == jnp.float64):
-            one, other = (computed(batch, dtype, optim) for batch in (packed, apart))
-        assert one[1] == pytest.approx(other[1], rel=tolerance)
-        np.testing.assert_array_equal(one[2], other[2])
-        for ours, theirs in zip(*map(jax.tree.leaves, (one[0], other[0])), strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * max(1.0, np.abs(theirs).max()))
+    optim = OptimConfig(balance_loss=routers, router_z_loss=routers)
+    with jax.enable_x64(dtype == jnp.float64):
+        one, other = (computed(batch, dtype, optim) for batch in (packed, apart))
+    assert one[1] == pytest.approx(other[1], rel=tolerance)
+    np.testing.assert_array_equal(one[2], other[2])
+    for ours, theirs in zip(*map(jax.tree.leaves, (one[0], other[0])), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * max(1.0, np.abs(theirs).max()))
 
 
 @pytest.mark.slow
@@ -118,6 +119,7 @@ def test_a_document_sees_no_other_one():
     assert found[0].any()
 
 
+@pytest.mark.slow
 def test_padding_reaches_no_statistic_of_a_router():
     packed, _ = rows_of()
     _, _, counts = computed(packed, jnp.float32, OptimConfig())
