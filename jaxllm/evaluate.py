@@ -158,14 +158,14 @@ class EvaluateArgs:
         check_fields(self)
 
 
-def _scored(run: Path, config: TrainConfig | None) -> dict[str, Any]:
+def _scored(run: Path, trained: DataConfig | None) -> dict[str, Any]:
     """What is scored of other chats: as in the run's own, if it was trained on chats or pairs."""
-    file, trained_on = run / DATA_REPORT, {}
-    if config is not None and file.is_file():
-        trained_on = read_json(file).get("encoded", {})
-    if config is None or not (trained_on.get("chats") or trained_on.get("pairs")):
+    file, read = run / DATA_REPORT, {}
+    if trained is not None and file.is_file():
+        read = read_json(file).get("encoded", {})
+    if trained is None or not (read.get("chats") or read.get("pairs")):
         return {"train_on": "assistant", "documents": "separate"}
-    return {"train_on": config.data.train_on, "documents": config.data.documents}
+    return {"train_on": trained.train_on, "documents": trained.documents}
 
 
 @exit_on_user_error
@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for line in source.notes:
             print(f"Not read: {line}")
         if of_chats := holds_chats(source):
-            given = given.with_options(**_scored(args.run, config))
+            given = given.with_options(**_scored(args.run, config and config.data))
         chunks = source.chunks()
     data = given.data
     seq_len = args.seq_len or (config.data.seq_len if config else model.config.max_position_embeddings)

@@ -43,7 +43,7 @@ def write_report(
     Path(file).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def write_page(file: Path, rows: list[Row], lines: list[str], about: dict[str, Any]) -> None:
+def write_page(file: StrPath, rows: list[Row], lines: list[str], about: dict[str, Any]) -> None:
     """Write `parity.html`: the verdict and a bar for every row.
 
     Args:
@@ -53,7 +53,7 @@ def write_page(file: Path, rows: list[Row], lines: list[str], about: dict[str, A
     limits = {tolerance.name: tolerance.relative_l2 for tolerance in NAMED}
     first = next((row for row in rows if not row.passed), None)
     about = about | {"versions": {name: version(name) for name in PACKAGES}}
-    write_text_atomically(file, page(Content(first is None, lines, rows, first, limits, about)))
+    write_text_atomically(Path(file), page(Content(first is None, lines, rows, first, limits, about)))
 
 
 def draw_report(file: StrPath, rows: list[Row], curve: Curve, title: str) -> None:

@@ -76,13 +76,13 @@ def announce_speed(token_flops: TokenFlops, peak: Peak, compile_seconds: float |
     )
 
 
-def announce_adapters(config: RunConfig, lora: LoraConfig, trained: int) -> None:
+def announce_adapters(lora: LoraConfig, learning_rate: float, warmup_steps: int, trained: int) -> None:
     """Print what is trained in place of the model's weights, and at which rate: the default is not that of weights."""
     alpha = f"alpha {lora.resolved_alpha:g}{' (rsLoRA)' if lora.rslora else ''}"
     print(
         f"LoRA: rank {lora.rank}, {alpha}, on {lora.targets}: {trained:,} parameters are trained, at a learning rate "
-        f"of {config.optim.learning_rate:g} after {config.schedule.warmup_steps} steps of warm-up; all weights of the "
-        f"model are frozen, its matrices in {lora.base_dtype}"
+        f"of {learning_rate:g} after {warmup_steps} steps of warm-up; all weights of the model are frozen, its "
+        f"matrices in {lora.base_dtype}"
     )
 
 

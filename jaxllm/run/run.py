@@ -325,7 +325,8 @@ def _start(
     dtype, lora = jnp.dtype(config.decided_precision), config.adapters
     print(f"Kernels: {describe_kernels(config.model, dtype, lora=lora, without=without)}")
     if config.adapters:
-        announce_adapters(config, config.adapters, count_parameters(trainer.computation.state.params))
+        rate, warmup = config.optim.learning_rate, config.schedule.warmup_steps
+        announce_adapters(config.adapters, rate, warmup, count_parameters(trainer.computation.state.params))
     if step >= config.schedule.steps:
         announce_finished(step)
         if history.records and is_primary():

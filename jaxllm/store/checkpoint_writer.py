@@ -214,7 +214,7 @@ def write_run(
         writer.close()
 
 
-def check_room(run: Path, state: TrainState) -> None:
+def check_room(run: StrPath, state: TrainState) -> None:
     """Check that the disk has room for one more checkpoint of a run, with a state of these shapes.
 
     Raises:
