@@ -21,7 +21,7 @@ from convert.weight_files import weight_files
 from jaxllm.config import ModelConfig, TrainConfig
 from jaxllm.config.families import is_interleaved, names_of
 from jaxllm.errors import UserError
-from jaxllm.files import StrPath, read_json
+from jaxllm.files import StrPath, read_json, sha256_of
 from jaxllm.model.adapters import merged_weights
 from jaxllm.model.decoder import abstract_adapted, model_facts
 from jaxllm.model.dtypes import Pytree
@@ -44,7 +44,7 @@ class Base(NamedTuple):
     """As in `Imported`."""
     matrix_dtype: str
     sha256: str | None
-    """As of `weights_hash`, if it was asked for."""
+    """Of `weights_hash`; None: it was not computed."""
 
 
 def read_base(config: TrainConfig, place: Place = None, hashed: bool = False) -> Base:
@@ -76,12 +76,8 @@ def weights_hash(source: Path) -> str:
     layers = read_model_config(source.parent if source.is_file() else source).num_hidden_layers
     files = {file.name: file for file in weight_files(source, lambda name: not is_beyond(name, layers)).files}
 
-    def sha256(file: Path) -> str:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-
     with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:
-        hashes = dict(zip(files, pool.map(sha256, files.values()), strict=True))
+        hashes = dict(zip(files, pool.map(sha256_of, files.values()), strict=True))
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
@@ -110,7 +106,7 @@ def run_weights(run: StrPath, hold: Hold = masters) -> tuple[ModelConfig, Weight
 
 
 def merged_run(run: StrPath, config: TrainConfig, hold: Hold) -> tuple[ModelConfig, Weights]:
-    """As `run_weights`, of a run with adapters, whose config is known."""
+    """The weights of a run with adapters and this config, as `run_weights` returns them."""
     model, lora = read_model_config(run), config.lora
     saved = read_newest(run, lambda saved: saved.adapters(model, lora))
     adapted = merged(abstract_adapted(model, lora).graph, *saved, run_base(run, config.init, hold))

@@ -47,7 +47,7 @@ two frameworks on them: logits, gradients, optimizer steps and cached generation
 """
 
 _COMPARED = " [The result of such a comparison]({page})."
-PARITY_PAGE = "parity.html"
+PARITY_PAGE, PARITY_REPORT = "parity.html", "parity.json"
 """What `python -m parity_tests RUN --out RUN` writes; it goes with the weights that it is of."""
 
 
@@ -70,8 +70,8 @@ def write_model_card(
     }
     if carried:
         rows["multi-token prediction"] = f"{carried:,} tensors as they came: this training did not change them"
-    page, saved = run / PARITY_PAGE, run / CHECKPOINTS
-    has_page = page.is_file() and not (saved.is_dir() and saved.stat().st_mtime > page.stat().st_mtime)
+    page = run / PARITY_PAGE
+    has_page = _is_of_these_weights(run)
     trust, own = ", trust_remote_code=True", names_of(config) == "customllm"
     rounded = f"in {' and '.join(sorted(dtypes))}, to which their float32 values are rounded"
     use = _USE.format(
@@ -85,6 +85,17 @@ def write_model_card(
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
     card = _FRONT.format(name=_in_a_cell(run.absolute().name)) + table + use
     (out / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
+
+
+def _is_of_these_weights(run: Path) -> bool:
+    """Whether the page in a run is of a comparison of the run that passed, after its last checkpoint."""
+    report, saved = run / PARITY_REPORT, run / CHECKPOINTS
+    if not ((run / PARITY_PAGE).is_file() and report.is_file()):
+        return False
+    if saved.is_dir() and saved.stat().st_mtime > report.stat().st_mtime:
+        return False
+    found = read_json(report)
+    return bool(found.get("passed")) and found.get("mutation") is None and found.get("model") == run.absolute().name
 
 
 def _has_tokenizer_code(out: Path) -> bool:

@@ -152,14 +152,14 @@ class EvaluateArgs:
     precision: Precision = "float32"
     """Compute precision; bfloat16 needs half of the memory and reads half of the bytes."""
     kernels: KernelsOption = "auto"
-    """As of `python -m jaxllm.generate`."""
+    """As in `python -m jaxllm.generate`."""
 
     def __post_init__(self) -> None:
         check_fields(self)
 
 
 def _scored(run: Path, trained: DataConfig | None) -> dict[str, Any]:
-    """What is scored of other chats: as in the run's own, if it was trained on chats or pairs."""
+    """The options for other chats: those of the run, if it was trained on chats or pairs."""
     file, read = run / DATA_REPORT, {}
     if trained is not None and file.is_file():
         read = read_json(file).get("encoded", {})
@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = {"seq_len": seq_len, "batch_size": args.batch_size, "max_tokens": args.max_tokens}
     found = score(model, tokenizer, chunks, **sizes, data=data)
     if of_chats:
-        what = "what the assistant says" if data.train_on == "assistant" else "every token"
+        what = "what the assistant says, or the completions" if data.train_on == "assistant" else "every token"
         print(f"Scored         {what}; documents {data.documents}")
     of = f"targets of {found.read:,} tokens; " if data.has_targets else ""
     print(f"Tokens         {found.tokens:,} ({of}{found.text_bytes:,} bytes of text)")

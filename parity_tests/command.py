@@ -234,7 +234,7 @@ def compare(args: ParityArgs) -> int:
         print(f"error: {code} fails in a comparison: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
         return 1
 
-    name = str(args.weights or f"random weights of {args.preset}")
+    name = model = args.weights.absolute().name if args.weights else f"random weights of {args.preset}"
     if args.layers:
         name += f", {args.layers} layers"
     precisions, ladder = [precision for precision, _, _ in passes], ladders[0]
@@ -242,7 +242,7 @@ def compare(args: ParityArgs) -> int:
     title = f"JAX and PyTorch on {name}, {ladder.ids.size} tokens, {' and '.join(precisions)}, {optimizer}"
     print_table(rows, title, NAMED)
     left_out, never = not_compared(args, passes, ladders, run), executed.missed()
-    about = {"model": name, "precision": precisions[0], "optimizer": optimizer, "mutation": args.mutate}
+    about = {"model": model, "precision": precisions[0], "optimizer": optimizer, "mutation": args.mutate}
     about |= {"pytorch": code, "config": config.to_dict(), "not_compared": left_out}
     about |= {"never_executed": [missed._asdict() for missed in never]}
     write_report(args.out / "parity.json", rows, ladder.curve, seconds, about)
@@ -253,13 +253,21 @@ def compare(args: ParityArgs) -> int:
     print(f"\nThe report is in {args.out}: parity.html, parity.json, parity.png")
     lines = [f"PyTorch's side: {code}"]
     lines += [f"Training in {ladder.precision}: {ladder.plan.described()}" for ladder in ladders]
-    lines += [f"Not compared: {'; '.join(left_out)}", f"Branches that never ran (all: parity.json): {in_short(never)}"]
+    lines += [
+        f"Not compared: {'; '.join(left_out)}",
+        f"Never ran, in parts or whole (lines: parity.json): {in_short(never)}",
+    ]
     verdict = "The two frameworks agree." if divergence is None else f"BREACH, first in: {divergence}"
     print(*lines, verdict, sep="\n")
-    write_page(args.out / "parity.html", rows, [f"{title}: {verdict}", *lines], about | {"options": vars(args)})
+    write_page(args.out / "parity.html", rows, [f"{title}: {verdict}", *lines], about | {"options": _public(args)})
     if args.mutate is not None and divergence is None:
         print(f"The planted fault {args.mutate} was not seen.")
     return 0 if divergence is None else 1
+
+
+def _public(args: ParityArgs) -> dict[str, Any]:
+    """The options, with the names of files and folders alone: the page is published with an export."""
+    return {name: value.name if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
 def climb(
@@ -331,6 +339,8 @@ def not_compared(args: ParityArgs, passes: list[Pass], ladders: list[Ladder], ru
             found.append("the training of the run's adapters: they are merged, and all weights are trained")
         if run.data.documents == "separate":
             found.append("padding after the last document of a row: the rungs' rows are full")
+        if run.data.has_targets:
+            found.append("which tokens of a chat are targets: the rungs choose their own")
         if run.mesh.parallel != "jit" or run.mesh.axes:
             found.append(f"the run's devices ({run.mesh.axes or run.mesh.parallel}): one is compared")
     return [*found, "sampling, which the frameworks draw differently"]

@@ -18,6 +18,8 @@ from unittest import mock
 
 import jax
 
+from jaxllm.data.report import counted
+
 PACKAGES = ("jaxllm.model", "jaxllm.train")
 
 Span = tuple[int, int, int, int]  # line, column, last line, last column
@@ -41,13 +43,16 @@ class Missed(NamedTuple):
 
 
 def in_short(found: list[Missed], most: int = 400) -> str:
-    """The functions that ran in part, by file, in about `most` characters. A comparison that was not made has none."""
+    """The functions that ran in part, by file, in about `most` characters, and how many files did not run at all."""
     of_files = [f"{missed.file.partition('/')[2]} ({', '.join(missed.partly)})" for missed in found if missed.partly]
     shown: list[str] = []
     while len(shown) < len(of_files) and sum(map(len, shown)) + len(of_files[len(shown)]) <= most:
         shown.append(of_files[len(shown)])
     rest = len(of_files) - len(shown)
-    return ", ".join([*shown, *[f"and parts of {rest} more files"] * bool(rest)])
+    ends = [f"parts of {counted(rest, 'more file')}"] * bool(rest)
+    whole = sum(missed.whole for missed in found)
+    ends += [f"{counted(whole, 'file')} whole"] * bool(whole)
+    return ", ".join([*shown, *ends]) or "nothing"
 
 
 class _Function(NamedTuple):

@@ -190,7 +190,7 @@ def documents_of(data: DataConfig, tokens: int) -> np.ndarray | None:
     if data.documents != "separate":
         return None
     begins = np.zeros(tokens, np.int32)
-    begins[[0, tokens // 2, tokens // 2 + 1, tokens * 3 // 4]] = 1
+    begins[[at for at in (0, tokens // 2, tokens // 2 + 1, tokens * 3 // 4) if at < tokens]] = 1
     return np.cumsum(begins, dtype=np.int32)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -242,8 +243,10 @@ def test_float32_that_is_lost_is_caught_by_the_part_that_loses_it(tokens, name):
     with mutation.plant(None):
         ladder, model = ladder_of(NARROW, tokens, "bfloat16", seq_len=100)
         # attention is far from even, so `layers` sees some of them too, behind the part that loses it
-        ((_, rows),) = ladder.climb(model, (mutation.rung,))
-    assert next(row.what for row in rows if not row.passed) == mutation.what
+        found = ladder.climb(model, ("weights", "layers", mutation.rung))
+        breaches = [row for _, rows in found for row in rows if not row.passed]
+    assert {row.rung for row in breaches} <= {"layers", mutation.rung}
+    assert next(row.what for row in breaches if row.rung == mutation.rung) == mutation.what
 
 
 # no false alarms
@@ -523,7 +526,7 @@ def test_a_cancelled_gradient_is_distinguished_from_a_wrong_one(tokens):
     weights = random_weights(NARROW)
     for name in ("token_embeddings", "position_embeddings"):
         table = weights.params[name]["weight"]  # (V|P,D)
-        table[:] = table[0] + 0.03 * table
+        table[:] = table[0] + 0.1 * table
     attention = weights.params["decoder_layers"]["self_attn"]
     for name in QUERIES_AND_KEYS & attention.keys():
         attention[name]["weight"] *= 0.5 / QUERY_KEY_GAIN
@@ -533,7 +536,7 @@ def test_a_cancelled_gradient_is_distinguished_from_a_wrong_one(tokens):
     assert [row for row in rows if not row.passed] == []
     limit = TOLERANCES["float32"].gradient.relative_l2
     excused = {(row.what, row.leaf): row.note for row in rows if row.relative_l2 > limit}
-    assert set(excused.values()) == {"at most 2e-08 of all leaves together"}
+    assert set(excused.values()) == {"at most 6e-09 of all leaves together"}
     assert {leaf for _, leaf in excused} >= {f"decoder_layers.1.self_attn.{name}_proj_u.weight" for name in "qk"}
     with MUTATIONS["scale_missing"].plant(model):
         (_, rows), *_ = ladder.climb(model, ("gradients",))
@@ -596,11 +599,19 @@ def test_the_model_card_links_the_page_of_these_weights(tmp_path):
         write_model_card(tmp_path / "run", tmp_path / "out", LEAST, random_weights(LEAST), {"float32"})
         return card.read_text()
 
+    def compared(**changes: Any) -> None:
+        page.write_text("agrees")
+        found = {"passed": True, "mutation": None, "model": "run"} | changes
+        (tmp_path / "run" / "parity.json").write_text(json.dumps(found))
+
     assert "parity.html" not in write()
-    page.write_text("agrees")
+    for changes in ({"passed": False}, {"mutation": "rope_halves_swapped"}, {"model": "random weights of tiny"}):
+        compared(**changes)
+        assert "parity.html" not in write()
+    compared()
     assert "(parity.html)" in write()
     assert (tmp_path / "out" / "parity.html").read_text() == "agrees"
-    os.utime(page, (0, 0))  # a checkpoint came later
+    os.utime(tmp_path / "run" / "parity.json", (0, 0))  # a checkpoint came later
     assert "parity.html" not in write()
 
 

@@ -169,7 +169,6 @@ def test_decoding_reads_its_layer_s_experts(interpreted):
     np.testing.assert_allclose(made, wanted, rtol=0, atol=1e-5 * float(jnp.abs(wanted).max()))
 
 
-@pytest.mark.slow
 def test_decoding_refuses_a_gradient():
     model = CustomLLM(dataclasses.replace(SMALL, num_hidden_layers=1), rngs=nnx.Rngs(0), platform=ANY)
     token, position = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32)

@@ -153,7 +153,6 @@ def test_merged_equals_the_adapter_beside_the_base(run, base):
     assert evaluate([str(run), "--seq-len", "16"]) == 0
 
 
-@pytest.mark.slow
 def test_an_adapter_goes_out_and_in(run, base, options, tmp_path, capsys):
     """Out for PEFT, merged, and in again as the start of another run."""
     assert convert(["to-torch", str(run), str(tmp_path / "out")]) == 0
@@ -234,7 +233,7 @@ def test_adapters_learn_faster_than_weights(base, run, capsys):
     assert rate() == rate("--lora-rank", "0") == (2e-5, 50)
     assert rate("--lora-rank", "4", "--run-dir", str(run)) == (1e-2, 1)
     announce_adapters(read_run(run, TrainConfig), LoraConfig(rank=4), 10)
-    assert "at a learning rate of 0.01 after 1 steps of warm-up" in capsys.readouterr().out
+    assert "with --learning-rate 0.01 and --warmup-steps 1;" in capsys.readouterr().out
 
 
 def test_an_adapter_of_a_model_of_the_hub_names_its_repository(run, tmp_path):

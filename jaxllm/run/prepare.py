@@ -6,6 +6,7 @@ Imports neither JAX nor PyTorch.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,7 +35,7 @@ from jaxllm.data.tokenizer import (
     without_dropout,
 )
 from jaxllm.data.tokenizer_class import check_tokenizer_class
-from jaxllm.errors import UserError, shown
+from jaxllm.errors import UserError, note, shown
 from jaxllm.files import delete_leftovers, read_json, rename_durably, write_json
 from jaxllm.model.batch import IGNORED, token_batch
 from jaxllm.run.data_report import report_data
@@ -57,6 +58,10 @@ from jaxllm.store.source import keep_source, model_folder, note_end_tokens, read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+MOST_CHATS = 1000
+"""How many held-out chats are looked at for questions to answer in the samples."""
 
 
 class Prepared(NamedTuple, Generic[Config]):
@@ -252,12 +257,17 @@ def _with_their_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, as_c
     if sampling.prompts not in (CODE_PROMPTS, STORY_PROMPTS) or not sampling.sample_tokens:
         return config
     room, found = config.model.max_position_embeddings - sampling.sample_tokens, {}
-    for chunk in open_source(config.data, 0).held_out():
+    for chunk in itertools.islice(open_source(config.data, 0).held_out(), MOST_CHATS):
         asked = first_question(chunk.text)
         if asked and len(encode_prompt(tokenizer, asked, special, as_chats)) <= room:
             found[asked] = None
         if len(found) == len(sampling.prompts):
             break
+    if not found:
+        note(
+            f"no question of the first {MOST_CHATS} held-out chats leaves room for {sampling.sample_tokens} tokens of "
+            "answer: the samples continue the prompts of the recipe; pass --prompts or a smaller --sample-tokens"
+        )
     return config.with_options(prompts=(*found,)) if found else config
 
 

@@ -123,7 +123,7 @@ def all_check(check: Callable[[], Any]) -> None:
         found = str(error)
     for process, message in enumerate(_from_each(found)):
         if message is not None:
-            raise UserError(message if jax.process_count() == 1 else f"process {process}: {message}")
+            raise UserError(f"process {process}: {message}")
 
 
 def each_result(work: Callable[[], T]) -> T:

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxllm.config import LoraConfig, RunConfig
 from jaxllm.data.folder import described
+from jaxllm.data.report import counted
 from jaxllm.data.tokenizer import decode_after, encode_prompt
 from jaxllm.errors import optional
 from jaxllm.files import StrPath, read_json
@@ -80,9 +81,9 @@ def announce_adapters(lora: LoraConfig, learning_rate: float, warmup_steps: int,
     """Print what is trained in place of the model's weights, and at which rate: the default is not that of weights."""
     alpha = f"alpha {lora.resolved_alpha:g}{' (rsLoRA)' if lora.rslora else ''}"
     print(
-        f"LoRA: rank {lora.rank}, {alpha}, on {lora.targets}: {trained:,} parameters are trained, at a learning rate "
-        f"of {learning_rate:g} after {warmup_steps} steps of warm-up; all weights of the model are frozen, its "
-        f"matrices in {lora.base_dtype}"
+        f"LoRA: rank {lora.rank}, {alpha}, on {lora.targets}: {trained:,} parameters are trained, with "
+        f"--learning-rate {learning_rate:g} and --warmup-steps {warmup_steps}; all weights of the model are frozen, "
+        f"its matrices in {lora.base_dtype}"
     )
 
 
@@ -147,7 +148,7 @@ def conclude(prepared: Prepared[Any], eval_loss: float, skipped_rows: int, left_
     `skipped_rows` and `left_out` are the rows without text and the damaged files, with the reason.
     """
     if skipped_rows:
-        print(f"{skipped_rows} rows were skipped: no text, or no target in it")
+        print(f"Skipped {counted(skipped_rows, 'row')}: no text, or no target in it")
     if left_out:
         print(f"{len(left_out)} damaged files of the data were left out: {'; '.join(described(left_out))}")
     config = prepared.config
@@ -173,9 +174,10 @@ def write_report(config: RunConfig, evaluation: str, skipped_rows: int) -> None:
     origin = f"preset {config.preset}" if init is None else f"weights of {init}"
     origin += f", frozen, with adapters of rank {lora.rank} on {lora.targets}" if lora else ""
     device = f", {end['device_peak_gib']:.2f} GiB on the device" if "device_peak_gib" in end else ""
+    skipped = f"skipped {counted(skipped_rows, 'row')} without text or target"
     rows = {
         "model": f"{origin}: {end['parameters']:,} parameters, {end['active_parameters']:,} active",
-        "data": f"{config.data.source}: {end['epoch']} passes; {skipped_rows} rows without text or target were skipped",
+        "data": f"{config.data.source}: {end['epoch']} passes; {skipped}",
         "training": f"{steps:,} steps of {tokens:,} tokens ({steps * tokens:,}), in {config.precision}",
         "evaluation loss": evaluation,
         "mean training loss": f"{end['train_loss']:.4f}",
