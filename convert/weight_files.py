@@ -36,7 +36,7 @@ class WeightFiles(NamedTuple):
     rival: dict[Path, set[str]]
     """Complete files of another set of weights, which must be equal."""
     notes: list[str]
-    """What is not read, or is read otherwise than one may expect, in lines."""
+    """What is not read, or in an unusual way: one line each."""
 
 
 def weight_files(path: Path, needed: Callable[[str], bool]) -> WeightFiles:

@@ -57,8 +57,8 @@ class DocumentEncoder:
         self._text, self._done, self._next_part, self._try_at = state
 
     def add(self, chunk: TextChunk) -> np.ndarray | None:
-        """The tokens that no later text changes: (n,) int32. None: a chat is skipped, which has no target, or which
-        the template does not take.
+        """The tokens that no later text changes: (n,) int32. None: the chat is skipped, because it has no
+        target, or because the template does not take it.
 
         Raises:
             UserError: the tokenizer has no chat template.

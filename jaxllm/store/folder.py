@@ -77,8 +77,9 @@ def read_model_config(folder: StrPath) -> ModelConfig:
     file = Path(folder, MODEL_FILE)
     if not file.is_file() and (file.parent / ADAPTER_CONFIG).is_file():
         raise UserError(
-            f"{str(file.parent)!r} holds an adapter without its model: name the run that trained it, pass it to "
-            f"train.py as --adapter, beside --init with its model, or name what `{merging(file.parent)}` writes"
+            f"{str(file.parent)!r} holds an adapter without its model: pass the run that trained it, or what "
+            f"`{merging(file.parent)}` writes; to continue it, pass it to train.py as --adapter, beside --init with its "
+            "model"
         )
     if not file.is_file():
         raise UserError(f"{str(file.parent)!r} is neither a run folder nor an exported model: it has no config.json")
