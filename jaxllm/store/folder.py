@@ -78,8 +78,8 @@ def read_model_config(folder: StrPath) -> ModelConfig:
     if not file.is_file() and (file.parent / ADAPTER_CONFIG).is_file():
         raise UserError(
             f"{str(file.parent)!r} holds an adapter without its model: pass the run that trained it, or what "
-            f"`{merging(file.parent)}` writes; to continue it, pass it to train.py as --adapter, beside --init with its "
-            "model"
+            f"`{merging(file.parent)}` writes; to continue it, pass it to train.py as --adapter, beside --init with "
+            "its model"
         )
     if not file.is_file():
         raise UserError(f"{str(file.parent)!r} is neither a run folder nor an exported model: it has no config.json")
