@@ -96,7 +96,7 @@ def test_a_row_that_is_skipped_is_counted_once(chat_run):
 def test_evaluate_scores_the_targets_of_the_run_and_of_other_chats(chat_run, arguments, tmp_path, capsys):
     """And every token of chats for a run that was trained on every token; it says which."""
     evaluate.main([str(chat_run)])
-    assert "Scored         what the assistant says; documents separate" in capsys.readouterr().out
+    assert "Scored         what the assistant says, or the completions; documents separate" in capsys.readouterr().out
     other = ["--data", arguments[arguments.index("--data") + 1], "--max-tokens", "500"]
     counts = []
     run = shutil.copytree(chat_run, tmp_path / "run")

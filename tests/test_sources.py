@@ -263,10 +263,10 @@ def test_the_count_of_skipped_rows_survives_a_resume(tmp_path, tokenizer, monkey
 
     whole, first, second = fresh(), fresh(), fresh()
     whole.next_rows(400)
-    first.next_rows(150)
+    first.next_rows(4)  # a part of the first pass: a later one skips the same
     second.seek(first.position())
-    second.next_rows(250)
-    assert whole.skipped_rows == second.skipped_rows > first.skipped_rows > 0
+    second.next_rows(396)
+    assert (first.skipped_rows, second.skipped_rows, whole.skipped_rows) == (1, 3, 3)
 
 
 def test_broken_rows_are_skipped_and_broken_bytes_replaced(tmp_path):
