@@ -100,7 +100,7 @@ def test_evaluate_scores_the_targets_of_the_run_and_of_other_chats(chat_run, arg
     other = ["--data", arguments[arguments.index("--data") + 1], "--max-tokens", "500"]
     counts = []
     run = shutil.copytree(chat_run, tmp_path / "run")
-    for what in ("what the assistant says", "every token"):
+    for what in ("what the assistant says, or the completions", "every token"):
         evaluate.main([str(run), *other])
         out = capsys.readouterr().out
         assert f"Scored         {what}; documents separate" in out
