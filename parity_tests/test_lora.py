@@ -138,7 +138,7 @@ def test_logits_and_gradients_equal_peft_s(tmp_path, name, rank, options):
     jax.tree.map(np.testing.assert_array_equal, back, case.params)
 
 
-@pytest.mark.parametrize("fault", ["scale", "rows of B"])
+@pytest.mark.parametrize("fault", [pytest.param("scale", marks=pytest.mark.slow), "rows of B"])
 def test_a_planted_fault_is_seen(tmp_path, fault):
     """In the folder that PEFT reads: another scale, or the rotary rows of B in the order of halves."""
     case = case_of("v3", 8)

@@ -193,7 +193,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(n, marks=() if n in ("none", "a mean of means") else pytest.mark.slow) for n in FAULTS]
+)
 def test_ragged_micro_batches_agree_and_a_fault_is_detected(reference, fault, tmp_path, monkeypatch):
     """If the micro-batches of a step have different numbers of targets, the mean is over all targets."""
     next_rows = TokenStream.next_rows
@@ -370,6 +372,7 @@ def test_the_text_generation_callback_writes_samples(reference, tmp_path, capsys
     assert "Generated Text: def f" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_prompts_of_several_lengths_continue_as_in_jax(reference):
     state, _ = reference.steps(3)
     model = torch_model(reference.config.model, jax.device_get(Weights(state.params, state.routing_bias)))

@@ -44,7 +44,7 @@ def out_and_gradients(attention, q, k, v, attention_mask, cotangent):
 
 
 # shorter than a block, a whole block, a ragged end, several spans, spans of two blocks with a ragged end
-@pytest.mark.parametrize("length", [1, 40, 128, 300, 1300])
+@pytest.mark.parametrize("length", [1, pytest.param(40, marks=pytest.mark.slow), 128, 300, 1300])
 @pytest.mark.parametrize("padding", ["none", "left", "right", "documents"])
 def test_blocks_equal_the_plain_formula_to_rounding(length, padding):
     with jax.enable_x64(True):

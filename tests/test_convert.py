@@ -338,7 +338,7 @@ def spoilt(weights, leaf: int, spoil) -> tuple:
     return jax.tree.unflatten(tree, leaves)
 
 
-@pytest.mark.parametrize("leaf", [0, 7, -1])
+@pytest.mark.parametrize("leaf", [0, *(pytest.param(leaf, marks=pytest.mark.slow) for leaf in (7, -1))])
 @pytest.mark.parametrize("what", UNFIT)
 def test_no_leaf_reaches_a_file_without_its_dtype_and_values_checked(what, leaf, run, tmp_path):
     config, weights = load_weights(run)

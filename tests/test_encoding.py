@@ -60,7 +60,7 @@ def in_pieces(encoder: DocumentEncoder, text: str) -> np.ndarray:
     return np.concatenate([encoder.add(chunk) for chunk in chunks])
 
 
-@pytest.mark.parametrize("length", [1, 4096, 4097, 13_000])
+@pytest.mark.parametrize("length", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4096)), 4097, 13_000])
 def test_pieces_have_the_tokens_of_the_whole(kind, length):
     encoder = encoder_of(kind)
     for text in texts(length):

@@ -594,6 +594,7 @@ def test_text_files(many, tmp_path):
     fuzz(many, 30, 500, st.one_of(st.binary(max_size=300), odd), check)
 
 
+@pytest.mark.slow
 @FEW_OR_MANY
 def test_parquet(many, tmp_path):
     rows = [{"text": f"row {i}", "n": i} for i in range(40)]
@@ -791,6 +792,7 @@ def test_checkpoints(many, run, tmp_path):
     fuzz(many, 25, 800, broken_runs(files), check)
 
 
+@pytest.mark.slow
 @FEW_OR_MANY
 def test_wrong_metadata_of_orbax_arrays(many, weights, tmp_path):
     """Metadata that lies: what restores the arrays must bear it, for a checksum may have been made of the lie."""

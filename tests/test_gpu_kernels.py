@@ -83,7 +83,7 @@ def test_the_triton_kernels_equal_the_loops(interpreted, sizes, dtype):
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4, targets="experts")], ids=["trained", "adapters"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_the_self_check_passes(interpreted, dtype, lora):
     config = dataclasses.replace(SMALL, n_shared_experts=1)
     kernels = choose_kernels(config, dtype, CUDA, lora=lora)

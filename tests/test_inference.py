@@ -166,7 +166,7 @@ def rewritten_caches(model: CustomLLM) -> list[str]:
     )
 
 
-@pytest.mark.parametrize("rewritten", [rewritten_stacks, rewritten_caches])
+@pytest.mark.parametrize("rewritten", [pytest.param(rewritten_stacks, marks=pytest.mark.slow), rewritten_caches])
 def test_no_layer_rewrites_what_the_others_wrote(rewritten):
     assert not rewritten(BFLOAT16)
     if packed.NEEDED:

@@ -227,6 +227,7 @@ def with_noise(state: TrainState) -> TrainState:
 WAYS = ({"mesh": "data=2,fsdp=2,expert=2"}, {}, {"mesh": "fsdp=4"}, {"mesh": "expert=8"}, {"parallel": "pmap"}, {})
 
 
+@pytest.mark.slow
 def test_a_checkpoint_moves_from_layout_to_layout_bit_for_bit(tmp_path):
     """8 devices -> 1 -> 4 -> 8 -> pmap -> 1."""
     positions = [Position({"file": 3}, 7, np.arange(5, dtype=np.int32), np.ones((2, 4), np.int32))]

@@ -41,6 +41,7 @@ def test_n_steps_and_n_more_equal_2n(data, mesh, narrow_model, corpus, tmp_path)
     assert fingerprint(resumed) == fingerprint(calm)
 
 
+@pytest.mark.slow
 def test_the_newest_the_regular_and_the_best_checkpoints_are_kept(narrow, tmp_path, monkeypatch):
     evaluate = Evaluator.__call__
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 # The hook must precede the imports, hence the separate process. Tracing alone checks all shapes. B, T, D, H, ... are
 # different numbers.
 PROGRAM = """
@@ -57,6 +59,7 @@ for module, name, wrong in (
 """
 
 
+@pytest.mark.slow
 def test_the_declared_shapes_hold_and_planted_wrong_ones_are_found():
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)

@@ -202,7 +202,7 @@ def _key(name: str) -> tuple[str, tuple[str, ...]]:
     return tree, tuple(path.split("."))
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "fp8"])
+@pytest.mark.parametrize("kind", [pytest.param("bfloat16", marks=pytest.mark.slow), "fp8"])
 def test_weights_are_held_in_the_dtype_of_their_file(kind, tmp_path):
     folder = make_folder(tmp_path / "model", V3, 1, fp8=kind == "fp8")
     assert convert(["to-flax", str(folder), str(tmp_path / "run")]) == 0
