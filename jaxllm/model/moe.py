@@ -1,8 +1,7 @@
 """DeepSeekMoE (arXiv:2401.06066) with the routers of DeepSeek-V2 (arXiv:2405.04434, 2.2) and of DeepSeek-V3, whose
 choice a bias steers (arXiv:2412.19437, 2.1.2).
 
-Routing and experts are separate functions, so that a test can call one alone or inject a routing. No token is ever
-dropped.
+Routing and experts are separate functions, so that a test can call one alone or inject a routing. No token is dropped.
 
 An expert's gradient reaches the optimizer through the layer loop (`jaxllm.model.layer_loop`): its backward pass hands
 each layer one array for the experts of all layers, into which `jaxllm.model.kernels.expert_ffn` writes.
