@@ -152,10 +152,12 @@ def test_muon_in_other_precisions(tokens, precision):
 
 ALIKE = {(m.rung, m.what, m.optimizer): name for name, m in reversed(MUTATIONS.items())}
 """The first fault of each comparison that must fail; the others are slow."""
+# slow, too: it trains what rounding amplifies as well, which `gradients_not_zeroed` shows
+QUICK = {*ALIKE.values()} - {"cosine_with_a_floor"}
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in ALIKE.values() else pytest.mark.slow) for name in MUTATIONS]
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MUTATIONS]
 )
 def test_a_planted_fault_is_caught_by_the_lowest_rung_that_can_see_it(request, name):
     mutation = MUTATIONS[name]
