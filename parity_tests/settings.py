@@ -160,9 +160,8 @@ def make_plan(model: ModelConfig, precision: str, settings: Settings) -> Plan:
         notes.append(f"the schedule of {run.schedule.steps} steps on {steps}, {warmup_steps} of them warm-up")
     beyond_all = _widened(own, model.max_position_embeddings)
     wide = beyond_all if settings.widens else own
-    return Plan(
-        config, wide, min(steps, settings.most_steps or steps), settings.norms, wide == beyond_all, notes
-    )  # fmt: skip
+    compared = min(steps, settings.most_steps or steps)
+    return Plan(config, wide, compared, settings.norms, wide == beyond_all, notes)
 
 
 def _affordable(model: ModelConfig, sizes: Sizes, steps: int) -> int:

@@ -230,9 +230,8 @@ class FileSource:
         A file that cannot be read is tried `TRIES` times at one place, then left out.
         """
         file, name, size = self._files[index], self._names[index], self._sizes[index]
-        counts = (
-            self._by_files or self._shard.number == 0
-        )  # else every shard reads each row without text, and one counts it
+        # without files of its own, every shard reads each row without text, and one counts it
+        counts = self._by_files or self._shard.number == 0
         tries, reason = 0, None
         while reason is None:
             try:
