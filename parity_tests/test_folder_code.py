@@ -155,6 +155,7 @@ def test_a_folder_without_code_is_compared_with_ours_by_name(exported, text, tmp
     assert f"torch_ref/model.py ({exported / 'config.json'} names no code)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_folder_of_the_deepseek_family_is_loaded_by_transformers_itself(text, tmp_path, capsys, monkeypatch):
     """Its own weights, not an export of what was read; its own code is named as not compared."""
     monkeypatch.setattr(hf_side, "write_model", None)

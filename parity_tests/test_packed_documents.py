@@ -22,7 +22,9 @@ LENGTHS = (70, 1, 40, 29)
 """More than a block of queries in all."""
 
 
-@pytest.mark.parametrize("name", ["customllm", "v3-halves", "v2", "glm"])
+@pytest.mark.parametrize(
+    "name", ["customllm", "glm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("v3-halves", "v2"))]
+)
 def test_packed_documents_have_the_logits_of_the_same_position_ids(name):
     case = CASES.get(name)
     config = CUSTOM if case is None else read_config(case)

@@ -152,8 +152,12 @@ def test_muon_in_other_precisions(tokens, precision):
 
 ALIKE = {(m.rung, m.what, m.optimizer): name for name, m in reversed(MUTATIONS.items())}
 """The first fault of each comparison that must fail; the others are slow."""
-# slow, too: it trains what rounding amplifies as well, which `gradients_not_zeroed` shows
-QUICK = {*ALIKE.values()} - {"cosine_with_a_floor"}
+OTHERWISE_SHOWN = {
+    "cosine_with_a_floor",  # it trains what rounding amplifies, as `gradients_not_zeroed` does
+    "mean_of_means",  # test_trainer.py
+    "muon_without_nesterov", "muon_decay_in_the_gradient",  # test_deepseek.py compares an update with transformers'
+}  # fmt: skip
+QUICK = {*ALIKE.values()} - OTHERWISE_SHOWN
 
 
 @pytest.mark.parametrize(

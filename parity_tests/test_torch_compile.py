@@ -86,6 +86,7 @@ def test_one_graph_trains(weights, backend, dynamic, shapes):
         assert_same_step(compiled, model, eager, tokens(*shapes[-1]))
 
 
+@pytest.mark.slow
 def test_one_graph_trains_with_gradient_checkpointing(weights):
     model, eager = torch_model(SMALL, weights).train(), torch_model(SMALL, weights).train()
     model.gradient_checkpointing_enable()

@@ -147,6 +147,7 @@ class TrainerRun:
         return np.asarray([record[name] for record in self._history if name in record])
 
 
+@pytest.mark.slow  # test_hand_over.py takes the same steps
 def test_thirty_steps_of_the_trainer_are_those_of_jax(reference, tmp_path):
     state, ours = reference.steps(30)
     theirs = TrainerRun(reference, tmp_path / "run", 30)
@@ -247,6 +248,7 @@ def test_bfloat16_and_remat_compute_nearly_the_same(reference, tmp_path):
     assert 1e-6 < error < 1e-2
 
 
+@pytest.mark.slow
 def test_evaluation_moves_neither_routing_bias_nor_random_state(narrow, tmp_path):
     args = [*narrow, "--model.dropout", "0.1", "--steps", "4", "--sample-tokens", "0"]
     for name, every in (("often", "1"), ("once", "4")):

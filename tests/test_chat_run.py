@@ -135,6 +135,7 @@ def test_joined_chats_and_whole_chats_are_trained_on(options, arguments, tmp_pat
     ).all()
 
 
+@pytest.mark.slow
 def test_a_run_from_before_there_was_a_choice_resumes(run, narrow, tmp_path):
     """Its config names neither, and its numbers stay."""
     folder = shutil.copytree(run, tmp_path / "run")

@@ -47,6 +47,7 @@ def test_a_run_goes_on_without_its_console(open_stream, narrow, tmp_path, monkey
     assert (tmp_path / "run" / "samples.md").is_file()
 
 
+@pytest.mark.slow
 def test_what_a_console_cannot_encode_is_escaped(narrow, tmp_path, monkeypatch):
     written = io.BytesIO()
     console = io.TextIOWrapper(written, encoding="ascii")

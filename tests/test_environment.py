@@ -74,7 +74,7 @@ def test_a_run_trains_and_resumes_with_the_same_numbers_in_any_shell(narrow, run
     assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "plain")
 
 
-@pytest.mark.parametrize("module", ["jaxllm.generate", "jaxllm.plan.compile"])
+@pytest.mark.parametrize("module", ["jaxllm.generate", pytest.param("jaxllm.plan.compile", marks=pytest.mark.slow)])
 def test_jit_that_is_turned_off_is_named(module, run):
     done = command("-m", module, run, JAX_DISABLE_JIT="1")
     assert done.stderr.splitlines()[-1].endswith("JAX_DISABLE_JIT is set: this program needs jax.jit, unset it")

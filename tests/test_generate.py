@@ -52,6 +52,7 @@ def test_greedy_equals_the_full_forward_for_200_tokens(model):
     assert generate(model, [prompt], 200) == [greedy_by_full_forward(model, prompt, 200)]
 
 
+@pytest.mark.slow  # the ladder decodes prompts of several lengths
 def test_prompts_of_different_lengths_do_not_disturb_each_other(model):
     prompts = [[1], list(range(40)), [9, 8, 7, 6, 5]]
     together = generate(model, prompts, 20)

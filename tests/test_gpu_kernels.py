@@ -140,6 +140,7 @@ def test_the_gradients_of_the_auxiliary_losses_alone(interpreted):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-5 * np.abs(theirs).max())
 
 
+@pytest.mark.slow
 def test_a_layer_that_writes_another_s_part_is_seen(interpreted, monkeypatch):
     write = grouped_triton.weight_gradients
 
@@ -169,6 +170,7 @@ def test_decoding_reads_its_layer_s_experts(interpreted):
     np.testing.assert_allclose(made, wanted, rtol=0, atol=1e-5 * float(jnp.abs(wanted).max()))
 
 
+@pytest.mark.slow
 def test_decoding_refuses_a_gradient():
     model = CustomLLM(dataclasses.replace(SMALL, num_hidden_layers=1), rngs=nnx.Rngs(0), platform=ANY)
     token, position = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32)

@@ -38,6 +38,7 @@ def without_packing(model: CustomLLM) -> CustomLLM:
     return plain
 
 
+@pytest.mark.slow
 def test_a_model_for_inference_computes_the_same_from_half_of_the_bytes():
     narrow = inference.for_inference(BFLOAT16)
     logits = jax.jit(lambda state, ids: nnx.merge(nnx.graphdef(narrow), state)(ids))

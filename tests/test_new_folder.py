@@ -100,6 +100,7 @@ def test_a_refused_sharded_export_leaves_no_shards(run, tmp_path, monkeypatch):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_conversion_that_an_earlier_version_did_not_finish_is_not_trained(run, narrow, tmp_path, capsys):
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)

@@ -159,7 +159,9 @@ def test_a_layout_computes_the_deepseek_family_too(tied, optimizer):
     assert worst[1] < TOLERANCE, worst
 
 
-@pytest.mark.parametrize("fault", ["gradients not summed", "dropout by the row on the device"])
+@pytest.mark.parametrize(
+    "fault", ["gradients not summed", pytest.param("dropout by the row on the device", marks=pytest.mark.slow)]
+)
 def test_a_fault_would_be_seen(one_device, fault, monkeypatch):
     if fault == "gradients not summed":
         monkeypatch.setattr(Layout, "sum_gradients", lambda self, gradients, facts: gradients)

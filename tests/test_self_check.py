@@ -191,7 +191,7 @@ def test_the_product(monkeypatch):
     assert "its output differs by" in failed["product"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_the_kernels_of_this_device_pass(dtype):
     checks = check_kernels(choose_kernels(SMALL, jnp.dtype(dtype)), SMALL, jnp.dtype(dtype))
     assert failures(checks) == {}

@@ -308,6 +308,7 @@ def test_options_that_apply_have_an_effect(kind, sources, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_evaluating_a_model_reads_all_of_a_folder_or_a_split(run, tmp_path, capsys):
     for word in ("train", "test"):
         write(tmp_path / f"{word}.jsonl", word)

@@ -144,6 +144,7 @@ def test_a_signal_while_waiting_for_data_saves_the_steps_done(run, narrow, tmp_p
     assert fingerprint(folder) == fingerprint(run)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("signals_by_default")
 def test_an_interrupted_evaluation_is_repeated_at_the_next_start(run, narrow, tmp_path, monkeypatch):
     folder, evaluate = tmp_path / "run", Evaluator.__call__

@@ -72,6 +72,7 @@ def test_the_speed_columns_agree_with_each_other(run):
         assert record["mfu_full"] == pytest.approx(tflops / end["peak_tflops"], rel=2e-3)
 
 
+@pytest.mark.slow
 def test_a_given_peak_is_what_the_mfu_is_a_share_of(narrow, tmp_path, capsys):
     arguments = ["--peak-tflops", "0.25", "--steps", "2", "--sample-tokens", "0", "--run-dir", str(tmp_path / "run")]
     assert train.main([*narrow, *arguments]) == 0
@@ -192,6 +193,7 @@ def test_a_bare_resume_takes_its_options_from_the_run(run, tmp_path, capsys):
     assert changed == {"steps"}
 
 
+@pytest.mark.slow
 def test_options_of_one_start_are_not_kept(narrow, tmp_path):
     folder = tmp_path / "run"
     arguments = [*narrow, "--steps", "20", "--sample-tokens", "0", "--run-dir", str(folder)]
