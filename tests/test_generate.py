@@ -128,10 +128,10 @@ def test_other_sampling_numbers_compile_nothing(model):
     def count() -> int:
         return decoding._first_token._cache_size() + decoding._more_tokens._cache_size()
 
-    generate(model, [[1, 2]], 5, Sampling(0.7, 3, 0.9))
+    generate(model, [[1, 2]], 9, Sampling(0.7, 3, 0.9))
     compiled = count()
     for numbers in ((0.3, 3, 0.9), (0.7, 100, 0.9), (1.3, 0, 0.5)):
-        generate(model, [[1, 2]], 5, Sampling(*numbers))
+        generate(model, [[1, 2]], 9, Sampling(*numbers))
     assert count() == compiled
 
 
@@ -149,7 +149,7 @@ def test_seeds_beyond_the_range_are_refused(model, capsys):
         with pytest.raises(UserError, match="seed is"):
             generate(model, [[1]], 5, seed=seed)
     last = 2**63 - 1
-    assert len(joined(stream(model, [1, 2], 12, Sampling(), seed=last, eos_token_ids=()))) == 12
+    assert len(joined(stream(model, [1, 2], 30, Sampling(), seed=last, eos_token_ids=()))) == 30
 
 
 def test_too_long_is_refused(model):
