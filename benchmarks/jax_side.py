@@ -25,11 +25,11 @@ from jaxllm.model.decoding import generate, prefill
 from jaxllm.model.flops import active_parameters
 from jaxllm.model.inference import for_inference
 from jaxllm.model.kernels import choose_kernels, describe_kernels
-from jaxllm.model.kernels.dispatch import plan_dispatch
 from jaxllm.model.kernels.expert_ffn import expert_ffn, expert_slice
 from jaxllm.model.kernels.matmul import linear
 from jaxllm.model.kernels.self_check import LIMITS, check_kernels
 from jaxllm.model.kernels.swiglu import plain_swiglu
+from jaxllm.model.kernels.token_dispatch import plan_dispatch
 from jaxllm.model.layers import stack
 from jaxllm.model.layout import ONE_DEVICE
 from jaxllm.model.moe import DeepSeekExpertLayer, route

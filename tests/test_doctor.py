@@ -31,7 +31,7 @@ def test_it_prints_what_a_bug_report_needs(checked, capsys):
         f"Python {platform.python_version()}", f"JAX {jax.__version__}", f"devices: {len(jax.devices())} x cpu",
         "bfloat16 in hardware: ", "--precision auto is ", "float32 product: 2.5 TFLOP/s (no data sheet)",
         "bfloat16 product: 5 TFLOP/s", "memory, read and written: 42 GB/s",
-        "kernels of tiny: experts: loops over groups with rows", "routed", "1.5e-03",
+        "kernels of tiny: experts: loop over the experts that have tokens", "routed", "1.5e-03",
     ):  # fmt: skip
         assert part in said, part
     assert platform.node() not in said

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from jaxllm.model import load_balance, moe
 from jaxllm.model.kernels import choose_kernels, grouped_loop
-from jaxllm.model.kernels.dispatch import combine, gather_slots, plan_dispatch
 from jaxllm.model.kernels.expert_ffn import expert_ffn, expert_slice
+from jaxllm.model.kernels.token_dispatch import combine, gather_slots, plan_dispatch
 from tests.configs import small
 
 SMALL = small(vocab_size=64, num_hidden_layers=1)

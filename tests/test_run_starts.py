@@ -84,7 +84,7 @@ def test_the_default_recipe_is_for_new_weights_and_trained_ones_have_a_low_rate(
             "in bfloat16 (--precision float32 is slower: the GPU multiplies bfloat16 in hardware)",
             marks=pytest.mark.slow,
         ),
-        (None, "float32", "in float32 (nothing known here multiplies bfloat16 in hardware)"),
+        (None, "float32", "in float32 (no known hardware support for bfloat16)"),
     ],
 )
 def test_a_new_run_decides_its_precision_by_the_devices_and_keeps_it(

@@ -260,7 +260,7 @@ def test_a_run_goes_on_with_plain_kernels(gpu, narrow, tmp_path, capsys):
         folder = tmp_path / kernels
         assert train.main([*options, "--run-dir", str(folder), "--kernels", kernels]) == 0
         said = capsys.readouterr()
-        assert "experts: loops over groups with rows; attention: blocks of queries (bfloat16)" in said.out
+        assert "experts: loop over the experts that have tokens; attention: blocks of queries (bfloat16)" in said.out
         replaced = [line for line in said.err.splitlines() if "is replaced by its plain form" in line]
         assert len(replaced) == (3 if kernels == "auto" else 0)
         for name, line in zip(REPLACEABLE, replaced, strict=False):

@@ -1,7 +1,7 @@
 """The decoder: Multi-head Latent Attention and DeepSeekMoE, as Flax NNX modules.
 
 Read in this order: layers, attention, moe, layer, layer_loop, decoder; the kernels that they call are in `kernels/`.
-One legend of axis letters holds for all shapes, in annotations and comments (#B is B or 1):
+One legend of axis letters holds for all shapes, in annotations and comments (#B is B or 1); `kernels/` adds its own:
 
     B batch        T time (queries)   S time (keys, cache slots)   N = B*T tokens
     D hidden       H heads            h = n + r query head (n without position, r rotary)    v value head

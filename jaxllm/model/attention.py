@@ -31,6 +31,8 @@ class Attended(NamedTuple):
 
 
 class MultiHeadLatentAttention(nnx.Module):
+    """Multi-head Latent Attention; queries and keys have a part without a position (nope) and a rotary one (rope)."""
+
     def __init__(self, config: ModelConfig, *, kernels: Kernels, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config, self.kernels, self.dtype = config, kernels, dtype
         D, R, Q, H = config.hidden_size, config.kv_latent_size, config.q_latent_size, config.num_attention_heads

@@ -135,7 +135,7 @@ class CustomLLM(nnx.Module):
             dropout_keys: one for each row, whose dropout does not depend on its device. None: no dropout.
             experts: to use instead of the router's choice, of the layers that have experts.
             keep_latents, keep_trace: return the latents, to fill a decoding cache; the outputs of all parts of layers.
-            layout: of the devices among which the weights are cut, in a step that runs on each of them.
+            layout: of the step's devices, over which the weights are sharded.
         """
         check_inputs(self.config, input_ids, attention_mask)
         positions = token_positions(input_ids, attention_mask)

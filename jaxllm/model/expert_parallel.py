@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from jaxllm.model.dtypes import Array
-from jaxllm.model.kernels.dispatch import Dispatch, plan_dispatch
 from jaxllm.model.kernels.expert_ffn import ExpertOutput
 from jaxllm.model.kernels.matmul import save_for_backward
+from jaxllm.model.kernels.token_dispatch import Dispatch, plan_dispatch
 
 
 def expert_parallel_ffn(

@@ -7,8 +7,8 @@
 most of the weights, so they are not: a layer gets the arrays of all layers and its place in them (`ExpertSlice`), and
 writes there its part of the gradient and of what it saves. The autodiff of a plain scan would copy both in each layer.
 
-A layer's arguments are not saved with its pullback: the backward pass has them and substitutes them. So the two arrays
-that a layer wrote to are replaced there by the final ones, which all layers have written to.
+A layer's arguments are not saved with its pullback: the backward pass puts them in again. So a pullback gets the arrays
+`gradient` and `saved` as all layers have written them by then, in place of those that it was traced with.
 """
 
 import dataclasses
@@ -84,7 +84,7 @@ def run_layers(
     }
 
     def new_saved() -> dict[str, Array | None]:
-        if kernels.shared is None:
+        if kernels.shared is None:  # each layer saves its own: see `Kernels.shared`
             return dict.fromkeys(weights.experts)
         made = {}
         for name, experts in weights.experts.items():
@@ -220,7 +220,7 @@ def _backward(loop: _Loop, residuals: tuple, d: tuple[Array, Pytree]):
         (d_x, gradient), (i, pullback, d_floats) = carry, unpack(of_layer, loop.kernels.packs)
         arguments = loop.arguments(i, weights, inputs, in_place=(gradient, saved))
         d_sliced, d_experts, _, d_x = with_arguments(pullback, arguments)((d_x, with_integers(d_floats)))
-        return (d_x, {name: e.masters for name, e in d_experts.items()}), d_sliced
+        return (d_x, {name: e.masters for name, e in d_experts.items()}), d_sliced  # see `ExpertSlice.masters`
 
     gradient = {
         name: jax.tree.map(loop.kernels.routed.new_gradient, of_all.masters) for name, of_all in weights.experts.items()

@@ -72,7 +72,8 @@ def stack(make: Callable[[nnx.Rngs], Module], count: int, axis: str, rngs: nnx.R
 
 
 def member(stacked: Module, axis: str, i: int) -> Module:
-    """Module i of those that `stack` made along an axis, within a layer. What they share has no such axis."""
+    """Module i of those that `stack` made along an axis, within a layer. A parameter that all of them share (an
+    adapter's A) has no such axis."""
 
     def of_one(variable: nnx.Variable) -> nnx.Variable:
         return variable.replace(variable[i]) if axis in variable.get_metadata("facts").axes else variable

@@ -67,9 +67,9 @@ class Layout:
         return jax.lax.psum(tree, self.axes) if self.axes else tree
 
     def gather(self, weights: Pytree, facts: Pytree) -> Pytree:
-        """This device's part of one layer's weights, or of those outside the layers, as the whole that `fsdp` holds.
+        """All-gather one layer's weights, or those outside the layers, along `fsdp`. Its transpose is a reduce-scatter.
 
-        Only inside a step. Its gradient sums over `fsdp` and cuts.
+        Only inside a step.
         """
         if self.fsdp == 1:
             return weights

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int, Shaped
 
 from jaxllm.model.dtypes import Array
-from jaxllm.model.kernels.dispatch import tokens_per_expert
+from jaxllm.model.kernels.token_dispatch import tokens_per_expert
 from jaxllm.model.moe import Routing
 
 
@@ -45,7 +45,7 @@ def balance_loss(routing: Routing, batch: int, attention_mask: Shaped[Array, "B 
         return (fraction * normalized.reshape(batch, -1, E).mean(axis=1)).sum(axis=-1).mean()
     sequence, real = _sequences(attention_mask)
 
-    def summed(of_tokens: Array) -> Array:  # (N,...) -> (N,...): a sequence at most a token
+    def summed(of_tokens: Array) -> Array:  # (N,...) -> (N,...): there are at most N sequences
         masked = jnp.where(real.reshape(-1, *[1] * (of_tokens.ndim - 1)), of_tokens, 0)
         return jax.ops.segment_sum(masked, sequence, real.size)
 

@@ -3,8 +3,8 @@ choice a bias steers (arXiv:2412.19437, 2.1.2).
 
 Routing and experts are separate functions, so that a test can call one alone or inject a routing. No token is dropped.
 
-An expert's gradient reaches the optimizer through the layer loop (`jaxllm.model.layer_loop`): its backward pass hands
-each layer one array for the experts of all layers, into which `jaxllm.model.kernels.expert_ffn` writes.
+An expert's gradient reaches the optimizer through the layer loop (`jaxllm.model.layer_loop`): its backward pass gives
+each layer the gradient arrays of all layers (gate, up, down), and `jaxllm.model.kernels.expert_ffn` writes its part.
 """
 
 from collections.abc import Mapping
@@ -19,11 +19,11 @@ from jaxllm.config import ModelConfig, RouterConfig
 from jaxllm.model.dtypes import Array, at_least_float32
 from jaxllm.model.expert_parallel import expert_parallel_ffn
 from jaxllm.model.kernels import Kernels
-from jaxllm.model.kernels.dispatch import Dispatch, add_all, every_token, plan_dispatch
 from jaxllm.model.kernels.expert_ffn import ExpertOutput, ExpertSlice, expert_ffn, expert_slice
 from jaxllm.model.kernels.interface import Adapters, Weights
 from jaxllm.model.kernels.matmul import linear
 from jaxllm.model.kernels.swiglu import plain_swiglu
+from jaxllm.model.kernels.token_dispatch import Dispatch, add_all, every_token, plan_dispatch
 from jaxllm.model.layers import Frozen, Linear, RoutingBias, member, parameter, stack
 from jaxllm.model.layout import ONE_DEVICE, Layout
 
@@ -151,7 +151,7 @@ class DeepSeekMoE(nnx.Module):
         k, router = self.config.num_experts_per_tok, self.config.router
         routing = route(tokens, self.router.weight[...], bias, k, forced, router)
         experts = self.own_experts() if experts is None else experts
-        # with names, which nnx.tabulate needs for tuples
+        # keyword arguments: nnx.tabulate cannot show a tuple that is passed by position
         routed = self.routed_ffn(tokens, routing=routing, layout=layout, experts=experts["routed_experts"])
         shared = self.shared_ffn(tokens, experts=experts.get("shared_experts"))
         saved = {"routed_experts": routed.saved, "shared_experts": shared.saved}

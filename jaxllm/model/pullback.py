@@ -25,8 +25,7 @@ class SavedPullback:
 def without_arguments(pullback: Pytree, arguments: Pytree, must_hold: Pytree) -> SavedPullback:
     """What to save of a pullback of a function of these arguments.
 
-    Raises a RuntimeError if it does not hold the arrays `must_hold` themselves, but perhaps copies of them, in whose
-    place others could not be put.
+    Raises a RuntimeError if the arrays `must_hold` are not among its leaves: copies of them could not be replaced.
     """
     (leaves, tree), given, arrays = jax.tree.flatten(pullback), jax.tree.leaves(arguments), []
     where = {id(leaf): n for n, leaf in enumerate(given)}
@@ -46,7 +45,8 @@ def with_arguments(saved: SavedPullback, arguments: Pytree) -> Callable:
 
 
 def without_integers(d: Pytree) -> tuple[list[Array], Callable[[Sequence[Array]], Pytree]]:
-    """The floats among the gradients of all layers' results, and a function that adds one layer's of the integers.
+    """The floats among the gradients of all layers' results, and a function that puts those of one layer's integers
+    back.
 
     Integers have gradients of the dtype float0, which a scan cannot slice.
     """

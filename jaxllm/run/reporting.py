@@ -55,7 +55,7 @@ def announce(config: RunConfig, parameters: int, tree: str | None, device: str, 
             f"The warm-up of {warmup} steps is not shorter than the run of {steps}: the learning rate never reaches "
             f"{config.optim.learning_rate:g}; pass a smaller --warmup-steps or more --steps"
         )
-    has = f"{bfloat16 or 'nothing known here'} multiplies bfloat16 in hardware"
+    has = f"{bfloat16} multiplies bfloat16 in hardware" if bfloat16 else "no known hardware support for bfloat16"
     if bfloat16 and config.precision == "bfloat16":
         has = f"--precision float32 is slower: {has}"
     elif bfloat16:

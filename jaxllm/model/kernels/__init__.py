@@ -4,11 +4,11 @@
     NVIDIA GPU, bfloat16      Triton grouped product           cuDNN's fused kernel, for heads that it takes
                                                                (an odd length: blocks)
     NVIDIA GPU, float32       Triton grouped product           blocks of queries
-    anything else             loops over groups with rows      blocks of queries
+    anything else             loop over experts with tokens    blocks of queries
 
 Rejected: `jax.lax.ragged_dot` is a dense product over all experts on the CPU (five times the time) and on an H100;
 loops with dynamic trip counts wait for the host on a GPU. A TPU takes the last line: correct, and not tuned.
-The last line is the plain form, of everything: `self_check` finds out which kernels a device must do without.
+The last line is the plain form of every kernel: `self_check` finds out which kernels a device must do without.
 """
 
 import dataclasses
@@ -117,7 +117,7 @@ def describe_kernels(
     """A description of the choice, for a line at start-up; arguments as in `choose_kernels`."""
     chosen, dtype = choose_kernels(config, dtype, platform, lora=lora, without=without), jnp.dtype(dtype)
     on_triton = chosen.routed in (grouped_triton.KERNELS, grouped_adapted.KERNELS)
-    experts = "Triton grouped product" if on_triton else "loops over groups with rows"
+    experts = "Triton grouped product" if on_triton else "loop over the experts that have tokens"
     shared = ", shared experts: plain products" if on_triton and not chosen.shared else ""
     attention = "cuDNN fused kernel" if chosen.attention is cudnn_attention else "blocks of queries"
     on_cuda = (platform_here() if platform is None else platform) == CUDA

@@ -6,10 +6,10 @@ tokens, so no sorted copy is written. All other moves of rows are gathers; autod
 pass.
 
 A gate multiplies before the last product: so its gradient does not need the experts' outputs. The two pre-activations
-(2*M*F numbers) are saved for the backward pass, which saves a quarter of its products, or computed again there.
+(2*M*F numbers) are saved for the backward pass, which avoids a quarter of its products, or computed again there.
 
     N tokens    k experts of each    M rows, sorted by expert    D hidden    F expert hidden
-    E experts of a layer, of S in an array    L layers
+    E experts of a layer, of S in an array (not key slots, as elsewhere)    L layers
 """
 
 import functools
@@ -20,19 +20,19 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.model.dtypes import Array, Pytree
-from jaxllm.model.kernels.dispatch import Dispatch, add_all, combine, gather_slots
 from jaxllm.model.kernels.interface import Adapters, ExpertKernels, ExpertRows, Saved, Weights
 from jaxllm.model.kernels.matmul import save_for_backward
+from jaxllm.model.kernels.token_dispatch import Dispatch, add_all, combine, gather_slots
 
 
 class ExpertSlice(NamedTuple):
     """The experts of one layer: E of S, which are those of all layers when a loop runs the layers.
 
     If each layer returned a gradient of the whole arrays, L arrays of that size would be made and added. So the loop
-    hands the same two arrays, `gradient` and `saved`, from layer to layer, and each writes its part of them in place.
+    hands the same arrays, `gradient` and `saved`, from layer to layer, and each writes its part of them in place.
     """
 
-    masters: Weights | tuple[()] | None  # in float32 or wider, whose gradient `gradient` becomes
+    masters: Weights | tuple[()] | None  # in float32 or wider; their gradient is `gradient` with its part written
     # (): the weights are frozen, and have no gradient; None: nothing has, in decoding
     weights: Weights  # the masters as the kernels read them; without a gradient
     offset: Array | int  # () int, the first of the E experts

@@ -1,6 +1,6 @@
 """What the model asks of a device's kernels for the experts, as types. `jaxllm.model.kernels` chooses who provides it.
 
-N tokens    P rows, sorted by expert    E experts of a layer, of S in an array    L layers
+N tokens    P rows, sorted by expert    E experts of a layer, of S in an array (not key slots, as elsewhere)    L layers
 D hidden    F expert hidden
 """
 
