@@ -31,6 +31,7 @@ from jaxllm.store.folder import CONFIG_FILE, MODEL_FILE, TOKENIZER, checkpoint_o
 from jaxllm.store.history import History
 from jaxllm.store.metrics_file import read_metrics, write_metrics
 from jaxllm.store.source import tokenizer_files
+from jaxllm.train.computation import Computation
 from jaxllm.train.optim import OptimizerState, of_adamw
 from jaxllm.train.state import dropout_key
 
@@ -55,7 +56,7 @@ def export_training(run: StrPath, out: StrPath) -> None:
         )
 
     def read(saved: CheckpointReader) -> tuple[Weights, ResumeState]:
-        if (resumed := saved.resume_state(config)) is None:
+        if (resumed := saved.resume_state(Computation.of(config))) is None:
             raise UserError(f"{str(run)!r} holds weights without a training history: leave out --training")
         return saved.weights(model), resumed
 

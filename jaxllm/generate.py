@@ -53,13 +53,13 @@ def load_model(folder: StrPath, precision: Precision = "float32", kernels: Kerne
         from convert.to_flax import model_of
 
         return model_of(folder, dtype, for_compute(dtype), kernels=kernels)
-    if (adapted := adapters_of(folder)) is None:
+    if adapters_of(folder) is None:
         config, weights = load_weights(folder, for_compute(dtype))
     else:
         check_own("convert")
-        from convert.base import merged_run
+        from convert.base import run_weights
 
-        config, weights = merged_run(folder, adapted, for_compute(dtype))
+        config, weights = run_weights(folder, for_compute(dtype))
     graph, _, _ = abstract_model(config, dtype=dtype, without=kernels_to_avoid(config, dtype, kernels))
     return nnx.merge(graph, *weights)
 

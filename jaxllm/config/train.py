@@ -16,7 +16,7 @@ from jaxllm.config import groups
 from jaxllm.config.fields import MAX_SEED, check_fields, option, option_names
 from jaxllm.config.lora import LoraConfig
 from jaxllm.config.model import ModelConfig
-from jaxllm.config.presets import PRESETS, preset
+from jaxllm.config.presets import PRESETS, TOKENIZER_SIZED_PRESETS, preset
 from jaxllm.errors import UserError, listed, shown
 
 Precision = Literal["float32", "bfloat16"]
@@ -93,6 +93,13 @@ class RunConfig:
     def adapters(self) -> LoraConfig | None:
         """The adapters that are trained in place of all weights, if the run has some."""
         return None
+
+    @property
+    def given_vocab_size(self) -> int | None:
+        """The model's rows for tokens; None: as many as the tokenizer needs, as of a tokenizer-sized preset."""
+        size = self.model.vocab_size
+        is_sized = self.preset in TOKENIZER_SIZED_PRESETS and size == PRESETS[self.preset].vocab_size
+        return None if is_sized else size
 
     @property
     def tokens_per_step(self) -> int:
@@ -222,6 +229,10 @@ class TrainConfig(RunConfig):
     @property
     def data_streams(self) -> int:
         return self.mesh.data_streams or 1
+
+    @property
+    def given_vocab_size(self) -> int | None:
+        return super().given_vocab_size if self.init is None else self.model.vocab_size  # trained weights have theirs
 
     @property
     def adapters(self) -> LoraConfig | None:

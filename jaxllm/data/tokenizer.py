@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from jaxllm.config import PRESETS, TOKENIZER_SIZED_PRESETS, ModelConfig, RunConfig
+from jaxllm.config import ModelConfig, RunConfig
 from jaxllm.config.groups import JOINED_TEXTS, DataConfig
 from jaxllm.data.chats import Chat, Pair
 from jaxllm.data.encode import encoder_of
@@ -249,16 +249,8 @@ def _size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
 
 
-def given_vocab_size(config: RunConfig) -> int | None:
-    """The model's rows for tokens; None: it has as many as the tokenizer needs, as a tokenizer-sized preset does."""
-    is_trained = getattr(config, "init", None) is not None  # weights have the size that they have
-    vocab_size = config.model.vocab_size
-    is_sized = config.preset in TOKENIZER_SIZED_PRESETS and vocab_size == PRESETS[config.preset].vocab_size
-    return None if is_sized and not is_trained else vocab_size
-
-
 def with_pad_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> PreTrainedTokenizerBase:
-    """Add the pad token that a tokenizer lacks, if the model has a row for it. `vocab_size`: `given_vocab_size`."""
+    """Add the pad token that a tokenizer lacks, if the model has a row for it; without `vocab_size` it gets one."""
     if tokenizer.pad_token_id is None and (vocab_size is None or _size(tokenizer) < vocab_size):
         tokenizer.add_special_tokens({"pad_token": PAD})
     return tokenizer
@@ -271,7 +263,7 @@ def align(config: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
         UserError: the tokenizer has tokens for which the model has no row.
     """
     model, size = config.model, _size(tokenizer)
-    vocab_size = given_vocab_size(config) or size
+    vocab_size = config.given_vocab_size or size
     if size > vocab_size:
         remedy = f"pass --model.vocab-size {size} or another --tokenizer"
         if getattr(config, "init", None) is not None or (config.folder / "checkpoints").is_dir():

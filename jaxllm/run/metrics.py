@@ -214,7 +214,7 @@ def end_record(
         "train_runtime": rounded(seconds),
         "train_samples_per_second": rounded(rows / seconds, 3),
         "train_steps_per_second": rounded(steps_done / seconds, 3),
-        "train_tokens_per_second": rounded(steps_done * config.tokens_per_step / seconds, 1),
+        "train_tokens_per_second": rounded(speed.tokens_per_second, 1),
         "train_loss": loss,
         "epoch": rounded(epoch, 2),
         "step": config.schedule.steps,

@@ -305,7 +305,7 @@ def _start(
             state = trainer.init(start and start.weights)
     else:
         saved = CheckpointReader(config.folder, resume_step)
-        state, resumed = saved.state(config, trainer.state_shardings)
+        state, resumed = saved.state(trainer.computation, trainer.state_shardings)
         step = int(state.step)
         if resumed is not None:
             stream.seek(resumed.positions)

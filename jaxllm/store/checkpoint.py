@@ -5,7 +5,6 @@ converter writes such) is a starting point.
 """
 
 import contextlib
-import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxllm.config import LoraConfig, ModelConfig, RunConfig
+from jaxllm.config import LoraConfig, ModelConfig
 from jaxllm.data.stream import MAX_POSITION_BYTES, Position
 from jaxllm.errors import UserError, one_line
 from jaxllm.files import StrPath, plain_path
@@ -28,8 +27,9 @@ from jaxllm.model.layers import ParameterFacts
 from jaxllm.store.folder import CHECKPOINTS, checkpoint_steps, is_run, read_model_config
 from jaxllm.store.history import History
 from jaxllm.store.resume import check_format, choose_checkpoint
+from jaxllm.train.computation import Computation
 from jaxllm.train.optim import OptimizerState
-from jaxllm.train.state import TrainState, abstract_state, start_state
+from jaxllm.train.state import TrainState
 
 Pytree = Any
 
@@ -115,7 +115,9 @@ class CheckpointReader:
         restored = self._restore(weights=_targets(shapes, shardings)._asdict())
         return Weights(**restored["weights"])
 
-    def state(self, config: RunConfig, shardings: TrainState | None = None) -> tuple[TrainState, ResumeState | None]:
+    def state(
+        self, computation: Computation, shardings: TrainState | None = None
+    ) -> tuple[TrainState, ResumeState | None]:
         """Its state, and the rest of what a run needs to resume; None for a checkpoint of weights alone.
 
         The state has the form of one device, and is placed according to `shardings` (None: on the first device).
@@ -124,15 +126,15 @@ class CheckpointReader:
             UserError: it cannot be read.
         """
         wanted = None if shardings is None else Weights(shardings.params, shardings.routing_bias)
-        resumed = self.resume_state(config, shardings)
-        model, lora = config.model, config.adapters
+        resumed = self.resume_state(computation, shardings)
+        model, lora = computation.model, computation.lora
         weights = self.weights(model, wanted) if lora is None else self.adapters(model, lora, wanted)
         if resumed is None:
-            start = functools.partial(start_state, config.model, config.optim, config.seed)
+            start = computation.start_state
             return (start if shardings is None else jax.jit(start, out_shardings=shardings))(*weights), None
         return TrainState(*weights, resumed.opt_state, resumed.step, resumed.dropout_key), resumed
 
-    def resume_state(self, config: RunConfig, shardings: TrainState | None = None) -> ResumeState | None:
+    def resume_state(self, computation: Computation, shardings: TrainState | None = None) -> ResumeState | None:
         """What it holds besides the weights, placed according to `shardings`; None if that is nothing.
 
         Raises:
@@ -141,13 +143,13 @@ class CheckpointReader:
         if not self.has_training:
             return None
         check_format(self._folder)
-        targets = _targets(abstract_state(config.model, config.optim, config.adapters), shardings)
+        targets = _targets(computation.state, shardings)
         training = {"opt_state": targets.opt_state, "step": targets.step, "dropout_key": targets.dropout_key}
         restored = self._restore(training=training, positions=self._shapes_of_positions(), history=None)
         with self._readable():
             history = History.from_json(restored["history"])
             encoded = [np.asarray(restored["positions"][str(s)]) for s in range(len(restored["positions"]))]
-        where, seq_len, vocab_size = str(self._folder), config.data.seq_len, config.model.vocab_size
+        where, seq_len, vocab_size = str(self._folder), computation.shape[-1], computation.model.vocab_size
         positions = [Position.from_bytes(array.tobytes(), where, seq_len, vocab_size) for array in encoded]
         return ResumeState(**restored["training"], positions=positions, history=history)
 
