@@ -1,5 +1,6 @@
 """Which packages Python finds: a library, or a folder of that name; this project's, or a user's that hides it."""
 
+import importlib.metadata
 import importlib.util
 import sys
 from pathlib import Path
@@ -17,6 +18,14 @@ def is_installed(name: str) -> bool:
     """
     spec = importlib.util.find_spec(name)
     return spec is not None and (spec.origin is not None or spec.submodule_search_locations is None)
+
+
+def version_of(package: str) -> str | None:
+    """The version of a library; None: it is not installed, or is a checkout without metadata."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def check_own(*names: str) -> None:
