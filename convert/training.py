@@ -115,7 +115,7 @@ def import_training(source: StrPath, run: StrPath) -> None:
     # the key of dropout follows from the seed
     resumed = ResumeState(OptimizerState(count, mu, nu), count, dropout_key(config.seed), [position], history)
     with new_folder(run) as made:
-        write_run(made, model, weights, [], (config, resumed), tokenizer_files(source / TOKENIZER))
+        write_run(made, model, weights, (config, resumed), tokenizer_files(source / TOKENIZER))
         write_metrics(made, history.records)
 
 

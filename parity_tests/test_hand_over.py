@@ -17,6 +17,7 @@ from jaxllm.files import read_json
 from jaxllm.store.checkpoint import ResumeState, Weights, newest_checkpoint
 from jaxllm.store.checkpoint_writer import write_run
 from jaxllm.store.metrics_file import read_metrics
+from jaxllm.store.source import tokenizer_files
 from parity_tests.training import random_moments
 from torch_ref import train as torch_training
 
@@ -194,7 +195,7 @@ def test_a_run_with_muon_is_converted_there_and_back_and_keeps_its_optimizer(hal
     config, weights = config.with_options(optimizer="muon"), Weights(state.params, state.routing_bias)
     moments = random_moments(config, weights, count=20)
     rest = ResumeState(moments, state.step, state.dropout_key, training.positions, training.history)
-    write_run(made, config.model, weights, list((half / "tokenizer").iterdir()), (config, rest))
+    write_run(made, config.model, weights, (config, rest), tokenizer_files(half / "tokenizer"))
     assert main(["to-torch", str(made), str(folder), "--training"]) == 0
     assert main(["to-flax", str(folder), str(back)]) == 0
     assert_same_bits(restored(made)[0], restored(back)[0])

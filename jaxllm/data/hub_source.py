@@ -83,9 +83,7 @@ class HubSource:
 
     def held_out(self) -> Iterator[TextChunk]:
         if self.evaluations:
-            evaluated = self.evaluations[0].open()
-            self.seen = evaluated.seen
-            return evaluated.chunks()
+            return self.evaluations[0].read_for(self)
         return (chunk for chunk in self.chunks() if chunk.held_out)
 
     @property

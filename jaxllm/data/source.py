@@ -33,6 +33,13 @@ class Evaluation(NamedTuple):
     name: str
     open: "Callable[[], Source]"
 
+    def read_for(self, *sources: "Source") -> "Iterator[TextChunk]":
+        """Its chunks, which count as what these sources have read."""
+        opened = self.open()
+        for source in sources:
+            source.seen = opened.seen
+        return opened.chunks()
+
 
 class Shard(NamedTuple):
     """One of several disjoint parts of a corpus."""

@@ -20,7 +20,7 @@ from jaxllm.data.encode import encoder_of
 from jaxllm.data.packing import Packer, filled_row, lengths_of
 from jaxllm.data.source import CLOSING, Shard, Source
 from jaxllm.data.sources import open_source
-from jaxllm.errors import UserError, one_line
+from jaxllm.errors import UserError, as_user_error, one_line
 from jaxllm.files import read_bounded
 from jaxllm.model.batch import are_rows
 
@@ -66,13 +66,11 @@ class Position(NamedTuple):
         Raises:
             UserError: it is something else.
         """
-        try:
+        with as_user_error(lambda error: f"the data position {where} cannot be read ({one_line(error)})"):
             arrays = load(encoded)
             state = json.loads(arrays["state"].tobytes())
             known = state["source"], state["drawn"], arrays["tokens"], arrays["pool"]
             position = cls(*known, arrays.get("passes"), state.get("text"))
-        except Exception as error:  # safetensors, json and NumPy raise kinds of their own
-            raise UserError(f"the data position {where} cannot be read ({one_line(error)})") from None
         drawn = position.drawn
         fits = isinstance(position.source, dict) and type(drawn) is int and 0 <= drawn < 2**63
         if not fits or (position.tokens.ndim, position.pool.ndim) != (1, 2):

@@ -21,7 +21,7 @@ from orbax.checkpoint import multihost
 
 from jaxllm.config.groups import MeshConfig
 from jaxllm.data.stream import Position
-from jaxllm.errors import UserError, one_line
+from jaxllm.errors import UserError, as_user_error, one_line
 from jaxllm.run.huge_pages import restart_with_huge_pages
 from jaxllm.run.runtime import start_jax
 
@@ -46,16 +46,13 @@ def init_distributed(mesh: MeshConfig, options: dict[str, Any]) -> None:
         start_jax()
         return
     automatic = mesh.coordinator == "auto"
-    try:
+    rest = "" if automatic else f", process {mesh.process_id} of {mesh.num_processes}"
+    what = f"coordinator is {mesh.coordinator!r}{rest}: the processes could not connect"
+    with as_user_error(lambda error: f"{what} ({one_line(error)})"):
         if automatic:
             jax.distributed.initialize()
         else:
             jax.distributed.initialize(mesh.coordinator, mesh.num_processes, mesh.process_id)
-    except Exception as error:  # of the network, of the cluster's environment: kinds of their own
-        rest = "" if automatic else f", process {mesh.process_id} of {mesh.num_processes}"
-        raise UserError(
-            f"coordinator is {mesh.coordinator!r}{rest}: the processes could not connect ({one_line(error)})"
-        ) from None
     start_jax()
     given = _from_each(options | {"process_id": None})
     for process, other in enumerate(given):

@@ -19,7 +19,7 @@ from etils import epath
 
 from jaxllm.config import LoraConfig, ModelConfig
 from jaxllm.data.stream import MAX_POSITION_BYTES, Position
-from jaxllm.errors import UserError, one_line
+from jaxllm.errors import UserError, as_user_error, one_line
 from jaxllm.files import StrPath, plain_path
 from jaxllm.model.decoder import abstract_adapted, abstract_model, model_facts
 from jaxllm.model.inference import Hold, masters
@@ -75,7 +75,10 @@ def delete_unfinished(run: StrPath) -> None:
 
 
 class CheckpointReader:
-    """One checkpoint of a run: `choose_checkpoint` says which one is not damaged."""
+    """One checkpoint of a run: `choose_checkpoint` says which one is not damaged.
+
+    What cannot be read raises a UserError.
+    """
 
     def __init__(self, run: StrPath, step: int):
         self._folder = Path(run, CHECKPOINTS, str(step))
@@ -87,21 +90,13 @@ class CheckpointReader:
         return (self._folder / "training").is_dir()
 
     def adapters(self, config: ModelConfig, lora: LoraConfig, shardings: Weights | None = None) -> Weights:
-        """Its adapters, in the place of parameters, and the routing bias; placed as `weights`.
-
-        Raises:
-            UserError: they cannot be read.
-        """
+        """Its adapters, in the place of parameters, and the routing bias; placed as `weights`."""
         shapes = abstract_adapted(config, lora)
         targets = _targets(Weights(shapes.params, shapes.routing_bias), shardings)
         return Weights(**self._restore(weights=targets._asdict())["weights"])
 
     def weights(self, config: ModelConfig, shardings: Weights | None = None, hold: Hold = masters) -> Weights:
-        """Its weights, placed according to `shardings` (None: on the first device), in the dtypes that `hold` chooses.
-
-        Raises:
-            UserError: they cannot be read.
-        """
+        """Its weights, placed by `shardings` (None: on the first device), in the dtypes that `hold` chooses."""
         shapes = Weights(*abstract_model(config)[1:])
         if hold is not masters:
             stored = self._stored("weights")
@@ -121,9 +116,6 @@ class CheckpointReader:
         """Its state, and the rest of what a run needs to resume; None for a checkpoint of weights alone.
 
         The state has the form of one device, and is placed according to `shardings` (None: on the first device).
-
-        Raises:
-            UserError: it cannot be read.
         """
         wanted = None if shardings is None else Weights(shardings.params, shardings.routing_bias)
         resumed = self.resume_state(computation, shardings)
@@ -137,8 +129,7 @@ class CheckpointReader:
     def resume_state(self, computation: Computation, shardings: TrainState | None = None) -> ResumeState | None:
         """What it holds besides the weights, placed according to `shardings`; None if that is nothing.
 
-        Raises:
-            UserError: it cannot be read, or has another format.
+        Another format raises a UserError, too.
         """
         if not self.has_training:
             return None
@@ -185,17 +176,16 @@ class CheckpointReader:
     @contextlib.contextmanager
     def _readable(self) -> Iterator[Path]:
         """The folder by a plain path. What goes wrong while it is read becomes one line."""
-        try:
-            with plain_path(self._folder) as folder:
-                yield folder
-        except UserError:
-            raise
-        except Exception as error:  # orbax, tensorstore and the file system raise kinds of their own
-            raise UserError(
+
+        def message(error: Exception) -> str:
+            return (
                 f"the checkpoint {self._folder} cannot be read ({one_line(error)}): its checksums are correct, so the "
                 "library versions may differ: use those that wrote it; move the folder elsewhere to use the one before "
                 "it"
-            ) from None
+            )
+
+        with as_user_error(message), plain_path(self._folder) as folder:
+            yield folder
 
 
 def _targets(shapes: Pytree, shardings: Pytree | None) -> Pytree:

@@ -24,7 +24,7 @@ from jaxllm.files import StrPath, plain_path, rename_durably, write_json
 from jaxllm.model.dtypes import check_floats
 from jaxllm.store.checkpoint import ResumeState, Weights
 from jaxllm.store.checksums import checkpoint_context, write_checksums
-from jaxllm.store.folder import CHECKPOINTS, CONFIG_FILE, MODEL_FILE, TOKENIZER
+from jaxllm.store.folder import CHECKPOINTS, CONFIG_FILE, MODEL_FILE
 from jaxllm.store.history import History
 from jaxllm.store.source import SourceFiles
 from jaxllm.train.state import TrainState
@@ -174,7 +174,6 @@ def write_run(
     folder: StrPath,
     model: ModelConfig,
     weights: Weights,
-    tokenizer_files: Sequence[StrPath],
     training: tuple[RunConfig, ResumeState] | None = None,
     kept: SourceFiles | None = None,
 ) -> None:
@@ -196,10 +195,6 @@ def write_run(
     write_json(folder / MODEL_FILE, model.to_dict())
     if kept is not None:
         kept.write(folder)
-    if tokenizer_files:
-        (folder / TOKENIZER).mkdir(exist_ok=True)
-    for file in map(Path, tokenizer_files):
-        (folder / TOKENIZER / file.name).write_bytes(file.read_bytes())
     writer = CheckpointWriter(folder)
     try:
         if training is None or state is None:
