@@ -83,11 +83,7 @@ def weights_hash(source: Path) -> str:
 
 
 def check_base(run: Path, folder: Path) -> None:
-    """Compare the weights in a folder with the base of a run.
-
-    Raises:
-        UserError: they are others than those that its adapters were trained with.
-    """
+    """Raise a UserError if the weights in a folder are not those that the adapters of a run were trained on."""
     if weights_hash(folder) != base_hash(run):
         before = read_json(run / CONFIG_FILE).get("init")
         raise UserError(
@@ -111,11 +107,7 @@ def run_weights(run: StrPath, hold: Hold = masters) -> tuple[ModelConfig, Weight
 
 
 def run_base(run: StrPath, init: Path | None, hold: Hold) -> Pytree:
-    """The frozen weights of a run with adapters, held as in `read_model`.
-
-    Raises:
-        UserError: it is not where it was, or is not what it was.
-    """
+    """The frozen weights of a run with adapters, held as in `read_model`. Raises a UserError if they are other ones."""
     folder = None if init is None else model_folder(init)
     check_there(Path(run), folder)
     assert folder is not None

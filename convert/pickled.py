@@ -22,11 +22,8 @@ NEEDED = {"collections", "torch", "torch._utils", "torch.nn.parameter", "torch.s
 
 
 def check_pickled(file: Path) -> None:
-    """Refuse a file of PyTorch's that names more than tensors need, or holds compressed records.
-
-    Raises:
-        UserError: it does, or cannot be read.
-    """
+    """Raise a UserError for a file of PyTorch's that cannot be read, names more than tensors need, or holds compressed
+    records."""
     unsafe = f"{file} is not a file of PyTorch tensors that is safe to read"
     with as_user_error(lambda error: f"{unsafe} ({type(error).__name__})"):
         if zipfile.is_zipfile(file):

@@ -231,11 +231,7 @@ class TensorFiles:
 
 
 def read_into(file: IO[bytes], offset: int, view: memoryview) -> None:
-    """Fill a buffer with the bytes of a file from an offset on.
-
-    Raises:
-        EOFError: the file ends before.
-    """
+    """Fill a buffer with the bytes of a file from an offset on. Raises an EOFError if the file ends before."""
     file.seek(offset)
     while view.nbytes:
         count = file.readinto(view)  # pyright: ignore[reportAttributeAccessIssue]

@@ -29,11 +29,8 @@ def version_of(package: str) -> str | None:
 
 
 def check_own(*names: str) -> None:
-    """Check that Python finds this project's packages of these names. Call it before they are imported.
-
-    Raises:
-        UserError: a user's file or folder of that name hides one.
-    """
+    """Raise a UserError if a user's file or folder hides this project's packages of these names. Call it before they
+    are imported."""
     for name in names:
         spec = getattr(sys.modules.get(name), "__spec__", None) or importlib.util.find_spec(name)
         if spec is None:

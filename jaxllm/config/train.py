@@ -75,11 +75,7 @@ class RunConfig:
 
     @property
     def decided_precision(self) -> Precision:
-        """The precision of a run that has started.
-
-        Raises:
-            UserError: it is `auto`, which `jaxllm.run.prepare` decides.
-        """
+        """The precision of a run that has started. Raises a UserError for `auto`, which `jaxllm.run.prepare` decides."""
         if self.precision == "auto":
             raise UserError("precision is 'auto': only a run decides it, at its start; choose float32 or bfloat16")
         return self.precision
@@ -311,11 +307,7 @@ defaults of the options themselves are AdamW's, as in runs of versions without M
 
 
 def recipe(name: str, preset_name: str, cls: type[Config] = TrainConfig) -> Config:
-    """The training recipe `name` for a model preset.
-
-    Raises:
-        UserError: there is no such recipe or preset.
-    """
+    """The training recipe `name` for a model preset. Raises a UserError if there is no such recipe or preset."""
     changes = {"default": DEFAULT_RECIPE, "seed": SEED_RECIPE}
     if name not in changes:
         raise UserError(f"recipe is {name!r}: choose one of {', '.join(changes)}")

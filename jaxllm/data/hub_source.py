@@ -121,11 +121,7 @@ class HubSource:
                 self._retry.wait(error)
 
     def _with_retries(self, ask: Callable[[], Any]) -> Any:
-        """Call `ask` until it succeeds, as long as its errors are transient.
-
-        Raises:
-            UserError: an error is permanent.
-        """
+        """Call `ask` until it succeeds, as long as its errors are transient; a permanent one becomes a UserError."""
         while True:
             try:
                 made = ask()

@@ -64,11 +64,8 @@ apart from letters and without `/` after punctuation."""
 
 
 def check_ranks(folder: Path) -> None:
-    """Check that a folder's file of ranks belongs to a class whose split is known, and that its code says the same.
-
-    Raises:
-        UserError: it does not; without the folder and the remedy.
-    """
+    """Raise a UserError, without the folder and the remedy, unless a folder's file of ranks belongs to a class whose
+    split is known, and its code says the same."""
     file = folder / "tokenizer_config.json"
     kind = read_json(file, MAX_BYTES).get("tokenizer_class") if file.exists() else None
     if not isinstance(kind, str) or kind not in RANK_CLASSES:

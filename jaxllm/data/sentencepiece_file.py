@@ -19,11 +19,7 @@ CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "T
 
 
 def check_model(folder: Path) -> None:
-    """Check that a folder's tokenizer.model can be read.
-
-    Raises:
-        UserError: it cannot; without the folder and the remedy.
-    """
+    """Raise a UserError, without the folder and the remedy, if a folder's tokenizer.model cannot be read."""
     config = folder / "tokenizer_config.json"
     named = read_json(config, MAX_BYTES).get("tokenizer_class") if config.exists() else None
     if named not in CLASSES:
@@ -44,11 +40,7 @@ def _is_installed(name: str) -> bool:
 
 
 def check_same(folder: Path, tokenizer: Any) -> None:
-    """Check that a tokenizer which transformers made of a folder's model encodes as the SentencePiece library does.
-
-    Raises:
-        UserError: it does not, or the file is not a SentencePiece model.
-    """
+    """Raise a UserError unless a tokenizer that transformers made of a folder's model encodes as SentencePiece does."""
     from sentencepiece import SentencePieceProcessor  # pyright: ignore[reportMissingImports]
 
     file = folder / MODEL_FILE

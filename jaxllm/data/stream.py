@@ -96,11 +96,7 @@ def _is_text(position: Position) -> bool:
 
 
 def read_position(file: Path, seq_len: int, vocab_size: int) -> Position:
-    """Read the file of an encoded position.
-
-    Raises:
-        UserError: it cannot be read, or holds something else.
-    """
+    """Read the file of an encoded position. Raises a UserError if it cannot be read, or holds something else."""
     return Position.from_bytes(read_bounded(file, MAX_POSITION_BYTES), str(file), seq_len, vocab_size)
 
 
@@ -275,11 +271,7 @@ class ProcessBatches:
 
 
 def check_streams(data: DataConfig, seed: int, streams: int) -> None:
-    """Check that each of several data streams has something to read.
-
-    Raises:
-        UserError: a shard of the data is empty.
-    """
+    """Raise a UserError if one of several data streams has nothing to train on."""
     for s in range(streams if streams > 1 else 0):
         source = open_source(data, seed, Shard(s, streams))
         if all(chunk.held_out or chunk.part == CLOSING for chunk in source.chunks()):

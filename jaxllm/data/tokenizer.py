@@ -62,11 +62,7 @@ ELSEWHERE = ("fast_tokenizer_files", "gguf_file", "init_inputs", "tokenizer_obje
 
 
 def load_tokenizer(name: StrPath) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a folder or the Hub.
-
-    Raises:
-        UserError: there is none, or the Hub cannot be reached.
-    """
+    """Load a tokenizer from a folder or the Hub. Raises a UserError if there is none, or the Hub cannot be reached."""
     name = os.fspath(name)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
@@ -112,11 +108,7 @@ def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Refuse files that refer to other files, or that lengthen a text far too much.
-
-    Raises:
-        UserError: one does, or does not hold a JSON object.
-    """
+    """Raise a UserError for files that refer to other files, lengthen a text far too much, or hold no JSON object."""
     contents = {name: read_json(folder / name, MAX_TOKENIZER_BYTES) for name in FILES if is_there(folder / name)}
     for file in sorted((*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja"))):
         check_file(file, MAX_TOKENIZER_BYTES)

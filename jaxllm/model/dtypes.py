@@ -39,11 +39,8 @@ def check_dtype(dtype: Any, name: str = "dtype", allowed: Collection[str] | None
 
 
 def check_floats(name: str, values: Any, finite: bool = True) -> None:
-    """Check what is to be written as a weight: packed bits or counts would be numbers with another meaning.
-
-    Raises:
-        UserError: the values are not floating-point numbers, or some are not `finite`.
-    """
+    """Raise a UserError if weights to be written are not floating-point numbers, or some not `finite`: packed bits or
+    counts would be numbers with another meaning."""
     if not jnp.issubdtype(values.dtype, jnp.floating):
         raise UserError(f"{name} has the dtype {values.dtype}: a weight must be floating point; nothing was written")
     if finite and not np.isfinite(values).all():

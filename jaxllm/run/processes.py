@@ -105,11 +105,7 @@ def abort_if_multiprocess(error: BaseException) -> None:
 
 
 def all_check(check: Callable[[], Any]) -> None:
-    """Run a check in every process.
-
-    Raises:
-        UserError: the one that any process raised, in all of them.
-    """
+    """Run a check in every process. A UserError that any process raises is raised in all of them."""
     if jax.process_count() == 1:
         check()
         return
@@ -124,11 +120,7 @@ def all_check(check: Callable[[], Any]) -> None:
 
 
 def each_result(work: Callable[[], T]) -> T:
-    """What `work` returns in this process.
-
-    Raises:
-        UserError: the one that any process raised, in all of them.
-    """
+    """What `work` returns in this process. A UserError that any process raises is raised in all of them."""
     made: list[T] = []
     all_check(lambda: made.append(work()))
     return made.pop()

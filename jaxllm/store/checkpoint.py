@@ -199,11 +199,7 @@ def _targets(shapes: Pytree, shardings: Pytree | None) -> Pytree:
 
 
 def newest_checkpoint(run: StrPath) -> CheckpointReader:
-    """The newest undamaged checkpoint of a run's folder.
-
-    Raises:
-        UserError: the folder is not a run folder, or has no undamaged checkpoint.
-    """
+    """The newest undamaged checkpoint of a run's folder. Raises a UserError if it is not one, or has none."""
     run = Path(run)
     if not is_run(run):
         raise UserError(f"{str(run)!r} is not a run folder: it has no checkpoints/ directory")

@@ -126,11 +126,7 @@ class CheckpointWriter:
         self._save(0, weights=ocp.args.StandardSave(weights._asdict()))
 
     def wait(self) -> None:
-        """Wait until what was saved is on disk.
-
-        Raises:
-            UserError: it cannot be written.
-        """
+        """Wait until what was saved is on disk. Raises a UserError if it cannot be written."""
         with self._storage_errors():
             self._manager.wait_until_finished()
             self._writing = None
@@ -210,11 +206,7 @@ def write_run(
 
 
 def check_room(run: StrPath, state: TrainState) -> None:
-    """Check that the disk has room for one more checkpoint of a run, with a state of these shapes.
-
-    Raises:
-        UserError: it has not.
-    """
+    """Raise a UserError unless the disk has room for one more checkpoint of a run, with a state of these shapes."""
     leaves, free = jax.tree.leaves(state._replace(frozen={})), shutil.disk_usage(run).free
     needed = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     if free < needed:
