@@ -62,7 +62,8 @@ def describe_machine() -> Iterator[tuple[str, str]]:
     yield "devices", f"{len(devices)} x {device_name()}, {memory}"
     if capability is not None:
         yield "compute capability", str(capability)
-    yield "host", f"{os.cpu_count()} processors, {_host_gib():.1f} GiB"
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    yield "host", f"{os.cpu_count()} processors, {host / GIB:.1f} GiB"
     bfloat16 = bfloat16_hardware()
     decided = f"--precision auto is {'bfloat16' if bfloat16 else 'float32'}"
     yield "bfloat16 in hardware", f"{bfloat16 or 'nothing known'}: {decided}"
@@ -115,10 +116,6 @@ def _cell(check: Check | None) -> str:
     if check is None:
         return ""
     return f"{check.error:.1e}" + ("" if check.failure is None else " FAILED")
-
-
-def _host_gib() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
 
 
 if __name__ == "__main__":

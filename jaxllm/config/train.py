@@ -75,7 +75,7 @@ class RunConfig:
 
     @property
     def decided_precision(self) -> Precision:
-        """The precision of a run that has started. Raises a UserError for `auto`, which `jaxllm.run.prepare` decides."""
+        """The precision of a run that has started: `auto`, which `jaxllm.run.prepare` decides, is a UserError."""
         if self.precision == "auto":
             raise UserError("precision is 'auto': only a run decides it, at its start; choose float32 or bfloat16")
         return self.precision

@@ -130,7 +130,7 @@ def _check_not_code(path: Path, files: dict[str, Path], rows: list[str], row_byt
 
 
 def check_split(what: str, split: str, splits: Collection[str]) -> None:
-    """Raise a UserError for a split that is not one of `splits`; data without splits has `train`."""
+    """Raise a UserError for a split that is neither one of `splits`, nor `train` where there are none, nor `all`."""
     if split in splits or split == ALL or (split == "train" and not splits):
         return
     if not splits:
