@@ -41,7 +41,7 @@ def poisoned(run, narrow, tmp_path_factory):
     half = shutil.copytree(run, folder.parent / "half")
     shutil.rmtree(half / "checkpoints" / "20")
     config = TrainConfig.from_dict(read_json(half / "train_config.json"))
-    state, training = newest_checkpoint(half).state(config)
+    state, training = newest_checkpoint(half).state(Computation.of(config))
     data, tokenizer = config.data, load_tokenizer(str(half / "tokenizer"))
     stream = ProcessBatches(data, config.seed, 1, tokenizer, 0, data.batch_size)
     stream.seek(training.positions)
