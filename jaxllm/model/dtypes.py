@@ -22,11 +22,7 @@ def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
 
 
 def check_dtype(dtype: Any, name: str = "dtype", allowed: Collection[str] | None = None) -> jnp.dtype:
-    """The dtype that was asked for, by its name or as a dtype.
-
-    Raises:
-        UserError: it is not one of those `allowed`; None: of those that models compute in.
-    """
+    """The dtype that was asked for. Raises a UserError if it is not `allowed`; None: those that models compute in."""
     if allowed is None:
         allowed = [*get_args(Precision), *["float64"] * (jnp.result_type(float) == jnp.float64)]
     try:

@@ -230,10 +230,6 @@ def read_newest(run: StrPath, read: Callable[[CheckpointReader], T]) -> T:
 
 
 def load_weights(run: StrPath, hold: Hold = masters) -> tuple[ModelConfig, Weights]:
-    """Model config and newest weights of a run folder, in the dtypes that `hold` chooses.
-
-    Raises:
-        UserError: the folder is not a run folder, or the checkpoint cannot be read.
-    """
+    """Model config and newest weights of a run, in the dtypes that `hold` chooses. Raises as `newest_checkpoint`."""
     config = read_model_config(run)
     return config, read_newest(run, lambda saved: saved.weights(config, hold=hold))
