@@ -157,9 +157,8 @@ def accumulate_gradients(
         (output.loss + auxiliary_loss(output, optim) / len(labels)).backward()
         total = total + output.loss.detach()
         experts = output.router_experts
-        chosen.append(
-            torch.stack(experts) if experts else micro.new_zeros((0, *micro.shape, 1))
-        )  # no layer has experts
+        # a model may have no layers with experts
+        chosen.append(torch.stack(experts) if experts else micro.new_zeros((0, *micro.shape, 1)))
     return total, torch.stack(chosen)
 
 
