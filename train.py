@@ -82,8 +82,9 @@ def read_start(config: TrainConfig, place: Place) -> Imported | Base | None:
 
         if resumes:
             all_check(lambda: is_primary() and check_base(config.folder, model_folder(init)))
-            config = config.with_options(adapter=None)  # the checkpoint has what became of it
-        return each_result(lambda: read_base(config, place, hashed=is_primary() and not resumes))
+        adapter = None if resumes else config.adapter  # the checkpoint has what became of it
+        hashed = is_primary() and not resumes
+        return each_result(lambda: read_base(init, adapter, config.model, config.lora, place, hashed))
     from convert.to_flax import read_model
 
     return each_result(lambda: read_model(init, place=place))

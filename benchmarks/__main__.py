@@ -28,6 +28,7 @@ from benchmarks.rows import PARTS, ROWS, Row
 from benchmarks.session import Session
 from benchmarks.worker import Failure
 from jaxllm.command_line import parse
+from jaxllm.config.fields import check_fields, option
 from jaxllm.devices import load_target, target_of
 from jaxllm.errors import UserError, exit_on_user_error
 
@@ -42,7 +43,7 @@ class BenchmarkArgs:
     """Print the names and measure nothing."""
     quick: bool = False
     """Small sizes and one round on the CPU: check that everything runs; there are no verdicts."""
-    rounds: int | None = None
+    rounds: int | None = option(None, ge=1)
     """How often each contender of a row runs; short ones run three times as often. Default: 5, for a GPU 3."""
     budget: float | None = None
     """Of a GPU, seconds in all: then a part is ended and the rest not begun. Default: 450, with --quick no limit."""
@@ -51,11 +52,10 @@ class BenchmarkArgs:
     default benchmarks/gpu.json, with --quick runs/gpu.json."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in self.names:
             if name not in self.table:
                 raise UserError(f"{'parts' if self.gpu else 'rows'} has {name!r}: choose from {', '.join(self.table)}")
-        if self.rounds is not None and self.rounds < 1:
-            raise UserError(f"rounds is {self.rounds}: it must be at least 1")
         if self.budget is not None and not (self.gpu and self.budget > 0):
             remedy = "it must be larger than 0" if self.gpu else "it is for `gpu`, leave it out"
             raise UserError(f"budget is {self.budget}: {remedy}")

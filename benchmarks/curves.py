@@ -29,6 +29,7 @@ from benchmarks.sizes import EXPERTS, PRECISIONS, learner_config
 from benchmarks.timing import other_load, seconds
 from benchmarks.training import fastest_steps
 from jaxllm.command_line import parse
+from jaxllm.config.fields import check_fields, option
 from jaxllm.data.stream import ProcessBatches
 from jaxllm.data.tokenizer import bytes_per_target
 from jaxllm.errors import UserError, exit_on_user_error
@@ -51,9 +52,9 @@ class CurvesArgs:
     """What `train.py --data` takes, or `sotu`."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each is one curve of each learner: of the weights and of the order of the data."""
-    steps: int | None = None
+    steps: int | None = option(None, ge=1)
     """Steps of each run; default: those of the default run."""
-    rounds: int = 5
+    rounds: int = option(5, ge=1)
     """How often each step is timed."""
     quick: bool = False
     """Small sizes and four steps: run the code, without a verdict."""
@@ -61,12 +62,9 @@ class CurvesArgs:
     """The folder of the results; each corpus has a subfolder."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.seeds or min(self.seeds) < 0:
             raise UserError(f"seeds is {self.seeds}: give one seed at least, from 0 up")
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"steps is {self.steps}: it must be at least 1")
-        if self.rounds < 1:
-            raise UserError(f"rounds is {self.rounds}: it must be at least 1")
 
 
 def step_seconds(quick: bool, rounds: int) -> dict[str, Any]:
@@ -100,18 +98,15 @@ def learn(learner: str, form: str, args: CurvesArgs, seed: int) -> dict[str, Any
 
         trained = JaxLearner(config)
     batches = ProcessBatches(config.data, config.seed, config.data_streams, tokenizer, 0, config.data.batch_size)
-    scale, points, load = 1 / (math.log(2) * bytes_per_target(tokenizer, held_out)), [], 0.0
+    scale, points = 1 / (math.log(2) * bytes_per_target(tokenizer, held_out)), []
     steps, every = config.schedule.steps, 2 if args.quick else config.logging.eval_every
     for step in range(1, steps + 1):
-        labels = batches.next_rows(1)[None]
-        if step == steps:
-            load = trained.expert_load(labels)
-        else:
-            trained.step(labels)
+        metrics = trained.step(batches.next_rows(1)[None])
         if step % every == 0 or step == steps:
             loss = trained.loss(held_out)
             points.append({"step": step, "loss": loss, "bits_per_byte": loss * scale})
             print(f"{learner}, seed {seed}, step {step}: {loss:.4f} nats, {loss * scale:.4f} bits per byte", flush=True)
+    load = trained.expert_load(metrics)
     return {"learner": learner, "form": form, "seed": seed, "expert_load": load, "points": points}
 
 

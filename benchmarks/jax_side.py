@@ -15,8 +15,8 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import sizes
-from benchmarks.machine import driver_version, peak_resident
 from benchmarks.worker import Contender, Prepared, repeated, sustained
+from jaxllm import doctor
 from jaxllm.config import ModelConfig, TrainConfig, preset
 from jaxllm.data.stream import POOL_ROWS, Position
 from jaxllm.model.batch import TokenBatch
@@ -27,7 +27,7 @@ from jaxllm.model.inference import for_inference
 from jaxllm.model.kernels import choose_kernels, describe_kernels
 from jaxllm.model.kernels.expert_ffn import expert_ffn, expert_slice
 from jaxllm.model.kernels.matmul import linear
-from jaxllm.model.kernels.self_check import LIMITS, check_kernels
+from jaxllm.model.kernels.self_check import LIMITS
 from jaxllm.model.kernels.swiglu import plain_swiglu
 from jaxllm.model.kernels.token_dispatch import plan_dispatch
 from jaxllm.model.layers import stack
@@ -36,13 +36,14 @@ from jaxllm.model.moe import DeepSeekExpertLayer, route
 from jaxllm.plan.hlo import read_program
 from jaxllm.plan.hlo_cost import matrix_products
 from jaxllm.plan.report import kernel_totals
+from jaxllm.run.hardware import versions
+from jaxllm.run.runtime import peak_memory
 from jaxllm.run.self_check import failures
 from jaxllm.run.throughput import GIB
 from jaxllm.store.checkpoint_writer import CheckpointWriter
 from jaxllm.store.history import History
 from jaxllm.train.computation import Computation
 from jaxllm.train.placement import lower_step
-from jaxllm.train.state import start_state
 from jaxllm.train.step import StepMetrics
 
 Array = jax.Array
@@ -57,9 +58,9 @@ class JaxLearner:
         runs = {p: config.with_options(precision=p) for p in precisions or (config.precision,)}
         self.programs = {p: lower_step(Computation.of(run), ONE_DEVICE).compile() for p, run in runs.items()}
         self.compile_seconds = time.perf_counter() - started
-        computation, start = Computation.of(config), (config.model, config.optim, config.seed)
+        computation = Computation.of(config)
         new = jax.jit(computation.init_state)
-        self.state = jax.block_until_ready(new() if weights is None else start_state(*start, *weights))
+        self.state = jax.block_until_ready(new() if weights is None else computation.start_state(*weights))
         self._evaluate = jax.jit(computation.eval_step)
         total = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
         self.sizes = {"parameters": total, "active_parameters": sum(active_parameters(config.model).values())}
@@ -69,9 +70,9 @@ class JaxLearner:
         self.state, metrics = self.programs[precision or self._config.precision](self.state, TokenBatch(labels))
         return metrics
 
-    def expert_load(self, labels: np.ndarray) -> float:
-        """Tokens of the fullest expert over the mean, in the worst layer, in a step on labels (A,B,T)."""
-        return float(self.step(labels).expert_load)
+    def expert_load(self, metrics: StepMetrics) -> float:
+        """Tokens of the fullest expert over the mean, in the worst layer, of a step."""
+        return float(metrics.expert_load)
 
     def loss(self, rows: np.ndarray) -> float:
         """Mean cross-entropy of rows (n,T), in nats per token; n is a multiple of the batch size."""
@@ -82,34 +83,33 @@ class JaxLearner:
 
 def device() -> Prepared:
     """The first device; `memory_gib` is what a program may have of it, None: it does not say."""
-    first, platform = jax.devices()[0], jax.default_backend()
+    first = jax.devices()[0]
     limit = (first.memory_stats() or {}).get("bytes_limit")
     return {}, {
-        "platform": platform,
+        "platform": jax.default_backend(),
         "name": first.device_kind,
         "compute_capability": getattr(first, "compute_capability", None),
         "memory_gib": limit and limit / GIB,
         "runtime": " ".join(first.client.platform_version.split()),
-        "driver": driver_version() if platform == "gpu" else None,
+        "driver": versions().get("driver"),
     }
 
 
 def self_check(quick: bool) -> Prepared:
     """The self-check of the kernels of the step, in each precision; `checks` is empty of what cannot be a number."""
-    config = sizes.gpu_config(quick).model
     found = {}
-    for precision in sizes.PRECISIONS:
-        dtype, largest = jnp.dtype(precision), {}
-        checks = check_kernels(choose_kernels(config, dtype), config, dtype)
+    for precision, checks in doctor.self_check(sizes.gpu_config(quick).model).items():
+        largest: dict[str, float] = {}
         for check in checks:
             largest[check.kernel] = max(largest.get(check.kernel, 0.0), check.error)
         found[precision] = {"largest": largest, "limit": LIMITS[precision], "failures": failures(checks)}
     return {}, found
 
 
-def peak_memory() -> int:
+def peak_bytes() -> int:
     """The most bytes so far: of device memory, or on a CPU of this process."""
-    return peak_resident() if jax.default_backend() == "cpu" else jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    columns = peak_memory()
+    return int(GIB * columns.get("device_peak_gib", columns["host_peak_gib"]))
 
 
 def shared_weights(config: ModelConfig) -> tuple[Any, Any]:
@@ -127,7 +127,7 @@ def steps(size: str, quick: bool, precisions: list[str], described: bool = False
     """
     config = sizes.STEPS[size](quick)
     learner = JaxLearner(config, precisions, shared_weights(config.model) if size == "six layers" else None)
-    facts: dict[str, Any] = {"sizes": learner.sizes, "peak_after_init": peak_memory()}
+    facts: dict[str, Any] = {"sizes": learner.sizes, "peak_after_init": peak_bytes()}
     labels = sizes.step_labels(config)
     facts["first_loss"] = float(learner.step(labels, precisions[0]).loss)
     if described:
@@ -142,7 +142,7 @@ def steps(size: str, quick: bool, precisions: list[str], described: bool = False
 
     def figures(metrics: StepMetrics) -> dict[str, float]:
         jax.block_until_ready(learner.state)
-        return {"loss": float(metrics.loss), "peak": peak_memory()}
+        return {"loss": float(metrics.loss), "peak": peak_bytes()}
 
     turn = sizes.steps_in_a_turn(size, quick)
     return {p: sustained(partial(learner.step, labels, p), turn, figures) for p in precisions}, facts

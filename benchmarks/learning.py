@@ -19,6 +19,7 @@ import tyro
 
 from jaxllm import load_model
 from jaxllm.command_line import parse
+from jaxllm.config.fields import check_fields, option
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.model.decoding import Sampling, generate
@@ -31,7 +32,7 @@ class LearningArgs:
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders of runs."""
-    samples: int = 64
+    samples: int = option(64, ge=1)
     """How many samples are drawn of each run."""
     tokens: int = 100
     """New tokens of a sample."""
@@ -41,8 +42,7 @@ class LearningArgs:
     """Of the samples."""
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise UserError(f"samples is {self.samples}: it must be at least 1")
+        check_fields(self)
 
 
 def parses(sample: str) -> bool:

@@ -2,11 +2,10 @@
 
 import os
 import platform
-import resource
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from jaxllm.packages import version_of
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
 
@@ -27,16 +26,8 @@ def describe_machine() -> dict[str, Any]:
         "instruction_sets": [name for name in INSTRUCTION_SETS if name in flags],
         "system": platform.system(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: version_of(name) for name in PACKAGES},
     }
-
-
-def _version(package: str) -> str | None:
-    """None: it is not installed, or was copied here without its metadata."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def available_gib() -> float:
@@ -45,27 +36,12 @@ def available_gib() -> float:
     return next((int(size) / 2**20 for name, size, *_ in lines if name == "MemAvailable:"), float("inf"))
 
 
-def peak_resident() -> int:
-    """The most memory that this process had so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def busy_seconds() -> float:
     """CPU seconds of all programs, and of other virtual machines, since the start; 0 if the system does not say."""
     for line in _lines("/proc/stat")[:1]:
         user, nice, system, _idle, _waiting, irq, softirq, steal = map(int, line.split()[1:9])
         return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
     return 0.0
-
-
-def driver_version() -> str | None:
-    """Of NVIDIA's driver; None: it does not say."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.split("\n")[0].strip() or None
 
 
 def _lines(file: str) -> list[str]:

@@ -22,7 +22,6 @@ COLUMNS = ("row", "what", "ours", "yardstick", "ratio (quartiles)", "target", "v
 
 GPU_COLUMNS = ("part", "what", "result", "compared with", "ratio", "goal")
 
-
 STYLES = {"not measured": "bold red", "reached": "green", " of it": "yellow"}  # of cells with these words
 
 

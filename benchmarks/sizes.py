@@ -57,9 +57,7 @@ def learner_config(optimizer: str, quick: bool) -> TrainConfig:
 
 def gpu_config(quick: bool, remat: bool = False) -> TrainConfig:
     """The step of a GPU: 8 x 2,048 tokens in bfloat16, on one device."""
-    model = preset(MODEL)
-    if quick:
-        model = dataclasses.replace(model, **NARROW)
+    model = dataclasses.replace(preset(MODEL), **(NARROW if quick else {}))
     batch = {"batch_size": 2, "seq_len": 32} if quick else {"batch_size": 8, "seq_len": 2048}
     return TrainConfig.from_options(preset=MODEL, model=model, precision="bfloat16", remat=remat, **batch)
 
@@ -99,8 +97,7 @@ def peak_sizes(quick: bool) -> tuple[int, ...]:
 
 
 def decode_model(name: str, quick: bool) -> ModelConfig:
-    changes = {**NARROW, "dropout": 0.0} if quick else {"dropout": 0.0}
-    return dataclasses.replace(preset(name), **changes)
+    return dataclasses.replace(preset(name), dropout=0.0, **(NARROW if quick else {}))
 
 
 def decode_prompts(config: ModelConfig, rows: int, length: int) -> list[list[int]]:

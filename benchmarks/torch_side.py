@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from benchmarks import sizes
-from benchmarks.machine import peak_resident
 from benchmarks.worker import Prepared, repeated, sustained
 from jaxllm.config import ModelConfig, TrainConfig
 from jaxllm.model.flops import active_parameters
+from jaxllm.run.throughput import GIB, host_peak_gib
 from jaxllm.store.checkpoint import Weights
 from jaxllm.train.state import init_state
 from parity_tests.forward import random_weights, torch_model
 from parity_tests.hf_side import stock_model
 from torch_ref import CustomLLM
 from torch_ref.generate import generate
-from torch_ref.step import StepMetrics, make_optimizer, make_schedule, tokens_per_expert, train_step
+from torch_ref.step import StepMetrics, expert_load, make_optimizer, make_schedule, tokens_per_expert, train_step
 
 # bytes of a GPU's step that do not grow with a micro-batch: weights, gradients and two moments, and libraries
 RESERVED = 20 * 2**30
@@ -49,11 +49,10 @@ class TorchLearner:
             self.model, self._optimizer, self._schedule, run.optim, run.precision, torch.as_tensor(labels).long()
         )
 
-    def expert_load(self, labels: np.ndarray) -> float:
-        """Tokens of the fullest expert over the mean, in the worst layer, in a step on labels (A,B,T)."""
-        chosen = self.step(labels).experts.swapaxes(0, 1)
-        tokens = tokens_per_expert(list(chosen), self._config.model.n_routed_experts).double()
-        return float((tokens.max(dim=-1).values / tokens.mean(dim=-1)).max())
+    def expert_load(self, metrics: StepMetrics) -> float:
+        """Tokens of the fullest expert over the mean, in the worst layer, of a step."""
+        chosen = metrics.experts.swapaxes(0, 1)
+        return expert_load(tokens_per_expert(list(chosen), self._config.model.n_routed_experts))
 
     @torch.no_grad()
     def loss(self, rows: np.ndarray) -> float:
@@ -136,7 +135,7 @@ def _steps(
     first, labels = first_that_fits(lambda labels: next(iter(launches.values()))(labels).loss, learner.model, labels)
 
     def figures(metrics: StepMetrics) -> dict[str, float]:
-        peak = torch.cuda.max_memory_allocated() if metrics.loss.is_cuda else peak_resident()
+        peak = torch.cuda.max_memory_allocated() if metrics.loss.is_cuda else int(GIB * host_peak_gib())
         return {"loss": float(metrics.loss), "peak": peak}
 
     turn = sizes.steps_in_a_turn(size, quick)

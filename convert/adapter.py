@@ -20,7 +20,7 @@ from convert.mapping import PARAMS, Entry, Part, Pytree, entries, has_leaf, leaf
 from convert.tensor_files import TensorFiles
 from jaxllm.config import LoraConfig, ModelConfig
 from jaxllm.config.joined import joined_linears
-from jaxllm.errors import UserError, listed
+from jaxllm.errors import UserError
 from jaxllm.files import StrPath, write_json
 from jaxllm.model.dtypes import check_floats
 from jaxllm.store.adapter_folder import ADAPTER_WEIGHTS
@@ -180,19 +180,10 @@ def read_adapter(folder: StrPath, config: ModelConfig, params: Pytree, interleav
     factors = {f.torch_name: f for adapter in adapted(config, params, interleaved) for f in (adapter.a, adapter.b)}
     with TensorFiles(file, files={file: set()}) as files:
         wanted = {name: factor.shape({PARAMS: params}) for name, factor in factors.items()}
-        problems = {
-            "unknown": sorted(files.shapes.keys() - wanted.keys()),
-            "missing": sorted(wanted.keys() - files.shapes.keys()),
-            "misshaped": [
-                f"{name} {list(files.shapes[name])} instead of {list(shape)}"
-                for name, shape in wanted.items()
-                if files.shapes.get(name, shape) != shape
-            ],
-        }
-        if lines := [f"{kind}: {listed(names)}" for kind, names in problems.items() if names]:
+        if wrong := files.misfits(wanted):
             raise UserError(
                 f"{file} is not the adapter of this model and these --lora-rank and --lora-targets, leave them out to "
-                "take the adapter's; " + "; ".join(lines)
+                f"take the adapter's; {wrong}"
             )
         for name, factor in factors.items():
             values = np.asarray(files.read(name))

@@ -18,7 +18,7 @@ from convert.mtp import is_beyond
 from convert.new_folder import check_new, new_folder
 from convert.to_flax import Place, read_model
 from convert.weight_files import weight_files
-from jaxllm.config import ModelConfig, TrainConfig
+from jaxllm.config import LoraConfig, ModelConfig
 from jaxllm.config.families import is_interleaved, names_of
 from jaxllm.errors import UserError
 from jaxllm.files import StrPath, read_json, sha256_of
@@ -47,7 +47,9 @@ class Base(NamedTuple):
     """Of `weights_hash`; None: it was not computed."""
 
 
-def read_base(config: TrainConfig, place: Place = None, hashed: bool = False) -> Base:
+def read_base(
+    init: Path, adapter: Path | None, model: ModelConfig, lora: LoraConfig, place: Place = None, hashed: bool = False
+) -> Base:
     """The weights of --init, read to `place` as `read_model` does, and the adapters of --adapter.
 
     `hashed`: whether to compute the hash of the weights, too.
@@ -55,8 +57,7 @@ def read_base(config: TrainConfig, place: Place = None, hashed: bool = False) ->
     Raises:
         UserError: the weights or the adapters cannot be read, or do not fit.
     """
-    assert config.init is not None
-    found = read_model(config.init, hold=as_stored, place=place)
+    found = read_model(init, hold=as_stored, place=place)
     params, facts = found.weights.params, model_facts(found.config)[0]
     matrices = [w.dtype for w, known in zip(*map(jax.tree.leaves, (params, facts)), strict=True) if is_narrow(known)]
     dtype = functools.reduce(jnp.promote_types, matrices)
@@ -64,10 +65,10 @@ def read_base(config: TrainConfig, place: Place = None, hashed: bool = False) ->
         lambda weight, known: weight.astype(dtype, copy=False) if is_narrow(known) else weight, params, facts
     )
     adapters = None
-    if config.adapter is not None:
-        shapes = abstract_adapted(config.model, config.lora).params
-        adapters = read_adapter(config.adapter, config.model, shapes, is_interleaved(found.values))
-    sha256 = weights_hash(model_folder(config.init)) if hashed else None
+    if adapter is not None:
+        shapes = abstract_adapted(model, lora).params
+        adapters = read_adapter(adapter, model, shapes, is_interleaved(found.values))
+    sha256 = weights_hash(model_folder(init)) if hashed else None
     return Base(Weights(params, found.weights.routing_bias), adapters, found.dtypes, dtype.name, sha256)
 
 
@@ -82,11 +83,7 @@ def weights_hash(source: Path) -> str:
 
 
 def check_base(run: Path, folder: Path) -> None:
-    """Compare the weights in a folder with the base of a run.
-
-    Raises:
-        UserError: they are others than those that its adapters were trained with.
-    """
+    """Raise a UserError if the weights in a folder are not those that the adapters of a run were trained on."""
     if weights_hash(folder) != base_hash(run):
         before = read_json(run / CONFIG_FILE).get("init")
         raise UserError(
@@ -101,12 +98,8 @@ def run_weights(run: StrPath, hold: Hold = masters) -> tuple[ModelConfig, Weight
     Raises:
         UserError: it is not a run folder, the checkpoint cannot be read, or the base is not what it was.
     """
-    config = adapters_of(run)
-    return load_weights(run, hold) if config is None else merged_run(run, config, hold)
-
-
-def merged_run(run: StrPath, config: TrainConfig, hold: Hold) -> tuple[ModelConfig, Weights]:
-    """The weights of a run with adapters and this config, as `run_weights` returns them."""
+    if (config := adapters_of(run)) is None:
+        return load_weights(run, hold)
     model, lora = read_model_config(run), config.lora
     saved = read_newest(run, lambda saved: saved.adapters(model, lora))
     adapted = merged(abstract_adapted(model, lora).graph, *saved, run_base(run, config.init, hold))
@@ -114,11 +107,7 @@ def merged_run(run: StrPath, config: TrainConfig, hold: Hold) -> tuple[ModelConf
 
 
 def run_base(run: StrPath, init: Path | None, hold: Hold) -> Pytree:
-    """The frozen weights of a run with adapters, held as in `read_model`.
-
-    Raises:
-        UserError: it is not where it was, or is not what it was.
-    """
+    """The frozen weights of a run with adapters, held as in `read_model`. Raises a UserError if they are other ones."""
     folder = None if init is None else model_folder(init)
     check_there(Path(run), folder)
     assert folder is not None

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import IO
 
-from jaxllm.errors import UserError, listed
+from jaxllm.errors import UserError, as_user_error, listed
 
 MAX_PICKLE_BYTES = 256 * 2**20
 """Largest pickle, which holds the tensors' names, shapes and offsets."""
@@ -22,27 +22,17 @@ NEEDED = {"collections", "torch", "torch._utils", "torch.nn.parameter", "torch.s
 
 
 def check_pickled(file: Path) -> None:
-    """Refuse a file of PyTorch's that names more than tensors need, or holds compressed records.
-
-    Raises:
-        UserError: it does, or cannot be read.
-    """
-    try:
+    """Raise a UserError for a file of PyTorch's that cannot be read, names more than tensors need, or holds compressed
+    records."""
+    unsafe = f"{file} is not a file of PyTorch tensors that is safe to read"
+    with as_user_error(lambda error: f"{unsafe} ({type(error).__name__})"):
         if zipfile.is_zipfile(file):
             foreign = _of_archive(file)
         else:
             with file.open("rb") as opened:
                 foreign = set().union(*(_foreign(opened) for _ in range(LEGACY_PICKLES)))
-    except UserError:
-        raise
-    except Exception as error:  # zipfile and pickletools raise whatever the bytes make them raise
-        raise UserError(
-            f"{file} is not a file of PyTorch tensors that is safe to read ({type(error).__name__})"
-        ) from None
     if foreign:
-        raise UserError(
-            f"{file} is not a file of PyTorch tensors that is safe to read: it names {listed(sorted(foreign))}"
-        )
+        raise UserError(f"{unsafe}: it names {listed(sorted(foreign))}")
 
 
 def _of_archive(file: Path) -> set[str]:

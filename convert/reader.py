@@ -107,7 +107,8 @@ def read_leaves(
         total = sum(
             round(_bytes(files, entry) * leaves[keys[0]].share) for keys, members in groups.items() for entry in members
         )
-        bar = stack.enter_context(_progress_bar(total))
+        bar = tqdm(total=total, desc="Reading", unit="B", unit_scale=True, dynamic_ncols=True, disable=None)
+        stack.enter_context(bar)
         pool = stack.enter_context(ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)))
         for keys, members in groups.items():
             for key in keys:
@@ -169,10 +170,6 @@ def _bytes(files: TensorFiles, entry: Entry) -> int:
     if name not in files.shapes or files.dtypes[name] not in SAFETENSORS_DTYPES:
         return 0
     return math.prod(files.shapes[name]) * np.dtype(SAFETENSORS_DTYPES[files.dtypes[name]]).itemsize
-
-
-def _progress_bar(total: int) -> tqdm:
-    return tqdm(total=total, desc="Reading", unit="B", unit_scale=True, dynamic_ncols=True, disable=None)
 
 
 def _aligned_zeros(shape: list[int], dtype: Any) -> np.ndarray:

@@ -8,7 +8,7 @@ import math
 import re
 import threading
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -21,7 +21,7 @@ from convert.fused import pieces
 from convert.mapping import Box
 from convert.pickled import check_pickled
 from convert.weight_files import MAX_INDEX_BYTES, weight_files
-from jaxllm.errors import UserError, listed, note, one_line
+from jaxllm.errors import UserError, as_user_error, listed, note, one_line
 from jaxllm.files import unique_keys
 
 WRAPPERS = re.compile(
@@ -146,10 +146,26 @@ class TensorFiles:
             UserError: the tensor is of a kind that NumPy does not have, or its bytes are not there.
         """
         box = tuple(map(range, self.shapes[name])) if box is None else box
-        try:
+        with as_user_error(lambda error: f"{self.path}: {listed([name])} cannot be read ({one_line(error)})"):
             return self._readers[name](box).reshape([len(held) for held in box])
-        except Exception as error:  # PyTorch and NumPy raise kinds of their own
-            raise UserError(f"{self.path}: {listed([name])} cannot be read ({one_line(error)})") from None
+
+    def misfits(
+        self, wanted: Mapping[str, tuple[int, ...]], optional: Collection[str] = (), ignored: Collection[str] = ()
+    ) -> str:
+        """How the tensors that are not `ignored` differ from the `wanted` shapes, by kind; empty: they fit."""
+        found = {name: shape for name, shape in self.shapes.items() if name not in ignored}
+        kinds = {
+            "unknown": sorted(found.keys() - wanted.keys()),
+            "missing": sorted(wanted.keys() - found.keys() - {*optional}),
+            "duplicate": sorted({*self.duplicates}),
+            "not in the file that the index names": sorted({*self.misplaced}),
+            "misshaped": [
+                f"{name} {list(found[name])} instead of {list(shape)}"
+                for name, shape in wanted.items()
+                if found.get(name, shape) != shape
+            ],
+        }
+        return "; ".join(f"{kind}: {listed(names)}" for kind, names in kinds.items() if names)
 
     def equals(self, name: str, other: TensorFiles, other_name: str) -> bool:
         """Whether a tensor has the shape, the dtype and the bits of one of other files."""
@@ -198,12 +214,9 @@ class TensorFiles:
                 f"{file} is a PyTorch file: reading it needs PyTorch: pip install 'jaxllm[torch]'"
             ) from None
         check_pickled(file)
-        try:
+        unsafe = f"{file} is not a file of PyTorch tensors that is safe to read"
+        with as_user_error(lambda error: f"{unsafe} ({one_line(error)})"):
             state = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
-        except Exception as error:  # the unpickler raises whatever the bytes make it raise
-            raise UserError(
-                f"{file} is not a file of PyTorch tensors that is safe to read ({one_line(error)})"
-            ) from None
         while isinstance(state, dict) and (key := next((k for k in NESTED if isinstance(state.get(k), dict)), None)):
             print(f"{file}: the weights are read from its entry {key!r}")
             state = state[key]
@@ -218,11 +231,7 @@ class TensorFiles:
 
 
 def read_into(file: IO[bytes], offset: int, view: memoryview) -> None:
-    """Fill a buffer with the bytes of a file from an offset on.
-
-    Raises:
-        EOFError: the file ends before.
-    """
+    """Fill a buffer with the bytes of a file from an offset on. Raises an EOFError if the file ends before."""
     file.seek(offset)
     while view.nbytes:
         count = file.readinto(view)  # pyright: ignore[reportAttributeAccessIssue]

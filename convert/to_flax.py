@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from convert.reader import read_leaves
 from convert.tensor_files import TensorFiles
 from jaxllm.config import KernelsOption, ModelConfig
 from jaxllm.config.families import is_interleaved, names_of
-from jaxllm.errors import UserError, listed, note
+from jaxllm.errors import UserError, note
 from jaxllm.files import StrPath, read_json, write_json
 from jaxllm.model.decoder import CustomLLM, abstract_model, model_facts
 from jaxllm.model.dtypes import Pytree, at_least_float32, check_dtype
@@ -108,7 +107,7 @@ def import_run(source: StrPath, run: StrPath, config: ModelConfig | None = None,
     else:
         weights, dtypes = _read_weights(source, config, hold=as_stored)
     with new_folder(run) as made:
-        write_run(made, config, weights, [], kept=source_files(folder))
+        write_run(made, config, weights, kept=source_files(folder))
         write_json(made / SOURCE_DTYPES, dtypes)
 
 
@@ -185,7 +184,8 @@ def _read_weights(
         wanted = {name: entry.shape(trees) for name, entry in table.items()}
         wanted |= {scale: fp8.scale_shape(files.shapes[name]) for name, scale in scales.items()}
         optional = {name for name, entry in table.items() if entry.optional}
-        _check_keys(source, files, wanted, optional, ignored)
+        if wrong := files.misfits(wanted, optional, ignored):
+            raise UserError(f"{source} does not fit the model config; {wrong}")
         if "F64" in files.dtypes.values():
             note(f"{source}: float64 weights are read as float32")
         elements = sum(math.prod(shape) for shape in files.shapes.values())
@@ -230,23 +230,3 @@ def _repeated_head(source: Path, files: TensorFiles) -> set[str]:
         )
     note(f"{source}: {head} is {table}, to which it is tied")
     return {head}
-
-
-def _check_keys(
-    source: Path, files: TensorFiles, wanted: Mapping[str, tuple[int, ...]], optional: set[str], ignored: set[str]
-) -> None:
-    found = {name: shape for name, shape in files.shapes.items() if name not in ignored}
-    problems = {
-        "unknown": sorted(found.keys() - wanted.keys()),
-        "missing": sorted(wanted.keys() - found.keys() - optional),
-        "duplicate": sorted(set(files.duplicates)),
-        "not in the file that the index names": sorted(set(files.misplaced)),
-        "misshaped": [
-            f"{name} {list(found[name])} instead of {list(shape)}"
-            for name, shape in wanted.items()
-            if name in found and found[name] != shape
-        ],
-    }
-    lines = [f"{kind}: {listed(names)}" for kind, names in problems.items() if names]
-    if lines:
-        raise UserError(f"{source} does not fit the model config; " + "; ".join(lines))

@@ -31,6 +31,7 @@ from jaxllm.store.folder import CONFIG_FILE, MODEL_FILE, TOKENIZER, checkpoint_o
 from jaxllm.store.history import History
 from jaxllm.store.metrics_file import read_metrics, write_metrics
 from jaxllm.store.source import tokenizer_files
+from jaxllm.train.computation import Computation
 from jaxllm.train.optim import OptimizerState, of_adamw
 from jaxllm.train.state import dropout_key
 
@@ -55,7 +56,7 @@ def export_training(run: StrPath, out: StrPath) -> None:
         )
 
     def read(saved: CheckpointReader) -> tuple[Weights, ResumeState]:
-        if (resumed := saved.resume_state(config)) is None:
+        if (resumed := saved.resume_state(Computation.of(config))) is None:
             raise UserError(f"{str(run)!r} holds weights without a training history: leave out --training")
         return saved.weights(model), resumed
 
@@ -114,7 +115,7 @@ def import_training(source: StrPath, run: StrPath) -> None:
     # the key of dropout follows from the seed
     resumed = ResumeState(OptimizerState(count, mu, nu), count, dropout_key(config.seed), [position], history)
     with new_folder(run) as made:
-        write_run(made, model, weights, [], (config, resumed), tokenizer_files(source / TOKENIZER))
+        write_run(made, model, weights, (config, resumed), tokenizer_files(source / TOKENIZER))
         write_metrics(made, history.records)
 
 

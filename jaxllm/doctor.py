@@ -6,7 +6,6 @@ python -m jaxllm.doctor --preset deepseek-v2-lite    # with the sizes of another
 It trains nothing and reads no run. Exits with 1 where a kernel fails.
 """
 
-import importlib.metadata
 import os
 import platform
 import sys
@@ -26,6 +25,7 @@ from jaxllm.devices import target_of
 from jaxllm.errors import exit_on_user_error
 from jaxllm.model.kernels import choose_kernels, describe_kernels
 from jaxllm.model.kernels.self_check import Check, check_kernels
+from jaxllm.packages import version_of
 from jaxllm.run.hardware import bfloat16_hardware, versions
 from jaxllm.run.runtime import (
     device_name,
@@ -57,12 +57,13 @@ def describe_machine() -> Iterator[tuple[str, str]]:
     memory = f"{limit / GIB:.2f} GiB that a program may have" if limit else "memory unknown"
     capability = getattr(device, "compute_capability", None)
     yield "system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
-    yield "packages", ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+    yield "packages", ", ".join(f"{name} {version_of(name) or 'not installed'}" for name in PACKAGES)
     yield "software of the device", ", ".join(f"{name} {version}" for name, version in versions().items())
     yield "devices", f"{len(devices)} x {device_name()}, {memory}"
     if capability is not None:
         yield "compute capability", str(capability)
-    yield "host", f"{os.cpu_count()} processors, {_host_gib():.1f} GiB"
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    yield "host", f"{os.cpu_count()} processors, {host / GIB:.1f} GiB"
     bfloat16 = bfloat16_hardware()
     decided = f"--precision auto is {'bfloat16' if bfloat16 else 'float32'}"
     yield "bfloat16 in hardware", f"{bfloat16 or 'nothing known'}: {decided}"
@@ -115,17 +116,6 @@ def _cell(check: Check | None) -> str:
     if check is None:
         return ""
     return f"{check.error:.1e}" + ("" if check.failure is None else " FAILED")
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
-        return "not installed"
-
-
-def _host_gib() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
 
 
 if __name__ == "__main__":

@@ -61,6 +61,17 @@ def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int]:
 
 
 @contextlib.contextmanager
+def as_user_error(message: Callable[[Exception], str]) -> Iterator[None]:
+    """Within it an error of any kind becomes a UserError with this message: libraries raise kinds of their own."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(message(error)) from None
+
+
+@contextlib.contextmanager
 def optional(what: str) -> Iterator[None]:
     """Within it an error becomes a line on stderr: for what a run does without, such as its picture."""
     try:

@@ -89,11 +89,8 @@ def plain_path(folder: Path) -> Iterator[Path]:
 
 
 def check_file(path: Path, max_bytes: int | None = None) -> None:
-    """Check that a path is a regular file (or a symlink to one) of at most `max_bytes`. A pipe would block forever.
-
-    Raises:
-        UserError: it is not a regular file, or is larger.
-    """
+    """Raise a UserError unless a path is a regular file (or a symlink to one) of at most `max_bytes`. A pipe would
+    block forever."""
     try:
         status = path.stat()
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
@@ -105,11 +102,7 @@ def check_file(path: Path, max_bytes: int | None = None) -> None:
 
 
 def read_bounded(path: Path, max_bytes: int) -> bytes:
-    """The content of a file of at most `max_bytes`.
-
-    Raises:
-        UserError: it cannot be read, or is larger.
-    """
+    """The content of a file. Raises a UserError if it cannot be read, or has more than `max_bytes`."""
     check_file(path, max_bytes)
     try:
         with path.open("rb") as file:
@@ -126,11 +119,7 @@ def _too_large(path: Path, size: int, max_bytes: int) -> UserError:
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """Read a JSON object from a file of at most `max_bytes`.
-
-    Raises:
-        UserError: the file cannot be read, is larger, or holds something else.
-    """
+    """Read a JSON object. Raises a UserError if the file cannot be read, is larger, or holds something else."""
     content = read_bounded(path, max_bytes)
     try:
         value = json.loads(content.decode("utf-8"), object_pairs_hook=unique_keys)

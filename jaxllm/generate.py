@@ -19,7 +19,6 @@ from flax import nnx
 from jaxllm.command_line import parse
 from jaxllm.config import MAX_SEED, KernelsOption, Precision
 from jaxllm.config.fields import check_fields, option
-from jaxllm.config.groups import MAX_TEMPERATURE, check_temperature
 from jaxllm.data.encode import encoder_of
 from jaxllm.data.tokenizer import decode_after, encode_prompt, load_tokenizer
 from jaxllm.errors import UserError, exit_on_user_error, shown
@@ -53,13 +52,13 @@ def load_model(folder: StrPath, precision: Precision = "float32", kernels: Kerne
         from convert.to_flax import model_of
 
         return model_of(folder, dtype, for_compute(dtype), kernels=kernels)
-    if (adapted := adapters_of(folder)) is None:
+    if adapters_of(folder) is None:
         config, weights = load_weights(folder, for_compute(dtype))
     else:
         check_own("convert")
-        from convert.base import merged_run
+        from convert.base import run_weights
 
-        config, weights = merged_run(folder, adapted, for_compute(dtype))
+        config, weights = run_weights(folder, for_compute(dtype))
     graph, _, _ = abstract_model(config, dtype=dtype, without=kernels_to_avoid(config, dtype, kernels))
     return nnx.merge(graph, *weights)
 
@@ -99,6 +98,10 @@ def chat(args: GenerateArgs, model: CustomLLM, tokenizer: PreTrainedTokenizerBas
         turns.append({"role": "assistant", "content": printed})
 
 
+SAMPLING = Sampling(temperature=0.8, top_p=0.95)
+"""The default of the command."""
+
+
 @dataclass(frozen=True)
 class GenerateArgs:
     """Continue prompts with a trained model."""
@@ -114,12 +117,7 @@ class GenerateArgs:
     `keep`, control tokens."""
     max_new_tokens: int = option(100, ge=1)
     """Most tokens to add to a prompt."""
-    temperature: float = option(0.8, ge=0, le=MAX_TEMPERATURE)
-    """0 is greedy."""
-    top_k: int = option(0, ge=0)
-    """0: all tokens."""
-    top_p: float = option(0.95, gt=0, le=1)
-    """Only the likeliest tokens that together reach this probability."""
+    sampling: Annotated[Sampling, tyro.conf.OmitArgPrefixes] = SAMPLING
     greedy: bool = False
     """Always the likeliest token."""
     seed: int = option(0, ge=0, le=MAX_SEED)
@@ -133,20 +131,18 @@ class GenerateArgs:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_temperature(self.temperature)
         self._check_greedy()
         if self.chat and self.prompt != ("",):
             raise UserError(f"prompt is {shown(self.prompt)}: --chat answers what is typed, leave out one of the two")
 
     def _check_greedy(self) -> None:
         """Raise UserError for an option of sampling beside greedy choice."""
-        if not self.greedy and self.temperature:
+        temperature = self.sampling.temperature
+        if not self.greedy and temperature:
             return
         greedy = "greedy is set" if self.greedy else "temperature is 0"
-        ignored = ("temperature", "top_k", "top_p") if self.greedy and self.temperature else ("top_k", "top_p")
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in ignored:
-            if (value := getattr(self, name)) != defaults[name]:
+        for name in ("temperature", "top_k", "top_p") if self.greedy and temperature else ("top_k", "top_p"):
+            if (value := getattr(self.sampling, name)) != getattr(SAMPLING, name):
                 raise UserError(f"{name} is {shown(value)}, and {greedy}, which ignores it: leave out one of the two")
 
 
@@ -161,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args: GenerateArgs = parse(GenerateArgs, argv, "python -m jaxllm.generate", __doc__)
     start_jax()
     use_compilation_cache()
-    sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
+    sampling = dataclasses.replace(args.sampling, temperature=0.0) if args.greedy else args.sampling
     model = load_model(args.run, args.precision, args.kernels)
     tokenizer = load_tokenizer(str(tokenizer_folder(args.run)))
     if args.chat:

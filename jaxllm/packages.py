@@ -1,5 +1,6 @@
 """Which packages Python finds: a library, or a folder of that name; this project's, or a user's that hides it."""
 
+import importlib.metadata
 import importlib.util
 import sys
 from pathlib import Path
@@ -19,12 +20,17 @@ def is_installed(name: str) -> bool:
     return spec is not None and (spec.origin is not None or spec.submodule_search_locations is None)
 
 
-def check_own(*names: str) -> None:
-    """Check that Python finds this project's packages of these names. Call it before they are imported.
+def version_of(package: str) -> str | None:
+    """The version of a library; None: it is not installed, or is a checkout without metadata."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
-    Raises:
-        UserError: a user's file or folder of that name hides one.
-    """
+
+def check_own(*names: str) -> None:
+    """Raise a UserError if a user's file or folder hides this project's packages of these names. Call it before they
+    are imported."""
     for name in names:
         spec = getattr(sys.modules.get(name), "__spec__", None) or importlib.util.find_spec(name)
         if spec is None:

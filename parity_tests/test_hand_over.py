@@ -17,6 +17,8 @@ from jaxllm.files import read_json
 from jaxllm.store.checkpoint import ResumeState, Weights, newest_checkpoint
 from jaxllm.store.checkpoint_writer import write_run
 from jaxllm.store.metrics_file import read_metrics
+from jaxllm.store.source import tokenizer_files
+from jaxllm.train.computation import Computation
 from parity_tests.training import random_moments
 from torch_ref import train as torch_training
 
@@ -41,7 +43,7 @@ def half(whole, tmp_path_factory) -> Path:
 
 def restored(run: Path):
     config = TrainConfig.from_dict(read_json(run / "train_config.json"))
-    state, training = newest_checkpoint(run).state(config)
+    state, training = newest_checkpoint(run).state(Computation.of(config))
     (position,) = training.positions
     return state, position
 
@@ -190,11 +192,11 @@ def test_a_run_with_muon_is_converted_there_and_back_and_keeps_its_optimizer(hal
     """The run of AdamW, with moments as Muon has them."""
     made, folder, back = (tmp_path / name for name in ("made", "torch", "back"))
     config = TrainConfig.from_dict(read_json(half / "train_config.json"))
-    state, training = newest_checkpoint(half).state(config)
+    state, training = newest_checkpoint(half).state(Computation.of(config))
     config, weights = config.with_options(optimizer="muon"), Weights(state.params, state.routing_bias)
     moments = random_moments(config, weights, count=20)
     rest = ResumeState(moments, state.step, state.dropout_key, training.positions, training.history)
-    write_run(made, config.model, weights, list((half / "tokenizer").iterdir()), (config, rest))
+    write_run(made, config.model, weights, (config, rest), tokenizer_files(half / "tokenizer"))
     assert main(["to-torch", str(made), str(folder), "--training"]) == 0
     assert main(["to-flax", str(folder), str(back)]) == 0
     assert_same_bits(restored(made)[0], restored(back)[0])

@@ -12,6 +12,7 @@ import numpy as np
 from jaxllm.config import TrainConfig
 from jaxllm.files import read_json
 from jaxllm.store.checkpoint import newest_checkpoint
+from jaxllm.train.computation import Computation
 
 MEASURED = ("second", "runtime", "mfu", "data_wait", "peak")
 """Parts of the names of columns that are measured, and so differ from run to run."""
@@ -27,7 +28,7 @@ def fingerprint(run: Path) -> dict[str, str]:
     A log of every step holds, to the last bit, the norm of each step's gradient: no other batch has the same.
     """
     config = TrainConfig.from_dict(read_json(run / "train_config.json"))
-    state, resumed = newest_checkpoint(run).state(config)
+    state, resumed = newest_checkpoint(run).state(Computation.of(config))
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path((state, [tuple(p[2:]) for p in resumed.positions])):
         array = np.asarray(leaf)

@@ -122,7 +122,7 @@ def test_no_function_has_many_parameters():
     assert [(name, len(parameters)) for name, parameters in functions(planted)] == [("A.f", 9)]
 
 
-MAX_WHOLE_CONFIG = 31
+MAX_WHOLE_CONFIG = 22
 """It only falls: a new function takes the groups or the numbers that it reads."""
 
 

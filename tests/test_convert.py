@@ -348,7 +348,7 @@ def test_no_leaf_reaches_a_file_without_its_dtype_and_values_checked(what, leaf,
     for write in (
         lambda: save_pretrained(model, tmp_path / "out"),
         lambda: write_model(config, bad, tmp_path / "out", "bfloat16"),
-        lambda: write_run(tmp_path / "out", config, bad, []),
+        lambda: write_run(tmp_path / "out", config, bad),
     ):
         with pytest.raises(UserError, match=message) as refused:
             write()

@@ -78,7 +78,7 @@ OTHERS = [f"x{char}{char}" for char in PRINTABLE if not char.isalnum()]
     [*OTHERS[::4], *(pytest.param(x, marks=pytest.mark.slow) for x in OTHERS if x not in OTHERS[::4]), NOT_UTF_8],
 )
 def test_weights_written_under_any_name_are_read(name, weights, tmp_path):
-    write_run(tmp_path / name / "r", MODEL, weights, [])
+    write_run(tmp_path / name / "r", MODEL, weights)
     config, read = load_weights(tmp_path / name / "r")
     assert config == MODEL
     jax.tree.map(np.testing.assert_array_equal, read, weights)
@@ -93,7 +93,7 @@ def test_a_checkpoint_that_cannot_be_read_gets_no_name(weights, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(ocdbt_utils, "merge_ocdbt_per_process_files", nothing)
         with pytest.raises(UserError, match=r"checkpoints/0 cannot be written \(.*free space") as error:
-            write_run(tmp_path / "r", MODEL, weights, [])
+            write_run(tmp_path / "r", MODEL, weights)
     assert "\n" not in str(error.value)
     assert choose_checkpoint(tmp_path / "r") == (None, [])
 

@@ -796,7 +796,7 @@ def test_checkpoints(many, run, tmp_path):
 @FEW_OR_MANY
 def test_wrong_metadata_of_orbax_arrays(many, weights, tmp_path):
     """Metadata that lies: what restores the arrays must bear it, for a checksum may have been made of the lie."""
-    write_run(tmp_path / "saved", MODEL, weights, [])
+    write_run(tmp_path / "saved", MODEL, weights)
     files, make = breaking(tmp_path / "saved", tmp_path / "in", below="checkpoints/")
     files = {name: content for name, content in files.items() if content.startswith(b"{")}
     assert len(files) >= 3

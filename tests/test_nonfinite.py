@@ -27,6 +27,7 @@ from jaxllm.store.checkpoint import ResumeState, Weights, newest_checkpoint
 from jaxllm.store.checkpoint_writer import write_run
 from jaxllm.store.history import History
 from jaxllm.store.metrics_file import read_metrics
+from jaxllm.store.source import tokenizer_files
 from jaxllm.train.adamw import UpdateScalars, adamw_update
 from jaxllm.train.computation import Computation
 from jaxllm.train.optim import OptimizerState, learning_rate
@@ -40,7 +41,7 @@ def poisoned(run, narrow, tmp_path_factory):
     half = shutil.copytree(run, folder.parent / "half")
     shutil.rmtree(half / "checkpoints" / "20")
     config = TrainConfig.from_dict(read_json(half / "train_config.json"))
-    state, training = newest_checkpoint(half).state(config)
+    state, training = newest_checkpoint(half).state(Computation.of(config))
     data, tokenizer = config.data, load_tokenizer(str(half / "tokenizer"))
     stream = ProcessBatches(data, config.seed, 1, tokenizer, 0, data.batch_size)
     stream.seek(training.positions)
@@ -50,7 +51,7 @@ def poisoned(run, narrow, tmp_path_factory):
     params["token_embeddings"]["weight"][token, 3] = np.inf
     rest = ResumeState(state.opt_state, state.step, state.dropout_key, training.positions, training.history)
     weights = Weights(params, state.routing_bias)
-    write_run(folder, config.model, weights, list((run / "tokenizer").iterdir()), (config, rest))
+    write_run(folder, config.model, weights, (config, rest), tokenizer_files(run / "tokenizer"))
     assert train.main([*narrow, "--max-nonfinite", "20", "--run-dir", str(folder)]) == 0
     return folder, token
 

@@ -242,7 +242,7 @@ def test_a_checkpoint_moves_from_layout_to_layout_bit_for_bit(tmp_path):
             state = with_noise(placement.unshard(placement.init(computation)))
             wanted = jax.tree.map(np.asarray, state)
         else:
-            state, restored = newest_checkpoint(tmp_path).state(config, placement.state_shardings(computation))
+            state, restored = newest_checkpoint(tmp_path).state(computation, placement.state_shardings(computation))
             jax.tree.map(np.testing.assert_array_equal, restored.positions, positions)
             state = placement.unshard(placement.shard(state))
             jax.tree.map(np.testing.assert_array_equal, state, wanted)

@@ -20,7 +20,6 @@ from jaxllm.data.tokenizer import (
     decode_after,
     encode_prompt,
     export_tokenizer,
-    given_vocab_size,
     load_tokenizer,
     with_pad_token,
 )
@@ -76,7 +75,7 @@ def tokenizer(request, tmp_path):
 @pytest.mark.parametrize("preset", ["tiny", "customllm-1b"])
 def test_an_exported_tokenizer_encodes_as_in_training_and_pads_apart(tokenizer, tmp_path, preset):
     config = RunConfig.from_options(preset=preset)
-    tokenizer = with_pad_token(tokenizer, given_vocab_size(config))
+    tokenizer = with_pad_token(tokenizer, config.given_vocab_size)
     model = align(config, tokenizer).model
     trained = [encode(tokenizer, text, False).tolist() for text in TEXTS]
     export_tokenizer(tokenizer, model, tmp_path / "out")
@@ -106,7 +105,7 @@ def test_without_a_free_row_the_end_of_text_pads(tokenizer, tmp_path):
         pytest.skip("it has its own")
     model = RunConfig.from_options(preset="customllm-1b").model
     config = RunConfig.from_options(preset="customllm-1b", model=dataclasses.replace(model, vocab_size=len(tokenizer)))
-    assert len(with_pad_token(tokenizer, given_vocab_size(config))) == config.model.vocab_size
+    assert len(with_pad_token(tokenizer, config.given_vocab_size)) == config.model.vocab_size
     model = align(config, tokenizer).model
     export_tokenizer(tokenizer, model, tmp_path / "out")
     exported = AutoTokenizer.from_pretrained(tmp_path / "out")

@@ -19,7 +19,7 @@ from torch_ref.batches import MicroBatches
 from torch_ref.device import peak_memory
 from torch_ref.generate import generate
 from torch_ref.model import CustomLLM
-from torch_ref.step import tokens_per_expert, update_routing_bias
+from torch_ref.step import expert_load, tokens_per_expert, update_routing_bias
 
 
 class ScheduleCallback(TrainerCallback):
@@ -54,9 +54,8 @@ class RoutingBiasCallback(TrainerCallback):
         self._counts = self._counts + tokens_per_expert(router_experts, n_experts)
 
     def load(self) -> float:
-        """Tokens of the most loaded expert over the mean, in the worst layer of the last step; 1 is balanced."""
-        counts = self._last.cpu().double()  # MPS has no float64
-        return float((counts.amax(dim=-1) / counts.mean(dim=-1)).max())
+        """`expert_load` of the last step."""
+        return expert_load(self._last)
 
     def on_optimizer_step(self, args, state, control, model: CustomLLM, **kwargs) -> None:
         update_routing_bias(model, self._counts, self._rate)

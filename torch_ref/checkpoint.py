@@ -8,14 +8,13 @@ trainer_state.json                                      written last: without it
 Of `trainer_state.json` the Trainer needs `global_step` and `train_batch_size`.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxllm.config import MAX_INT
 from jaxllm.data.stream import POSITION_FILE
-from jaxllm.errors import UserError, one_line
+from jaxllm.errors import UserError, as_user_error, one_line
 from jaxllm.files import StrPath, read_json
 
 OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE = "optimizer.pt", "scheduler.pt", "trainer_state.json"
@@ -59,15 +58,7 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_INT
 
 
-@contextmanager
-def reading(folder: StrPath) -> Iterator[None]:
+def reading(folder: StrPath) -> AbstractContextManager[None]:
     """Turns any error while a checkpoint is read into a UserError of one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # torch, pickle, safetensors and the file system raise different types
-        raise UserError(
-            f"the checkpoint {folder} cannot be read ({one_line(error)}): "
-            "move the folder elsewhere to use the one before it"
-        ) from None
+    remedy = "move the folder elsewhere to use the one before it"
+    return as_user_error(lambda error: f"the checkpoint {folder} cannot be read ({one_line(error)}): {remedy}")

@@ -94,6 +94,12 @@ def tokens_per_expert(router_experts: Sequence[Tensor], n_experts: int) -> Tenso
     return (experts[..., None] == torch.arange(n_experts, device=experts.device)).sum(dim=1)
 
 
+def expert_load(counts: Tensor) -> float:  # (L,E)
+    """Tokens of the fullest expert over the mean, in the worst layer; 1 is balanced."""
+    counts = counts.cpu().double()  # MPS has no float64
+    return float((counts.amax(dim=-1) / counts.mean(dim=-1)).max())
+
+
 @torch.no_grad()
 def update_routing_bias(model: CustomLLM, counts: Tensor, rate: float) -> None:
     """Auxiliary-loss-free load balancing (arXiv:2408.15664): steer the choice away from overloaded experts.
@@ -151,9 +157,8 @@ def accumulate_gradients(
         (output.loss + auxiliary_loss(output, optim) / len(labels)).backward()
         total = total + output.loss.detach()
         experts = output.router_experts
-        chosen.append(
-            torch.stack(experts) if experts else micro.new_zeros((0, *micro.shape, 1))
-        )  # no layer has experts
+        # a model may have no layers with experts
+        chosen.append(torch.stack(experts) if experts else micro.new_zeros((0, *micro.shape, 1)))
     return total, torch.stack(chosen)
 
 

@@ -78,18 +78,17 @@ def ladder(session: Session, precision: str) -> list[Finding]:
 def self_check(session: Session) -> list[Finding]:
     """The kernels of the step, each on small inputs beside its formula: what `jaxllm.doctor` shows."""
     with session.jax("self_check", quick=session.quick) as jax:
-        found = jax.facts
+        checked = jax.facts
     findings = []
-    for precision, facts in found.items():
+    for precision, facts in checked.items():
         for kernel, error in facts["largest"].items():
-            what, limit, failure = f"{kernel}, {precision}", facts["limit"], facts["failures"].get(kernel)
-            if failure is not None:
-                findings.append(Finding(what, f"FAILED: {failure}", f"limit {limit:.0e}", details={"failure": failure}))
-                continue
-            goal, figures = at_most(limit), {"error": error}
-            findings.append(
-                Finding(what, f"error {error:.1e}", f"limit {limit:.0e}", None, goal, error, details=figures)
-            )
+            failure, goal = facts["failures"].get(kernel), at_most(facts["limit"])
+            what, limit = f"{kernel}, {precision}", f"limit {goal.limit:.0e}"
+            if failure is None:
+                found = Finding(what, f"error {error:.1e}", limit, None, goal, error, details={"error": error})
+            else:
+                found = Finding(what, f"FAILED: {failure}", limit, details={"failure": failure})
+            findings.append(found)
     return findings
 
 

@@ -98,11 +98,7 @@ def _written_before(source: Json, family: Family) -> dict[str, Any]:
 
 
 def check_trainable(source: Json) -> None:
-    """Refuse to train what this project does not train as the file says.
-
-    Raises:
-        UserError: the config.json asks for dropout of attention weights.
-    """
+    """Raise a UserError if the config.json asks for dropout of attention weights, which training does not have."""
     if source.get("attention_dropout"):
         raise UserError(f"attention_dropout is {shown(source['attention_dropout'])}: to train, it must be 0")
 

@@ -216,11 +216,7 @@ class MeshConfig(_Checked):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Devices along each axis that `axes` names.
-
-        Raises:
-            UserError: it has another form.
-        """
+        """Devices along each axis that `axes` names. Raises a UserError if it has another form."""
         sizes: dict[str, int] = {}
         for entry in filter(None, self.axes.split(",")):
             axis, _, size = entry.partition("=")

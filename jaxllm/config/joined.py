@@ -22,10 +22,7 @@ class Joined(NamedTuple):
 
 
 def joined_linears(config: ModelConfig) -> Joined:
-    """
-    Raises:
-        UserError: no PyTorch model has all options of this config.
-    """
+    """Of the family of a model. Raises a UserError if no PyTorch model has all options of this config."""
     if names_of(config) == "customllm":
         return Joined()
     return Joined(

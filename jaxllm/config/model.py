@@ -274,9 +274,8 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON values of the fields of a CustomLLM, and of all others that differ from their defaults."""
         eos = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
-        written = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != _default(f)} | {
-            *CUSTOMLLM_FIELDS
-        }
+        changed = (f.name for f in dataclasses.fields(self) if getattr(self, f.name) != _default(f))
+        written = {*CUSTOMLLM_FIELDS, *changed}
         values = dataclasses.asdict(self) | {"eos_token_id": eos}
         return {name: value for name, value in values.items() if name in written}
 

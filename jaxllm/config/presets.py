@@ -77,11 +77,7 @@ TOKENIZER_SIZED_PRESETS = frozenset({"tiny", "tiny-deepseek"})
 
 
 def preset(name: str) -> ModelConfig:
-    """Look up a preset by name.
-
-    Raises:
-        UserError: there is no such preset.
-    """
+    """Look up a preset by name. Raises a UserError if there is no such preset."""
     if name not in PRESETS:
         raise UserError(f"preset is {shown(name)}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -16,7 +16,7 @@ from jaxllm.config import groups
 from jaxllm.config.fields import MAX_SEED, check_fields, option, option_names
 from jaxllm.config.lora import LoraConfig
 from jaxllm.config.model import ModelConfig
-from jaxllm.config.presets import PRESETS, preset
+from jaxllm.config.presets import PRESETS, TOKENIZER_SIZED_PRESETS, preset
 from jaxllm.errors import UserError, listed, shown
 
 Precision = Literal["float32", "bfloat16"]
@@ -75,11 +75,7 @@ class RunConfig:
 
     @property
     def decided_precision(self) -> Precision:
-        """The precision of a run that has started.
-
-        Raises:
-            UserError: it is `auto`, which `jaxllm.run.prepare` decides.
-        """
+        """The precision of a run that has started: `auto`, which `jaxllm.run.prepare` decides, is a UserError."""
         if self.precision == "auto":
             raise UserError("precision is 'auto': only a run decides it, at its start; choose float32 or bfloat16")
         return self.precision
@@ -93,6 +89,13 @@ class RunConfig:
     def adapters(self) -> LoraConfig | None:
         """The adapters that are trained in place of all weights, if the run has some."""
         return None
+
+    @property
+    def given_vocab_size(self) -> int | None:
+        """The model's rows for tokens; None: as many as the tokenizer needs, as of a tokenizer-sized preset."""
+        size = self.model.vocab_size
+        is_sized = self.preset in TOKENIZER_SIZED_PRESETS and size == PRESETS[self.preset].vocab_size
+        return None if is_sized else size
 
     @property
     def tokens_per_step(self) -> int:
@@ -224,6 +227,10 @@ class TrainConfig(RunConfig):
         return self.mesh.data_streams or 1
 
     @property
+    def given_vocab_size(self) -> int | None:
+        return super().given_vocab_size if self.init is None else self.model.vocab_size  # trained weights have theirs
+
+    @property
     def adapters(self) -> LoraConfig | None:
         return self.lora if self.lora.rank else None
 
@@ -300,11 +307,7 @@ defaults of the options themselves are AdamW's, as in runs of versions without M
 
 
 def recipe(name: str, preset_name: str, cls: type[Config] = TrainConfig) -> Config:
-    """The training recipe `name` for a model preset.
-
-    Raises:
-        UserError: there is no such recipe or preset.
-    """
+    """The training recipe `name` for a model preset. Raises a UserError if there is no such recipe or preset."""
     changes = {"default": DEFAULT_RECIPE, "seed": SEED_RECIPE}
     if name not in changes:
         raise UserError(f"recipe is {name!r}: choose one of {', '.join(changes)}")

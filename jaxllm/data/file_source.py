@@ -111,9 +111,7 @@ class FileSource:
 
     def held_out(self) -> Iterator[TextChunk]:
         if self.evaluations:
-            evaluated = self.evaluations[0].open()
-            self.seen = evaluated.seen
-            return evaluated.chunks()
+            return self.evaluations[0].read_for(self)
         return (chunk for chunk in self._pass(only_held_out=True) if chunk.held_out)
 
     def _pass(self, only_held_out: bool) -> Iterator[TextChunk]:

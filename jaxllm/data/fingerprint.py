@@ -64,11 +64,8 @@ class Fingerprint:
         }
 
     def check(self, saved: dict[str, Any], left_out: Collection[str], folder: Path) -> None:
-        """Compare with the value in a data position. Of the files `left_out`, only the names must be the same.
-
-        Raises:
-            UserError: the files in `folder` are others.
-        """
+        """Raise a UserError if the files in `folder` are not those of a data position. Of the files `left_out`, only
+        the names must be the same."""
         before, now = _split(saved["each"]), _split(self.value["each"])
         if saved["names"] == self.value["names"]:
             exempt = [name in left_out for name in self._names]

@@ -130,11 +130,7 @@ def _check_not_code(path: Path, files: dict[str, Path], rows: list[str], row_byt
 
 
 def check_split(what: str, split: str, splits: Collection[str]) -> None:
-    """Refuse a split that is not there; data without splits is `train`, and any local data is `all`.
-
-    Raises:
-        UserError: it is not one of `splits`.
-    """
+    """Raise a UserError for a split that is neither one of `splits`, nor `train` where there are none, nor `all`."""
     if split in splits or split == ALL or (split == "train" and not splits):
         return
     if not splits:

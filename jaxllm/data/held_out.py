@@ -71,16 +71,12 @@ def _check(data: DataConfig, found: HeldOut, tokens: int) -> None:
         )
     if tokens == 0:
         rows_read = sum(seen.documents for seen in found.seen)
-        reason, more = (
-            f"it is one row, or a text of at most {CHUNK_CHARS} characters, which",
-            "two rows or files at least",
-        )
+        reason, more = f"it is one row, or a text of at most {CHUNK_CHARS} characters", "two rows or files at least"
         if rows_read > 1:
-            reason, more = (
-                f"of its {rows_read} rows, those that could be held out are too large a part, which",
-                "more rows",
-            )
-        raise UserError(f"{what}{reason} leaves nothing to evaluate on: pass {more}, or other text as --eval-data")
+            reason, more = f"of its {rows_read} rows, those that could be held out are too large a part", "more rows"
+        raise UserError(
+            f"{what}{reason}, which leaves nothing to evaluate on: pass {more}, or other text as --eval-data"
+        )
     if not len(found.rows):
         raise UserError(
             f"{what}its held-out part has {tokens} tokens, which do not fill one row of "

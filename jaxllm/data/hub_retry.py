@@ -43,11 +43,7 @@ class RetryPolicy:
         self._tries = 0
 
     def wait(self, error: Exception) -> None:
-        """Wait before the stream is opened again.
-
-        Raises:
-            UserError: the error is permanent, or has lasted too long.
-        """
+        """Wait before the stream is opened again. A permanent or lasting error becomes a UserError."""
         now = time.monotonic()
         self._since = self._since or now
         self._tries += 1

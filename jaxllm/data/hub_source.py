@@ -83,9 +83,7 @@ class HubSource:
 
     def held_out(self) -> Iterator[TextChunk]:
         if self.evaluations:
-            evaluated = self.evaluations[0].open()
-            self.seen = evaluated.seen
-            return evaluated.chunks()
+            return self.evaluations[0].read_for(self)
         return (chunk for chunk in self.chunks() if chunk.held_out)
 
     @property
@@ -123,11 +121,7 @@ class HubSource:
                 self._retry.wait(error)
 
     def _with_retries(self, ask: Callable[[], Any]) -> Any:
-        """Call `ask` until it succeeds, as long as its errors are transient.
-
-        Raises:
-            UserError: an error is permanent.
-        """
+        """Call `ask` until it succeeds, as long as its errors are transient; a permanent one becomes a UserError."""
         while True:
             try:
                 made = ask()

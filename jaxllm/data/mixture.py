@@ -102,10 +102,7 @@ class Mixture:
 
     def held_out(self) -> Iterator[TextChunk]:
         if self._evaluation is not None:
-            evaluated = self._evaluation.open()
-            for source in self.parts:
-                source.seen = evaluated.seen
-            return evaluated.chunks()
+            return self._evaluation.read_for(*self.parts)
         return self._in_turn(lambda source: source.held_out(), forever=False)
 
     def _in_turn(self, opened: Callable[[Source], Iterator[TextChunk]], forever: bool) -> Iterator[TextChunk]:

@@ -64,11 +64,8 @@ apart from letters and without `/` after punctuation."""
 
 
 def check_ranks(folder: Path) -> None:
-    """Check that a folder's file of ranks belongs to a class whose split is known, and that its code says the same.
-
-    Raises:
-        UserError: it does not; without the folder and the remedy.
-    """
+    """Raise a UserError, without the folder and the remedy, unless a folder's file of ranks belongs to a class whose
+    split is known, and its code says the same."""
     file = folder / "tokenizer_config.json"
     kind = read_json(file, MAX_BYTES).get("tokenizer_class") if file.exists() else None
     if not isinstance(kind, str) or kind not in RANK_CLASSES:
@@ -135,9 +132,10 @@ def read_ranks(file: Path) -> dict[bytes, int]:
 
 def _tokenizer(ranks: Mapping[bytes, int], config: Mapping[str, Any], folder: Path) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     known = RANK_CLASSES[config["tokenizer_class"]]
-    letters = _letter_of_each_byte()
+    letters = bytes_to_unicode()  # that stand for bytes in a byte-level vocabulary
     written = {token: "".join(map(letters.__getitem__, token)) for token in ranks}
     bpe = models.BPE({written[token]: rank for token, rank in ranks.items()}, list(_merges(ranks, written)))
     bpe.ignore_merges = True  # a word that has a rank is one token
@@ -160,14 +158,6 @@ def _merges(ranks: Mapping[bytes, int], written: Mapping[bytes, str]) -> Iterato
         pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
         for left, right in sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]])):
             yield written[left], written[right]
-
-
-def _letter_of_each_byte() -> list[str]:
-    """The letters that stand for bytes in a byte-level vocabulary: printable ones for themselves, others from U+0100
-    on."""
-    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(value if value in plain else next(others)) for value in range(256)]
 
 
 def _added(config: Mapping[str, Any], first: int, count: int, folder: Path) -> dict[int, AddedToken]:

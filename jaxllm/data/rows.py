@@ -159,11 +159,7 @@ def arrow_batches(raw: BinaryIO) -> tuple[Any, Iterable[Any]]:
 
 
 def look_at_footer(raw: BinaryIO, text_field: str, strict: bool) -> list[str]:
-    """The columns of a parquet file, if it has texts.
-
-    Raises:
-        NoText: it has none.
-    """
+    """The columns of a parquet file. Raises NoText if it has no texts."""
     import pyarrow.parquet
 
     parquet = pyarrow.parquet.ParquetFile(raw)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jaxllm.errors import UserError, listed, one_line, shown
+from jaxllm.data.tokenizer_trials import TRIALS, tried_ids
+from jaxllm.errors import UserError, as_user_error, listed, one_line, shown
 from jaxllm.files import check_file, read_json
 from jaxllm.packages import is_installed
 
@@ -16,23 +17,9 @@ MAX_BYTES = 64 * 2**20
 CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes whose ids are those of the model; others move them."""
 
-TEXTS = (
-    "def f(x):\n    return 'Hello, wörld 😀'\t\n",
-    " two  spaces",
-    "a\r\n\n ÀÉÎ ﬁ x² 12345.678",
-    "汉字 и кириллица",
-)
-
-MAX_PIECES = 2000
-"""How many of the model's own pieces are tried, too."""
-
 
 def check_model(folder: Path) -> None:
-    """Check that a folder's tokenizer.model can be read.
-
-    Raises:
-        UserError: it cannot; without the folder and the remedy.
-    """
+    """Raise a UserError, without the folder and the remedy, if a folder's tokenizer.model cannot be read."""
     config = folder / "tokenizer_config.json"
     named = read_json(config, MAX_BYTES).get("tokenizer_class") if config.exists() else None
     if named not in CLASSES:
@@ -53,26 +40,20 @@ def _is_installed(name: str) -> bool:
 
 
 def check_same(folder: Path, tokenizer: Any) -> None:
-    """Check that a tokenizer which transformers made of a folder's model encodes as the SentencePiece library does.
-
-    Raises:
-        UserError: it does not, or the file is not a SentencePiece model.
-    """
+    """Raise a UserError unless a tokenizer that transformers made of a folder's model encodes as SentencePiece does."""
     from sentencepiece import SentencePieceProcessor  # pyright: ignore[reportMissingImports]
 
-    try:
-        theirs: Any = SentencePieceProcessor(model_file=str(folder / MODEL_FILE))
-    except Exception as error:  # of its own kinds
-        raise UserError(f"{folder / MODEL_FILE} is not a SentencePiece model ({one_line(error)})") from None
-    size = theirs.get_piece_size()
-    pieces = [theirs.decode([id]) for id in range(0, size, max(1, size // MAX_PIECES)) if not theirs.is_control(id)]
+    file = folder / MODEL_FILE
+    with as_user_error(lambda error: f"{file} is not a SentencePiece model ({one_line(error)})"):
+        theirs: Any = SentencePieceProcessor(model_file=str(file))
+    pieces = [theirs.decode([id]) for id in tried_ids(theirs.get_piece_size()) if not theirs.is_control(id)]
     special = [text for text in tokenizer.get_added_vocab() if text]
-    for text in (*TEXTS, *pieces):
+    for text in (*TRIALS, *pieces):
         if any(added in text for added in special):  # which the library takes for text
             continue
         if tokenizer(text, add_special_tokens=False)["input_ids"] != theirs.encode(text):
             raise UserError(
-                f"{folder / MODEL_FILE}: this release of transformers encodes {shown(text)} otherwise than "
+                f"{file}: this release of transformers encodes {shown(text)} otherwise than "
                 "SentencePiece: put a tokenizer.json of the same tokens into the folder, or train with --tokenizer "
                 "FOLDER"
             )

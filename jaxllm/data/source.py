@@ -33,6 +33,13 @@ class Evaluation(NamedTuple):
     name: str
     open: "Callable[[], Source]"
 
+    def read_for(self, *sources: "Source") -> "Iterator[TextChunk]":
+        """Its chunks, which count as what these sources have read."""
+        opened = self.open()
+        for source in sources:
+            source.seen = opened.seen
+        return opened.chunks()
+
 
 class Shard(NamedTuple):
     """One of several disjoint parts of a corpus."""
@@ -125,11 +132,7 @@ def utf8_bytes(text: Text) -> int:
 
 
 def check_position(position: dict[str, Any], names: set[str]) -> None:
-    """Check that a data position has the keys of such a source.
-
-    Raises:
-        UserError: it was taken from another kind of data, or by an earlier version.
-    """
+    """Raise a UserError if a data position has other keys: it is of another kind of data, or of an earlier version."""
     if position.keys() != names:
         raise UserError(
             f"the run's data position has {', '.join(sorted(position))} where {', '.join(sorted(names))} are expected: "

@@ -141,11 +141,8 @@ def is_fingerprint(revision: str | None) -> bool:
 
 
 def check_new_data(data: DataConfig, source: Source) -> None:
-    """Refuse what cannot be meant where a run begins; later, files that an option names may be gone.
-
-    Raises:
-        UserError: --skip-data names no file, or the text to evaluate is the text that is trained on.
-    """
+    """Raise a UserError if --skip-data names no file, or text to evaluate is trained on, too. Only where a run begins:
+    later, files that an option names may be gone."""
     if unknown := [pattern for pattern in patterns_in(data.skip_data) if not source.has_file(pattern)]:
         raise UserError(f"skip_data is {shown(data.skip_data)}: no file of the data is {shown(unknown[0])}")
     trained = {file.resolve() for file in source.files}

@@ -20,7 +20,7 @@ from jaxllm.data.encode import encoder_of
 from jaxllm.data.packing import Packer, filled_row, lengths_of
 from jaxllm.data.source import CLOSING, Shard, Source
 from jaxllm.data.sources import open_source
-from jaxllm.errors import UserError, one_line
+from jaxllm.errors import UserError, as_user_error, one_line
 from jaxllm.files import read_bounded
 from jaxllm.model.batch import are_rows
 
@@ -66,13 +66,11 @@ class Position(NamedTuple):
         Raises:
             UserError: it is something else.
         """
-        try:
+        with as_user_error(lambda error: f"the data position {where} cannot be read ({one_line(error)})"):
             arrays = load(encoded)
             state = json.loads(arrays["state"].tobytes())
             known = state["source"], state["drawn"], arrays["tokens"], arrays["pool"]
             position = cls(*known, arrays.get("passes"), state.get("text"))
-        except Exception as error:  # safetensors, json and NumPy raise kinds of their own
-            raise UserError(f"the data position {where} cannot be read ({one_line(error)})") from None
         drawn = position.drawn
         fits = isinstance(position.source, dict) and type(drawn) is int and 0 <= drawn < 2**63
         if not fits or (position.tokens.ndim, position.pool.ndim) != (1, 2):
@@ -98,11 +96,7 @@ def _is_text(position: Position) -> bool:
 
 
 def read_position(file: Path, seq_len: int, vocab_size: int) -> Position:
-    """Read the file of an encoded position.
-
-    Raises:
-        UserError: it cannot be read, or holds something else.
-    """
+    """Read the file of an encoded position. Raises a UserError if it cannot be read, or holds something else."""
     return Position.from_bytes(read_bounded(file, MAX_POSITION_BYTES), str(file), seq_len, vocab_size)
 
 
@@ -277,11 +271,7 @@ class ProcessBatches:
 
 
 def check_streams(data: DataConfig, seed: int, streams: int) -> None:
-    """Check that each of several data streams has something to read.
-
-    Raises:
-        UserError: a shard of the data is empty.
-    """
+    """Raise a UserError if one of several data streams has nothing to train on."""
     for s in range(streams if streams > 1 else 0):
         source = open_source(data, seed, Shard(s, streams))
         if all(chunk.held_out or chunk.part == CLOSING for chunk in source.chunks()):

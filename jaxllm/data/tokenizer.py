@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from jaxllm.config import PRESETS, TOKENIZER_SIZED_PRESETS, ModelConfig, RunConfig
+from jaxllm.config import ModelConfig, RunConfig
 from jaxllm.config.groups import JOINED_TEXTS, DataConfig
 from jaxllm.data.chats import Chat, Pair
 from jaxllm.data.encode import encoder_of
@@ -24,7 +24,8 @@ from jaxllm.data.rank_file import load_ranks
 from jaxllm.data.sentencepiece_file import MODEL_FILE, check_same
 from jaxllm.data.source import Source
 from jaxllm.data.tokenizer_files import MAX_TOKENIZER_BYTES, RANKS, is_there, tokenizer_class
-from jaxllm.errors import UserError, listed, one_line, shown
+from jaxllm.data.tokenizer_trials import TRIALS
+from jaxllm.errors import UserError, as_user_error, listed, one_line, shown
 from jaxllm.files import StrPath, cache_file, check_file, plain_path, read_json, write_json, write_text_atomically
 from jaxllm.model.batch import IGNORED, token_batch
 
@@ -47,9 +48,6 @@ OF_TRANSFORMERS_5 = ("backend", "is_local", "local_files_only")
 """What it writes into tokenizer_config.json about the place where it saved. transformers 4 does not know these entries,
 nor the class TokenizersBackend, which is its present name of PreTrainedTokenizerFast."""
 
-TRIAL = "def f(x):\n    return 'Hello, wörld 😀' + str(0)\t\n"
-"""A text that every working tokenizer encodes."""
-
 CACHE_FORMAT = 2
 """Increase it when `train_tokenizer` gives another result for the same text."""
 
@@ -64,11 +62,7 @@ ELSEWHERE = ("fast_tokenizer_files", "gguf_file", "init_inputs", "tokenizer_obje
 
 
 def load_tokenizer(name: StrPath) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a folder or the Hub.
-
-    Raises:
-        UserError: there is none, or the Hub cannot be reached.
-    """
+    """Load a tokenizer from a folder or the Hub. Raises a UserError if there is none, or the Hub cannot be reached."""
     name = os.fspath(name)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
@@ -82,31 +76,30 @@ def load_tokenizer(name: StrPath) -> PreTrainedTokenizerBase:
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"tokenizer is {name!r}: there is no such folder, and it is not a Hub name (OWNER/NAME)")
     cached_only = not path.exists() and not hub_reachable()
-    try:
-        with panics_as_errors():
-            if path.exists():  # not by AutoTokenizer: it would offer to run the code of an exported folder
-                with plain_path(path) as plain:
-                    own = load_ranks if kind == RANKS else getattr(transformers, kind).from_pretrained
-                    tokenizer = own(plain)
-                    if not is_there(plain / "tokenizer.json") and is_there(plain / MODEL_FILE):
-                        check_same(plain, tokenizer)
-            else:
-                from transformers import AutoTokenizer  # here: where PyTorch is installed, its import takes seconds
 
-                tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=cached_only, trust_remote_code=False)
-            _try_out(tokenizer)
-            return tokenizer
-    except UserError:
-        raise
-    except Exception as error:  # transformers, tokenizers and the Hub's client raise kinds of their own
+    def failed(error: Exception) -> str:
         mend = "check its files" if path.exists() else "check the name and the network, or pass --tokenizer FOLDER"
         reason = "the Hugging Face Hub could not be reached" if cached_only else one_line(error)
-        raise UserError(f"tokenizer is {name!r}: it could not be loaded ({reason}): {mend}") from None
+        return f"tokenizer is {name!r}: it could not be loaded ({reason}): {mend}"
+
+    with as_user_error(failed), panics_as_errors():
+        if path.exists():  # not by AutoTokenizer: it would offer to run the code of an exported folder
+            with plain_path(path) as plain:
+                own = load_ranks if kind == RANKS else getattr(transformers, kind).from_pretrained
+                tokenizer = own(plain)
+                if not is_there(plain / "tokenizer.json") and is_there(plain / MODEL_FILE):
+                    check_same(plain, tokenizer)
+        else:
+            from transformers import AutoTokenizer  # here: where PyTorch is installed, its import takes seconds
+
+            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=cached_only, trust_remote_code=False)
+        _try_out(tokenizer)
+        return tokenizer
 
 
 def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that a tokenizer works before the data is read, since a broken one may still load."""
-    ids = tokenizer(TRIAL, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(TRIALS[0], add_special_tokens=False)["input_ids"]
     if not isinstance(tokenizer.decode(ids), str) or len(tokenizer) < 1:
         raise ValueError("it makes no text of tokens")
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
@@ -115,11 +108,7 @@ def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Refuse files that refer to other files, or that lengthen a text far too much.
-
-    Raises:
-        UserError: one does, or does not hold a JSON object.
-    """
+    """Raise a UserError for files that refer to other files, lengthen a text far too much, or hold no JSON object."""
     contents = {name: read_json(folder / name, MAX_TOKENIZER_BYTES) for name in FILES if is_there(folder / name)}
     for file in sorted((*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja"))):
         check_file(file, MAX_TOKENIZER_BYTES)
@@ -249,16 +238,8 @@ def _size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
 
 
-def given_vocab_size(config: RunConfig) -> int | None:
-    """The model's rows for tokens; None: it has as many as the tokenizer needs, as a tokenizer-sized preset does."""
-    is_trained = getattr(config, "init", None) is not None  # weights have the size that they have
-    vocab_size = config.model.vocab_size
-    is_sized = config.preset in TOKENIZER_SIZED_PRESETS and vocab_size == PRESETS[config.preset].vocab_size
-    return None if is_sized and not is_trained else vocab_size
-
-
 def with_pad_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> PreTrainedTokenizerBase:
-    """Add the pad token that a tokenizer lacks, if the model has a row for it. `vocab_size`: `given_vocab_size`."""
+    """Add the pad token that a tokenizer lacks, if the model has a row for it; without `vocab_size` it gets one."""
     if tokenizer.pad_token_id is None and (vocab_size is None or _size(tokenizer) < vocab_size):
         tokenizer.add_special_tokens({"pad_token": PAD})
     return tokenizer
@@ -271,7 +252,7 @@ def align(config: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
         UserError: the tokenizer has tokens for which the model has no row.
     """
     model, size = config.model, _size(tokenizer)
-    vocab_size = given_vocab_size(config) or size
+    vocab_size = config.given_vocab_size or size
     if size > vocab_size:
         remedy = f"pass --model.vocab-size {size} or another --tokenizer"
         if getattr(config, "init", None) is not None or (config.folder / "checkpoints").is_dir():
@@ -376,15 +357,11 @@ def encode_prompt(
     Raises:
         UserError: the tokenizer takes no such text, or has no token for an empty one.
     """
-    try:
-        with panics_as_errors():
-            encoder = encoder_of(tokenizer, special_tokens)
-            said: Chat = [{"role": "user", "content": prompt}]
-            ids = (encoder.chat_ids(said, add_generation_prompt=True) if as_chat else encoder.ids(prompt)).tolist()
-    except UserError:
-        raise
-    except Exception as error:  # tokenizers raises Exception itself
-        raise UserError(f"prompt is {shown(prompt)}: the tokenizer does not take it ({one_line(error)})") from None
+    refused = f"prompt is {shown(prompt)}: the tokenizer does not take it"
+    with as_user_error(lambda error: f"{refused} ({one_line(error)})"), panics_as_errors():
+        encoder = encoder_of(tokenizer, special_tokens)
+        said: Chat = [{"role": "user", "content": prompt}]
+        ids = (encoder.chat_ids(said, add_generation_prompt=True) if as_chat else encoder.ids(prompt)).tolist()
     end: Any = tokenizer.eos_token_id
     if not ids and end is None:
         raise UserError("prompt is empty, and the tokenizer has no end-of-sequence token to start from: pass a prompt")

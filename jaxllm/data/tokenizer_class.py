@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.data.tokenizer import TRIAL, panics_as_errors
+from jaxllm.data.tokenizer import panics_as_errors
 from jaxllm.data.tokenizer_files import (
     MAX_TOKENIZER_BYTES,
     RANKS,
@@ -16,17 +16,12 @@ from jaxllm.data.tokenizer_files import (
     is_tokenizer_file,
     tokenizer_class,
 )
+from jaxllm.data.tokenizer_trials import TRIALS, tried_ids
 from jaxllm.errors import UserError, one_line, shown
 from jaxllm.files import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-TRIALS = (TRIAL, " two  spaces", "It's 12345.678, isn't it?\r\n\n ÀÉÎ ﬁ x²", "汉字 и кириллица")
-"""Texts that tokenizers of different kinds split, normalize or begin in different ways."""
-
-MAX_PIECES = 2000
-"""How many of a tokenizer's own tokens are tried, too."""
 
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes of transformers that are wholly described by tokenizer.json."""
@@ -62,8 +57,7 @@ def check_tokenizer_class(folder: Path, tokenizer: PreTrainedTokenizerBase, mode
                     Path(scratch, file.name).symlink_to(file.resolve())
             write_json(Path(scratch, "config.json"), model)
             other = AutoTokenizer.from_pretrained(scratch, local_files_only=True, trust_remote_code=False)
-            size = len(tokenizer)
-            pieces = tokenizer.convert_ids_to_tokens(list(range(0, size, max(1, size // MAX_PIECES))))
+            pieces = tokenizer.convert_ids_to_tokens([*tried_ids(len(tokenizer))])
             own = [tokenizer.convert_tokens_to_string([piece]) for piece in pieces if isinstance(piece, str)]
             same = all(
                 tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -22,11 +22,7 @@ def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
 
 
 def check_dtype(dtype: Any, name: str = "dtype", allowed: Collection[str] | None = None) -> jnp.dtype:
-    """The dtype that was asked for, by its name or as a dtype.
-
-    Raises:
-        UserError: it is not one of those `allowed`; None: of those that models compute in.
-    """
+    """The dtype that was asked for. Raises a UserError if it is not `allowed`; None: those that models compute in."""
     if allowed is None:
         allowed = [*get_args(Precision), *["float64"] * (jnp.result_type(float) == jnp.float64)]
     try:
@@ -39,11 +35,8 @@ def check_dtype(dtype: Any, name: str = "dtype", allowed: Collection[str] | None
 
 
 def check_floats(name: str, values: Any, finite: bool = True) -> None:
-    """Check what is to be written as a weight: packed bits or counts would be numbers with another meaning.
-
-    Raises:
-        UserError: the values are not floating-point numbers, or some are not `finite`.
-    """
+    """Raise a UserError if weights to be written are not floating-point numbers, or some not `finite`: packed bits or
+    counts would be numbers with another meaning."""
     if not jnp.issubdtype(values.dtype, jnp.floating):
         raise UserError(f"{name} has the dtype {values.dtype}: a weight must be floating point; nothing was written")
     if finite and not np.isfinite(values).all():

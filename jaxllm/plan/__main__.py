@@ -20,6 +20,7 @@ import tyro
 
 from jaxllm.command_line import parse
 from jaxllm.config import PRESETS, LoraConfig, Precision, TrainConfig, preset, recipe
+from jaxllm.config.fields import check_fields, option
 from jaxllm.devices import load_target
 from jaxllm.errors import UserError, exit_on_user_error
 from jaxllm.files import read_json, write_json
@@ -39,7 +40,7 @@ class PlanArgs:
     lora: Annotated[LoraConfig, tyro.conf.OmitArgPrefixes] = LoraConfig()
     target: str = "h100"
     """A file of jaxllm/devices by its name (h100, a100-80, l4, rtx4090, tpu-v5p ...), or the path of another."""
-    devices: int | None = None
+    devices: int | None = option(None, ge=1)
     """Devices of one node; default: those of the mesh."""
     mesh: str = ""
     """Devices along each axis, as for train.py; default: all along fsdp. A search tries others too."""
@@ -55,7 +56,7 @@ class PlanArgs:
     """Compute precision."""
     remat: bool = False
     """Recompute each layer in the backward pass; a search tries both."""
-    tokens: int | None = None
+    tokens: int | None = option(None, ge=1, le=2**63)
     """Tokens of the run to be timed; default: those of the recipe `seed`."""
     json: Path | None = None
     """Write the result to this file, as JSON."""
@@ -63,12 +64,9 @@ class PlanArgs:
     """Find the largest batch size that fits."""
 
     def __post_init__(self) -> None:
-        if self.devices is not None and self.devices < 1:
-            raise UserError(f"devices is {self.devices}: it must be at least 1")
+        check_fields(self)
         if self.init is not None and self.preset != "customllm-1b":
             raise UserError(f"preset is {self.preset!r}: --init gives the model, leave out one of the two")
-        if self.tokens is not None and self.tokens < 1:
-            raise UserError(f"tokens is {self.tokens}: it must be at least 1")
         if self.json is not None and not self.json.absolute().parent.is_dir():
             raise UserError(f"json is {self.json}: there is no folder {self.json.parent}, make it first")
         if self.json is not None and self.json.is_dir():

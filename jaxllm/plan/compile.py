@@ -13,6 +13,7 @@ import jax
 from jax.experimental import topologies
 
 from jaxllm.config import TrainConfig
+from jaxllm.config.groups import MeshConfig
 from jaxllm.devices import Target
 from jaxllm.files import read_json, write_json
 from jaxllm.model.kernels import ANY, CUDA
@@ -37,14 +38,13 @@ def topology_devices(target: Target, devices: int) -> list[Any]:
     return list(described.devices[:devices])
 
 
-def measure(config: TrainConfig, target: Target) -> dict[str, Any]:
-    """Compile the real training step for as many described devices as the config's mesh has, and read the program.
+def measure(computation: Computation, mesh: MeshConfig, target: Target) -> dict[str, Any]:
+    """Compile the real training step for as many described devices as the mesh has, and read the program.
 
     Returns the memory in bytes of each device, and the program's kernels, products and collectives.
     """
     start = time.perf_counter()
-    layout = make_mesh(topology_devices(target, config.mesh.devices), **config.mesh.sizes)
-    computation = Computation.of(config, CUDA if target.compute_capability >= 8 else ANY)
+    layout = make_mesh(topology_devices(target, mesh.devices), **mesh.sizes)
     try:
         compiled: Any = lower_step(computation, layout).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -72,7 +72,8 @@ def main(argv: list[str]) -> None:
     pin_numerics()
     request = read_json(Path(argv[0]))
     config, target = TrainConfig.from_dict(request["config"]), Target(**request["target"])
-    write_json(Path(argv[1]), measure(config, target))
+    computation = Computation.of(config, CUDA if target.compute_capability >= 8 else ANY)
+    write_json(Path(argv[1]), measure(computation, config.mesh, target))
 
 
 if __name__ == "__main__":

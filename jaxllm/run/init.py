@@ -15,11 +15,7 @@ from jaxllm.store.source import model_folder
 
 
 def check_shapes(init: Path, model: ModelConfig) -> None:
-    """Check that the model has the shapes of the weights that `--init` names.
-
-    Raises:
-        UserError: options change them, all of which are named.
-    """
+    """Raise a UserError, which names the options, if a model has other shapes than the weights of `--init`."""
     trained = read_model_config(model_folder(init))
     shapes = _shapes(trained)
     if _shapes(model) == shapes:

@@ -34,11 +34,7 @@ class RunLog:
         self.bar = tqdm(total=config.schedule.steps, initial=first_step, unit="step", dynamic_ncols=True, disable=None)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Log one record, which has a `step`.
-
-        Raises:
-            OSError: it cannot be written to the disk.
-        """
+        """Log one record, which has a `step`. Raises an OSError if it cannot be written to the disk."""
         self._history.add_record(record)
         config, as_text = self._config, self._config.logging.log_format == "text"
         tqdm.write(console_line(record, config.schedule.steps, config.tokens_per_step) if as_text else str(record))
@@ -214,7 +210,7 @@ def end_record(
         "train_runtime": rounded(seconds),
         "train_samples_per_second": rounded(rows / seconds, 3),
         "train_steps_per_second": rounded(steps_done / seconds, 3),
-        "train_tokens_per_second": rounded(steps_done * config.tokens_per_step / seconds, 1),
+        "train_tokens_per_second": rounded(speed.tokens_per_second, 1),
         "train_loss": loss,
         "epoch": rounded(epoch, 2),
         "step": config.schedule.steps,

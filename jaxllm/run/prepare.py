@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import numpy as np
 
 from jaxllm.config import RunConfig, families
-from jaxllm.config.groups import CODE_PROMPTS, STORY_PROMPTS
+from jaxllm.config.groups import CODE_PROMPTS, STORY_PROMPTS, SamplingConfig
 from jaxllm.data.chats import first_question
 from jaxllm.data.epochs import steps_for_epochs
 from jaxllm.data.held_out import read_held_out
@@ -27,7 +27,6 @@ from jaxllm.data.tokenizer import (
     align,
     bytes_per_target,
     encode_prompt,
-    given_vocab_size,
     load_tokenizer,
     save_tokenizer,
     train_or_recall_tokenizer,
@@ -102,7 +101,7 @@ def prepare(
     check_tracker(config.logging.log_to)
     resumes, saved = _take_folder(config, framework, lock)
     config = _with_kept_options(config, saved, processes, bfloat16)
-    source_folder, source_config = _origin(config, resumes)
+    source_folder, source_config = _origin(getattr(config, "init", None), config.folder, config.overwrite, resumes)
     own_tokenizer = config.folder / TOKENIZER
     kept = load_tokenizer(str(own_tokenizer)) if resumes and own_tokenizer.is_dir() else None
     if kept is not None:  # before anything else is refused: one message names all options that were changed
@@ -116,7 +115,7 @@ def prepare(
         tokenizer = kept
     elif given is not None:
         tokenizer = load_tokenizer(given)
-        tokenizer = with_pad_token(tokenizer, given_vocab_size(config)) if source_config is None else tokenizer
+        tokenizer = with_pad_token(tokenizer, config.given_vocab_size) if source_config is None else tokenizer
     else:
         tokenizer = train_or_recall_tokenizer(source, config.model.vocab_size, config.data.source)
     files = own_tokenizer if kept is not None else given and Path(given)
@@ -127,13 +126,18 @@ def prepare(
         check_resumable(config)
     data, streams = config.data, config.data_streams
     check_streams(data, config.seed, streams)
-    held_out_file = HeldOutFile(config, source)
-    evaluated = (held_out_file.read() if resumes else None) or read_held_out(
-        data, config.logging.eval_samples, streams, tokenizer
-    )
-    if evaluated.encoded.chats + evaluated.encoded.pairs:
-        config = _with_their_prompts(config, tokenizer, as_chats=evaluated.encoded.chats > 0)
-    _check_prompts(config, tokenizer, as_chats=evaluated.encoded.chats > 0)
+    samples = config.logging.eval_samples
+    held_out_file = HeldOutFile(config.folder, source, data, samples, streams)
+    evaluated = held_out_file.read(config.model.vocab_size) if resumes else None
+    evaluated = evaluated or read_held_out(data, samples, streams, tokenizer)
+    chats, pairs = evaluated.encoded.chats, evaluated.encoded.pairs
+
+    def length(prompt: str) -> int:
+        return len(encode_prompt(tokenizer, prompt, data.special_tokens_in_text, as_chat=chats > 0))
+
+    if chats + pairs:
+        config = _with_their_prompts(config, length)
+    _check_prompts(config.sampling, config.model.max_position_embeddings, length)
     if not bytes_per_target(tokenizer, evaluated.rows, data):
         raise UserError("data: the tokens of the held-out part have no text: pass another --tokenizer")
     if (epochs := config.schedule.epochs) is not None and saved.get("epochs") != epochs:
@@ -194,12 +198,11 @@ def _with_kept_options(config: Config, saved: dict[str, Any], processes: int, bf
     return config.with_options(**facts)
 
 
-def _origin(config: RunConfig, resumes: bool) -> tuple[Path | None, dict[str, Any] | None]:
+def _origin(init: Path | None, run: Path, overwrite: bool, resumes: bool) -> tuple[Path | None, dict[str, Any] | None]:
     """The folder of --init, unless the run has all of it already; and the config.json that the weights came with."""
-    init = getattr(config, "init", None)
-    taken = checkpoint_owner(config.folder) is not None or (config.folder / SOURCE).is_dir()
-    folder = None if init is None or (taken and not config.overwrite) else model_folder(init)
-    values = read_json(folder / MODEL_FILE) if folder is not None else read_source(config.folder) if resumes else None
+    taken = checkpoint_owner(run) is not None or (run / SOURCE).is_dir()
+    folder = None if init is None or (taken and not overwrite) else model_folder(init)
+    values = read_json(folder / MODEL_FILE) if folder is not None else read_source(run) if resumes else None
     families.check_trainable(values or {})
     return folder, values
 
@@ -251,15 +254,18 @@ def _tokenizer_given(option: str | None, run: Path, source_folder: Path | None, 
     return str(next(path for path in (source_folder, run / SOURCE, run) if path and path.is_dir()))
 
 
-def _with_their_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, as_chats: bool) -> Config:
-    """In place of a recipe's prompts, of code or stories, what is asked first in the chats that are held out."""
-    sampling, special = config.sampling, config.data.special_tokens_in_text
+def _with_their_prompts(config: Config, length: Callable[[str], int]) -> Config:
+    """In place of a recipe's prompts, of code or stories, what is asked first in the chats that are held out.
+
+    `length` returns the tokens of a prompt.
+    """
+    sampling = config.sampling
     if sampling.prompts not in (CODE_PROMPTS, STORY_PROMPTS) or not sampling.sample_tokens:
         return config
     room, found = config.model.max_position_embeddings - sampling.sample_tokens, {}
     for chunk in itertools.islice(open_source(config.data, 0).held_out(), MOST_CHATS):
         asked = first_question(chunk.text)
-        if asked and len(encode_prompt(tokenizer, asked, special, as_chats)) <= room:
+        if asked and length(asked) <= room:
             found[asked] = None
         if len(found) == len(sampling.prompts):
             break
@@ -271,10 +277,8 @@ def _with_their_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, as_c
     return config.with_options(prompts=(*found,)) if found else config
 
 
-def _check_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase, as_chats: bool) -> None:
-    limit, sampling = config.model.max_position_embeddings, config.sampling
-    special = config.data.special_tokens_in_text
-    longest = max((len(encode_prompt(tokenizer, prompt, special, as_chats)) for prompt in sampling.prompts), default=0)
+def _check_prompts(sampling: SamplingConfig, limit: int, length: Callable[[str], int]) -> None:
+    longest = max(map(length, sampling.prompts), default=0)
     if sampling.sample_tokens and longest >= limit:
         raise UserError(
             f"prompts has one of {longest} tokens: max_position_embeddings = {limit} leaves no room after it; pass "

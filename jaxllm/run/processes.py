@@ -21,7 +21,7 @@ from orbax.checkpoint import multihost
 
 from jaxllm.config.groups import MeshConfig
 from jaxllm.data.stream import Position
-from jaxllm.errors import UserError, one_line
+from jaxllm.errors import UserError, as_user_error, one_line
 from jaxllm.run.huge_pages import restart_with_huge_pages
 from jaxllm.run.runtime import start_jax
 
@@ -46,16 +46,13 @@ def init_distributed(mesh: MeshConfig, options: dict[str, Any]) -> None:
         start_jax()
         return
     automatic = mesh.coordinator == "auto"
-    try:
+    rest = "" if automatic else f", process {mesh.process_id} of {mesh.num_processes}"
+    what = f"coordinator is {mesh.coordinator!r}{rest}: the processes could not connect"
+    with as_user_error(lambda error: f"{what} ({one_line(error)})"):
         if automatic:
             jax.distributed.initialize()
         else:
             jax.distributed.initialize(mesh.coordinator, mesh.num_processes, mesh.process_id)
-    except Exception as error:  # of the network, of the cluster's environment: kinds of their own
-        rest = "" if automatic else f", process {mesh.process_id} of {mesh.num_processes}"
-        raise UserError(
-            f"coordinator is {mesh.coordinator!r}{rest}: the processes could not connect ({one_line(error)})"
-        ) from None
     start_jax()
     given = _from_each(options | {"process_id": None})
     for process, other in enumerate(given):
@@ -108,11 +105,7 @@ def abort_if_multiprocess(error: BaseException) -> None:
 
 
 def all_check(check: Callable[[], Any]) -> None:
-    """Run a check in every process.
-
-    Raises:
-        UserError: the one that any process raised, in all of them.
-    """
+    """Run a check in every process. A UserError that any process raises is raised in all of them."""
     if jax.process_count() == 1:
         check()
         return
@@ -127,11 +120,7 @@ def all_check(check: Callable[[], Any]) -> None:
 
 
 def each_result(work: Callable[[], T]) -> T:
-    """What `work` returns in this process.
-
-    Raises:
-        UserError: the one that any process raised, in all of them.
-    """
+    """What `work` returns in this process. A UserError that any process raises is raised in all of them."""
     made: list[T] = []
     all_check(lambda: made.append(work()))
     return made.pop()
@@ -149,11 +138,7 @@ def primary_result(work: Callable[[], Any]) -> Any:
             answer = {"made": work()}
         except BaseException as error:
             failed, answer = error, {"failed": True}
-    barrier("primary result")
-    message = json.dumps(answer).encode()
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))
-    received = multihost_utils.broadcast_one_to_all(np.resize(np.frombuffer(message, np.uint8), length))
-    answer = json.loads(bytes(received))
+    answer = _from_each(answer)[0]
     if failed is not None:
         raise failed
     if "failed" in answer:

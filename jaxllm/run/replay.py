@@ -115,8 +115,8 @@ def _replay(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, step: int, 
     if saved is None:
         state = trainer.init()
     else:
-        reader = CheckpointReader(config.folder, saved)
-        state, resumed = reader.state(config, trainer.state_shardings)
+        checkpoint = CheckpointReader(config.folder, saved)
+        state, resumed = checkpoint.state(trainer.computation, trainer.state_shardings)
         state = trainer.placement.shard(state)
         if resumed is not None:
             stream.seek(resumed.positions)

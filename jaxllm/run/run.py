@@ -154,11 +154,7 @@ class Run:
             self._writer.close()
 
     def add_step(self, batch: Batch, metrics: StepMetrics) -> None:
-        """Count a step that was handed to the device, and enter those that it has computed.
-
-        Raises:
-            NotFiniteError: `max_nonfinite` steps in a row were not finite.
-        """
+        """Count a step that was handed to the device, and enter those that it has computed: `StepMonitor.flush`."""
         self.step += 1
         self._monitor.add(self.step, metrics, self._position)
         self._position, self._progress = batch.position, batch.progress
@@ -242,11 +238,7 @@ class Run:
             self._saved_step = self.step
 
     def finish(self, trainer: Trainer, state: TrainState) -> None:
-        """Save what is not saved, wait for it, and report the result.
-
-        Raises:
-            Stopped: a signal stopped the run before its end.
-        """
+        """Save what is not saved, wait for it, and report the result. Raises Stopped if a signal ended the run."""
         self.save(trainer, state)
         self._writer.wait()
         self._cleanup.close()  # the progress bar would be drawn among the lines to come
@@ -305,7 +297,7 @@ def _start(
             state = trainer.init(start and start.weights)
     else:
         saved = CheckpointReader(config.folder, resume_step)
-        state, resumed = saved.state(config, trainer.state_shardings)
+        state, resumed = saved.state(trainer.computation, trainer.state_shardings)
         step = int(state.step)
         if resumed is not None:
             stream.seek(resumed.positions)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.config import Precision
-from jaxllm.errors import UserError, one_line
+from jaxllm.errors import as_user_error, one_line
 from jaxllm.files import cache_folder
 from jaxllm.model.numerics import pin_numerics
 from jaxllm.run.throughput import GIB, host_peak_gib, memory_gb_per_s, peak_tflops
@@ -45,14 +45,11 @@ def start_jax() -> None:
         UserError: it finds none, or cannot start them; or it may not compile.
     """
     pin_numerics()
-    try:
+    wanted = jax.config.values["jax_platforms"]
+    remedy = "install its support (for NVIDIA GPUs: pip install 'jax[cuda13]'), or unset JAX_PLATFORMS"
+    what = f"JAX_PLATFORMS is {wanted!r}: JAX cannot use such a device here"
+    with as_user_error(lambda error: f"{what} ({one_line(error)}); {remedy}"):
         jax.devices()
-    except Exception as error:  # also an AssertionError without a message
-        wanted = jax.config.values["jax_platforms"]
-        raise UserError(
-            f"JAX_PLATFORMS is {wanted!r}: JAX cannot use such a device here ({one_line(error)}); install its support "
-            "(for NVIDIA GPUs: pip install 'jax[cuda13]'), or unset JAX_PLATFORMS"
-        ) from None
 
 
 def device_name() -> str:

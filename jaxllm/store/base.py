@@ -15,11 +15,7 @@ BASE_FILE = "base.json"
 
 
 def check_there(run: Path, folder: Path | None) -> None:
-    """Check that the folder of a run's base, or its single file, is there.
-
-    Raises:
-        UserError: it is not, or the run has no base.
-    """
+    """Raise a UserError unless a run has a base, and its folder or single file is there."""
     if not (run / BASE_FILE).is_file():
         raise UserError(
             f"lora_rank is not 0, and the run in {run} trains all weights: leave the option out to resume it, or pass "

@@ -5,7 +5,6 @@ converter writes such) is a starting point.
 """
 
 import contextlib
-import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +17,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxllm.config import LoraConfig, ModelConfig, RunConfig
+from jaxllm.config import LoraConfig, ModelConfig
 from jaxllm.data.stream import MAX_POSITION_BYTES, Position
-from jaxllm.errors import UserError, one_line
+from jaxllm.errors import UserError, as_user_error, one_line
 from jaxllm.files import StrPath, plain_path
 from jaxllm.model.decoder import abstract_adapted, abstract_model, model_facts
 from jaxllm.model.inference import Hold, masters
@@ -28,8 +27,9 @@ from jaxllm.model.layers import ParameterFacts
 from jaxllm.store.folder import CHECKPOINTS, checkpoint_steps, is_run, read_model_config
 from jaxllm.store.history import History
 from jaxllm.store.resume import check_format, choose_checkpoint
+from jaxllm.train.computation import Computation
 from jaxllm.train.optim import OptimizerState
-from jaxllm.train.state import TrainState, abstract_state, start_state
+from jaxllm.train.state import TrainState
 
 Pytree = Any
 
@@ -75,7 +75,10 @@ def delete_unfinished(run: StrPath) -> None:
 
 
 class CheckpointReader:
-    """One checkpoint of a run: `choose_checkpoint` says which one is not damaged."""
+    """One checkpoint of a run: `choose_checkpoint` says which one is not damaged.
+
+    What cannot be read raises a UserError.
+    """
 
     def __init__(self, run: StrPath, step: int):
         self._folder = Path(run, CHECKPOINTS, str(step))
@@ -87,21 +90,13 @@ class CheckpointReader:
         return (self._folder / "training").is_dir()
 
     def adapters(self, config: ModelConfig, lora: LoraConfig, shardings: Weights | None = None) -> Weights:
-        """Its adapters, in the place of parameters, and the routing bias; placed as `weights`.
-
-        Raises:
-            UserError: they cannot be read.
-        """
+        """Its adapters, in the place of parameters, and the routing bias; placed as `weights`."""
         shapes = abstract_adapted(config, lora)
         targets = _targets(Weights(shapes.params, shapes.routing_bias), shardings)
         return Weights(**self._restore(weights=targets._asdict())["weights"])
 
     def weights(self, config: ModelConfig, shardings: Weights | None = None, hold: Hold = masters) -> Weights:
-        """Its weights, placed according to `shardings` (None: on the first device), in the dtypes that `hold` chooses.
-
-        Raises:
-            UserError: they cannot be read.
-        """
+        """Its weights, placed by `shardings` (None: on the first device), in the dtypes that `hold` chooses."""
         shapes = Weights(*abstract_model(config)[1:])
         if hold is not masters:
             stored = self._stored("weights")
@@ -115,39 +110,37 @@ class CheckpointReader:
         restored = self._restore(weights=_targets(shapes, shardings)._asdict())
         return Weights(**restored["weights"])
 
-    def state(self, config: RunConfig, shardings: TrainState | None = None) -> tuple[TrainState, ResumeState | None]:
+    def state(
+        self, computation: Computation, shardings: TrainState | None = None
+    ) -> tuple[TrainState, ResumeState | None]:
         """Its state, and the rest of what a run needs to resume; None for a checkpoint of weights alone.
 
         The state has the form of one device, and is placed according to `shardings` (None: on the first device).
-
-        Raises:
-            UserError: it cannot be read.
         """
         wanted = None if shardings is None else Weights(shardings.params, shardings.routing_bias)
-        resumed = self.resume_state(config, shardings)
-        model, lora = config.model, config.adapters
+        resumed = self.resume_state(computation, shardings)
+        model, lora = computation.model, computation.lora
         weights = self.weights(model, wanted) if lora is None else self.adapters(model, lora, wanted)
         if resumed is None:
-            start = functools.partial(start_state, config.model, config.optim, config.seed)
+            start = computation.start_state
             return (start if shardings is None else jax.jit(start, out_shardings=shardings))(*weights), None
         return TrainState(*weights, resumed.opt_state, resumed.step, resumed.dropout_key), resumed
 
-    def resume_state(self, config: RunConfig, shardings: TrainState | None = None) -> ResumeState | None:
+    def resume_state(self, computation: Computation, shardings: TrainState | None = None) -> ResumeState | None:
         """What it holds besides the weights, placed according to `shardings`; None if that is nothing.
 
-        Raises:
-            UserError: it cannot be read, or has another format.
+        Another format raises a UserError, too.
         """
         if not self.has_training:
             return None
         check_format(self._folder)
-        targets = _targets(abstract_state(config.model, config.optim, config.adapters), shardings)
+        targets = _targets(computation.state, shardings)
         training = {"opt_state": targets.opt_state, "step": targets.step, "dropout_key": targets.dropout_key}
         restored = self._restore(training=training, positions=self._shapes_of_positions(), history=None)
         with self._readable():
             history = History.from_json(restored["history"])
             encoded = [np.asarray(restored["positions"][str(s)]) for s in range(len(restored["positions"]))]
-        where, seq_len, vocab_size = str(self._folder), config.data.seq_len, config.model.vocab_size
+        where, seq_len, vocab_size = str(self._folder), computation.shape[-1], computation.model.vocab_size
         positions = [Position.from_bytes(array.tobytes(), where, seq_len, vocab_size) for array in encoded]
         return ResumeState(**restored["training"], positions=positions, history=history)
 
@@ -183,17 +176,16 @@ class CheckpointReader:
     @contextlib.contextmanager
     def _readable(self) -> Iterator[Path]:
         """The folder by a plain path. What goes wrong while it is read becomes one line."""
-        try:
-            with plain_path(self._folder) as folder:
-                yield folder
-        except UserError:
-            raise
-        except Exception as error:  # orbax, tensorstore and the file system raise kinds of their own
-            raise UserError(
+
+        def message(error: Exception) -> str:
+            return (
                 f"the checkpoint {self._folder} cannot be read ({one_line(error)}): its checksums are correct, so the "
                 "library versions may differ: use those that wrote it; move the folder elsewhere to use the one before "
                 "it"
-            ) from None
+            )
+
+        with as_user_error(message), plain_path(self._folder) as folder:
+            yield folder
 
 
 def _targets(shapes: Pytree, shardings: Pytree | None) -> Pytree:
@@ -207,11 +199,7 @@ def _targets(shapes: Pytree, shardings: Pytree | None) -> Pytree:
 
 
 def newest_checkpoint(run: StrPath) -> CheckpointReader:
-    """The newest undamaged checkpoint of a run's folder.
-
-    Raises:
-        UserError: the folder is not a run folder, or has no undamaged checkpoint.
-    """
+    """The newest undamaged checkpoint of a run's folder. Raises a UserError if it is not one, or has none."""
     run = Path(run)
     if not is_run(run):
         raise UserError(f"{str(run)!r} is not a run folder: it has no checkpoints/ directory")
@@ -242,10 +230,6 @@ def read_newest(run: StrPath, read: Callable[[CheckpointReader], T]) -> T:
 
 
 def load_weights(run: StrPath, hold: Hold = masters) -> tuple[ModelConfig, Weights]:
-    """Model config and newest weights of a run folder, in the dtypes that `hold` chooses.
-
-    Raises:
-        UserError: the folder is not a run folder, or the checkpoint cannot be read.
-    """
+    """Model config and newest weights of a run, in the dtypes that `hold` chooses. Raises as `newest_checkpoint`."""
     config = read_model_config(run)
     return config, read_newest(run, lambda saved: saved.weights(config, hold=hold))

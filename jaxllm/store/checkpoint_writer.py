@@ -24,7 +24,7 @@ from jaxllm.files import StrPath, plain_path, rename_durably, write_json
 from jaxllm.model.dtypes import check_floats
 from jaxllm.store.checkpoint import ResumeState, Weights
 from jaxllm.store.checksums import checkpoint_context, write_checksums
-from jaxllm.store.folder import CHECKPOINTS, CONFIG_FILE, MODEL_FILE, TOKENIZER
+from jaxllm.store.folder import CHECKPOINTS, CONFIG_FILE, MODEL_FILE
 from jaxllm.store.history import History
 from jaxllm.store.source import SourceFiles
 from jaxllm.train.state import TrainState
@@ -126,11 +126,7 @@ class CheckpointWriter:
         self._save(0, weights=ocp.args.StandardSave(weights._asdict()))
 
     def wait(self) -> None:
-        """Wait until what was saved is on disk.
-
-        Raises:
-            UserError: it cannot be written.
-        """
+        """Wait until what was saved is on disk. Raises a UserError if it cannot be written."""
         with self._storage_errors():
             self._manager.wait_until_finished()
             self._writing = None
@@ -174,7 +170,6 @@ def write_run(
     folder: StrPath,
     model: ModelConfig,
     weights: Weights,
-    tokenizer_files: Sequence[StrPath],
     training: tuple[RunConfig, ResumeState] | None = None,
     kept: SourceFiles | None = None,
 ) -> None:
@@ -196,10 +191,6 @@ def write_run(
     write_json(folder / MODEL_FILE, model.to_dict())
     if kept is not None:
         kept.write(folder)
-    if tokenizer_files:
-        (folder / TOKENIZER).mkdir(exist_ok=True)
-    for file in map(Path, tokenizer_files):
-        (folder / TOKENIZER / file.name).write_bytes(file.read_bytes())
     writer = CheckpointWriter(folder)
     try:
         if training is None or state is None:
@@ -215,11 +206,7 @@ def write_run(
 
 
 def check_room(run: StrPath, state: TrainState) -> None:
-    """Check that the disk has room for one more checkpoint of a run, with a state of these shapes.
-
-    Raises:
-        UserError: it has not.
-    """
+    """Raise a UserError unless the disk has room for one more checkpoint of a run, with a state of these shapes."""
     leaves, free = jax.tree.leaves(state._replace(frozen={})), shutil.disk_usage(run).free
     needed = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     if free < needed:

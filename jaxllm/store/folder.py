@@ -48,11 +48,7 @@ def checkpoint_steps(run: StrPath) -> list[int]:
 
 
 def read_config(run: StrPath, kind: type[Config]) -> Config:
-    """The config of a run.
-
-    Raises:
-        UserError: the file is missing or not valid.
-    """
+    """The config of a run. Raises a UserError if the file is missing or not valid."""
     run = Path(run)
     try:
         return kind.from_dict(read_json(run / CONFIG_FILE)).with_options(run_dir=run)

@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxllm.config import RunConfig
+from jaxllm.config.groups import DataConfig
 from jaxllm.data.held_out import HeldOut
 from jaxllm.data.report import Counts
 from jaxllm.data.source import Source
@@ -32,17 +33,18 @@ FORMAT = 1
 class HeldOutFile:
     """The file of the rows that a run is evaluated on; without it, the next start makes them again."""
 
-    def __init__(self, config: RunConfig, source: Source):
-        self._file, self._config, self._source = config.folder / FILE, config, source
+    def __init__(self, run: Path, source: Source, data: DataConfig, samples: int, streams: int):
+        self._file, self._source, self._data = run / FILE, source, data
+        self._samples, self._streams = samples, streams
 
-    def read(self) -> HeldOut | None:
+    def read(self, vocab_size: int) -> HeldOut | None:
         """The rows; None if the file is missing or damaged, or was made of other text or in another way."""
         with contextlib.suppress(UserError, OSError, SafetensorError, ValueError, KeyError, TypeError):
             check_file(self._file, MAX_BYTES)
             with safe_open(self._file, "numpy") as file:
                 rows, facts = file.get_tensor("rows"), json.loads((file.metadata() or {})["facts"])
-            fits = rows.ndim == 2 and rows.shape[1] == self._config.data.seq_len and len(rows) > 0
-            if fits and facts["key"] == self._key() and are_rows(rows, self._config.model.vocab_size):
+            fits = rows.ndim == 2 and rows.shape[1] == self._data.seq_len and len(rows) > 0
+            if fits and facts["key"] == self._key() and are_rows(rows, vocab_size):
                 return HeldOut(rows, [Counts(**seen) for seen in facts["seen"]], Counts(**facts["encoded"]))
         return None
 
@@ -57,10 +59,9 @@ class HeldOutFile:
 
     def _key(self) -> str:
         """What decides the rows: the content of the text, how it is read and encoded, and how many there are."""
-        config = self._config
-        options = dataclasses.asdict(config.data) | {"source": None, "eval_data": None}  # both by their content
+        options = dataclasses.asdict(self._data) | {"source": None, "eval_data": None}  # both by their content
         evaluated = [evaluation.open().revision for evaluation in self._source.evaluations]
-        files = sorted(file for file in (config.folder / TOKENIZER).rglob("*") if file.is_file())
+        files = sorted(file for file in (self._file.parent / TOKENIZER).rglob("*") if file.is_file())
         tokenizer = [[file.name, sha256_of(file)] for file in files]
-        decisive = [FORMAT, options, evaluated, tokenizer, config.logging.eval_samples, config.data_streams]
+        decisive = [FORMAT, options, evaluated, tokenizer, self._samples, self._streams]
         return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()

@@ -88,11 +88,7 @@ class History:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> History:
-        """The inverse of `to_json`.
-
-        Raises:
-            UserError: it is something else.
-        """
+        """The inverse of `to_json`. Raises a UserError if it is something else."""
         names = [f.name for f in dataclasses.fields(cls)]
         if not isinstance(values, dict) or not all(_fits(name, values.get(name)) for name in names):
             raise UserError("the checkpoint's history has another form: move that checkpoint elsewhere to use another")

@@ -71,11 +71,8 @@ def check_folder(folder: Path, framework: Framework, overwrite: bool) -> bool:
 
 
 def check_init(init: Path | None, run: Path, saved: dict[str, Any]) -> None:
-    """Compare --init with what a run with these saved options started from; one of an earlier version does not know it.
-
-    Raises:
-        UserError: it started from something else.
-    """
+    """Raise a UserError if a run with these saved options started from something else than --init. A run of an earlier
+    version does not know what it started from."""
     if init is None or (saved and "init" not in saved) or saved.get("lora_rank"):  # of a base the content decides
         return
     before = saved.get("init")
@@ -88,11 +85,7 @@ def check_init(init: Path | None, run: Path, saved: dict[str, Any]) -> None:
 
 
 def check_resumable(config: RunConfig) -> None:
-    """Compare with the config in the run's folder.
-
-    Raises:
-        UserError: options that change the run's numbers have other values; all of them are named.
-    """
+    """Raise a UserError, which names them, if options that change a run's numbers are not those in its folder."""
     if (config.folder / CONFIG_FILE).is_file():
         saved = read_config(config.folder, type(config)).to_dict()
         saved |= {"data_streams": saved.get("data_streams") or 1} if "data_streams" in saved else {}
@@ -110,11 +103,8 @@ def check_resumable(config: RunConfig) -> None:
 
 
 def check_data(data: DataConfig, saved: dict[str, Any]) -> None:
-    """Compare the data with those of the run's saved config. They may have another name.
-
-    Raises:
-        UserError: they differ. Of files by the same name, the data position shows which one differs.
-    """
+    """Raise a UserError if the data differ from those of the run's saved config. They may have another name. Of files
+    by the same name, the data position shows which one differs."""
     before = saved.get("data")
     has_same_name = data.source == before and is_fingerprint(data.revision)
     if data.revision != saved.get("data_revision") and not has_same_name:
@@ -191,11 +181,7 @@ def _check_context(run: Path, checkpoint: Path) -> None:
 
 
 def check_format(checkpoint: Path) -> None:
-    """Refuse the training state of another version's format; its weights can be read.
-
-    Raises:
-        UserError: the checkpoint has another format.
-    """
+    """Raise a UserError for training state of another version's format; its weights can be read."""
     if (written := (read_list(checkpoint) or {}).get("format", FORMAT)) != FORMAT:
         raise UserError(
             f"the checkpoint {checkpoint} has format {written}, and this version resumes format "

@@ -55,11 +55,7 @@ class SourceFiles(NamedTuple):
 
 
 def model_folder(given: StrPath) -> Path:
-    """A folder or a file as it is; for the Hub name of a model, its folder in the Hub's cache.
-
-    Raises:
-        UserError: it is neither.
-    """
+    """A folder or a file as it is; for a model's Hub name, its folder in the Hub's cache; else a UserError."""
     path = Path(given)
     if path.exists() or path.is_absolute() or len(path.parts) != 2 or path.parts[0] in ("..", "~"):
         return path

@@ -16,7 +16,7 @@ from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import abstract_adapted, abstract_model
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
-from jaxllm.train.state import TrainState, abstract_state, init_state, state_specs
+from jaxllm.train.state import TrainState, abstract_state, init_state, start_state, state_specs
 from jaxllm.train.step import StepMetrics, eval_step, train_step
 
 
@@ -70,6 +70,10 @@ class Computation:
     def init_state(self) -> TrainState:
         """A new run's state."""
         return init_state(self.model, self.optim, self.seed, self.lora)
+
+    def start_state(self, params: Pytree, routing_bias: Pytree) -> TrainState:
+        """A new run's state on given weights."""
+        return start_state(self.model, self.optim, self.seed, params, routing_bias)
 
     def specs(self, layout: Layout) -> TrainState:
         """How a mesh shards the state."""

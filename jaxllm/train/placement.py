@@ -21,12 +21,11 @@ from jaxllm.config import AXES, LoraConfig, ModelConfig
 from jaxllm.config.groups import MeshConfig, OptimConfig
 from jaxllm.errors import UserError
 from jaxllm.model.batch import TokenBatch
-from jaxllm.model.decoder import model_facts
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
 from jaxllm.train.computation import Computation
 from jaxllm.train.sharding import choose_mesh, shardings
-from jaxllm.train.state import TrainState, init_state, state_specs
+from jaxllm.train.state import TrainState, init_state, state_specs, weight_specs
 from jaxllm.train.step import StepMetrics
 
 
@@ -135,7 +134,7 @@ class OnMesh(Placement):
         return "mesh " + " x ".join(f"{axis}={getattr(self.layout, axis)}" for axis in AXES)
 
     def weight_shardings(self, model: ModelConfig) -> tuple[Pytree, Pytree]:
-        return shardings(self.layout, jax.tree.map(lambda f: self.layout.parameter_spec(f.axes), model_facts(model)))
+        return shardings(self.layout, weight_specs(model, self.layout)[:2])
 
     def state_shardings(self, computation: Computation) -> TrainState:
         return shardings(self.layout, computation.specs(self.layout))

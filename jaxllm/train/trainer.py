@@ -15,7 +15,7 @@ from jaxllm.model.batch import token_batch
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.train.computation import Computation
 from jaxllm.train.placement import Placement, Programs, choose_placement, on_one_device, shared_programs
-from jaxllm.train.state import TrainState, start_state
+from jaxllm.train.state import TrainState
 from jaxllm.train.step import StepMetrics, merged
 
 
@@ -38,10 +38,9 @@ class Trainer:
         """A new run's state: with these parameters and routing bias, which are donated, or fresh ones."""
         if weights is None:
             return self.placement.init(self.computation)
-        config, where = self.config, self.state_shardings
-        start = functools.partial(start_state, config.model, config.optim, config.seed)
-        state = jax.jit(start, donate_argnums=(0, 1), out_shardings=where)(*weights)  # each moment where it is kept
-        return self.placement.shard(state)
+        # each moment is made where it is kept
+        start = jax.jit(self.computation.start_state, donate_argnums=(0, 1), out_shardings=self.state_shardings)
+        return self.placement.shard(start(*weights))
 
     def init_adapted(self, weights: tuple[Pytree, Pytree], adapters: Pytree | None) -> TrainState:
         """A new run's state on frozen weights and their routing bias, with these adapters, or some from the seed."""
