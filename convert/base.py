@@ -25,7 +25,7 @@ from jaxllm.files import StrPath, read_json, sha256_of
 from jaxllm.model.adapters import merged_weights
 from jaxllm.model.decoder import abstract_adapted, model_facts
 from jaxllm.model.dtypes import Pytree
-from jaxllm.model.inference import Hold, as_stored, is_narrow, masters
+from jaxllm.model.inference import Hold, as_stored, is_narrow
 from jaxllm.store.base import base_hash, check_there
 from jaxllm.store.checkpoint import Weights, load_weights, read_newest
 from jaxllm.store.folder import CONFIG_FILE, TOKENIZER, adapters_of, read_model_config
@@ -95,18 +95,22 @@ def check_base(run: Path, folder: Path) -> None:
         )
 
 
-def run_weights(run: StrPath, hold: Hold = masters) -> tuple[ModelConfig, Weights]:
-    """Model config and newest weights of a run, in the dtypes that `hold` chooses; adapters are merged into their base.
+def run_weights(run: StrPath) -> tuple[ModelConfig, Weights]:
+    """Model config and newest weights of a run, as stored. Adapters are merged into their base, in float32.
 
     Raises:
         UserError: it is not a run folder, the checkpoint cannot be read, or the base is not what it was.
     """
     config = adapters_of(run)
-    return load_weights(run, hold) if config is None else merged_run(run, config, hold)
+    return load_weights(run, as_stored) if config is None else merged_run(run, config, as_stored)
 
 
 def merged_run(run: StrPath, config: TrainConfig, hold: Hold) -> tuple[ModelConfig, Weights]:
-    """The weights of a run with adapters and this config, as `run_weights` returns them."""
+    """The weights of a run with adapters and this config, as `run_weights` returns them.
+
+    `hold` must not choose a wider dtype than `as_stored`, as which the base was frozen: of FP8 files it has other
+    values.
+    """
     model, lora = read_model_config(run), config.lora
     saved = read_newest(run, lambda saved: saved.adapters(model, lora))
     adapted = merged(abstract_adapted(model, lora).graph, *saved, run_base(run, config.init, hold))

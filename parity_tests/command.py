@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from transformers import AutoModelForCausalLM
 
 from convert.base import run_weights
@@ -77,6 +79,7 @@ def load_pair(args: ParityArgs) -> Pair:
         raise UserError(f"weights is {str(args.weights)!r}: name the folder that a user would load")
     if is_run(args.weights):
         config, weights = run_weights(args.weights)
+        weights = Weights(*jax.tree.map(lambda leaf: leaf.astype(np.float32), tuple(weights)))
         if args.trust_remote_code:
             raise UserError(f"trust_remote_code is set: the run {str(args.weights)!r} holds no code, leave it out")
         if names_of(config) == "deepseek":

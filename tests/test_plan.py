@@ -606,7 +606,7 @@ def test_a_kernel_that_a_device_has_no_room_for_is_one_line(tmp_path, capfd):
     [
         ({"dtype": "bfloat16"}, "bfloat16"),
         ({"torch_dtype": "float16"}, "float16"),
-        ({"dtype": "bfloat16", "quantization_config": {}}, "float32"),
+        ({"dtype": "bfloat16", "quantization_config": {}}, "bfloat16"),
         ({}, "float32"),
     ],
 )

@@ -76,10 +76,10 @@ class PlanArgs:
 
 
 def held_dtype(init: Path) -> Any:
-    """In which a run holds the frozen matrices of a folder, by its config.json: FP8 is dequantized to float32."""
+    """In which a run holds the frozen matrices of a folder, by its config.json: FP8 in that of the others."""
     values = read_json(model_folder(init) / MODEL_FILE)
     named = values.get("dtype") or values.get("torch_dtype")
-    return named if named in ("bfloat16", "float16") and "quantization_config" not in values else "float32"
+    return named if named in ("bfloat16", "float16") else "float32"
 
 
 @exit_on_user_error
