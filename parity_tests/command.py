@@ -69,7 +69,7 @@ def load_pair(args: ParityArgs) -> Pair:
         UserError: there is no model, or it cannot be read.
     """
     if args.weights is None:
-        config = dataclasses.replace(preset(args.preset), dropout=0.0)
+        config = dataclasses.replace(preset(args.random_preset), dropout=0.0)
         if args.layers is not None:
             config = dataclasses.replace(config, num_hidden_layers=args.layers)
         weights = random_weights(config, args.seed)
@@ -237,7 +237,7 @@ def compare(args: ParityArgs) -> int:
         print(f"error: {code} fails in a comparison: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
         return 1
 
-    name = model = args.weights.absolute().name if args.weights else f"random weights of {args.preset}"
+    name = model = args.weights.absolute().name if args.weights else f"random weights of {args.random_preset}"
     if args.layers:
         name += f", {args.layers} layers"
     precisions, ladder = [precision for precision, _, _ in passes], ladders[0]

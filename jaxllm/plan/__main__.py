@@ -28,12 +28,16 @@ from jaxllm.plan.report import plan_as_json, print_plan, print_search
 from jaxllm.store.folder import MODEL_FILE, read_model_config
 from jaxllm.store.source import model_folder
 
+DEFAULT = "customllm-1b"
+
 
 @dataclass(frozen=True)
 class PlanArgs:
     """Compile the training step for a device that you do not have. Exits with 1 if it does not fit."""
 
-    preset: Annotated[str, tyro.conf.arg(help=f"The model's shape: one of {', '.join(PRESETS)}.")] = "customllm-1b"
+    preset: Annotated[
+        str | None, tyro.conf.arg(help=f"The model's shape: one of {', '.join(PRESETS)}; default: {DEFAULT}.")
+    ] = None
     init: Path | None = None
     """A folder whose config.json gives the model's shape, in place of --preset."""
     lora: Annotated[LoraConfig, tyro.conf.OmitArgPrefixes] = LoraConfig()
@@ -65,7 +69,7 @@ class PlanArgs:
     def __post_init__(self) -> None:
         if self.devices is not None and self.devices < 1:
             raise UserError(f"devices is {self.devices}: it must be at least 1")
-        if self.init is not None and self.preset != "customllm-1b":
+        if self.init is not None and self.preset is not None:
             raise UserError(f"preset is {self.preset!r}: --init gives the model, leave out one of the two")
         if self.tokens is not None and self.tokens < 1:
             raise UserError(f"tokens is {self.tokens}: it must be at least 1")
@@ -85,10 +89,10 @@ def held_dtype(init: Path) -> Any:
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> int:
     args: PlanArgs = parse(PlanArgs, argv, "python -m jaxllm.plan", __doc__)
-    target = load_target(args.target)
+    target, name = load_target(args.target), args.preset or DEFAULT
     config = TrainConfig.from_options(
-        preset=args.preset if args.init is None else args.init.absolute().name,
-        model=preset(args.preset) if args.init is None else read_model_config(model_folder(args.init)),
+        preset=name if args.init is None else args.init.absolute().name,
+        model=preset(name) if args.init is None else read_model_config(model_folder(args.init)),
         batch_size=args.batch_size,
         seq_len=args.seq_len,
         grad_accum=args.grad_accum,
@@ -107,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"node ({target.name}), whose interconnect is all that a plan knows"
         )
     check_extra(args.target, target)
-    seed = recipe("seed", args.preset)
+    seed = recipe("seed", name)
     tokens = args.tokens or seed.schedule.steps * seed.tokens_per_step
     run = f"{tokens:,} tokens" if args.tokens else f"the recipe seed: {tokens:,} tokens"
 
