@@ -25,7 +25,7 @@ from jaxllm.files import StrPath, read_json, sha256_of
 from jaxllm.model.adapters import merged_weights
 from jaxllm.model.decoder import abstract_adapted, model_facts
 from jaxllm.model.dtypes import Pytree
-from jaxllm.model.inference import Hold, as_stored, is_narrow, masters
+from jaxllm.model.inference import Hold, as_stored, is_narrow
 from jaxllm.store.base import base_hash, check_there
 from jaxllm.store.checkpoint import Weights, load_weights, read_newest
 from jaxllm.store.folder import CONFIG_FILE, TOKENIZER, adapters_of, read_model_config
@@ -92,8 +92,10 @@ def check_base(run: Path, folder: Path) -> None:
         )
 
 
-def run_weights(run: StrPath, hold: Hold = masters) -> tuple[ModelConfig, Weights]:
-    """Model config and newest weights of a run, in the dtypes that `hold` chooses; adapters are merged into their base.
+def run_weights(run: StrPath, hold: Hold = as_stored) -> tuple[ModelConfig, Weights]:
+    """Model config and newest weights of a run. Adapters are merged into their base, in float32.
+
+    `hold` must not choose a wider dtype than `as_stored`, as which a base was frozen: of FP8 files it has other values.
 
     Raises:
         UserError: it is not a run folder, the checkpoint cannot be read, or the base is not what it was.

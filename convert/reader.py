@@ -86,7 +86,7 @@ def read_leaves(
         table: the entries by the names of their tensors. What the files lack is zero.
         trees: the shapes of all leaves.
         facts: of each leaf.
-        hold: the dtype of each leaf, given its facts and the narrowest dtype that has all values of its tensors.
+        hold: the dtype of each leaf, given its facts and the stored dtype of its tensors (`_stored`).
         place: the sharding of each leaf, or None: on the host, as a NumPy array.
 
     Raises:
@@ -97,7 +97,7 @@ def read_leaves(
         groups[tuple(dict.fromkeys((part.tree, part.path) for part in entry.parts))].append(entry)
     leaves: dict[Key, _Leaf] = {}
     for keys, members in groups.items():
-        dtypes = [_exact(files.dtypes[entry.torch_name]) for entry in members if entry.torch_name in files.shapes]
+        dtypes = [_stored(files.dtypes[entry.torch_name]) for entry in members if entry.torch_name in files.shapes]
         stored = jnp.result_type(*dtypes) if dtypes else np.dtype(np.float32)
         for key in keys:
             shape, known, where = (leaf(tree[key[0]], key[1]) for tree in (trees, facts, place))
@@ -160,9 +160,11 @@ def _read_entry(files: TensorFiles, entry: Entry, leaves: Mapping[Key, _Leaf]) -
     return count
 
 
-def _exact(dtype: str) -> np.dtype:
-    """The dtype of 16 or 32 bits that has all values of a file's dtype, scaled if they are FP8; float64 is rounded."""
-    return np.dtype(SAFETENSORS_DTYPES[dtype] if dtype in ("BF16", "F16") else np.float32)
+def _stored(dtype: str) -> np.dtype:
+    """The dtype of 16 or 32 bits that has all values of a file's dtype. Float64 is rounded to float32, and FP8 with its
+    scales to bfloat16."""
+    exact = np.dtype(SAFETENSORS_DTYPES[dtype] if dtype in ("BF16", "F16") else np.float32)
+    return fp8.HELD if dtype == fp8.FP8 else exact
 
 
 def _bytes(files: TensorFiles, entry: Entry) -> int:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from convert import fp8, mtp
@@ -22,7 +23,7 @@ from jaxllm.errors import UserError, note
 from jaxllm.files import StrPath, read_json, write_json
 from jaxllm.model.decoder import CustomLLM, abstract_model, model_facts
 from jaxllm.model.dtypes import Pytree, at_least_float32, check_dtype
-from jaxllm.model.inference import Hold, as_stored, masters
+from jaxllm.model.inference import Hold, as_stored, is_narrow, masters
 from jaxllm.run.self_check import kernels_to_avoid
 from jaxllm.store.checkpoint import Weights
 from jaxllm.store.checkpoint_writer import write_run
@@ -195,6 +196,9 @@ def _read_weights(
             )
         each = place if isinstance(place, tuple) else jax.tree.map(lambda _: place, tuple(trees.values()))
         facts, places = (dict(zip(trees, pair, strict=True)) for pair in (model_facts(config), each))
+        if scales:
+            held = {np.dtype(hold(known, fp8.HELD)).name for known in jax.tree.leaves(facts) if is_narrow(known)}
+            note(f"{source}: FP8 weights are multiplied by their scales in float32 and held in {' and '.join(held)}")
         filled = read_leaves(files, table, trees, facts, hold, places)
         kept = _exported_dtypes(files) | (mtp.origin(files, L) if carry else {})
         return Weights(filled[PARAMS], filled[ROUTING_BIAS]), kept

@@ -24,7 +24,6 @@ from jaxllm.errors import shown
 from jaxllm.files import StrPath, read_json, write_json
 from jaxllm.model.decoder import CustomLLM, split_model
 from jaxllm.model.dtypes import check_dtype
-from jaxllm.model.inference import as_stored
 from jaxllm.packages import ROOT, check_own
 from jaxllm.store.checkpoint import Weights
 from jaxllm.store.folder import CONFIG_FILE, SOURCE_DTYPES, TOKENIZER, adapters_of
@@ -70,7 +69,7 @@ def export_run(run: StrPath, out: StrPath, *, dtype: Any = None, drop_mtp: bool 
             print(f"{len(carried)} tensors of multi-token prediction are those of the source, which were not trained")
         elif mtp.KEY in stored:
             print("Multi-token prediction is left out")
-        config, weights = run_weights(run, as_stored)
+        config, weights = run_weights(run)
         trained = (run / CONFIG_FILE).is_file()
         if trained and others is not None and not adapters_of(run):
             moved = {entry.torch_name: "float32" for entry in entries(config) if entry.float32}

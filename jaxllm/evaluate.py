@@ -141,8 +141,8 @@ class EvaluateArgs:
     """What train.py takes as --data; all of it is scored. Default: the held-out part of the run's data."""
     data_split: str | None = None
     """Split of --data; default: all of files, `train` of a Hub dataset."""
-    text_field: str = "text"
-    """Name of the field that holds the text, with --data."""
+    text_field: str | None = None
+    """Name of the field that holds the text, with --data; default: text."""
     seq_len: int | None = option(None, ge=2)
     """Tokens of a window; default: the run's, or the model's `max_position_embeddings`."""
     batch_size: int = option(8, ge=1)
@@ -171,7 +171,7 @@ def _scored(run: Path, trained: DataConfig | None) -> dict[str, Any]:
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     args: EvaluateArgs = parse(EvaluateArgs, argv, "python -m jaxllm.evaluate", __doc__)
-    if args.data is None and (args.data_split is not None or args.text_field != "text"):
+    if args.data is None and (args.data_split is not None or args.text_field is not None):
         name = "text_field" if args.data_split is None else "data_split"
         raise UserError(f"{name} is {getattr(args, name)!r}: it needs --data: pass --data, or leave it out")
     start_jax()
@@ -191,7 +191,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         assert args.data is not None
         split = args.data_split or ("train" if is_hub_name(args.data) else ALL)
         special = config.data.special_tokens_in_text if config else "text"
-        options = {"data": args.data, "data_split": split, "text_field": args.text_field, "hold_out": "nothing"}
+        options: dict[str, Any] = {"data": args.data, "data_split": split, "hold_out": "nothing"}
+        options |= {} if args.text_field is None else {"text_field": args.text_field}
         given = TrainConfig.from_options(**options, special_tokens_in_text=special)
         source = open_source(given.data, given.seed)
         for line in source.notes:

@@ -19,6 +19,7 @@ from flax import nnx
 from jaxllm.command_line import parse
 from jaxllm.config import MAX_SEED, KernelsOption, Precision
 from jaxllm.config.fields import check_fields, option
+from jaxllm.config.groups import MAX_TEMPERATURE
 from jaxllm.data.encode import encoder_of
 from jaxllm.data.tokenizer import decode_after, encode_prompt, load_tokenizer
 from jaxllm.errors import UserError, exit_on_user_error, shown
@@ -36,6 +37,10 @@ from jaxllm.store.source import model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+SAMPLING = Sampling(temperature=0.8, top_p=0.95)
+"""The defaults."""
 
 
 def load_model(folder: StrPath, precision: Precision = "float32", kernels: KernelsOption = "auto") -> CustomLLM:
@@ -69,7 +74,7 @@ def tokenizer_folder(folder: StrPath) -> Path:
     return next((path for path in kept if path.is_dir()), model_folder(folder))
 
 
-def chat(args: GenerateArgs, model: CustomLLM, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> None:
+def chat(args: GenerateArgs, model: CustomLLM, tokenizer: PreTrainedTokenizerBase) -> None:
     """Answer the lines of stdin until it ends; with a chat template as a conversation, else each line as a prompt."""
     turns: list[dict[str, str]] = []
     encoder, eos = encoder_of(tokenizer, args.special_tokens_in_text), end_tokens(args, model, tokenizer)
@@ -89,7 +94,7 @@ def chat(args: GenerateArgs, model: CustomLLM, tokenizer: PreTrainedTokenizerBas
         if len(ids) >= model.config.max_position_embeddings:
             print(f"(that line is too long: max_position_embeddings is {model.config.max_position_embeddings})")
         said, printed = [], ""
-        for new in stream(model, ids, args.max_new_tokens, sampling, seed=args.seed, eos_token_ids=eos):
+        for new in stream(model, ids, args.max_new_tokens, args.sampling, seed=args.seed, eos_token_ids=eos):
             said += new
             text = str(tokenizer.decode(said)).rstrip("\ufffd")  # the rest of a character is still to come
             print(text[len(printed) :], end="", flush=True)
@@ -108,8 +113,8 @@ class GenerateArgs:
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of a run, or an exported folder."""
-    prompt: tuple[str, ...] = ("",)
-    """One or more prompts."""
+    prompt: tuple[str, ...] | None = None
+    """One or more prompts; default: an empty one."""
     chat: bool = False
     """Answer what is typed, line by line, in place of --prompt."""
     special_tokens_in_text: Literal["text", "keep"] = "text"
@@ -117,7 +122,12 @@ class GenerateArgs:
     `keep`, control tokens."""
     max_new_tokens: int = option(100, ge=1)
     """Most tokens to add to a prompt."""
-    sampling: Annotated[Sampling, tyro.conf.OmitArgPrefixes] = SAMPLING
+    temperature: float | None = option(None, ge=0, le=MAX_TEMPERATURE)
+    """0 is greedy; default: 0.8."""
+    top_k: int | None = option(None, ge=0)
+    """0, the default: all tokens."""
+    top_p: float | None = option(None, gt=0, le=1)
+    """Only the likeliest tokens that together reach this probability; default: 0.95."""
     greedy: bool = False
     """Always the likeliest token."""
     seed: int = option(0, ge=0, le=MAX_SEED)
@@ -131,19 +141,23 @@ class GenerateArgs:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        self._check_greedy()
-        if self.chat and self.prompt != ("",):
+        _ = self.sampling
+        if self.chat and self.prompt is not None:
             raise UserError(f"prompt is {shown(self.prompt)}: --chat answers what is typed, leave out one of the two")
 
-    def _check_greedy(self) -> None:
-        """Raise UserError for an option of sampling beside greedy choice."""
-        temperature = self.sampling.temperature
-        if not self.greedy and temperature:
-            return
-        greedy = "greedy is set" if self.greedy else "temperature is 0"
-        for name in ("temperature", "top_k", "top_p") if self.greedy and temperature else ("top_k", "top_p"):
-            if (value := getattr(self.sampling, name)) != getattr(SAMPLING, name):
+    @property
+    def sampling(self) -> Sampling:
+        """
+        Raises:
+            UserError: an option of sampling is given beside greedy choice, or is not valid.
+        """
+        options = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        greedy = "greedy is set" if self.greedy else "temperature is 0" if self.temperature == 0 else None
+        for name, value in given.items() if greedy else ():
+            if self.greedy or name != "temperature":
                 raise UserError(f"{name} is {shown(value)}, and {greedy}, which ignores it: leave out one of the two")
+        return Sampling(temperature=0.0) if greedy else dataclasses.replace(SAMPLING, **given)
 
 
 def end_tokens(args: GenerateArgs, model: CustomLLM, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -157,16 +171,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     args: GenerateArgs = parse(GenerateArgs, argv, "python -m jaxllm.generate", __doc__)
     start_jax()
     use_compilation_cache()
-    sampling = dataclasses.replace(args.sampling, temperature=0.0) if args.greedy else args.sampling
     model = load_model(args.run, args.precision, args.kernels)
     tokenizer = load_tokenizer(str(tokenizer_folder(args.run)))
     if args.chat:
-        chat(args, model, tokenizer, sampling)
+        chat(args, model, tokenizer)
         return
-    prompts = [encode_prompt(tokenizer, prompt, args.special_tokens_in_text) for prompt in args.prompt]
+    texts = args.prompt or ("",)
+    prompts = [encode_prompt(tokenizer, prompt, args.special_tokens_in_text) for prompt in texts]
     eos = end_tokens(args, model, tokenizer)
-    made = generate(model, prompts, args.max_new_tokens, sampling, seed=args.seed, eos_token_ids=eos)
-    for text, prompt, new in zip(args.prompt, prompts, made, strict=True):
+    made = generate(model, prompts, args.max_new_tokens, args.sampling, seed=args.seed, eos_token_ids=eos)
+    for text, prompt, new in zip(texts, prompts, made, strict=True):
         print(text + decode_after(tokenizer, prompt, new))
 
 

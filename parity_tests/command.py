@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from transformers import AutoModelForCausalLM
 
 from convert.base import run_weights
@@ -67,7 +69,7 @@ def load_pair(args: ParityArgs) -> Pair:
         UserError: there is no model, or it cannot be read.
     """
     if args.weights is None:
-        config = dataclasses.replace(preset(args.preset), dropout=0.0)
+        config = dataclasses.replace(preset(args.random_preset), dropout=0.0)
         if args.layers is not None:
             config = dataclasses.replace(config, num_hidden_layers=args.layers)
         weights = random_weights(config, args.seed)
@@ -77,6 +79,7 @@ def load_pair(args: ParityArgs) -> Pair:
         raise UserError(f"weights is {str(args.weights)!r}: name the folder that a user would load")
     if is_run(args.weights):
         config, weights = run_weights(args.weights)
+        weights = Weights(*jax.tree.map(lambda leaf: leaf.astype(np.float32), tuple(weights)))
         if args.trust_remote_code:
             raise UserError(f"trust_remote_code is set: the run {str(args.weights)!r} holds no code, leave it out")
         if names_of(config) == "deepseek":
@@ -234,7 +237,7 @@ def compare(args: ParityArgs) -> int:
         print(f"error: {code} fails in a comparison: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
         return 1
 
-    name = model = args.weights.absolute().name if args.weights else f"random weights of {args.preset}"
+    name = model = args.weights.absolute().name if args.weights else f"random weights of {args.random_preset}"
     if args.layers:
         name += f", {args.layers} layers"
     precisions, ladder = [precision for precision, _, _ in passes], ladders[0]

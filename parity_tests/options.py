@@ -10,7 +10,7 @@ import tyro
 
 from jaxllm.config import MAX_SEED
 from jaxllm.config.fields import check_fields, option
-from jaxllm.errors import UserError
+from jaxllm.errors import UserError, shown
 
 Rung = Literal[
     "weights",
@@ -37,8 +37,8 @@ class ParityArgs:
 
     weights: Annotated[Path | None, tyro.conf.Positional] = None
     """A run or an exported folder; none: random weights for a preset."""
-    preset: str = "tiny"
-    """The preset, if no folder is given."""
+    preset: str | None = None
+    """The preset, if no folder is given; default: tiny."""
     layers: int | None = option(None, ge=1)
     """The number of layers, instead of the preset's."""
     rungs: tuple[Rung, ...] = RUNGS
@@ -70,11 +70,16 @@ class ParityArgs:
         check_fields(self)
         if not self.rungs:
             raise UserError(f"rungs is empty: choose from {', '.join(RUNGS)}")
-        if self.weights is not None and self.layers is not None:
-            raise UserError(f"layers is {self.layers}: it applies to a preset, not to given weights")
+        for name in ("preset", "layers") if self.weights is not None else ():
+            if (value := getattr(self, name)) is not None:
+                raise UserError(f"{name} is {shown(value)}: it is for random weights, not for given ones; leave it out")
         if self.trust_remote_code and self.weights is None:
             raise UserError("trust_remote_code is set: it is for the code of a folder, name one")
         if self.trust_remote_code and self.mutate is not None:
             raise UserError(
                 f"mutate is {self.mutate!r}: faults are planted in this version's code, leave out one option"
             )
+
+    @property
+    def random_preset(self) -> str:
+        return self.preset or "tiny"

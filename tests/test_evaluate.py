@@ -52,6 +52,7 @@ def test_bad_input_is_a_line(run, tmp_path, capsys):
         (["--batch-size", "0"], "batch_size is 0"),
         (["--data-split", "test"], "data_split is 'test': it needs --data"),
         (["--text-field", "body"], "text_field is 'body': it needs --data"),
+        (["--text-field", "text"], "text_field is 'text': it needs --data"),  # the default
     ):
         assert evaluate.main([str(run), *options]) == 2
         assert capsys.readouterr().err.startswith(f"error: {said}")

@@ -176,7 +176,10 @@ def test_command_line_continues_prompts(run, capsys):
     ("given", "named"),
     [
         (["--greedy", "--temperature", "0.5"], "temperature is 0.5, and greedy is set"),
+        (["--greedy", "--temperature", "0.8"], "temperature is 0.8, and greedy is set"),  # the default
+        (["--greedy", "--top-p", "0.95"], "top_p is 0.95, and greedy is set"),
         (["--greedy", "--top-k", "5"], "top_k is 5, and greedy is set"),
+        (["--temperature", "0", "--top-k", "0"], "top_k is 0, and temperature is 0"),
         (["--temperature", "0", "--top-p", "0.5"], "top_p is 0.5, and temperature is 0"),
     ],
 )

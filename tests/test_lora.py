@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -20,6 +21,7 @@ from flax import nnx
 from jax.experimental import pallas as pl
 
 import train
+from convert import fp8
 from convert.__main__ import main as convert
 from convert.base import run_base, run_weights, weights_hash
 from convert.to_flax import read_folder
@@ -34,7 +36,6 @@ from jaxllm.generate import load_model
 from jaxllm.model import adapters
 from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import abstract_adapted, model_facts
-from jaxllm.model.inference import as_stored
 from jaxllm.model.kernels import grouped_adapted, grouped_loop, grouped_triton
 from jaxllm.model.kernels.interface import ExpertKernels, ExpertRows, Saved
 from jaxllm.model.layout import ONE_DEVICE
@@ -51,6 +52,7 @@ from jaxllm.train.step import merged
 from jaxllm.train.trainer import Trainer
 from parity_tests.deepseek_cases import V2, V3
 from tests.configs import open_files
+from tests.test_families import assert_same_bits, tensors_of, write_tensors
 
 EVERYWHERE = "attention,shared,dense,experts"
 SOURCE = V3 | {
@@ -152,6 +154,34 @@ def test_merged_equals_the_adapter_beside_the_base(run, base):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6 * float(jnp.abs(wanted).max()))
     assert not np.allclose(found, nnx.jit(lambda model, ids: model(ids))(load_model(base), ids), atol=1e-2)
     assert evaluate([str(run), "--seq-len", "16"]) == 0
+
+
+def test_fp8_files_are_a_base_of_their_products_in_bfloat16(base, options, tmp_path, capsys):
+    """A run on them equals one on a folder of these products bit for bit, and so does what is made of it."""
+    plain, stored, rng = {}, {}, np.random.default_rng(0)
+    for name, values in tensors_of(base).items():
+        plain[name] = stored[name] = values
+        if ".layers." in name and values.ndim == 2 and ".gate." not in name:
+            scales = rng.uniform(0.01, 0.02, fp8.scale_shape(values.shape)).astype(np.float32)
+            stored[name] = (values.astype(np.float32) / scales.mean()).astype(ml_dtypes.float8_e4m3fn)
+            stored[name + fp8.SCALE_SUFFIX] = scales
+            plain[name] = fp8.dequantize(stored[name], scales).astype(jnp.bfloat16)
+    quantized = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    trained, exported = [], []
+    for name, tensors, also in (("fp8", stored, quantized), ("plain", plain, {})):
+        shutil.copytree(base, tmp_path / name)
+        write_tensors(tmp_path / name, tensors)
+        write_json(tmp_path / name / "config.json", read_json(base / "config.json") | also)
+        run = tmp_path / f"run-{name}"
+        assert train.main([*options, "--init", str(tmp_path / name), "--run-dir", str(run)]) == 0
+        assert ("in float32 and held in bfloat16" in capsys.readouterr().err) == (name == "fp8")
+        assert convert(["to-torch", str(run), str(tmp_path / f"merged-{name}"), "--merge"]) == 0
+        trained.append(saved_adapters(run, 4))
+        exported.append((tmp_path / f"merged-{name}" / "model.safetensors").read_bytes())
+    assert_same_bits(*trained)
+    assert exported[0] == exported[1]
+    assert_same_bits(*(run_weights(tmp_path / f"run-{name}")[1] for name in ("fp8", "plain")))
+    assert_same_bits(*(nnx.to_pure_dict(nnx.state(load_model(tmp_path / name))) for name in ("fp8", "plain")))
 
 
 def test_an_adapter_goes_out_and_in(run, base, options, tmp_path, capsys):
@@ -369,7 +399,7 @@ def test_a_base_is_free_where_the_merged_matrix_has_another_dtype(run, monkeypat
 
     monkeypatch.setattr(adapters, "_add_product", watched)
     monkeypatch.setattr("convert.base.run_base", read)
-    run_weights(run, as_stored)
+    run_weights(run)
     assert counts == [len(held) - i for i in range(len(counts))]
     assert len(counts) > 20
 

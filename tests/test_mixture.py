@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chat_templates import FAMILIES, tokenizer_of
 
 import train
 from jaxllm.config import TrainConfig
@@ -119,6 +120,19 @@ def test_rows_continue_exactly(mixed, monkeypatch):
     assert resumed.skipped_rows == stream.skipped_rows > 0
     text = tokenizer.decode(held_out_of(config, tokenizer).rows.reshape(-1))
     assert all(name in text for name in ("large", "small", "doc"))
+
+
+def test_a_chat_that_is_skipped_is_counted_once_however_often_its_source_repeats(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "POOL_ROWS", 4)
+    turns = [{"role": "user", "content": "Question?"}, {"role": "assistant", "content": "Answer."}]
+    for name, chats in (("large", [turns] * 200), ("small", [*[turns] * 4, turns[:1]])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    sources = f"{tmp_path / 'large.jsonl'}=1,{tmp_path / 'small.jsonl'}=1"
+    data = DataConfig(sources, train_on="assistant", documents="joined", seq_len=32)
+    stream = TokenStream(open_source(data, 0), tokenizer_of(FAMILIES["ChatML"], "byte-level"), data, seed=1)
+    stream.next_rows(100)
+    passes = [part["pass"] for part in stream.position().source["sources"]]
+    assert (passes[0], passes[1] > 3, stream.skipped_rows) == (0, True, 1)
 
 
 def test_other_data_in_one_source_is_refused(mixed, tmp_path):

@@ -106,6 +106,7 @@ def test_a_custom_target_is_checked(change, parts, tmp_path):
         (["--target", "no/such.json"], ["no/such.json"]),
         (["--target", "mi300x"], ["target is 'mi300x'", "data sheet is known"]),
         (["--preset", "huge"], ["preset is 'huge'", "customllm-1b"]),
+        (["--preset", "customllm-1b", "--init", "x"], ["preset is 'customllm-1b'", "leave out one of the two"]),
         (["--batch-size", "0"], ["batch_size is 0"]),
         (["--seq-len", "4096"], ["seq_len is 4096", "2048"]),
         (["--grad-accum", "0"], ["grad_accum is 0"]),
@@ -606,7 +607,7 @@ def test_a_kernel_that_a_device_has_no_room_for_is_one_line(tmp_path, capfd):
     [
         ({"dtype": "bfloat16"}, "bfloat16"),
         ({"torch_dtype": "float16"}, "float16"),
-        ({"dtype": "bfloat16", "quantization_config": {}}, "float32"),
+        ({"dtype": "bfloat16", "quantization_config": {}}, "bfloat16"),
         ({}, "float32"),
     ],
 )

@@ -125,7 +125,7 @@ class Mixture:
                 given[at] = True
                 self._given[at] += utf8_bytes(chunk.text)
             self._within = None if chunk.ends_document else at
-            yield chunk
+            yield chunk._replace(repeated=sources[at].position["pass"] > 0)
         self._pass, self._ended = self._pass + 1, [False] * len(self._sources)
 
     @property

@@ -25,6 +25,7 @@ class TextChunk(NamedTuple):
     ends_document: bool
     held_out: bool
     part: int = 0  # of a document that comes in several chunks, which one this is
+    repeated: bool = False  # in a mixture: whether it is of a later pass of its source
 
 
 class Evaluation(NamedTuple):

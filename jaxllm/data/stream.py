@@ -202,7 +202,7 @@ class TokenStream:
                     continue
                 if (tokens := self._documents.add(chunk)) is None:
                     position = self._source.position
-                    if number == 0:  # a later pass skips the same
+                    if number == 0 and not chunk.repeated:  # a later pass skips the same
                         self._source.position = position | {"skipped": position["skipped"] + 1}
                     continue
                 if chunk.part != CLOSING:

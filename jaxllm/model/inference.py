@@ -13,9 +13,9 @@ from jaxllm.model.layers import ParameterFacts
 
 Hold = Callable[[ParameterFacts, Any], Any]
 """Chooses the dtype in which an array of weights is held, from its facts and its stored dtype: the narrowest that has
-all values which the file or the checkpoint has for it (float32 for FP8, whose scales are multiplied in). The readers
-`convert.to_flax.read_model` and `jaxllm.store.checkpoint.load_weights` take one. `masters`, `as_stored` and
-`for_compute` are some; to freeze a model in bfloat16, pass `for_compute(jnp.bfloat16)`."""
+all values which the file or the checkpoint has for it (for FP8 bfloat16, to which a product with a scale is rounded
+unless float32 is chosen). The readers `convert.to_flax.read_model` and `jaxllm.store.checkpoint.load_weights` take one.
+`masters`, `as_stored` and `for_compute` are some; to freeze a model in bfloat16, pass `for_compute(jnp.bfloat16)`."""
 
 
 def masters(facts: ParameterFacts, stored: Any) -> Any:

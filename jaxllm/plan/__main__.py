@@ -29,12 +29,16 @@ from jaxllm.plan.report import plan_as_json, print_plan, print_search
 from jaxllm.store.folder import MODEL_FILE, read_model_config
 from jaxllm.store.source import model_folder
 
+DEFAULT = "customllm-1b"
+
 
 @dataclass(frozen=True)
 class PlanArgs:
     """Compile the training step for a device that you do not have. Exits with 1 if it does not fit."""
 
-    preset: Annotated[str, tyro.conf.arg(help=f"The model's shape: one of {', '.join(PRESETS)}.")] = "customllm-1b"
+    preset: Annotated[
+        str | None, tyro.conf.arg(help=f"The model's shape: one of {', '.join(PRESETS)}; default: {DEFAULT}.")
+    ] = None
     init: Path | None = None
     """A folder whose config.json gives the model's shape, in place of --preset."""
     lora: Annotated[LoraConfig, tyro.conf.OmitArgPrefixes] = LoraConfig()
@@ -65,7 +69,7 @@ class PlanArgs:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.init is not None and self.preset != "customllm-1b":
+        if self.init is not None and self.preset is not None:
             raise UserError(f"preset is {self.preset!r}: --init gives the model, leave out one of the two")
         if self.json is not None and not self.json.absolute().parent.is_dir():
             raise UserError(f"json is {self.json}: there is no folder {self.json.parent}, make it first")
@@ -74,19 +78,19 @@ class PlanArgs:
 
 
 def held_dtype(init: Path) -> Any:
-    """In which a run holds the frozen matrices of a folder, by its config.json: FP8 is dequantized to float32."""
+    """In which a run holds the frozen matrices of a folder, by its config.json: FP8 in that of the others."""
     values = read_json(model_folder(init) / MODEL_FILE)
     named = values.get("dtype") or values.get("torch_dtype")
-    return named if named in ("bfloat16", "float16") and "quantization_config" not in values else "float32"
+    return named if named in ("bfloat16", "float16") else "float32"
 
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> int:
     args: PlanArgs = parse(PlanArgs, argv, "python -m jaxllm.plan", __doc__)
-    target = load_target(args.target)
+    target, name = load_target(args.target), args.preset or DEFAULT
     config = TrainConfig.from_options(
-        preset=args.preset if args.init is None else args.init.absolute().name,
-        model=preset(args.preset) if args.init is None else read_model_config(model_folder(args.init)),
+        preset=name if args.init is None else args.init.absolute().name,
+        model=preset(name) if args.init is None else read_model_config(model_folder(args.init)),
         batch_size=args.batch_size,
         seq_len=args.seq_len,
         grad_accum=args.grad_accum,
@@ -105,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"node ({target.name}), whose interconnect is all that a plan knows"
         )
     check_extra(args.target, target)
-    seed = recipe("seed", args.preset)
+    seed = recipe("seed", name)
     tokens = args.tokens or seed.schedule.steps * seed.tokens_per_step
     run = f"{tokens:,} tokens" if args.tokens else f"the recipe seed: {tokens:,} tokens"
 
