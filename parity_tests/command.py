@@ -30,6 +30,8 @@ from jaxllm.run.runtime import start_jax, use_compilation_cache
 from jaxllm.store.checkpoint import Weights
 from jaxllm.store.folder import CONFIG_FILE, is_run, read_config
 from parity_tests import hf_side
+from parity_tests.adapter_mutations import ADAPTER_MUTATIONS
+from parity_tests.adapters import has_peft, read_adapters
 from parity_tests.compare import Row
 from parity_tests.engine.report import first_divergence, print_table
 from parity_tests.executed import Executed, in_short
@@ -166,8 +168,11 @@ def _deepseek_pair(
     return Pair(config, weights, model, code, source)
 
 
-def find_mutation(name: str, config: ModelConfig, optimizer: str) -> Mutation:
+def find_mutation(name: str, config: ModelConfig, optimizer: str, adapted: bool) -> Mutation:
     """
+    Args:
+        adapted: whether adapters are compared.
+
     Raises:
         UserError: the model or its optimizer cannot have this fault.
     """
@@ -175,7 +180,7 @@ def find_mutation(name: str, config: ModelConfig, optimizer: str) -> Mutation:
         possible = {name: known.mutation for name, known in STOCK_MUTATIONS.items() if known.applies(config)}
     else:
         possible = {name: known for name, known in MUTATIONS.items() if known.optimizer in (None, optimizer)}
-    possible |= JAX_MUTATIONS | BFLOAT16_MUTATIONS
+    possible |= JAX_MUTATIONS | BFLOAT16_MUTATIONS | (ADAPTER_MUTATIONS if adapted else {})
     if name not in possible:
         raise UserError(f"mutate is {name!r}: this model with {optimizer} can have one of {', '.join(possible)}")
     return possible[name]
@@ -205,7 +210,7 @@ def compare(args: ParityArgs) -> int:
     Raises:
         UserError: an option, the weights, their code or the text cannot be compared.
     """
-    known = [*MUTATIONS, *STOCK_MUTATIONS, *JAX_MUTATIONS, *BFLOAT16_MUTATIONS]
+    known = [*MUTATIONS, *STOCK_MUTATIONS, *JAX_MUTATIONS, *BFLOAT16_MUTATIONS, *ADAPTER_MUTATIONS]
     if args.mutate is not None and args.mutate not in known:
         raise UserError(f"mutate is {args.mutate!r}: choose one of {', '.join(known)}")
     start_jax()
@@ -215,10 +220,12 @@ def compare(args: ParityArgs) -> int:
     except OSError as error:
         raise UserError(f"out is {str(args.out)!r}: it must be a folder that can be made ({error.strerror})") from None
     executed, run = Executed(), _run_of(args.weights)
+    passes, settings = plan_passes(args, run)
     with executed.watching():  # from the start: what follows from a config is computed once in a process
         pair = load_pair(args)
-    config, code = pair.config, pair.code
-    passes, settings = plan_passes(args, run)
+    config, code, adapters = pair.config, pair.code, None
+    if run is not None and args.weights is not None and "adapters" in passes[0].rungs:
+        adapters = read_adapters(args.weights, config, run)
     tokens = read_tokens(config, Ladder.tokens_needed(config, settings), args.text, find_tokenizer(args))
     ladders: list[Ladder] = []
     rows: list[Row] = []
@@ -228,7 +235,8 @@ def compare(args: ParityArgs) -> int:
             if ladders and "step" in rungs:
                 of_pass = dataclasses.replace(of_pass, norms=ladders[0].training.norms)
             with executed.watching():
-                ladders.append(Ladder(config, pair.weights, tokens, precision, of_pass, is_interleaved(pair.source)))
+                interleaved = is_interleaved(pair.source)
+                ladders.append(Ladder(config, pair.weights, tokens, precision, of_pass, interleaved, adapters))
                 for rung, found in climb(args, pair, ladders[-1], rungs, seconds, len(passes) > 1):
                     rows += [dataclasses.replace(row, rung=rung) for row in found]
     except Exception as error:  # of whatever the folder's code does
@@ -256,6 +264,7 @@ def compare(args: ParityArgs) -> int:
     print(f"\nThe report is in {args.out}: parity.html, parity.json, parity.png")
     lines = [f"PyTorch's side: {code}"]
     lines += [f"Training in {ladder.precision}: {ladder.plan.described()}" for ladder in ladders]
+    lines += [f"Adapters in {ladder.precision}: {ladder.adapters.described()}" for ladder in ladders if ladder.adapters]
     lines += [
         f"Not compared: {'; '.join(left_out)}",
         f"Never ran, in parts or whole (lines: parity.json): {in_short(never)}",
@@ -282,7 +291,8 @@ def climb(
         several: whether bfloat16 comes after float32; its rungs are then named so.
     """
     optimizer = ladder.plan.config.optim.optimizer
-    mutation = None if args.mutate is None else find_mutation(args.mutate, pair.config, optimizer)
+    adapted = ladder.adapters is not None
+    mutation = None if args.mutate is None else find_mutation(args.mutate, pair.config, optimizer, adapted)
     with nullcontext() if mutation is None else mutation.plant(pair.model):
         started = time.perf_counter()
         for rung, rows in ladder.climb(pair.model, rungs):
@@ -312,23 +322,39 @@ NOT_QUICK = ("padding", "evaluation")
 
 
 def plan_passes(args: ParityArgs, run: TrainConfig | None) -> tuple[list[Pass], Settings]:
-    """The climbs, and the settings of the first."""
+    """The climbs, and the settings of the first.
+
+    Raises:
+        UserError: the rung of adapters is asked for, and cannot be climbed.
+    """
+    reason = _without_adapters(run)
+    if reason and "adapters" in args.rungs and args.rungs != RUNGS:
+        raise UserError(f"rungs has adapters, and {reason}")
     steps = min(args.steps, MIN_STEPS) if args.quick else args.steps
     settings = Settings(args.seq_len, steps, args.optimizer, run, widens=not args.quick)
-    rungs = tuple(rung for rung in args.rungs if not (args.quick and rung in NOT_QUICK))
+    left_out = (*(NOT_QUICK if args.quick else ()), *(("adapters",) if reason else ()))
+    rungs = tuple(rung for rung in args.rungs if rung not in left_out)
     passes = [Pass(args.precision or "float32", rungs, settings)]
     if args.precision is None and not args.quick and run is not None and run.precision == "bfloat16":
-        again = tuple(rung for rung in args.rungs if rung in BFLOAT16_RUNGS)
+        again = tuple(rung for rung in rungs if rung in BFLOAT16_RUNGS)
         passes.append(Pass("bfloat16", again, dataclasses.replace(settings, most_steps=BFLOAT16_STEPS)))
     return passes, settings
 
 
+def _without_adapters(run: TrainConfig | None) -> str | None:
+    """Why no adapters are compared; None: they are."""
+    if run is None or not run.adapters:
+        return "there is no run that trains adapters: leave the rung out"
+    return None if has_peft() else "they are compared with PEFT: pip install 'peft>=0.21'"
+
+
 def not_compared(args: ParityArgs, passes: list[Pass], ladders: list[Ladder], run: TrainConfig | None) -> list[str]:
     """What this comparison says nothing about, besides code that never ran."""
-    rungs = [rung for rung in RUNGS if rung not in passes[0].rungs]
+    without = _without_adapters(run)
+    rungs = [rung for rung in RUNGS if rung not in passes[0].rungs and not (without and rung == "adapters")]
     found = [f"the rungs {', '.join(rungs)}"] if rungs else []
     for precision, climbed, _ in passes[1:]:
-        found.append(f"in {precision}: {', '.join(rung for rung in args.rungs if rung not in climbed)}")
+        found.append(f"in {precision}: {', '.join(rung for rung in passes[0].rungs if rung not in climbed)}")
     found += dict.fromkeys(line for ladder in ladders for line in ladder.not_compared)
     if not ladders[0].plan.beyond_thresholds:
         found += ["the code beyond its thresholds (blocks of queries, chunks of the loss, large groups of an expert)"]
@@ -339,7 +365,9 @@ def not_compared(args: ParityArgs, passes: list[Pass], ladders: list[Ladder], ru
         if run.model.dropout:
             found.append(f"dropout {run.model.dropout:g}, which the frameworks draw differently")
         if run.adapters:
-            found.append("the training of the run's adapters: they are merged, and all weights are trained")
+            what = "more than one step of" if "adapters" in passes[0].rungs else "the training of"
+            remedy = f" ({without})" if without else ""
+            found.append(f"{what} the run's adapters{remedy}: the other rungs merge them and train all weights")
         if run.data.documents == "separate":
             found.append("padding after the last document of a row: the rungs' rows are full")
         if run.data.has_targets:

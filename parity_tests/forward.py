@@ -13,14 +13,17 @@ import numpy as np
 import torch
 from flax import nnx
 
+from convert.adapter import PREFIX, adapted
 from convert.mapping import PARAMS, ROUTING_BIAS, entries
 from convert.to_torch import torch_tensors
-from jaxllm.config import ModelConfig
+from jaxllm.config import LoraConfig, ModelConfig
 from jaxllm.config.families import names_of
-from jaxllm.model.decoder import abstract_model
+from jaxllm.model.decoder import abstract_adapted, abstract_model
+from jaxllm.model.dtypes import Pytree
 from jaxllm.store.checkpoint import Weights
 from jaxllm.train.loss import count_targets
-from jaxllm.train.step import summed_loss
+from jaxllm.train.state import frozen_dtypes
+from jaxllm.train.step import merged, summed_loss
 from parity_tests import hf_side
 from parity_tests.recording import first, recorded
 from torch_ref import CustomLLM as TorchCustomLLM
@@ -48,6 +51,14 @@ QUERIES_AND_KEYS = {"kv_proj_d", "q_proj_d", "k_proj_u", "q_proj_u", "rope_k", "
 
 QUERY_KEY_GAIN = 1.25
 """By how much each of them enlarges its input in random weights: the scores of attention then have a deviation of 2."""
+
+
+class Base(NamedTuple):
+    """What adapters belong to; the parameters beside it are the adapters alone."""
+
+    lora: LoraConfig
+    frozen: Pytree
+    """All weights of the model, in float32."""
 
 
 class Trace(NamedTuple):
@@ -121,17 +132,45 @@ def torch_model(
 
 
 def state_dict_arrays(model: TorchCustomLLM) -> dict[str, np.ndarray]:
-    """The model's state with the names of files, without names that share a tensor."""
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    state = {name: value.numpy() for name, value in model.state_dict().items() if name not in tied}
+    """The model's state with the names of files, without names that share a tensor and without frozen weights."""
+    left_out = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    if model.config.tie_word_embeddings:
+        left_out.add("lm_head.weight")
+    state = {name: value.numpy() for name, value in model.state_dict().items() if name not in left_out}
     return hf_side.in_file(state) if hf_side.is_stock(model) else state
 
 
 def torch_named(config: ModelConfig, params, routing_bias=None, interleaved: bool = True) -> dict[str, np.ndarray]:
-    """Flax trees with PyTorch's names and layout; views, if the leaves are NumPy arrays."""
+    """Flax trees with PyTorch's names and layout; views, if the leaves are NumPy arrays.
+
+    Adapters have the names of their parameters in PEFT's model.
+    """
     trees = {PARAMS: params, ROUTING_BIAS: routing_bias}
     host = jax.tree.map(np.asarray, {name: tree for name, tree in trees.items() if tree is not None})
-    return {e.torch_name: e.to_torch(host) for e in entries(config, interleaved) if e.lies_in(host)}
+    named = {e.torch_name: e.to_torch(host) for e in entries(config, interleaved) if e.lies_in(host)}
+    factors = (factor for one in adapted(config, host.get(PARAMS, {}), interleaved) for factor in (one.a, one.b))
+    return named | {_in_memory(factor.torch_name): factor.to_torch(host) for factor in factors}
+
+
+def _in_memory(name: str) -> str:
+    """The name of an adapter's tensor in a file of PEFT -> in its model."""
+    return name.removeprefix(PREFIX).removesuffix("weight") + "default.weight"
+
+
+def model_graph(config: ModelConfig, precision: str, base: Base | None = None, **options: Any) -> nnx.GraphDef:
+    """The static part of the Flax model; call it within `jax_precision`."""
+    if base is not None:
+        return abstract_adapted(config, base.lora, dtype=DTYPES[precision], **options).graph
+    return abstract_model(config, dtype=DTYPES[precision], **options)[0]
+
+
+def jax_frozen(config: ModelConfig, base: Base | None, precision: str) -> Pytree:
+    """New arrays of the frozen weights in the dtypes of the run; in float64, if the model computes in it."""
+    if base is None:
+        return {}
+    if precision == "float64":
+        return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float64), base.frozen)
+    return jax.tree.map(jnp.array, base.frozen, frozen_dtypes(config, base.lora))
 
 
 def jax_weights(weights: Weights, precision: str) -> tuple:
@@ -147,17 +186,19 @@ def jax_trace(
     precision: str = "float32",
     experts: np.ndarray | None = None,
     mask: np.ndarray | None = None,
+    base: Base | None = None,
 ) -> Trace:
     """Run the Flax model with the functions that train: ids (B,T).
 
     Args:
         experts: (L,B,T,k), replaces the routers' choice.
         mask: (B,T), zero at padding.
+        base: of adapters, which the weights then are.
     """
     run = _as_written if precision == "bfloat16" else _jax_outputs
     with jax_precision(precision):
-        graph, _, _ = abstract_model(config, dtype=DTYPES[precision])
-        outputs = run(graph, *jax_weights(weights, precision), jnp.asarray(ids), experts, mask)
+        graph, frozen = model_graph(config, precision, base), jax_frozen(config, base, precision)
+        outputs = run(graph, *jax_weights(weights, precision), frozen, jnp.asarray(ids), experts, mask)
         embeddings, trace, logits, loss = jax.device_get(outputs)
     parts = {
         "input norm": trace.input_norm, "attention": trace.attention, "post-attention norm": trace.post_attn_norm,
@@ -176,9 +217,9 @@ def jax_trace(
 
 
 def _outputs(
-    graph: nnx.GraphDef, params, routing_bias, ids: jax.Array, experts: jax.Array | None, mask: jax.Array | None
+    graph: nnx.GraphDef, params, routing_bias, frozen, ids: jax.Array, experts: jax.Array | None, mask: jax.Array | None
 ):
-    model = nnx.merge(graph, params, routing_bias)
+    model = merged(graph, params, routing_bias, frozen)
     x, record = model.hidden_states(ids, mask, experts=experts, keep_trace=True)
     embeddings = model.embed(ids, jnp.arange(ids.shape[1])[None])
     return embeddings, record.trace, model.logits(x), summed_loss(model, x, ids) / count_targets(ids)

@@ -11,7 +11,7 @@ from jaxllm.config import ModelConfig
 from jaxllm.model.batch import IGNORED
 from jaxllm.store.checkpoint import Weights
 from parity_tests.compare import Row, Tolerances, compare_arrays, compare_bits, compare_numbers
-from parity_tests.forward import ROUTER_PARTS, Trace, jax_trace, state_dict_arrays, torch_named, torch_trace
+from parity_tests.forward import ROUTER_PARTS, Base, Trace, jax_trace, state_dict_arrays, torch_named, torch_trace
 from parity_tests.replay import Flips, choice_row, expert_flips, routing_bias_of, same_choice, total_flips
 from parity_tests.same_input import same_input_rows
 from parity_tests.settings import beyond, thresholds
@@ -27,15 +27,17 @@ class Subject(NamedTuple):
     tolerances: Tolerances
     interleaved: bool = True
     """As in `convert.mapping.entries`."""
+    base: Base | None = None
+    """As in `jax_trace`."""
 
     def trace(self, ids: np.ndarray, experts: np.ndarray | None = None, mask: np.ndarray | None = None) -> Trace:
-        return jax_trace(self.config, self.weights, ids, self.precision, experts, mask)
+        return jax_trace(self.config, self.weights, ids, self.precision, experts, mask, self.base)
 
     def flips(self, weights: Weights, ids: np.ndarray, experts: np.ndarray, mask: np.ndarray | None = None) -> Flips:
         """The choices that Flax would have made differently from the given experts (L,B,T,k)."""
         if not self.config.moe_layers:
             return Flips(0, 0, 0.0)
-        trace = jax_trace(self.config, weights, ids, self.precision, experts, mask)
+        trace = self._replace(weights=weights).trace(ids, experts, mask)
         bias = routing_bias_of(self.config, weights)[:, None, None]
         return expert_flips(trace.parts["router scores"], bias, experts, self.config.router)
 

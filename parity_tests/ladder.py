@@ -1,7 +1,7 @@
 """The ladder of comparisons, from equal weights to equal training; each rung depends on those below.
 
     weights -> layers (every part of each) -> parts on the same input -> logits -> loss -> padding -> evaluation
-        -> gradients -> one step -> a trajectory -> generation
+        -> gradients -> one step -> a trajectory -> generation -> adapters, not merged
 
 Both frameworks first choose experts freely; where they differ, `replay` tells near ties from faults.
 """
@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxllm.config import ModelConfig
 from jaxllm.store.checkpoint import Weights
+from parity_tests.adapters import AdapterRung, Adapters
 from parity_tests.compare import MUON_BFLOAT16, TOLERANCES, Row, Tolerances
 from parity_tests.forward_rungs import ForwardRungs, Subject
 from parity_tests.generation import JaxGeneration
@@ -37,6 +38,7 @@ class Ladder:
         tokens: token ids of a text.
         precision: a key of TOLERANCES.
         interleaved: as in `convert.mapping.entries`.
+        adapters: those that are merged in the weights; None: none are compared.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Ladder:
         precision: str = "float32",
         settings: Settings = DEFAULT,
         interleaved: bool = True,
+        adapters: Adapters | None = None,
     ):
         if config.dropout:
             raise ValueError(f"dropout is {config.dropout}: the frameworks draw different numbers, it must be 0")
@@ -65,6 +68,7 @@ class Ladder:
         # without a run's own choice, gradients are computed with remat and steps without
         self.training = TrainingRungs(subject, self.plan, tokens, None if settings.run else True)
         self.generation = JaxGeneration(config, weights, tokens, precision, quick=not settings.widens)
+        self.adapters = AdapterRung(subject, adapters, self.plan, tokens, self.ids) if adapters else None
 
     @staticmethod
     def tokens_needed(config: ModelConfig, settings: Settings) -> int:
@@ -80,7 +84,8 @@ class Ladder:
     @property
     def not_compared(self) -> list[str]:
         """What the rungs that were climbed left out, one line each."""
-        return [*dict.fromkeys(self.training.not_compared + self.generation.not_compared)]
+        of_adapters = self.adapters.training.not_compared if self.adapters else []
+        return [*dict.fromkeys(self.training.not_compared + self.generation.not_compared + of_adapters)]
 
     def climb(self, model: Any, rungs: Iterable[str] = RUNGS) -> Iterator[tuple[str, list[Row]]]:
         """Compare rung by rung, in the order of the ladder; the model is unchanged afterwards.
@@ -95,6 +100,7 @@ class Ladder:
             "loss": forward.loss, "padding": forward.padding, "evaluation": evaluation,
             "gradients": training.gradients, "step": training.step, "trajectory": training.trajectory,
             "generation": self.generation.compare,
+            "adapters": lambda _: [*self.adapters.compare()] if self.adapters else [],
         }  # fmt: skip
         forward.start()
         for rung in RUNGS:

@@ -567,7 +567,7 @@ def _with_floor(shape: Callable[[int], float], warmup: int, step: int) -> float:
     return shape(step) if step < warmup else max(0.1, shape(step))
 
 
-@_mutation("trajectory", "parameters")
+@_mutation("trajectory", "losses")
 def cosine_with_a_floor(model: CustomLLM) -> Iterator[None]:
     """The learning rate ends at a tenth of its peak instead of zero."""
     make = stepping.make_schedule

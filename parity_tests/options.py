@@ -24,6 +24,7 @@ Rung = Literal[
     "step",
     "trajectory",
     "generation",
+    "adapters",
 ]
 RUNGS: tuple[Rung, ...] = get_args(Rung)
 

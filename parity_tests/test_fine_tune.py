@@ -17,6 +17,7 @@ from jaxllm.data.tokenizer import encode_prompt, load_tokenizer
 from jaxllm.generate import load_model
 from jaxllm.model.decoding import Sampling, generate
 from jaxllm.store.metrics_file import read_metrics
+from parity_tests.__main__ import main as compare
 
 peft = pytest.importorskip("peft")
 
@@ -120,6 +121,7 @@ def test_adapters(base, options, tmp_path):
     asked, end = prompts(whole), stock(whole).config.eos_token_id
     answers = ours(run, asked, end)
     assert answers != ours(base, asked, end)
+    assert compare([str(run), "--rungs", "adapters", "--quick", "--out", str(tmp_path / "parity")]) == 0
     assert in_transformers(stock(whole), asked, end) == answers
     model = peft.PeftModel.from_pretrained(stock(base), adapter)
     assert in_transformers(model, asked, end) == answers

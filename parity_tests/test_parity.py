@@ -23,10 +23,12 @@ import jaxllm.model.kernels
 import jaxllm.train
 from convert.model_card import write_model_card
 from jaxllm.config import PRESETS, ModelConfig, RouterConfig, TrainConfig
+from jaxllm.errors import UserError
 from jaxllm.model.kernels import causal_attention, grouped_loop, matmul
 from jaxllm.train import loss
-from parity_tests import training_rungs
+from parity_tests import command, training_rungs
 from parity_tests.__main__ import main
+from parity_tests.adapter_mutations import ADAPTER_MUTATIONS
 from parity_tests.command import not_compared, plan_passes
 from parity_tests.compare import TOLERANCES, compare_arrays, compare_leaves
 from parity_tests.executed import Executed
@@ -153,7 +155,6 @@ def test_muon_in_other_precisions(tokens, precision):
 ALIKE = {(m.rung, m.what, m.optimizer): name for name, m in reversed(MUTATIONS.items())}
 """The first fault of each comparison that must fail; the others are slow."""
 OTHERWISE_SHOWN = {
-    "cosine_with_a_floor",  # it trains what rounding amplifies, as `gradients_not_zeroed` does
     "mean_of_means",  # test_trainer.py
     "muon_without_nesterov", "muon_decay_in_the_gradient",  # test_deepseek.py compares an update with transformers'
 }  # fmt: skip
@@ -182,7 +183,7 @@ def test_faulty_adamw_without_a_mistake_is_adamw(narrow, monkeypatch):
 
 
 def test_there_is_a_fault_for_every_rung():
-    every = MUTATIONS | JAX_MUTATIONS | BFLOAT16_MUTATIONS
+    every = MUTATIONS | JAX_MUTATIONS | BFLOAT16_MUTATIONS | ADAPTER_MUTATIONS  # the last: test_lora.py
     assert {mutation.rung for mutation in every.values()} == set(RUNGS)
 
 
@@ -398,6 +399,19 @@ def test_each_option_of_a_run_is_compared_or_named():
     assert options - OF_A_STEP - {*TAKEN} - NAMED_IF_SET.keys() == NOT_OF_A_STEP & options
     for changes in NAMED_IF_SET.values():
         assert len(left_out(run.with_options(**changes))) > len(left_out(run)), changes
+
+
+def test_adapters_are_named_where_peft_is_missing(monkeypatch):
+    run = TrainConfig.from_options(model=TINY, **NAMED_IF_SET["lora_rank"])
+    monkeypatch.setattr(command, "has_peft", lambda: False)
+    assert [line for line in left_out(run) if "pip install 'peft>=0.21'" in line]
+    assert "adapters" not in plan_passes(ParityArgs(), run)[0][0].rungs
+    for asked in (run, TrainConfig.from_options(model=TINY)):
+        with pytest.raises(UserError, match="rungs has adapters, and"):
+            plan_passes(ParityArgs(rungs=("adapters",)), asked)
+    monkeypatch.setattr(command, "has_peft", lambda: True)
+    assert "adapters" in plan_passes(ParityArgs(), run)[0][0].rungs
+    assert [line for line in left_out(run) if "more than one step of the run's adapters" in line]
 
 
 def test_documents_that_do_not_see_each_other_are_compared(tokens):

@@ -6,6 +6,7 @@ Both sides are the functions used for training: `jaxllm.train.step` and `torch_r
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,14 +24,22 @@ from jaxllm.config import TrainConfig
 from jaxllm.config.families import is_interleaved
 from jaxllm.config.groups import OptimConfig, ScheduleConfig
 from jaxllm.model.batch import TokenBatch
-from jaxllm.model.decoder import abstract_model
 from jaxllm.store.checkpoint import Weights
 from jaxllm.train import step as jax_step
 from jaxllm.train.optim import OptimizerState, of_adamw
 from jaxllm.train.state import TrainState, start_state
 from jaxllm.train.step import StepMetrics
 from parity_tests import hf_side
-from parity_tests.forward import DTYPES, jax_precision, jax_weights, state_dict_arrays, torch_named, torch_precision
+from parity_tests.forward import (
+    Base,
+    jax_frozen,
+    jax_precision,
+    jax_weights,
+    model_graph,
+    state_dict_arrays,
+    torch_named,
+    torch_precision,
+)
 from parity_tests.recording import first, hooked
 from parity_tests.settings import documents_of
 from torch_ref import CustomLLM as TorchCustomLLM
@@ -96,6 +105,7 @@ class JaxTraining:
 
     Args:
         recomputes: whether the gradients are computed with remat; None: as the steps are.
+        base: as in `jax_trace`.
     """
 
     def __init__(
@@ -105,15 +115,16 @@ class JaxTraining:
         precision: str,
         interleaved: bool = True,
         recomputes: bool | None = None,
+        base: Base | None = None,
     ):
-        self.config, self.weights, self.precision = config, weights, precision
+        self.config, self.weights, self.precision, self.base = config, weights, precision, base
         self.limit = config.optim.max_grad_norm
         """Of the gradient norm; may be changed."""
         self._named = functools.partial(torch_named, config.model, interleaved=interleaved)
         remat = config.remat if recomputes is None else recomputes
         with jax_precision(precision):
             graph, recomputing = (
-                abstract_model(config.model, dtype=DTYPES[precision], remat=again)[0] for again in (config.remat, remat)
+                model_graph(config.model, precision, base, remat=again) for again in (config.remat, remat)
             )
         self._gradients = functools.partial(_gradients, config.optim, recomputing)
         self._step = functools.partial(_step, config.optim, config.schedule, graph)
@@ -168,7 +179,7 @@ class JaxTraining:
         reports: list[StepMetrics] = []
         with jax_precision(self.precision):
             state = self._start(moments, weights)
-            limit = jnp.asarray(self.limit, state.opt_state.mu["token_embeddings"]["weight"].dtype)
+            limit = jnp.asarray(self.limit, jax.tree.leaves(state.params)[0].dtype)
             for i, labels in enumerate(batches):
                 before_step(i, Weights(state.params, state.routing_bias))
                 forced = None if experts is None else experts[i]
@@ -201,6 +212,7 @@ class JaxTraining:
         params, routing_bias = jax_weights(self.weights if weights is None else weights, self.precision)
         config, copies = self.config, jax.tree.map(jnp.copy, (params, routing_bias))
         state = start_state(config.model, config.optim, config.seed, *copies)
+        state = state._replace(frozen=jax_frozen(config.model, self.base, self.precision))
         if moments is None:
             return state
         opt_state = OptimizerState(
@@ -319,15 +331,17 @@ def torch_train(
         schedule = torch_step.make_schedule(optimizer, config.schedule, config.optim.learning_rate, steps_done)
         if moments is not None:
             mu, nu = (torch_named(config.model, tree, interleaved=interleaved) for tree in moments[1:])
-            names = {parameter: name for name, parameter in model.named_parameters()}
+            names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
             for group in optimizer.param_groups:
-                for parameter in group["params"]:
+                for parameter in filter(names.__contains__, group["params"]):
                     state = optimizer.state[parameter]
                     state["step"] = torch.tensor(float(moments.count))
                     for kind, named in zip(moment_names(group), (mu, nu), strict=False):  # Muon has one moment
                         moment = hf_side.in_memory(names[parameter], named, E).copy()
                         state[kind] = torch.from_numpy(moment).to(parameter.dtype)
-        fixed = (model, optimizer, schedule, config.optim, config.precision)
+        trains_all = all(parameter.requires_grad for parameter in model.parameters())
+        optim = config.optim if trains_all else dataclasses.replace(config.optim, bias_update_rate=0.0)
+        fixed = (model, optimizer, schedule, optim, config.precision)
         reports = [torch_step.train_step(*fixed, torch.from_numpy(labels).long()) for labels in batches]
         moments_of = {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
         state = {name: value.copy() for name, value in state_dict_arrays(model).items()}

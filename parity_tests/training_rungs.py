@@ -93,8 +93,8 @@ class TrainingRungs:
     def jax(self) -> JaxTraining:
         subject = self.subject
         return JaxTraining(
-            self.plan.config, subject.weights, subject.precision, subject.interleaved, self.recomputes
-        )  # fmt: skip
+            self.plan.config, subject.weights, subject.precision, subject.interleaved, self.recomputes, subject.base
+        )
 
     @functools.cached_property
     def norms(self) -> tuple[float, float]:
