@@ -50,11 +50,12 @@ class ToTorch:
 
     def __post_init__(self) -> None:
         if self.training and self.dtype not in (None, "float32"):
-            raise UserError(f"dtype is {self.dtype!r}: a run to train on is handed over in float32")
+            raise UserError(f"dtype is {self.dtype!r}: a run to train on is handed over in float32; leave out --dtype")
         adapted = adapters_of(self.run) is not None
         if self.training and adapted:
             raise UserError(
-                f"training is set: {str(self.run)!r} trains adapters, which python -m torch_ref.train does not"
+                f"training is set: {str(self.run)!r} trains adapters, which python -m torch_ref.train does not: "
+                "pass --merge in its place"
             )
         if self.merge and not adapted:
             raise UserError(f"merge is set: {str(self.run)!r} has no adapters, leave it out")

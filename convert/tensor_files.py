@@ -159,7 +159,7 @@ class TensorFiles:
             "missing": sorted(wanted.keys() - found.keys() - {*optional}),
             "duplicate": sorted({*self.duplicates}),
             "not in the file that the index names": sorted({*self.misplaced}),
-            "misshaped": [
+            "of another shape": [
                 f"{name} {list(found[name])} instead of {list(shape)}"
                 for name, shape in wanted.items()
                 if found.get(name, shape) != shape

@@ -175,8 +175,8 @@ def _read_weights(
         table = {entry.torch_name: entry for entry in itertools.islice(entries(config, interleaved), most + 1)}
         if len(table) > most:
             raise UserError(
-                f"{source} holds {len(files.shapes)} tensors, and a model of its config has {MAX_MISSING} more or "
-                "beyond: pass the config that belongs to them"
+                f"{source} holds {len(files.shapes)} tensors, and its config.json describes at least "
+                f"{MAX_MISSING} more: pass the config.json of these weights"
             )
         trees: dict[str, Any] = dict(zip((PARAMS, ROUTING_BIAS), abstract_model(config)[1:], strict=True))
         ignored = _passed_over(files, L) if pass_over else set()
@@ -186,7 +186,7 @@ def _read_weights(
         wanted |= {scale: fp8.scale_shape(files.shapes[name]) for name, scale in scales.items()}
         optional = {name for name, entry in table.items() if entry.optional}
         if wrong := files.misfits(wanted, optional, ignored):
-            raise UserError(f"{source} does not fit the model config; {wrong}")
+            raise UserError(f"{source} does not fit the model config; {wrong}; pass the config.json of these weights")
         if "F64" in files.dtypes.values():
             note(f"{source}: float64 weights are read as float32")
         elements = sum(math.prod(shape) for shape in files.shapes.values())

@@ -85,7 +85,9 @@ def score(
     if not 2 <= seq_len <= limit:
         raise UserError(f"seq_len is {seq_len}: it must lie in 2 to max_position_embeddings = {limit}")
     if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no end-of-sequence token, with which the first window begins")
+        raise UserError(
+            "the tokenizer of the model has no end-of-sequence token, with which the first window begins: add one to it"
+        )
     parts, tokens, of_text = [], 0, 0
     documents = DocumentEncoder(encoder_of(tokenizer, data.special_tokens_in_text), data)
     for chunk in chunks:
@@ -98,7 +100,7 @@ def score(
         if tokens >= max_tokens:
             break
     if not of_text:
-        raise UserError("data: there is no text to evaluate on")
+        raise UserError("data: there is no text to evaluate on: pass --data with some")
     parts.append(documents.flush())
     check_vocabulary(documents.counts)
     ids = np.concatenate(parts)

@@ -130,7 +130,7 @@ def test_every_wrong_key_is_named_in_one_error(copy, capsys, tmp_path):
     assert error.count("\n") == 1
     for part in (
         "unknown: surprise.weight", "missing: lm_head.bias", "duplicate: position_embeddings.weight",
-        "misshaped: token_embeddings.weight [299, 32] instead of [300, 32]",
+        "of another shape: token_embeddings.weight [299, 32] instead of [300, 32]",
     ):  # fmt: skip
         assert part in error
     assert not (tmp_path / "run").exists()

@@ -256,7 +256,7 @@ def test_an_fp8_folder_is_the_folder_of_its_values(tmp_path, scale_dtype):
     ("change", "message"),
     [
         (lambda scales: None, "missing: .*o_proj.weight_scale_inv"),
-        (lambda scales: scales[:, :0], r"misshaped: .*o_proj.weight_scale_inv \[2, 0\] instead of \[2, 1\]"),
+        (lambda scales: scales[:, :0], r"of another shape: .*o_proj.weight_scale_inv \[2, 0\] instead of \[2, 1\]"),
     ],
 )
 def test_a_scale_that_is_missing_or_misshaped_is_named(tmp_path, change, message):

@@ -146,7 +146,9 @@ def test_a_class_that_encodes_otherwise_than_tokenizer_json_is_refused(config, o
     file = write(tmp_path / "tokenizer_config.json", config | {"eos_token": "</s>"})
     tokenizer = load_tokenizer(tmp_path)
     if other is not None:
-        with pytest.raises(UserError, match=f"^{file}: tokenizer_class is .* encodes by {other}, and otherwise than"):
+        with pytest.raises(
+            UserError, match=f"^{file}: tokenizer_class is .* would use {other}, which encodes differently from"
+        ):
             check_tokenizer_class(tmp_path, tokenizer, {"model_type": "customllm"})
         return
     check_tokenizer_class(tmp_path, tokenizer, {"model_type": "customllm"})

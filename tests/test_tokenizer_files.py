@@ -181,7 +181,7 @@ DAMAGE = {
     "no class": (with_config(tokenizer_class=None), "and it is None; train with --tokenizer FOLDER"),
     "another split": (
         lambda folder: (folder / "tokenization_moonshot.py").write_text(r'p = r"\p{N}{1,2}"'),
-        r"tokenization_moonshot\.py splits text otherwise than the TikTokenTokenizer that is read here; train with",
+        r"tokenization_moonshot\.py splits text differently from the TikTokenTokenizer that is read here; train with",
     ),
     "no code": (lambda folder: (folder / "tokenization_moonshot.py").write_text("def ("), "is not valid Python"),
     "no tokens": (with_config(added_tokens_decoder=None), "added_tokens_decoder is None: it must name the special"),

@@ -43,7 +43,9 @@ class LoraConfig:
             defaults = {field.name: field.default for field in dataclasses.fields(self)}
             for name in ("alpha", "targets", "rslora"):
                 if (value := getattr(self, name)) != defaults[name]:
-                    raise UserError(f"lora_{name} is {shown(value)}: it is of an adapter, pass --lora-rank")
+                    raise UserError(
+                        f"lora_{name} is {shown(value)}: it applies to adapters only; pass --lora-rank, too"
+                    )
 
     def adapts(self, target: str) -> bool:
         """Whether the matrices of a target have adapters."""

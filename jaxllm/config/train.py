@@ -195,8 +195,8 @@ class TrainConfig(RunConfig):
             if self.init is None:  # the optimizer may be that of the default recipe
                 raise UserError(NEEDS_INIT.format(self.lora.rank))
             raise UserError(
-                f"optimizer is {self.optim.optimizer!r}: it makes the update of a whole matrix orthogonal, and an "
-                "adapter's two factors are not one; pass --optimizer adamw with --lora-rank"
+                f"optimizer is {self.optim.optimizer!r}: Muon needs whole matrices, not the factors of an "
+                "adapter; pass --optimizer adamw with --lora-rank"
             )
         rows, model, mesh = self.data.batch_size, self.model, f"mesh is {shown(self.mesh.axes)}: "
         heads = [model.nope_head_dim, model.value_head_dim] + [model.rope_head_dim] * bool(model.q_latent_size)

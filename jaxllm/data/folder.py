@@ -188,7 +188,7 @@ def _candidates(root: Path, split: str, passed_over: dict[str, str], saved: dict
         own = set(names)
         if "train_config.json" in own or ("config.json" in own and "checkpoints" in subfolders):
             if folder == root:
-                raise UserError(f"data is {str(root)!r}: that is the folder of a run")
+                raise UserError(f"data is {str(root)!r}: that is the folder of a run; pass the folder of the text")
             leave_out("", "the folder of a run")
             subfolders.clear()
             continue

@@ -60,13 +60,13 @@ def _check(data: DataConfig, found: HeldOut, tokens: int) -> None:
     what, counts = f"data is {data.source!r}: ", found.encoded
     if tokens == 0 and data.hold_out == "nothing":
         raise UserError(
-            f"{what}the run holds nothing out of it, and the text that it is evaluated on is "
-            "gone or has nothing to read: put it back, or pass --eval-data"
+            f"{what}the run has no held-out part, and the text that it is evaluated on is missing or "
+            "empty: put it back, or pass --eval-data"
         )
     if tokens == 0 and (skipped := counts.without_target + counts.refused):
         raise UserError(
             f"{what}of {skipped} chats that were read to be evaluated, {counts.refused} are of a form that the chat "
-            f"template does not take, and in {counts.without_target} the role assistant says nothing: mend them, or "
+            f"template does not take, and in {counts.without_target} the role assistant says nothing: fix them, or "
             "pass --train-on all"
         )
     if tokens == 0:

@@ -76,7 +76,9 @@ def check_ranks(folder: Path) -> None:
     code = sorted(folder.glob("tokenization_*.py"))
     said = [text for path in code for text in _texts(path)]
     if code and not all(any(part in text for text in said) for part in RANK_CLASSES[kind].split):
-        raise UserError(f"{listed(path.name for path in code)} splits text otherwise than the {kind} that is read here")
+        raise UserError(
+            f"{listed(path.name for path in code)} splits text differently from the {kind} that is read here"
+        )
 
 
 def _texts(path: Path) -> Iterator[str]:

@@ -53,7 +53,7 @@ def check_same(folder: Path, tokenizer: Any) -> None:
             continue
         if tokenizer(text, add_special_tokens=False)["input_ids"] != theirs.encode(text):
             raise UserError(
-                f"{file}: this release of transformers encodes {shown(text)} otherwise than "
+                f"{file}: this release of transformers encodes {shown(text)} differently from "
                 "SentencePiece: put a tokenizer.json of the same tokens into the folder, or train with --tokenizer "
                 "FOLDER"
             )

@@ -103,7 +103,8 @@ def _open_one(data: DataConfig, seed: int, shard: Shard, evaluation: Evaluation 
             )
         if data.skip_data and not is_old:
             raise UserError(
-                f"skip_data is {shown(data.skip_data)}: it leaves out files, and {data.source!r} is on the Hub"
+                f"skip_data is {shown(data.skip_data)}: it is for files, and {data.source!r} is on the Hub: "
+                "leave it out"
             )
         return HubSource(replace(data, revision=None) if is_fingerprint(data.revision) else data, shard, evaluation)
     if data.revision is not None and not is_fingerprint(data.revision) and not is_old:

@@ -71,7 +71,7 @@ def check_tokenizer_class(folder: Path, tokenizer: PreTrainedTokenizerBase, mode
     if not same:
         vocabulary = next(name for name in VOCABULARIES if any(folder.glob(name)))
         raise UserError(
-            f"{config}: tokenizer_class is {shown(values.get('tokenizer_class'))}: AutoTokenizer then encodes by "
-            f"{type(other).__name__}, and otherwise than {vocabulary}, by which a run encodes: set it to "
-            f"{PLAIN_CLASSES[0]} to train by {vocabulary}, or write tokenizer.json with that class's save_pretrained"
+            f"{config}: tokenizer_class is {shown(values.get('tokenizer_class'))}: AutoTokenizer would use "
+            f"{type(other).__name__}, which encodes differently from {vocabulary}, which a run uses: set it to "
+            f"{PLAIN_CLASSES[0]} to train with {vocabulary}, or write tokenizer.json with that class's save_pretrained"
         )

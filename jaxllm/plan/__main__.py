@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.mesh.devices > target.devices:
         raise UserError(
             f"mesh is {config.mesh.axes!r}: its {config.mesh.devices} devices are more than the {target.devices} of a "
-            f"node ({target.name}), whose interconnect is all that a plan knows"
+            f"node ({target.name}): a plan covers one node, pass a smaller --mesh"
         )
     check_extra(args.target, target)
     seed = recipe("seed", name)

@@ -25,7 +25,7 @@ def check_shapes(init: Path, model: ModelConfig) -> None:
     was = "; ".join(
         f"{name} is {shown(now)}, and the weights have {shown(before)}" for name, before, now in alone or changed
     )
-    raise UserError(f"{was}: --init gives the model of {init}, leave the option out")
+    raise UserError(f"{was}: --init gives the model of {init}, leave out what is named")
 
 
 def _reshapes(model: ModelConfig, option: str, value: Any, shapes: dict[str, tuple[int, ...]]) -> bool:

@@ -97,7 +97,9 @@ def prepare(
         UserError: the folder, the data, the tokenizer or a prompt does not fit the config.
     """
     if framework == "PyTorch" and families.names_of(config.model) != "customllm":
-        raise UserError(f"preset is {shown(config.preset)}: python -m torch_ref.train trains CustomLLM alone")
+        raise UserError(
+            f"preset is {shown(config.preset)}: python -m torch_ref.train trains only CustomLLM; use train.py"
+        )
     check_tracker(config.logging.log_to)
     resumes, saved = _take_folder(config, framework, lock)
     config = _with_kept_options(config, saved, processes, bfloat16)
@@ -139,7 +141,7 @@ def prepare(
         config = _with_their_prompts(config, length)
     _check_prompts(config.sampling, config.model.max_position_embeddings, length)
     if not bytes_per_target(tokenizer, evaluated.rows, data):
-        raise UserError("data: the tokens of the held-out part have no text: pass another --tokenizer")
+        raise UserError("data: the tokens of the held-out part decode to an empty text: pass another --tokenizer")
     if (epochs := config.schedule.epochs) is not None and saved.get("epochs") != epochs:
         config = config.with_options(steps=steps_for_epochs(epochs, data, config.seed, streams, tokenizer))
     if not resumes:

@@ -48,7 +48,7 @@ def init_distributed(mesh: MeshConfig, options: dict[str, Any]) -> None:
     automatic = mesh.coordinator == "auto"
     rest = "" if automatic else f", process {mesh.process_id} of {mesh.num_processes}"
     what = f"coordinator is {mesh.coordinator!r}{rest}: the processes could not connect"
-    with as_user_error(lambda error: f"{what} ({one_line(error)})"):
+    with as_user_error(lambda error: f"{what} ({one_line(error)}): start all of them, and check the address"):
         if automatic:
             jax.distributed.initialize()
         else:

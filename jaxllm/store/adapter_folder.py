@@ -50,7 +50,10 @@ def adapter_options(folder: StrPath) -> dict[str, Any]:
             raise UserError(f"{file}: {key} is {shown(values[key])}: it must be {must}")
     rank, alpha = values.get("r"), values.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise UserError(f"{file}: r is {shown(rank)} and lora_alpha {shown(alpha)}: they must be numbers")
+        raise UserError(
+            f"{file}: r is {shown(rank)} and lora_alpha is {shown(alpha)}: r must be an integer of at least 1, and "
+            "lora_alpha a number"
+        )
     if dropout := values.get("lora_dropout"):
         note(f"{file}: lora_dropout is {shown(dropout)}: the adapter is trained on without dropout")
     try:

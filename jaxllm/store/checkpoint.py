@@ -202,10 +202,12 @@ def newest_checkpoint(run: StrPath) -> CheckpointReader:
     """The newest undamaged checkpoint of a run's folder. Raises a UserError if it is not one, or has none."""
     run = Path(run)
     if not is_run(run):
-        raise UserError(f"{str(run)!r} is not a run folder: it has no checkpoints/ directory")
+        raise UserError(
+            f"{str(run)!r} is not a run folder: it has no folder checkpoints; pass the folder of a run, as runs/tiny"
+        )
     step = choose_checkpoint(run).step
     if step is None:
-        raise UserError(f"{run / 'checkpoints'} holds no complete checkpoint")
+        raise UserError(f"{run / 'checkpoints'} holds no complete checkpoint: train the run, or pass another")
     return CheckpointReader(run, step)
 
 

@@ -37,7 +37,7 @@ class FolderLock:
         except filelock.Timeout:
             raise UserError(f"{where}: {self._owner()} trains there; wait, or pass another --run-dir") from None
         except FileExistsError:
-            raise UserError(f"{where}: that is a file") from None
+            raise UserError(f"{where}: that is a file; pass another --run-dir") from None
         except (OSError, NotImplementedError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{where}: nothing can be written there ({reason})") from None

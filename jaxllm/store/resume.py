@@ -49,7 +49,7 @@ def check_folder(folder: Path, framework: Framework, overwrite: bool) -> bool:
     if not folder.exists():
         return False
     if not folder.is_dir():
-        raise UserError(f"run_dir is {str(folder)!r}: that is a file")
+        raise UserError(f"run_dir is {str(folder)!r}: that is a file; pass another --run-dir")
     owner = checkpoint_owner(folder)
     # Not `checkpoint-*`: any project's Trainer writes such folders, next to any config.json.
     ours = (folder / CONFIG_FILE).is_file() or is_run(folder) or (folder / OVERWRITING).exists()
@@ -97,8 +97,8 @@ def check_resumable(config: RunConfig) -> None:
         was = "; ".join(f"{name} is {shown(now)}, and the run has {shown(before)}" for name, before, now in changed)
         raise UserError(
             f"{was}: the run in {config.folder} cannot be resumed with "
-            f"{'that' if len(changed) == 1 else 'these'}; leave the option out, or "
-            "pass another --run-dir"
+            f"{'that; leave the option out' if len(changed) == 1 else 'these; leave the options out'}, or pass another "
+            "--run-dir"
         )
 
 
