@@ -169,7 +169,7 @@ def test_a_validation_split_that_is_gone_is_named(tmp_path):
     config = config.with_options(hold_out=open_source(config.data, config.seed).hold_out)
     held_out_of(config, tokenizer)
     (tmp_path / "validation.jsonl").unlink()
-    with pytest.raises(UserError, match="the text that it is evaluated on is gone"):
+    with pytest.raises(UserError, match="the text that it is evaluated on is missing or empty"):
         held_out_of(config, tokenizer)
 
 

@@ -37,7 +37,7 @@ class PlanArgs:
     """Compile the training step for a device that you do not have. Exits with 1 if it does not fit."""
 
     preset: Annotated[
-        str | None, tyro.conf.arg(help=f"The model's shape: one of {', '.join(PRESETS)}; default: {DEFAULT}.")
+        str | None, tyro.conf.arg(help=f"The model's shape: one of {', '.join(PRESETS)}. Default: {DEFAULT}.")
     ] = None
     init: Path | None = None
     """A folder whose config.json gives the model's shape, in place of --preset."""
