@@ -45,7 +45,14 @@ def exported(run: Path, out: Path, *options: str) -> Path:
 
 
 def evaluations(run: Path) -> list[float]:
+    """The loss on held-out chats after each step."""
     return [record["eval_loss"] for record in read_metrics(run) if "eval_loss" in record]
+
+
+def assert_learned(run: Path) -> None:
+    """The loss after the last step is well below that after the first. Later ones are noisy: there are 24 targets."""
+    first, *_, last = evaluations(run)
+    assert last < 0.7 * first, (first, last)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +77,7 @@ def options(base, tmp_path_factory) -> list[str]:
     ]
     file = tmp_path_factory.mktemp("chats") / "chats.jsonl"
     file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
-    steps = ["--steps", "30", "--warmup-steps", "3", "--eval-every", "15", "--save-every", "30"]
+    steps = ["--steps", "30", "--warmup-steps", "3", "--eval-every", "1", "--save-every", "30"]
     return ["--init", str(base), "--data", str(file), *steps]
 
 
@@ -108,7 +115,7 @@ def test_all_weights(base, options, tmp_path):
     asked, end = prompts(out), stock(out).config.eos_token_id
     answers = ours(run, asked, end)
     assert in_transformers(stock(out), asked, end) == answers != ours(base, asked, end)
-    assert evaluations(run)[-1] < evaluations(run)[0]
+    assert_learned(run)
     assert "## 'What does function_" in (run / "samples.md").read_text()  # prompts of its own kind
 
 
@@ -127,7 +134,7 @@ def test_adapters(base, options, tmp_path):
     assert in_transformers(model, asked, end) == answers
     model.save_pretrained(tmp_path / "saved")
     assert in_transformers(model.merge_and_unload(), asked, end) == answers
-    assert evaluations(run)[-1] < evaluations(run)[0]
+    assert_learned(run)
 
     rest = [*options, "--learning-rate", "0", "--steps", "1", "--warmup-steps", "0"]
     again = trained(tmp_path / "again", *rest, "--adapter", str(tmp_path / "saved"))
