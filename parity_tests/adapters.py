@@ -22,7 +22,7 @@ from jaxllm.config import LoraConfig, ModelConfig, TrainConfig
 from jaxllm.config.families import is_interleaved
 from jaxllm.errors import UserError, one_line
 from jaxllm.model.dtypes import Pytree
-from jaxllm.model.inference import masters
+from jaxllm.model.inference import as_stored
 from jaxllm.packages import is_installed
 from jaxllm.store.checkpoint import Weights, read_newest
 from jaxllm.store.source import read_source
@@ -63,7 +63,8 @@ def read_adapters(run: Path, model: ModelConfig, config: TrainConfig) -> Adapter
         UserError: as `run_weights` does.
     """
     saved = jax.device_get(read_newest(run, lambda saved: saved.adapters(model, config.lora)))
-    frozen = jax.device_get(run_base(run, config.init, masters))
+    # the values that were frozen: of FP8 files they are rounded to bfloat16
+    frozen = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), run_base(run, config.init, as_stored))
     params, note = with_noise(saved.params, config.lora)
     return Adapters(saved._replace(params=params), Base(config.lora, frozen), read_source(run), note)
 
