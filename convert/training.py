@@ -7,7 +7,6 @@ files needs PyTorch, which is imported when it is needed.
 
 import shutil
 from pathlib import Path
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from jaxllm.data.stream import POSITION_FILE, read_position
 from jaxllm.errors import UserError
 from jaxllm.files import StrPath, write_json
 from jaxllm.model.decoder import abstract_model
-from jaxllm.packages import check_own
+from jaxllm.packages import check_own, is_installed
 from jaxllm.store.checkpoint import CheckpointReader, ResumeState, Weights, read_newest
 from jaxllm.store.checkpoint_writer import write_run
 from jaxllm.store.folder import CONFIG_FILE, MODEL_FILE, TOKENIZER, checkpoint_owner, read_config, read_model_config
@@ -42,7 +41,10 @@ def export_training(run: StrPath, out: StrPath) -> None:
     Raises:
         UserError: `run` has no training to resume, or `out` holds something already.
     """
-    run, out, hand_over = Path(run), Path(out), _pytorch()
+    run, out = Path(run), Path(out)
+    _check_pytorch()
+    from torch_ref import hand_over
+
     check_new(out)
     model = read_model_config(run)
     if names_of(model) != "customllm":
@@ -86,7 +88,9 @@ def import_training(source: StrPath, run: StrPath) -> None:
     Raises:
         UserError: `source` has no complete checkpoint, or `run` holds something already.
     """
-    source, hand_over = Path(source), _pytorch()
+    source = Path(source)
+    _check_pytorch()
+    from torch_ref import hand_over
     from torch_ref.checkpoint import OPTIMIZER_FILE, last_checkpoint, reading
 
     check_new(run)
@@ -130,10 +134,8 @@ def _check_tokenizer(run: Path) -> None:
         raise UserError(f"{str(run)!r} lacks its tokenizer: put the run's tokenizer.json into {run / TOKENIZER}")
 
 
-def _pytorch() -> ModuleType:
+def _check_pytorch() -> None:
+    """Raise a UserError if it is not installed."""
     check_own("torch_ref")
-    try:
-        from torch_ref import hand_over
-    except ImportError:
-        raise UserError("a training run of PyTorch needs PyTorch: pip install 'jaxllm[torch]'") from None
-    return hand_over
+    if not is_installed("torch"):
+        raise UserError("a training run of PyTorch needs PyTorch: pip install 'jaxllm[torch]'")
