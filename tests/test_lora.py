@@ -195,13 +195,14 @@ def test_an_adapter_goes_out_and_in(run, base, options, tmp_path, capsys):
     jax.tree.map(
         np.testing.assert_array_equal, read_folder(tmp_path / "merged")[1].params, jax.tree.map(np.float32, rounded)
     )
-    again = [*options, "--run-dir", str(tmp_path / "run"), "--learning-rate", "0", "--steps", "1"]
+    again = [*options, "--run-dir", str(tmp_path / "run"), "--learning-rate", "0", "--steps", "2", "--save-every", "1"]
     at = again.index("--lora-rank")  # rank, alpha and targets are the adapter's
     again[at : at + 6] = ["--adapter", str(tmp_path / "out")]
     assert train.main(again) == 0
     jax.tree.map(np.testing.assert_array_equal, saved_adapters(run, 4), saved_adapters(tmp_path / "run", 1))
     shutil.rmtree(tmp_path / "out")  # the checkpoints have the adapter now
-    assert train.main(["--run-dir", str(tmp_path / "run"), "--steps", "2"]) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    assert train.main(["--run-dir", str(tmp_path / "run")]) == 0
     assert convert(["to-torch", str(run), str(tmp_path / "x"), "--dtype", "bfloat16"]) == 2
     assert "pass --merge" in capsys.readouterr().err
 
