@@ -87,7 +87,7 @@ def load_pair(args: ParityArgs) -> Pair:
         if names_of(config) == "deepseek":
             return _deepseek_pair(args, config, weights, read_source(args.weights), folder=None)
         with tempfile.TemporaryDirectory() as scratch:
-            export_run(args.weights, Path(scratch) / "exported")
+            export_run(args.weights, Path(scratch) / "exported", dtype="float32")
             model, code = TorchCustomLLM.from_pretrained(Path(scratch) / "exported"), OWN_CODE
     else:
         source = read_json(args.weights / "config.json") if args.weights.is_dir() else {}
@@ -331,7 +331,7 @@ def plan_passes(args: ParityArgs, run: TrainConfig | None) -> tuple[list[Pass], 
     if reason and "adapters" in args.rungs and args.rungs != RUNGS:
         raise UserError(f"rungs has adapters, and {reason}")
     steps = min(args.steps, MIN_STEPS) if args.quick else args.steps
-    settings = Settings(args.seq_len, steps, args.optimizer, run, widens=not args.quick)
+    settings = Settings(args.seq_len, steps, args.optimizer, run, widens=not args.quick, greedy=not args.quick)
     left_out = (*(NOT_QUICK if args.quick else ()), *(("adapters",) if reason else ()))
     rungs = tuple(rung for rung in args.rungs if rung not in left_out)
     passes = [Pass(args.precision or "float32", rungs, settings)]

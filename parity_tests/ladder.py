@@ -67,7 +67,8 @@ class Ladder:
         self.forward = ForwardRungs(subject, self.ids)
         # without a run's own choice, gradients are computed with remat and steps without
         self.training = TrainingRungs(subject, self.plan, tokens, None if settings.run else True)
-        self.generation = JaxGeneration(config, weights, tokens, precision, quick=not settings.widens)
+        few = not settings.widens
+        self.generation = JaxGeneration(config, weights, tokens, precision, quick=few, greedy=settings.greedy)
         self.adapters = AdapterRung(subject, adapters, self.plan, tokens, self.ids) if adapters else None
 
     @staticmethod

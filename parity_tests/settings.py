@@ -27,6 +27,10 @@ STEP_TOKENS = 2**14
 """Tokens of a step, at most."""
 
 
+QUICK_ROWS = 2
+"""Rows of a micro-batch where nothing is widened: a mean over rows still differs from a single one."""
+
+
 class Thresholds(NamedTuple):
     """Sizes at which the code takes another way, on the platform here."""
 
@@ -84,6 +88,8 @@ class Settings:
     """How many of the steps are compared at most; None: all."""
     widens: bool = True
     """Whether gradients are compared at sizes beyond the thresholds of the code, or at those of the steps."""
+    greedy: bool = True
+    """Whether tokens are generated, too, by two more programs."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,7 @@ def make_plan(model: ModelConfig, precision: str, settings: Settings) -> Plan:
         if own.micro_batches * own.rows * own.tokens > STEP_TOKENS:
             own = own._replace(rows=max(1, STEP_TOKENS // (own.micro_batches * own.tokens)))
         if not settings.widens:
-            own = own._replace(rows=min(own.rows, _rows_beyond(own.tokens)))
+            own = own._replace(rows=min(own.rows, QUICK_ROWS))
         named = {"grad_accum": (run.data.grad_accum, own.micro_batches), "batch_size": (run.data.batch_size, own.rows)}
         notes += [f"{name} {new} (the run's: {old})" for name, (old, new) in named.items() if old != new]
     own = settings.sizes or own

@@ -401,6 +401,17 @@ def test_each_option_of_a_run_is_compared_or_named():
         assert len(left_out(run.with_options(**changes))) > len(left_out(run)), changes
 
 
+def test_what_quick_leaves_out_is_named(tokens):
+    (only,), _ = plan_passes(ParityArgs(quick=True), TrainConfig.from_options(model=LEAST, batch_size=8, seq_len=24))
+    ladder, model = ladder_of(LEAST, tokens % 512, "float32", **{
+        name: getattr(only.settings, name) for name in ("steps", "run", "widens", "greedy")
+    })  # fmt: skip
+    assert ladder.plan.sizes == Sizes(1, 2, 24)
+    ((_, rows),) = ladder.climb(model, ("generation",))
+    assert {row.what for row in rows} == {"cached logits"}
+    assert "greedy tokens, and the end of a text" in ladder.not_compared
+
+
 def test_adapters_are_named_where_peft_is_missing(monkeypatch):
     run = TrainConfig.from_options(model=TINY, **NAMED_IF_SET["lora_rank"])
     monkeypatch.setattr(command, "has_peft", lambda: False)

@@ -53,6 +53,7 @@ class Gradients(NamedTuple):
     grads: Named
     experts: np.ndarray | None  # (A,L,B,T,k), chosen by PyTorch's routers; None from JAX
     scales: dict[str, float] = {}  # noqa: RUF012  the norm of the gradient at the output of each module; from PyTorch
+    norm: float | None = None  # of all together, if they are those of a step
 
     def scale_of(self, name: str) -> float:
         """The size of the gradients that one is summed from: at the outputs of its module and of the one around it."""
@@ -152,7 +153,7 @@ class JaxTraining:
         scale = min(1.0, self.limit / (done.grad_norms[0] + 1e-6))
         betas = {name: optim.beta1 if name in done.nu else optim.muon_momentum for name in done.mu}
         grads = {name: moment / ((1 - betas[name]) * scale) for name, moment in done.mu.items()}
-        return Gradients(done.losses[0], grads, None)
+        return Gradients(done.losses[0], grads, None, norm=done.grad_norms[0])
 
     def evaluate(self, labels: np.ndarray) -> tuple[float, int]:
         """Summed loss and number of targets of a batch (B,T), as the training run evaluates it."""

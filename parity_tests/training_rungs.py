@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -101,8 +100,9 @@ class TrainingRungs:
         """Of the gradients of the first two batches."""
         if self.plan.norms is not None:
             return self.plan.norms
-        one, other = (self.jax.train(labels[None]).grad_norms[0] for labels in self.batches[:2])
-        return one, other
+        one = self.jax.train(self.batches[:1]).grad_norms[0]
+        other = self._free_gradients.norm if self._by_a_step else None  # the wide batch is then the second one
+        return one, self.jax.train(self.batches[1:2]).grad_norms[0] if other is None else other
 
     @functools.cached_property
     def config(self) -> TrainConfig:
@@ -119,10 +119,9 @@ class TrainingRungs:
         return config
 
     @property
-    def _jax_gradients(self) -> Callable[..., Gradients]:
+    def _by_a_step(self) -> bool:
         """Where the gradients have the size of the steps, the steps' program has them: one less is compiled."""
-        same = self.plan.wide == self.plan.sizes and self.recomputes is None
-        return self.jax.gradients_of_a_step if same else self.jax.gradients
+        return self.plan.wide == self.plan.sizes and self.recomputes is None
 
     # gradients
 
@@ -156,7 +155,8 @@ class TrainingRungs:
         )
 
     def _gradients_of(self, weights: Weights, experts: np.ndarray | None = None) -> Gradients:
-        return self._jax_gradients(self.wide_batch, experts, weights)
+        gradients = self.jax.gradients_of_a_step if self._by_a_step else self.jax.gradients
+        return gradients(self.wide_batch, experts, weights)
 
     @functools.cached_property
     def _free_gradients(self) -> Gradients:
