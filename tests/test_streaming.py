@@ -364,6 +364,7 @@ def test_two_gigabytes_take_the_share_of_a_process(kind, tmp_path):
         for process in processes:
             said = json.loads(process.communicate(timeout=900)[0].splitlines()[-1])
             assert process.returncode == 0
+            print(kind, mesh, f"{len(processes)} processes", {key: said[key] for key in ("read", "share", "peak")})
             assert said["peak"] < said["share"] + largest + MARGIN, said
             assert said["read"] < size / len(processes) + 40 * 10**6  # headers, scales, and what Python itself reads
             found.append(said["found"])
