@@ -30,7 +30,7 @@ from parity_tests import command, training_rungs
 from parity_tests.__main__ import main
 from parity_tests.adapter_mutations import ADAPTER_MUTATIONS
 from parity_tests.command import not_compared, plan_passes
-from parity_tests.compare import TOLERANCES, compare_arrays, compare_leaves
+from parity_tests.compare import TOLERANCES, Row, compare_arrays, compare_leaves
 from parity_tests.executed import Executed
 from parity_tests.forward import QUERIES_AND_KEYS, QUERY_KEY_GAIN, random_weights, torch_model
 from parity_tests.jax_mutations import BFLOAT16_MUTATIONS, JAX_MUTATIONS
@@ -592,6 +592,20 @@ def test_two_layers_at_full_width_train(tokens, precision):
 @pytest.mark.slow
 def test_the_whole_customllm_1b(tokens):
     assert failures(*ladder_of(PRESETS["customllm-1b"], tokens, "float32"), rungs=FORWARD) == []
+
+
+def test_a_small_update_may_differ_by_how_its_parameters_are_rounded():
+    before = {"a": np.linspace(0.01, 0.1, 50, dtype=np.float32)}
+    failed = Row("step", "update", "a", False, "", relative_l2=2e-4)
+
+    def stepped(values: np.ndarray) -> Any:
+        return SimpleNamespace(params={"a": values})
+
+    ours = before["a"] + np.float32(1e-5)
+    rounded, wrong = np.nextafter(ours, np.float32(1)), ours + np.float32(1e-7)
+    assert training_rungs._as_stored(failed, before, stepped(ours), stepped(rounded)).passed
+    assert not training_rungs._as_stored(failed, before, stepped(ours), stepped(wrong)).passed
+    assert not training_rungs._as_stored(failed, before, stepped(ours), stepped(ours * np.nan)).passed
 
 
 def test_nan_never_passes():
