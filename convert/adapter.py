@@ -173,7 +173,7 @@ def read_adapter(folder: StrPath, config: ModelConfig, params: Pytree, interleav
         params: shapes of those of the model: all of them must be in the folder, and nothing else.
 
     Raises:
-        UserError: tensors are missing, unknown or misshaped, or not finite.
+        UserError: tensors are missing, unknown, of another shape, or not finite.
     """
     file = Path(folder) / ADAPTER_WEIGHTS
     arrays: dict[str, Pytree] = {PARAMS: _zeros(params)}

@@ -1,8 +1,8 @@
 """FP8 files of the DeepSeek family: each block of 128 x 128 values of a weight has one scale (arXiv:2412.19437, 3.3.2).
 
 A weight of F8_E4M3 has a sibling tensor NAME_scale_inv, of one number for each block, the last blocks being partial.
-Their product is computed in float32. Weights that are trained keep it; all others are rounded once to bfloat16, which
-is what DeepSeek's own conversion writes.
+Their product is computed in float32. Weights that `--init` reads to be trained keep it; all others are rounded once to
+bfloat16, which is what DeepSeek's own conversion writes.
 """
 
 from collections.abc import Mapping

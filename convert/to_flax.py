@@ -152,7 +152,7 @@ def read_weights(source: StrPath, config: ModelConfig, interleaved: bool = True,
             is not part of this model.
 
     Raises:
-        UserError: keys are unknown, missing, duplicate, misplaced or misshaped, of each of which the first are named.
+        UserError: keys are unknown, missing, duplicate, misplaced or of another shape; the first of each are named.
     """
     return _read_weights(Path(source), config, interleaved, **options)[0]
 

@@ -5,6 +5,7 @@ stopped. Only dropout's random numbers do not cross: the frameworks draw differe
 files needs PyTorch, which is imported when it is needed.
 """
 
+import importlib
 import shutil
 from pathlib import Path
 
@@ -20,10 +21,10 @@ from convert.to_torch import write_model
 from jaxllm.config import RunConfig, TrainConfig
 from jaxllm.config.families import names_of
 from jaxllm.data.stream import POSITION_FILE, read_position
-from jaxllm.errors import UserError
+from jaxllm.errors import UserError, as_user_error, one_line
 from jaxllm.files import StrPath, write_json
 from jaxllm.model.decoder import abstract_model
-from jaxllm.packages import check_own, is_installed
+from jaxllm.packages import check_own
 from jaxllm.store.checkpoint import CheckpointReader, ResumeState, Weights, read_newest
 from jaxllm.store.checkpoint_writer import write_run
 from jaxllm.store.folder import CONFIG_FILE, MODEL_FILE, TOKENIZER, checkpoint_owner, read_config, read_model_config
@@ -135,7 +136,8 @@ def _check_tokenizer(run: Path) -> None:
 
 
 def _check_pytorch() -> None:
-    """Raise a UserError if it is not installed."""
+    """Raise a UserError if what is needed of it cannot be imported."""
     check_own("torch_ref")
-    if not is_installed("torch"):
-        raise UserError("a training run of PyTorch needs PyTorch: pip install 'jaxllm[torch]'")
+    needs = "a training run of PyTorch needs PyTorch: pip install 'jaxllm[torch]'"
+    with as_user_error(lambda error: f"{needs} ({one_line(error)})"):
+        importlib.import_module("torch_ref.hand_over")

@@ -100,7 +100,7 @@ def score(
         if tokens >= max_tokens:
             break
     if not of_text:
-        raise UserError("data: there is no text to evaluate on: pass --data with some")
+        raise UserError("data: there is no text to evaluate on: pass other --data")
     parts.append(documents.flush())
     check_vocabulary(documents.counts)
     ids = np.concatenate(parts)

@@ -103,10 +103,6 @@ def chat(args: GenerateArgs, model: CustomLLM, tokenizer: PreTrainedTokenizerBas
         turns.append({"role": "assistant", "content": printed})
 
 
-SAMPLING = Sampling(temperature=0.8, top_p=0.95)
-"""The default of the command."""
-
-
 @dataclass(frozen=True)
 class GenerateArgs:
     """Continue prompts with a trained model."""

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args: ParityArgs = parse(ParityArgs, argv, "python -m parity_tests", __doc__)
     check_own("convert", "torch_ref")
     if not is_installed("torch"):
-        raise UserError("PyTorch is not installed, which is one of the two sides: pip install 'jaxllm[torch]'")
+        raise UserError("PyTorch is not installed, which is one of the two sides: pip install torch accelerate")
     from parity_tests.command import compare
 
     return compare(args)

@@ -71,7 +71,10 @@ def adapters_exchanged(layers: list[Any]) -> None:
         return layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
     pairs = ((factors(one), factors(other)) for one, other in combinations(layers, 2))
-    one, other = next((a, b) for a, b in pairs if [x.shape for x in a] == [x.shape for x in b])
+    alike = next(((a, b) for a, b in pairs if [x.shape for x in a] == [x.shape for x in b]), None)
+    if alike is None:
+        raise UserError("mutate: no two adapted matrices have the same shape, plant another fault")
+    one, other = alike
     for first, second in zip(one, other, strict=True):
         first.data, second.data = second.data, first.data
 

@@ -109,7 +109,8 @@ class AdapterRung:
 
     def __init__(self, subject: Subject, adapters: Adapters, plan: Plan, tokens: np.ndarray, ids: np.ndarray):
         subject = subject._replace(weights=adapters.weights, base=adapters.base)
-        plan = dataclasses.replace(plan, norms=None, notes=[adapters.note] if adapters.note else [])
+        config = plan.config.with_options(optimizer="adamw")  # which trains all adapters
+        plan = dataclasses.replace(plan, config=config, norms=None, notes=[adapters.note] if adapters.note else [])
         self.subject, self.adapters = subject, adapters
         self.forward, self.training = ForwardRungs(subject, ids), TrainingRungs(subject, plan, tokens)
 

@@ -40,7 +40,7 @@ from parity_tests.hf_mutations import STOCK_MUTATIONS
 from parity_tests.jax_mutations import BFLOAT16_MUTATIONS, JAX_MUTATIONS
 from parity_tests.ladder import Ladder
 from parity_tests.mutations import MUTATIONS, Mutation
-from parity_tests.options import MIN_STEPS, RUNGS, ParityArgs
+from parity_tests.options import RUNGS, ParityArgs
 from parity_tests.report import NAMED, draw_report, write_page, write_report
 from parity_tests.settings import Settings
 from parity_tests.text import read_tokens
@@ -74,7 +74,7 @@ def load_pair(args: ParityArgs) -> Pair:
         config = dataclasses.replace(preset(args.random_preset), dropout=0.0)
         if args.layers is not None:
             config = dataclasses.replace(config, num_hidden_layers=args.layers)
-        weights = random_weights(config, args.seed)
+        weights = random_weights(config, args.seed or 0)
         model = torch_model(config, weights, args.precision)
         return Pair(config, weights, model, _stock(model) if names_of(config) == "deepseek" else OWN_CODE)
     if args.weights.is_file():
@@ -236,7 +236,8 @@ def compare(args: ParityArgs) -> int:
                 of_pass = dataclasses.replace(of_pass, norms=ladders[0].training.norms)
             with executed.watching():
                 interleaved = is_interleaved(pair.source)
-                ladders.append(Ladder(config, pair.weights, tokens, precision, of_pass, interleaved, adapters))
+                compared = adapters if "adapters" in rungs else None
+                ladders.append(Ladder(config, pair.weights, tokens, precision, of_pass, interleaved, compared))
                 for rung, found in climb(args, pair, ladders[-1], rungs, seconds, len(passes) > 1):
                     rows += [dataclasses.replace(row, rung=rung) for row in found]
     except Exception as error:  # of whatever the folder's code does
@@ -327,11 +328,12 @@ def plan_passes(args: ParityArgs, run: TrainConfig | None) -> tuple[list[Pass], 
     Raises:
         UserError: the rung of adapters is asked for, and cannot be climbed.
     """
-    reason = _without_adapters(run)
+    reason = _without_adapters(args, run)
     if reason and "adapters" in args.rungs and args.rungs != RUNGS:
         raise UserError(f"rungs has adapters, and {reason}")
-    steps = min(args.steps, MIN_STEPS) if args.quick else args.steps
-    settings = Settings(args.seq_len, steps, args.optimizer, run, widens=not args.quick, greedy=not args.quick)
+    settings = Settings(
+        args.seq_len, args.most_steps, args.optimizer, run, widens=not args.quick, greedy=not args.quick
+    )
     left_out = (*(NOT_QUICK if args.quick else ()), *(("adapters",) if reason else ()))
     rungs = tuple(rung for rung in args.rungs if rung not in left_out)
     passes = [Pass(args.precision or "float32", rungs, settings)]
@@ -341,16 +343,18 @@ def plan_passes(args: ParityArgs, run: TrainConfig | None) -> tuple[list[Pass], 
     return passes, settings
 
 
-def _without_adapters(run: TrainConfig | None) -> str | None:
+def _without_adapters(args: ParityArgs, run: TrainConfig | None) -> str | None:
     """Why no adapters are compared; None: they are."""
     if run is None or not run.adapters:
         return "there is no run that trains adapters: leave the rung out"
+    if args.precision == "bfloat16":
+        return "they are compared in float32 or float64: pass another --precision"
     return None if has_peft() else "they are compared with PEFT: pip install 'peft>=0.21'"
 
 
 def not_compared(args: ParityArgs, passes: list[Pass], ladders: list[Ladder], run: TrainConfig | None) -> list[str]:
     """What this comparison says nothing about, besides code that never ran."""
-    without = _without_adapters(run)
+    without = _without_adapters(args, run)
     rungs = [rung for rung in RUNGS if rung not in passes[0].rungs and not (without and rung == "adapters")]
     found = [f"the rungs {', '.join(rungs)}"] if rungs else []
     for precision, climbed, _ in passes[1:]:

@@ -47,11 +47,11 @@ class ParityArgs:
     precision: Literal["float32", "float64", "bfloat16"] | None = None
     """float64 distinguishes errors from rounding; none: float32 and then, if the run computes in it, bfloat16."""
     quick: bool = False
-    """Compare in float32 alone, with fewer steps and at smaller sizes; the last lines name what that leaves out."""
+    """Compare in one precision, with fewer steps and at smaller sizes; the last lines name what that leaves out."""
     seq_len: int = option(500, ge=1)
     """Tokens in the forward comparisons; short texts miss position faults."""
-    steps: int = option(50, ge=MIN_STEPS)
-    """Steps of the training trajectory."""
+    steps: int | None = option(None, ge=MIN_STEPS)
+    """Steps of the training trajectory; default: 50, with --quick 5."""
     optimizer: Literal["adamw", "muon"] | None = None
     """Of the training rungs; none: that of the run, or adamw."""
     text: Path | None = None
@@ -62,8 +62,8 @@ class ParityArgs:
     """A fault to plant in the PyTorch model; the ladder must catch it."""
     out: Path = Path("runs/parity")
     """The folder for parity.html, parity.json and parity.png."""
-    seed: int = option(0, ge=0, le=MAX_SEED)
-    """Seed of the random weights."""
+    seed: int | None = option(None, ge=0, le=MAX_SEED)
+    """Seed of the random weights; default: 0."""
     trust_remote_code: bool = False
     """Run the code in an exported folder, also where it is not this version's torch_ref/model.py, and compare that."""
 
@@ -71,9 +71,11 @@ class ParityArgs:
         check_fields(self)
         if not self.rungs:
             raise UserError(f"rungs is empty: choose from {', '.join(RUNGS)}")
-        for name in ("preset", "layers") if self.weights is not None else ():
+        for name in ("preset", "layers", "seed") if self.weights is not None else ():
             if (value := getattr(self, name)) is not None:
                 raise UserError(f"{name} is {shown(value)}: it is for random weights, not for given ones; leave it out")
+        if self.quick and self.steps is not None:
+            raise UserError(f"steps is {self.steps}: --quick compares {MIN_STEPS}, leave out one of the two")
         if self.trust_remote_code and self.weights is None:
             raise UserError("trust_remote_code is set: it is for the code of a folder, name one")
         if self.trust_remote_code and self.mutate is not None:
@@ -84,3 +86,8 @@ class ParityArgs:
     @property
     def random_preset(self) -> str:
         return self.preset or "tiny"
+
+    @property
+    def most_steps(self) -> int:
+        """Of the trajectory."""
+        return MIN_STEPS if self.quick else self.steps or 50

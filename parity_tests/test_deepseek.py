@@ -35,7 +35,7 @@ from parity_tests.settings import SMALL, Settings, make_plan, text_batches
 from parity_tests.training import JaxTraining, torch_train
 
 TOKENS = np.random.default_rng(0).integers(0, 97, 90 + 50 * 2 * 2 * 64)
-QUICK = ("v3-halves", "v2", "glm", "youtu")
+QUICK = ("v3-halves", "kimi-yarn", "v2", "v2-attention-bias", "glm", "youtu")
 """Cases that have each option of the mathematics at least once; the slow test runs all."""
 
 LENGTH = 90

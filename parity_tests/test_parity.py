@@ -374,7 +374,7 @@ NAMED_IF_SET = {
     "lora_rank": {"lora_rank": 8, "init": Path("base")}, "parallel": {"parallel": "pmap"}, "mesh": {"mesh": "data=2"},
     "documents": {"documents": "separate"},
 }  # fmt: skip
-"""Options that change a step and are not compared: the verdict names them."""
+"""Options that change a step, and whose verdict names what of them is not compared."""
 NOT_OF_A_STEP = {
     "preset", "recipe", "run_dir", "overwrite", "seed", "init", "adapter", "kernels", "coordinator", "num_processes",
     "process_id", "lora_alpha", "lora_targets", "lora_rslora", "lora_base_dtype", "data", "data_config", "data_split",

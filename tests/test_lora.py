@@ -141,7 +141,6 @@ def test_another_base_is_refused_in_one_line(run, base, options, tmp_path, capsy
         assert re.search("init is .*moved.* there is nothing: put it back, .* --run-dir .*run --init FOLDER", line)
 
 
-@pytest.mark.slow  # parity_tests/test_lora.py compares it with PEFT's
 def test_merged_equals_the_adapter_beside_the_base(run, base):
     """The exported, generated and evaluated model, in float32."""
     config = read_run(run, TrainConfig)

@@ -22,7 +22,7 @@ PROGRAM = "python -m torch_ref.train"
 @exit_on_user_error
 def main_without_pytorch() -> None:
     parse_args(None, PROGRAM, __doc__, RunConfig)  # --help ends here
-    raise UserError("PyTorch is not installed: pip install 'jaxllm[torch]'")
+    raise UserError("PyTorch is not installed: pip install torch accelerate")
 
 
 if __name__ == "__main__" and not is_installed("torch"):

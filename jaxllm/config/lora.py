@@ -29,7 +29,7 @@ class LoraConfig:
     """Multiply by alpha / sqrt(r) instead (rsLoRA, arXiv:2312.03732)."""
     base_dtype: Annotated[
         tyro.conf.Suppress[Literal["float32", "bfloat16", "float16"]], tyro.conf.arg(name="lora-base-dtype")
-    ] = option("bfloat16", resumable=True)
+    ] = option("bfloat16")
     """In which the frozen matrices are held, which a run decides at its first start: that of their files."""
 
     def __post_init__(self) -> None:

@@ -78,10 +78,13 @@ class PlanArgs:
 
 
 def held_dtype(init: Path) -> Any:
-    """In which a run holds the frozen matrices of a folder, by its config.json: FP8 in that of the others."""
+    """In which a run holds the frozen matrices of a folder, by its config.json; FP8 is held in bfloat16."""
     values = read_json(model_folder(init) / MODEL_FILE)
-    named = values.get("dtype") or values.get("torch_dtype")
-    return named if named in ("bfloat16", "float16") else "float32"
+    fp8 = "quantization_config" in values
+    named = values.get("dtype") or values.get("torch_dtype") or ("bfloat16" if fp8 else "float32")
+    if named not in ("bfloat16", "float16") or (fp8 and named == "float16"):  # the two have no narrower common dtype
+        return "float32"
+    return named
 
 
 @exit_on_user_error

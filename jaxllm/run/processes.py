@@ -138,7 +138,11 @@ def primary_result(work: Callable[[], Any]) -> Any:
             answer = {"made": work()}
         except BaseException as error:
             failed, answer = error, {"failed": True}
-    answer = _from_each(answer)[0]
+    barrier("primary result")
+    message = json.dumps(answer).encode()
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))
+    received = multihost_utils.broadcast_one_to_all(np.resize(np.frombuffer(message, np.uint8), length))
+    answer = json.loads(bytes(received))
     if failed is not None:
         raise failed
     if "failed" in answer:
