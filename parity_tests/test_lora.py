@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,8 @@ import pytest
 import torch
 from flax import nnx
 
+import train
+from convert.__main__ import main as convert
 from convert.adapter import read_adapter, write_adapter
 from jaxllm.config import LoraConfig, ModelConfig, TrainConfig, families
 from jaxllm.model.adapters import merged_weights
@@ -19,6 +22,7 @@ from jaxllm.model.decoder import abstract_adapted, abstract_model
 from jaxllm.model.decoding import Sampling, generate
 from jaxllm.store.checkpoint import Weights
 from jaxllm.train.step import merged
+from parity_tests.__main__ import main as compare
 from parity_tests.adapter_mutations import ADAPTER_MUTATIONS
 from parity_tests.adapters import AdapterRung, Adapters, in_peft, with_noise
 from parity_tests.compare import TOLERANCES, Row
@@ -187,3 +191,22 @@ def test_50_steps_equal_peft_s(name):
     largest = max(row.relative_l2 or 0 for row in rows)
     print(f"after 50 steps the largest difference is {largest:.1e}")
     assert largest < 1e-8
+
+
+@pytest.mark.slow
+def test_the_command_compares_the_adapters_of_a_run(run, narrow, tmp_path, capsys):
+    """On a base in bfloat16: the merged weights are wider, and are compared as they are."""
+    base, trained, out = (tmp_path / name for name in ("base", "run", "out"))
+    assert convert(["to-torch", str(run), str(base), "--dtype", "bfloat16"]) == 0
+    options = ("--init", str(base), "--lora-rank", "2", "--steps", "3", "--warmup-steps", "1", "--optimizer", "adamw")
+    data = narrow[narrow.index("--data") :][:2]
+    assert train.main([*data, *options, "--batch-size", "2", "--seq-len", "64", "--run-dir", str(trained)]) == 0
+    arguments = [str(trained), "--quick", "--rungs", "weights", "logits", "adapters", "--out", str(out)]
+    assert compare(arguments) == 0
+    said = capsys.readouterr().out
+    assert "Adapters in float32: rank 2, alpha 4, attention,shared,dense, in PEFT" in said
+    assert "more than one step of the run's adapters" in said
+    report = json.loads((out / "parity.json").read_text())
+    assert {"logits", "gradients", "update"} <= {row["what"] for row in report["rows"] if row["rung"] == "adapters"}
+    assert compare([*arguments, "--mutate", "adapter_left_out"]) == 1
+    assert "BREACH, first in: logits (rung adapters)" in capsys.readouterr().out
