@@ -84,6 +84,11 @@ def failures(rows: list[Row]) -> list[Row]:
     return [row for row in rows if not row.passed]
 
 
+def largest(rows: list[Row], *kinds: str) -> float:
+    """The largest relative L2 difference of some comparisons, or of all."""
+    return max(row.relative_l2 or 0.0 for row in rows if row.what.startswith(kinds or ""))
+
+
 @pytest.fixture(scope="module")
 def rung():
     """The Flax side is computed once for all tests of a model."""
@@ -94,6 +99,7 @@ def rung():
 def test_logits_gradients_and_a_step_equal_peft_s(rung, name):
     found = [*rung(name).compare()]
     assert failures(found) == []
+    assert largest(found, "logits", "gradients") < 1e-10
     assert {row.what.partition(",")[0] for row in found} == {
         "weights", "logits", "training loss", "gradients", "gradient norm", "first moments", "second moments", "update",
         "routing bias",
@@ -121,7 +127,9 @@ def test_logits_gradients_and_a_step_equal_peft_s(rung, name):
 )
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_all_shapes_equal_peft_s(name, rank, options, precision):
-    assert failures([*rung_of(case_of(name, rank, **options), precision).compare()]) == []
+    found = [*rung_of(case_of(name, rank, **options), precision).compare()]
+    assert failures(found) == []
+    assert precision == "float32" or largest(found, "logits", "gradients") < 1e-10
 
 
 @pytest.mark.parametrize("name", ["v3", "customllm"])
@@ -188,9 +196,9 @@ def test_50_steps_equal_peft_s(name):
     rows = rung.training.trajectory(in_peft(case.config, case.adapters, "float64").get_base_model())
     assert failures(rows) == []
     assert not [line for line in rung.training.not_compared if line.startswith("steps ")]
-    largest = max(row.relative_l2 or 0 for row in rows)
-    print(f"after 50 steps the largest difference is {largest:.1e}")
-    assert largest < 1e-8
+    apart = largest(rows, "losses", "parameters")  # JAX has the learning rates in float32
+    print(f"after 50 steps the largest difference is {apart:.1e}")
+    assert apart < 1e-8
 
 
 @pytest.mark.slow
