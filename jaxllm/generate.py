@@ -143,9 +143,10 @@ class GenerateArgs:
 
     @property
     def sampling(self) -> Sampling:
-        """
+        """How the next token is chosen, by these options and the defaults.
+
         Raises:
-            UserError: an option of sampling is given beside greedy choice, or is not valid.
+            UserError: an option of sampling is given together with greedy choice, or is not valid.
         """
         options = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
