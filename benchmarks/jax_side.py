@@ -20,7 +20,7 @@ from jaxllm import doctor
 from jaxllm.config import ModelConfig, TrainConfig, preset
 from jaxllm.data.stream import POOL_ROWS, Position
 from jaxllm.model.batch import TokenBatch
-from jaxllm.model.decoder import CustomLLM, abstract_model, split_model
+from jaxllm.model.decoder import CustomLLM, abstract_model, count_parameters, split_model
 from jaxllm.model.decoding import generate, prefill
 from jaxllm.model.flops import active_parameters
 from jaxllm.model.inference import for_inference
@@ -43,6 +43,7 @@ from jaxllm.run.throughput import GIB
 from jaxllm.store.checkpoint_writer import CheckpointWriter
 from jaxllm.store.history import History
 from jaxllm.train.computation import Computation
+from jaxllm.train.optim import StepNumbers
 from jaxllm.train.placement import lower_step
 from jaxllm.train.step import StepMetrics
 
@@ -55,6 +56,7 @@ class JaxLearner:
     def __init__(self, config: TrainConfig, precisions: Sequence[str] = (), weights: tuple[Any, Any] | None = None):
         """`precisions`: none is that of the config. `weights`: parameters and routing bias; None: new ones."""
         self._config, started = config, time.perf_counter()
+        self._numbers = StepNumbers.of(config.optim, config.schedule)
         runs = {p: config.with_options(precision=p) for p in precisions or (config.precision,)}
         self.programs = {p: lower_step(Computation.of(run), ONE_DEVICE).compile() for p, run in runs.items()}
         self.compile_seconds = time.perf_counter() - started
@@ -62,12 +64,13 @@ class JaxLearner:
         new = jax.jit(computation.init_state)
         self.state = jax.block_until_ready(new() if weights is None else computation.start_state(*weights))
         self._evaluate = jax.jit(computation.eval_step)
-        total = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
-        self.sizes = {"parameters": total, "active_parameters": sum(active_parameters(config.model).values())}
+        active = sum(active_parameters(config.model).values())
+        self.sizes = {"parameters": count_parameters(self.state.params), "active_parameters": active}
 
     def step(self, labels: np.ndarray, precision: str | None = None) -> StepMetrics:
         """Launch one optimizer step on labels (A,B,T)."""
-        self.state, metrics = self.programs[precision or self._config.precision](self.state, TokenBatch(labels))
+        program = self.programs[precision or self._config.precision]
+        self.state, metrics = program(self.state, TokenBatch(labels), self._numbers)
         return metrics
 
     def expert_load(self, metrics: StepMetrics) -> float:
@@ -170,8 +173,7 @@ def saving_steps(quick: bool) -> Prepared:
         return {"blocked": blocked}
 
     def write() -> dict[str, float]:
-        content = os.urandom(size)
-        started = time.perf_counter()
+        content, started = os.urandom(size), time.perf_counter()
         with (Path(folder.name) / "bytes").open("wb") as file:
             file.write(content)
             os.fsync(file.fileno())

@@ -147,7 +147,7 @@ def export_adapter(run: StrPath, out: StrPath) -> None:
     run, config = Path(run), adapters_of(run)
     check_new(out)
     if config is None or config.adapters is None:
-        raise UserError(f"{str(run)!r} has no adapters; leave out what is for adapters")
+        raise UserError(f"{str(run)!r} has no adapters: export the whole model, with `python -m convert to-torch`")
     assert config.init is not None
     model, lora = read_model_config(run), config.adapters
     base, revision = hub_name(config.init) or (str(config.init), None)

@@ -8,7 +8,7 @@ import torch
 
 from jaxllm.config import TrainConfig
 from jaxllm.errors import UserError
-from jaxllm.train.optim import learning_rate
+from jaxllm.train.optim import StepNumbers, learning_rate
 from torch_ref.step import make_schedule
 
 COSINE = {"steps": 40, "warmup_steps": 7}
@@ -22,7 +22,9 @@ SCHEDULES = {
 
 
 def jax_rates(config: TrainConfig) -> np.ndarray:
-    return np.asarray(learning_rate(config.schedule, config.optim.learning_rate, np.arange(config.schedule.steps + 1)))
+    return np.asarray(
+        learning_rate(StepNumbers.of(config.optim, config.schedule), np.arange(config.schedule.steps + 1))
+    )
 
 
 def torch_rates(config: TrainConfig, steps_done: int = 0) -> np.ndarray:

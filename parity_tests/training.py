@@ -5,7 +5,6 @@ Both sides are the functions used for training: `jaxllm.train.step` and `torch_r
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -22,11 +21,11 @@ from flax import nnx
 import torch_ref.step as torch_step
 from jaxllm.config import TrainConfig
 from jaxllm.config.families import is_interleaved
-from jaxllm.config.groups import OptimConfig, ScheduleConfig
+from jaxllm.config.groups import OptimConfig
 from jaxllm.model.batch import TokenBatch
 from jaxllm.store.checkpoint import Weights
 from jaxllm.train import step as jax_step
-from jaxllm.train.optim import OptimizerState, of_adamw
+from jaxllm.train.optim import OptimizerState, StepNumbers, of_adamw
 from jaxllm.train.state import TrainState, start_state
 from jaxllm.train.step import StepMetrics
 from parity_tests import hf_side
@@ -88,12 +87,9 @@ def _gradients(optim: OptimConfig, graph: nnx.GraphDef, *arrays):
     return jax_step.gradients(optim, graph, *arrays)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def _step(optim: OptimConfig, schedule: ScheduleConfig, graph: nnx.GraphDef, limit: jax.Array, *arrays):
-    """A step whose gradients are clipped at `limit`, an argument: another one compiles nothing."""
-    optim = copy.copy(optim)
-    object.__setattr__(optim, "max_grad_norm", limit)
-    return jax_step.train_step(optim, schedule, graph, *arrays)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _step(optim: OptimConfig, graph: nnx.GraphDef, *arrays):
+    return jax_step.train_step(optim, graph, *arrays)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -128,7 +124,7 @@ class JaxTraining:
                 model_graph(config.model, precision, base, remat=again) for again in (config.remat, remat)
             )
         self._gradients = functools.partial(_gradients, config.optim, recomputing)
-        self._step = functools.partial(_step, config.optim, config.schedule, graph)
+        self._step = functools.partial(_step, config.optim, graph)
         self._evaluate = functools.partial(_evaluate, graph)
 
     def gradients(
@@ -180,11 +176,12 @@ class JaxTraining:
         reports: list[StepMetrics] = []
         with jax_precision(self.precision):
             state = self._start(moments, weights)
-            limit = jnp.asarray(self.limit, jax.tree.leaves(state.params)[0].dtype)
+            optim = dataclasses.replace(self.config.optim, max_grad_norm=self.limit)
+            numbers = StepNumbers.of(optim, self.config.schedule)
             for i, labels in enumerate(batches):
                 before_step(i, Weights(state.params, state.routing_bias))
                 forced = None if experts is None else experts[i]
-                state, metrics = self._step(limit, state, self._batch(labels), forced)
+                state, metrics = self._step(state, self._batch(labels), numbers, forced)
                 reports.append(metrics)
             reports = jax.device_get(reports)
         after, named = state.opt_state, self._named

@@ -15,7 +15,7 @@ import torch
 from jaxllm.config import TrainConfig
 from jaxllm.model.batch import IGNORED
 from jaxllm.store.checkpoint import Weights
-from jaxllm.train.optim import learning_rate
+from jaxllm.train.optim import StepNumbers, learning_rate
 from parity_tests.compare import MUON_BFLOAT16, TOLERANCES, Row, Tolerance, compare_arrays, compare_leaves
 from parity_tests.engine.judge import ZERO
 from parity_tests.engine.rows import compare_numbers, relative_l2
@@ -367,7 +367,7 @@ class TrainingRungs:
             schedule.step()
         with jax_precision("float32"):
             counts = np.arange(config.schedule.steps + 1)
-            ours = np.asarray(learning_rate(config.schedule, config.optim.learning_rate, counts))
+            ours = np.asarray(learning_rate(StepNumbers.of(config.optim, config.schedule), counts))
         tolerance = TOLERANCES["float32"].forward
         return compare_arrays("trajectory", "learning rates", "", ours, np.asarray(theirs), tolerance)
 

@@ -25,6 +25,7 @@ from jaxllm.model.batch import TokenBatch
 from jaxllm.run.arguments import parse_args
 from jaxllm.run.runtime import use_compilation_cache
 from jaxllm.train.computation import Computation
+from jaxllm.train.optim import StepNumbers
 from jaxllm.train.placement import OneDevice, OnMesh, compile_programs, shared_programs
 from jaxllm.train.trainer import Trainer
 
@@ -121,16 +122,22 @@ def test_the_step_updates_the_state_in_place(narrow, accumulation):
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert step.memory_analysis().alias_size_in_bytes >= size
     rows = np.zeros((config.data.grad_accum, config.data.batch_size, config.data.seq_len), np.int32)
-    after, _ = step(state, TokenBatch(rows))
+    after, _ = step(state, TokenBatch(rows), StepNumbers.of(config.optim, config.schedule))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert int(after.step) == 1
+
+
+NUMBERS = (
+    "--steps", "9", "--warmup-steps", "3", "--learning-rate", "1e-3", "--max-grad-norm", "0.1", "--run-dir", "other",
+)  # fmt: skip
+"""Options of a run that no program depends on; `tests/test_step.py` and the ladder see that a step reads them."""
 
 
 def test_runs_of_one_process_share_programs_and_keep_no_arrays(narrow):
     """What no program depends on does not matter, what one depends on does."""
     first, *others = (
         parse_args([*narrow, *options], "test", None, TrainConfig)
-        for options in ((), ("--save-every", "7", "--run-dir", "other"), ("--seed", "1"))
+        for options in ((), ("--save-every", "7", *NUMBERS), ("--seed", "1"))
     )
     rows = np.zeros((first.data.batch_size, first.data.seq_len), np.int32)
     trainer = Trainer(first)

@@ -15,6 +15,7 @@ from jaxllm.config import recipe
 from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import count_parameters
 from jaxllm.train.computation import Computation
+from jaxllm.train.optim import StepNumbers
 
 config = recipe("seed", "customllm-1b").with_options(grad_accum=1, remat=True)
 computation = Computation.of(config)
@@ -24,7 +25,7 @@ step = jax.jit(computation.train_step, donate_argnums=0)
 rows = np.random.default_rng(0).integers(49152, size=(1, 4, 256), dtype=np.int32)
 for _ in range(2):
     start = time.perf_counter()
-    state, metrics = step(state, TokenBatch(rows))
+    state, metrics = step(state, TokenBatch(rows), StepNumbers.of(config.optim, config.schedule))
     loss = float(metrics.loss)
     print(f"loss {loss:.4f}, grad_norm {float(metrics.grad_norm):.4f}, {time.perf_counter() - start:.1f} s")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)

@@ -30,6 +30,7 @@ from jaxllm.model.kernels.causal_attention import cudnn_attention
 from jaxllm.plan.hlo import read_program
 from jaxllm.plan.hlo_cost import kernels, matrix_products
 from jaxllm.train import loss
+from jaxllm.train.optim import StepNumbers
 from jaxllm.train.state import start_state
 from jaxllm.train.step import train_step
 
@@ -60,9 +61,9 @@ def compile_step(config: TrainConfig) -> Any:
     start = functools.partial(start_state, config.model, config.optim, config.seed)
     state = jax.eval_shape(start, params, bias)
     labels = jax.ShapeDtypeStruct((1, config.data.batch_size, config.data.seq_len), jnp.int32)
-    batch = TokenBatch(labels)
-    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), (state, batch))
-    step = functools.partial(train_step, config.optim, config.schedule, graph)
+    batch, numbers = TokenBatch(labels), StepNumbers.of(config.optim, config.schedule)
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), (state, batch, numbers))
+    step = functools.partial(train_step, config.optim, graph)
     return jax.jit(step, donate_argnums=0).lower(*arguments).compile()
 
 

@@ -47,6 +47,7 @@ from jaxllm.store.adapter_folder import adapter_options
 from jaxllm.store.checkpoint import CheckpointReader, Weights
 from jaxllm.store.folder import read_config as read_run
 from jaxllm.train.computation import Computation
+from jaxllm.train.optim import StepNumbers
 from jaxllm.train.placement import choose_placement, compile_programs, lower_step
 from jaxllm.train.step import merged
 from jaxllm.train.trainer import Trainer
@@ -424,7 +425,7 @@ def test_layouts_train_the_same(layout):
         state = placement.shard(jax.device_put(state, placement.state_shardings(computation)))
         losses = []
         for batch in rows:
-            state, metrics = programs.step(state, TokenBatch(batch))
+            state, metrics = programs.step(state, TokenBatch(batch), StepNumbers.of(changed.optim, changed.schedule))
             losses.append(float(metrics.loss))
         losses.append(float(programs.evaluate(state, TokenBatch(rows[0, 0]))[0]))
         return losses, jax.tree.map(np.asarray, placement.unshard(state).params)

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from jaxllm.config import PRESETS
 from jaxllm.model.decoder import abstract_model, model_facts
 from jaxllm.train.muon import RMS, newton_schulz
-from jaxllm.train.optim import OptimizerState, clip_gradients, learning_rate, update
+from jaxllm.train.optim import OptimizerState, StepNumbers, clip_gradients, learning_rate, update
 from tests.test_parallel import CONFIG, TOLERANCE, differences, run, run_steps
 
 MUON = CONFIG.with_options(optimizer="muon", learning_rate=1e-2, warmup_steps=0)
@@ -53,12 +53,12 @@ def test_the_matrices_of_the_layers_are_muon_s(name):
 
 @functools.cache
 def compiled_update(config):
-    model = nnx.merge(*abstract_model(config.model))
+    model, numbers = nnx.merge(*abstract_model(config.model)), StepNumbers.of(config.optim, config.schedule)
 
     @jax.jit
     def clipped(grads, state: OptimizerState, params, finite):
-        grads = clip_gradients(grads, jnp.float32(1), config.optim.max_grad_norm)
-        rate = learning_rate(config.schedule, config.optim.learning_rate, state.count)
+        grads = clip_gradients(grads, jnp.float32(1), numbers.max_grad_norm)
+        rate = learning_rate(numbers, state.count)
         return update(config.optim, model, grads, state, params, rate, finite)
 
     return clipped

@@ -30,7 +30,7 @@ from jaxllm.store.metrics_file import read_metrics
 from jaxllm.store.source import tokenizer_files
 from jaxllm.train.adamw import UpdateScalars, adamw_update
 from jaxllm.train.computation import Computation
-from jaxllm.train.optim import OptimizerState, learning_rate
+from jaxllm.train.optim import OptimizerState, StepNumbers, learning_rate
 from tests.configs import small
 
 
@@ -83,7 +83,9 @@ def test_a_nonfinite_step_changes_only_the_step_count(run):
     state = jax.jit(Computation.of(config).init_state)()
     weight = state.params["token_embeddings"]["weight"]
     state.params["token_embeddings"]["weight"] = weight.at[token].set(jnp.nan)
-    step = jax.jit(Computation.of(config).train_step)
+    step = functools.partial(
+        jax.jit(Computation.of(config).train_step), numbers=StepNumbers.of(config.optim, config.schedule)
+    )
     rows = np.random.default_rng(0).integers(0, token, (1, config.data.batch_size, config.data.seq_len), np.int32)
     good, metrics = step(state, TokenBatch(rows))
     assert np.isfinite(metrics.loss)
@@ -102,7 +104,7 @@ def test_the_update_equals_optax():
     """AdamW with decay, over steps of which one is not finite and changes nothing; moments to the last bit."""
     config = TrainConfig.from_options(beta1=0.9, beta2=0.99, weight_decay=0.1, warmup_steps=2)
     facts = {"a": ParameterFacts(("hidden", "latent"), decays=True), "b": ParameterFacts(("norm",), decays=False)}
-    schedule = functools.partial(learning_rate, config.schedule, config.optim.learning_rate)
+    schedule = functools.partial(learning_rate, StepNumbers.of(config.optim, config.schedule))
     theirs = optax.adamw(schedule, 0.9, 0.99, 1e-8, weight_decay=0.1, mask={"a": True, "b": False})
     params = other_params = {"a": jnp.ones((3, 5)), "b": jnp.ones(7)}
     state, other = OptimizerState.zeros(config.model, config.optim, params), theirs.init(params)

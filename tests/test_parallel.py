@@ -31,6 +31,7 @@ from jaxllm.store.checkpoint_writer import CheckpointWriter
 from jaxllm.store.history import History
 from jaxllm.train.computation import Computation
 from jaxllm.train.loss import IGNORED
+from jaxllm.train.optim import StepNumbers
 from jaxllm.train.placement import OneDevice, Placement, choose_placement, compile_programs, lower_step
 from jaxllm.train.sharding import choose_mesh
 from jaxllm.train.state import TrainState
@@ -95,10 +96,10 @@ def run_steps(**changes) -> tuple[TrainState, list[list[float]]]:
 
 
 def train_steps(config: TrainConfig, step: Callable, state: TrainState) -> tuple[TrainState, list[list[float]]]:
-    metrics = []
+    metrics, numbers = [], StepNumbers.of(config.optim, config.schedule)
     for seed in range(STEPS):
         labels = batch(seed).reshape(config.data.grad_accum, config.data.batch_size, config.data.seq_len)
-        before, (state, measured) = state, step(state, TokenBatch(labels))
+        before, (state, measured) = state, step(state, TokenBatch(labels), numbers)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))  # updated in place
         metrics.append([float(value) for value in measured])
     return state, metrics

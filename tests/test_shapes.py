@@ -29,7 +29,7 @@ def trace(preset, length=10, **options):
     config = TrainConfig.from_options(preset=preset, model=model, seq_len=length, batch_size=5, **options)
     computation = Computation.of(config)
     state = jax.eval_shape(computation.init_state)
-    jax.eval_shape(computation.train_step, state, computation.batch)
+    jax.eval_shape(computation.train_step, state, computation.batch, computation.numbers)
     rows = jax.ShapeDtypeStruct((5, length), jnp.int32)
     micro_batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), computation.batch)
     jax.eval_shape(computation.eval_step, state.params, state.routing_bias, micro_batch)

@@ -18,7 +18,7 @@ from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import model_facts
 from jaxllm.train.computation import Computation
 from jaxllm.train.loss import IGNORED
-from jaxllm.train.optim import learning_rate
+from jaxllm.train.optim import StepNumbers, learning_rate
 from jaxllm.train.state import TrainState
 from tests.configs import small
 
@@ -62,8 +62,13 @@ def first_state() -> TrainState:
 
 
 @functools.cache
+def programs(computation: Computation) -> Callable:
+    return jax.jit(computation.train_step)
+
+
 def step_of(config: TrainConfig) -> Callable:
-    return jax.jit(Computation.of(config).train_step)
+    step = programs(Computation.of(config))
+    return functools.partial(step, numbers=StepNumbers.of(config.optim, config.schedule))
 
 
 def run(config: TrainConfig, *batches: jax.Array):
@@ -166,7 +171,10 @@ def logged_learning_rates() -> dict[int, float]:
 
 def test_the_source_s_learning_rates_are_reproduced():
     seed = recipe("seed", "customllm-1b")
-    schedule = functools.partial(learning_rate, seed.schedule, seed.optim.learning_rate)
+
+    def schedule(step: int) -> jax.Array:
+        return learning_rate(StepNumbers.of(seed.optim, seed.schedule), step)
+
     log = logged_learning_rates()
     assert SEED_LOG.items() <= log.items()
     with jax.enable_x64(True):

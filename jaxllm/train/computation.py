@@ -2,8 +2,8 @@
 
 import functools
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,12 @@ from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import abstract_adapted, abstract_model
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
+from jaxllm.train.optim import StepNumbers
 from jaxllm.train.state import TrainState, abstract_state, init_state, start_state, state_specs
 from jaxllm.train.step import StepMetrics, eval_step, train_step
+
+UNREAD = OptimConfig()
+"""Holds the place of a run's numbers that are arguments of a step."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,8 @@ class Computation:
 
     model: ModelConfig
     optim: OptimConfig
-    schedule: ScheduleConfig
+    """Without the run's numbers that are arguments of a step (`StepNumbers`)."""
+    schedule: Literal["cosine", "wsd"]
     precision: Precision
     remat: bool
     seed: int
@@ -46,7 +51,8 @@ class Computation:
     def of(cls, config: RunConfig, platform: str | None = None, without: Collection[str] = ()) -> "Computation":
         data = config.data
         shape = (data.grad_accum, data.batch_size, data.seq_len)
-        step = (config.model, config.optim, config.schedule, config.decided_precision, config.remat)
+        optim = replace(config.optim, learning_rate=UNREAD.learning_rate, max_grad_norm=UNREAD.max_grad_norm)
+        step = (config.model, optim, config.schedule.schedule, config.decided_precision, config.remat)
         arrays = (data.has_targets, data.documents == "separate")
         return cls(*step, config.seed, shape, *arrays, platform, config.adapters, tuple(without))
 
@@ -67,6 +73,12 @@ class Computation:
         shape = jax.ShapeDtypeStruct(self.shape, jnp.int32)
         return TokenBatch(shape, shape if self.has_targets else None, shape if self.has_documents else None)
 
+    @property
+    def numbers(self) -> StepNumbers:
+        """The shapes of a step's numbers."""
+        scalars = StepNumbers.of(UNREAD, replace(ScheduleConfig(), schedule=self.schedule))
+        return jax.tree.map(lambda scalar: jax.ShapeDtypeStruct((), scalar.dtype), scalars)
+
     def init_state(self) -> TrainState:
         """A new run's state."""
         return init_state(self.model, self.optim, self.seed, self.lora)
@@ -80,9 +92,9 @@ class Computation:
         return state_specs(self.model, self.optim, layout, self.lora)
 
     def train_step(
-        self, state: TrainState, batch: TokenBatch, layout: Layout = ONE_DEVICE
+        self, state: TrainState, batch: TokenBatch, numbers: StepNumbers, layout: Layout = ONE_DEVICE
     ) -> tuple[TrainState, StepMetrics]:
-        return train_step(self.optim, self.schedule, self.graph, state, batch, layout=layout)
+        return train_step(self.optim, self.graph, state, batch, numbers, layout=layout)
 
     def eval_step(
         self, params: Pytree, routing_bias: Pytree, batch: TokenBatch, frozen: Pytree = (), layout: Layout = ONE_DEVICE

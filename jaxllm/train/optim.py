@@ -1,9 +1,11 @@
 """The update of the parameters: clipping by the global norm, AdamW or Muon with AdamW, and the learning rate."""
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Bool, Float, Int
 
@@ -14,6 +16,32 @@ from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
 from jaxllm.train.adamw import UpdateScalars, adamw_update, tree_where
 from jaxllm.train.muon import muon_update
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepNumbers:
+    """What a step's program takes as arguments, so that other numbers compile nothing: scalars in float32 or wider.
+
+    Reciprocals are what XLA makes of a division by a constant.
+    """
+
+    peak: Float[Array, ""]  # of the learning rate
+    warmup_steps: Float[Array, ""]
+    per_warmup_step: Float[Array, ""]  # 1 / warmup_steps
+    falls_from: Float[Array, ""]  # the update from which on the rate falls
+    per_falling_step: Float[Array, ""]  # 1 / the number of steps over which it falls
+    max_grad_norm: Float[Array, ""]
+    schedule: Literal["cosine", "wsd"] = field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, optim: OptimConfig, schedule: ScheduleConfig) -> "StepNumbers":
+        """The numbers of a run, on the host."""
+        one = np.dtype(jnp.result_type(float)).type(1)
+        warmup, falling = schedule.warmup_steps, schedule.falling_steps
+        falls_from = max(schedule.steps - falling, warmup)
+        numbers = (optim.learning_rate, warmup, one / max(1, warmup), falls_from, one / falling, optim.max_grad_norm)
+        return cls(*(one * number for number in numbers), schedule=schedule.schedule)
 
 
 class OptimizerState(NamedTuple):
@@ -49,18 +77,16 @@ def _joined(one: Pytree, other: Pytree) -> Pytree:
     return unflatten_dict(flatten_dict(one) | flatten_dict(other))
 
 
-def learning_rate(schedule: ScheduleConfig, peak: float, count: Int[Array, "*batch"] | int) -> Float[Array, "*batch"]:
-    """Learning rate of update number `count` (from 0): to `peak` over `warmup_steps`, then down to 0 at `steps`.
+def learning_rate(numbers: StepNumbers, count: Int[Array, "*batch"] | int) -> Float[Array, "*batch"]:
+    """Learning rate of update number `count` (from 0): linearly to `peak`, and after a time down to 0.
 
     The formulas are those of transformers' `get_cosine_schedule_with_warmup`, whose values the source's log shows, and
     `get_wsd_schedule`. optax's schedule rounds differently at the boundary of warm-up and cosine.
     """
     count = jnp.asarray(count, jnp.promote_types(jnp.float32, jnp.result_type(float)))
-    warmup = count / max(1, schedule.warmup_steps)
-    start = max(schedule.steps - schedule.falling_steps, schedule.warmup_steps)
-    progress = jnp.clip((count - start) / schedule.falling_steps, 0.0, 1.0)
-    falling = 0.5 * (1.0 + jnp.cos(jnp.pi * progress)) if schedule.schedule == "cosine" else 1.0 - progress
-    return peak * jnp.where(count < schedule.warmup_steps, warmup, falling)
+    progress = jnp.clip((count - numbers.falls_from) * numbers.per_falling_step, 0.0, 1.0)
+    falling = 0.5 * (1.0 + jnp.cos(jnp.pi * progress)) if numbers.schedule == "cosine" else 1.0 - progress
+    return numbers.peak * jnp.where(count < numbers.warmup_steps, count * numbers.per_warmup_step, falling)
 
 
 def update(
@@ -93,7 +119,7 @@ def update(
     return new, OptimizerState(scalars.count, mu, nu)
 
 
-def clip_gradients(grads: Pytree, norm: Float[Array, ""], max_norm: float) -> Pytree:
+def clip_gradients(grads: Pytree, norm: Float[Array, ""], max_norm: Float[Array, ""]) -> Pytree:
     """Scale down gradients whose global `norm` is above `max_norm`, as torch.nn.utils.clip_grad_norm_ does.
 
     With optax, which divides every gradient by the norm, XLA keeps a second copy of all gradients: it does not repeat a

@@ -24,6 +24,7 @@ from jaxllm.model.batch import TokenBatch
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
 from jaxllm.train.computation import Computation
+from jaxllm.train.optim import StepNumbers
 from jaxllm.train.sharding import choose_mesh, shardings
 from jaxllm.train.state import TrainState, init_state, state_specs, weight_specs
 from jaxllm.train.step import StepMetrics
@@ -32,7 +33,7 @@ from jaxllm.train.step import StepMetrics
 class Programs(NamedTuple):
     """The compiled programs of a run."""
 
-    step: Callable[[TrainState, TokenBatch], tuple[TrainState, StepMetrics]]  # (A,B,T); donates the state
+    step: Callable[[TrainState, TokenBatch, StepNumbers], tuple[TrainState, StepMetrics]]  # (A,B,T); donates the state
     evaluate: Callable[[TrainState, TokenBatch], tuple[Array, Array]]  # (B,T) -> summed cross-entropy, targets
 
 
@@ -164,7 +165,7 @@ class OnMesh(Placement):
             return jax.tree.map(functools.partial(global_array, axis, start), batch)
 
         return (
-            lambda state, batch: step(state, global_batch(batch, 1, first)),
+            lambda state, batch, numbers: step(state, global_batch(batch, 1, first), numbers),
             lambda state, batch: evaluate(state.params, state.routing_bias, global_batch(batch, 0, 0), state.frozen),
         )
 
@@ -217,14 +218,16 @@ class Pmap(Placement):
             return jax.tree.map(parts, batch)
 
         state = jax.eval_shape(jax.vmap(lambda _: computation.init_state()), np.arange(n))
-        step = jax.pmap(functools.partial(computation.train_step, layout=layout), "data", donate_argnums=0)
-        step = step.lower(state, jax.eval_shape(lambda x: by_device(x, 1), computation.batch)).compile()
+        train_step = functools.partial(computation.train_step, layout=layout)
+        step = jax.pmap(train_step, "data", in_axes=(0, 0, None), donate_argnums=0)
+        batch = jax.eval_shape(lambda x: by_device(x, 1), computation.batch)
+        step = step.lower(state, batch, computation.numbers).compile()
         evaluate = jax.pmap(functools.partial(computation.eval_step, layout=layout), "data")
         batch = jax.eval_shape(lambda x: by_device(x, 0), _micro_batch(computation))
         evaluate = evaluate.lower(state.params, state.routing_bias, batch, state.frozen).compile()
 
-        def run_step(state: TrainState, batch: TokenBatch) -> tuple[TrainState, StepMetrics]:
-            state, metrics = step(state, by_device(batch, 1))
+        def run_step(state: TrainState, batch: TokenBatch, numbers: StepNumbers) -> tuple[TrainState, StepMetrics]:
+            state, metrics = step(state, by_device(batch, 1), numbers)
             return state, _first_copy(metrics)
 
         def run_evaluate(state: TrainState, batch: TokenBatch) -> tuple[Array, Array]:
@@ -256,10 +259,10 @@ def lower_step(computation: Computation, layout: Layout) -> jax.stages.Lowered:
     """The step of one device or of a mesh, perhaps of devices that you do not have; not compiled."""
     options: dict[str, Any] = {}
     if layout.mesh is not None:
-        state = shardings(layout, computation.specs(layout))
+        state, everywhere = shardings(layout, computation.specs(layout)), shardings(layout, PartitionSpec())
         options = {
-            "in_shardings": (state, shardings(layout, layout.batch_spec(1))),
-            "out_shardings": (state, shardings(layout, PartitionSpec())),
+            "in_shardings": (state, shardings(layout, layout.batch_spec(1)), everywhere),
+            "out_shardings": (state, everywhere),
         }
     step = jax.jit(functools.partial(computation.train_step, layout=layout), donate_argnums=0, **options)
-    return step.lower(computation.state, computation.batch)
+    return step.lower(computation.state, computation.batch, computation.numbers)

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int, Key
 
-from jaxllm.config.groups import OptimConfig, ScheduleConfig
+from jaxllm.config.groups import OptimConfig
 from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import STACKS, CustomLLM, model_facts
 from jaxllm.model.dtypes import Array, Pytree
@@ -19,7 +19,7 @@ from jaxllm.model.load_balance import updated_routing_bias
 from jaxllm.model.numerics import KEY_IMPL
 from jaxllm.train.adamw import tree_where
 from jaxllm.train.loss import count_targets, next_token_targets, summed_cross_entropy
-from jaxllm.train.optim import clip_gradients, learning_rate, update
+from jaxllm.train.optim import StepNumbers, clip_gradients, learning_rate, update
 from jaxllm.train.state import TrainState, state_specs, weight_specs
 
 
@@ -104,16 +104,17 @@ def dropout_keys(state: TrainState, index: Int[Array, ""], rows: int, local_rows
 
 def train_step(
     optim: OptimConfig,
-    schedule: ScheduleConfig,
     graph: nnx.GraphDef,
     state: TrainState,
     batch: TokenBatch,
+    numbers: StepNumbers,
     experts: Int[Array, "A L B T k"] | None = None,
     layout: Layout = ONE_DEVICE,
 ) -> tuple[TrainState, StepMetrics]:
     """One optimizer step: the new state, and measurements that stay on the device. Donate the state.
 
-    Arguments as in `gradients`, but on a mesh they are global arrays.
+    Arguments as in `gradients`, but on a mesh they are global arrays, and of `optim` the numbers that are in `numbers`
+    are not read.
     """
     model = merged(graph, state.params, state.routing_bias, state.frozen)
     specs = state_specs(model.config, optim, layout, model.lora)
@@ -125,13 +126,13 @@ def train_step(
     grads, loss, counts = global_gradients(state, batch, experts)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)  # a step that is not finite changes nothing
-    grads = clip_gradients(grads, grad_norm, optim.max_grad_norm)
-    rate = learning_rate(schedule, optim.learning_rate, state.opt_state.count)
+    grads = clip_gradients(grads, grad_norm, numbers.max_grad_norm)
+    rate = learning_rate(numbers, state.opt_state.count)
     params, opt_state = update(optim, model, grads, state.opt_state, state.params, rate, finite, layout)
     metrics = StepMetrics(
         loss=loss,
         grad_norm=grad_norm,
-        learning_rate=learning_rate(schedule, optim.learning_rate, opt_state.count),
+        learning_rate=learning_rate(numbers, opt_state.count),
         expert_load=(counts.max(axis=-1) / counts.mean(axis=-1)).max(initial=1.0),
     )
     rate = 0.0 if model.is_frozen else optim.bias_update_rate

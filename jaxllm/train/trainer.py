@@ -14,6 +14,7 @@ from jaxllm.model.adapters import merged_weights
 from jaxllm.model.batch import token_batch
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.train.computation import Computation
+from jaxllm.train.optim import StepNumbers
 from jaxllm.train.placement import Placement, Programs, choose_placement, on_one_device, shared_programs
 from jaxllm.train.state import TrainState
 from jaxllm.train.step import StepMetrics, merged
@@ -32,7 +33,7 @@ class Trainer:
         mesh, batch_size = config.mesh, config.data.batch_size
         self.placement = choose_placement(mesh, batch_size) if placement is None else placement
         self.computation = Computation.of(config, without=without)
-        self.graph = self.computation.graph
+        self.graph, self._numbers = self.computation.graph, StepNumbers.of(config.optim, config.schedule)
 
     def init(self, weights: tuple[Pytree, Pytree] | None = None) -> TrainState:
         """A new run's state: with these parameters and routing bias, which are donated, or fresh ones."""
@@ -88,7 +89,8 @@ class Trainer:
         """One optimizer step on this process's rows of the batch, as they travel: (A*B,T) int32. The state given is
         donated."""
         data = self.config.data
-        return self._programs.step(state, token_batch(rows.reshape(data.grad_accum, -1, data.seq_len), data))
+        batch = token_batch(rows.reshape(data.grad_accum, -1, data.seq_len), data)
+        return self._programs.step(state, batch, self._numbers)
 
     def evaluate(self, state: TrainState, rows: np.ndarray) -> tuple[Array, Array]:
         """Summed cross-entropy in nats, and number of targets, of travelling rows (B,T) that all processes have."""
