@@ -22,7 +22,7 @@ from jaxllm.config.groups import DataConfig
 from jaxllm.data.source import Shard
 from jaxllm.data.stream import ProcessBatches, check_streams
 from jaxllm.errors import UserError
-from tests.configs import open_files
+from tests.configs import NARROW, open_files
 from tests.fingerprint import fingerprint
 
 ROOT = Path(__file__).parents[1]
@@ -118,13 +118,13 @@ def test_an_error_in_the_primary_process_ends_both(narrow, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_problem_of_one_process_is_reported_before_anything_is_deleted(narrow, run, corpus, tmp_path):
+def test_a_problem_of_one_process_is_reported_before_anything_is_deleted(run, corpus, tmp_path):
     """The second process is given another batch size; then it cannot see the data, in the home of the first."""
     old, home = tmp_path / "old", tmp_path / "home"
     shutil.copytree(run, old)
     shutil.copytree(corpus, home / "corpus")
-    options = [*narrow, "--mesh", "data=4", "--overwrite", "--run-dir", str(old)]
-    said = finish(both(options, second=["--batch-size", "8"]), code=2)
+    options = [*NARROW, "--mesh", "data=4", "--overwrite", "--run-dir", str(old)]
+    said = finish(both([*options, "--data", str(corpus)], second=["--batch-size", "8"]), code=2)
     assert all("error: batch_size is 8 in process 1 and 4 in process 0" in error for _, error in said), said
     said = finish(both([*options, "--data", "~/corpus"], home=home), code=2)
     assert all("error: process 1: data is '~/corpus'" in error for _, error in said), said
