@@ -25,10 +25,10 @@ from jaxllm.errors import UserError
 from parity_tests import FunctionSide, Options, Record, RecordedSide, TorchSide, linen_side, nnx_side, pair, record, tap
 from parity_tests.engine import logprobs
 from parity_tests.engine.command import main
-from parity_tests.engine.lift import Interpreter
+from parity_tests.engine.lift import Interpreter, meant
 from parity_tests.engine.mapping import Entry, read_mapping, regroups
 from parity_tests.engine.page import write_verdict
-from parity_tests.engine.propose import relations
+from parity_tests.engine.propose import propose, relations
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples" / "parity"
@@ -106,6 +106,14 @@ def test_lifting_reaches_islands_of_float32():
     assert not interpreter.holes
     (naive,), _ = run(gelu, x.astype(np.float32))
     assert abs(naive - wanted) > 1e-9
+
+
+@pytest.mark.parametrize("exact", [0.044715, 0.5**0.5, 2 / np.pi**0.5, -(24**-0.5), 1 / 7, 300.0])
+def test_a_literal_is_what_somebody_wrote(exact):
+    """Where a side is traced in float32, its constants are rounded already."""
+    assert float(meant(np.asarray(np.float32(exact)))) == pytest.approx(exact, rel=1e-15)
+    other = np.nextafter(np.float32(exact), np.float32(np.inf))
+    assert float(meant(np.asarray(other))) == float(other)
 
 
 def test_lifting_reaches_loops_branches_and_indexed_updates():
@@ -349,6 +357,42 @@ def test_how_shapes_can_be_related(ours, theirs, found):
     assert relations(ours, theirs) == found
 
 
+def test_experts_in_one_tensor_are_proposed():
+    """Names decide between shapes that both fit, and an element that no tensor of JAX has is named."""
+    ours = {"moe.down": (3, 6, 4), "moe.up": (3, 4, 6), "moe.shift": (3, 5), "moe.square": (3, 4, 4)}
+    of_an_expert = {"up": (6, 4), "down": (4, 6), "square": (4, 4), "x": (5,), "y": (5,)}
+    theirs = {f"moe.experts.{i}.{name}.weight": shape for i in range(3) for name, shape in of_an_expert.items()}
+    found = propose([], [], ours, theirs, {})
+    assert {name: (entry.torch[2], entry.operations) for name, entry in found.entries.items()} == {
+        "moe.down": ("moe.experts.2.down.weight", ("stack", "T")),
+        "moe.up": ("moe.experts.2.up.weight", ("stack", "T")),
+        "moe.square": ("moe.experts.2.square.weight", ("stack", "T")),
+    }
+    assert found.without_torch == ["moe.shift"]
+    assert len(found.unsure) == 1
+    assert found.unsure[0].startswith("moe.square")
+
+
+def test_a_tensor_without_a_partner_ends_the_comparison():
+    """Whole or in part: what follows would compare different weights."""
+
+    class Bias(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.ones(6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[..., :3] * self.w[:3] + self.w[3:]
+
+    theirs = TorchSide(Bias, lambda m: m(torch.from_numpy(X)))
+    ours = FunctionSide(lambda params: jnp.asarray(X)[..., :3] * params["w"], {"w": np.ones(3, np.float32)})
+    for mapping, said in (({}, "PyTorch trains it"), ({"w": ("w", ("part", 0, 0, 2))}, "3 of its 6 elements")):
+        verdict = pair(ours, theirs, mapping, QUICK)
+        assert {row.rung for row in verdict.rows} == {"weights"}
+        assert f"The mapping is not complete: w has no partner ({said}" in verdict.line()
+        assert "everything else, because the mapping is not complete" in verdict.judgement.not_compared
+
+
 def test_a_reshape_only_splits_and_merges():
     assert regroups((6, 8), (6, 2, 4))
     assert regroups((2, 3, 4), (6, 4))
@@ -361,6 +405,7 @@ def test_operations_of_a_mapping():
     assert Entry("x", ("a", "b"), (("join", 0), "T")).made([a, b], (3, 4)).tolist() == np.vstack([a, b]).T.tolist()
     assert Entry("x", ("a",), (("part", 1, 2, 3),)).made([a], (2,)).tolist() == [2, 5]
     assert Entry("x", ("a",), (("take", 0, [1, 0]),)).made([a], (2, 3)).tolist() == a[::-1].tolist()
+    assert Entry("x", ("a",), (("flip", (0, 1)),)).made([a], (2, 3)).tolist() == a[::-1, ::-1].tolist()
     assert Entry("x", ("a",), (("add", 1),)).made([a], (2, 3), linear=True).tolist() == a.tolist()
     assert Entry("x", ("a",), (lambda w: w.T,)).made([a], (3, 2)).tolist() == a.T.tolist()
 

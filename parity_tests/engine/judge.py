@@ -70,10 +70,17 @@ def judge(jax: Record, torch: Record, mapping: TensorMap) -> Judgement:
     """Compare everything that both records hold."""
     found = Judgement()
     compare = _Comparison(jax, torch, mapping, found)
-    for rung in (compare.weights, compare.modules, compare.results, compare.gradients, compare.state, compare.trained,
-                 compare.rounding):  # fmt: skip
+    found.rows = compare.weights()
+    if any(row.what == ALONE for row in found.rows):
+        found.not_compared.append("everything else, because the mapping is not complete")
+        return found
+    for rung in (compare.modules, compare.results, compare.gradients, compare.state, compare.trained, compare.rounding):
         found.rows += rung()
     return found
+
+
+ALONE = "without partner"
+"""What is said of a trained tensor that the mapping leaves out, whole or in part."""
 
 
 class _Comparison:
@@ -115,7 +122,12 @@ class _Comparison:
                 continue
             gradient = record.runs[self.main].grads.get(name)
             if gradient is not None and np.any(gradient):
-                rows.append(Row("weights", "without partner", name, False, "mapped", note=f"{framework} trains it"))
+                rows.append(Row("weights", ALONE, name, False, "mapped", note=f"{framework} trains it"))
+        for name, alone in self.mapping.partly(self.jax.weights, self.torch.weights).items():
+            gradient = self.torch.runs[self.main].grads.get(name)
+            if name in self.torch.trainable and gradient is not None and np.any(gradient[alone]):
+                note = f"{alone.sum()} of its {alone.size} elements; PyTorch trains them"
+                rows.append(Row("weights", ALONE, name, False, "mapped", note=note))
         for framework, names in (("PyTorch", self.mapping.without_jax), ("JAX", self.mapping.without_torch)):
             if names:
                 self.found.not_compared.append(f"{framework}'s tensors without a partner: {listed(names)}")

@@ -2,13 +2,14 @@
 
 A program that is traced with 64-bit types still computes in float32 where it asks for that by name, and so it differs
 from another right program by float32's rounding. Lifted, float32 is float64 everywhere: casts, iotas, accumulators, and
-literals by their decimal (0.044715 is meant, not the float32 next to it). Casts below float32 stay, and are
+literals as they were meant (0.044715, not the float32 next to it). Casts below float32 stay, and are
 findings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -53,6 +54,16 @@ IN_THEIR_OWN_DTYPE = {
 
 DIGITS = 6
 """Of a literal that somebody wrote; with more it was computed, and its float32 value counts."""
+
+
+CONSTANTS = (
+    math.pi, 2 * math.pi, math.pi / 2, math.e, math.log(2), 1 / math.log(2), math.log(10), math.log(2 * math.pi),
+    0.5 * math.log(2 * math.pi), math.sqrt(math.pi), 1 / math.sqrt(math.pi), 2 / math.sqrt(math.pi),
+    math.sqrt(2 / math.pi), 1 / math.sqrt(2 * math.pi),
+)  # fmt: skip
+
+MOST_WHOLE = 2**14
+"""The largest whole number whose reciprocal or root is recognized: by chance one float32 in thousands is such."""
 
 
 class Interpreter:
@@ -278,15 +289,30 @@ class Interpreter:
 
 
 def meant(value: np.ndarray) -> np.ndarray:
-    """A scalar that is a short decimal rounded to float32, as that decimal: JAX folds such literals into wider ones."""
+    """A scalar that somebody wrote, before it was rounded to float32: JAX folds such literals into wider ones.
+
+    That is a short decimal, a known constant (the root of 1/2 in a GELU), or a whole number's reciprocal or root.
+    """
     if value.ndim or value.dtype not in (np.float32, np.float64) or not np.isfinite(value):
         return value
     with np.errstate(over="ignore", under="ignore"):
         narrow = np.float32(value)
-    if np.float64(narrow) != value:
+    if np.float64(narrow) != value or not value:
         return value
     digits = np.format_float_scientific(narrow).partition("e")[0].lstrip("-").replace(".", "").rstrip("0")
-    return np.asarray(np.float64(str(narrow))) if len(digits) <= DIGITS else value
+    if len(digits) <= DIGITS:
+        return np.asarray(np.float64(str(narrow)))
+    exact = next((x for x in _forms(abs(float(narrow))) if np.float32(x) == abs(narrow)), None)
+    return value if exact is None else np.asarray(math.copysign(exact, value))
+
+
+def _forms(value: float) -> Iterator[float]:
+    """Numbers near a value that a formula may hold."""
+    yield from CONSTANTS
+    for number in (1 / value, value**2, value**-2):
+        whole = round(number) if number < MOST_WHOLE else 0
+        if whole:
+            yield from (1 / whole, whole**0.5, whole**-0.5)
 
 
 def _bits(aval: Any) -> int:

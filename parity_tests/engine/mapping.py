@@ -18,7 +18,7 @@ CONVOLUTIONS = {"conv1d": (2, 1, 0), "conv2d": (2, 3, 1, 0), "conv3d": (2, 3, 4,
 
 OPERATIONS = (
     '"T", "conv1d", "conv2d", "conv3d", "stack", ("join", axis), ("part", axis, i, n), ("take", axis, indices), '
-    '("transpose", axes), ("reshape", shape), ("add", number), or a function of NumPy arrays'
+    '("flip", axes), ("transpose", axes), ("reshape", shape), ("add", number), or a function of NumPy arrays'
 )
 
 Operation = str | tuple[Any, ...] | Callable[..., np.ndarray]
@@ -95,6 +95,25 @@ class TensorMap:
 
         return Lazy(self.entries, made)
 
+    def partly(self, jax: Named, torch: Named) -> dict[str, np.ndarray]:
+        """PyTorch's tensors some of whose elements are in no JAX tensor, and which elements: True in a tensor's shape.
+
+        Only an operation that chooses elements can leave some out.
+        """
+        entries = list(self.entries.values())
+        chosen = {name for entry in entries if any(map(_chooses, entry.operations)) for name in entry.torch}
+        alone = {name: np.ones(np.shape(torch[name]), bool) for name in chosen}
+        for entry in entries:
+            if chosen.isdisjoint(entry.torch):
+                continue
+            shapes = [np.shape(torch[name]) for name in entry.torch]
+            places, start = entry.sources(shapes, np.shape(jax[entry.jax])), 0
+            for name, shape in zip(entry.torch, shapes, strict=True):
+                if name in chosen:
+                    alone[name] &= ~np.isin(np.arange(start, start + math.prod(shape)), places).reshape(shape)
+                start += math.prod(shape)
+        return {name: left for name, left in alone.items() if left.any()}
+
     def spelled(self) -> dict[str, Any]:
         """As JSON: what `read_mapping` reads again.
 
@@ -144,6 +163,10 @@ def read_mapping(
     )
 
 
+def _chooses(operation: Operation) -> bool:
+    return callable(operation) or operation[0] in ("part", "take")
+
+
 def _expanded(names: Iterable[str], known: list[str]) -> list[str]:
     """Names with `*` stand for all that have a number there, in the order of the numbers."""
     found = []
@@ -185,6 +208,8 @@ def _applied(operation: Operation, arrays: list[np.ndarray], entry: Entry) -> np
         if name == "take":
             axis, indices = arguments
             return array.take(np.asarray(indices), axis)
+        if name == "flip":
+            return np.flip(array, *arguments)
         if name == "add":
             return array + np.asarray(arguments[0], array.dtype)
     except (ValueError, IndexError, TypeError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.errors import UserError, one_line
-from parity_tests.engine.judge import Judgement, judge
+from parity_tests.engine.judge import ALONE, Judgement, judge
 from parity_tests.engine.mapping import TensorMap, read_mapping
 from parity_tests.engine.propose import propose
 from parity_tests.engine.record import Lazy, Named, Record, Run, Trained
@@ -76,6 +76,11 @@ class Verdict:
         how = "" if self.judgement.lifted else ", as far as their rounding tells"
         if row is None:
             return f"The two sides agree{how}."
+        if row.what == ALONE:
+            return (
+                f"The mapping is not complete: {row.leaf} has no partner ({row.note}); write a `mapping` that has it "
+                "(docs/parity_pairs.md), or, if the other model lacks it, the two differ."
+            )
         where = f"{row.what} {row.leaf}".strip()
         size = "" if row.relative_l2 is None else f", by {row.relative_l2:.1e}"
         said = f"The two sides differ{how}, first in: {where} (rung {row.rung}){size}"
@@ -172,17 +177,18 @@ def record(side: Any, options: Options | None = None, training: bool | None = No
     options = options or Options()
     if options.noise:
         side.load(_started(side, side.trainable(), options.noise))
-    own, about = side.run("own"), side.about()
-    runs, rounding, repeats = {"own": own}, {}, None
+    own = side.run("own")
+    runs, rounding, repeats, not_lifted = {"own": own}, {}, None, {}
     if options.lift:
         try:
             runs["lifted"] = side.run("lifted")
         except UserError:
             raise
         except Exception as error:  # any library's code runs here in a dtype that it may not know
-            about["not lifted"] = f"{type(error).__name__}: {one_line(error)}"
+            not_lifted["not lifted"] = f"{type(error).__name__}: {one_line(error)}"
     else:
-        about["not lifted"] = "lifting is off"
+        not_lifted["not lifted"] = "lifting is off"
+    about = side.about() | not_lifted
     precision = "lifted" if "lifted" in runs else "own"
     if precision == "lifted":
         repeats = _same_bits(own, side.run("own"))

@@ -67,7 +67,9 @@ def propose(
     for one, other in pairs:
         for jax, torch in _tensor_pairs(one, other):
             matches.append((Match(jax, torch, one.module.iteration), one, other))
-    return _entries(matches, jax_shapes, torch_shapes, aliases)
+    found = _entries(matches, jax_shapes, torch_shapes, aliases)
+    _add_stacks(found, jax_shapes, torch_shapes)
+    return found
 
 
 def _with_aliases(modules: list[Module], aliases: Mapping[str, str], shapes: Mapping[str, Shape]) -> list[Module]:
@@ -262,6 +264,46 @@ def _entries(
         unsure=unsure,
         proposed=True,
     )
+
+
+def _add_stacks(found: TensorMap, jax_shapes: Mapping[str, Shape], torch_shapes: Mapping[str, Shape]) -> None:
+    """Partners for tensors of JAX that hold those of several modules of PyTorch, such as all experts.
+
+    Names decide among those whose shapes fit.
+    """
+    for name in list(found.without_torch):
+        number, *rest = jax_shapes[name] or (0,)
+        groups = _numbered(found.without_jax)
+        ways, likeness = {}, {}
+        for pattern, members in groups.items():
+            shapes = {torch_shapes[member] for member in members}
+            if len(members) == number and len(shapes) == 1 and (options := relations(tuple(rest), *shapes)):
+                ways[pattern], likeness[pattern] = options, (_words(name) & _words(pattern)).total()
+        most = max(likeness.values(), default=0)
+        best = [pattern for pattern, value in likeness.items() if value == most]
+        if not most or len(best) > 1:
+            continue
+        (pattern,) = best
+        chosen = ("T",) if ("T",) in ways[pattern] else ways[pattern][0]
+        if len(ways[pattern]) > 1:
+            found.unsure.append(f"{name}: its shape {list(jax_shapes[name])} allows matrices transposed or not")
+        found.entries[name] = Entry(name, groups[pattern], ("stack", *chosen))
+        found.without_torch.remove(name)
+        found.without_jax[:] = [torch for torch in found.without_jax if torch not in groups[pattern]]
+
+
+def _numbered(names: list[str]) -> dict[str, tuple[str, ...]]:
+    """Names that are alike but for one number, which counts from 0, in the order of the numbers."""
+    groups: dict[str, dict[int, str]] = {}
+    for name in names:
+        for digits in re.finditer(r"(?<=\.)\d+(?=\.)", name):
+            pattern = f"{name[: digits.start()]}*{name[digits.end() :]}"
+            groups.setdefault(pattern, {})[int(digits.group())] = name
+    return {
+        pattern: tuple(members[i] for i in range(len(members)))
+        for pattern, members in groups.items()
+        if sorted(members) == list(range(len(members)))
+    }
 
 
 def _is_usual(kind: Any) -> bool:
