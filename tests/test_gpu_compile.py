@@ -174,8 +174,9 @@ def test_experts_copied_by_the_scan_are_seen(monkeypatch):
 
 
 def test_separate_documents_are_a_mask_of_cudnn_s_kernel():
-    q = jax.ShapeDtypeStruct((2, 512, 4, 64), jnp.bfloat16, sharding=one_gpu())
-    documents = jax.ShapeDtypeStruct((2, 512), jnp.int32, sharding=one_gpu())
+    here = one_gpu()
+    q = jax.ShapeDtypeStruct((2, 512, 4, 64), jnp.bfloat16, sharding=here)
+    documents = jax.ShapeDtypeStruct((2, 512), jnp.int32, sharding=here)
 
     def total(q, k, v, documents):
         return cudnn_attention(q, k, v, documents, 0.125).astype(jnp.float32).sum()
