@@ -163,7 +163,7 @@ def test_a_run_of_before_resumes_to_the_same_rows(tokenizer, tmp_path):
         write(tmp_path / "data" / f"part-{i:02}.jsonl", 900 if i == 1 else 5)
     write(tmp_path / "data" / "test.jsonl", 5)
     options = {"data": str(tmp_path / "data"), "tokenizer": tokenizer, "seq_len": 16, "eval_samples": 5}
-    with pytest.raises(UserError, match="the files to train on are not known"):
+    with pytest.raises(UserError, match="it is not clear which files to train on"):
         start(tmp_path / "new", **options)
     start(tmp_path / "run", **options, data_split="all")
     config = read_json(tmp_path / "run" / "train_config.json")
