@@ -213,7 +213,7 @@ class Encoder:
         return ids, encoding, origin
 
     def _is_meant(self, id: int, text: str) -> bool:
-        """Whether a control token stands for the text: it may be in the model's vocabulary, and result from a merge."""
+        """Whether an id stands for this text, and is not a control token that the model made from other characters."""
         if id not in self._control:
             return True
         produced = id == self._unknown or _is_byte(self._control[id])  # for characters that the vocabulary lacks

@@ -124,7 +124,7 @@ class FileSource:
             index = order[number]
             name = self._names[index]
             mine = not self._by_files or number % self._shard.of == self._shard.number
-            is_open = False  # whether the file's document is, since its last chunk is read elsewhere
+            is_open = False  # whether its document stays open: the last chunk is read elsewhere
             mine = mine and not (only_held_out and self._whole_files and index % HOLD_OUT != 1)
             if mine and name not in skipped and name not in self.left_out:
                 is_text = kind_of(self._files[index]) == "text"
