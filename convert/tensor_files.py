@@ -47,22 +47,23 @@ class Stored(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: str
-    """In the words of the safetensors format."""
+    """As the safetensors format names it."""
     read: Callable[[Box], np.ndarray]
 
 
 class TensorFiles:
     """The tensors of a folder or a file, by name; closed by `with`.
 
-    A folder may hold several sets of weight files. That which transformers reads is read; a line names the others.
+    A folder may hold several sets of weight files. The one that transformers reads is read; a message names the others.
 
     Attributes:
         path: the folder, or the file.
         shapes: each name with its shape.
-        dtypes: each name with its dtype, in the words of the safetensors format.
+        dtypes: each name with its dtype, as the safetensors format names it.
         duplicates: names that more than one file holds.
         misplaced: names that the index puts into a file that does not hold them.
-        unopened, absent: names in shards that are not opened, as nothing in them is needed; in such that are missing.
+        unopened: names in shards that are not opened, since nothing in them is needed.
+        absent: names in shards that are missing.
         size: bytes of all files.
     """
 
@@ -122,9 +123,9 @@ class TensorFiles:
             self.misplaced += sorted(expected - held)
             self.size += file.stat().st_size
         if wrapped:
-            print(f"{self.path}: {wrapped} names are read without what torch.compile or another wrapper put into them")
+            print(f"{self.path}: {wrapped} names are read without what torch.compile or another wrapper added")
         if fused:
-            print(f"{self.path}: {fused} tensors of single experts are read from those that transformers 5 joins")
+            print(f"{self.path}: {fused} tensors of single experts are read from the joined ones of transformers 5")
 
     def _check_equal(self, rival: Mapping[Path, set[str]]) -> None:
         """Refuse another set of weights that differs from this one."""
@@ -135,7 +136,7 @@ class TensorFiles:
         if differing:
             raise UserError(
                 f"{self.path} holds two sets of weights that differ, a single file, which transformers reads, and the "
-                "shards of an index: move the set that is not meant out of the folder; they differ in "
+                "shards of an index: move the wrong one out of the folder; they differ in "
                 f"{listed(differing, most=3)}"
             )
 
@@ -241,8 +242,8 @@ def read_into(file: IO[bytes], offset: int, view: memoryview) -> None:
 
 
 def _runs(values: np.ndarray, shape: tuple[int, ...], box: Box) -> Iterator[tuple[int, memoryview]]:
-    """The runs of bytes that a box of a tensor of this shape is in its file: the offset of each, and its place in
-    `values`. Axes that are read whole make longer runs."""
+    """The ranges of bytes of a file that hold a box of a tensor of this shape: the offset of each, and its place in
+    `values`. Axes that are read whole make longer ranges."""
     view, size = values.reshape(-1).view(np.uint8).data, values.itemsize
     cut = max((axis for axis, held in enumerate(box) if len(held) < shape[axis]), default=-1)
     length = size * math.prod(len(held) for held in box[max(cut, 0) :])
@@ -257,7 +258,7 @@ def _runs(values: np.ndarray, shape: tuple[int, ...], box: Box) -> Iterator[tupl
 
 
 def _torch_dtype(value) -> str:
-    """In the words of the safetensors format where it has one."""
+    """The dtype's name in the safetensors format, if it has one."""
     name = str(value.dtype).removeprefix("torch.")
     try:
         return SAFETENSORS_NAMES.get(np.dtype(name), name)
@@ -277,8 +278,8 @@ def _torch_to_numpy(value) -> np.ndarray:
 
 
 def _read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """The header, and where the data begin. The `safetensors` package checks the rest, but lets pass what this refuses:
-    a header of any size, and a tensor that has two places in it."""
+    """The header, and where the data begin. The `safetensors` package checks the rest, but accepts two things that are
+    refused here: a header of any size, and a tensor that is listed twice."""
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")

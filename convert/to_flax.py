@@ -31,10 +31,10 @@ from jaxllm.store.folder import ADAPTER_CONFIG, SOURCE_DTYPES, read_model_config
 from jaxllm.store.source import model_folder, source_files
 
 MAX_MISSING = 10_000
-"""Tensors by which a model may exceed a file and still have the missing ones named."""
+"""Most tensors that a file may lack; beyond that, the config is refused without a list of them."""
 
 ELEMENTS_PER_BYTE = 2
-"""Of the narrowest dtype, four bits."""
+"""Bytes of a value of four bits, the narrowest dtype."""
 
 Place = tuple[Pytree, Pytree] | jax.sharding.Sharding | None
 """Where parameters and routing bias are read to: a sharding of each of their leaves, or one of all; None: to NumPy
@@ -218,19 +218,19 @@ def _passed_over(files: TensorFiles, layers: int) -> set[str]:
     """The tensors of layers that the model does not have, and tables that it computes; a message names them."""
     beyond = {name for name in files.shapes if mtp.is_beyond(name, layers)}
     if count := len(beyond) + len(files.unopened) + len(files.absent):
-        note(f"{files.path}: passed over {count} tensors of layers from {layers} on")
+        note(f"{files.path}: left out {count} tensors of layers from {layers} on")
     return beyond | {name for name in files.shapes if name.endswith(mtp.COMPUTED)}
 
 
 def _repeated_head(source: Path, files: TensorFiles) -> set[str]:
-    """The head that a file has besides the table of embeddings to which it is tied; refused where it is another one."""
+    """The head of a file that also has the embeddings to which it is tied; refused if they differ."""
     head, table = "lm_head.weight", "model.embed_tokens.weight"
     if head not in files.shapes or table not in files.shapes:
         return set()
     if not files.equals(head, files, table):
         raise UserError(
             f"{source}: tie_word_embeddings is true, and {head} differs from {table}: set it to false in config.json, "
-            f"or leave {head} out of the file, as one of the two is not the model's"
+            f"or leave {head} out of the file"
         )
-    note(f"{source}: {head} is {table}, to which it is tied")
+    note(f"{source}: {head} is left out: it equals {table}, to which it is tied")
     return {head}

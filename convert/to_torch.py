@@ -111,10 +111,10 @@ def _copy_kept(kept: Mapping[str, Path], out: Path, config: ModelConfig, trained
     for name, file in kept.items():
         if name in written and (changes := _changes(read_json(file), written[name])):
             write_json(out / name, written[name])
-            print(f"{name} is the source's, except: {changes}")
+            print(f"{name} is copied from the source, except: {changes}")
         elif name == CARD_FILE or (name == MODELING_FILE and (out / name).exists()):
             if name == CARD_FILE or (out / name).read_bytes() != file.read_bytes():
-                print(f"{name} is new: the source's is left out")
+                print(f"{name} is written anew: the source's is left out")
         else:
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, out / name)

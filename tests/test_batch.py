@@ -1,4 +1,4 @@
-"""Rows of tokens as they travel and as a step takes them."""
+"""Rows of tokens as they are stored and as a step takes them."""
 
 import numpy as np
 import pytest

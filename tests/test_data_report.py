@@ -146,7 +146,7 @@ def test_the_report_is_the_same_in_all_places(run, tokenizer, tmp_path, capsys):
     assert all(f"Data: {line}\n" in said for line in report["lines"])
     assert all(f"Not read: {line}\n" in said for line in report["not_read"])
     assert "image.png" in report["not_read"][0]
-    assert "passes that the run makes: about" in said
+    assert "passes over the data: about" in said
 
 
 def test_seen_counts_documents_of_several_chunks():
@@ -163,7 +163,7 @@ def test_a_run_of_before_resumes_to_the_same_rows(tokenizer, tmp_path):
         write(tmp_path / "data" / f"part-{i:02}.jsonl", 900 if i == 1 else 5)
     write(tmp_path / "data" / "test.jsonl", 5)
     options = {"data": str(tmp_path / "data"), "tokenizer": tokenizer, "seq_len": 16, "eval_samples": 5}
-    with pytest.raises(UserError, match="the files to train on are not known"):
+    with pytest.raises(UserError, match="it is not clear which files to train on"):
         start(tmp_path / "new", **options)
     start(tmp_path / "run", **options, data_split="all")
     config = read_json(tmp_path / "run" / "train_config.json")
@@ -229,7 +229,7 @@ def test_counts_are_exact_or_not_known(tokenizer, tmp_path):
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes()))
     texts, packed, plain = (str(tmp_path / name) for name in ("texts", "rows.jsonl.gz", "rows.jsonl"))
     assert report_of(tmp_path, tokenizer, data=texts)["lines"][0].endswith("; 20 documents")
-    assert "1 document read" in report_of(tmp_path, tokenizer, data=texts)["lines"][-2]  # in part
+    assert "1 evaluated document: " in report_of(tmp_path, tokenizer, data=texts)["lines"][-2]  # in part
     assert report_of(tmp_path, tokenizer, data=packed)["lines"][0].endswith("; number of documents not known")
     line = report_of(tmp_path, tokenizer, data=plain)["lines"][0]
     assert "1 .jsonl file (" in line
@@ -237,9 +237,9 @@ def test_counts_are_exact_or_not_known(tokenizer, tmp_path):
 
     lines = report_of(tmp_path, tokenizer, data=plain, eval_data=texts)["lines"]
     assert lines[0].endswith("; number of documents not known")
-    assert lines[-1] == f"passes that the run makes: not known of {plain}"
+    assert lines[-1] == f"passes over the data: not known of {plain}"
     lines = report_of(tmp_path, tokenizer, data=plain, epochs=2.0)["lines"]
-    assert lines[-1] == "passes that the run makes: 2, as --epochs says"
+    assert lines[-1] == "passes over the data: 2, as --epochs says"
 
 
 def test_the_report_of_a_mixture_lists_each_source(tokenizer, tmp_path):
@@ -252,9 +252,9 @@ def test_the_report_of_a_mixture_lists_each_source(tokenizer, tmp_path):
     assert all(str(tmp_path / f"{name}.jsonl") in passes for name in "ab")
     report = report_of(tmp_path, tokenizer, data=data, eval_data=str(tmp_path / "c.jsonl"))
     documents = [source["seen"]["documents"] for source in report["sources"]]
-    assert report["lines"][-2].startswith(f"in the {documents[0]} documents read")
+    assert report["lines"][-2].startswith(f"{documents[0]} evaluated documents: ")
     read_of = [source["seen"]["documents"] for source in report_of(tmp_path, tokenizer, data=data)["sources"]]
-    assert read.startswith(f"in the {sum(read_of)} documents read")
+    assert read.startswith(f"{sum(read_of)} evaluated documents: ")
 
 
 def test_files_that_are_all_left_out_by_the_option_are_said_so(tmp_path):

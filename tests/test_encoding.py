@@ -258,8 +258,8 @@ def test_a_tokenizer_that_does_not_fit_is_refused_or_named(unknown, tmp_path, ca
     rows(fits * 10)
     assert capsys.readouterr().out == ""
     rows(fits * 10 + other)
-    assert re.match(r"Tokenizer: 3\.\d % of the tokens", capsys.readouterr().out)
-    with pytest.raises(UserError, match="of the tokens of the text stand for what the tokenizer's vocabulary lacks"):
+    assert re.match(r"Tokenizer: 3\.\d % of the text's tokens", capsys.readouterr().out)
+    with pytest.raises(UserError, match="of the text's tokens are unknown to the tokenizer's vocabulary"):
         rows(fits * 10 + other * 20)
     rows(fits * 10 + other * 20, special_tokens_in_text="earlier")  # a run that was made before
 

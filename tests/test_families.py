@@ -177,7 +177,7 @@ def test_the_routing_bias_is_required_and_mtp_is_passed_over(tmp_path, capsys):
     write_tensors(folder, tensors | extra)
     _, weights, _ = read_folder(folder)
     assert_same_bits(weights, numbered_weights(CONFIG))
-    assert "passed over 2 tensors of layers from 3 on" in capsys.readouterr().err
+    assert "left out 2 tensors of layers from 3 on" in capsys.readouterr().err
     name = "model.layers.2.mlp.gate.e_score_correction_bias"
     write_tensors(folder, {key: value for key, value in tensors.items() if key != name})
     with pytest.raises(UserError, match=f"missing: {name}"):
@@ -501,7 +501,7 @@ def test_a_piece_needs_only_its_shards(tmp_path, capsys):
     found = read_folder(folder, layers=2)
     assert found[0] == whole[0]
     assert_same_bits(tuple(found[1]), tuple(whole[1]))
-    assert "passed over 38 tensors of layers from 2 on" in capsys.readouterr().err
+    assert "left out 38 tensors of layers from 2 on" in capsys.readouterr().err
     assert convert(["to-flax", str(folder), str(tmp_path / "run"), "--layers", "2"]) == 0
     assert convert(["to-torch", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
     for layers in (None, 3):
@@ -529,7 +529,7 @@ def test_a_tied_head_in_the_file_must_be_the_table(form, tmp_path, capsys):
     save(table)
     _, weights, _ = read_folder(folder)
     assert_same_bits(tuple(weights), tuple(numbered_weights(read_config(V3 | {"tie_word_embeddings": True}))))
-    assert "lm_head.weight is model.embed_tokens.weight, to which it is tied" in capsys.readouterr().err
+    assert "lm_head.weight is left out: it equals model.embed_tokens.weight" in capsys.readouterr().err
     save(table + np.float32(1))
     with pytest.raises(UserError, match=r"tie_word_embeddings is true, and lm_head\.weight differs from"):
         read_folder(folder)

@@ -349,7 +349,7 @@ def test_the_side_that_is_not_trained_on_is_named(name, tmp_path):
         out.write(b"input,output\nQ,A\n" if name == "a.csv" else b'{"input": "Q", "output": "A"}')
     found, source = texts(tmp_path, name, out.getvalue().to_pybytes(), text_field="output")
     assert found == ["A"]
-    assert source.notes == ["input: of questions and answers, only the field 'output' is trained on"]
+    assert source.notes == ["input, since only the field 'output' of questions and answers is trained on"]
 
 
 FIELDS = [

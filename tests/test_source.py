@@ -171,7 +171,7 @@ def test_files_travel_through_training_byte_for_byte(made, corpus, tmp_path, cap
         if file.is_file() and name != "config.json":
             assert (tmp_path / "out" / name).read_bytes() == file.read_bytes(), name
     said = capsys.readouterr().out
-    assert "config.json is the source's, except: " in said
+    assert "config.json is copied from the source, except: " in said
     assert "End of a text" not in said
 
 
@@ -207,7 +207,7 @@ def test_end_tokens_agree_or_the_difference_is_said(
     assert read_json(tmp_path / "out" / "config.json")["eos_token_id"] == exported
     assert read_json(tmp_path / "out" / "generation_config.json") == {"eos_token_id": generated, "top_p": 0.6}
     if generated != generation:
-        assert "generation_config.json is the source's, except: eos_token_id is" in capsys.readouterr().out
+        assert "generation_config.json is copied from the source, except: eos_token_id is" in capsys.readouterr().out
 
 
 def test_links_that_lead_elsewhere_and_large_files_are_named_and_not_kept(model, tmp_path, capsys, monkeypatch):

@@ -17,7 +17,7 @@ from tests.configs import NARROW
 PAGE = (Path(__file__).parents[1] / "docs" / "tutorial.md").read_text()
 BLOCKS = re.findall(r"(?ms)^```(bash|python)\n(.*?)^```", PAGE)
 
-INSTALLING = ("python -m venv .venv && . .venv/bin/activate", "pip install -e '.[torch]' -c constraints.txt")
+INSTALLING = ("python3 -m venv .venv && . .venv/bin/activate", "pip install -e '.[torch]' -c constraints.txt")
 SHORT_TEXT = ["--max-new-tokens", "8"]
 SMALLER = {
     "python train.py": [*NARROW, "--steps", "6", "--warmup-steps", "2", "--eval-every", "3", "--save-every", "3"],

@@ -213,4 +213,4 @@ def other_side(field: str, fields: Iterable[str]) -> tuple[str, ...]:
 
 
 def one_sided(field: str, others: Iterable[str]) -> str:
-    return f"{listed(others)}: of questions and answers, only the field {field!r} is trained on"
+    return f"{listed(others)}, since only the field {field!r} of questions and answers is trained on"

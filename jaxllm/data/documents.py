@@ -1,4 +1,4 @@
-"""Documents as token ids: the pieces in which a document is read encode as the whole would."""
+"""Documents as token ids: a document that is read in pieces has the same tokens as if it were encoded whole."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxllm.errors import UserError
 from jaxllm.model.batch import DOCUMENT_END, NOT_TARGET
 
 SETTLED = 8
-"""Words that must follow a cut, and that precede it in the next window: far more than a pre-tokenizer looks around."""
+"""Words that must follow a cut, and that precede it in the next window: far more than a pre-tokenizer depends on."""
 
 MAX_PENDING = 2**21
 """Characters without a place to cut after which a document is cut anyway."""
@@ -28,9 +28,9 @@ MAX_UNKNOWN, SAID_UNKNOWN = 0.2, 0.01
 class DocumentEncoder:
     """Encodes a series of chunks, in which a document may come in pieces, as if each document came whole.
 
-    A window of text is encoded with some words before it, whose tokens are left out, so that nothing is added that
-    begins a text; and up to a place behind which the words are settled. The rest waits for the next piece. After a
-    piece that is missing (held out, or of another shard), a document goes on without what begins a text.
+    Text is encoded in windows. Each begins with some words of the one before, whose tokens are dropped, so that the
+    tokenizer adds nothing that begins a text. Each ends where later text cannot change the tokens; the rest waits for
+    the next piece. A piece whose predecessor is missing (held out, or of another shard) does not begin a text either.
 
     Tokens are marked (`jaxllm.model.batch`) where the run trains on the assistant's alone or keeps documents separate.
     """
@@ -42,10 +42,10 @@ class DocumentEncoder:
         self._reset()
 
     def _reset(self, document_is_open: bool = False) -> None:
-        self._text = ""  # that was not encoded, and before it
-        self._done = 0  # characters that are there for the context only
+        self._text = ""  # not encoded yet, with context before it
+        self._done = 0  # characters of that context
         self._next_part = -1 if document_is_open else 0  # 0: no document is open; -1: the next piece is not known
-        self._try_at = 0  # characters from which a cut is looked for
+        self._try_at = 0  # characters to wait for before a cut is tried
 
     @property
     def state(self) -> list[Any]:
@@ -58,7 +58,7 @@ class DocumentEncoder:
 
     def add(self, chunk: TextChunk) -> np.ndarray | None:
         """The tokens that no later text changes: (n,) int32. None: the chat is skipped, because it has no
-        target, or because the template does not take it.
+        target, or because the template refuses it.
 
         Raises:
             UserError: the tokenizer has no chat template.
@@ -86,11 +86,11 @@ class DocumentEncoder:
         return np.concatenate([*waiting, ids])
 
     def flush(self) -> np.ndarray:
-        """The tokens of the text that waits, whose next piece does not come."""
+        """The tokens of text that waits for a piece which does not come."""
         return self._rest(ends_document=False) if self._text else np.zeros(0, np.int32)
 
     def _closed(self) -> np.ndarray:
-        """The end of the document that is open, if one is."""
+        """The last tokens of the open document, if there is one."""
         return self._rest(ends_document=True) if self._next_part else np.zeros(0, np.int32)
 
     def _chat_or_pair(self, text: Chat | Pair, ends_document: bool) -> np.ndarray | None:
@@ -98,7 +98,7 @@ class DocumentEncoder:
         if is_chat and not self.encoder.tokenizer.chat_template:
             raise UserError(
                 "data: its rows are chats, and the tokenizer has no chat template: put a chat_template.jinja into its "
-                "folder, or pass --tokenizer, one with a template, or --text-field"
+                "folder, or pass a --tokenizer that has one, or --text-field"
             )
         try:
             ids, is_target, last_only = self._tokens_of(text, ends_document)
@@ -178,7 +178,7 @@ class DocumentEncoder:
         spans, text, done = self.encoder.spans(self._text), self._text, self._done
         found = self._cut(spans)
         if found is None and len(text) > MAX_PENDING:
-            return self._rest(ends_document=False)  # the next piece goes on as after a missing one
+            return self._rest(ends_document=False)  # the next piece continues as after a missing one
         if found is None:
             self._try_at = 2 * len(text)
             return np.zeros(0, np.int32)
@@ -209,14 +209,14 @@ class DocumentEncoder:
 
 
 def _first_behind(spans: Spans, character: int) -> int | None:
-    """The token that begins at a character or later, if none reaches over it."""
+    """The first token that begins at a character or later; None: a token spans that character."""
     first = int((spans.ends <= character).sum())
     clear = (spans.ends[:first] <= character).all() and (spans.starts[first:] >= character).all()
     return first if clear else None
 
 
 def _without_token(spans: Spans, text: str, start: int, stop: int) -> int:
-    """How many characters of a part of a text have no token, besides whitespace."""
+    """Number of characters of a part of a text that have no token, without whitespace."""
     covered = np.zeros(len(text) + 1, np.int64)
     np.add.at(covered, spans.starts, 1)
     np.add.at(covered, spans.ends, -1)
@@ -225,15 +225,15 @@ def _without_token(spans: Spans, text: str, start: int, stop: int) -> int:
 
 
 def check_vocabulary(counts: Counts, refuse: bool = True) -> None:
-    """Compare what was encoded with the tokenizer's vocabulary; print a line where it lacks much of it.
+    """Compare what was encoded with the tokenizer's vocabulary; print a line if much is missing.
 
     Raises:
-        UserError: it lacks so much that the tokenizer does not fit, and `refuse`.
+        UserError: so much is missing that the tokenizer does not fit, and `refuse`.
     """
     share = counts.unknown_share
-    said = f"{100 * share:.1f} % of the tokens of the text stand for what the tokenizer's vocabulary lacks"
+    said = f"{100 * share:.1f} % of the text's tokens are unknown to the tokenizer's vocabulary"
     if share > MAX_UNKNOWN and refuse:
-        raise UserError(f"tokenizer: {said}: pass a --tokenizer that fits the data, or none to train one")
+        raise UserError(f"tokenizer: {said}: pass a --tokenizer that fits the data, or leave it out to train one")
     if share > SAID_UNKNOWN:
         print(f"Tokenizer: {said}")
 

@@ -1,4 +1,4 @@
-"""A text or a chat as token ids; special tokens that it spells are text."""
+"""Encodes a text or a chat as token ids; a special token that a text spells out is encoded as plain text."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MARK = "\ufdd0\ufdd1"
-"""Breaks a special token's text, so that it is not matched; the normalizer takes it out before anything else sees it.
-Two noncharacters of Unicode; where a text has them itself, it keeps them."""
+"""Put into the text of a special token so that it is not matched; the normalizer removes it first. Two noncharacters of
+Unicode; a text that contains them keeps them."""
 
 MARGIN = 64
-"""Characters that a normalizer or a pre-tokenizer looks around at most, besides whole words."""
+"""Most characters on either side that a normalizer or a pre-tokenizer depends on, besides whole words."""
 
 FEW_WORDS = 16
-"""With fewer, a text is cut between pieces of the vocabulary rather than between words."""
+"""A text with no more words than this is cut between pieces of the vocabulary."""
 
 TAIL = 8
-"""Tokens at the end of a text among which its own end token is looked for; whitespace may follow it."""
+"""Number of last tokens of a text that are searched for an end token of its own, which whitespace may follow."""
 
 
 class Spans(NamedTuple):
@@ -46,16 +46,16 @@ class ChatTokens(NamedTuple):
 
     ids: np.ndarray  # (n,) int32
     is_target: np.ndarray  # (n,) bool, what the assistant says, or the completion
-    last_only: bool = False  # whether earlier answers are no targets, because the template changes them afterwards
+    last_only: bool = False  # whether only the last answer is a target, since the template changes earlier ones
 
 
 class Encoder:
     """A tokenizer as training uses it: without what it adds at the ends of a text, and without dropout.
 
     With `special_tokens` of `text`, a special token that a text or a message spells is encoded as other characters are;
-    only the chat template's own are control tokens. So are tokens that are not special by their entry, but with which
-    the chat template begins or ends a user's turn. A special token of one character stays one: nothing else stands for
-    it. Nothing changes in an encoder, so threads may share it.
+    only the chat template's own are control tokens. The same holds for tokens that are not marked special, but with
+    which the chat template begins or ends a user's turn. A special token of one character stays one, because no other
+    token encodes it. An encoder does not change, so threads may share it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, special_tokens: str):
@@ -66,7 +66,7 @@ class Encoder:
         self.eos: int | None = tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
         backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise UserError("the tokenizer has no tokenizer.json, which encodes: pass another --tokenizer")
+            raise UserError("the tokenizer has no tokenizer.json, which a run needs: pass another --tokenizer")
         added = backend.get_added_tokens_decoder()
         plain = [token.content for token in added.values() if token.content.strip() and not token.special]
         special = {*tokenizer.all_special_ids}
@@ -96,18 +96,18 @@ class Encoder:
             yield found.start(), found[0] == self.tokenizer.eos_token
 
     def unknown_in(self, ids: np.ndarray) -> int:
-        """How many tokens stand for what the vocabulary lacks."""
+        """Number of unknown tokens, which stand for characters that the vocabulary lacks."""
         return 0 if self._unknown is None else int((ids == self._unknown).sum())
 
     def chat_ids(self, chat: Chat, add_generation_prompt: bool = False) -> np.ndarray:  # (n,) int32
-        """The tokens of a chat through its template, which may raise anything."""
+        """The tokens of a chat as its template renders it; the template may raise any exception."""
         return np.asarray(self._tokens(self._rendered(chat, add_generation_prompt))[0], np.int32)
 
     def chat_targets(self, chat: Chat, first: int = 0) -> ChatTokens:
-        """The tokens of a chat through its template, and which of them the assistant says from message `first` on.
+        """The tokens of a chat as its template renders it, and which of them the assistant says after `first` messages.
 
-        One end token follows, unless the template has ended the last turn. The template may raise anything, and
-        ValueError is raised where its renderings do not tell what the assistant says.
+        One end token follows, unless the template has ended the last turn. The template may raise any exception,
+        and ValueError is raised where its renderings do not tell what the assistant says.
         """
         text, turns, last_only = assistant_turns(self._rendered, self._same_tokens, chat, first, self._template)
         spans = self._spans_of(text)
@@ -176,9 +176,9 @@ class Encoder:
         return Spans(np.asarray(ids, np.int32), offsets[:, 0], offsets[:, 1], words)
 
     def breaks(self, spans: Spans) -> np.ndarray:
-        """Tokens at which what comes before and what comes after are encoded independently, in their order.
+        """Tokens, in order, before which a text can be cut so that both parts are encoded as in the whole.
 
-        Between words; in a text without words, where no piece of the vocabulary has the two characters that meet.
+        They begin words; in a text without words, no piece of the vocabulary may join the characters at the cut.
         """
         ids, words = spans.ids, spans.words
         between = spans.ends[:-1] <= spans.starts[1:]
@@ -200,7 +200,7 @@ class Encoder:
         return {piece[i : i + 2] for piece in vocabulary if not _is_byte(piece) for i in range(len(piece) - 1)}
 
     def _tokens(self, escaped: str) -> tuple[list[int], Any, list[int] | None]:
-        """Ids of a text, the library's encoding, and of each id the number in it; None: as they are there."""
+        """Ids of a text, the library's encoding, and the index of each id in it; None: they are the encoding's ids."""
         encoding = self._backend.encode(escaped, add_special_tokens=False)
         if self._control.keys().isdisjoint(encoding.ids):
             return encoding.ids, encoding, None
@@ -213,10 +213,10 @@ class Encoder:
         return ids, encoding, origin
 
     def _is_meant(self, id: int, text: str) -> bool:
-        """Whether a token is what the text says: a model's vocabulary may hold special tokens too."""
+        """Whether an id stands for this text, and is not a control token that the model made from other characters."""
         if id not in self._control:
             return True
-        produced = id == self._unknown or _is_byte(self._control[id])  # for what the vocabulary lacks
+        produced = id == self._unknown or _is_byte(self._control[id])  # for characters that the vocabulary lacks
         return MARK not in text and (produced or text.strip() == self._control[id].strip())
 
     def _in_parts(self, id: int) -> list[int]:
@@ -234,7 +234,8 @@ class Encoder:
                 return text
 
     def _escaped_within(self, value: Any) -> Any:
-        """A message as the template gets it. A text that ends as a special token begins may be put before the rest."""
+        """A message as the template gets it. Where a text ends with the beginning of a special token, the template may
+        add the rest, so `MARK` follows it."""
         if isinstance(value, str):
             return self._escaped(value) + (MARK if value.endswith(self._beginnings) else "")
         if isinstance(value, list):
@@ -270,9 +271,9 @@ def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _backend_of(spec: dict[str, Any], as_spelled: set[str], breaks: bool) -> Any:
-    """A tokenizer.json as the encoder uses it; with `breaks`, its normalizer takes out `MARK`.
+    """A tokenizer.json as the encoder uses it; with `breaks`, its normalizer removes `MARK`.
 
-    Those special tokens that its normalizer leaves as they are must be matched before it, so that `MARK` is in the way.
+    Special tokens that its normalizer does not change are matched before it, so that `MARK` prevents the match.
     """
     from tokenizers import Tokenizer
 
@@ -289,7 +290,7 @@ def _backend_of(spec: dict[str, Any], as_spelled: set[str], breaks: bool) -> Any
 
 
 def _unknown_id(model: dict[str, Any]) -> int | None:
-    """The token for what the vocabulary lacks."""
+    """The unknown token."""
     vocabulary = model.get("vocab")
     return vocabulary.get(model.get("unk_token")) if isinstance(vocabulary, dict) else model.get("unk_id")
 
@@ -318,7 +319,7 @@ def _any_of(texts: set[str]) -> re.Pattern[str]:
 
 
 def _alternatives(texts: list[str]) -> str:
-    """Sorted texts by their common beginnings: some tokenizers have thousands of special tokens."""
+    """Alternatives of sorted texts, grouped by common prefixes: some tokenizers have thousands of special tokens."""
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(texts[0], texts[-1], strict=False))
     common = "".join(character for character, _ in same)
     rest: dict[str, list[str]] = {}
@@ -334,7 +335,7 @@ def _is_byte(piece: str) -> bool:
 
 
 def _turn_markers(tokenizer: PreTrainedTokenizerBase, added: list[str]) -> set[str]:
-    """Those of some added tokens next to which the chat template puts a user's words, or that follow an answer."""
+    """The added tokens that the chat template puts next to a user's words, or after an answer."""
     if not (tokenizer.chat_template and added):
         return set()
     said = ("qzxjkv", "vkjxzq", "zqvjxk")

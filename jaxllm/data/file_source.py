@@ -22,25 +22,25 @@ from jaxllm.data.source import CLOSING, HOLD_OUT, WHOLE, Evaluation, Shard, Text
 from jaxllm.errors import UserError, listed, one_line, shown
 
 COUNTED = 2**20
-"""Bytes of text up to which the share of held-out chunks is counted; in more, the report names the rule."""
+"""Most bytes of text of which the share of held-out chunks is counted; of more, the report names the rule."""
 
 RUN_OF_CHUNKS = 8
 """Consecutive chunks that stay together where files are divided among shards."""
 
 FILES = "files:"
-"""How the fingerprint of files begins where a commit of the Hub could stand."""
+"""Prefix of a fingerprint of files, where a commit of the Hub could stand."""
 
 TRIES = 3
-"""How often a file is read at a place where it cannot be read, before it is left out."""
+"""Attempts to read a file at one place before it is left out."""
 
 WAIT = 1.0
-"""Seconds between these tries: a file server may be back."""
+"""Seconds between these attempts: a file server may be back by then."""
 
 HELD_OUT_SHARE = (1 / (2 * HOLD_OUT), 2 / HOLD_OUT)
-"""Whole files are held out only if they hold this share of the bytes, at least and at most."""
+"""Smallest and largest share of the bytes with which whole files are held out."""
 
 LONGEST_HELD_OUT = (HOLD_OUT, 4 * CHUNK_CHARS)
-"""A row is trained on if it has more than one of so many parts of the corpus, and more than so many bytes."""
+"""A row is never held out if it is larger than 1/n of the corpus and than so many bytes: (n, bytes)."""
 
 
 class FileSource:
@@ -48,7 +48,7 @@ class FileSource:
 
     One of several shards has every n-th file of that order if there are enough files, or else runs of chunks of every
     file. A file that cannot be read, or not to its end, is left out from there on; so are those that `data.skip_data`
-    names. They keep their place in the order: the position tells which they are.
+    names. They keep their place in the order, by which a position refers to files.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class FileSource:
             index = order[number]
             name = self._names[index]
             mine = not self._by_files or number % self._shard.of == self._shard.number
-            is_open = False  # the document of the file, whose last chunk is another's
+            is_open = False  # whether its document stays open: the last chunk is read elsewhere
             mine = mine and not (only_held_out and self._whole_files and index % HOLD_OUT != 1)
             if mine and name not in skipped and name not in self.left_out:
                 is_text = kind_of(self._files[index]) == "text"
@@ -148,7 +148,7 @@ class FileSource:
         self._at = self._start_of_pass(self._at["pass"] + 1, kept)
 
     def _has_chunk(self, index: int, chunk: int) -> bool:
-        """Whether a chunk of a file is of this shard."""
+        """Whether a chunk of a file belongs to this shard."""
         return self._by_files or (index + chunk // RUN_OF_CHUNKS) % self._shard.of == self._shard.number
 
     def _fitting_hold_out(self) -> str:
@@ -199,10 +199,10 @@ class FileSource:
         return [SourceReport(*where, is_sampled=not self.evaluations)]
 
     def _share_of_chunks(self, files: list[int]) -> float | None:
-        """The share of the text that is held out, by reading it; None: it is more than `COUNTED` bytes."""
+        """The share of the text that is held out, found by reading it; None: the text has more than `COUNTED` bytes."""
         whole = held_out = 0
         for index in files:
-            with contextlib.suppress(Unreadable, PermissionError):  # a pass says so
+            with contextlib.suppress(Unreadable, PermissionError):  # reported when a pass reads them
                 rows = read_chunks(self._files[index], self._sizes[index], 0, self._data.text_field, self._strict)
                 for chunk, text in enumerate(row.text for row in rows if row.text is not None):
                     whole += utf8_bytes(text)
@@ -223,7 +223,7 @@ class FileSource:
         return {"pass": number, "file": 0, "chunk": 0, "offset": 0, "bytes": 0, "within": 0} | kept
 
     def _chunks_of(self, index: int) -> Iterator[tuple[int, Text, bool]]:
-        """The chunks of a file from where the position is, each with its number; the position goes along.
+        """The chunks of a file from the position on, each with its number; the position moves with them.
 
         A file that cannot be read is tried `TRIES` times at one place, then left out.
         """
@@ -239,7 +239,7 @@ class FileSource:
                     self.seen.file_bytes += read.done - self._at["within"]
                     self._at = self._at | {"offset": read.offset, "within": read.done}
                     if read.text is None:
-                        self._at["skipped"] += counts and self._at["pass"] == 0  # a later one skips the same rows
+                        self._at["skipped"] += counts and self._at["pass"] == 0  # later passes skip the same rows
                         self.seen.skipped_rows += counts
                         self.seen.other_parts += counts and read.other_part
                         if read.damage and counts:
@@ -255,10 +255,10 @@ class FileSource:
                     reason = one_line(error)
                 else:
                     time.sleep(WAIT)
-        if not self._folder.is_dir():  # no file is to blame: a disk or a file server is away
+        if not self._folder.is_dir():  # not one file's fault: a disk or a file server is missing
             raise UserError(
-                f"data: the folder {str(self._folder)!r} is gone: bring it back; started again, the run resumes "
-                "from its last checkpoint"
+                f"data: the folder {str(self._folder)!r} is gone: restore it and run the same command again; the "
+                "run resumes from its last checkpoint"
             )
         if tries == TRIES:
             reason = f"{reason}; tried {TRIES} times, read up to {self._at['within']} of {size} bytes"
@@ -305,7 +305,7 @@ def patterns_in(skip: str) -> list[str]:
 
 
 def _matching(skip: str, names: Iterable[str]) -> list[str]:
-    """The names, or whose last parts, are or match one of some patterns."""
+    """The names that match one of some patterns, or whose last part does."""
     patterns = patterns_in(skip)
     return [
         name

@@ -100,7 +100,7 @@ def find_data(path: Path, data: DataConfig, skip: Callable[[str], bool] | None) 
 
 
 def _keep_split(found: DataFiles, path: Path, data: DataConfig, skip: Callable[[str], bool]) -> None:
-    """Pass over the files of other splits than the one that is read, by the card or the names of files."""
+    """Leave out the files of other splits than the one that is read, by the card or the names of files."""
     split, names, split_of = data.split, list(found.files), {}
     if data.subset is not None or (split != ALL and not path.is_file()):
         split_of = of_card(path, names, data.subset)
@@ -123,8 +123,8 @@ def _check_not_code(path: Path, files: dict[str, Path], rows: list[str], row_byt
     if rows and code_bytes > max(row_bytes, sum(files[name].stat().st_size for name in rows)):
         raise UserError(
             f"data is {str(path)!r}: {len(code)} files of text or code, such as {code[0]!r}, have more bytes than its "
-            f"files of rows, such as {rows[0]!r}, so what to train on is not known: pass --skip-data with the names or "
-            f"patterns of the ones to leave out, e.g. --skip-data {shown(rows[0])}"
+            f"files of rows, such as {rows[0]!r}, so it is not clear which to train on: pass --skip-data with the "
+            f"names or patterns of the ones to leave out, e.g. --skip-data {shown(rows[0])}"
         )
     return rows
 
@@ -139,7 +139,8 @@ def check_split(what: str, split: str, splits: Collection[str]) -> None:
 
 
 def _splits_by_name(path: Path, names: list[str], skip: Callable[[str], bool]) -> dict[str, str | None]:
-    """What `recognized` finds; files that the user leaves out are considered only where it is clear with them, too."""
+    """The split of each file by its name (`recognized`); without the files that the user leaves out, if those make it
+    ambiguous."""
     names = [name for name in names if not re.fullmatch(_ABOUT, PurePosixPath(name).name.lower())]
     try:
         return recognized(names)
@@ -148,13 +149,13 @@ def _splits_by_name(path: Path, names: list[str], skip: Callable[[str], bool]) -
             return recognized([name for name in names if not skip(name)])
         except Ambiguous:
             raise UserError(
-                f"data is {str(path)!r}: {ambiguous}, so the files to train on are not known: leave some out with "
+                f"data is {str(path)!r}: {ambiguous}, so it is not clear which files to train on: leave some out with "
                 f"--skip-data NAME, or pass --data-split {ALL} to train on all"
             ) from None
 
 
 def _another(split: str | None, wanted: str) -> str:
-    return f"of no split, and {wanted!r} is read" if split is None else f"split {split!r}, and {wanted!r} is read"
+    return f"in no split, and {wanted!r} is read" if split is None else f"split {split!r}, and {wanted!r} is read"
 
 
 @functools.cache

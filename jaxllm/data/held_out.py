@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class HeldOut(NamedTuple):
     """Rows, and what was read to make them."""
 
-    rows: np.ndarray  # (n,T) int32, as they travel (`jaxllm.model.batch`)
+    rows: np.ndarray  # (n,T) int32, in the form of `jaxllm.model.batch`
     seen: list[Counts]  # of each source
     encoded: Counts
 

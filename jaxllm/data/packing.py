@@ -1,6 +1,6 @@
 """Tokens packed into rows: joined documents are cut into full rows, separate ones fill a row whole, by best fit.
 
-Rows are as they travel (`jaxllm.model.batch`).
+Rows have the form of `jaxllm.model.batch`.
 """
 
 from collections.abc import Callable, Iterator

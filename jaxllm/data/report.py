@@ -1,6 +1,6 @@
 """What a run reads, as it says at its start, in report.md and in metrics.jsonl. It costs no second pass over the data.
 
-What is known without reading is exact. The rest is an estimate from the documents that were read to be evaluated.
+What is known without reading is exact. The rest is an estimate from the documents that are evaluated.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class SourceReport:
     seen: Counts = field(default_factory=Counts)
     is_sampled: bool = True  # `seen` is of this source, not of other text that is evaluated
     is_repeated: bool = False  # `seen` is that of the source before it
-    passes: float | None = None  # that the run makes, as an estimate; None: the size of the data is not known
+    passes: float | None = None  # of the run over it, as an estimate; None: the size of the data is not known
 
     @property
     def bytes(self) -> int:
@@ -144,7 +144,7 @@ class DataReport:
         tokens = self.encoded
         facts += [
             f"{100 * tokens.unknown_share:.2g} % unknown tokens",
-            f"{counted(tokens.special, 'special token')} in texts, end tokens among them: {tokens.ends:,}",
+            f"{counted(tokens.special, 'special token')} in texts, {tokens.ends:,} of them end tokens",
         ]
         passes = ", ".join(
             f"not known of {source.name}" if source.passes is None else f"about {source.passes:.2g} of {source.name}"
@@ -154,10 +154,10 @@ class DataReport:
             passes = f"{self.epochs:g}, as --epochs says"
         return [
             *(line for source in self.sources for line in source.lines()),
-            f"in the {counted(read, 'document')} read to be evaluated: {', '.join(facts)}",
+            f"{counted(read, 'evaluated document')}: {', '.join(facts)}",
             *([self._chats()] if tokens.chats + tokens.pairs + tokens.refused + tokens.without_target else []),
             *([self.rows] if self.rows else []),
-            "passes that the run makes: " + passes,
+            "passes over the data: " + passes,
         ]
 
     def _chats(self) -> str:

@@ -1,6 +1,6 @@
 """From chunks of text to rows of tokens: tokenized, packed (`jaxllm.data.packing`), shuffled; and their position.
 
-Rows here are as they travel (`jaxllm.model.batch`).
+Rows have the form of `jaxllm.model.batch`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Position(NamedTuple):
 
     source: dict[str, Any]  # JSON values
     drawn: int  # rows, or separate documents, drawn so far: the number of the next random draw
-    tokens: np.ndarray  # (n,) int32, tokens that are no row, or separate document, yet
+    tokens: np.ndarray  # (n,) int32, tokens that do not fill a row, or a separate document, yet
     pool: np.ndarray  # (P,T) int32, rows that wait to be drawn; or one separate document in each, padded
     passes: np.ndarray | None = None  # (P+1,) int32, the pass in which each of them began, and that of `tokens`
     text: list[Any] | None = None  # `DocumentEncoder.state`
@@ -192,7 +192,7 @@ class TokenStream:
     def _pack(self) -> Iterator[tuple[np.ndarray, int]]:
         """The rows for the pool, each with the pass in which it began."""
         nothing = np.zeros(0, np.int32)
-        yield from self._packer.add(nothing, self._packer.tokens_pass)  # tokens of a seek, before another chunk is read
+        yield from self._packer.add(nothing, self._packer.tokens_pass)  # tokens of a restored position come first
         empty_passes = 0
         while empty_passes < 2:  # the first may be the end of a pass, after a seek
             empty_passes += 1
@@ -202,7 +202,7 @@ class TokenStream:
                     continue
                 if (tokens := self._documents.add(chunk)) is None:
                     position = self._source.position
-                    if number == 0 and not chunk.repeated:  # a later pass skips the same
+                    if number == 0 and not chunk.repeated:  # later passes skip the same ones
                         self._source.position = position | {"skipped": position["skipped"] + 1}
                     continue
                 if chunk.part != CLOSING:

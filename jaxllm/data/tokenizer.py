@@ -38,15 +38,15 @@ Config = TypeVar("Config", bound=RunConfig)
 END_OF_TEXT = "<|endoftext|>"
 
 PAD = "<|pad|>"
-"""Not the end of a text: clients ignore padding in the loss, and would ignore the ends too."""
+"""Differs from the end of a text: clients leave padding out of the loss, and would leave out the ends, too."""
 
 TRAINING_CHARS = 20_000_000
-"""Text that a tokenizer is trained on: with more, merges change little and memory grows."""
+"""Number of characters that a tokenizer is trained on: with more, merges change little and memory grows."""
 
 
 OF_TRANSFORMERS_5 = ("backend", "is_local", "local_files_only")
-"""What it writes into tokenizer_config.json about the place where it saved. transformers 4 does not know these entries,
-nor the class TokenizersBackend, which is its present name of PreTrainedTokenizerFast."""
+"""Entries of transformers 5 in tokenizer_config.json about the place where it saved. transformers 4 does not know
+them, nor TokenizersBackend, the present name of the class PreTrainedTokenizerFast."""
 
 CACHE_FORMAT = 2
 """Increase it when `train_tokenizer` gives another result for the same text."""
@@ -101,10 +101,10 @@ def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that a tokenizer works before the data is read, since a broken one may still load."""
     ids = tokenizer(TRIALS[0], add_special_tokens=False)["input_ids"]
     if not isinstance(tokenizer.decode(ids), str) or len(tokenizer) < 1:
-        raise ValueError("it makes no text of tokens")
+        raise ValueError("it does not decode tokens to text")
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     if not all(isinstance(token, int) for token in (*ids, *special) if token is not None):
-        raise ValueError("its tokens are not numbers")
+        raise ValueError("its token ids are not integers")
 
 
 def check_tokenizer_files(folder: Path) -> None:
@@ -121,7 +121,7 @@ def check_tokenizer_files(folder: Path) -> None:
         raise UserError(f"{folder / 'tokenizer.json'} is nested too deeply: it is not a tokenizer") from None
     if growth > MAX_GROWTH:
         raise UserError(
-            f"{folder / 'tokenizer.json'} replaces letters by {shown(growth)} others: it is not a tokenizer"
+            f"{folder / 'tokenizer.json'} makes a text up to {shown(growth)} times as long: it is not a tokenizer"
         )
 
 
@@ -194,7 +194,7 @@ def _train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    bpe.add_special_tokens([PAD])  # after the others
+    bpe.add_special_tokens([PAD])  # gets the last id
     return _wrap(bpe)
 
 
@@ -216,7 +216,7 @@ def _training_texts(source: Source) -> Iterator[str]:
         parts = chunk.text if isinstance(chunk.text, Pair) else [chunk.text]
         text = "".join(part for part in parts if isinstance(part, str))
         if not all(isinstance(part, str) for part in parts):
-            raise UserError("data: its rows are chats: pass --tokenizer, one with a chat template, or --text-field")
+            raise UserError("data: its rows are chats: pass a --tokenizer that has a chat template, or --text-field")
         if not chunk.held_out:
             yield text
             chars += len(text)
@@ -225,7 +225,7 @@ def _training_texts(source: Source) -> Iterator[str]:
 
 
 def without_dropout(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Turn a BPE's dropout off, which would encode the same text in another way each time, and print that."""
+    """Turn off a BPE's dropout, with which the same text is encoded differently each time, and print that."""
     model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if dropout := getattr(model, "dropout", None):
         model.dropout = None
@@ -234,19 +234,19 @@ def without_dropout(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBa
 
 
 def _size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Rows that a model needs for it."""
+    """Number of rows that a model's embeddings need for it."""
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> PreTrainedTokenizerBase:
-    """Add the pad token that a tokenizer lacks, if the model has a row for it; without `vocab_size` it gets one."""
+    """Add the pad token that a tokenizer lacks, if the model has a row for it; without `vocab_size` it will get one."""
     if tokenizer.pad_token_id is None and (vocab_size is None or _size(tokenizer) < vocab_size):
         tokenizer.add_special_tokens({"pad_token": PAD})
     return tokenizer
 
 
 def align(config: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
-    """Give the model's config the tokenizer's special tokens, and a tokenizer-sized preset its vocabulary.
+    """Set the config's special tokens to the tokenizer's, and its vocabulary size where the preset leaves it open.
 
     Raises:
         UserError: the tokenizer has tokens for which the model has no row.
@@ -256,12 +256,12 @@ def align(config: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
     if size > vocab_size:
         remedy = f"pass --model.vocab-size {size} or another --tokenizer"
         if getattr(config, "init", None) is not None or (config.folder / "checkpoints").is_dir():
-            remedy = "pass the --tokenizer that belongs to the weights"  # they have the rows that they have
+            remedy = "pass the --tokenizer that belongs to the weights"  # which have a fixed number of rows
         raise UserError(f"vocab_size is {vocab_size}, but the tokenizer has {size} tokens: {remedy}")
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-sequence token, which separates documents: pass another")
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    special: dict[str, Any] = {}  # trained weights keep their own where they end a text as the tokenizer does
+    special: dict[str, Any] = {}  # trained weights keep theirs if the tokenizer ends texts with one of them
     if eos not in model.eos_token_ids:
         new_pad = eos if pad is None else pad
         special = {
@@ -306,7 +306,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def bytes_per_target(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray, data: DataConfig = JOINED_TEXTS) -> float:
-    """UTF-8 bytes of text for each target of a run's rows (n,T) as they travel. Special tokens do not count as text.
+    """UTF-8 bytes of text for each target of rows (n,T) of `jaxllm.model.batch`. Special tokens do not count as text.
 
     A loss in nats per token, divided by this and by ln 2, is in bits per byte, which different tokenizers share.
     """
@@ -318,7 +318,7 @@ def bytes_per_target(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray, data:
 
 
 def text_bytes(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray) -> int:
-    """UTF-8 bytes of the text of rows (n,T); of a character that a row's end cuts, those of its tokens there."""
+    """UTF-8 bytes of the text of rows (n,T); of a character that the end of a row cuts, those of its tokens there."""
     special, backend = set(tokenizer.all_special_ids), getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and "ByteLevel" in str(backend.decoder):
         special |= {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
@@ -340,7 +340,7 @@ def text_bytes(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray) -> int:
 
 
 def decode_after(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], new: Sequence[int]) -> str:
-    """The text that new tokens add to a prompt's; some decoders strip the space that a text begins with."""
+    """The text that new tokens add to a prompt. Both are decoded together: some decoders strip a leading space."""
     before, whole = str(tokenizer.decode([*prompt])), str(tokenizer.decode([*prompt, *new]))
     # a prompt may end within a character
     return whole.removeprefix(before) if whole.startswith(before) else str(tokenizer.decode([*new]))
@@ -349,15 +349,15 @@ def decode_after(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], new:
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str, special_tokens: str = "text", as_chat: bool = False
 ) -> list[int]:
-    """Token ids of a prompt; an empty one is the token that separates documents.
+    """Token ids of a prompt; of an empty one, the token that separates documents.
 
     `special_tokens` is the run's `special_tokens_in_text`. `as_chat`: the prompt is what a user says, through the chat
     template.
 
     Raises:
-        UserError: the tokenizer takes no such text, or has no token for an empty one.
+        UserError: the tokenizer cannot encode the text, or has no token for an empty one.
     """
-    refused = f"prompt is {shown(prompt)}: the tokenizer does not take it"
+    refused = f"prompt is {shown(prompt)}: the tokenizer cannot encode it"
     with as_user_error(lambda error: f"{refused} ({one_line(error)})"), panics_as_errors():
         encoder = encoder_of(tokenizer, special_tokens)
         said: Chat = [{"role": "user", "content": prompt}]

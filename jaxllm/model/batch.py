@@ -1,7 +1,7 @@
-"""Rows of tokens with their targets and documents: as they travel, and as a step takes them. Imports no JAX.
+"""Rows of tokens with their targets and documents: as they are stored, and as a step takes them. Imports no JAX.
 
-They travel as one int32 a token, in the pool, in data positions and in the held-out part: the id, with `NOT_TARGET` and
-`DOCUMENT_END` as bits above it; IGNORED is padding. Rows of joined texts have neither bits nor padding.
+The pool, data positions and the held-out part store one int32 a token: the id, with `NOT_TARGET` and `DOCUMENT_END` as
+bits above it; IGNORED is padding. Rows of joined texts have neither bits nor padding.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jaxllm.config.groups import DataConfig
 
 IGNORED = -100
-"""Label of a position that is not a target, as in PyTorch and transformers; in travelling rows, padding."""
+"""Label of a position that is not a target, as in PyTorch and transformers; in stored rows, padding."""
 
 DOCUMENT_END = 1 << 29
 """Set in the last token of a document; where documents are separate only."""

@@ -75,7 +75,7 @@ class NoLog(RunLog):
 
 
 def console_line(record: dict[str, Any], last: int, tokens_per_step: int) -> str:
-    """A record as a line to read, of a run with `last` steps; training lines are aligned."""
+    """A record as a line of text; the training lines of a run of `last` steps are aligned."""
     where = f"step {record['step']:>{len(str(last))}}/{last}"
     if "loss" in record:
         rate = record["tokens_per_second"]

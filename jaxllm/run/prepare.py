@@ -1,4 +1,4 @@
-"""What precedes training in either framework: what would fail later is refused, then the run's folder is written.
+"""Prepares a run of either framework: refuses what would fail later, then writes the run's folder.
 
 Imports neither JAX nor PyTorch.
 """
@@ -60,13 +60,13 @@ if TYPE_CHECKING:
 
 
 MOST_CHATS = 1000
-"""How many held-out chats are looked at for questions to answer in the samples."""
+"""Most held-out chats that are searched for questions to answer in the samples."""
 
 
 class Prepared(NamedTuple, Generic[Config]):
     config: Config  # aligned with the tokenizer
     tokenizer: PreTrainedTokenizerBase
-    held_out: np.ndarray  # (n,T) int32, the rows that are evaluated, as they travel (`jaxllm.model.batch`)
+    held_out: np.ndarray  # (n,T) int32, the rows that are evaluated (`jaxllm.model.batch`)
     resumes: bool  # whether the folder holds a run to resume
 
     @property
@@ -90,8 +90,8 @@ def prepare(
         config: as the user gave it.
         framework: the one that trains.
         lock: of the run's folder; it is taken here.
-        processes: that share the run; a new run then has as many data streams, unless the config says otherwise.
-        bfloat16: what multiplies bfloat16 in hardware on the devices; decides the precision `auto` of a new run.
+        processes: number of processes that share the run; a new run has as many data streams, unless the config says.
+        bfloat16: the hardware of the devices that multiplies bfloat16; decides the precision `auto` of a new run.
 
     Raises:
         UserError: the folder, the data, the tokenizer or a prompt does not fit the config.
@@ -121,7 +121,7 @@ def prepare(
     else:
         tokenizer = train_or_recall_tokenizer(source, config.model.vocab_size, config.data.source)
     files = own_tokenizer if kept is not None else given and Path(given)
-    if source_config is not None and not saved and files and files.is_dir():  # they travel as they are
+    if source_config is not None and not saved and files and files.is_dir():  # which are copied unchanged
         check_tokenizer_class(files, tokenizer, source_config)
     config = align(config, without_dropout(tokenizer))
     if resumes and kept is None:
@@ -243,21 +243,21 @@ def _with_targets(config: Config, source: Source, framework: Framework) -> Confi
         )
     if framework == "PyTorch" and config.data.documents == "separate":
         raise UserError(
-            "documents is 'separate': python -m torch_ref.train trains on joined documents alone; pass --documents "
+            "documents is 'separate': python -m torch_ref.train trains on joined documents only; pass --documents "
             "joined, or train with train.py"
         )
     return config
 
 
 def _tokenizer_given(option: str | None, run: Path, source_folder: Path | None, resumes: bool) -> str | None:
-    """The tokenizer of the option, or else of the weights' folder: never a new one for weights that are trained."""
+    """The tokenizer of the option, or else of the weights' folder: never a new one for trained weights."""
     if option is not None or not (source_folder or (resumes and checkpoint_owner(run))):
         return option
     return str(next(path for path in (source_folder, run / SOURCE, run) if path and path.is_dir()))
 
 
 def _with_their_prompts(config: Config, length: Callable[[str], int]) -> Config:
-    """In place of a recipe's prompts, of code or stories, what is asked first in the chats that are held out.
+    """Replace a recipe's prompts (code or stories) by the first questions of held-out chats.
 
     `length` returns the tokens of a prompt.
     """
@@ -273,8 +273,9 @@ def _with_their_prompts(config: Config, length: Callable[[str], int]) -> Config:
             break
     if not found:
         note(
-            f"no question of the first {MOST_CHATS} held-out chats leaves room for {sampling.sample_tokens} tokens of "
-            "answer: the samples continue the prompts of the recipe; pass --prompts or a smaller --sample-tokens"
+            f"no question of the first {MOST_CHATS} held-out chats leaves room for an answer of "
+            f"{sampling.sample_tokens} tokens: the samples continue the prompts of the recipe; pass --prompts or a "
+            "smaller --sample-tokens"
         )
     return config.with_options(prompts=(*found,)) if found else config
 

@@ -97,12 +97,12 @@ def replay(folder: StrPath, step: int) -> None:
         steps, saved = checkpoint_steps(folder), choose_checkpoint(folder, before=step).step
         if saved is None and steps:
             raise UserError(
-                f"step is {step}: the oldest checkpoint that is left is that of step {steps[0]}, pass a later step"
+                f"step is {step}: the oldest checkpoint that is left is that of step {steps[0]}: pass a later step"
             )
         if saved is None and config.init is not None:
             raise UserError(
                 f"step is {step}: the run started from the weights of {config.init}, and has no checkpoint before that "
-                "step, pass a later step"
+                "step: pass a later step"
             )
         tokenizer = load_tokenizer(str(folder / TOKENIZER))
         _replay(config, tokenizer, step, saved)
@@ -132,7 +132,7 @@ def _replay(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, step: int, 
 
 
 def examine(optim: OptimConfig, graph: nnx.GraphDef, state: TrainState, batch: TokenBatch) -> tuple[list[Found], float]:
-    """What of a step on a batch (A,B,T) is not finite, in the order in which it is computed; and the step's loss."""
+    """Tensors of a step on a batch (A,B,T) that are not finite, in the order of computation; and the step's loss."""
     found: list[Found] = []
     for index in range(len(batch.ids)):
         micro = jax.tree.map(lambda rows, index=index: rows[index], batch)

@@ -148,7 +148,7 @@ def conclude(prepared: Prepared[Any], eval_loss: float, skipped_rows: int, left_
     `skipped_rows` and `left_out` are the rows without text and the damaged files, with the reason.
     """
     if skipped_rows:
-        print(f"Skipped {counted(skipped_rows, 'row')}: no text, or no target in it")
+        print(f"Skipped {counted(skipped_rows, 'row')} without text or target")
     if left_out:
         print(f"{len(left_out)} damaged files of the data were left out: {'; '.join(described(left_out))}")
     config = prepared.config

@@ -63,10 +63,10 @@ from jaxllm.train.trainer import Trainer
 
 
 class Run:
-    """One start of a run: from a new folder, or from the newest checkpoint in it.
+    """A run, begun in a new folder or resumed from its newest checkpoint, until it ends or is stopped.
 
-    `open` makes it, with its trainer and state, and cleans up after it. Then `batches`, for each of them `add_step` and
-    what is due; at the end `finish`.
+    `open` makes it, with its trainer and state, and cleans up at the end. `train.py` shows the order of the calls:
+    `batches`, for each batch `add_step` and what is due, then `finish`.
 
     Attributes:
         config: the run's, aligned with the tokenizer.
@@ -120,7 +120,7 @@ class Run:
     ) -> Iterator[tuple[Run, Trainer, TrainState]]:
         """Lock and prepare the folder of a run, restore or initialize its state, and release everything at the end.
 
-        `read_start` reads what a new run starts from to where it is kept (`convert.to_flax.Imported`; None: random
+        `read_start` reads the weights to start from, into their shardings (`convert.to_flax.Imported`; None: random
         weights).
 
         Raises:
@@ -135,7 +135,7 @@ class Run:
             prepared, resume_step = _prepare_together(config, lock, bfloat16)
             try:
                 with contextlib.ExitStack() as cleanup:
-                    # nothing here keeps the state, nor the weights that it starts from
+                    # no reference here keeps the state or its first weights alive
                     yield _start(prepared, resume_step, placement, starts.pop(), bfloat16, cleanup)
             except BaseException as error:
                 if not isinstance(error, Stopped):
@@ -143,18 +143,18 @@ class Run:
                 raise
 
     def batches(self) -> Iterator[Batch]:
-        """The batches of the steps to come, this process's rows of them; ends at `steps`, or when a signal asks."""
+        """This process's rows of each batch to come; ends after the last step, or when a signal asks for it."""
         while not (self.finished or self._stopped):
             if (batch := self._prefetcher.take(lambda: self._stop.at_once)) is not None:
                 yield batch
 
     def _close_writer(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        # Other errors may have occurred in one process only: there the others are not waited for.
+        # Other errors may have occurred in this process only: waiting for the others might never end.
         if error is None or isinstance(error, NotFiniteError | Stopped) or num_processes() == 1:
             self._writer.close()
 
     def add_step(self, batch: Batch, metrics: StepMetrics) -> None:
-        """Count a step that was handed to the device, and enter those that it has computed: `StepMonitor.flush`."""
+        """Count a step that was given to the device, and record the finished ones (`StepMonitor.flush`)."""
         self.step += 1
         self._monitor.add(self.step, metrics, self._position)
         self._position, self._progress = batch.position, batch.progress
@@ -205,7 +205,7 @@ class Run:
         self._logged_step = self.step
 
     def evaluate(self, state: TrainState) -> None:
-        """Evaluate at this step if that is due and not done. A signal interrupts it; the next start repeats it."""
+        """Evaluate at this step if it is due and not done yet. A signal interrupts it; the next start repeats it."""
         if self.step == 0 or not self.evaluation_due or str(self.step) in self._history.evaluations:
             return
         record = self._evaluator(state, self._epoch(), self.step, lambda: not self.finished and self._stop.at_once)
@@ -257,12 +257,12 @@ class Run:
             conclude(self._prepared, self._history.last_evaluation(), skipped_rows, left_out)
 
     def _epoch(self) -> float:
-        """Passes over the data, of the slowest stream; over the steps where the data has no known size."""
+        """Passes over the data by the slowest stream; for data of unknown size, the share of steps that are done."""
         return self.step / self.config.schedule.steps if self._progress is None else all_min(self._progress)
 
 
 class FinishedRun(Run):
-    """A run that had all its steps before this start: it trains nothing, and reports its result again."""
+    """A run that is complete already: it trains nothing and prints its result again."""
 
     def __init__(self, prepared: Prepared[TrainConfig], stream: ProcessBatches, history: History, step: int):
         self.config, self.tokenizer, self._prepared = prepared.config, prepared.tokenizer, prepared

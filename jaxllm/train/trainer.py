@@ -86,8 +86,8 @@ class Trainer:
         return shared_programs(self.placement, self.computation)
 
     def step(self, state: TrainState, rows: np.ndarray) -> tuple[TrainState, StepMetrics]:
-        """One optimizer step on this process's rows of the batch, as they travel: (A*B,T) int32. The state given is
-        donated."""
+        """One optimizer step on this process's rows of the batch (`jaxllm.model.batch`): (A*B,T) int32. The given state
+        is donated."""
         data = self.config.data
         batch = token_batch(rows.reshape(data.grad_accum, -1, data.seq_len), data)
         return self._programs.step(state, batch, self._numbers)
