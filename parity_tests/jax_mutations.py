@@ -195,6 +195,29 @@ def clip_always() -> Iterator[None]:
         yield
 
 
+@_mutation("step", "update")
+def rate_follows_all_steps() -> Iterator[None]:
+    """The learning rate and the correction of the moments count steps that were not finite, too."""
+
+    def counted(original, optim, schedule, graph, state, *rest):
+        counts = state.opt_state._replace(count=state.step)
+        return original(optim, schedule, graph, state._replace(opt_state=counts), *rest)
+
+    with _replaced(step, "train_step", counted):
+        yield
+
+
+@_mutation("step", "expert load")
+def load_of_an_even_layer() -> Iterator[None]:
+    """The load that is reported is that of an even layer."""
+
+    def measured(original, **metrics):
+        return original(**metrics | {"expert_load": jnp.minimum(metrics["expert_load"], 1.0)})
+
+    with _replaced(step, "StepMetrics", measured):
+        yield
+
+
 @contextmanager
 def _rates(change: Callable[..., Any]) -> Iterator[None]:
     with ExitStack() as stack:
