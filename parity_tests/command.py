@@ -378,4 +378,6 @@ def not_compared(args: ParityArgs, passes: list[Pass], ladders: list[Ladder], ru
             found.append("which tokens of a chat are targets: the rungs choose their own")
         if run.mesh.parallel != "jit" or run.mesh.axes:
             found.append(f"the run's devices ({run.mesh.axes or run.mesh.parallel}): one is compared")
+    if "step" in passes[0].rungs:
+        found.append("steps that are not finite, in which JAX changes nothing")
     return [*found, "sampling, which the frameworks draw differently"]

@@ -132,7 +132,10 @@ class ForwardRungs:
         return rows
 
     def evaluation(self, model: Any, training: JaxTraining, batches: np.ndarray) -> list[Row]:
-        """The function that evaluates a training run, on a batch (B,T) in which half a row is ignored."""
+        """The function that evaluates a training run, on a batch (B,T) in which half a row is ignored.
+
+        It is the first of `batches` in which no near tie differs.
+        """
         rows: list[Row] = []
         for labels in batches:
             ours, targets = training.evaluate(labels)

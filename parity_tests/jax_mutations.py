@@ -195,6 +195,29 @@ def clip_always() -> Iterator[None]:
         yield
 
 
+@_mutation("step", "update")
+def rate_follows_all_steps() -> Iterator[None]:
+    """The learning rate and the correction of the moments count steps that were not finite, too."""
+
+    def counted(original, optim, graph, state, *rest):
+        counts = state.opt_state._replace(count=state.step)
+        return original(optim, graph, state._replace(opt_state=counts), *rest)
+
+    with _replaced(step, "train_step", counted):
+        yield
+
+
+@_mutation("step", "expert load")
+def load_of_an_even_layer() -> Iterator[None]:
+    """The load that is reported is that of an even layer."""
+
+    def measured(original, **metrics):
+        return original(**metrics | {"expert_load": jnp.minimum(metrics["expert_load"], 1.0)})
+
+    with _replaced(step, "StepMetrics", measured):
+        yield
+
+
 @contextmanager
 def _rates(change: Callable[..., Any]) -> Iterator[None]:
     with ExitStack() as stack:
@@ -206,7 +229,12 @@ def _rates(change: Callable[..., Any]) -> Iterator[None]:
 @_mutation("trajectory", "parameters")
 def decay_ends_early() -> Iterator[None]:
     """The rate of the last step is 0: no loss shows it."""
-    with _rates(lambda original, s, peak, count: jnp.where(count >= s.steps - 1, 0.0, original(s, peak, count))):
+
+    def rate(original, numbers, count):
+        steps = numbers.falls_from + 1 / numbers.per_falling_step
+        return jnp.where(count > steps - 1.5, 0.0, original(numbers, count))
+
+    with _rates(rate):
         yield
 
 
@@ -214,9 +242,8 @@ def decay_ends_early() -> Iterator[None]:
 def warmup_of_none_starts_at_zero() -> Iterator[None]:
     """Without a warm-up the first update has the rate 0."""
 
-    def rate(original, schedule, peak, count):
-        rates = original(schedule, peak, count)
-        return rates if schedule.warmup_steps else jnp.where(count == 0, 0.0, rates)
+    def rate(original, numbers, count):
+        return jnp.where((numbers.warmup_steps == 0) & (count == 0), 0.0, original(numbers, count))
 
     with _rates(rate):
         yield

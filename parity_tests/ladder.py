@@ -18,7 +18,7 @@ import numpy as np
 from jaxllm.config import ModelConfig
 from jaxllm.store.checkpoint import Weights
 from parity_tests.adapters import AdapterRung, Adapters
-from parity_tests.compare import MUON_BFLOAT16, TOLERANCES, Row, Tolerances
+from parity_tests.compare import TOLERANCES, Row, Tolerances
 from parity_tests.forward_rungs import ForwardRungs, Subject
 from parity_tests.generation import JaxGeneration
 from parity_tests.options import MIN_STEPS, RUNGS
@@ -58,8 +58,6 @@ class Ladder:
         self.precision = precision
         self.plan = make_plan(config, precision, settings)
         self.tolerances: Tolerances = TOLERANCES[precision]
-        if self.plan.config.optim.optimizer == "muon" and precision == "bfloat16":
-            self.tolerances = self.tolerances._replace(update=MUON_BFLOAT16)
         # on the host: arrays of a checkpoint are committed to a device, and each mixture with others is compiled anew
         weights = jax.device_get(weights)
         subject = Subject(config, weights, precision, self.tolerances, interleaved)
@@ -75,7 +73,7 @@ class Ladder:
     def tokens_needed(config: ModelConfig, settings: Settings) -> int:
         """Of a text, not to repeat it."""
         plan = make_plan(config, "float32", settings)
-        steps, wide = plan.steps * plan.config.tokens_per_step, 2 * int(np.prod(plan.wide))
+        steps, wide = plan.steps * plan.config.tokens_per_step, 3 * int(np.prod(plan.wide))
         return max(min(settings.seq_len, config.max_position_embeddings), steps, wide)
 
     @property
@@ -95,7 +93,7 @@ class Ladder:
             model: the PyTorch model, in eval mode; its parameters in float64 if that is the precision, else float32.
         """
         forward, training = self.forward, self.training
-        evaluation = functools.partial(forward.evaluation, training=training.jax, batches=training.batches[:3, 0])
+        evaluation = functools.partial(forward.evaluation, training=training.jax, batches=training.evaluated)
         climbers = {
             "weights": forward.weights, "layers": forward.layers, "parts": forward.parts, "logits": forward.logits,
             "loss": forward.loss, "padding": forward.padding, "evaluation": evaluation,

@@ -358,10 +358,11 @@ def micro_batch_lost(model: CustomLLM) -> Iterator[None]:
 
 
 class FaultyAdamW(torch.optim.AdamW):
-    """AdamW written out, with one of two optional mistakes."""
+    """AdamW written out, with one of three optional mistakes."""
 
     eps_inside = False
     corrected = True
+    decays = True
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -376,7 +377,7 @@ class FaultyAdamW(torch.optim.AdamW):
                 state["exp_avg_sq"].lerp_(p.grad.square(), 1 - beta2)
                 count = int(state["step"]) if self.corrected else 1_000_000
                 mu, nu = state["exp_avg"] / (1 - beta1**count), state["exp_avg_sq"] / (1 - beta2**count)
-                p.mul_(1 - rate * group["weight_decay"])
+                p.mul_(1 - rate * group["weight_decay"] * self.decays)
                 p.sub_(rate * mu / ((nu + eps).sqrt() if self.eps_inside else nu.sqrt() + eps))
 
 

@@ -28,6 +28,17 @@ def test_the_iteration_is_that_of_jax(shape):
     np.testing.assert_allclose(muon.newton_schulz(torch.from_numpy(x), torch.float32).numpy(), ours, atol=5e-6)
 
 
+@pytest.mark.parametrize("shape", [(16, 3, 64), (16, 64, 8), (16, 24, 60)])
+def test_in_bfloat16_the_coefficients_are_not_rounded(shape):
+    """Rounded to bfloat16 they change singular values near 1 by up to a tenth, as a factor of the whole update."""
+    x = np.random.default_rng(0).standard_normal(shape, np.float32)
+    u, _, v = np.linalg.svd(x, full_matrices=False)
+    ours = np.asarray(jax_muon.newton_schulz(jnp.asarray(u @ v), jnp.bfloat16), np.float32)
+    theirs = muon.newton_schulz(torch.from_numpy(u @ v), torch.bfloat16).float().numpy()
+    sizes = [np.linalg.norm(side, axis=(1, 2)) for side in (ours, theirs)]
+    np.testing.assert_allclose(*sizes, rtol=5e-3)
+
+
 @pytest.mark.parametrize("name", ["tiny", "tiny-deepseek"])
 def test_the_same_parameters_are_updated_as_in_jax(name):
     facts = flatten_dict(model_facts(PRESETS[name])[0])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -67,6 +67,8 @@ class Trained(NamedTuple):
 
     losses: list[float]
     grad_norms: list[float]
+    rates: list[float]  # of the next step
+    loads: list[float]  # of the fullest expert
     params: Named
     mu: Named
     nu: Named
@@ -144,12 +146,18 @@ class JaxTraining:
         self, labels: np.ndarray, experts: np.ndarray | None = None, weights: Weights | None = None
     ) -> Gradients:
         """As `gradients`, from the first moments of a step from zero moments: the program of the steps is enough."""
-        optim = self.config.optim
         done = self.train(labels[None], None, None if experts is None else [experts], weights=weights)
+        return Gradients(done.losses[0], self.gradients_before(done), None, norm=done.grad_norms[0])
+
+    def gradients_before(self, done: Trained, start: Named | None = None) -> Named:
+        """The gradients of a step, not yet clipped, from the first moments that it started with; None: zero."""
+        optim, grads = self.config.optim, {}
         scale = min(1.0, self.limit / (done.grad_norms[0] + 1e-6))
-        betas = {name: optim.beta1 if name in done.nu else optim.muon_momentum for name in done.mu}
-        grads = {name: moment / ((1 - betas[name]) * scale) for name, moment in done.mu.items()}
-        return Gradients(done.losses[0], grads, None, norm=done.grad_norms[0])
+        for name, moment in done.mu.items():
+            beta = optim.beta1 if name in done.nu else optim.muon_momentum
+            added = moment if start is None else (moment - beta * start[name].astype(np.float64)).astype(moment.dtype)
+            grads[name] = added / ((1 - beta) * scale)
+        return grads
 
     def evaluate(self, labels: np.ndarray) -> tuple[float, int]:
         """Summed loss and number of targets of a batch (B,T), as the training run evaluates it."""
@@ -165,6 +173,7 @@ class JaxTraining:
         experts: list[np.ndarray] | None = None,
         before_step: Callable[[int, Weights], None] = lambda i, weights: None,
         weights: Weights | None = None,
+        rate: float | None = None,
     ) -> Trained:
         """Train on batches (steps,A,B,T) from the weights and, if given, from moments.
 
@@ -172,11 +181,14 @@ class JaxTraining:
             experts: for each step (A,L,B,T,k), used instead of the routers' choice.
             before_step: called with the index of the step and the weights before it.
             weights: to start from instead of the model's.
+            rate: the learning rate instead of the run's.
         """
+        optim = dataclasses.replace(self.config.optim, max_grad_norm=self.limit)
+        if rate is not None:
+            optim = dataclasses.replace(optim, learning_rate=rate)
         reports: list[StepMetrics] = []
         with jax_precision(self.precision):
             state = self._start(moments, weights)
-            optim = dataclasses.replace(self.config.optim, max_grad_norm=self.limit)
             numbers = StepNumbers.of(optim, self.config.schedule)
             for i, labels in enumerate(batches):
                 before_step(i, Weights(state.params, state.routing_bias))
@@ -188,6 +200,8 @@ class JaxTraining:
         return Trained(
             losses=[float(report.loss) for report in reports],
             grad_norms=[float(report.grad_norm) for report in reports],
+            rates=[float(report.learning_rate) for report in reports],
+            loads=[float(report.expert_load) for report in reports],
             params=named(state.params),
             mu=named(after.mu),
             nu=named(after.nu),
@@ -221,7 +235,8 @@ class JaxTraining:
                 (params, of_adamw(config.model, config.optim, params)),
             ),
         )
-        return state._replace(opt_state=opt_state, step=opt_state.count.copy())
+        # as after a step that was not finite: no rate may follow from the number of steps
+        return state._replace(opt_state=opt_state, step=opt_state.count + 1)
 
 
 @contextmanager
@@ -318,10 +333,18 @@ def _pushed(bias: np.ndarray) -> np.ndarray:  # (...,E)
 
 
 def torch_train(
-    model: TorchCustomLLM, config: TrainConfig, batches: np.ndarray, moments: OptimizerState | None = None
+    model: TorchCustomLLM,
+    config: TrainConfig,
+    batches: np.ndarray,
+    moments: OptimizerState | None = None,
+    given: tuple[Named, np.ndarray] | None = None,
 ) -> Trained:
-    """Train the PyTorch model; arguments as in `JaxTraining.train`."""
-    with _training(model, config, batches):
+    """Train the PyTorch model; arguments as in `JaxTraining.train`.
+
+    Args:
+        given: the gradients, and the experts (A,L,B,T,k), of each step. They are then not computed.
+    """
+    with _training(model, config, batches), _given(given):
         interleaved, E = is_interleaved(model.config.to_dict()), config.model.n_routed_experts
         blocks = hf_side.joined_matrices(model, config.model, interleaved) if hf_side.is_stock(model) else {}
         optimizer = torch_step.make_optimizer(model, config.optim, config.precision, blocks)
@@ -347,12 +370,36 @@ def torch_train(
     return Trained(
         losses=[float(report.loss) for report in reports],
         grad_norms=[float(report.grad_norm) for report in reports],
+        rates=[float(report.learning_rate) for report in reports],
+        loads=[_load(report.experts, E) for report in reports],
         params={name: value for name, value in state.items() if name not in biases},
         mu=hf_side.in_file(_moments(moments_of, "exp_avg", "momentum_buffer")),
         nu=hf_side.in_file(_moments(moments_of, "exp_avg_sq")),
         routing_bias=biases,
         experts=[report.experts.numpy() for report in reports],
     )
+
+
+@contextmanager
+def _given(given: tuple[Named, np.ndarray] | None) -> Iterator[None]:
+    """In this context, steps have these gradients and experts."""
+
+    def fill(model: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        grads, experts = given or ({}, np.zeros(0))
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                grad = hf_side.in_memory(name, grads, getattr(model.config, "n_routed_experts", 0)).copy()
+                parameter.grad = torch.from_numpy(grad).to(parameter.dtype)
+        return torch.zeros(()), torch.from_numpy(experts)
+
+    with mock.patch.object(torch_step, "accumulate_gradients", fill) if given else nullcontext():
+        yield
+
+
+def _load(experts: torch.Tensor, E: int) -> float:  # (A,L,B,T,k)
+    if not experts.shape[1]:  # no layer has experts
+        return 1.0
+    return torch_step.expert_load(torch_step.tokens_per_expert(list(experts.swapaxes(0, 1)), E))
 
 
 def _moments(states: dict[str, dict[str, torch.Tensor]], *kinds: str) -> Named:

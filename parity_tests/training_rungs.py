@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,11 +19,12 @@ from jaxllm.store.checkpoint import Weights
 from jaxllm.train.optim import StepNumbers, learning_rate
 from parity_tests.compare import MUON_BFLOAT16, TOLERANCES, Row, Tolerance, compare_arrays, compare_leaves
 from parity_tests.engine.judge import ZERO
-from parity_tests.engine.rows import compare_numbers, relative_l2
+from parity_tests.engine.rows import compare_numbers
 from parity_tests.forward import jax_precision, torch_named
 from parity_tests.forward_rungs import Subject
 from parity_tests.options import MIN_STEPS
 from parity_tests.replay import Comparison, Flips, total_flips
+from parity_tests.rounding import STORED, Update, as_stored, of_iteration, still_float32
 from parity_tests.settings import Plan, documents_of, text_batches
 from parity_tests.training import (
     Gradients,
@@ -34,7 +36,6 @@ from parity_tests.training import (
     torch_gradients,
     torch_train,
 )
-from torch_ref import muon
 from torch_ref.step import make_schedule
 
 
@@ -54,6 +55,8 @@ ROUNDINGS = 10
 """50 steps in another order of summation change as much as weights that differ by about as many units of roundoff."""
 AMPLIFIED = 3.0
 """Two runs may differ by this many times what that change does."""
+RESOLVED_RATE = 1e-2
+"""A learning rate whose update float32 parameters resolve to a ten-thousandth."""
 MAX_AMPLIFIED = 3e-2
 """Runs that would have to differ by more cannot be compared."""
 
@@ -82,7 +85,9 @@ class TrainingRungs:
         self.subject, self.plan, self.recomputes = subject, plan, recomputes
         data = plan.config.data
         self.batches = text_batches(tokens, plan.sizes, plan.steps, data)  # (steps,A,B,T)
-        self.wide_batch = text_batches(tokens, plan.wide, 2, data)[1]  # (A,B,T)
+        wide = text_batches(tokens, plan.wide, 3, data)
+        self.wide_batch = wide[1]  # (A,B,T)
+        self.evaluated = wide[[1, 2, 0], 0]  # (3,B,T)
         self.curve = Curve()
         self.not_compared: list[str] = []
         self._dead: set[str] = set()
@@ -172,6 +177,9 @@ class TrainingRungs:
                 self._dead.add(row.leaf)
                 note = f"zero in theory: below {zero:g} of what it is summed from, on both sides"
                 row = dataclasses.replace(row, passed=True, relative_l2=None, cosine=None, note=note)
+            # a row of a table may get one gradient, and a bias a sum of them, in the compute dtype
+            if self.subject.precision == "bfloat16" and "embed" not in row.leaf and np.ndim(values[0]) == 2:
+                row = still_float32(row, values[0])
             rows.append(row)
         return rows
 
@@ -204,62 +212,111 @@ class TrainingRungs:
     def _step_rows(self, model: Any, batch: int, which: str) -> list[Row]:
         batches = self.batches[batch : batch + 1]
         theirs = torch_train(model, self.config, batches, self._moments)
-        before = torch_named(
-            self.subject.config, self.subject.weights.params, interleaved=self.subject.interleaved
-        )  # fmt: skip
-        gradient, update = self.subject.tolerances.gradient, self.subject.tolerances.update
 
-        def compare(ours: Trained) -> list[Row]:
-            norms = (ours.grad_norms[0], theirs.grad_norms[0])
-            changes = compare_leaves(
-                "step", f"update{which}", _change(before, ours), _change(before, theirs), update
-            )  # fmt: skip
-            changes = [_as_stored(row, before, ours, theirs) for row in changes]
-            if update is MUON_BFLOAT16:
-                changes = [self._muon_row(row, ours, theirs) for row in changes]
-            return [
-                compare_numbers("step", f"gradient norm{which}", *norms, gradient),
-                *compare_leaves("step", f"first moments{which}", ours.mu, theirs.mu, update),
-                *compare_leaves("step", f"second moments{which}", ours.nu, theirs.nu, update),
-                *changes,
-                *self._bias_rows("step", ours, theirs, which),
-            ]
+        def compare(experts: list[np.ndarray] | None) -> list[Row]:
+            free = experts is None
+            ours = (
+                self._free(batch, batch + 1, self._moments) if free else self.jax.train(batches, self._moments, experts)
+            )
+            return self._rows_of_a_step(model, batches, which, (ours, theirs), experts)
 
         return self._rows(
             "step",
             Comparison(
-                lambda: compare(self._free(batch, batch + 1, self._moments)),
+                lambda: compare(None),
                 lambda: self._flips(self.subject.weights, batches[0], theirs.experts[0]),
-                lambda: compare(self.jax.train(batches, self._moments, theirs.experts)),
+                lambda: compare(theirs.experts),
             ),
             batches.size,
         )
 
-    def _muon_row(self, row: Row, ours: Trained, theirs: Trained) -> Row:
-        """A row of an update that failed, judged by how far the iteration itself moves its argument's rounding.
+    def _rows_of_a_step(
+        self,
+        model: Any,
+        batches: np.ndarray,
+        which: str,
+        sides: tuple[Trained, Trained],
+        experts: list[np.ndarray] | None,
+    ) -> list[Row]:
+        """In bfloat16 gradients differ by rounding. What a step does with them is float32, and so PyTorch's optimizer
+        gets those of Flax: from there on, both sides agree as in a float32 model."""
+        (ours, theirs), tolerances, numbers = sides, self.subject.tolerances, TOLERANCES["float32"].forward
+        narrow, first = self.subject.precision == "bfloat16", tolerances.update
+        rows = [self._number("gradient norm", which, ours.grad_norms, theirs.grad_norms, tolerances.gradient)]
+        same = theirs
+        if narrow:
+            same, first = self._on_the_same_gradients(model, ours, theirs.experts[0], self.config), tolerances.gradient
+            what = "norm of the same gradients"
+            rows.append(self._number(what, which, ours.grad_norms, same.grad_norms, tolerances.update))
+        moments = compare_leaves("step", f"first moments{which}", ours.mu, theirs.mu, first)
+        rows += [still_float32(row, ours.mu[row.leaf]) if narrow and row.leaf in ours.mu else row for row in moments]
+        rows += compare_leaves("step", f"second moments{which}", ours.nu, same.nu, tolerances.update)
+        rows += self._update_rows(model, batches, which, (ours, same), experts)
+        return [
+            *rows,
+            *self._bias_rows("step", ours, theirs, which),
+            self._number("next learning rate", which, ours.rates, theirs.rates, numbers),
+            self._number("expert load", which, ours.loads, theirs.loads, numbers),
+        ]
 
-        Newton-Schulz enlarges small singular values. So it is applied in float32 to what either side orthogonalized,
-        and in bfloat16: twice the distances of the results are allowed.
-        """
-        if row.passed or row.leaf in theirs.nu or row.leaf not in theirs.mu or theirs.mu[row.leaf].ndim != 2:
-            return row
-        beta = self.plan.config.optim.muon_momentum
-        start = torch_named(self.subject.config, self._moments.mu, interleaved=self.subject.interleaved)[row.leaf]
+    def _number(
+        self, what: str, which: str, ours: Sequence[float], theirs: Sequence[float], tolerance: Tolerance
+    ) -> Row:
+        return compare_numbers("step", f"{what}{which}", ours[0], theirs[0], tolerance)
 
-        def argument(side: Trained) -> torch.Tensor:
-            momentum = side.mu[row.leaf].astype(np.float64)
-            grad = (momentum - beta * start) / (1 - beta)
-            return torch.from_numpy(((1 - beta) * grad + beta * momentum).astype(np.float32))
+    def _on_the_same_gradients(self, model: Any, ours: Trained, experts: np.ndarray, config: TrainConfig) -> Trained:
+        """The step of PyTorch's optimizer from the gradients that Flax had."""
+        given = self.jax.gradients_before(ours, self._named(self._moments.mu)), experts
+        return torch_train(model, config, self.batches[:1], self._moments, given)
 
-        one, other = argument(ours), argument(theirs)
-        exact, moved, rounded = (
-            muon.newton_schulz(*inputs).float().numpy()
-            for inputs in ((other, torch.float32), (one, torch.float32), (other, torch.bfloat16))
-        )
-        allowed = 2 * (relative_l2(exact, moved) + relative_l2(exact, rounded))
-        passed = row.relative_l2 is not None and row.relative_l2 <= allowed
-        note = f"the iteration's own rounding explains {allowed:.2g}"
-        return dataclasses.replace(row, passed=passed, tolerance=f"{allowed:.2g}, rounding", note=note)
+    def _update_rows(
+        self,
+        model: Any,
+        batches: np.ndarray,
+        which: str,
+        sides: tuple[Trained, Trained],
+        experts: list[np.ndarray] | None,
+    ) -> list[Row]:
+        """Those of the update. Where it is too small for its parameters, it is compared at a higher rate, too."""
+        rows, (ours, theirs) = self._updates(which, *sides), sides
+        hidden = {row.leaf for row in rows if row.note == STORED}
+        if not hidden:
+            return rows
+        own = self.config.optim.learning_rate
+        rate = max(RESOLVED_RATE, 10 * own)
+        config = self.config.with_options(learning_rate=rate)
+        ours = self.jax.train(batches, self._moments, experts, rate=rate)
+        if self.subject.precision == "bfloat16":
+            theirs = self._on_the_same_gradients(model, ours, theirs.experts[0], config)
+        else:
+            theirs = torch_train(model, config, batches, self._moments)
+        note = f"at a learning rate of {rate:g}: that of the run, {own:g}, changes less than the parameters' rounding"
+        resolved = {row.leaf: row for row in self._updates(which, ours, theirs)}
+        notes = {leaf: "; ".join(filter(None, [note, row.note])) for leaf, row in resolved.items()}
+        return [
+            dataclasses.replace(resolved[row.leaf], note=notes[row.leaf]) if row.leaf in hidden else row for row in rows
+        ]
+
+    def _updates(self, which: str, ours: Trained, theirs: Trained) -> list[Row]:
+        subject, tolerance = self.subject, self.subject.tolerances.update
+        before, start = self._named(subject.weights.params), self._named(self._moments.mu)
+        beta, narrow = self.plan.config.optim.muon_momentum, subject.precision == "bfloat16"
+        changes, rows = [_change(before, side) for side in (ours, theirs)], []
+        for row in compare_leaves("step", f"update{which}", *changes, tolerance):
+            if row.leaf in before and row.leaf in theirs.params and row.leaf in ours.params:
+                leaf = row.leaf
+                row = as_stored(row, Update(before[leaf], ours.params[leaf], theirs.params[leaf]), tolerance)
+                if narrow and leaf in theirs.mu and leaf not in theirs.nu:  # Muon's
+                    apart = math.inf if row.relative_l2 is None else row.relative_l2
+                    passed = row.passed or apart <= MUON_BFLOAT16.relative_l2
+                    momentum = theirs.mu[leaf].astype(np.float64)
+                    argument = momentum - beta * start[leaf] + beta * momentum
+                    row = of_iteration(dataclasses.replace(row, passed=passed, tolerance=MUON_BFLOAT16.name), argument)
+            rows.append(row)
+        return rows
+
+    def _named(self, params: Any) -> Named:
+        return torch_named(self.subject.config, params, interleaved=self.subject.interleaved)
 
     # a trajectory
 
@@ -421,17 +478,6 @@ def _not_judged(row: Row, dead: bool) -> Row:
     if not dead:
         return row
     return dataclasses.replace(row, passed=True, tolerance="not judged", note="its gradient is zero in theory")
-
-
-def _as_stored(row: Row, before: Named, ours: Trained, theirs: Trained) -> Row:
-    """A row of an update that failed; a small one differs by how its parameters are rounded, two units at most."""
-    pair = [side.params.get(row.leaf) for side in (ours, theirs)]
-    if row.passed or pair[0] is None or pair[1] is None or pair[0].shape != pair[1].shape:
-        return row
-    allowed = 2 * np.finfo(pair[0].dtype).eps * np.linalg.norm(before[row.leaf])
-    if not np.linalg.norm(pair[0].astype(np.float64) - pair[1]) <= allowed:
-        return row
-    return dataclasses.replace(row, passed=True, note="at most two units in the last place of the parameters")
 
 
 def _change(before: Named, after: Trained) -> Named:

@@ -224,6 +224,17 @@ def test_routing_bias_moves_against_the_crowd():
     np.testing.assert_allclose(moved, [[-1e-3, 1e-3, 0, 0], [0, 0, 0, 0]])
 
 
+@pytest.mark.parametrize("experts", [3, 7, 60])
+def test_equal_counts_move_no_routing_bias(experts):
+    """Compiled, the mean is a product with 1 / E in float32, which need not give back a count."""
+    counts = jnp.repeat(jnp.arange(1, 4000, 7, dtype=jnp.int32)[:, None], experts, axis=1)  # (L,E)
+    moved = jax.jit(load_balance.updated_routing_bias)(jnp.zeros(counts.shape), counts, 1e-3)
+    assert not moved.any()
+    one_more = jax.jit(load_balance.updated_routing_bias)(jnp.zeros(counts.shape), counts.at[:, 0].add(1), 1e-3)
+    assert (one_more[:, 0] < 0).all()
+    assert (one_more[:, 1:] > 0).all()
+
+
 def test_balance_and_z_loss_of_known_routings():
     even = moe.route(jnp.zeros((8, 4)), jnp.zeros((4, 4)), jnp.zeros(4), 2, experts=jnp.asarray([[0, 1], [2, 3]] * 4))
     assert load_balance.balance_loss(even, batch=2) == pytest.approx(1.0)

@@ -16,8 +16,10 @@ def updated_routing_bias(bias: Float[Array, "*L E"], counts: Int[Array, "*L E"],
         counts: of each expert's tokens over the whole global batch.
         rate: the size of the update, gamma.
     """
-    counts = counts.astype(bias.dtype)
-    return bias + rate * jnp.sign(counts.mean(axis=-1, keepdims=True) - counts)
+    # In integers: the mean of equal counts, as a product with 1 / E, would be next to them and move every bias.
+    mean, rest = jnp.divmod(counts.sum(axis=-1, keepdims=True), counts.shape[-1])
+    is_below = (counts < mean) | ((counts == mean) & (rest > 0))
+    return bias + rate * (is_below.astype(bias.dtype) - (counts > mean))
 
 
 def expert_counts(

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Float
 
 from jaxllm.config.groups import OptimConfig
-from jaxllm.model.dtypes import Array, DTypeLike, Pytree
+from jaxllm.model.dtypes import Array, DTypeLike, Pytree, at_least_float32
 from jaxllm.model.kernels.matmul import matmul
 from jaxllm.model.kernels.packed import pack, unpack
 from jaxllm.model.layers import ParameterFacts
@@ -91,9 +91,12 @@ def newton_schulz(x: Float[Array, "*batch I O"], dtype: DTypeLike) -> Float[Arra
     norm = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
     x = (x / jnp.maximum(norm, EPS)).astype(dtype)
 
+    def times(coefficient: float, x: Array) -> Array:  # which bfloat16 would round to 3.4375, -4.78125, 2.03125
+        return (coefficient * x.astype(at_least_float32(x.dtype))).astype(x.dtype)
+
     def iterate(_, x: Array) -> Array:
         gram = matmul(x, x, transpose_a=not wide, transpose_b=wide)  # of the shorter side
-        polynomial = b * gram + c * matmul(gram, gram)
-        return a * x + (matmul(polynomial, x) if wide else matmul(x, polynomial))
+        polynomial = times(b, gram) + times(c, matmul(gram, gram))
+        return times(a, x) + (matmul(polynomial, x) if wide else matmul(x, polynomial))
 
     return jax.lax.fori_loop(0, STEPS, iterate, x)
