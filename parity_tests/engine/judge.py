@@ -80,7 +80,7 @@ def judge(jax: Record, torch: Record, mapping: TensorMap) -> Judgement:
 
 
 ALONE = "without partner"
-"""What is said of a trained tensor that the mapping leaves out, whole or in part."""
+"""The name of a row about a trained tensor that the mapping leaves out, whole or in part."""
 
 
 class _Comparison:
