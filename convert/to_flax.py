@@ -31,10 +31,10 @@ from jaxllm.store.folder import ADAPTER_CONFIG, SOURCE_DTYPES, read_model_config
 from jaxllm.store.source import model_folder, source_files
 
 MAX_MISSING = 10_000
-"""Most tensors that a file may lack; beyond that, the config is refused without a list of them."""
+"""Most missing tensors that are collected and named; with more, the config is refused without their names."""
 
 ELEMENTS_PER_BYTE = 2
-"""Bytes of a value of four bits, the narrowest dtype."""
+"""Values in a byte of the narrowest dtype, which has four bits."""
 
 Place = tuple[Pytree, Pytree] | jax.sharding.Sharding | None
 """Where parameters and routing bias are read to: a sharding of each of their leaves, or one of all; None: to NumPy

@@ -15,6 +15,9 @@ from torch_ref import muon
 NEIGHBOURS = 8
 """How many matrices, all within a rounding to bfloat16, show what rounding does to Muon's iteration."""
 
+MOST_OF_ITERATION = 0.3
+"""Rounding explains no more of an update than this: an update of another matrix is further away."""
+
 STORED = "at most two units in the last place of each parameter"
 """The note of an update that is too small for its parameters."""
 
@@ -64,7 +67,8 @@ def of_iteration(row: Row, argument: np.ndarray) -> Row:
     matrix, draw = torch.from_numpy(argument.astype(np.float32)), torch.Generator().manual_seed(0)
     near = (matrix * (1 + 2.0**-9 * torch.randn(matrix.shape, generator=draw).sign()) for _ in range(NEIGHBOURS))
     exact = iterated(matrix, torch.float32)
-    allowed = 2 * max(relative_l2(exact, iterated(one, torch.bfloat16)) for one in (matrix, *near))
+    rounded = max(relative_l2(exact, iterated(one, torch.bfloat16)) for one in (matrix, *near))
+    allowed = min(2 * rounded, MOST_OF_ITERATION)
     passed = row.relative_l2 is not None and row.relative_l2 <= allowed
     note = f"the iteration's own rounding explains {allowed:.2g}"
     return dataclasses.replace(row, passed=passed, tolerance=f"{allowed:.2g}, rounding", note=note)

@@ -12,6 +12,8 @@ from convert.mapping import entries
 from jaxllm.config import PRESETS
 from jaxllm.model.decoder import model_facts
 from jaxllm.train import muon as jax_muon
+from parity_tests.compare import MUON_BFLOAT16, Row
+from parity_tests.rounding import of_iteration
 from torch_ref import muon
 from torch_ref.step import is_hidden_matrix
 
@@ -66,3 +68,10 @@ def test_an_update_is_that_of_torch_optim_muon(shape):
             optimizer.step()
     change, wanted = ((parameter - start).detach() for parameter in (ours, theirs))
     assert torch.linalg.vector_norm(change - wanted) < 0.03 * torch.linalg.vector_norm(wanted)
+
+
+def test_rounding_never_explains_a_missing_update():
+    """Also of a matrix of rank 1, all of whose other singular values are rounding."""
+    argument = np.outer(*np.random.default_rng(0).standard_normal((2, 24))).astype(np.float32)
+    row = Row("step", "update", "matrix", False, MUON_BFLOAT16.name, relative_l2=1.0)
+    assert not of_iteration(row, argument).passed

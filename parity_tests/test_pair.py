@@ -26,7 +26,7 @@ from parity_tests import FunctionSide, Options, Record, RecordedSide, TorchSide,
 from parity_tests.engine import logprobs
 from parity_tests.engine.command import main
 from parity_tests.engine.lift import Interpreter, meant
-from parity_tests.engine.mapping import Entry, read_mapping, regroups
+from parity_tests.engine.mapping import Entry, TensorMap, read_mapping, regroups
 from parity_tests.engine.page import write_verdict
 from parity_tests.engine.propose import propose, relations
 
@@ -371,6 +371,18 @@ def test_experts_in_one_tensor_are_proposed():
     assert found.without_torch == ["moe.shift"]
     assert len(found.unsure) == 1
     assert found.unsure[0].startswith("moe.square")
+    # as many layers as experts, a list of parameters, and heads that are split and exchanged
+    ours = {"layers_1.moe.up": (3, 4, 6), "moe.shift": (3, 5), "attn.q.w": (3, 2, 8, 4), "foo.weight": (3, 7)}
+    theirs = {f"layers.{i}.moe.experts.{j}.up.weight": (6, 4) for i in range(3) for j in range(3)}
+    theirs |= {f"moe.shift.{i}": (5,) for i in range(3)} | {f"attn.{i}.q": (8, 8) for i in range(3)}
+    theirs |= {f"bar.{i}.weight": (7,) for i in range(3)}
+    found = propose([], [], ours, theirs, {})
+    assert found.entries["layers_1.moe.up"].torch[2] == "layers.1.moe.experts.2.up.weight"
+    assert found.entries["moe.shift"].torch == ("moe.shift.0", "moe.shift.1", "moe.shift.2")
+    q = np.arange(192.0).reshape(3, 8, 8)
+    made = found.entries["attn.q.w"].made([*q], (3, 2, 8, 4))
+    np.testing.assert_array_equal(made[1], q[1].reshape(2, 4, 8).transpose(0, 2, 1))
+    assert found.without_torch == ["foo.weight"]  # no word but the one that all have
 
 
 def test_a_tensor_without_a_partner_ends_the_comparison():
@@ -391,6 +403,16 @@ def test_a_tensor_without_a_partner_ends_the_comparison():
         assert {row.rung for row in verdict.rows} == {"weights"}
         assert f"The mapping is not complete: w has no partner ({said}" in verdict.line()
         assert "everything else, because the mapping is not complete" in verdict.judgement.not_compared
+
+
+def test_a_function_may_compute_new_numbers():
+    """Such as the other sign; whether it leaves an element out is then not known."""
+    shapes = {"a": np.zeros((2, 3))}
+    for function in (np.negative, lambda w: 2 * w, lambda w: np.exp(w).astype(np.float32), np.linalg.inv):
+        mapped = TensorMap({"x": Entry("x", ("a",), (function,))})
+        assert mapped.partly({"x": np.zeros((2, 3))}, shapes) == {}
+    found = TensorMap({"x": Entry("x", ("a",), (lambda w: w[:1],))}).partly({"x": np.zeros((1, 3))}, shapes)
+    assert found["a"].tolist() == [[False] * 3, [True] * 3]
 
 
 def test_a_reshape_only_splits_and_merges():

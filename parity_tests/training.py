@@ -25,7 +25,7 @@ from jaxllm.config.groups import OptimConfig
 from jaxllm.model.batch import TokenBatch
 from jaxllm.store.checkpoint import Weights
 from jaxllm.train import step as jax_step
-from jaxllm.train.optim import OptimizerState, StepNumbers, of_adamw
+from jaxllm.train.optim import OptimizerState, StepNumbers, of_adamw, without_numbers
 from jaxllm.train.state import TrainState, start_state
 from jaxllm.train.step import StepMetrics
 from parity_tests import hf_side
@@ -126,7 +126,7 @@ class JaxTraining:
                 model_graph(config.model, precision, base, remat=again) for again in (config.remat, remat)
             )
         self._gradients = functools.partial(_gradients, config.optim, recomputing)
-        self._step = functools.partial(_step, config.optim, graph)
+        self._step = functools.partial(_step, without_numbers(config.optim), graph)
         self._evaluate = functools.partial(_evaluate, graph)
 
     def gradients(

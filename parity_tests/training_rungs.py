@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from jaxllm.config import TrainConfig
+from jaxllm.errors import listed
 from jaxllm.model.batch import IGNORED
 from jaxllm.store.checkpoint import Weights
 from jaxllm.train.optim import StepNumbers, learning_rate
@@ -292,6 +293,10 @@ class TrainingRungs:
             theirs = torch_train(model, config, batches, self._moments)
         note = f"at a learning rate of {rate:g}: that of the run, {own:g}, changes less than the parameters' rounding"
         resolved = {row.leaf: row for row in self._updates(which, ours, theirs)}
+        unseen = [leaf for leaf in hidden if resolved[leaf].note == STORED]
+        if unseen:
+            where = f"below the rounding of their parameters, also at a rate of {rate:g}"
+            self.not_compared.append(f"updates {where}: {listed(unseen)}")
         notes = {leaf: "; ".join(filter(None, [note, row.note])) for leaf, row in resolved.items()}
         return [
             dataclasses.replace(resolved[row.leaf], note=notes[row.leaf]) if row.leaf in hidden else row for row in rows

@@ -259,7 +259,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused_or_named(unknown, tmp_path, ca
     assert capsys.readouterr().out == ""
     rows(fits * 10 + other)
     assert re.match(r"Tokenizer: 3\.\d % of the text's tokens", capsys.readouterr().out)
-    with pytest.raises(UserError, match="of the text's tokens are unknown to the tokenizer's vocabulary"):
+    with pytest.raises(UserError, match="of the text's tokens are the unknown token"):
         rows(fits * 10 + other * 20)
     rows(fits * 10 + other * 20, special_tokens_in_text="earlier")  # a run that was made before
 

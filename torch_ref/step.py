@@ -112,8 +112,8 @@ def update_routing_bias(model: CustomLLM, counts: Tensor, rate: float) -> None:
     if not biases:  # DeepSeek-V2 has none
         return
     for bias, tokens in zip(biases, counts, strict=True):
-        tokens = tokens.to(bias.dtype)
-        bias += rate * torch.sign(tokens.mean() - tokens)
+        # in integers: the mean of equal counts, as a product with 1 / E, would be next to them
+        bias += rate * torch.sign(tokens.sum() - len(tokens) * tokens).to(bias.dtype)
 
 
 def auxiliary_loss(output: Any, optim: OptimConfig) -> Tensor | float:

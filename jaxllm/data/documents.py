@@ -231,7 +231,7 @@ def check_vocabulary(counts: Counts, refuse: bool = True) -> None:
         UserError: so much is missing that the tokenizer does not fit, and `refuse`.
     """
     share = counts.unknown_share
-    said = f"{100 * share:.1f} % of the text's tokens are unknown to the tokenizer's vocabulary"
+    said = f"{100 * share:.1f} % of the text's tokens are the unknown token"
     if share > MAX_UNKNOWN and refuse:
         raise UserError(f"tokenizer: {said}: pass a --tokenizer that fits the data, or leave it out to train one")
     if share > SAID_UNKNOWN:

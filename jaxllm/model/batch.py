@@ -55,12 +55,12 @@ def token_batch(rows: np.ndarray, data: DataConfig) -> TokenBatch:
 
 
 def token_ids(rows: np.ndarray) -> np.ndarray:
-    """The ids of travelling tokens; 0 for padding."""
+    """The ids of stored tokens; 0 for padding."""
     return np.where(rows == IGNORED, 0, rows & _ID)
 
 
 def are_rows(rows: np.ndarray, vocab_size: int) -> bool:
-    """Whether an array holds travelling tokens of a vocabulary."""
+    """Whether an array holds stored tokens of a vocabulary."""
     if rows.dtype != np.int32:
         return False
     tokens = rows[rows != IGNORED]

@@ -91,7 +91,7 @@ def prepare(
         framework: the one that trains.
         lock: of the run's folder; it is taken here.
         processes: number of processes that share the run; a new run has as many data streams, unless the config says.
-        bfloat16: the hardware of the devices that multiplies bfloat16; decides the precision `auto` of a new run.
+        bfloat16: name of the devices' bfloat16 hardware, if they have it; decides the precision `auto` of a new run.
 
     Raises:
         UserError: the folder, the data, the tokenizer or a prompt does not fit the config.

@@ -16,12 +16,9 @@ from jaxllm.model.batch import TokenBatch
 from jaxllm.model.decoder import abstract_adapted, abstract_model
 from jaxllm.model.dtypes import Array, Pytree
 from jaxllm.model.layout import ONE_DEVICE, Layout
-from jaxllm.train.optim import StepNumbers
+from jaxllm.train.optim import UNREAD, StepNumbers, without_numbers
 from jaxllm.train.state import TrainState, abstract_state, init_state, start_state, state_specs
 from jaxllm.train.step import StepMetrics, eval_step, train_step
-
-UNREAD = OptimConfig()
-"""Holds the place of a run's numbers that are arguments of a step."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +48,13 @@ class Computation:
     def of(cls, config: RunConfig, platform: str | None = None, without: Collection[str] = ()) -> "Computation":
         data = config.data
         shape = (data.grad_accum, data.batch_size, data.seq_len)
-        optim = replace(config.optim, learning_rate=UNREAD.learning_rate, max_grad_norm=UNREAD.max_grad_norm)
-        step = (config.model, optim, config.schedule.schedule, config.decided_precision, config.remat)
+        step = (
+            config.model,
+            without_numbers(config.optim),
+            config.schedule.schedule,
+            config.decided_precision,
+            config.remat,
+        )
         arrays = (data.has_targets, data.documents == "separate")
         return cls(*step, config.seed, shape, *arrays, platform, config.adapters, tuple(without))
 

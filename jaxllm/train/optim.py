@@ -1,6 +1,6 @@
 """The update of the parameters: clipping by the global norm, AdamW or Muon with AdamW, and the learning rate."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import jax
@@ -42,6 +42,15 @@ class StepNumbers:
         falls_from = max(schedule.steps - falling, warmup)
         numbers = (optim.learning_rate, warmup, one / max(1, warmup), falls_from, one / falling, optim.max_grad_norm)
         return cls(*(one * number for number in numbers), schedule=schedule.schedule)
+
+
+UNREAD = OptimConfig()
+"""Holds the place of numbers that are arguments of a step."""
+
+
+def without_numbers(optim: OptimConfig) -> OptimConfig:
+    """The options of a step that its program depends on: without those in `StepNumbers`."""
+    return replace(optim, learning_rate=UNREAD.learning_rate, max_grad_norm=UNREAD.max_grad_norm)
 
 
 class OptimizerState(NamedTuple):

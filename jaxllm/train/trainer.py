@@ -93,7 +93,7 @@ class Trainer:
         return self._programs.step(state, batch, self._numbers)
 
     def evaluate(self, state: TrainState, rows: np.ndarray) -> tuple[Array, Array]:
-        """Summed cross-entropy in nats, and number of targets, of travelling rows (B,T) that all processes have."""
+        """Summed cross-entropy in nats, and number of targets, of stored rows (B,T) that all processes have."""
         return self._programs.evaluate(state, token_batch(rows, self.config.data))
 
     def unshard(self, state: TrainState) -> TrainState:

@@ -95,11 +95,11 @@ def _pair(args: PairArgs, command: str) -> int:
     texts = None if args.logprobs is None else read_logprobs(args.logprobs)
     verdict = pair(sides["jax"], sides["torch"], getattr(described, "mapping", "proposed"), args.options)
     for one in sides.values():
-        if getattr(one, "logits", None) is not None:
+        if getattr(one, "logits", None) is not None and verdict.is_complete:
             add_rows(verdict, batch_rows(one, verdict.judgement.lifted))
             if texts is not None:
                 add_rows(verdict, logprob_rows(one, texts))
-    if texts is not None and not any(row.rung == "logprobs" for row in verdict.rows):
+    if texts is not None and verdict.is_complete and not any(row.rung == "logprobs" for row in verdict.rows):
         raise UserError(f"logprobs is {str(args.logprobs)!r}: no side of {args.file} has logits=, which computes them")
     return _report(verdict, args.out, command, args.file)
 

@@ -61,6 +61,18 @@ class Entry:
         arrays = [np.arange(math.prod(s)).reshape(s) + start for s, start in zip(shapes, starts[:-1], strict=True)]
         return self.made(arrays, shape, linear=True)
 
+    def places(self, shapes: Sequence[tuple[int, ...]], shape: tuple[int, ...]) -> np.ndarray | None:
+        """`sources`; None where a function of the mapping computes new numbers, in which no element has a place."""
+        try:
+            found = self.sources(shapes, shape)
+        except UserError:
+            raise
+        except Exception:  # a function may not take whole numbers
+            return None
+        size = sum(math.prod(s) for s in shapes)
+        is_a_place = found.dtype.kind == "i" and (not found.size or (found.min() >= 0 and found.max() < size))
+        return found if is_a_place else None
+
     def image(self, iteration: int | None) -> tuple[str, ...]:
         """The PyTorch tensors that an iteration of a scan uses."""
         stacked = self.operations[:1] == ("stack",) and iteration is not None and iteration < len(self.torch)
@@ -98,7 +110,8 @@ class TensorMap:
     def partly(self, jax: Named, torch: Named) -> dict[str, np.ndarray]:
         """PyTorch's tensors some of whose elements are in no JAX tensor, and which elements: True in a tensor's shape.
 
-        Only an operation that chooses elements can leave some out.
+        Only an operation that chooses elements can leave some out. Tensors that a function computes with are taken as
+        whole.
         """
         entries = list(self.entries.values())
         chosen = {name for entry in entries if any(map(_chooses, entry.operations)) for name in entry.torch}
@@ -107,10 +120,11 @@ class TensorMap:
             if chosen.isdisjoint(entry.torch):
                 continue
             shapes = [np.shape(torch[name]) for name in entry.torch]
-            places, start = entry.sources(shapes, np.shape(jax[entry.jax])), 0
+            places, start = entry.places(shapes, np.shape(jax[entry.jax])), 0
             for name, shape in zip(entry.torch, shapes, strict=True):
                 if name in chosen:
-                    alone[name] &= ~np.isin(np.arange(start, start + math.prod(shape)), places).reshape(shape)
+                    these = np.arange(start, start + math.prod(shape))
+                    alone[name] &= places is not None and ~np.isin(these, places).reshape(shape)
                 start += math.prod(shape)
         return {name: left for name, left in alone.items() if left.any()}
 

@@ -65,6 +65,11 @@ class Verdict:
         return self.judgement.first is None
 
     @property
+    def is_complete(self) -> bool:
+        """Whether each trained tensor has a partner; otherwise nothing but the weights was compared."""
+        return self.judgement.first is None or self.judgement.first.what != ALONE
+
+    @property
     def first(self) -> str | None:
         """The name of what differs first, PyTorch's."""
         row = self.judgement.first
@@ -76,7 +81,7 @@ class Verdict:
         how = "" if self.judgement.lifted else ", as far as their rounding tells"
         if row is None:
             return f"The two sides agree{how}."
-        if row.what == ALONE:
+        if not self.is_complete:
             return (
                 f"The mapping is not complete: {row.leaf} has no partner ({row.note}); write a `mapping` that has it "
                 "(docs/parity_pairs.md), or, if the other model lacks it, the two differ."
@@ -309,11 +314,11 @@ def from_jax(names: TensorMap, values: Named, made: Named) -> dict[str, np.ndarr
         shapes = [found[name].shape for name in entry.torch]
         value = np.asarray(values[entry.jax])
         offset = entry.made([np.zeros(shape, value.dtype) for shape in shapes], value.shape)
-        places = entry.sources(shapes, value.shape).ravel()
+        places = entry.places(shapes, value.shape)
         flat = np.concatenate([found[name].ravel() for name in entry.torch])
-        if places.dtype.kind != "i" or places.min() < 0 or places.max() >= flat.size:
+        if places is None:
             raise UserError(f"mapping of {entry.jax}: its function computes new numbers, so it cannot be inverted")
-        flat[places] = (value - offset).ravel()
+        flat[places.ravel()] = (value - offset).ravel()
         ends = np.cumsum([found[name].size for name in entry.torch])[:-1]
         for name, part in zip(entry.torch, np.split(flat, ends), strict=True):
             found[name] = part.reshape(found[name].shape)

@@ -33,6 +33,8 @@ _SAME_WORD = {
     "layers": "layer", "blocks": "layer", "block": "layer", "unembed": "head",
 }  # fmt: skip
 _CLEAR = {"query", "key", "value", "out", "gate", "up", "down"}
+_GENERIC = {"layer", *_MATRICES, *(word for words in _ROLES.values() for word in words)}
+"""Words that any tensor may have."""
 
 
 class Unit(NamedTuple):
@@ -255,7 +257,7 @@ def _entries(
             entries[name] = Entry(name, (by_iteration[None],), chosen)
         elif sorted(by_iteration) == list(range(jax_shapes[name][0])):
             names = tuple(by_iteration[i] for i in range(jax_shapes[name][0]))
-            entries[name] = Entry(name, names, ("stack", *chosen))
+            entries[name] = Entry(name, names, _stacked(chosen, len(names)))
     used = {torch for entry in entries.values() for torch in entry.torch}
     return TensorMap(
         entries,
@@ -269,34 +271,51 @@ def _entries(
 def _add_stacks(found: TensorMap, jax_shapes: Mapping[str, Shape], torch_shapes: Mapping[str, Shape]) -> None:
     """Partners for tensors of JAX that hold those of several modules of PyTorch, such as all experts.
 
-    Names decide among those whose shapes fit.
+    Names decide among those whose shapes fit; of equal names the one whose members are numbered last.
     """
-    for name in list(found.without_torch):
+    groups = _numbered(found.without_jax)
+    fits: dict[tuple[str, str], list[tuple[Operation, ...]]] = {}
+    scores: dict[tuple[str, str], tuple[int, int, int]] = {}
+    for name, (pattern, members) in itertools.product(found.without_torch, groups.items()):
         number, *rest = jax_shapes[name] or (0,)
-        groups = _numbered(found.without_jax)
-        ways, likeness = {}, {}
-        for pattern, members in groups.items():
-            shapes = {torch_shapes[member] for member in members}
-            if len(members) == number and len(shapes) == 1 and (options := relations(tuple(rest), *shapes)):
-                ways[pattern], likeness[pattern] = options, (_words(name) & _words(pattern)).total()
-        most = max(likeness.values(), default=0)
-        best = [pattern for pattern, value in likeness.items() if value == most]
-        if not most or len(best) > 1:
+        shapes = {torch_shapes[member] for member in members}
+        both = _words(name) & _words(pattern)
+        telling = sum(count for word, count in both.items() if not word.isdigit() and word not in _GENERIC)
+        if telling and len(members) == number and len(shapes) == 1 and (ways := relations(tuple(rest), *shapes)):
+            fits[name, pattern] = ways
+            scores[name, pattern] = telling, both.total(), pattern.split(".").index("*")
+    for (name, pattern), score in sorted(scores.items(), key=lambda item: item[1], reverse=True):
+        ways, members = fits[name, pattern], groups[pattern]
+        if name in found.entries or not {*members} <= {*found.without_jax}:
             continue
-        (pattern,) = best
-        chosen = ("T",) if ("T",) in ways[pattern] else ways[pattern][0]
-        if len(ways[pattern]) > 1:
+        rivals = [other for (mine, other), its in scores.items() if mine == name and its == score and other != pattern]
+        if any({*groups[other]} <= {*found.without_jax} for other in rivals):
+            continue
+        chosen = ("T",) if ("T",) in ways else ways[0]
+        if len(ways) > 1:
             found.unsure.append(f"{name}: its shape {list(jax_shapes[name])} allows matrices transposed or not")
-        found.entries[name] = Entry(name, groups[pattern], ("stack", *chosen))
+        found.entries[name] = Entry(name, members, _stacked(chosen, len(members)))
         found.without_torch.remove(name)
-        found.without_jax[:] = [torch for torch in found.without_jax if torch not in groups[pattern]]
+        found.without_jax[:] = [torch for torch in found.without_jax if torch not in members]
+
+
+def _stacked(operations: tuple[Operation, ...], number: int) -> tuple[Operation, ...]:
+    """The operations of one tensor, for a number of them that are stacked before."""
+    moved: list[Operation] = ["stack"]
+    for operation in operations:
+        if isinstance(operation, tuple) and operation[0] == "reshape":
+            operation = "reshape", (number, *operation[1])
+        elif isinstance(operation, tuple) and operation[0] == "transpose":
+            operation = "transpose", (0, *(axis + 1 for axis in operation[1]))
+        moved.append(operation)
+    return tuple(moved)
 
 
 def _numbered(names: list[str]) -> dict[str, tuple[str, ...]]:
     """Names that are alike but for one number, which counts from 0, in the order of the numbers."""
     groups: dict[str, dict[int, str]] = {}
     for name in names:
-        for digits in re.finditer(r"(?<=\.)\d+(?=\.)", name):
+        for digits in re.finditer(r"(?<![^.])\d+(?![^.])", name):
             pattern = f"{name[: digits.start()]}*{name[digits.end() :]}"
             groups.setdefault(pattern, {})[int(digits.group())] = name
     return {
