@@ -102,7 +102,7 @@ def test_logits_gradients_and_a_step_equal_peft_s(rung, name):
     assert largest(found, "logits", "gradients") < 1e-10
     assert {row.what.partition(",")[0] for row in found} == {
         "weights", "logits", "training loss", "gradients", "gradient norm", "first moments", "second moments", "update",
-        "routing bias",
+        "routing bias", "next learning rate", "expert load",
     }  # fmt: skip
     training = rung(name).training
     grads = training.jax.gradients_of_a_step(training.wide_batch).grads
