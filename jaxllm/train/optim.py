@@ -1,7 +1,7 @@
 """The update of the parameters: clipping by the global norm, AdamW or Muon with AdamW, and the learning rate."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,13 @@ class StepNumbers:
     Reciprocals are what XLA makes of a division by a constant.
     """
 
-    peak: Float[Array, ""]  # of the learning rate
-    warmup_steps: Float[Array, ""]
-    per_warmup_step: Float[Array, ""]  # 1 / warmup_steps
-    falls_from: Float[Array, ""]  # the update from which on the rate falls
-    per_falling_step: Float[Array, ""]  # 1 / the number of steps over which it falls
-    max_grad_norm: Float[Array, ""]
+    # each is () in float32 or wider: NumPy's on the host, JAX's in a program
+    peak: Any  # of the learning rate
+    warmup_steps: Any
+    per_warmup_step: Any  # 1 / warmup_steps
+    falls_from: Any  # the update from which on the rate falls
+    per_falling_step: Any  # 1 / the number of steps over which it falls
+    max_grad_norm: Any
     schedule: Literal["cosine", "wsd"] = field(metadata={"static": True})
 
     @classmethod
