@@ -289,9 +289,10 @@ class Interpreter:
 
 
 def meant(value: np.ndarray) -> np.ndarray:
-    """A scalar that somebody wrote, before it was rounded to float32: JAX folds such literals into wider ones.
+    """The value of a scalar as the source has it, before it was rounded to float32.
 
-    That is a short decimal, a known constant (the root of 1/2 in a GELU), or a whole number's reciprocal or root.
+    JAX folds such literals into wider ones. The source has a short decimal, a known constant (the root of 1/2 in a
+    GELU), or a whole number's reciprocal or root.
     """
     if value.ndim or value.dtype not in (np.float32, np.float64) or not np.isfinite(value):
         return value

@@ -33,7 +33,7 @@ _SAME_WORD = {
     "layers": "layer", "blocks": "layer", "block": "layer", "unembed": "head",
 }  # fmt: skip
 _CLEAR = {"query", "key", "value", "out", "gate", "up", "down"}
-_GENERIC = {"layer", *_MATRICES, *(word for words in _ROLES.values() for word in words)}
+_GENERIC = {"layer"}.union(_MATRICES, *_ROLES.values())
 """Words that any tensor may have."""
 
 
